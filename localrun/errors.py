@@ -1,0 +1,68 @@
+"""Every error that a user can meet, with the way out.
+
+A message says what went wrong and where (`file: tensor`), what was found and what was expected; `hint` says what to do next.
+The command line prints both and no traceback. `assert` is for our own bugs only.
+"""
+
+from __future__ import annotations
+
+
+class LocalrunError(Exception):
+    """Base of all expected failures.
+
+    Args:
+        message: one line, names the file and the tensor where there is one.
+        hint: one line, the next step for the user, or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class FormatError(LocalrunError, ValueError):
+    """A file is damaged or is not what its name says."""
+
+
+class CheckpointError(FormatError):
+    """An official checkpoint lacks a tensor, has one too many, or one of another shape or dtype."""
+
+
+class UnsupportedModelError(LocalrunError, ValueError):
+    """The files are sound but hold a model that localrun does not run."""
+
+
+class BudgetError(LocalrunError, ValueError):
+    """A memory budget is below what one layer's experts need, or above what the machine has."""
+
+
+class DiskSpaceError(LocalrunError, OSError):
+    """The target disk can't hold the result."""
+
+
+class StoreError(LocalrunError, OSError):
+    """Expert bytes could not be read: I/O error, short read, vanished file."""
+
+
+class ChecksumError(StoreError):
+    """Bytes were read but differ from what the manifest promises."""
+
+
+class DecodeError(LocalrunError, RuntimeError):
+    """llama.cpp or our device failed in the middle of a batch; the session must be rewound."""
+
+
+class ContextFullError(LocalrunError, RuntimeError):
+    """The tokens do not fit into the context that the session was opened with."""
+
+
+class EngineDiedError(LocalrunError, RuntimeError):
+    """The engine process ended without being asked to."""
+
+
+class IncompatibleLibraryError(LocalrunError, ImportError):
+    """The installed llama.cpp is not the build that our structures were written for."""
+
+
+class UsageError(LocalrunError, ValueError):
+    """Wrong command line or option value (exit code 2)."""

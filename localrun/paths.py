@@ -1,0 +1,33 @@
+"""All paths that localrun writes to, by the XDG base directory specification (freedesktop.org, version 0.8).
+
+`LOCALRUN_CACHE_DIR` and `LOCALRUN_DATA_DIR` override; nothing else in the package composes such a path.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def _xdg(override: str, variable: str, default: str) -> Path:
+    if own := os.environ.get(override):
+        return Path(own)
+    base = os.environ.get(variable, "")
+    # The specification says to ignore relative values.
+    root = Path(base) if base and os.path.isabs(base) else Path.home() / default
+    return root / "localrun"
+
+
+def cache_dir() -> Path:
+    """Rebuildable things: compiled kernels, disk probes, routing profiles, the converted demo model, KV snapshots."""
+    return _xdg("LOCALRUN_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+
+
+def data_dir() -> Path:
+    """Things that belong to the user: conversations."""
+    return _xdg("LOCALRUN_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+
+
+def config_dir() -> Path:
+    """The user's settings file."""
+    return _xdg("LOCALRUN_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")

@@ -1,0 +1,1 @@
+"""Checkpoints, number formats and the converter. Knows nothing about inference."""

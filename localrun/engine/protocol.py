@@ -1,0 +1,476 @@
+"""The messages between a user interface and the engine process, and their encoding: one JSON object per line.
+
+Commands go to the engine, events come back. Every command has a `request` number that its sender chooses; every event
+carries the number of the command that it answers, so that statistics can be asked for in the middle of an answer. A
+command is finished by exactly one closing event: `Failed`, or the one named in its docstring.
+
+This module imports the standard library only: a user interface can use it without loading numpy, numba or llama.cpp.
+It knows nothing about pipes and processes (`process.py`, `worker.py`) or models (`engine.py`).
+
+Departure from strict JSON: infinities and NaN are written as Python's `json` does; both ends are this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeVar, Union
+
+from localrun.errors import LocalrunError
+
+Json = Any
+"""A JSON value: None, bool, int, float, str, a list or a str-keyed dict of such."""
+
+ThinkMode = Literal["off", "high", "max"]
+Gpu = str
+"""`auto`, `none`, or the name of a ggml device."""
+
+
+class ProtocolError(LocalrunError, ValueError):
+    """A line that is no message of this protocol: the two ends are of different versions, or something else wrote to
+    the pipe."""
+
+
+# --- parts of messages ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How a model is loaded.
+
+    Attributes:
+        ram_bytes: budget of the expert slots in RAM; None: chosen from the memory that is available.
+        vram_bytes: budget on the GPU; None: chosen from the free GPU memory.
+        gpu: `auto`, `none` or the name of a ggml device.
+        n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
+        n_threads: CPU threads; 0: one per physical core.
+        n_batch: most tokens per forward pass during prefill.
+        kv_type: ggml type of the KV cache.
+        math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
+    """
+
+    ram_bytes: int | None = None
+    vram_bytes: int | None = None
+    gpu: Gpu = "auto"
+    n_ctx: int = 0
+    n_threads: int = 0
+    n_batch: int = 512
+    kv_type: Literal["f16", "bf16", "q8_0", "q4_0", "f32"] = "f16"
+    math: Literal["int8", "f32"] = "int8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen. The defaults are DeepSeek's own; ranges are checked by `sampling.py`.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: smallest set of tokens with at least this probability; 1 keeps all.
+        top_k: the k most likely tokens; 0 keeps all.
+        min_p: tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        seed: same seed, same model, same prompt: same answer. None draws one (reported in `Finished`).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known about a loaded model. Sizes in bytes; counts of 0 mean "has none"."""
+
+    path: str
+    name: str
+    architecture: str
+    identity: str
+    file_bytes: int
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    n_ctx: int
+    n_ctx_train: int
+    n_batch: int
+    n_threads: int
+    n_moe_layers: int
+    n_experts: int
+    n_experts_used: int
+    expert_bytes: int
+    ram_bytes: int
+    has_tokenizer: bool
+    n_expert_slots: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Cost of one answer. Rates are None where nothing was measured.
+
+    Attributes:
+        prompt_tokens: tokens of the whole prompt.
+        reused_tokens: of those, tokens whose KV state was still there.
+        prompt_s: time of the prefill of the rest.
+        new_tokens: tokens generated.
+        decode_s: time from the first sampled token to the end.
+        context_used: tokens in the context afterwards.
+        load_s: time that reloading the model took before this answer (0 if it was loaded).
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prompt_s: float = 0.0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    context_used: int = 0
+    load_s: float = 0.0
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        n_tokens = self.prompt_tokens - self.reused_tokens
+        return n_tokens / self.prompt_s if n_tokens > 0 and self.prompt_s > 0 else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        return self.new_tokens / self.decode_s if self.new_tokens > 0 and self.decode_s > 0 else None
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Base of what a user interface sends. `request` is assigned by `EngineProcess`."""
+
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load(Command):
+    """Closes the present model and loads another. Events: Loading*, then Ready."""
+
+    path: str
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate(Command):
+    """One answer to a whole conversation. Events: PromptProgress*, (Delta | ToolCall)*, then Finished.
+
+    The sender hands over the full list every time; the engine reuses what its context already holds.
+
+    Attributes:
+        messages: in the shape of the OpenAI API: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
+            `tool_calls`, ...
+        tokens: the prompt as token ids instead of messages (models without a tokenizer, measurements).
+        think: no reasoning, reasoning, or the longest reasoning.
+        max_tokens: bound of the answer; None: until the context is full.
+        tools: OpenAI `function` objects.
+        response_format: a JSON schema that the answer is asked to follow.
+        task: name of a quick-instruction task.
+        ignore_eos: go on after the end token (measurements).
+    """
+
+    messages: tuple[Mapping[str, Json], ...] = ()
+    tokens: tuple[int, ...] | None = None
+    think: ThinkMode = "off"
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_tokens: int | None = None
+    tools: tuple[Mapping[str, Json], ...] = ()
+    response_format: Mapping[str, Json] | None = None
+    task: str | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop(Command):
+    """Ends the running command `target` within one layer's time; too late or unknown targets are ignored. Has no event
+    of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="Stopped")`."""
+
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats(Command):
+    """Counters, answered at once also in the middle of an answer. Events: Stats.
+
+    Attributes:
+        expert_map: also the state of every expert (a few bytes each).
+    """
+
+    expert_map: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountTokens(Command):
+    """Length of a text in tokens, answered at once also in the middle of an answer. Events: TokenCount."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Command):
+    """Writes the session's state (tokens, KV) to a file, atomically. Events: Saved."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore(Command):
+    """Reads a state that Snapshot wrote for the same model. Events: Restored."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalLogits(Command):
+    """Logits of all positions of `tokens`, written as a .npy file, float32 (T, n_vocab). Events: PromptProgress*,
+    EvalResult."""
+
+    tokens: tuple[int, ...]
+    logits_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close(Command):
+    """Frees the model and ends the process. Events: Closed."""
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of what the engine sends; `request` is the command that it answers."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Event):
+    """Progress of a load, 0 to 1, and what is being done."""
+
+    progress: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready(Event):
+    """The model is loaded."""
+
+    facts: ModelFacts
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress(Event):
+    """Prefill: `done` of `total` prompt tokens are in the context; `reused` of them were there before; `elapsed_s` for
+    the rest."""
+
+    done: int
+    total: int
+    reused: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(Event):
+    """A piece of the answer: whole characters, in order. Concatenated per kind they are the reasoning and the text.
+
+    `tokens` are the ids sampled since the last Delta or ToolCall; they may be empty or run ahead of the text (a
+    character can take several tokens).
+    """
+
+    kind: Literal["thinking", "text"]
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall(Event):
+    """A complete tool call that the model wrote. `arguments` is a JSON object as text."""
+
+    index: int
+    name: str
+    arguments: str
+    tokens: tuple[int, ...] = ()
+
+
+FinishReason = Literal["eos", "length", "context", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The answer is over.
+
+    Attributes:
+        reason: the model's end token; `max_tokens` reached; context full; stopped by the user.
+        warning: something the user should know (a tool call cut off, thinking never closed).
+        seed: what the sampler was seeded with.
+    """
+
+    reason: FinishReason
+    timings: Timings
+    seed: int
+    warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats(Event):
+    """Counters since the model was loaded.
+
+    Attributes:
+        busy: a command is running.
+        context_used: tokens in the session's context, of `n_ctx`.
+        telemetry: the expert engine's counters by name (see `offload/telemetry.py`).
+        experts: if asked for: what `expert_map()` of the expert engine gives.
+    """
+
+    busy: bool
+    context_used: int
+    n_ctx: int
+    rss_bytes: int
+    telemetry: Mapping[str, Json]
+    experts: Mapping[str, Json] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount(Event):
+    """Answer to CountTokens."""
+
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Event):
+    """Answer to Snapshot."""
+
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored(Event):
+    """Answer to Restore."""
+
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult(Event):
+    """Answer to EvalLogits."""
+
+    n_tokens: int
+    n_vocab: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed(Event):
+    """Answer to Close."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Event):
+    """A command failed; the engine lives on.
+
+    Attributes:
+        kind: class name in `localrun.errors`, `Stopped`, or the name of an unexpected exception.
+        message, hint: for people.
+        trace: the Python traceback, for `--debug` and bug reports.
+    """
+
+    kind: str
+    message: str
+    hint: str | None = None
+    trace: str = ""
+
+
+CLOSING_EVENTS = (Ready, Finished, Stats, TokenCount, Saved, Restored, EvalResult, Closed, Failed)
+"""Events after which nothing more comes for their request."""
+
+# --- encoding -------------------------------------------------------------------------------------------------------
+
+M = TypeVar("M", bound=Command | Event)
+
+
+def encode(message: Command | Event) -> bytes:
+    """One line, ASCII, ending in a newline."""
+    body = {"type": type(message).__name__, **dataclasses.asdict(message)}
+    return json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode_command(line: bytes) -> Command:
+    """Inverse of `encode` for commands. Raises ProtocolError."""
+    return _decode(line, Command)
+
+
+def decode_event(line: bytes) -> Event:
+    """Inverse of `encode` for events. Raises ProtocolError."""
+    return _decode(line, Event)
+
+
+def _decode(line: bytes, base: type[M]) -> M:
+    try:
+        body = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not a message: {line[:80]!r} ({error})") from None
+    if not isinstance(body, dict):
+        raise ProtocolError(f"not a message: {line[:80]!r}")
+    kind = globals().get(str(body.get("type")))
+    if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
+        raise ProtocolError(f"unknown {base.__name__.lower()} {body.get('type')!r}")
+    del body["type"]
+    return typing.cast(M, _build(kind, body, kind.__name__))
+
+
+@cache
+def _field_types(cls: type) -> dict[str, tuple[Any, bool]]:
+    """Name -> (type, is required)."""
+    hints = typing.get_type_hints(cls)
+    missing = dataclasses.MISSING
+    return {
+        f.name: (hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)
+    }
+
+
+def _build(cls: type, body: object, where: str) -> Any:
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{where}: expected an object, got {type(body).__name__}")
+    known = _field_types(cls)
+    if unknown := body.keys() - known.keys():
+        raise ProtocolError(f"{where}: unknown field {sorted(unknown)[0]!r}")
+    for name, (_, required) in known.items():
+        if required and name not in body:
+            raise ProtocolError(f"{where}: field {name!r} is missing")
+    return cls(**{name: _convert(known[name][0], value, f"{where}.{name}") for name, value in body.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` says, checked. Knows the kinds of types that the messages above use."""
+    if hint is Any:
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (a for a in args if a is not type(None))
+        return _convert(inner, value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], v, where) for v in value)
+    if origin is Mapping and isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ProtocolError(f"{where}: {value!r:.80} is not {getattr(hint, '__name__', hint)}")

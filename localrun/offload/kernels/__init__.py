@@ -1,0 +1,12 @@
+"""CPU arithmetic of routed experts: from packed expert bytes and activations to expert outputs.
+
+A kernel belongs to one expert shape (`FfnSpec`) and knows nothing about caches, files or llama.cpp's graph. It decides how an
+expert lies in its slot (`pack`) and computes any number of (token, expert) pairs in one call (`run`), for decode (one pair per
+expert) and prefill (hundreds) alike. Router weights are not applied here.
+"""
+
+from __future__ import annotations
+
+from localrun.offload.kernels.spec import FfnKernel, FfnSpec, make_kernel
+
+__all__ = ["FfnKernel", "FfnSpec", "make_kernel"]

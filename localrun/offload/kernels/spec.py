@@ -1,0 +1,99 @@
+"""The contract between the expert device and its kernels, and the choice of a kernel for this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+Math = Literal["int8", "f32"]
+
+
+@dataclass(frozen=True, slots=True)
+class FfnSpec:
+    """One layer's expert shape.
+
+    Attributes:
+        types: ggml types of gate, up, down.
+        n_embd: hidden size D (inputs of gate and up, outputs of down).
+        n_ff: expert width F.
+        limit: clamp of the SwiGLU: gate <= limit and -limit <= up <= limit; `math.inf` for the plain one.
+    """
+
+    types: tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
+    n_embd: int
+    n_ff: int
+    limit: float
+
+
+class FfnKernel(Protocol):
+    """Arithmetic for one `FfnSpec`. `pack` may run in several threads at once, `run` and `project` in one at a time per thread.
+
+    Attributes:
+        name: format and instruction set, e.g. `mxfp4-avx512`.
+        slot_bytes: size of one packed expert, a multiple of 64.
+        raw_is_packed: the packed form is gate|up|down ggml rows back to back, so bytes may be read straight into the slot.
+    """
+
+    spec: FfnSpec
+    name: str
+    slot_bytes: int
+    raw_is_packed: bool
+
+    def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        """Fills the slot at address `slot` (64-byte aligned) from gate|up|down ggml rows; releases the interpreter lock."""
+        ...
+
+    def run(
+        self,
+        slots: npt.NDArray[np.uint64],
+        starts: npt.NDArray[np.int32],
+        x_rows: npt.NDArray[np.int32],
+        out_rows: npt.NDArray[np.int32],
+        x: npt.NDArray[np.float32],
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """`out[out_rows[p]] = FFN_i(x[x_rows[p]])` for pairs p of `starts[i]:starts[i + 1]` and the expert packed at `slots[i]`.
+
+        Args:
+            slots: (E,) addresses of packed experts.
+            starts: (E + 1,) ascending.
+            x_rows, out_rows: (P,) row numbers; no two pairs may share an output row.
+            x: (T, n_embd), rows contiguous, any row stride.
+            out: (R, n_embd), rows contiguous, any row stride.
+        """
+        ...
+
+    def project(
+        self,
+        which: int,
+        slots: npt.NDArray[np.uint64],
+        starts: npt.NDArray[np.int32],
+        x_rows: npt.NDArray[np.int32],
+        out_rows: npt.NDArray[np.int32],
+        x: npt.NDArray[np.float32],
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """One projection alone, as `run`: `out[out_rows[p]] = W_i x[x_rows[p]]`; `which` is 0 gate, 1 up, 2 down.
+
+        For architectures whose graph has something else between the projections than the clamped SwiGLU.
+        """
+        ...
+
+
+def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKernel:
+    """The fastest kernel for `spec` on this CPU.
+
+    Args:
+        math: `int8` quantizes activations to 8 bits as ggml does; `f32` dequantizes weights and is exact but for rounding.
+        n_threads: threads to use, the caller's included.
+
+    Raises:
+        UnsupportedModelError: a type that ggml can't dequantize, or rows that are not whole blocks.
+    """
+    from localrun.offload.kernels.exact import ExactKernel
+
+    return ExactKernel(spec, n_threads=n_threads)

@@ -1,0 +1,18 @@
+"""Scratch memory of the kernels: one growing, page-aligned buffer per thread, shared by all layers' kernels."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+_local = threading.local()
+
+
+def workspace(n_bytes: int) -> int:
+    """Address of at least `n_bytes`, 64-byte aligned, valid until this thread asks again; contents undefined."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.nbytes < n_bytes + 64:
+        _local.buffer = None  # frees the old one before the new one exists
+        buffer = _local.buffer = np.empty(n_bytes + n_bytes // 4 + 64, np.uint8)
+    return int(-(-buffer.ctypes.data // 64) * 64)

@@ -1,0 +1,352 @@
+"""A ggml backend device, in Python, that owns the routed experts.
+
+llama.cpp places tensors whose names match `EXPERT_TENSORS` into our weights buffer type and its scheduler then hands us the
+operations on them: per layer one split of MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down. The tensors hold no data: a
+weights buffer is a few bytes of address space per tensor, so expert bytes never enter llama.cpp. Activations stay in the CPU's
+own buffers, which we read and write in place.
+
+The device is registered once per process and never goes away (ggml can't unregister a running one); what comes and goes are
+*owners*, one per loaded model, found through the buffer that a weight lies in. This module knows how ggml calls us; what an
+expert is and where its bytes are is the owner's business.
+
+Threads: ggml calls `graph_compute` on the thread that called `llama_decode`. Exceptions must not reach C (ctypes would print and
+swallow them): they are handed to the owner and ggml gets a failure status, so that `llama_decode` returns an error.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from localrun.errors import DecodeError, LocalrunError
+from localrun.offload import ggml
+from localrun.offload.ggml import Tensor
+
+log = logging.getLogger(__name__)
+
+EXPERT_TENSORS: Final = r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight"
+"""Regex (C++ std::regex, searched) of the tensors that our device owns."""
+
+_ALIGNMENT = 64
+_NAME = C.create_string_buffer(b"LOCALRUN")
+_DEVICE_NAME = C.create_string_buffer(b"LOCALRUN0")
+_DESCRIPTION = C.create_string_buffer(b"localrun experts")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor's memory: address, `ne` elements and `nb` byte strides of the first three dimensions (innermost first)."""
+
+    address: int
+    ne: tuple[int, int, int]
+    nb: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One stacked expert tensor: which layer and which of `PROJECTIONS`."""
+
+    layer: int
+    projection: int
+
+
+class Owner(Protocol):
+    """A loaded model's experts. All calls come from the thread that runs `llama_decode`."""
+
+    def weight(self, tensor: int) -> Weight | None:
+        """The stacked tensor at that address, or None if this owner has none there."""
+        ...
+
+    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
+        """out[:, k, t] = expert ids[k, t] applied to x[:, 0, t]; x `(D, 1, T)` f32, ids `(K, T)` i32, out `(D, K, T)` f32."""
+        ...
+
+    def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
+        """out[:, k, t] = W[ids[k, t]] @ x[:, k or 0, t] for one projection."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """Keeps the cause of a failed decode."""
+        ...
+
+
+class StoppedError(DecodeError):
+    """The user stopped the answer; not a fault."""
+
+
+def view(tensor: Tensor) -> View:
+    """Reads a live ggml tensor's placement."""
+    ne, nb = tensor.ne, tensor.nb
+    return View(tensor.data or 0, (ne[0], ne[1], ne[2]), (nb[0], nb[1], nb[2]))
+
+
+class ExpertDevice:
+    """The process-wide device. Use `expert_device()`; attributes are for this package only.
+
+    Owns the C structures for the life of the process, and the map from weights buffers to owners.
+    """
+
+    def __init__(self) -> None:
+        self._lib = ggml.library()
+        self._keep: list[Any] = []  # callbacks and structures that C points to
+        self._owners: dict[int, Owner] = {}  # weights buffer address -> owner
+        self._memory: dict[int, C.Array[C.c_char]] = {}  # weights buffer address -> its address space
+        self._loading: Owner | None = None
+        self._load_lock = threading.Lock()
+        self._reg, self._device, self._backend = ggml.Reg(), ggml.Device(), ggml.Backend()
+        self._weights_type = ggml.BufferType()
+        self._buffer_interface = ggml.BufferInterface()
+        self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._build_buffer_type()
+        self._build_device()
+        self._build_backend()
+        self._build_reg()
+        self._lib.ggml_backend_register(C.addressof(self._reg))
+
+    @property
+    def weights_buffer_type(self) -> int:
+        """Address of the buffer type for `tensor_buft_overrides`."""
+        return C.addressof(self._weights_type)
+
+    @contextmanager
+    def loading(self, owner: Owner) -> Iterator[None]:
+        """While open, weights buffers that llama.cpp allocates belong to `owner`. One load at a time per process."""
+        with self._load_lock:
+            self._loading = owner
+            try:
+                yield
+            finally:
+                self._loading = None
+
+    def is_expert_weight(self, tensor: int | None) -> bool:
+        """True if the tensor at that address lies in one of our weights buffers."""
+        if not tensor:
+            return False
+        buffer = Tensor.from_address(tensor).buffer
+        return bool(buffer) and self._lib.ggml_backend_buffer_get_type(buffer) == self.weights_buffer_type
+
+    # -- building the C structures -------------------------------------------------------------------------------------
+
+    def _set(self, structure: Any, field: str, function: Callable[..., Any]) -> None:
+        kind = dict(structure._fields_)[field]
+        callback = kind(function)
+        self._keep.append(callback)
+        setattr(structure, field, callback)
+
+    def _build_buffer_type(self) -> None:
+        iface = self._weights_type.iface
+        self._set(iface, "get_name", lambda buft: C.addressof(_NAME))
+        self._set(iface, "alloc_buffer", self._alloc_buffer)
+        self._set(iface, "get_alignment", lambda buft: _ALIGNMENT)
+        # The experts' bytes are elsewhere: a tensor needs an address of its own and nothing more.
+        self._set(iface, "get_alloc_size", lambda buft, tensor: _ALIGNMENT)
+        # Not host memory: so that no other backend thinks that it could read the weights.
+        self._set(iface, "is_host", lambda buft: False)
+        self._weights_type.device = C.addressof(self._device)
+        buffer = self._buffer_interface
+        self._set(buffer, "free_buffer", self._free_buffer)
+        self._set(buffer, "get_base", lambda buf: -(-C.addressof(self._memory[buf]) // _ALIGNMENT) * _ALIGNMENT)
+        self._set(buffer, "memset_tensor", lambda buf, tensor, value, offset, size: None)
+        self._set(buffer, "set_tensor", self._refuse_access)
+        self._set(buffer, "get_tensor", self._refuse_access)
+        self._set(buffer, "cpy_tensor", lambda buf, src, dst: False)
+        self._set(buffer, "clear", lambda buf, value: None)
+
+    def _alloc_buffer(self, buft: int, size: int) -> int:
+        memory = C.create_string_buffer(size + _ALIGNMENT)
+        address: int = self._lib.ggml_backend_buffer_init(buft, self._buffer_interface, None, size)
+        self._memory[address] = memory
+        if self._loading is not None:
+            self._owners[address] = self._loading
+        return address
+
+    def _free_buffer(self, buffer: int) -> None:
+        self._owners.pop(buffer, None)
+        self._memory.pop(buffer, None)
+
+    def _refuse_access(self, buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
+        owner = self._owners.get(buffer)
+        error = LocalrunError(
+            f"{Tensor.from_address(tensor).name.decode()}: llama.cpp tried to touch expert weights directly"
+        )
+        log.error("%s", error)
+        if owner is not None:
+            owner.failed(error)
+
+    def _build_device(self) -> None:
+        iface = self._device.iface
+        self._set(iface, "get_name", lambda dev: C.addressof(_DEVICE_NAME))
+        self._set(iface, "get_description", lambda dev: C.addressof(_DESCRIPTION))
+        self._set(iface, "get_memory", self._no_memory)
+        self._set(iface, "get_type", lambda dev: ggml.DEVICE_TYPE_ACCEL)
+        self._set(iface, "get_props", self._props)
+        self._set(iface, "init_backend", lambda dev, params: C.addressof(self._backend))
+        # Activations that we produce live where the CPU backend's live: no copies between the two.
+        self._set(iface, "get_buffer_type", lambda dev: self._cpu_buffer_type)
+        self._set(iface, "supports_op", lambda dev, op: self._supports(Tensor.from_address(op)))
+        self._set(
+            iface,
+            "supports_buft",
+            lambda dev, buft: buft == self.weights_buffer_type or self._lib.ggml_backend_buft_is_host(buft),
+        )
+        self._device.reg = C.addressof(self._reg)
+
+    def _no_memory(self, device: int, free: Any, total: Any) -> None:
+        free[0] = total[0] = 0
+
+    def _props(self, device: int, props: Any) -> None:
+        result = props[0]
+        result.name, result.description = _DEVICE_NAME.value, _DESCRIPTION.value
+        result.memory_free = result.memory_total = 0
+        result.type, result.device_id = ggml.DEVICE_TYPE_ACCEL, None
+        result.caps = ggml.DeviceCaps()
+
+    def _build_backend(self) -> None:
+        guid = (C.c_uint8 * 16)(*b"localrun-experts")
+        self._keep.append(guid)
+        self._backend.guid = C.addressof(guid)
+        self._backend.device = C.addressof(self._device)
+        iface = self._backend.iface
+        self._set(iface, "get_name", lambda backend: C.addressof(_NAME))
+        self._set(iface, "free", lambda backend: None)
+        self._set(iface, "graph_compute", self._graph_compute)
+
+    def _build_reg(self) -> None:
+        iface = self._reg.iface
+        self._reg.api_version = ggml.BACKEND_API_VERSION
+        self._set(iface, "get_name", lambda reg: C.addressof(_NAME))
+        self._set(iface, "get_device_count", lambda reg: 1)
+        self._set(iface, "get_device", lambda reg, index: C.addressof(self._device))
+        self._set(iface, "get_proc_address", lambda reg, name: None)
+
+    # -- scheduling and computing --------------------------------------------------------------------------------------
+
+    def _supports(self, op: Tensor) -> bool:
+        if op.op == ggml.OP_NONE:
+            return True
+        if op.op == ggml.OP_MUL_MAT_ID:
+            return self.is_expert_weight(op.src[0])
+        if op.op == ggml.OP_GLU:
+            sources = [Tensor.from_address(src) for src in (op.src[0], op.src[1]) if src]
+            return (
+                len(sources) == 2
+                and op.op_params[0] in (ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP)
+                and op.op_params[1] == 0  # not swapped
+                and all(s.op == ggml.OP_MUL_MAT_ID and self.is_expert_weight(s.src[0]) for s in sources)
+            )
+        return False
+
+    def _graph_compute(self, backend: int, graph: int) -> int:
+        owner: Owner | None = None
+        try:
+            node_at = self._lib.ggml_graph_node
+            addresses = [node_at(graph, i) for i in range(self._lib.ggml_graph_n_nodes(graph))]
+            nodes = [Tensor.from_address(address) for address in addresses]
+            owner = self._owner_of(nodes)
+            if owner is not None:
+                _compute(owner, addresses, nodes)
+            return ggml.STATUS_SUCCESS
+        except StoppedError as error:
+            if owner is not None:
+                owner.failed(error)
+            return ggml.STATUS_ABORTED
+        except BaseException as error:  # a callback from C: nothing may pass
+            if owner is None:
+                log.exception("expert device failed without an owner")
+            else:
+                owner.failed(error)
+            return ggml.STATUS_FAILED
+
+    def _owner_of(self, nodes: list[Tensor]) -> Owner | None:
+        for node in nodes:
+            if node.op == ggml.OP_MUL_MAT_ID:
+                return self._owners[Tensor.from_address(node.src[0]).buffer]
+            if node.op == ggml.OP_GLU:
+                return self._owners[Tensor.from_address(Tensor.from_address(node.src[0]).src[0]).buffer]
+        return None
+
+
+def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> None:
+    """Runs one split: the fused chain where it stands, node by node otherwise."""
+    work = [(address, node) for address, node in zip(addresses, nodes, strict=True) if node.op != ggml.OP_NONE]
+    i = 0
+    while i < len(work):
+        if _compute_fused(owner, work[i : i + 4]):
+            i += 4
+            continue
+        _, node = work[i]
+        if node.op == ggml.OP_MUL_MAT_ID:
+            owner.project(
+                _weight(owner, node),
+                view(Tensor.from_address(node.src[1])),
+                view(Tensor.from_address(node.src[2])),
+                view(node),
+            )
+        elif node.op == ggml.OP_GLU:
+            from localrun.offload.experts import swiglu
+
+            gate, up = (view(Tensor.from_address(src)) for src in (node.src[0], node.src[1]))
+            swiglu(gate, up, view(node), _limit(node))
+        else:
+            raise DecodeError(
+                f"{node.name.decode()}: llama.cpp gave our device operation {node.op}, which it does not run"
+            )
+        i += 1
+
+
+def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]]) -> bool:
+    """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up."""
+    if [node.op for _, node in chain] != [ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_MUL_MAT_ID]:
+        return False
+    (a_first, first), (a_second, second), (a_glu, glu), (_, down) = chain
+    same_input = first.src[1] == second.src[1] and first.src[2] == second.src[2] == down.src[2]
+    if not same_input or {glu.src[0], glu.src[1]} != {a_first, a_second} or down.src[1] != a_glu:
+        return False
+    gate_weight = _weight(owner, Tensor.from_address(glu.src[0]))
+    up_weight = _weight(owner, Tensor.from_address(glu.src[1]))
+    down_weight = _weight(owner, down)
+    if (gate_weight.projection, up_weight.projection, down_weight.projection) != (0, 1, 2):
+        return False
+    if not gate_weight.layer == up_weight.layer == down_weight.layer:
+        return False
+    x, ids = view(Tensor.from_address(first.src[1])), view(Tensor.from_address(first.src[2]))
+    if x.ne[1] != 1:
+        return False
+    owner.ffn(down_weight.layer, x, ids, view(down), _limit(glu))
+    return True
+
+
+def _weight(owner: Owner, node: Tensor) -> Weight:
+    weight = owner.weight(node.src[0])
+    if weight is None:
+        raise DecodeError(f"{Tensor.from_address(node.src[0]).name.decode()}: not an expert tensor of this model")
+    return weight
+
+
+def _limit(glu: Tensor) -> float:
+    """Clamp limit of a gated activation: op_params[3] as float for SWIGLU_CLAMP (ggml.c, ggml_swiglu_clamp), else infinity."""
+    if glu.op_params[0] != ggml.GLU_SWIGLU_CLAMP:
+        return float("inf")
+    return C.c_float.from_buffer_copy(C.c_int32(glu.op_params[3])).value
+
+
+_device: ExpertDevice | None = None
+_device_lock = threading.Lock()
+
+
+def expert_device() -> ExpertDevice:
+    """The process's device, registered with ggml on first use.
+
+    Raises:
+        IncompatibleLibraryError: the installed llama.cpp is not the one that our structures fit.
+    """
+    global _device
+    with _device_lock:
+        if _device is None:
+            _device = ExpertDevice()
+        return _device

@@ -1,0 +1,370 @@
+"""One layer call: which experts are wanted, where they are, what must be read, and the mathematics.
+
+`ExpertPool` is the owner (see `device.Owner`) behind a loaded model. A call's experts are split into those in RAM, computed at
+once, and those on disk, whose reads start first and which are computed as they arrive. Experts of the running call are pinned;
+when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts are released
+and their memory takes the next ones. Each expert is read at most once per call, in file order.
+
+Everything here runs on the decoding thread except the store's lanes, which only fill slots in state LOADING.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import BudgetError, DecodeError
+from localrun.offload.device import StoppedError, View, Weight
+from localrun.offload.kernels import FfnKernel
+from localrun.offload.slots import Slot, SlotState, SlotTable
+from localrun.offload.store import ExpertStore, Ticket
+from localrun.offload.telemetry import Counter, Telemetry
+from localrun.quant.source import MoeLayer
+from localrun.units import format_size
+
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Who goes where in one call, sorted by expert.
+
+    Attributes:
+        experts: distinct expert ids, ascending (which is file order).
+        starts: (n_experts_used + 1,) pairs of `experts[i]` are `starts[i]:starts[i+1]`.
+        x_rows, out_rows: (n_pairs,) token row and output row (token * K + k) of each pair.
+    """
+
+    experts: I32
+    starts: I32
+    x_rows: I32
+    out_rows: I32
+
+
+@nb.njit(cache=True, nogil=True)
+def _route(ids: I32, n_experts: int, experts: I32, starts: I32, x_rows: I32, out_rows: I32) -> int:
+    """Counting sort of (T, K) expert ids; returns how many distinct experts there are, or -1 for an id out of range."""
+    n_tokens, k_used = ids.shape
+    counts = np.zeros(n_experts + 1, np.int32)
+    for t in range(n_tokens):
+        for k in range(k_used):
+            if ids[t, k] < 0 or ids[t, k] >= n_experts:
+                return -1
+            counts[ids[t, k] + 1] += 1
+    used = 0
+    for e in range(n_experts):
+        if counts[e + 1]:
+            experts[used] = e
+            starts[used] = counts[e]
+            used += 1
+        counts[e + 1] += counts[e]
+    starts[used] = n_tokens * k_used
+    for t in range(n_tokens):
+        for k in range(k_used):
+            at = counts[ids[t, k]]
+            counts[ids[t, k]] += 1
+            x_rows[at], out_rows[at] = t, t * k_used + k
+    return used
+
+
+def route(ids: I32, n_experts: int) -> Routing:
+    """Groups the (token, expert) pairs of one call by expert.
+
+    Args:
+        ids: (T, K) expert of each token's k-th choice; rows may be strided.
+
+    Raises:
+        DecodeError: an id outside 0..n_experts-1 (damaged routing table).
+    """
+    n_pairs = ids.size
+    experts, starts = np.empty(min(n_pairs, n_experts), np.int32), np.empty(min(n_pairs, n_experts) + 1, np.int32)
+    x_rows, out_rows = np.empty(n_pairs, np.int32), np.empty(n_pairs, np.int32)
+    used = _route(ids, n_experts, experts, starts, x_rows, out_rows)
+    if used < 0:
+        raise DecodeError(
+            f"the router chose an expert outside 0..{n_experts - 1}", hint="run `localrun verify` on the model"
+        )
+    return Routing(experts[:used], starts[: used + 1], x_rows, out_rows)
+
+
+def rows_at(place: View, dtype: type[Any]) -> npt.NDArray[Any]:
+    """A ggml tensor's memory as (ne2 * ne1, ne0) or, for ne2 == 1, (ne1, ne0): rows with a single stride.
+
+    Raises:
+        DecodeError: rows that don't have one common stride.
+    """
+    ne0, ne1, ne2 = place.ne
+    nb0, nb1, nb2 = place.nb
+    itemsize = np.dtype(dtype).itemsize
+    if nb0 != itemsize or (ne1 > 1 and ne2 > 1 and nb2 != nb1 * ne1):
+        raise DecodeError(f"unexpected strides {place.nb} of a tensor of shape {place.ne}")
+    rows, stride = ne1 * ne2, nb1 if ne1 > 1 else nb2
+    if rows == 1:
+        stride = ne0 * itemsize
+    memory: Any = (C.c_char * ((rows - 1) * stride + ne0 * itemsize)).from_address(place.address)
+    return np.ndarray((rows, ne0), dtype, memory, 0, (stride, itemsize))
+
+
+def swiglu(gate: View, up: View, out: View, limit: float) -> None:
+    """out = silu(min(gate, limit)) * clip(up, -limit, limit), all f32 of the same shape."""
+    g, u = rows_at(gate, np.float32), rows_at(up, np.float32)
+    g = np.minimum(g, np.float32(limit))
+    rows_at(out, np.float32)[...] = g / (1 + np.exp(-g)) * np.clip(u, np.float32(-limit), np.float32(limit))
+
+
+class ExpertPool:
+    """The experts of one model: residency, reads and mathematics. Implements `device.Owner`.
+
+    Owns the slot table and the store; `close` frees both. Not thread-safe except `request_stop`, `telemetry` and `take_error`.
+
+    Args:
+        layers: shapes by block number.
+        kernels: kernel by block number; its `slot_bytes` is an expert's size in RAM.
+        limits: clamp limit by block number that the kernels were made for.
+        store: reads experts.
+        budget_bytes: RAM for slots (staging not included).
+        n_used: experts per token.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, MoeLayer],
+        kernels: Mapping[int, FfnKernel],
+        store: ExpertStore,
+        budget_bytes: int,
+        n_used: int,
+    ) -> None:
+        self._layers = layers
+        self._kernels = kernels
+        self._store = store
+        floor = floor_bytes(kernels, n_used)
+        if budget_bytes < floor:
+            raise BudgetError(
+                f"{format_size(budget_bytes)} of RAM for experts is less than the {n_used} experts of one layer "
+                f"({format_size(floor)}) that every token needs",
+                hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
+            )
+        self.table = SlotTable(budget_bytes)
+        self.telemetry = Telemetry(max(layers) + 1)
+        self._weights: dict[int, Weight] = {}
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+
+    # -- device.Owner --------------------------------------------------------------------------------------------------
+
+    def weight(self, tensor: int) -> Weight | None:
+        """See `device.Owner`."""
+        return self._weights.get(tensor)
+
+    def adopt(self, tensor: int, weight: Weight) -> None:
+        """Called at load for each stacked expert tensor that llama.cpp created."""
+        self._weights[tensor] = weight
+
+    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
+        """See `device.Owner`."""
+        kernel = self._kernels[layer]
+        if not math.isclose(kernel.spec.limit, limit, rel_tol=1e-6) and not math.isinf(kernel.spec.limit + limit):
+            raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {kernel.spec.limit}")
+        x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
+
+        def compute(slots: Sequence[Slot], part: Routing) -> None:
+            addresses = np.array([slot.address for slot in slots], np.uint64)
+            kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
+
+        self._call(layer, _ids(ids), compute)
+
+    def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
+        """See `device.Owner`."""
+        kernel = self._kernels[weight.layer]
+        choices = _ids(ids)
+        x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
+        per_choice = x.ne[1] > 1  # x has one row per (token, choice): the activation of an earlier projection
+
+        def compute(slots: Sequence[Slot], part: Routing) -> None:
+            addresses = np.array([slot.address for slot in slots], np.uint64)
+            source_rows = part.out_rows if per_choice else part.x_rows
+            kernel.project(weight.projection, addresses, part.starts, source_rows, part.out_rows, x_rows, out_rows)
+
+        self._call(weight.layer, choices, compute)
+
+    def failed(self, error: BaseException) -> None:
+        """See `device.Owner`; the first cause is kept."""
+        if self._error is None:
+            self._error = error
+
+    # -- for the engine ------------------------------------------------------------------------------------------------
+
+    def take_error(self) -> BaseException | None:
+        """The cause of the last failed decode, once."""
+        error, self._error = self._error, None
+        return error
+
+    def request_stop(self) -> None:
+        """Makes the running (or next) decode fail with `StoppedError` at the next layer. Any thread, also signal handlers."""
+        self._stop.set()
+
+    def clear_stop(self) -> None:
+        """Forgets an earlier stop request; before a new answer."""
+        self._stop.clear()
+
+    def close(self) -> None:
+        """Ends reads and frees the slots. The model must be freed before."""
+        self._store.close()
+        self.table.close()
+
+    # -- one call ------------------------------------------------------------------------------------------------------
+
+    def _call(self, layer: int, ids: I32, compute: Any) -> None:
+        started = time.perf_counter_ns()
+        if self._stop.is_set():
+            raise StoppedError("stopped")
+        call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
+        evictions = self.table.n_evictions
+        try:
+            call.run()
+        finally:
+            call.release()
+            row = self.telemetry.values[layer]
+            row[Counter.CALLS] += 1
+            row[Counter.TOKENS] += ids.shape[0]
+            row[Counter.REQUESTS] += ids.size
+            row[Counter.HITS] += call.n_hits
+            row[Counter.MISSES] += call.n_misses
+            row[Counter.BYTES_READ] += call.bytes_read
+            row[Counter.EVICTIONS] += self.table.n_evictions - evictions
+            row[Counter.WAIT_NS] += call.wait_ns
+            row[Counter.COMPUTE_NS] += call.compute_ns
+            row[Counter.TOTAL_NS] += time.perf_counter_ns() - started
+
+
+class _Call:
+    """State of one layer call; see the module docstring for the order of events."""
+
+    def __init__(self, pool: ExpertPool, layer: int, routing: Routing, compute: Any) -> None:
+        self._pool, self._layer, self._routing, self._compute = pool, layer, routing, compute
+        self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
+        self._awaited: dict[Slot, int] = {}
+        self._todo: deque[int] = deque()
+        self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
+
+    def run(self) -> None:
+        """1. Find what is there. 2. Start reads. 3. Compute what is there. 4. Compute the rest as it arrives."""
+        ready = []
+        for i, expert in enumerate(self._routing.experts):
+            slot = self._pool.table.find(self._layer, int(expert))
+            if slot is None:
+                self._todo.append(i)
+                continue
+            self._pin(i, slot)
+            if slot.state is SlotState.READY:
+                ready.append(i)
+            else:
+                self._awaited[slot] = i
+        self.n_hits = len(ready)
+        self.n_misses = len(self._todo) + len(self._awaited)
+        self._start_reads()
+        self._run_kernel(ready)
+        while self._awaited or self._todo:
+            self._start_reads()
+            self._run_kernel(self._collect())
+            if self._pool._stop.is_set():
+                raise StoppedError("stopped")
+
+    def release(self) -> None:
+        """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
+        while self._awaited:
+            self._take(self._pool._store.completions.get(), raising=False)
+        for slot in self._pinned.values():
+            slot.pins -= 1
+        self._pinned.clear()
+
+    def _pin(self, i: int, slot: Slot) -> None:
+        slot.pins += 1
+        self._pinned[i] = slot
+
+    def _start_reads(self) -> None:
+        store, table = self._pool._store, self._pool.table
+        slot_bytes = self._pool._kernels[self._layer].slot_bytes
+        # More reservations than staging buffers would evict experts long before their memory is needed.
+        while self._todo and len(self._awaited) < 2 * store.depth:
+            slot = table.reserve(self._layer, int(self._routing.experts[self._todo[0]]), slot_bytes)
+            if slot is None:
+                break
+            i = self._todo.popleft()
+            self._pin(i, slot)
+            self._awaited[slot] = i
+            self.bytes_read += store.submit(slot).read_bytes
+        if self._todo and not self._awaited and not self._pinned:
+            raise BudgetError(
+                f"blk.{self._layer}: no room for an expert of {format_size(slot_bytes)}", hint="give more --ram"
+            )
+
+    def _collect(self) -> list[int]:
+        """Waits for at least one read, takes all that are there."""
+        if not self._awaited:
+            return []
+        started = time.perf_counter_ns()
+        arrived = [self._take(self._pool._store.completions.get())]
+        self.wait_ns += time.perf_counter_ns() - started
+        while not self._pool._store.completions.empty():
+            arrived.append(self._take(self._pool._store.completions.get()))
+        return [i for i in arrived if i is not None]
+
+    def _take(self, ticket: Ticket, *, raising: bool = True) -> int | None:
+        """Settles a finished read; returns its index if it belongs to this call."""
+        slot = ticket.slot
+        i = self._awaited.pop(slot, None)
+        if ticket.error is None:
+            slot.state = SlotState.READY
+            return i
+        if i is not None:
+            del self._pinned[i]
+            slot.pins -= 1
+        self._pool.table.discard(slot)
+        if raising and i is not None:
+            raise ticket.error
+        return None
+
+    def _run_kernel(self, indices: list[int]) -> None:
+        """Computes some of the call's experts and lets go of them."""
+        if not indices:
+            return
+        started = time.perf_counter_ns()
+        indices.sort()
+        self._compute([self._pinned[i] for i in indices], self._part(indices))
+        for i in indices:
+            self._pinned.pop(i).pins -= 1
+        self.compute_ns += time.perf_counter_ns() - started
+
+    def _part(self, indices: list[int]) -> Routing:
+        whole = self._routing
+        if len(indices) == len(whole.experts):
+            return whole
+        pieces = [np.arange(whole.starts[i], whole.starts[i + 1], dtype=np.int32) for i in indices]
+        pairs = np.concatenate(pieces)
+        starts = np.zeros(len(indices) + 1, np.int32)
+        np.cumsum([piece.size for piece in pieces], out=starts[1:])
+        return Routing(whole.experts[indices], starts, whole.x_rows[pairs], whole.out_rows[pairs])
+
+
+def floor_bytes(kernels: Mapping[int, FfnKernel], n_used: int) -> int:
+    """RAM below which no token can be computed with its experts protected: `n_used` slots of the largest layer."""
+    return n_used * max(-(-kernel.slot_bytes // 4096) * 4096 for kernel in kernels.values())
+
+
+def _ids(ids: View) -> I32:
+    """(T, K) view of a ggml tensor of shape (K, T)."""
+    k_used, n_tokens, _ = ids.ne
+    memory: Any = (C.c_char * ((n_tokens - 1) * ids.nb[1] + k_used * 4)).from_address(ids.address)
+    return np.ndarray((n_tokens, k_used), np.int32, memory, 0, (ids.nb[1], 4))

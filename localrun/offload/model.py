@@ -1,0 +1,300 @@
+"""Loads a `ModelSource` into llama.cpp with all routed experts on our device.
+
+llama.cpp gets metadata and a callback that fills dense tensors one by one (`llama_model_init_from_user`); expert tensors are
+placed into our device's weights buffer, which holds nothing. With this entry llama.cpp checks no shapes against the file and
+creates optional tensors that the model lacks, so both are handled here.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from localrun.errors import BudgetError, FormatError, LocalrunError, UnsupportedModelError
+from localrun.offload import ggml, llama_log
+from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
+from localrun.offload.experts import ExpertPool, floor_bytes
+from localrun.offload.ggml import Tensor
+from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
+from localrun.offload.store import ExpertStore
+from localrun.offload.telemetry import Telemetry
+from localrun.quant.source import PROJECTIONS, ModelSource
+from localrun.units import format_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadOptions:
+    """How a model is placed.
+
+    Attributes:
+        ram_bytes: RAM for experts, staging included; None: as much as all experts need.
+        n_threads: threads of the expert kernels.
+        math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
+        n_gpu_layers: layers of the dense model that llama.cpp puts on its GPU devices.
+        verify: compare checksums on an expert's first read.
+        progress: called with (tensors loaded, tensors in all) while dense tensors are read.
+    """
+
+    ram_bytes: int | None = None
+    n_threads: int = 1
+    math: Literal["int8", "f32"] = "int8"
+    n_gpu_layers: int = 0
+    verify: bool = True
+    progress: Callable[[int, int], None] | None = None
+
+
+class OffloadedModel:
+    """A loaded model: llama.cpp's handle and our experts. A context manager; `close` frees everything.
+
+    Attributes:
+        model: llama.cpp's `llama_model *`.
+        source: where the bytes come from.
+        pool: the experts, or None for a model that has none.
+    """
+
+    def __init__(self, source: ModelSource, model: Any, pool: ExpertPool, ram_bytes: int) -> None:
+        self.source = source
+        self.model = model
+        self.pool = pool
+        self.ram_bytes = ram_bytes
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Counters of the expert path."""
+        return self.pool.telemetry
+
+    def take_error(self) -> BaseException | None:
+        """Why the last `llama_decode` failed, if our device was the cause; asked once."""
+        return self.pool.take_error()
+
+    def request_stop(self) -> None:
+        """Ends the running decode at the next layer; any thread."""
+        self.pool.request_stop()
+
+    def clear_stop(self) -> None:
+        """Forgets an earlier stop request."""
+        self.pool.clear_stop()
+
+    def close(self) -> None:
+        """Frees llama.cpp's model and the experts. Contexts of the model must be freed before."""
+        if self.model is not None:
+            import llama_cpp
+
+            llama_cpp.llama_model_free(self.model)
+            self.model = None
+            self.pool.close()
+
+    def __enter__(self) -> OffloadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedModel:
+    """Loads the dense model and prepares the experts; no expert is read.
+
+    Raises:
+        BudgetError: `ram_bytes` is below one layer's experts.
+        FormatError, UnsupportedModelError: llama.cpp does not accept the model.
+        StoreError: a file can't be read.
+    """
+    llama_log.install()
+    device = expert_device()
+    pool, ram_bytes = _open_pool(source, options)
+    try:
+        with device.loading(pool):
+            model = _load(source, options, pool)
+    except BaseException:
+        pool.close()
+        raise
+    return OffloadedModel(source, model, pool, ram_bytes)
+
+
+def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool, int]:
+    if not source.moe_layers:
+        raise UnsupportedModelError(
+            f"{source.path}: no routed experts (blk.N.ffn_gate_exps)",
+            hint="localrun runs mixture-of-experts models; dense ones run in llama.cpp itself",
+        )
+    kernels = _make_kernels(source, options)
+    store = ExpertStore(source, kernels, verify=options.verify)
+    try:
+        n_used = _metadata_int(source, "expert_used_count")
+        all_bytes = sum(
+            moe.n_experts * -(-kernels[layer].slot_bytes // 4096) * 4096 for layer, moe in source.moe_layers.items()
+        )
+        if options.ram_bytes is None:
+            arena_bytes = all_bytes
+        else:
+            arena_bytes = min(all_bytes, options.ram_bytes - store.staging_bytes)
+            floor = floor_bytes(kernels, n_used)
+            if arena_bytes < floor:
+                raise BudgetError(
+                    f"--ram {format_size(options.ram_bytes)} is too little: one layer's {n_used} experts need "
+                    f"{format_size(floor)} and reading needs {format_size(store.staging_bytes)}",
+                    hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
+                )
+        pool = ExpertPool(source.moe_layers, kernels, store, arena_bytes, n_used)
+    except BaseException:
+        store.close()
+        raise
+    return pool, arena_bytes + store.staging_bytes
+
+
+def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, FfnKernel]:
+    """One kernel per distinct shape, shared by the layers that have it."""
+    limits = _clamp_limits(source)
+    made: dict[FfnSpec, FfnKernel] = {}
+    kernels = {}
+    for layer, moe in source.moe_layers.items():
+        spec = FfnSpec(moe.types, moe.n_embd, moe.n_ff, limits.get(layer, math.inf))
+        if spec not in made:
+            made[spec] = make_kernel(spec, math=options.math, n_threads=options.n_threads)
+        kernels[layer] = made[spec]
+    return kernels
+
+
+def _clamp_limits(source: ModelSource) -> Mapping[int, float]:
+    """llama.cpp clamps where the metadata's limit exceeds 1e-6 (llama-graph.cpp, build_moe_ffn)."""
+    values: Any = source.metadata.get(f"{source.metadata['general.architecture']}.swiglu_clamp_exp")
+    if values is None:
+        return {}
+    limits = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * (max(source.moe_layers) + 1)
+    return {layer: float(limit) for layer, limit in enumerate(limits) if float(limit) > 1e-6}
+
+
+def _metadata_int(source: ModelSource, key: str) -> int:
+    name = f"{source.metadata['general.architecture']}.{key}"
+    value = source.metadata.get(name)
+    if not isinstance(value, int) or value <= 0:
+        raise FormatError(f"{source.path}: metadata key {name} is {value!r}, not a positive integer")
+    return value
+
+
+def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool) -> Any:
+    import llama_cpp
+
+    lib = ggml.library()
+    llama_cpp.llama_backend_init()
+    header = source.gguf_header()
+    metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
+    if not metadata:
+        raise FormatError(f"{source.path}: llama.cpp does not accept the metadata: {llama_log.recent_errors()}")
+    filler = _Filler(source, pool, options.progress)
+    overrides = (ggml.TensorBuftOverride * 2)()
+    overrides[0].pattern = EXPERT_TENSORS.encode()
+    overrides[0].buft = expert_device().weights_buffer_type
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.use_extra_bufts = False
+    params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
+    callback = llama_cpp.llama_model_set_tensor_data_t(filler)
+    llama_log.clear()
+    try:
+        model = llama_cpp.llama_model_init_from_user(metadata, callback, None, params)
+    finally:
+        lib.gguf_free(metadata)
+    if filler.error is not None:
+        if model:
+            llama_cpp.llama_model_free(model)
+        raise filler.error
+    if not model:
+        raise UnsupportedModelError(f"{source.path}: llama.cpp can't load this model: {llama_log.recent_errors()}")
+    return model
+
+
+class _Filler:
+    """llama.cpp's callback: fills each tensor that it created. Errors are kept; after the first one nothing more is read."""
+
+    def __init__(self, source: ModelSource, pool: ExpertPool, progress: Callable[[int, int], None] | None) -> None:
+        self._source, self._pool, self._progress = source, pool, progress
+        self._lib = ggml.library()
+        self._n_dense = sum("_exps" not in name for name in source.tensors)
+        self._n_done = 0
+        self.error: BaseException | None = None
+
+    def __call__(self, address: int, user_data: Any) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._fill(address)
+        except BaseException as error:  # a callback from C: ctypes would swallow it
+            self.error = error
+
+    def _fill(self, address: int) -> None:
+        tensor = Tensor.from_address(address)
+        name = tensor.name.decode()
+        info = self._source.tensors.get(name)
+        if info is None:
+            self._fill_optional(address, name)
+            return
+        shape = tuple(tensor.ne)
+        # wo_a is stored as two dimensions and created as three (deepseek4.cpp): rows and elements must agree.
+        if shape[0] != info.shape[0] or math.prod(shape) != math.prod(info.shape) or tensor.type != info.type:
+            raise FormatError(
+                f"{self._source.path}: {name} is {info.type.name} {list(info.shape)}, llama.cpp expects "
+                f"{GGMLQuantizationType(tensor.type).name} {list(shape)}",
+                hint="the file does not fit its own metadata; convert it again",
+            )
+        weight = expert_weight(name)
+        if weight is not None and expert_device().is_expert_weight(address):
+            self._pool.adopt(address, weight)
+            return
+        self._set(address, name, self._source.read_tensor(name))
+        self._n_done += 1
+        if self._progress is not None:
+            self._progress(self._n_done, self._n_dense)
+
+    def _set(self, address: int, name: str, data: np.ndarray[Any, Any]) -> None:
+        expected = self._lib.ggml_nbytes(address)
+        if data.nbytes != expected:
+            raise FormatError(f"{self._source.path}: {name} has {data.nbytes} bytes, llama.cpp expects {expected}")
+        self._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
+
+    def _fill_optional(self, address: int, name: str) -> None:
+        """Tensors that `llama_model_init_from_user` creates although the model has none: neutral values."""
+        tensor = Tensor.from_address(address)
+        n = math.prod(tensor.ne)
+        if name == "output.weight" and "token_embd.weight" in self._source.tensors:
+            self._set(address, name, self._tied_output(tensor))
+        elif tensor.type == ggml.TYPE_F32 and name.endswith(("scale", "bias")):
+            self._set(address, name, np.full(n, 1.0 if name.endswith("scale") else 0.0, np.float32))
+        else:
+            raise FormatError(
+                f"{self._source.path}: tensor {name} {list(tensor.ne)} is missing", hint="convert or download it again"
+            )
+
+    def _tied_output(self, tensor: Tensor) -> np.ndarray[Any, Any]:
+        """A model without output.weight uses its token embeddings; llama.cpp created the tensor as F32."""
+        import gguf
+
+        info = self._source.tensors["token_embd.weight"]
+        raw = self._source.read_tensor("token_embd.weight")
+        rows = gguf.dequantize(raw.reshape(info.shape[1], -1), info.type)
+        if tensor.type != ggml.TYPE_F32 or rows.shape != (tensor.ne[1], tensor.ne[0]):
+            raise LocalrunError(
+                f"{self._source.path}: output.weight is missing and can't be made from token_embd.weight"
+            )
+        return np.ascontiguousarray(rows, np.float32)
+
+
+def expert_weight(name: str) -> Weight | None:
+    """`blk.3.ffn_up_exps.weight` -> Weight(3, 1); None for other tensors."""
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[3] != "weight" or not parts[2].endswith("_exps"):
+        return None
+    projection = parts[2].removeprefix("ffn_").removesuffix("_exps")
+    return Weight(int(parts[1]), PROJECTIONS.index(projection)) if projection in PROJECTIONS else None

@@ -1,0 +1,186 @@
+"""Bounded RAM for experts: one arena, a first-fit allocator, and the least-recently-used order.
+
+`Arena` hands out aligned ranges of one anonymous mapping whose size never changes; `SlotTable` maps (layer, expert) to ranges,
+evicts in LRU order and never touches a pinned slot. Neither knows files, formats or threads: all calls come from the decoding
+thread, which is the only one that changes residency; I/O threads only fill memory of slots that are in state LOADING.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes as C
+import itertools
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from localrun.errors import BudgetError
+from localrun.units import format_size
+
+ALIGNMENT = 4096
+"""Slots start at page boundaries, so that O_DIRECT may read straight into them."""
+
+
+class Arena:
+    """One anonymous mapping of fixed size; ranges of it by first fit, free neighbours merged.
+
+    The budget is a promise: nothing beyond `size_bytes` is ever mapped, and pages become resident only when first written.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes // ALIGNMENT * ALIGNMENT
+        if self.size_bytes <= 0:
+            raise BudgetError(f"{format_size(size_bytes)} of expert memory is less than one page")
+        self._map = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # 12 MiB slots read by streaming kernels: huge pages save TLB misses. A kernel without them says so by OSError.
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._anchor: C.c_char | None = C.c_char.from_buffer(self._map)
+        self.address = C.addressof(self._anchor)
+        self._free: list[tuple[int, int]] = [(0, self.size_bytes)]  # (offset, size), by offset
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes not allocated, possibly in several pieces."""
+        return sum(size for _, size in self._free)
+
+    def allocate(self, size_bytes: int) -> int | None:
+        """Address of a free range of at least that size, or None if no single hole is large enough."""
+        need = -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        for i, (offset, size) in enumerate(self._free):
+            if size >= need:
+                if size == need:
+                    del self._free[i]
+                else:
+                    self._free[i] = (offset + need, size - need)
+                return self.address + offset
+        return None
+
+    def release(self, address: int, size_bytes: int) -> None:
+        """Gives a range back; `size_bytes` as given to `allocate`."""
+        offset, size = address - self.address, -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        i = bisect.bisect_left(self._free, (offset, 0))
+        if i < len(self._free) and self._free[i][0] == offset + size:
+            size += self._free.pop(i)[1]
+        if i > 0 and sum(self._free[i - 1]) == offset:
+            offset, before = self._free.pop(i - 1)
+            size += before
+            i -= 1
+        self._free.insert(i, (offset, size))
+
+    def close(self) -> None:
+        """Unmaps. No slot address may be used afterwards."""
+        if self._anchor is not None:
+            self._anchor = None
+            self._map.close()
+
+
+class SlotState(Enum):
+    """LOADING: an I/O thread fills it; READY: kernels may read it."""
+
+    LOADING = "loading"
+    READY = "ready"
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One expert's place in RAM.
+
+    Attributes:
+        layer, expert: whose it is.
+        address: first byte, page-aligned.
+        size_bytes: packed size.
+        state: see `SlotState`.
+        pins: running calls that need it; a pinned slot is never evicted.
+    """
+
+    layer: int
+    expert: int
+    address: int
+    size_bytes: int
+    state: SlotState = SlotState.LOADING
+    pins: int = 0
+
+
+class SlotTable:
+    """Which experts are in RAM, in LRU order (first = coldest).
+
+    Args:
+        budget_bytes: size of the arena.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.arena = Arena(budget_bytes)
+        self._slots: OrderedDict[tuple[int, int], Slot] = OrderedDict()
+        self.n_evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(list(self._slots.values()))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes taken by slots, page rounding included."""
+        return self.arena.size_bytes - self.arena.free_bytes
+
+    def find(self, layer: int, expert: int) -> Slot | None:
+        """The expert's slot, made the most recently used one; it may still be LOADING."""
+        slot = self._slots.get((layer, expert))
+        if slot is not None:
+            self._slots.move_to_end((layer, expert))
+        return slot
+
+    def peek(self, layer: int, expert: int) -> Slot | None:
+        """The expert's slot without touching the order."""
+        return self._slots.get((layer, expert))
+
+    def reserve(self, layer: int, expert: int, size_bytes: int, *, evict: bool = True) -> Slot | None:
+        """A LOADING slot for an expert that has none, evicting unpinned READY slots, coldest first.
+
+        Args:
+            evict: False: only free memory (guesses must not displace what was used).
+
+        Returns:
+            The slot, or None if everything that is left is pinned or loading.
+        """
+        address = self.arena.allocate(size_bytes)
+        while address is None:
+            if not evict or not self._evict_coldest():
+                return None
+            address = self.arena.allocate(size_bytes)
+        slot = Slot(layer, expert, address, size_bytes)
+        self._slots[layer, expert] = slot
+        return slot
+
+    def discard(self, slot: Slot) -> None:
+        """Frees a slot whatever its state; for failed reads and for experts that live elsewhere now."""
+        del self._slots[slot.layer, slot.expert]
+        self.arena.release(slot.address, slot.size_bytes)
+
+    def _evict_coldest(self) -> bool:
+        for slot in self._slots.values():
+            if slot.pins == 0 and slot.state is SlotState.READY:
+                self.discard(slot)
+                self.n_evictions += 1
+                return True
+        return False
+
+    def check(self) -> None:
+        """Asserts that slots do not overlap, lie in the arena, and that used plus free is everything."""
+        ranges = sorted(
+            (s.address, s.address + -(-s.size_bytes // ALIGNMENT) * ALIGNMENT) for s in self._slots.values()
+        )
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "slots overlap"
+        assert all(self.arena.address <= a and b <= self.arena.address + self.arena.size_bytes for a, b in ranges)
+        assert sum(b - a for a, b in ranges) + self.arena.free_bytes == self.arena.size_bytes, "bytes lost"
+
+    def close(self) -> None:
+        """Frees all memory."""
+        self._slots.clear()
+        self.arena.close()

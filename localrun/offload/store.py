@@ -1,0 +1,334 @@
+"""Reads experts from files into slots: positional reads, O_DIRECT where the file system has it, several in flight.
+
+One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is cut into pieces of a few
+MiB which I/O threads ("lanes") fetch in parallel: one read in flight leaves about a third of an NVMe drive idle. The thread that
+finishes an expert's last piece decodes (official formats to ggml rows), verifies the checksum once per expert, and packs the
+rows into the slot in the kernel's layout. No mmap: the kernel's read-ahead knows nothing of experts.
+
+`submit` and `completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import errno
+import logging
+import mmap
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from localrun.errors import ChecksumError, LocalrunError, StoreError
+from localrun.offload.slots import Slot
+from localrun.quant.source import PROJECTIONS, Encoding, ModelSource, Projection
+
+log = logging.getLogger(__name__)
+
+PAGE = 4096
+PIECE_BYTES = 4 << 20
+"""Largest single read. Published and own measurements: 2-4 MB pieces, 8-16 in flight, saturate NVMe (docs/architecture.md)."""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Packer(Protocol):
+    """What the store needs of a kernel: the slot's layout."""
+
+    slot_bytes: int
+    raw_is_packed: bool
+
+    def pack(self, raw: Bytes, slot: int) -> None:
+        """raw: gate|up|down ggml rows, contiguous; slot: address."""
+        ...
+
+
+class _Buffer:
+    """Page-aligned memory of one expert read in flight."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._map = mmap.mmap(-1, -(-size_bytes // PAGE) * PAGE)
+        self.view = memoryview(self._map)
+        self.array: Bytes = np.frombuffer(self._map, np.uint8)
+
+
+@dataclass(slots=True)
+class _Piece:
+    ticket: Ticket
+    fd: int
+    file: int
+    offset: int
+    target: memoryview
+    need: int  # bytes that must arrive; the rest of an aligned read may lie past the end of the file
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One expert's read on its way. `error` is set before the ticket appears in `completions`."""
+
+    slot: Slot
+    projections: tuple[Projection, Projection, Projection]
+    error: Exception | None = None
+    _left: int = 0
+    _buffer: _Buffer | None = None
+    _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def read_bytes(self) -> int:
+        """Payload bytes in the files."""
+        return sum(extent.n_bytes for projection in self.projections for extent in projection.extents)
+
+
+class ExpertStore:
+    """The I/O side of the expert path.
+
+    Owns file descriptors, lanes and staging buffers; `staging_bytes` counts towards the RAM budget.
+
+    Args:
+        source: where experts lie.
+        packers: kernel of each layer.
+        n_lanes: reads in flight.
+        n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
+        verify: compare checksums on an expert's first read, where the source has them.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        packers: Mapping[int, Packer],
+        *,
+        n_lanes: int = 8,
+        n_buffers: int = 4,
+        verify: bool = True,
+    ) -> None:
+        self._source = source
+        self._packers = packers
+        self._verify = verify
+        self._verified: set[tuple[int, int]] = set()
+        self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: deque[Ticket] = deque()
+        self._files = [_open(os.fspath(path)) for path in source.files]
+        buffer_bytes = max((_staging_bytes(source.expert(layer, 0)) for layer in source.moe_layers), default=PAGE)
+        # Decoded or unaligned experts are put together in a second buffer before they are packed.
+        copies = 1 if all(_reads_contiguously(source, layer) for layer in source.moe_layers) else 2
+        self.staging_bytes = n_buffers * buffer_bytes * copies
+        self.depth = n_buffers
+        self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
+        self._lanes = [
+            threading.Thread(target=self._lane, name=f"localrun-io-{i}", daemon=True) for i in range(n_lanes)
+        ]
+        for lane in self._lanes:
+            lane.start()
+
+    @property
+    def direct(self) -> bool:
+        """True if all files are read past the page cache."""
+        return all(handle.direct for handle in self._files)
+
+    def submit(self, slot: Slot) -> Ticket:
+        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not."""
+        ticket = Ticket(slot, self._source.expert(slot.layer, slot.expert))
+        with self._lock:
+            self._waiting.append(ticket)
+        self._start_waiting()
+        return ticket
+
+    def close(self) -> None:
+        """Ends the lanes after the reads under way and closes the files."""
+        with self._lock:
+            self._waiting.clear()
+        for _ in self._lanes:
+            self._pieces.put(None)
+        for lane in self._lanes:
+            lane.join()
+        for handle in self._files:
+            os.close(handle.fd)
+        self._files = []
+
+    # -- lanes ---------------------------------------------------------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        """Moves waiting tickets to free buffers and their pieces to the lanes."""
+        while True:
+            with self._lock:
+                if not self._waiting or not self._buffers:
+                    return
+                ticket, buffer = self._waiting.popleft(), self._buffers.pop()
+            ticket._buffer = buffer
+            pieces = self._cut(ticket, buffer)
+            ticket._left = len(pieces)
+            for piece in pieces:
+                self._pieces.put(piece)
+
+    def _cut(self, ticket: Ticket, buffer: _Buffer) -> list[_Piece]:
+        pieces = []
+        position = 0
+        for projection in ticket.projections:
+            for extent in projection.extents:
+                handle = self._files[extent.file]
+                grain = PAGE if handle.direct else 1
+                start = extent.offset // grain * grain
+                end = -(-(extent.offset + extent.n_bytes) // grain) * grain
+                ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
+                for at in range(start, end, PIECE_BYTES):
+                    size = min(PIECE_BYTES, end - at)
+                    need = min(size, extent.offset + extent.n_bytes - at)
+                    target = buffer.view[position + at - start : position + at - start + size]
+                    pieces.append(_Piece(ticket, handle.fd, extent.file, at, target, need))
+                position += -(-(end - start) // PAGE) * PAGE
+        return pieces
+
+    def _lane(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            ticket = piece.ticket
+            if ticket.error is None:
+                try:
+                    self._read(piece)
+                except Exception as error:  # whatever it is belongs to the decoding thread
+                    ticket.error = error
+            with ticket._lock:
+                ticket._left -= 1
+                last = ticket._left == 0
+            if last:
+                self._finish(ticket)
+
+    def _read(self, piece: _Piece) -> None:
+        done = 0
+        while done < piece.need:
+            try:
+                n = os.preadv(piece.fd, [piece.target[done:]], piece.offset + done)
+            except OSError as error:
+                if error.errno == errno.EINTR:
+                    continue
+                raise StoreError(
+                    f"{self._source.files[piece.file]}: reading {len(piece.target)} bytes at {piece.offset}: {error.strerror}",
+                    hint="check the drive (dmesg) and run `localrun verify` on the model",
+                ) from error
+            if n == 0:
+                raise StoreError(
+                    f"{self._source.files[piece.file]}: ends before byte {piece.offset + piece.need}",
+                    hint="the file was cut off after it was opened; copy it again and run `localrun verify`",
+                )
+            done += n
+
+    def _finish(self, ticket: Ticket) -> None:
+        buffer = ticket._buffer
+        assert buffer is not None
+        try:
+            if ticket.error is None:
+                self._fill(ticket, buffer)
+        except Exception as error:
+            ticket.error = error
+        ticket._buffer = None
+        with self._lock:
+            self._buffers.append(buffer)
+        self.completions.put(ticket)
+        self._start_waiting()
+
+    def _fill(self, ticket: Ticket, buffer: _Buffer) -> None:
+        slot, packer = ticket.slot, self._packers[ticket.slot.layer]
+        payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
+        rows: list[Bytes] = []
+        for projection in ticket.projections:
+            raw = [payloads.pop(0) for _ in projection.extents]
+            rows.append(raw[0] if projection.encoding is Encoding.GGML else decode(projection, raw[0], raw[1]))
+        key = (slot.layer, slot.expert)
+        if self._verify and key not in self._verified:
+            self._check(ticket, rows)
+            self._verified.add(key)
+        if packer.raw_is_packed:
+            memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
+            target = np.frombuffer(memory, np.uint8)
+            at = 0
+            for row in rows:
+                target[at : at + row.size] = row
+                at += row.size
+        else:
+            packer.pack(_contiguous(rows, ticket._payloads, buffer), slot.address)
+
+    def _check(self, ticket: Ticket, rows: list[Bytes]) -> None:
+        for name, projection, row in zip(PROJECTIONS, ticket.projections, rows, strict=True):
+            if projection.checksum is not None and xxhash.xxh3_64_hexdigest(row.data) != projection.checksum:
+                extent = projection.extents[0]
+                raise ChecksumError(
+                    f"{self._source.files[extent.file]}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
+                    f"{ticket.slot.expert} differs from its checksum",
+                    hint="the file is damaged; run `localrun verify` to see how much, then copy or convert it again",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    fd: int
+    direct: bool
+
+
+def _open(path: str) -> _Handle:
+    """Opens for reading with O_DIRECT if a real read through it works (tmpfs and some network file systems refuse)."""
+    direct_flag = getattr(os, "O_DIRECT", 0)
+    if direct_flag:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct_flag)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise _open_error(path, error) from error
+        else:
+            try:
+                os.preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
+                return _Handle(fd, True)
+            except OSError:
+                os.close(fd)
+    try:
+        return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), False)
+    except OSError as error:
+        raise _open_error(path, error) from error
+
+
+def _open_error(path: str, error: OSError) -> StoreError:
+    return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
+
+
+def _staging_bytes(projections: tuple[Projection, Projection, Projection]) -> int:
+    """Largest space that an expert's aligned reads can take."""
+    return sum((-(-extent.n_bytes // PAGE) + 1) * PAGE for projection in projections for extent in projection.extents)
+
+
+def _reads_contiguously(source: ModelSource, layer: int) -> bool:
+    return all(
+        projection.encoding is Encoding.GGML and extent.offset % PAGE == 0 and extent.n_bytes % PAGE == 0
+        for projection in source.expert(layer, 0)
+        for extent in projection.extents
+    )
+
+
+def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: _Buffer) -> Bytes:
+    """gate|up|down as one array: a view where the reads already lie back to back, a copy otherwise."""
+    if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
+        return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]
+    return np.concatenate(rows)
+
+
+def decode(projection: Projection, weights: Bytes, scales: Bytes) -> Bytes:
+    """Official FP4 or FP8 bytes of one projection as ggml rows of `projection.type`, flat.
+
+    Raises:
+        FormatError: NaN scales, or a scale that the target can't hold.
+    """
+    from localrun.quant.formats import decode_projection
+
+    try:
+        return decode_projection(projection, weights, scales)
+    except LocalrunError:
+        raise
+    except Exception as error:
+        raise StoreError(f"decoding {projection.encoding.value} failed: {error}") from error

@@ -1,0 +1,87 @@
+"""What a prompt is made of: special tokens and text, kept apart so that text can never become a special token.
+
+The official encoder builds one string and lets the tokenizer find the role tokens in it; a user who types `<｜User｜>`
+then writes a role token. Here a prompt is a sequence of `Special` (one token of the vocabulary, by its string) and
+`Text` (ordinary text from anyone, to be tokenised with no added token matched inside it).
+
+A tokenizer splits its input at added tokens before it does anything else, so tokenising part by part gives exactly the
+ids of the whole string, provided that neighbouring texts are one part: `merge_texts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+LATEST_REMINDER = "<｜latest_reminder｜>"
+THINK_START = "<think>"
+THINK_END = "</think>"
+DSML = "｜DSML｜"
+EXTRACTED_URL = "<｜extracted_url｜>"
+TASK_TOKENS: Mapping[str, str] = MappingProxyType(
+    {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+)
+"""Quick-instruction tasks and the tokens that ask for them."""
+
+PROTOCOL_TOKENS = (
+    *(BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, THINK_START, THINK_END, DSML, EXTRACTED_URL),
+    *TASK_TOKENS.values(),
+)
+"""Every special token that the encoder writes or the stream parser understands."""
+
+_PROTOCOL_TOKEN = re.compile("(" + "|".join(re.escape(token) for token in PROTOCOL_TOKENS) + ")")
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """One token of the vocabulary, named by its string."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text to be tokenised as ordinary text, whatever it looks like."""
+
+    text: str
+
+
+Part: TypeAlias = Special | Text
+
+
+def split_protocol_text(text: str) -> list[Part]:
+    """Parts of a text of our own (a fixed header), in which token strings do mean tokens."""
+    pieces = _PROTOCOL_TOKEN.split(text)
+    parts: list[Part] = []
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            parts.append(Special(piece))
+        elif piece:
+            parts.append(Text(piece))
+    return parts
+
+
+def merge_texts(parts: Iterable[Part]) -> list[Part]:
+    """The same prompt with neighbouring texts joined and empty ones left out."""
+    merged: list[Part] = []
+    for part in parts:
+        if isinstance(part, Text):
+            if not part.text:
+                continue
+            if merged and isinstance(last := merged[-1], Text):
+                merged[-1] = Text(last.text + part.text)
+                continue
+        merged.append(part)
+    return merged
+
+
+def render(parts: Iterable[Part]) -> str:
+    """The string that the official encoder would give: for tests and for people, not for tokenising."""
+    return "".join(part.token if isinstance(part, Special) else part.text for part in parts)

@@ -113,6 +113,11 @@ class ExpertDevice:
         """Address of the buffer type for `tensor_buft_overrides`."""
         return C.addressof(self._weights_type)
 
+    @property
+    def n_buffers(self) -> int:
+        """Weights buffers that llama.cpp has not freed."""
+        return len(self._memory)
+
     @contextmanager
     def loading(self, owner: Owner) -> Iterator[None]:
         """While open, weights buffers that llama.cpp allocates belong to `owner`. One load at a time per process."""

@@ -155,6 +155,7 @@ class ExpertPool:
                 f"({format_size(floor)}) that every token needs",
                 hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
             )
+        self.floor_bytes = floor
         self.table = SlotTable(budget_bytes)
         self.telemetry = Telemetry(max(layers) + 1)
         self._weights: dict[int, Weight] = {}
@@ -202,6 +203,15 @@ class ExpertPool:
         """See `device.Owner`; the first cause is kept."""
         if self._error is None:
             self._error = error
+
+    def kernel(self, layer: int) -> FfnKernel:
+        """The layer's arithmetic."""
+        return self._kernels[layer]
+
+    @property
+    def staging_bytes(self) -> int:
+        """RAM of reads in flight."""
+        return self._store.staging_bytes
 
     # -- for the engine ------------------------------------------------------------------------------------------------
 

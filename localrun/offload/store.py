@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import preadv
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,7 +207,7 @@ class ExpertStore:
         done = 0
         while done < piece.need:
             try:
-                n = os.preadv(piece.fd, [piece.target[done:]], piece.offset + done)
+                n = preadv(piece.fd, [piece.target[done:]], piece.offset + done)
             except OSError as error:
                 if error.errno == errno.EINTR:
                     continue
@@ -284,7 +285,7 @@ def _open(path: str) -> _Handle:
                 raise _open_error(path, error) from error
         else:
             try:
-                os.preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
+                preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
                 return _Handle(fd, True)
             except OSError:
                 os.close(fd)

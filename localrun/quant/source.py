@@ -168,11 +168,14 @@ def open_model(path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType
         FormatError: damaged or inconsistent files.
         UnsupportedModelError: a sound model of a kind that localrun does not run.
     """
-    from localrun.quant.checkpoint_source import CheckpointSource
+    if not path.exists():
+        raise FormatError(
+            f"{path}: no such file or directory", hint="give a converted directory, a GGUF file or a checkpoint directory"
+        )
+    if path.is_dir() and (path / "config.json").is_file():
+        from localrun.quant.checkpoint_source import CheckpointSource
+
+        return CheckpointSource.open(path, dense=dense)
     from localrun.quant.gguf_source import GgufSource
 
-    if not path.exists():
-        raise FormatError(f"{path}: no such file or directory", hint="give a converted directory, a GGUF file or a checkpoint directory")
-    if path.is_dir() and (path / "config.json").is_file():
-        return CheckpointSource.open(path, dense=dense)
     return GgufSource.open(path)

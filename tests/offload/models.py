@@ -1,0 +1,62 @@
+"""Small models and a decoder for the tests of the expert path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.engine.llama import Context
+from localrun.engine.protocol import EngineOptions
+from localrun.offload.model import OffloadedModel
+from tests.gguf_models import TinyDeepseek4, write_deepseek4
+
+F32 = npt.NDArray[np.float32]
+
+MODEL = TinyDeepseek4(ratios=(0, 4, 128, 4), n_experts=16, n_used=3)
+TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, MODEL.vocab, 150)]
+
+
+def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> Path:
+    """A tiny random model as one GGUF."""
+    return write_deepseek4(folder / "model.gguf", model, **options)[0]
+
+
+def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64) -> F32:
+    """(T, n_vocab) logits of a fresh context, `batch` tokens at a time.
+
+    Raises:
+        BaseException: what our device kept as the cause, if a decode failed.
+    """
+    context = Context(model.model, EngineOptions(n_batch=256), n_ctx=512, n_threads=2, all_logits=True)
+    try:
+        rows = []
+        for at in range(0, len(tokens), batch):
+            part = tokens[at : at + batch]
+            code = context.decode(part, at, all_logits=True)
+            if code:
+                raise model.take_error() or AssertionError(f"llama_decode gave {code} without a cause")
+            rows += [context.logits(i).copy() for i in range(len(part))]
+        return np.stack(rows)
+    finally:
+        context.close()
+
+
+def mean_kl(reference: F32, other: F32) -> float:
+    """Mean over positions of KL(reference || other), from logits."""
+
+    def log_softmax(x: F32) -> npt.NDArray[np.float64]:
+        y = x.astype(np.float64)
+        y -= y.max(-1, keepdims=True)
+        return y - np.log(np.exp(y).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def floor_ram(model: OffloadedModel) -> int:
+    """Smallest `ram_bytes` that the model opens with."""
+    pool = model.pool
+    return pool.floor_bytes + pool.staging_bytes

@@ -1,0 +1,115 @@
+"""Faults in the middle of an answer: the cause is named, the cache keeps no half-filled slot, and the model goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localrun.errors import ChecksumError, StoreError
+from localrun.offload import store as store_module
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.slots import SlotState
+from localrun.quant.source import open_model
+from tests.offload.models import floor_ram, logits, write_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[OffloadedModel]:
+    """A model whose RAM holds one layer's experts, so that every call reads."""
+    source = open_model(write_model(tmp_path))
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as probe:
+        floor = floor_ram(probe)
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as opened:
+        yield opened
+
+
+class FailingReads:
+    """`os.preadv` that does as told at the n-th call and is real otherwise."""
+
+    def __init__(self, at: int, what: Callable[..., int]) -> None:
+        self.calls, self._at, self._what = 0, at, what
+
+    def __call__(self, fd: int, buffers: list[Any], offset: int) -> int:
+        self.calls += 1
+        return self._what(fd, buffers, offset) if self.calls == self._at else os.preadv(fd, buffers, offset)
+
+
+def io_error(fd: int, buffers: list[Any], offset: int) -> int:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def end_of_file(fd: int, buffers: list[Any], offset: int) -> int:
+    return 0
+
+
+@pytest.mark.parametrize("at", [1, 5, 40])
+@pytest.mark.parametrize(("what", "message"), [(io_error, "Input/output error"), (end_of_file, "ends before byte")])
+def test_failed_read_ends_the_answer_and_leaves_a_clean_cache(
+    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch, what: Callable[..., int], message: str, at: int
+) -> None:
+    expected = logits(model, batch=5)
+    reads = FailingReads(at, what)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "preadv", reads)
+        with pytest.raises(StoreError, match=message) as caught:
+            logits(model, batch=5)
+    assert "model.gguf" in str(caught.value)
+    assert caught.value.hint is not None
+    model.pool.table.check()
+    assert all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.table)
+    np.testing.assert_array_equal(logits(model, batch=5), expected)
+
+
+def test_short_reads_are_continued(model: OffloadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = logits(model, batch=5)
+
+    def half(fd: int, buffers: list[Any], offset: int) -> int:
+        size = max(4096, len(buffers[0]) // 2 // 4096 * 4096)
+        return os.preadv(fd, [buffers[0][:size]], offset)
+
+    monkeypatch.setattr(store_module, "preadv", half)
+    np.testing.assert_array_equal(logits(model, batch=5), expected)
+
+
+def test_file_cut_off_while_open_is_a_clear_error(model: OffloadedModel) -> None:
+    path = model.source.files[0]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(StoreError, match="ends before byte"):
+        logits(model)
+
+
+def test_vanished_file_does_not_disturb_an_open_model(model: OffloadedModel) -> None:
+    expected = logits(model, batch=5)
+    model.source.files[0].unlink()
+    np.testing.assert_array_equal(logits(model, batch=5), expected)
+
+
+def test_damaged_expert_is_found_by_its_checksum_on_first_read(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    source = open_model(write_model(tmp_path))
+    real = source.expert
+
+    def wrong(layer: int, expert: int) -> Any:
+        gate, up, down = real(layer, expert)
+        return gate, replace(up, checksum="0" * 16), down
+
+    source.expert = wrong  # type: ignore[method-assign]
+    with (
+        open_offloaded(source, OffloadOptions(n_threads=2)) as model,
+        pytest.raises(ChecksumError, match=r"ffn_up_exps\.weight: expert \d+ differs"),
+    ):
+        logits(model)
+
+
+def test_missing_file_is_reported_at_load(tmp_path: Path) -> None:
+    source = open_model(write_model(tmp_path))
+    source.files[0].unlink()
+    with pytest.raises(StoreError, match="No such file"):
+        open_offloaded(source, OffloadOptions(n_threads=2))

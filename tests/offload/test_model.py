@@ -1,0 +1,155 @@
+"""The expert path end to end: real llama.cpp, real files, our device. Budgets, batches and orders must not change answers."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QT
+
+from localrun.engine.llama import StockModel
+from localrun.errors import BudgetError, DecodeError
+from localrun.offload.device import StoppedError, expert_device
+from localrun.offload.model import OffloadOptions, open_offloaded
+from localrun.quant.source import open_model
+from tests.gguf_models import TinyDeepseek4
+from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_f32_experts_agree_with_llama_cpp_to_rounding(tmp_path: Path) -> None:
+    path = write_model(tmp_path, TinyDeepseek4(ratios=(0, 4, 128), expert_type=QT.F32, dense_type=QT.F32))
+    stock = StockModel(path)
+    expected = logits(stock)
+    stock.close()
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2, math="f32")) as model:
+        found = logits(model)
+    assert (expected.argmax(-1) == found.argmax(-1)).mean() >= 0.99
+    assert mean_kl(expected, found) < 1e-6
+
+
+def test_eight_bit_experts_are_as_close_as_llama_cpps(model_path: Path) -> None:
+    """Both round activations to 8 bits, differently; neither may stray further from exact arithmetic than the other + 20 %."""
+    source = open_model(model_path)
+    stock = StockModel(model_path)
+    theirs = logits(stock)
+    stock.close()
+    with open_offloaded(source, OffloadOptions(n_threads=2, math="f32")) as model:
+        exact = logits(model)
+    with open_offloaded(source, OffloadOptions(n_threads=2, math="int8")) as model:
+        ours = logits(model)
+    assert mean_kl(exact, ours) <= 1.2 * mean_kl(exact, theirs) + 1e-7
+
+
+@pytest.mark.parametrize("math", ["f32", "int8"])
+def test_any_ram_budget_gives_identical_logits(model_path: Path, math: str) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2, math=math)) as model:  # type: ignore[arg-type]
+        expected, floor, everything = logits(model, batch=8), floor_ram(model), model.ram_bytes
+    for ram in (floor, (floor + everything) // 2, everything):
+        with open_offloaded(source, OffloadOptions(ram_bytes=ram, n_threads=2, math=math)) as model:  # type: ignore[arg-type]
+            np.testing.assert_array_equal(logits(model, batch=8), expected)
+            model.pool.table.check()
+            assert model.pool.table.arena.size_bytes + model.pool.staging_bytes <= ram
+            totals = model.telemetry.totals()
+            assert (totals.evictions > 0) == (ram < everything)
+            assert totals.misses * MODEL_EXPERT_BYTES == totals.bytes_read
+
+
+MODEL_EXPERT_BYTES = 3 * MODEL.n_embd * MODEL.n_ff // 32 * 17  # MXFP4: 17 bytes per 32 weights
+
+
+def test_chunks_and_single_tokens_agree_as_far_as_llama_cpps_do(model_path: Path) -> None:
+    """llama.cpp's own dense kernels differ between batch sizes, which tips near-ties of the indexer on a random model."""
+    stock = StockModel(model_path)
+    whole = logits(stock, batch=150)
+    theirs = max(mean_kl(whole, logits(stock, batch=batch)) for batch in (1, 37))
+    stock.close()
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2, math="f32")) as model:
+        whole = logits(model, batch=150)
+        ours = max(mean_kl(whole, logits(model, batch=batch)) for batch in (1, 37))
+    assert ours <= 1.2 * theirs + 1e-6
+
+
+def test_a_chunk_reads_each_expert_at_most_once(model_path: Path) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        floor = floor_ram(model)
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
+        logits(model, batch=150)
+        for row in model.telemetry.layers():
+            assert row["calls"] == 1
+            assert row["hits"] + row["misses"] <= MODEL.n_experts
+
+
+def test_budget_below_one_layers_experts_is_refused_with_the_number_that_works(model_path: Path) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        floor = floor_ram(model)
+    with pytest.raises(BudgetError) as caught:
+        open_offloaded(source, OffloadOptions(ram_bytes=floor - 1, n_threads=2))
+    assert caught.value.hint is not None
+    assert "--ram at least" in caught.value.hint
+
+
+def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_on(model_path: Path) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+        expected = logits(model)
+        kernel = model.pool.kernel(1)
+        original = kernel.run
+
+        def broken(*args: object) -> None:
+            raise ZeroDivisionError("kernel broke")
+
+        kernel.run = broken  # type: ignore[method-assign,assignment]
+        try:
+            with pytest.raises(ZeroDivisionError, match="kernel broke"):
+                logits(model)
+        finally:
+            kernel.run = original  # type: ignore[method-assign]
+        np.testing.assert_array_equal(logits(model), expected)
+
+
+def test_stop_request_ends_the_decode_and_can_be_cleared(model_path: Path) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+        model.request_stop()
+        with pytest.raises(StoppedError):
+            logits(model)
+        model.clear_stop()
+        assert logits(model).shape == (150, MODEL.vocab)
+
+
+def test_models_open_one_after_another_and_leave_nothing(model_path: Path) -> None:
+    device = expert_device()
+    source = open_model(model_path)
+    for _ in range(3):
+        model = open_offloaded(source, OffloadOptions(n_threads=2))
+        logits(model, batch=150)
+        model.close()
+    gc.collect()
+    assert device.n_buffers == 0
+
+
+def test_two_open_models_do_not_mix_up_their_experts(model_path: Path, tmp_path: Path) -> None:
+    other_path = write_model(tmp_path, seed=5)
+    options = OffloadOptions(n_threads=2)
+    with (
+        open_offloaded(open_model(model_path), options) as first,
+        open_offloaded(open_model(other_path), options) as other,
+    ):
+        alone = logits(first)
+        assert np.abs(logits(other) - alone).max() > 1e-3
+        np.testing.assert_array_equal(logits(first), alone)
+
+
+def test_routing_table_out_of_range_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    from localrun.offload.experts import route
+
+    with pytest.raises(DecodeError, match="outside"):
+        route(np.array([[0, 99]], np.int32), 16)

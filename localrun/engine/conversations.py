@@ -401,7 +401,13 @@ class ConversationStore:
         return int(row[0]) if row else None
 
     def _move_head(self, conversation_id: int, message_id: int) -> None:
+        """Sets the head and, for `show`, every ancestor's active child."""
+        (parent_id,) = self._db.execute("SELECT parent_id FROM messages WHERE id = ?", (message_id,)).fetchone()
+        (head,) = self._db.execute("SELECT head FROM conversations WHERE id = ?", (conversation_id,)).fetchone()
         self._db.execute("UPDATE conversations SET head = ? WHERE id = ?", (message_id, conversation_id))
+        if parent_id is not None and parent_id == head:  # the common case: ancestors are on view already
+            self._db.execute("UPDATE messages SET active_child = ? WHERE id = ?", (message_id, parent_id))
+            return
         self._db.execute(
             "WITH RECURSIVE up(id, parent_id) AS ("
             " SELECT id, parent_id FROM messages WHERE id = ?"

@@ -52,6 +52,10 @@ class DecodeError(LocalrunError, RuntimeError):
     """llama.cpp or our device failed in the middle of a batch; the session must be rewound."""
 
 
+class StoppedError(DecodeError):
+    """The user stopped the running command; not a fault."""
+
+
 class ContextFullError(LocalrunError, RuntimeError):
     """The tokens do not fit into the context that the session was opened with."""
 

@@ -67,10 +67,6 @@ _Inbox = queue.SimpleQueue[Event | LocalrunError]
 _E = TypeVar("_E", bound=Event)
 
 
-class StoppedError(LocalrunError):
-    """A command other than Generate was stopped by `EngineProcess.stop`."""
-
-
 class EngineProcess:
     """One engine process and the model in it; a new process is started when one is needed.
 
@@ -293,7 +289,7 @@ class EngineProcess:
 
     def _start(self) -> None:
         self._log = deque(maxlen=LOG_LINES)
-        # -P and an explicit path: the worker is this very package, and no file in the working directory shadows a module.
+        # -P and an explicit path: the worker is this package, and no file in the working directory shadows a module.
         path = [str(Path(localrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "localrun.engine.worker"],
@@ -365,15 +361,15 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
     hint = "the next question starts it again"
     if code == -signal.SIGKILL:
         hint = "probably out of memory: give a smaller --ram or --context"
-    # The reason of an abort is the library's own last words; Python's fatal error report follows it.
-    reasons = [line for line in log if "GGML_ASSERT" in line or "error" in line.lower()]
-    last = f": {reasons[-1].strip()}" if reasons else ""
+    # An abort prints its reason first (`file.cpp:12: GGML_ASSERT(...) failed`), then the stack.
+    reasons = [line.strip() for line in log if "GGML_ASSERT" in line or "GGML_ABORT" in line or ": fatal error" in line]
+    last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
     return EngineDiedError(f"the engine process {how}{last}", hint=hint)
 
 
 def _as_error(event: Failed) -> LocalrunError:
     """The exception that `event` tells of, with the engine's traceback as a note."""
-    kind = getattr(errors, event.kind, StoppedError if event.kind == "Stopped" else LocalrunError)
+    kind = getattr(errors, event.kind, LocalrunError)
     error: LocalrunError = kind(event.message, hint=event.hint)
     if event.trace:
         error.add_note(event.trace)

@@ -26,7 +26,8 @@ from localrun.errors import LocalrunError
 Json = Any
 """A JSON value: None, bool, int, float, str, a list or a str-keyed dict of such."""
 
-ThinkMode = Literal["off", "high", "max"]
+ThinkMode = str
+"""`off`, `high`, `max`, or another one of `ModelFacts.think_modes`."""
 Gpu = str
 """`auto`, `none`, or the name of a ggml device."""
 
@@ -105,6 +106,7 @@ class ModelFacts:
     expert_bytes: int
     ram_bytes: int
     has_tokenizer: bool
+    think_modes: tuple[str, ...] = ("off",)
     n_expert_slots: int = 0
 
 
@@ -173,6 +175,7 @@ class Generate(Command):
         tools: OpenAI `function` objects.
         response_format: a JSON schema that the answer is asked to follow.
         task: name of a quick-instruction task.
+        resume: the last message is an answer that was cut off and shall be continued.
         ignore_eos: go on after the end token (measurements).
     """
 
@@ -184,13 +187,14 @@ class Generate(Command):
     tools: tuple[Mapping[str, Json], ...] = ()
     response_format: Mapping[str, Json] | None = None
     task: str | None = None
+    resume: bool = False
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop(Command):
     """Ends the running command `target` within one layer's time; too late or unknown targets are ignored. Has no event
-    of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="Stopped")`."""
+    of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="StoppedError")`."""
 
     target: int
 
@@ -280,24 +284,34 @@ class PromptProgress(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta(Event):
-    """A piece of the answer: whole characters, in order. Concatenated per kind they are the reasoning and the text.
+    """A piece of the answer: whole characters, in order.
 
-    `tokens` are the ids sampled since the last Delta or ToolCall; they may be empty or run ahead of the text (a
-    character can take several tokens).
+    Concatenated per kind they are the reasoning, the text, and the JSON arguments of the tool call that is being written (shown
+    while it lasts; the ToolCall that follows has them all). `tokens` are the ids sampled since the last Delta or ToolCall: none,
+    if the sampled token gives several pieces, or more than one, if a character or a tag took several.
     """
 
-    kind: Literal["thinking", "text"]
+    kind: Literal["thinking", "text", "tool"]
     text: str
     tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall(Event):
-    """A complete tool call that the model wrote. `arguments` is a JSON object as text."""
+    """A tool call that the model wrote, complete.
+
+    Attributes:
+        arguments: a JSON object as text.
+        usable: it is whole and may be run.
+        problems: what had to be guessed (`stream_events.Problem`).
+    """
 
     index: int
     name: str
     arguments: str
+    id: str
+    usable: bool = True
+    problems: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
 
 
@@ -310,14 +324,18 @@ class Finished(Event):
 
     Attributes:
         reason: the model's end token; `max_tokens` reached; context full; stopped by the user.
-        warning: something the user should know (a tool call cut off, thinking never closed).
         seed: what the sampler was seeded with.
+        problems: what was wrong with the form of the answer (`stream_events.Problem`), e.g. `unclosed_think`.
+        warning: one line that the user should know.
+        tokens: ids that no Delta or ToolCall carried.
     """
 
     reason: FinishReason
     timings: Timings
     seed: int
+    problems: tuple[str, ...] = ()
     warning: str | None = None
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +398,7 @@ class Failed(Event):
     """A command failed; the engine lives on.
 
     Attributes:
-        kind: class name in `localrun.errors`, `Stopped`, or the name of an unexpected exception.
+        kind: class name in `localrun.errors`, or the name of an unexpected exception.
         message, hint: for people.
         trace: the Python traceback, for `--debug` and bug reports.
     """

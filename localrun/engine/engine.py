@@ -1,0 +1,223 @@
+"""A loaded model: weights in llama.cpp and in our expert slots, its vocabulary, and facts about it.
+
+`Engine` and `Session` are what the engine process, tests and scripts use. How experts are stored and computed is
+`localrun.offload`'s business; this module only decides budgets, threads and context length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import llama_cpp as L
+import xxhash
+
+from localrun.engine import memory
+from localrun.engine.chat_format import ChatEncoder, encoder_for
+from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
+from localrun.engine.protocol import EngineOptions, Json, ModelFacts
+from localrun.engine.session import Session
+from localrun.engine.tokenizer import Tokenizer
+from localrun.errors import LocalrunError, UsageError
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.quant.source import ModelSource, open_model
+
+DEFAULT_CONTEXT = 32768
+"""Tokens, when the user says nothing and the model was trained for more."""
+
+LoadProgress = Callable[[float, str], None]
+"""Called with (0 to 1, what is being done)."""
+
+
+class LoadedModel(Protocol):
+    """What the engine needs of a model; `OffloadedModel` and `StockModel` are such."""
+
+    model: Any
+
+    def take_error(self) -> BaseException | None:
+        """Why the last llama_decode failed, if the model's own device was the cause; asked once."""
+
+    def request_stop(self) -> None:
+        """Fails the running decode within a layer; any thread."""
+
+    def clear_stop(self) -> None:
+        """Forgets an earlier stop."""
+
+    def close(self) -> None:
+        """Frees the model; contexts are freed before."""
+
+
+class Engine:
+    """A loaded model. Owns it and the sessions made from it; a context manager, `close` frees all.
+
+    Not thread-safe, except `stats` and the sessions' `stop`.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, options: EngineOptions, *, path: Path, identity: str, file_bytes: int
+    ) -> None:
+        self._loaded = loaded
+        self._sessions: list[Session] = []
+        self.options = options
+        self.vocab = Vocab(loaded.model)
+        self._metadata = loaded.source.metadata if isinstance(loaded, OffloadedModel) else {}
+        facts = _facts(loaded, options, path, identity, file_bytes)
+        self.facts = replace(facts, think_modes=self.chat_encoder.modes)
+
+    @classmethod
+    def open(cls, path: Path | str, options: EngineOptions, progress: LoadProgress | None = None) -> Engine:
+        """Loads a converted directory, a llama.cpp GGUF or an official checkpoint, experts on our device.
+
+        Raises:
+            LocalrunError: any reason, with message and hint.
+        """
+        check_options(options)
+        report = progress or (lambda fraction, text: None)
+        report(0.0, "reading the model's headers")
+        source = open_model(Path(path))
+        ram_bytes = options.ram_bytes
+        if ram_bytes is None and source.moe_layers:
+            ram_bytes = memory.default_ram_bytes(dense_bytes(source))
+        offload = OffloadOptions(
+            ram_bytes=ram_bytes,
+            n_threads=options.n_threads or memory.physical_cores(),
+            math=options.math,
+            progress=lambda done, total: report(
+                0.95 * done / max(1, total), f"reading dense tensors ({done} of {total})"
+            ),
+        )
+        loaded = open_offloaded(source, offload)
+        file_bytes = sum(file.stat().st_size for file in source.files)
+        return cls._checked(loaded, options, path=Path(path), identity=source.identity, file_bytes=file_bytes)
+
+    @classmethod
+    def open_stock(cls, path: Path | str, options: EngineOptions) -> Engine:
+        """Loads a GGUF by llama.cpp alone, as the reference for comparisons."""
+        check_options(options)
+        size = Path(path).stat().st_size
+        identity = xxhash.xxh3_128_hexdigest(f"stock {Path(path).resolve()} {size}".encode())
+        return cls._checked(StockModel(Path(path)), options, path=Path(path), identity=identity, file_bytes=size)
+
+    @classmethod
+    def _checked(cls, loaded: LoadedModel, options: EngineOptions, **rest: Any) -> Engine:
+        try:
+            return cls(loaded, options, **rest)
+        except BaseException:
+            loaded.close()
+            raise
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back. Raises LocalrunError if the model has no tokenizer."""
+        return Tokenizer(self.vocab)
+
+    @cached_property
+    def chat_encoder(self) -> ChatEncoder:
+        """The prompt format that the model was trained with."""
+        return encoder_for(self._metadata)
+
+    @property
+    def state_key(self) -> str:
+        """32 hex digits: same key, interchangeable session snapshots."""
+        return xxhash.xxh3_128_hexdigest(f"{self.facts.identity} {self.options.kv_type}".encode())
+
+    def session(self, *, all_logits: bool = False) -> Session:
+        """A new, empty session.
+
+        Args:
+            all_logits: for `Session.feed_all_logits`; costs n_batch rows of logits.
+        """
+        facts = self.facts
+        context = Context(
+            self._loaded.model, self.options, n_ctx=facts.n_ctx, n_threads=facts.n_threads, all_logits=all_logits
+        )
+        session = Session(self, context)
+        self._sessions.append(session)
+        return session
+
+    def stats(self) -> Mapping[str, Json]:
+        """The expert path's counters, empty for a model without one; any thread."""
+        if not isinstance(self._loaded, OffloadedModel):
+            return {}
+        telemetry = self._loaded.telemetry
+        totals = telemetry.totals()
+        return {**asdict(totals), "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
+
+    def expert_map(self) -> Mapping[str, Json] | None:
+        """Where every expert is; None for a model without our device; any thread."""
+        return None
+
+    def forget(self, session: Session) -> None:
+        """A session of this engine was closed."""
+        if session in self._sessions:
+            self._sessions.remove(session)
+
+    def take_error(self) -> BaseException | None:
+        """See `LoadedModel.take_error`."""
+        return self._loaded.take_error()
+
+    def request_stop(self) -> None:
+        """See `LoadedModel.request_stop`."""
+        self._loaded.request_stop()
+
+    def clear_stop(self) -> None:
+        """See `LoadedModel.clear_stop`."""
+        self._loaded.clear_stop()
+
+    def close(self) -> None:
+        """Frees the sessions, then the model."""
+        for session in list(self._sessions):
+            session.close()
+        self._loaded.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raises UsageError for values without a meaning."""
+    if options.n_ctx < 0 or options.n_threads < 0 or options.n_batch < 1:
+        raise UsageError("context, threads and batch must be positive")
+    if options.kv_type not in KV_TYPES:
+        raise UsageError(f"unknown KV cache type {options.kv_type}", hint=f"one of {', '.join(KV_TYPES)}")
+    if options.gpu not in ("auto", "none"):
+        raise LocalrunError(f"no GPU named {options.gpu}: this version computes on the CPU", hint="leave out --gpu")
+
+
+def dense_bytes(source: ModelSource) -> int:
+    """Size of all tensors but the stacked experts."""
+    return sum(info.n_bytes for name, info in source.tensors.items() if "_exps." not in name)
+
+
+def _facts(loaded: LoadedModel, options: EngineOptions, path: Path, identity: str, file_bytes: int) -> ModelFacts:
+    model = loaded.model
+    n_ctx_train = int(L.llama_model_n_ctx_train(model))
+    vocab = Vocab(model)
+    offloaded = loaded if isinstance(loaded, OffloadedModel) else None
+    moe_layers = offloaded.source.moe_layers if offloaded else {}
+    return ModelFacts(
+        path=str(path),
+        name=metadata_str(model, "general.name") or path.stem,
+        architecture=metadata_str(model, "general.architecture") or "unknown",
+        identity=identity,
+        file_bytes=file_bytes,
+        n_layers=int(L.llama_model_n_layer(model)),
+        n_embd=int(L.llama_model_n_embd(model)),
+        n_vocab=vocab.n_tokens,
+        n_ctx=options.n_ctx or min(n_ctx_train, DEFAULT_CONTEXT),
+        n_ctx_train=n_ctx_train,
+        n_batch=options.n_batch,
+        n_threads=options.n_threads or memory.physical_cores(),
+        n_moe_layers=len(moe_layers),
+        n_experts=metadata_int(model, "expert_count"),
+        n_experts_used=metadata_int(model, "expert_used_count"),
+        expert_bytes=max((layer.expert_bytes for layer in moe_layers.values()), default=0),
+        ram_bytes=offloaded.ram_bytes if offloaded else 0,
+        has_tokenizer=vocab.has_tokenizer,
+    )

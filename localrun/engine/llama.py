@@ -1,0 +1,232 @@
+"""llama.cpp's C functions that the engine uses, typed and with Python's error habits: vocabulary, context, whole-file loading.
+
+Three owners of C objects: `Vocab` (borrows from a model), `Context` (owns a `llama_context`), `StockModel` (owns a model that
+llama.cpp loaded itself, experts included). Nothing here knows what a prompt or an expert is.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as L
+import numpy as np
+import numpy.typing as npt
+
+from localrun.engine.protocol import EngineOptions
+from localrun.errors import FormatError, LocalrunError
+from localrun.offload import llama_log
+
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+"""Our names -> enum ggml_type (ggml.h)."""
+
+# enum llama_token_attr (llama.h)
+ATTR_UNKNOWN = 1 << 0
+ATTR_CONTROL = 1 << 3
+ATTR_USER_DEFINED = 1 << 4
+
+VOCAB_TYPE_NONE = 0  # enum llama_vocab_type
+
+DECODE_NO_SLOT = 1
+DECODE_ABORTED = 2
+
+
+def metadata_str(model: Any, key: str) -> str | None:
+    """A metadata value as llama.cpp prints it, None if the model has no such key."""
+    buffer = C.create_string_buffer(1024)
+    n = L.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if n >= 0 else None
+
+
+def metadata_int(model: Any, key: str) -> int:
+    """An integer of the metadata under the architecture's prefix, 0 if missing or a list."""
+    text = metadata_str(model, f"{metadata_str(model, 'general.architecture')}.{key}")
+    return int(text) if text is not None and text.isdecimal() else 0
+
+
+class Vocab:
+    """A model's vocabulary. Valid as long as the model; immutable, any thread."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = L.llama_model_get_vocab(model)
+        self.n_tokens: int = L.llama_vocab_n_tokens(self._vocab)
+        self.has_tokenizer: bool = L.llama_vocab_type(self._vocab) != VOCAB_TYPE_NONE
+
+    def text(self, token: int) -> str:
+        """The token's entry as the file has it (byte-level BPE: mapped bytes, not text)."""
+        return str(L.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
+
+    def attributes(self, token: int) -> int:
+        """Bits of enum llama_token_attr."""
+        return int(L.llama_vocab_get_attr(self._vocab, token))
+
+    def is_end(self, token: int) -> bool:
+        """The token ends an answer."""
+        return self.has_tokenizer and bool(L.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: bytes) -> list[int]:
+        """Ids of UTF-8 `text`; control tokens in it are plain text, user-defined ones are matched by llama.cpp all the same."""
+        if not text:
+            return []
+        capacity = len(text) + 8  # a token has at least one byte
+        ids = (L.llama_token * capacity)()
+        n = L.llama_tokenize(self._vocab, text, len(text), ids, capacity, False, False)
+        if n < 0:
+            raise LocalrunError(f"llama.cpp could not tokenize a text of {len(text)} bytes (code {n})")
+        return list(ids[:n])
+
+    def piece(self, token: int) -> bytes:
+        """What the token stands for, special tokens by their name."""
+        buffer = C.create_string_buffer(64)
+        n = L.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        if n < 0:
+            buffer = C.create_string_buffer(-n)
+            n = L.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(n, 0)]
+
+
+class StopFlag:
+    """A flag that llama.cpp polls between two nodes of a graph without entering Python.
+
+    The abort callback must be a C function `bool (void *)`: `strlen` is one. The empty string is "go on"; a string of one
+    character has length 1, whose low byte is what a C caller takes for `true`.
+    """
+
+    def __init__(self) -> None:
+        self._text = C.create_string_buffer(2)
+        function = C.cast(C.CDLL(None).strlen, C.c_void_p).value
+        self.callback = L.ggml_abort_callback(function)
+        self.data = C.cast(self._text, C.c_void_p)
+
+    def set(self, stop: bool) -> None:
+        self._text[0] = b"x" if stop else b"\0"
+
+    def __bool__(self) -> bool:
+        return self._text.raw[0] != 0
+
+
+class Context:
+    """A `llama_context` with one sequence: KV cache, compute buffers, last logits.
+
+    One sequence only, because llama.cpp clears the compressed caches of all others when it restores one (its issue 26777).
+    Not thread-safe; `stop` may be set from any thread. Freed by `close`, before the model is.
+    """
+
+    def __init__(self, model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int, all_logits: bool) -> None:
+        """
+        Args:
+            n_ctx: tokens; llama.cpp rounds it up, see the attribute.
+            all_logits: room for the logits of a whole batch, not of one token only.
+        Raises:
+            LocalrunError: llama.cpp can't make the context (memory, KV type).
+        """
+        self.stop = StopFlag()
+        params = L.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = min(options.n_batch, n_ctx)
+        params.n_seq_max = 1
+        # The output head's buffer has one row of n_vocab floats per output: 250 MiB for 512 rows of DeepSeek-V4.
+        params.n_outputs_max = params.n_batch if all_logits else 1
+        # A full-size window cache would hold all n_ctx rows of every layer, of which attention sees the last 128.
+        params.swa_full = False
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.abort_callback = self.stop.callback
+        params.abort_callback_data = self.stop.data
+        llama_log.clear()
+        self._ctx = L.llama_init_from_model(model, params)
+        if not self._ctx:
+            raise LocalrunError(
+                f"llama.cpp can't make a context of {n_ctx} tokens: {llama_log.recent_errors()}",
+                hint="give a smaller --context or another KV type",
+            )
+        self.n_ctx: int = L.llama_n_ctx(self._ctx)
+        self.n_batch: int = L.llama_n_batch(self._ctx)
+        self.n_vocab: int = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
+        self._batch = L.llama_batch_init(self.n_batch, 0, 1)
+        for i in range(self.n_batch):
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_context *`, for the sampler."""
+        return self._ctx
+
+    def decode(self, tokens: Sequence[int], position: int, *, all_logits: bool) -> int:
+        """Runs one batch. Returns llama_decode's code: 0 is success, DECODE_NO_SLOT, DECODE_ABORTED, negative: failed.
+
+        Args:
+            tokens: at most n_batch ids, the first one at `position`.
+            all_logits: of every token, else of the last one.
+        """
+        batch, n = self._batch, len(tokens)
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = position + i
+            batch.logits[i] = all_logits or i == n - 1
+        return int(L.llama_decode(self._ctx, batch))
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """Logits (n_vocab,) of the last batch's token `row`, -1: its last one. llama.cpp's memory, valid until the next decode."""
+        pointer = L.llama_get_logits_ith(self._ctx, row)
+        if not pointer:
+            raise LocalrunError(f"llama.cpp has no logits for token {row} of the last batch")
+        return np.ctypeslib.as_array(pointer, (self.n_vocab,))
+
+    def clear(self) -> None:
+        """Empties the KV cache."""
+        L.llama_memory_clear(L.llama_get_memory(self._ctx), True)
+
+    def state(self) -> bytes:
+        """The sequence's KV state, for `set_state` of a context of the same model and options."""
+        size = L.llama_state_seq_get_size(self._ctx, 0)
+        buffer = (C.c_uint8 * size)()
+        n = L.llama_state_seq_get_data(self._ctx, buffer, size, 0)
+        if n == 0:
+            raise LocalrunError(f"llama.cpp could not save the state: {llama_log.recent_errors()}")
+        return bytes(memoryview(buffer)[:n])
+
+    def set_state(self, state: bytes) -> bool:
+        """Replaces the sequence's KV state; False: llama.cpp refused it and the context must be cleared."""
+        buffer = (C.c_uint8 * len(state)).from_buffer_copy(state)
+        llama_log.clear()
+        return bool(L.llama_state_seq_set_data(self._ctx, buffer, len(state), 0) == len(state))
+
+    def close(self) -> None:
+        if self._ctx:
+            L.llama_batch_free(self._batch)
+            L.llama_free(self._ctx)
+            self._ctx = None
+
+
+class StockModel:
+    """A GGUF as llama.cpp loads it itself, experts in its own memory: the reference that ours is compared with."""
+
+    def __init__(self, path: Path) -> None:
+        llama_log.install()
+        L.llama_backend_init()
+        params = L.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = False  # no repacked copy of the experts
+        llama_log.clear()
+        self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise FormatError(f"{path}: llama.cpp can't load it: {llama_log.recent_errors()}")
+
+    def take_error(self) -> BaseException | None:
+        return None
+
+    def request_stop(self) -> None:
+        """Nothing to do: the context's own flag is enough."""
+
+    def clear_stop(self) -> None:
+        """See `request_stop`."""
+
+    def close(self) -> None:
+        if self.model:
+            L.llama_model_free(self.model)
+            self.model = None

@@ -1,0 +1,326 @@
+"""One timeline of tokens: what is in the KV cache, the logits after it, and answers generated from there.
+
+llama.cpp can't cut a deepseek4 sequence at an arbitrary position, so a session only grows, is emptied, or is restored from a
+snapshot. The session knows ids only: text, roles and messages are `tokenizer.py`'s and `chat_format.py`'s.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from localrun.engine.llama import DECODE_ABORTED, DECODE_NO_SLOT, Context
+from localrun.engine.protocol import FinishReason, SamplingOptions, Timings
+from localrun.engine.sampling import Sampler
+from localrun.errors import (
+    ChecksumError,
+    ContextFullError,
+    DecodeError,
+    FormatError,
+    LocalrunError,
+    StoppedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from localrun.engine.engine import Engine
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens in the context, tokens wanted) after each batch."""
+
+STOP_PATIENCE_S = 0.3
+"""A stop lets a running step of one token end by itself for so long: that keeps the KV cache, an aborted step loses it."""
+
+_MAGIC = b"LRSNAP01"
+_HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
+
+
+class Session:
+    """The tokens that a context holds, and everything that adds to them.
+
+    Owns a llama.cpp context; made by `Engine.session`, freed by `close` or with the engine. Not thread-safe, except `stop`.
+
+    After a failed or stopped batch the context's contents are undefined in llama.cpp; the session is then empty, and usable.
+    `prefill` makes that invisible to callers that hand over whole prompts.
+    """
+
+    def __init__(self, engine: Engine, context: Context) -> None:
+        self._engine = engine
+        self._context = context
+        self._tokens: list[int] = []
+        self._has_logits = False
+        self._stopping = False
+        self._in_step = False  # one token is being decoded
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Ids in the context, oldest first."""
+        return tuple(self._tokens)
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the context."""
+        return len(self._tokens)
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens that the context holds."""
+        return self._context.n_ctx
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits (n_vocab,) after the last token that was fed; a copy."""
+        if not self._has_logits:
+            raise LocalrunError("no logits: feed a token first")
+        return self._context.logits(-1).copy()
+
+    # --- feeding
+
+    def feed(self, tokens: Sequence[int], *, progress: Progress | None = None) -> None:
+        """Appends tokens in batches; `logits` are then those after the last one.
+
+        Raises:
+            ContextFullError: they don't fit; nothing was changed.
+            UsageError: an id is not in the vocabulary; nothing was changed.
+            StoppedError, DecodeError: the session is empty now.
+        """
+        for batch in self._batches(tokens):
+            self._decode(batch, all_logits=False)
+            if progress is not None:
+                progress(self.position, self.position + len(tokens))
+
+    def feed_all_logits(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """Appends tokens and yields the logits of every one, (n, n_vocab) a batch; needs `all_logits`. Raises as `feed`."""
+        for batch in self._batches(tokens):
+            self._decode(batch, all_logits=True)
+            yield np.stack([self._context.logits(row) for row in range(len(batch))])
+
+    def prefill(self, prompt: Sequence[int], *, progress: Progress | None = None) -> int:
+        """Makes the context hold exactly `prompt`, with logits after it, keeping what is there if the prompt continues it.
+
+        Returns:
+            How many tokens were there already.
+        Raises:
+            As `feed`; UsageError for an empty prompt.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        prompt = list(prompt)
+        self._check(prompt, room=self.n_ctx)
+        held = len(self._tokens)
+        same = prompt[:held] == self._tokens
+        if same and held == len(prompt) and self._has_logits:
+            return held
+        if not same or held >= len(prompt):
+            self.reset()
+            held = 0
+        total = len(prompt)
+        for batch in self._batches(prompt[held:]):
+            self._decode(batch, all_logits=False)
+            if progress is not None:
+                progress(self.position, total)
+        return held
+
+    def _batches(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        self._check(tokens, room=self.n_ctx - self.position)
+        for start in range(0, len(tokens), self._context.n_batch):
+            yield tokens[start : start + self._context.n_batch]
+
+    def _check(self, tokens: Sequence[int], *, room: int) -> None:
+        if len(tokens) > room:
+            raise ContextFullError(
+                f"{len(tokens)} tokens don't fit into the {room} that are left of a context of {self.n_ctx}",
+                hint="shorten the conversation or give a larger --context",
+            )
+        n_vocab = self._context.n_vocab
+        for token in tokens:
+            if not 0 <= token < n_vocab:
+                raise UsageError(f"token id {token} is not in the model's vocabulary of {n_vocab}")
+
+    def _decode(self, batch: Sequence[int], *, all_logits: bool) -> None:
+        """One llama_decode; on failure the session is emptied and the cause raised."""
+        if self._stopping:
+            raise StoppedError("stopped")
+        self._has_logits = False
+        self._in_step = len(batch) == 1
+        code = self._context.decode(batch, self.position, all_logits=all_logits)
+        self._in_step = False
+        cause = self._engine.take_error()
+        if code == 0 and cause is None:
+            self._tokens.extend(batch)
+            self._has_logits = True
+            return
+        self.reset()
+        if self._stopping and (code == DECODE_ABORTED or isinstance(cause, StoppedError) or cause is None):
+            raise StoppedError("stopped")
+        if isinstance(cause, LocalrunError):
+            raise cause
+        if code == DECODE_NO_SLOT and cause is None:
+            raise ContextFullError("llama.cpp has no room for the batch", hint="give a larger --context")
+        raise DecodeError(f"the forward pass failed (llama_decode: {code})") from cause
+
+    # --- answers
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingOptions,
+        *,
+        max_tokens: int | None = None,
+        ignore_eos: bool = False,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """Prepares an answer to `prompt`; iterate over the result. See `Generation`."""
+        return Generation(self, list(prompt), sampling, max_tokens, ignore_eos, progress)
+
+    def _step(self, sampler: Sampler) -> int:
+        return sampler.sample(self._context.handle)
+
+    def _is_end(self, token: int) -> bool:
+        return self._engine.vocab.is_end(token)
+
+    # --- stopping
+
+    def stop(self) -> None:
+        """Ends what is running; any thread. A batch of several tokens fails within a layer, a step of one token may end first."""
+        self._stopping = True
+        if self._in_step:
+            timer = threading.Timer(STOP_PATIENCE_S, self._abort)
+            timer.daemon = True
+            timer.start()
+        else:
+            self._abort()
+
+    def clear_stop(self) -> None:
+        """Forgets `stop`; to be called before the next command."""
+        self._stopping = False
+        self._context.stop.set(False)
+        self._engine.clear_stop()
+
+    def _abort(self) -> None:
+        if self._stopping:
+            self._context.stop.set(True)
+            self._engine.request_stop()
+
+    # --- state
+
+    def reset(self) -> None:
+        """Empties the session."""
+        self._tokens.clear()
+        self._has_logits = False
+        self._context.clear()
+
+    def snapshot(self) -> bytes:
+        """Everything needed to go on from here: ids and KV state, with a checksum. Logits are not part of it."""
+        ids = np.asarray(self._tokens, np.int32).tobytes()
+        header = _HEADER.pack(_MAGIC, self._engine.state_key.encode(), self.position, 0)
+        body = b"".join((header, ids, self._context.state() if self._tokens else b""))
+        return body + xxhash.xxh3_64_digest(body)
+
+    def restore(self, snapshot: bytes) -> None:
+        """Puts the session where `snapshot` was taken; feed at least one token before asking for logits.
+
+        Raises:
+            ChecksumError: the bytes were damaged; nothing was changed.
+            FormatError: no snapshot, or one of another model, KV type or context length; nothing was changed.
+            DecodeError: llama.cpp refused the state; the session is empty now.
+        """
+        body, digest = memoryview(snapshot)[:-8], snapshot[-8:]
+        if len(body) < _HEADER.size or bytes(body[:8]) != _MAGIC:
+            raise FormatError("not a session snapshot of this version")
+        if xxhash.xxh3_64_digest(body) != digest:
+            raise ChecksumError(
+                "the session snapshot is damaged", hint="delete it; the conversation itself is not in it"
+            )
+        _, key, n_tokens, _ = _HEADER.unpack_from(body)
+        if key != self._engine.state_key.encode():
+            raise FormatError("the session snapshot belongs to another model or KV cache type")
+        if n_tokens > self.n_ctx:
+            raise FormatError(f"the session snapshot holds {n_tokens} tokens, the context {self.n_ctx}")
+        start = _HEADER.size + 4 * n_tokens
+        tokens = np.frombuffer(body[_HEADER.size : start], np.int32).tolist()
+        self.reset()
+        if tokens and not self._context.set_state(bytes(body[start:])):
+            self.reset()
+            raise DecodeError("llama.cpp refused the session snapshot", hint="delete it")
+        self._tokens = tokens
+
+    def close(self) -> None:
+        """Frees the context."""
+        self._context.close()
+        self._engine.forget(self)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Generation:
+    """One answer, token by token: an iterator of ids. The end token is not among them.
+
+    Attributes:
+        reason: why it ended; None before.
+        seed: what the sampler was seeded with.
+        timings: cost so far, final when the iterator is exhausted.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: list[int],
+        sampling: SamplingOptions,
+        max_tokens: int | None,
+        ignore_eos: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._session, self._prompt, self._progress = session, prompt, progress
+        self._max_tokens, self._ignore_eos = max_tokens, ignore_eos
+        self._sampler = Sampler(sampling)
+        self.seed = self._sampler.seed
+        self.reason: FinishReason | None = None
+        self.timings = Timings(prompt_tokens=len(prompt))
+
+    def __iter__(self) -> Iterator[int]:
+        with self._sampler:
+            try:
+                yield from self._run()
+            except StoppedError:
+                self.reason = "stopped"
+
+    def _run(self) -> Iterator[int]:
+        session, n_prompt = self._session, len(self._prompt)
+        start = time.perf_counter()
+        n_reused = session.prefill(self._prompt, progress=self._progress)
+        decode_start = time.perf_counter()
+        n_new = 0
+        while self.reason is None:
+            token = session._step(self._sampler)
+            if not self._ignore_eos and session._is_end(token):
+                self.reason = "eos"
+            else:
+                n_new += 1
+                if n_new == self._max_tokens:
+                    self.reason = "length"
+                elif session.position == session.n_ctx:
+                    self.reason = "context"
+            self.timings = Timings(
+                prompt_tokens=n_prompt,
+                reused_tokens=n_reused,
+                prompt_s=decode_start - start,
+                new_tokens=n_new,
+                decode_s=time.perf_counter() - decode_start,
+                context_used=session.position,
+            )
+            if self.reason != "eos":
+                yield token
+            if self.reason is None:
+                session.feed([token])

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from localrun.errors import DecodeError, LocalrunError
+from localrun.errors import DecodeError, LocalrunError, StoppedError
 from localrun.offload import ggml
 from localrun.offload.ggml import Tensor
 
@@ -73,10 +73,6 @@ class Owner(Protocol):
     def failed(self, error: BaseException) -> None:
         """Keeps the cause of a failed decode."""
         ...
-
-
-class StoppedError(DecodeError):
-    """The user stopped the answer; not a fault."""
 
 
 def view(tensor: Tensor) -> View:

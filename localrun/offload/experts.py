@@ -5,12 +5,14 @@ once, and those on disk, whose reads start first and which are computed as they 
 when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts are released
 and their memory takes the next ones. Each expert is read at most once per call, in file order.
 
-Everything here runs on the decoding thread except the store's lanes, which only fill slots in state LOADING.
+A layer call runs on the decoding thread and holds the pool's lock; read-ahead (`readahead.py`) takes it for moments from its own
+thread. The store's lanes never take it: they only fill slots in state LOADING.
 """
 
 from __future__ import annotations
 
 import ctypes as C
+import logging
 import math
 import threading
 import time
@@ -23,14 +25,16 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from localrun.errors import BudgetError, DecodeError
-from localrun.offload.device import StoppedError, View, Weight
+from localrun.errors import BudgetError, DecodeError, StoppedError
+from localrun.offload.device import View, Weight
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
 from localrun.quant.source import MoeLayer
 from localrun.units import format_size
+
+log = logging.getLogger(__name__)
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
@@ -126,7 +130,8 @@ def swiglu(gate: View, up: View, out: View, limit: float) -> None:
 class ExpertPool:
     """The experts of one model: residency, reads and mathematics. Implements `device.Owner`.
 
-    Owns the slot table and the store; `close` frees both. Not thread-safe except `request_stop`, `telemetry` and `take_error`.
+    Owns the slot table and the store; `close` frees both. Layer calls come from one thread at a time; what other threads may call
+    says so.
 
     Args:
         layers: shapes by block number.
@@ -161,6 +166,9 @@ class ExpertPool:
         self._weights: dict[int, Weight] = {}
         self._error: BaseException | None = None
         self._stop = threading.Event()
+        self._n_ahead = 0
+        self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
+        self.last_call = 0.0  # time.monotonic() of the last layer call: read-ahead keeps away from a running answer
 
     # -- device.Owner --------------------------------------------------------------------------------------------------
 
@@ -233,18 +241,73 @@ class ExpertPool:
         self._store.close()
         self.table.close()
 
+    # -- read-ahead ----------------------------------------------------------------------------------------------------
+
+    def read_ahead(self, layer: int, experts: Sequence[int], *, evict: bool, limit: int) -> int:
+        """Starts reading experts that are not there, without waiting; any thread.
+
+        Args:
+            evict: may displace the coldest experts (for what is certain to be needed); else only free memory is used.
+            limit: most reads to have under way.
+
+        Returns:
+            Number of reads started; 0 also when the memory or the limit is exhausted.
+        """
+        with self._lock:
+            self._settle()
+            started = 0
+            for expert in experts:
+                if self._n_ahead >= limit:
+                    break
+                # What is certain to be asked for counts as used, so that its neighbours' reads don't displace it.
+                present = self.table.find(layer, int(expert)) if evict else self.table.peek(layer, int(expert))
+                if present is not None:
+                    continue
+                slot = self.table.reserve(layer, int(expert), self._kernels[layer].slot_bytes, evict=evict)
+                if slot is None:
+                    break
+                self._n_ahead += 1
+                row = self.telemetry.values[layer]
+                row[Counter.PREFETCHED] += 1
+                row[Counter.BYTES_READ] += self._store.submit(slot, ahead=True).read_bytes
+                started += 1
+            return started
+
+    def settle(self) -> int:
+        """Takes finished read-ahead into account; returns how many reads of it are still under way. Any thread."""
+        with self._lock:
+            self._settle()
+            return self._n_ahead
+
+    def _settle(self) -> None:
+        while not self._store.completions.empty():
+            self.finished(self._store.completions.get())
+
+    def finished(self, ticket: Ticket) -> None:
+        """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
+        self._n_ahead -= ticket.ahead
+        if ticket.error is None:
+            ticket.slot.state = SlotState.READY
+            return
+        self.table.discard(ticket.slot)
+        if ticket.ahead:
+            log.warning("reading ahead failed: %s", ticket.error)
+
     # -- one call ------------------------------------------------------------------------------------------------------
 
     def _call(self, layer: int, ids: I32, compute: Any) -> None:
         started = time.perf_counter_ns()
         if self._stop.is_set():
             raise StoppedError("stopped")
-        call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
-        evictions = self.table.n_evictions
-        try:
-            call.run()
-        finally:
-            call.release()
+        with self._lock:
+            self._settle()
+            call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
+            evictions = self.table.n_evictions
+            try:
+                call.run()
+            finally:
+                call.release()
+            self.last_call = time.monotonic()
             row = self.telemetry.values[layer]
             row[Counter.CALLS] += 1
             row[Counter.TOKENS] += ids.shape[0]
@@ -280,6 +343,7 @@ class _Call:
             if slot.state is SlotState.READY:
                 ready.append(i)
             else:
+                self._pool._store.hurry(slot)
                 self._awaited[slot] = i
         self.n_hits = len(ready)
         self.n_misses = len(self._todo) + len(self._awaited)
@@ -333,18 +397,13 @@ class _Call:
 
     def _take(self, ticket: Ticket, *, raising: bool = True) -> int | None:
         """Settles a finished read; returns its index if it belongs to this call."""
-        slot = ticket.slot
-        i = self._awaited.pop(slot, None)
-        if ticket.error is None:
-            slot.state = SlotState.READY
-            return i
-        if i is not None:
-            del self._pinned[i]
-            slot.pins -= 1
-        self._pool.table.discard(slot)
-        if raising and i is not None:
+        i = self._awaited.pop(ticket.slot, None)
+        if i is not None and ticket.error is not None:
+            self._pinned.pop(i).pins -= 1
+        self._pool.finished(ticket)
+        if i is not None and ticket.error is not None and raising:
             raise ticket.error
-        return None
+        return i if ticket.error is None else None
 
     def _run_kernel(self, indices: list[int]) -> None:
         """Computes some of the call's experts and lets go of them."""

@@ -21,7 +21,7 @@ def install() -> None:
         return
     import llama_cpp
 
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    @llama_cpp.llama_log_callback
     def receive(level: int, text: bytes, user_data: Any) -> None:
         line = text.decode(errors="replace")
         if level == _CONTINUATION and _recent:

@@ -72,10 +72,18 @@ class _Piece:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One expert's read on its way. `error` is set before the ticket appears in `completions`."""
+    """One expert's read on its way. `error` is set before the ticket appears in `completions`.
+
+    Attributes:
+        slot: what it fills.
+        projections: where the bytes are.
+        ahead: nobody waits for it yet.
+        error: why it failed.
+    """
 
     slot: Slot
     projections: tuple[Projection, Projection, Projection]
+    ahead: bool = False
     error: Exception | None = None
     _left: int = 0
     _buffer: _Buffer | None = None
@@ -118,6 +126,7 @@ class ExpertStore:
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
+        self._waiting_ahead: deque[Ticket] = deque()
         self._files = [_open(os.fspath(path)) for path in source.files]
         buffer_bytes = max((_staging_bytes(source.expert(layer, 0)) for layer in source.moe_layers), default=PAGE)
         # Decoded or unaligned experts are put together in a second buffer before they are packed.
@@ -136,18 +145,32 @@ class ExpertStore:
         """True if all files are read past the page cache."""
         return all(handle.direct for handle in self._files)
 
-    def submit(self, slot: Slot) -> Ticket:
-        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not."""
-        ticket = Ticket(slot, self._source.expert(slot.layer, slot.expert))
+    def submit(self, slot: Slot, *, ahead: bool = False) -> Ticket:
+        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
+
+        Args:
+            ahead: nobody waits for it: every wanted expert goes first.
+        """
+        ticket = Ticket(slot, self._source.expert(slot.layer, slot.expert), ahead)
         with self._lock:
-            self._waiting.append(ticket)
+            (self._waiting_ahead if ahead else self._waiting).append(ticket)
         self._start_waiting()
         return ticket
+
+    def hurry(self, slot: Slot) -> None:
+        """Somebody waits for this slot now: if its read has not started, it goes first."""
+        with self._lock:
+            for ticket in self._waiting_ahead:
+                if ticket.slot is slot:
+                    self._waiting_ahead.remove(ticket)
+                    self._waiting.appendleft(ticket)
+                    return
 
     def close(self) -> None:
         """Ends the lanes after the reads under way and closes the files."""
         with self._lock:
             self._waiting.clear()
+            self._waiting_ahead.clear()
         for _ in self._lanes:
             self._pieces.put(None)
         for lane in self._lanes:
@@ -162,9 +185,10 @@ class ExpertStore:
         """Moves waiting tickets to free buffers and their pieces to the lanes."""
         while True:
             with self._lock:
-                if not self._waiting or not self._buffers:
+                queue_ = self._waiting or self._waiting_ahead
+                if not queue_ or not self._buffers:
                     return
-                ticket, buffer = self._waiting.popleft(), self._buffers.pop()
+                ticket, buffer = queue_.popleft(), self._buffers.pop()
             ticket._buffer = buffer
             pieces = self._cut(ticket, buffer)
             ticket._left = len(pieces)

@@ -1,0 +1,76 @@
+"""Read-ahead: exact for hash layers, never in the way, never displacing what was used by a guess."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.readahead import ReadAhead
+from localrun.quant.source import open_model
+from tests.offload.models import MODEL, TOKENS, floor_ram, logits, write_model
+
+
+def wait_until_read(model: OffloadedModel) -> None:
+    deadline = time.monotonic() + 30
+    while model.pool.settle() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert model.pool.settle() == 0
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    return write_model(tmp_path)
+
+
+def test_hash_layer_experts_of_the_next_tokens_are_read_before_they_run(model_path: Path) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+        ahead = ReadAhead(model.source, model.pool, depth=64)
+        assert ahead.hash_layers == (0,)
+        started = ahead.prepare(TOKENS[:4])
+        assert 0 < started <= 4 * MODEL.n_used
+        wait_until_read(model)
+        logits(model, TOKENS[:4], batch=4)
+        hash_layer = model.telemetry.layers()[0]
+        assert hash_layer["misses"] == 0
+        assert hash_layer["prefetched"] == hash_layer["hits"] == started
+
+
+def test_reading_ahead_does_not_change_logits(model_path: Path) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected, floor = logits(model, batch=5), floor_ram(model)
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
+        ahead = ReadAhead(source, model.pool, depth=4)
+        ahead.prepare(TOKENS)
+        np.testing.assert_array_equal(logits(model, batch=5), expected)
+        model.pool.table.check()
+
+
+def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        floor = floor_ram(model)
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
+        room = model.pool.table.arena.size_bytes // (-(-model.pool.kernel(0).slot_bytes // 4096) * 4096)
+        ranking = [(2, expert) for expert in range(MODEL.n_experts)]
+        ahead = ReadAhead(source, model.pool, depth=2)
+        ahead.warm(ranking)
+        deadline = time.monotonic() + 30
+        while len(model.pool.table) < room and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ahead.close()
+        wait_until_read(model)
+        assert [(slot.layer, slot.expert) for slot in model.pool.table] == ranking[:room]
+        assert model.pool.table.n_evictions == 0
+
+
+def test_closing_while_warming_ends_at_once(model_path: Path) -> None:
+    model = open_offloaded(open_model(model_path), OffloadOptions(n_threads=2))
+    ahead = ReadAhead(model.source, model.pool, depth=1)
+    ahead.warm([(layer, expert) for layer in range(4) for expert in range(MODEL.n_experts)])
+    ahead.close()
+    model.close()

@@ -141,6 +141,7 @@ class Rows:
         scale: E8M0 bytes of these rows, flat; empty for dtypes without scales. FP8 rows start at a multiple of 128.
         n_out, n_in: rows and logical row length.
         where: `file: tensor` for messages.
+        limit: integers must lie below it.
     """
 
     dtype: str
@@ -149,6 +150,7 @@ class Rows:
     n_out: int
     n_in: int
     where: str
+    limit: int = 1 << 31
 
 
 def _view(data: Bytes, dtype: type[Any]) -> npt.NDArray[Any]:
@@ -240,10 +242,9 @@ def _quantise_q8_0(values: npt.NDArray[np.float32], where: str, out: Bytes) -> L
 
 def _convert_integers(rows: Rows, out: Bytes) -> None:
     values = _view(rows.weight, np.int64 if rows.dtype == "I64" else np.int32)
-    if values.size and not (int(values.min()) >= 0 and int(values.max()) < 1 << 31):
-        raise FormatError(
-            f"{rows.where}: contains {int(values.min())} or {int(values.max())}, not a number of an expert"
-        )
+    bad = np.flatnonzero((values < 0) | (values >= rows.limit))
+    if bad.size:
+        raise FormatError(f"{rows.where}: entry {bad[0]} is {values[bad[0]]}, expected 0 to {rows.limit - 1}")
     out.view(np.int32)[:] = values
 
 

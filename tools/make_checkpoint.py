@@ -1,0 +1,167 @@
+"""Writes a synthetic checkpoint in DeepSeek-V4's official format, at disk speed.
+
+    python -m tools.make_checkpoint tiny /data/tiny
+    python -m tools.make_checkpoint flash /data/flash3 --layers 3 --vocab 4096
+
+Sharded safetensors, index and config.json; no tokenizer (the model is used by token ids) unless one is given. Weights are
+random but the model computes finite, varied logits, and its routing is as skewed as Flash's (`tools.synthetic_router`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from localrun.errors import LocalrunError, UsageError
+from localrun.units import format_duration, format_size, parse_size
+from tools.direct_file import DirectFile
+from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
+from tools.synthetic_weights import Tensor, Weights, shards
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def write_checkpoint(
+    folder: Path,
+    spec: CheckpointSpec,
+    *,
+    shard_bytes: int | None = None,
+    single_file: bool = False,
+    tokenizer: Path | None = None,
+    progress: bool = False,
+) -> int:
+    """Writes the checkpoint into `folder` (made if missing); returns the bytes of all tensors.
+
+    Args:
+        shard_bytes: start a new file when this would be passed; None: one file per layer, as the official ones.
+        single_file: `model.safetensors` without an index.
+        tokenizer: a tokenizer.json to copy.
+        progress: report files on stderr.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = list(shards(spec))
+    if single_file:
+        groups = [[tensor for group in groups for tensor in group]]
+    elif shard_bytes is not None:
+        groups = list(_packed((tensor for group in groups for tensor in group), shard_bytes))
+    weights = Weights(spec)
+    weight_map: dict[str, str] = {}
+    total, started = 0, time.monotonic()
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors" if single_file else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        _write_shard(folder / name, group, weights)
+        weight_map.update((tensor.name, name) for tensor in group)
+        total += sum(tensor.n_bytes for tensor in group)
+        if progress:
+            rate = total / (time.monotonic() - started)
+            print(f"{name}  {format_size(total)}  {rate / 1e9:.2f} GB/s", file=sys.stderr)
+    if not single_file:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    (folder / "config.json").write_text(json.dumps(spec.config, indent=2) + "\n")
+    return total
+
+
+def _packed(tensors: Iterable[Tensor], shard_bytes: int) -> Iterator[list[Tensor]]:
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and size + tensor.n_bytes > shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.n_bytes
+    yield group
+
+
+def _write_shard(path: Path, tensors: Iterable[Tensor], weights: Weights) -> None:
+    """One safetensors file: u64 header length, JSON padded to 8 bytes, data without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.n_bytes],
+        }
+        offset += tensor.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with DirectFile(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for piece in weights.chunks(tensor):
+                file.write(piece)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make_checkpoint", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("preset", choices=sorted(PRESETS))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="number of layers instead of the preset's")
+    parser.add_argument("--vocab", type=int, help="size of the vocabulary")
+    parser.add_argument("--hash-layers", type=int, help="first layers that are routed by token id")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="any other key of config.json")
+    parser.add_argument("--router-skew", type=float, help="0: every expert as likely; default: calibrated")
+    parser.add_argument("--no-expert-dtype", action="store_true", help="config.json as in the first release")
+    parser.add_argument("--mtp", action="store_true", help="with the next-token-prediction block")
+    parser.add_argument("--fp8-experts", action="store_true", help="experts in FP8 as in the Base checkpoints")
+    parser.add_argument("--shard-size", help="e.g. 5GB; default: one file per layer")
+    parser.add_argument("--single-file", action="store_true", help="model.safetensors without an index")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to copy")
+    options = parser.parse_args(arguments)
+    try:
+        total, seconds = _run(options)
+    except (LocalrunError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(f"{options.folder}: {format_size(total)} in {format_duration(seconds)}", file=sys.stderr)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> tuple[int, float]:
+    overrides = {}
+    for assignment in options.set:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise UsageError(f"--set {assignment}: expected KEY=JSON")
+        overrides[key] = json.loads(value)
+    if options.fp8_experts:
+        overrides.setdefault("expert_dtype", "fp8")
+    config = scaled_config(
+        options.preset,
+        layers=options.layers,
+        vocab=options.vocab,
+        hash_layers=options.hash_layers,
+        overrides=overrides,
+        expert_dtype=not options.no_expert_dtype,
+        mtp=options.mtp,
+    )
+    spec = CheckpointSpec(
+        config, seed=options.seed, fp8_experts=options.fp8_experts, mtp=options.mtp, router_skew=options.router_skew
+    )
+    started = time.monotonic()
+    shard_bytes = None if options.shard_size is None else parse_size(options.shard_size)
+    total = write_checkpoint(
+        options.folder,
+        spec,
+        shard_bytes=shard_bytes,
+        single_file=options.single_file,
+        tokenizer=options.tokenizer,
+        progress=True,
+    )
+    return total, time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ A block of calls looks like this; only `｜DSML｜` is a token of the vocabulary
 Strings stand as they are, without escaping; everything else is JSON. The wording of the instructions is the official
 encoder's (`encoding/encoding_dsv4.py` of DeepSeek-V4-Flash): models were trained on exactly these bytes.
 
-Reading what a model wrote is `stream_parser.py`'s work.
+What a model wrote is read by `dsml_reader.py` and `stream_parser.py`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ Part: TypeAlias = Special | Text
 
 
 def split_protocol_text(text: str) -> list[Part]:
-    """Parts of a text of our own (a fixed header), in which token strings do mean tokens."""
+    """Parts of a text in which token strings do mean tokens: a fixed header of our own, or a model's raw output."""
     pieces = _PROTOCOL_TOKEN.split(text)
     parts: list[Part] = []
     for i, piece in enumerate(pieces):
@@ -66,6 +66,35 @@ def split_protocol_text(text: str) -> list[Part]:
         elif piece:
             parts.append(Text(piece))
     return parts
+
+
+class TokenFinder:
+    """Finds protocol tokens in text that comes in pieces."""
+
+    _BEGINNINGS = frozenset(token[:n] for token in PROTOCOL_TOKENS for n in range(1, len(token)))
+    _LONGEST = max(len(token) for token in PROTOCOL_TOKENS)
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str) -> list[Part]:
+        """The parts that are certain; an end that may become a token is kept back."""
+        text = self._held + text
+        *parts, last = split_protocol_text(text) or [Text("")]
+        self._held = ""
+        if isinstance(last, Text):
+            text = last.text
+            for start in range(max(0, len(text) - self._LONGEST + 1), len(text)):
+                if text[start:] in self._BEGINNINGS:
+                    text, self._held = text[:start], text[start:]
+                    break
+            last = Text(text)
+        return [*parts, last]
+
+    def flush(self) -> list[Part]:
+        """What was kept back: it did not become a token."""
+        held, self._held = self._held, ""
+        return [Text(held)] if held else []
 
 
 def merge_texts(parts: Iterable[Part]) -> list[Part]:

@@ -17,12 +17,15 @@ import numpy as np
 
 from localrun.engine import memory
 from localrun.engine.engine import Engine
+from localrun.engine.evaluate import evaluate
 from localrun.engine.messages import messages_from_json, tools_from_json
 from localrun.engine.prompt_parts import Special
 from localrun.engine.protocol import (
     Delta,
     EvalLogits,
     EvalResult,
+    EvalText,
+    EvalTextResult,
     Event,
     Finished,
     FinishReason,
@@ -207,6 +210,46 @@ class Host:
             out.flush()
         elapsed_s = time.perf_counter() - start
         self._send(EvalResult(request=command.request, n_tokens=done, n_vocab=n_vocab, elapsed_s=elapsed_s))
+
+    def eval_text(self, command: EvalText) -> None:
+        """See `protocol.EvalText`. Uses a session of its own, the conversation's stays."""
+        engine, _ = self._loaded()
+        tokens = engine.tokenizer.encode(command.text)
+        tokens = tokens[: command.max_tokens] if command.max_tokens else tokens
+        begin = engine.vocab.begin
+        if begin is None:
+            raise UsageError("the model has no begin token")
+        progress = self._progress(command.request, tokens, None)
+        start = time.perf_counter()
+        with engine.session(all_logits=True) as session:
+
+            def report(done: int, total: int) -> None:
+                if self._stopping:
+                    raise StoppedError("the evaluation was stopped")
+                progress(done, total)
+
+            scores = evaluate(
+                session,
+                tokens,
+                begin,
+                window=min(command.window, session.n_ctx),
+                save_folder=Path(command.save_folder) if command.save_folder else None,
+                reference_folder=Path(command.reference_folder) if command.reference_folder else None,
+                progress=report,
+            )
+        n, compared = scores.n_tokens, scores.has_reference
+        self._send(
+            EvalTextResult(
+                request=command.request,
+                n_tokens=n,
+                n_windows=scores.n_windows,
+                perplexity=scores.perplexity,
+                elapsed_s=time.perf_counter() - start,
+                kl_mean=scores.kl / n if compared else None,
+                kl_max=scores.kl_max if compared else None,
+                top1_agreement=scores.n_same / n if compared else None,
+            )
+        )
 
     def close(self) -> None:
         """Frees the model."""

@@ -66,6 +66,12 @@ class Vocab:
         """The token ends an answer."""
         return self.has_tokenizer and bool(L.llama_vocab_is_eog(self._vocab, token))
 
+    @property
+    def begin(self) -> int | None:
+        """The token that a text begins with, if the vocabulary names one."""
+        token = int(L.llama_vocab_bos(self._vocab)) if self.has_tokenizer else -1
+        return token if token >= 0 else None
+
     def tokenize(self, text: bytes) -> list[int]:
         """Ids of UTF-8 `text`; control tokens in it are plain text, user-defined ones are matched by llama.cpp all the same."""
         if not text:

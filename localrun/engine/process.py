@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from localrun.engine.protocol import (
     EngineOptions,
     EvalLogits,
     EvalResult,
+    EvalText,
+    EvalTextResult,
     Event,
     Failed,
     Finished,
@@ -60,6 +63,9 @@ LOG_LINES = 200
 """Lines of the C library's output that are kept to explain a crash."""
 
 CLOSE_TIMEOUT_S = 5.0
+
+# How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
+_LAST_WORDS = re.compile(r"\.(?:c|cc|cpp|cu|h|m):\d+: |^\s*what\(\): ")
 
 LoadEvent = Loading | Ready
 GenerateEvent = Loading | Ready | PromptProgress | Delta | ToolCall | Finished
@@ -186,6 +192,10 @@ class EngineProcess:
         command = EvalLogits(tokens=tokens, logits_path=str(logits_path))
         return cast(Iterator[PromptProgress | EvalResult], self._events(command))
 
+    def evaluate_text(self, command: EvalText) -> Iterator[PromptProgress | EvalTextResult]:
+        """Perplexity and comparison with a reference; the last event is EvalTextResult. Raises as `generate`."""
+        return cast(Iterator[PromptProgress | EvalTextResult], self._events(command))
+
     def close(self) -> None:
         """Ends the process, politely at first. May be called at any time, also twice."""
         with self._lock:
@@ -296,7 +306,8 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p)},
+            # ggml's backtrace would start a debugger and can hang in it.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p), "GGML_NO_BACKTRACE": "1"},
             start_new_session=True,  # Ctrl-C in the terminal is for the user interface, which then sends Stop
         )
         assert process.stdout is not None
@@ -361,8 +372,7 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
     hint = "the next question starts it again"
     if code == -signal.SIGKILL:
         hint = "probably out of memory: give a smaller --ram or --context"
-    # An abort prints its reason first (`file.cpp:12: GGML_ASSERT(...) failed`), then the stack.
-    reasons = [line.strip() for line in log if "GGML_ASSERT" in line or "GGML_ABORT" in line or ": fatal error" in line]
+    reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
     last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
     return EngineDiedError(f"the engine process {how}{last}", hint=hint)
 

@@ -51,7 +51,7 @@ class EngineOptions:
         n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
         n_threads: CPU threads; 0: one per physical core.
         n_batch: most tokens per forward pass during prefill.
-        kv_type: ggml type of the KV cache.
+        kv_type: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
     """
 
@@ -61,7 +61,7 @@ class EngineOptions:
     n_ctx: int = 0
     n_threads: int = 0
     n_batch: int = 512
-    kv_type: Literal["f16", "bf16", "q8_0", "q4_0", "f32"] = "f16"
+    kv_type: str = "f16"
     math: Literal["int8", "f32"] = "int8"
 
 
@@ -241,6 +241,24 @@ class EvalLogits(Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalText(Command):
+    """Perplexity of a text, and how far from a reference's distributions. Events: PromptProgress*, EvalTextResult.
+
+    Attributes:
+        window: tokens per window; each starts with an empty context.
+        max_tokens: evaluate only the first ones; 0: all.
+        save_folder: write every window's logits there, as `reference_folder` of another model's run.
+        reference_folder: compare with what the reference saved there.
+    """
+
+    text: str
+    window: int = 512
+    max_tokens: int = 0
+    save_folder: str | None = None
+    reference_folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close(Command):
     """Frees the model and ends the process. Events: Closed."""
 
@@ -389,6 +407,26 @@ class EvalResult(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalTextResult(Event):
+    """Answer to EvalText.
+
+    Attributes:
+        n_tokens: tokens that were predicted.
+        perplexity: exp of the mean negative log-likelihood.
+        kl_mean, kl_max: KL(reference || model) in nats over positions; None without a reference.
+        top1_agreement: share of positions with the reference's most likely token; None without a reference.
+    """
+
+    n_tokens: int
+    n_windows: int
+    perplexity: float
+    elapsed_s: float
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Closed(Event):
     """Answer to Close."""
 
@@ -409,7 +447,7 @@ class Failed(Event):
     trace: str = ""
 
 
-CLOSING_EVENTS = (Ready, Finished, Stats, TokenCount, Saved, Restored, EvalResult, Closed, Failed)
+CLOSING_EVENTS = (Ready, Finished, Stats, TokenCount, Saved, Restored, EvalResult, EvalTextResult, Closed, Failed)
 """Events after which nothing more comes for their request."""
 
 # --- encoding -------------------------------------------------------------------------------------------------------

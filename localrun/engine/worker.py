@@ -26,6 +26,7 @@ from localrun.engine.protocol import (
     Command,
     CountTokens,
     EvalLogits,
+    EvalText,
     Event,
     Failed,
     Generate,
@@ -135,6 +136,7 @@ class Worker:
             Snapshot: host.snapshot,
             Restore: host.restore,
             EvalLogits: host.eval_logits,
+            EvalText: host.eval_text,
         }
         while True:
             command = self._queue.get()

@@ -1,0 +1,104 @@
+"""The command line: parses arguments, runs one command, turns errors into a line, a hint and an exit code.
+
+Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted. Only the module of the chosen command is imported, and each of
+those imports what is heavy when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from localrun import __version__
+from localrun.errors import LocalrunError, UsageError
+
+COMMANDS = {
+    "chat": "talk to a model in the terminal",
+    "run": "print one answer",
+    "convert": "convert an official checkpoint",
+    "verify": "check every checksum of a converted model",
+    "eval": "logits, perplexity, comparison with a reference",
+    "doctor": "check this machine and this installation",
+}
+"""Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+EXAMPLES = """\
+examples:
+  localrun chat                                    the demo model
+  localrun chat ~/models/DeepSeek-V4-Flash         an official checkpoint as it lies
+  localrun run -p "What is a mixture of experts?"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        parser = _parser(arguments)
+        try:
+            args = parser.parse_args(arguments)
+        except SystemExit as leave:  # --help: 0, wrong usage: 2
+            return int(leave.code or 0)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return EXIT_USAGE
+        return int(import_module(f"localrun.commands.{args.command}").run(args))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        return _report(error, debug="--debug" in arguments)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of all commands; only the one that `arguments` name gets its options."""
+    parser = argparse.ArgumentParser(
+        prog="localrun",
+        description="Runs DeepSeek-V4-Flash and V4-Pro on one workstation, offline.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"localrun {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == chosen:
+            import_module(f"localrun.commands.{name}").add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' log")
+    return parser
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Prints what went wrong; returns the exit code."""
+    from localrun.textsafe import visible_line
+
+    if debug:
+        traceback.print_exception(error)
+    known = isinstance(error, LocalrunError)
+    message = str(error) if known else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    print(f"error: {visible_line(message)}", file=sys.stderr)
+    hint = getattr(error, "hint", None)
+    if isinstance(error, OSError) and not known:
+        hint = None  # the system's own words say it all
+    elif not known and not debug:
+        hint = "this is a bug in localrun; --debug shows where"
+    if hint:
+        print(f"hint: {visible_line(hint)}", file=sys.stderr)
+    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""`localrun chat`: a conversation in the terminal, line by line; without a terminal one answer, to show that all works."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from dataclasses import replace
+from typing import Any
+
+from localrun.commands import common
+from localrun.commands.output import Output
+from localrun.engine.process import EngineProcess
+from localrun.engine.protocol import Delta, Finished, Generate
+from localrun.errors import LocalrunError
+from localrun.textsafe import visible_line
+from localrun.units import format_size
+
+EXAMPLES = """\
+examples:
+  localrun chat
+  localrun chat ~/models/v4-flash --ram 48GiB --think high
+"""
+
+QUESTION = "Hello! Who are you?"
+"""Asked when there is no terminal to type into."""
+
+HELP = "Enter sends. /new starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `localrun chat`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    common.add_sampling_arguments(parser)
+    common.add_load_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    out = Output()
+    settings = common.settings_of(args)
+    interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
+    with EngineProcess() as engine:
+        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
+        template = Generate(
+            think=settings.sampling.think,
+            sampling=common.sampling_options(settings, args.seed),
+            max_tokens=args.max_tokens,
+        )
+        chat = _Chat(engine, template, args.system, out)
+        if not interactive:
+            out.note(f"{facts.name} is asked: {QUESTION}")
+            chat.ask(QUESTION)
+            return 0
+        out.note(
+            f"{facts.name}: {format_size(facts.file_bytes)}, {facts.n_layers} layers, context {facts.n_ctx} tokens"
+        )
+        out.note(HELP)
+        _loop(chat, out)
+    return 0
+
+
+class _Chat:
+    """The conversation so far; a failed answer leaves it as it was."""
+
+    def __init__(self, engine: EngineProcess, template: Generate, system: str | None, out: Output) -> None:
+        self._engine, self._template, self._out = engine, template, out
+        self._system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._system)
+
+    def restart(self) -> None:
+        self._messages = list(self._system)
+
+    def ask(self, text: str) -> None:
+        """Prints the answer to `text` and keeps both."""
+        messages = [*self._messages, {"role": "user", "content": text}]
+        pieces: list[str] = []
+        try:
+            for event in self._engine.generate(replace(self._template, messages=tuple(messages))):
+                common.show_progress(event, self._out)
+                if isinstance(event, Delta) and event.kind == "thinking":
+                    self._out.thinking(event.text)
+                elif isinstance(event, Delta) and event.kind == "text":
+                    pieces.append(event.text)
+                    self._out.answer(event.text)
+                elif isinstance(event, Finished):
+                    self._out.end_line()
+                    self._out.note(f"({common.speed(event.timings)})")
+        finally:
+            self._out.end_line()
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def _loop(chat: _Chat, out: Output) -> None:
+    """Reads lines until the user leaves."""
+    with contextlib.suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401  # gives input() editing and history
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            out.note("")
+            return
+        if text == "/exit":
+            return
+        if text == "/new":
+            chat.restart()
+            out.note("a new conversation")
+        elif text.startswith("/"):
+            out.note(HELP)
+        elif text:
+            try:
+                chat.ask(text)
+            except KeyboardInterrupt:
+                out.note("(stopped)")
+            except LocalrunError as error:
+                out.note(f"error: {visible_line(str(error))}")
+                if error.hint:
+                    out.note(f"hint: {visible_line(error.hint)}")

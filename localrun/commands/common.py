@@ -1,0 +1,144 @@
+"""What commands that load a model share: options, the choice of the model, loading with progress."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from localrun import config
+from localrun.commands import demo
+from localrun.commands.output import Output
+from localrun.engine.process import EngineProcess
+from localrun.engine.protocol import (
+    EngineOptions,
+    Event,
+    Loading,
+    ModelFacts,
+    PromptProgress,
+    Ready,
+    SamplingOptions,
+    Timings,
+)
+from localrun.errors import UsageError
+from localrun.units import format_duration, parse_size
+
+
+def size(text: str) -> int:
+    """argparse type of a size option."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that loads a model; the user's settings are the defaults."""
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--ram", type=size, metavar="SIZE", help="memory for experts, e.g. 16GiB (default: what is free)"
+    )
+    group.add_argument("--vram", type=size, metavar="SIZE", help="memory on the GPU (default: what is free)")
+    group.add_argument("--gpu", metavar="auto|none|NAME", help="which GPU")
+    group.add_argument("--context", type=int, metavar="N", help="tokens of context")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+    group.add_argument("--kv", metavar="TYPE", help="number format of the KV cache: f16, bf16, q8_0, q4_0, f32")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that generates text."""
+    group = parser.add_argument_group("answers")
+    group.add_argument("--think", metavar="off|high|max", help="how much the model reasons before it answers")
+    group.add_argument(
+        "--temp", dest="temperature", type=float, metavar="T", help="temperature; 0: always the most likely token"
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens of this total probability")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0: all")
+    group.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the first")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="end the answer after N tokens")
+
+
+def settings_of(args: argparse.Namespace) -> config.Settings:
+    """The user's settings, overridden by what was typed."""
+    settings = config.load()
+    return config.Settings(**{f.name: _override(getattr(settings, f.name), args) for f in dataclasses.fields(settings)})
+
+
+def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = "int8") -> EngineOptions:
+    """How to load a model."""
+    engine = settings.engine
+    return EngineOptions(
+        ram_bytes=engine.ram,
+        vram_bytes=engine.vram,
+        gpu=engine.gpu,
+        n_ctx=engine.context,
+        n_threads=engine.threads,
+        kv_type=engine.kv,
+        math=math,
+    )
+
+
+def sampling_options(settings: config.Settings, seed: int | None) -> SamplingOptions:
+    """How to choose tokens."""
+    sampling = settings.sampling
+    return SamplingOptions(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+    )
+
+
+def model_path(settings: config.Settings, out: Output) -> Path:
+    """The model that was named, or the demo model, converted on its first use.
+
+    Raises:
+        UsageError: none was named and this installation has no demo model.
+    """
+    if settings.engine.model is not None:
+        return Path(settings.engine.model).expanduser()
+    out.status("preparing the demo model")
+    path = demo.converted()
+    out.clear_status()
+    return path
+
+
+def load(engine: EngineProcess, path: Path, options: EngineOptions, out: Output) -> ModelFacts:
+    """Loads a model and shows how far it is."""
+    for event in engine.load(path, options):
+        show_progress(event, out)
+    facts = engine.facts
+    assert facts is not None
+    return facts
+
+
+def show_progress(event: Event, out: Output) -> None:
+    """Puts loading and prefill on the status line."""
+    if isinstance(event, Loading):
+        out.status(f"loading {event.progress:4.0%}  {event.text}")
+    elif isinstance(event, PromptProgress) and event.total - event.reused > 1:
+        rest_s = event.elapsed_s / max(1, event.done - event.reused) * (event.total - event.done)
+        left = f", {format_duration(rest_s)} left" if event.done > event.reused else ""
+        out.status(f"reading the prompt: {event.done} of {event.total} tokens{left}")
+    elif isinstance(event, Ready):
+        out.clear_status()
+
+
+def speed(timings: Timings) -> str:
+    """One line about the cost of an answer."""
+    parts = [f"{timings.new_tokens} tokens"]
+    if (rate := timings.decode_tokens_per_s) is not None:
+        parts.append(f"{rate:.1f} tokens/s")
+    if (rate := timings.prompt_tokens_per_s) is not None:
+        parts.append(f"prompt {timings.prompt_tokens - timings.reused_tokens} tokens at {rate:.1f} tokens/s")
+    return ", ".join(parts)
+
+
+def _override(table: Any, args: argparse.Namespace) -> Any:
+    """`table` with the values of those options that were typed; options are named as the settings are."""
+    names = [f.name for f in dataclasses.fields(table)]
+    typed = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return dataclasses.replace(table, **typed)

@@ -1,0 +1,50 @@
+"""The demo model that comes with localrun: an official-format checkpoint in the package, converted on its first use."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+from localrun import paths
+from localrun.errors import UsageError
+
+
+def checkpoint() -> Path:
+    """The folder of the demo checkpoint.
+
+    Raises:
+        UsageError: this installation has none.
+    """
+    try:
+        from localrun.demo import checkpoint_dir
+    except ImportError:
+        raise UsageError("this installation has no demo model", hint="name a model: localrun chat PATH") from None
+    folder: Path = checkpoint_dir()
+    return folder
+
+
+def converted() -> Path:
+    """The folder of the converted demo model in the cache; converts it if it is not there.
+
+    Raises:
+        UsageError: this installation has no demo model.
+        LocalrunError: it can't be converted.
+    """
+    from localrun.quant.convert import convert
+    from localrun.quant.source import open_model
+
+    source = checkpoint()
+    target = paths.cache_dir() / f"demo-{open_model(source).identity[:16]}"
+    if not target.is_dir():
+        # Converted beside the target and renamed: two first starts at once both end well.
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            convert(source, partial)
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target

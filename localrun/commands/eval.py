@@ -1,0 +1,155 @@
+"""`localrun eval`: logits of given tokens, or perplexity of a text and its distance from a reference model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from localrun import paths
+from localrun.commands import common
+from localrun.commands.output import Output
+from localrun.engine.process import EngineProcess
+from localrun.engine.protocol import EngineOptions, EvalText, EvalTextResult
+from localrun.errors import DiskSpaceError, UsageError
+from localrun.units import format_size
+
+EXAMPLES = """\
+examples:
+  localrun eval ~/models/v4-flash --tokens ids.json --logits logits.npy
+  localrun eval ~/models/v4-flash-2bit --text book.txt --reference ~/models/v4-flash --max-tokens 4096
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `localrun eval`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tokens", type=Path, metavar="FILE", help="JSON list of token ids; needs --logits")
+    what.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity is measured")
+    parser.add_argument(
+        "--logits", type=Path, metavar="OUT.npy", help="gets float32 logits of all positions (T, n_vocab)"
+    )
+    parser.add_argument("--reference", metavar="MODEL", help="with --text: compare with this model's distributions")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="with --text: tokens per window (512)")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="with --text: only the first N tokens")
+    parser.add_argument("--math", choices=("int8", "f32"), default="int8", help="arithmetic of the experts (int8)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_load_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    out = Output()
+    settings = common.settings_of(args)
+    options = common.engine_options(settings, math=args.math)
+    model = common.model_path(settings, out)
+    if args.tokens is not None:
+        return _logits(args, model, options, out)
+    if args.logits is not None:
+        raise UsageError("--logits goes with --tokens")
+    return _text(args, model, options, out)
+
+
+def _logits(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> int:
+    if args.logits is None:
+        raise UsageError("--tokens needs --logits OUT.npy")
+    tokens = _read_tokens(args.tokens)
+    # Without --context the context is as long as the tokens need.
+    options = replace(options, n_ctx=options.n_ctx or len(tokens))
+    with _loaded(model, options, out) as engine:
+        for event in engine.evaluate(tokens, args.logits.absolute()):
+            common.show_progress(event, out)
+    out.clear_status()
+    if args.json:
+        out.json({"n_tokens": len(tokens), "logits": str(args.logits)})
+    else:
+        out.note(f"{args.logits}: logits of {len(tokens)} positions")
+    return 0
+
+
+def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> int:
+    try:
+        text = args.text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{args.text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    options = replace(options, n_ctx=options.n_ctx or args.window)
+    command = EvalText(text=text, window=args.window, max_tokens=args.max_tokens)
+    if args.reference is None:
+        result = _measure(model, options, command, out)
+    else:
+        with _scratch_folder() as folder:
+            # One model after the other: both may want all the memory there is.
+            reference = Path(args.reference).expanduser()
+            with _loaded(reference, options, out) as engine:
+                _check_space(engine, command, folder)
+                _last(engine, replace(command, save_folder=str(folder)), out)
+            result = _measure(model, options, replace(command, reference_folder=str(folder)), out)
+    values = {key: value for key, value in asdict(result).items() if key != "request" and value is not None}
+    if args.json:
+        out.json({"model": str(model), "window": args.window, **values})
+        return 0
+    out.line(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens in windows of {args.window}")
+    if result.kl_mean is not None and result.kl_max is not None and result.top1_agreement is not None:
+        out.line(f"KL from the reference: mean {result.kl_mean:.6f}, largest {result.kl_max:.6f} nats")
+        out.line(f"same most likely token: {result.top1_agreement:.2%}")
+    return 0
+
+
+def _measure(model: Path, options: EngineOptions, command: EvalText, out: Output) -> EvalTextResult:
+    with _loaded(model, options, out) as engine:
+        return _last(engine, command, out)
+
+
+def _last(engine: EngineProcess, command: EvalText, out: Output) -> EvalTextResult:
+    for event in engine.evaluate_text(command):
+        if isinstance(event, EvalTextResult):
+            out.clear_status()
+            return event
+        out.status(f"{event.done} of {event.total} tokens")
+    raise AssertionError("the iterator ends with EvalTextResult")
+
+
+@contextmanager
+def _loaded(model: Path, options: EngineOptions, out: Output) -> Iterator[EngineProcess]:
+    with EngineProcess() as engine:
+        common.load(engine, model, options, out)
+        yield engine
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    parent = paths.cache_dir()
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="eval-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _check_space(engine: EngineProcess, command: EvalText, folder: Path) -> None:
+    """The reference's logits wait on the disk: four bytes per token and vocabulary entry."""
+    assert engine.facts is not None
+    n_tokens = engine.count_tokens(command.text)
+    n_tokens = min(n_tokens, command.max_tokens) if command.max_tokens else n_tokens
+    needed, free = 4 * n_tokens * engine.facts.n_vocab, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, {format_size(free)} are free",
+            hint="give --max-tokens N, or another LOCALRUN_CACHE_DIR",
+        )
+
+
+def _read_tokens(path: Path) -> tuple[int, ...]:
+    try:
+        value: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
+        raise UsageError(f"{path}: expected a JSON list of token ids")
+    return tuple(value)

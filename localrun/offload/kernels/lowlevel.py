@@ -18,7 +18,7 @@ def _pointer(builder: Any, address: Any, target: Any) -> Any:
     return builder.inttoptr(address, target.as_pointer())
 
 
-def _make_load(value_type: Any) -> Callable[..., Any]:
+def _make_load(value_type: Any) -> Any:
     @intrinsic
     def load(_typing: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -28,10 +28,10 @@ def _make_load(value_type: Any) -> Callable[..., Any]:
 
         return value_type(types.intp), codegen
 
-    return load  # type: ignore[no-any-return]
+    return load
 
 
-def _make_store(value_type: Any) -> Callable[..., Any]:
+def _make_store(value_type: Any) -> Any:
     @intrinsic
     def store(_typing: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -41,17 +41,27 @@ def _make_store(value_type: Any) -> Callable[..., Any]:
 
         return types.void(types.intp, value_type), codegen
 
-    return store  # type: ignore[no-any-return]
+    return store
 
 
-load_u8, store_u8 = _make_load(types.uint8), _make_store(types.uint8)
-load_i8, store_i8 = _make_load(types.int8), _make_store(types.int8)
-load_u16, store_u16 = _make_load(types.uint16), _make_store(types.uint16)
-load_u32, store_u32 = _make_load(types.uint32), _make_store(types.uint32)
-load_i32, store_i32 = _make_load(types.int32), _make_store(types.int32)
-load_u64, store_u64 = _make_load(types.uint64), _make_store(types.uint64)
-load_i64, store_i64 = _make_load(types.int64), _make_store(types.int64)
-load_f32, store_f32 = _make_load(types.float32), _make_store(types.float32)
+load_u8: Callable[[int], Any] = _make_load(types.uint8)
+load_i8: Callable[[int], int] = _make_load(types.int8)
+load_i16: Callable[[int], int] = _make_load(types.int16)
+load_u16: Callable[[int], Any] = _make_load(types.uint16)
+load_u32: Callable[[int], Any] = _make_load(types.uint32)
+load_i32: Callable[[int], int] = _make_load(types.int32)
+load_u64: Callable[[int], int] = _make_load(types.uint64)
+load_i64: Callable[[int], int] = _make_load(types.int64)
+load_f32: Callable[[int], Any] = _make_load(types.float32)
+store_u8: Callable[[int, Any], None] = _make_store(types.uint8)
+store_i8: Callable[[int, Any], None] = _make_store(types.int8)
+store_i16: Callable[[int, Any], None] = _make_store(types.int16)
+store_u16: Callable[[int, Any], None] = _make_store(types.uint16)
+store_u32: Callable[[int, Any], None] = _make_store(types.uint32)
+store_i32: Callable[[int, Any], None] = _make_store(types.int32)
+store_u64: Callable[[int, Any], None] = _make_store(types.uint64)
+store_i64: Callable[[int, Any], None] = _make_store(types.int64)
+store_f32: Callable[[int, Any], None] = _make_store(types.float32)
 
 
 @intrinsic
@@ -64,17 +74,68 @@ def pointer(_typing: Any, address: Any) -> Any:
     return types.voidptr(types.intp), codegen
 
 
+def _make_call(n_args: int) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        int64 = ir.IntType(64)
+        builder.call(_pointer(builder, args[0], ir.FunctionType(ir.VoidType(), [int64] * n_args)), args[1:])
+        return context.get_dummy_value()
+
+    return codegen
+
+
 @intrinsic
-def call_to_float(_typing: Any, function: Any, row: Any, out: Any, n_elements: Any) -> Any:
-    """Calls ggml's `void to_float(const void *row, float *out, int64_t n)` at address `function`."""
+def call_0(_typing: Any, function: Any) -> Any:
+    """Calls the C function at address `function` without arguments; a result is dropped."""
+    return types.void(types.intp), _make_call(0)
+
+
+@intrinsic
+def call_1(_typing: Any, function: Any, a: Any) -> Any:
+    """Calls `void f(int64)` by address."""
+    return types.void(*[types.intp] * 2), _make_call(1)
+
+
+@intrinsic
+def call_3(_typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
+    """Calls `void f(int64, int64, int64)` by address; pointers count as int64."""
+    return types.void(*[types.intp] * 4), _make_call(3)
+
+
+@intrinsic
+def call_4(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Calls a C function of four int64 by address."""
+    return types.void(*[types.intp] * 5), _make_call(4)
+
+
+@intrinsic
+def call_9(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
+    """Calls a C function of nine int64 by address."""
+    return types.void(*[types.intp] * 10), _make_call(9)
+
+
+@intrinsic
+def stack(_typing: Any, n_bytes: Any) -> Any:
+    """Address of scratch on the caller's stack, 64-byte aligned; `n_bytes` is a constant. One buffer per place in the source."""
+    if not isinstance(n_bytes, types.IntegerLiteral):
+        return None
+
+    def codegen(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        with builder.goto_entry_block():
+            slot = builder.alloca(ir.ArrayType(ir.IntType(8), n_bytes.literal_value))
+            slot.align = 64
+        return builder.ptrtoint(slot, ir.IntType(64))
+
+    return types.intp(n_bytes), codegen
+
+
+@intrinsic
+def float_of_bits(_typing: Any, bits: Any) -> Any:
+    """The F32 with these 32 bits."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        int64 = ir.IntType(64)
-        target = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [int64, int64, int64]).as_pointer())
-        builder.call(target, args[1:])
-        return _context.get_dummy_value()
+        return builder.bitcast(args[0], ir.FloatType())
 
-    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+    return types.float32(types.int32), codegen
 
 
 @intrinsic
@@ -85,3 +146,13 @@ def atomic_add(_typing: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
 
     return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(_typing: Any, address: Any) -> Any:
+    """The int64 at `address`; what its writer wrote before is visible afterwards."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
+
+    return types.int64(types.intp), codegen

@@ -94,6 +94,6 @@ def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKer
     Raises:
         UnsupportedModelError: a type that ggml can't dequantize, or rows that are not whole blocks.
     """
-    from localrun.offload.kernels.exact import ExactKernel
+    from localrun.offload.kernels.kernel import ExpertKernel
 
-    return ExactKernel(spec, n_threads=n_threads)
+    return ExpertKernel(spec, math=math, n_threads=n_threads)

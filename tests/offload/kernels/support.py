@@ -119,3 +119,48 @@ class Pairs:
 
 def relative_error(got: npt.NDArray[np.float32], want: npt.NDArray[np.float64]) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+class _CpuTraits(ctypes.Structure):
+    """`struct ggml_type_traits_cpu` of ggml-cpu.h."""
+
+    _fields_ = (
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        (
+            "vec_dot",
+            ctypes.CFUNCTYPE(
+                None, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+                ctypes.c_size_t, ctypes.c_int,
+            ),
+        ),
+        ("vec_dot_type", ctypes.c_int),
+        ("n_rows", ctypes.c_int64),
+    )  # fmt: skip
+
+
+_cpu = ctypes.CDLL(os.path.join(_folder, "libggml-cpu.so"))
+_cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
+_cpu.ggml_cpu_init()
+
+
+def ggml_matrix(type_: T, rows: Bytes, x: F32) -> F32:
+    """x (T, n_in) times the matrix as ggml's CPU backend does it: activations quantized to 8 bits, its own dot product."""
+    traits = _cpu.ggml_get_type_traits_cpu(int(type_))[0]
+    n_in = x.shape[1]
+    quantizer = _cpu.ggml_get_type_traits_cpu(traits.vec_dot_type)[0].from_float
+    quantized = np.zeros(n_in * 2, np.uint8)  # more than Q8_0 and Q8_K need
+    out, value = np.zeros((x.shape[0], rows.shape[0]), np.float32), ctypes.c_float()
+    for t, row in enumerate(np.ascontiguousarray(x)):
+        quantizer(row.ctypes.data, quantized.ctypes.data, n_in)
+        for r in range(rows.shape[0]):
+            traits.vec_dot(n_in, ctypes.addressof(value), 0, rows[r].ctypes.data, 0, quantized.ctypes.data, 0, 1)
+            out[t, r] = value.value
+    return out
+
+
+def ggml_ffn(experts: Experts, expert: int, x: F32) -> F32:
+    """A whole expert with ggml's 8-bit arithmetic."""
+    limit = np.float32(experts.spec.limit)
+    g, u = (ggml_matrix(experts.spec.types[which], experts.raw[expert][which], x) for which in (0, 1))
+    g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
+    return ggml_matrix(experts.spec.types[2], experts.raw[expert][2], (g / (1 + np.exp(-g)) * u).astype(np.float32))

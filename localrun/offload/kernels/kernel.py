@@ -1,0 +1,115 @@
+"""The kernel objects: a row kernel per projection, put together for one expert shape."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from localrun.offload.kernels.exact import exact_rows
+from localrun.offload.kernels.formats import FORMATS
+from localrun.offload.kernels.ggml_types import block_type
+from localrun.offload.kernels.interleaved import pack_matrix, rows_function
+from localrun.offload.kernels.panels import FLOAT32, Panel
+from localrun.offload.kernels.spec import FfnSpec, Math
+from localrun.offload.kernels.tasks import Call, Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """One matrix of a ggml type and shape, in the layout of the row kernel that was chosen for it.
+
+    Attributes:
+        raw_bytes, packed_bytes: size as ggml rows and as it lies in the slot (a multiple of 64 where it is interleaved).
+        interleaved: rearranged for vector code; else ggml rows as they are.
+    """
+
+    type: GGMLQuantizationType
+    n_out: int
+    n_in: int
+    interleaved: bool
+    raw_bytes: int
+    packed_bytes: int
+    panel: Panel
+    rows_address: int
+    extra: int
+
+    @classmethod
+    def choose(cls, type_: GGMLQuantizationType, n_out: int, n_in: int, *, math: Math) -> PackedMatrix:
+        raw_bytes = n_out * block_type(type_).row_bytes(n_in)
+        if math == "int8" and type_ in FORMATS:
+            format_ = FORMATS[type_]
+            address = int(rows_function(type_).address)
+            return cls(
+                type_, n_out, n_in, True, raw_bytes, format_.matrix_bytes(n_out, n_in), format_.panel, address, 0
+            )
+        address, extra = exact_rows(type_)
+        return cls(type_, n_out, n_in, False, raw_bytes, raw_bytes, Panel(FLOAT32), address, extra)
+
+    def pack(self, raw: int, target: int) -> None:
+        """ggml rows at address `raw` -> packed form at `target`."""
+        if self.interleaved:
+            pack_matrix(self.type, raw, self.raw_bytes // self.n_out, self.n_out, target)
+        else:
+            ctypes.memmove(target, raw, self.raw_bytes)
+
+    def at(self, offset: int) -> Matrix:
+        return Matrix(self.rows_address, self.extra, offset, self.n_in, self.n_out, self.panel)
+
+
+class ExpertKernel:
+    """`FfnKernel` for any mix of types; see `spec.FfnKernel` for the contract."""
+
+    def __init__(self, spec: FfnSpec, *, math: Math, n_threads: int) -> None:
+        self.spec = spec
+        shapes = ((spec.n_ff, spec.n_embd), (spec.n_ff, spec.n_embd), (spec.n_embd, spec.n_ff))
+        self._matrices = tuple(
+            PackedMatrix.choose(t, *shape, math=math) for t, shape in zip(spec.types, shapes, strict=True)
+        )
+        self.raw_is_packed = not any(m.interleaved for m in self._matrices)
+        self._offsets, end = [], 0
+        for matrix in self._matrices:
+            self._offsets.append(end)
+            # Vector code reads aligned slots; raw rows must stay back to back.
+            end += matrix.packed_bytes if self.raw_is_packed else -(-matrix.packed_bytes // 64) * 64
+        self.slot_bytes = -(-end // 64) * 64
+        kinds = dict.fromkeys(f"{m.type.name.lower()}-{'avx512' if m.interleaved else 'f32'}" for m in self._matrices)
+        self.name = "+".join(kinds)
+        views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]
+        self._ffn = Call(views, limit=spec.limit, n_threads=n_threads)
+        self._alone = [Call([view], n_threads=n_threads) for view in views]
+
+    def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        assert raw.dtype == np.uint8
+        assert raw.flags.c_contiguous
+        assert raw.size == sum(m.raw_bytes for m in self._matrices)
+        source = raw.ctypes.data
+        for matrix, offset in zip(self._matrices, self._offsets, strict=True):
+            matrix.pack(source, slot + offset)
+            source += matrix.raw_bytes
+
+    def run(
+        self,
+        slots: npt.NDArray[np.uint64],
+        starts: npt.NDArray[np.int32],
+        x_rows: npt.NDArray[np.int32],
+        out_rows: npt.NDArray[np.int32],
+        x: npt.NDArray[np.float32],
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        self._ffn(slots, starts, x_rows, out_rows, x, out)
+
+    def project(
+        self,
+        which: int,
+        slots: npt.NDArray[np.uint64],
+        starts: npt.NDArray[np.int32],
+        x_rows: npt.NDArray[np.int32],
+        out_rows: npt.NDArray[np.int32],
+        x: npt.NDArray[np.float32],
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        self._alone[which](slots, starts, x_rows, out_rows, x, out)

@@ -1,0 +1,203 @@
+"""A thin layer over llvmlite for writing kernels as vector code: 16 lanes of 32 bits, or 64 of 8.
+
+Lane r of a 32-bit vector belongs to weight row r of a group of 16 rows; in a byte vector, bytes 4r to 4r + 3 hold four
+consecutive elements of row r. Python runs once per compilation: loops and lists here unroll code, `Simd.loop` emits a loop.
+Instructions are AVX-512 (F, BW, VL, VNNI; VBMI and GFNI for the grid formats).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+I8, I16, I32, I64, F16, F32 = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.HalfType(),
+    ir.FloatType(),
+)
+BYTES = ir.VectorType(I8, 64)
+WORDS = ir.VectorType(I16, 32)
+INTS = ir.VectorType(I32, 16)
+FLOATS = ir.VectorType(F32, 16)
+QUADS = ir.VectorType(I64, 8)
+
+LANES = 16
+
+
+class Simd:
+    """Emits vector instructions at the builder's position. `pointer` arguments are `i8*` values, offsets Python ints."""
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def pointer(self, address: Any, offset: Any = None) -> Any:
+        """`i8*` from an integer address, plus a run-time byte offset."""
+        base = self.b.inttoptr(address, I8.as_pointer())
+        return base if offset is None else self.b.gep(base, [offset])
+
+    def at(self, pointer: Any, index: Any, stride: int, offset: int = 0) -> Any:
+        """pointer + index * stride + offset."""
+        shifted = self.b.add(self.b.mul(index, I64(stride)), I64(offset))
+        return self.b.gep(pointer, [shifted])
+
+    def load(self, pointer: Any, offset: int, type_: Any) -> Any:
+        source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), type_.as_pointer())
+        value = self.b.load(source)
+        value.align = 1
+        return value
+
+    def store(self, value: Any, pointer: Any, offset: int = 0) -> None:
+        target = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), value.type.as_pointer())
+        self.b.store(value, target).align = 1
+
+    def stack(self, n_bytes: int) -> Any:
+        """`i8*` to scratch of this function, 64-byte aligned."""
+        with self.b.goto_entry_block():
+            slot = self.b.alloca(ir.ArrayType(I8, n_bytes))
+            slot.align = 64
+        return self.b.bitcast(slot, I8.as_pointer())
+
+    # -- constants and conversions --------------------------------------------------------------------------------
+
+    @staticmethod
+    def ints(value: int) -> Any:
+        return ir.Constant(INTS, [value] * 16)
+
+    @staticmethod
+    def floats(value: float) -> Any:
+        return ir.Constant(FLOATS, [value] * 16)
+
+    @staticmethod
+    def bytes(values: Sequence[int]) -> Any:
+        """64 byte constants; a shorter pattern repeats."""
+        pattern = [v & 255 for v in values]
+        return ir.Constant(BYTES, (pattern * (64 // len(pattern)))[:64])
+
+    def splat(self, scalar: Any, lanes: int = LANES) -> Any:
+        vector = ir.VectorType(scalar.type, lanes)
+        first = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+        return self.b.shuffle_vector(
+            first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        )
+
+    def splat_dword(self, pointer: Any, offset: int) -> Any:
+        """One dword of four int8 activations in all 16 lanes, as bytes; folds into the dot product's operand."""
+        return self.b.bitcast(self.splat(self.load(pointer, offset, I32)), BYTES)
+
+    def splat_f32(self, pointer: Any, offset: int) -> Any:
+        return self.splat(self.load(pointer, offset, F32))
+
+    def splat_i32(self, pointer: Any, offset: int) -> Any:
+        return self.splat(self.load(pointer, offset, I32))
+
+    def as_bytes(self, vector: Any) -> Any:
+        return self.b.bitcast(vector, BYTES)
+
+    def as_ints(self, vector: Any) -> Any:
+        return self.b.bitcast(vector, INTS)
+
+    def to_float(self, ints: Any) -> Any:
+        return self.b.sitofp(ints, FLOATS)
+
+    def halves(self, pointer: Any, offset: int) -> Any:
+        """16 F16 values as F32."""
+        return self.b.fpext(self.load(pointer, offset, ir.VectorType(F16, 16)), FLOATS)
+
+    def byte_lanes(self, pointer: Any, offset: int) -> Any:
+        """16 bytes as unsigned 32-bit lanes."""
+        return self.b.zext(self.load(pointer, offset, ir.VectorType(I8, 16)), INTS)
+
+    # -- arithmetic -----------------------------------------------------------------------------------------------
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.b.fmul(a, b)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
+
+    def shift_right(self, ints: Any, count: int) -> Any:
+        return self.b.lshr(ints, self.ints(count)) if count else ints
+
+    def shift_left(self, ints: Any, count: int) -> Any:
+        return self.b.shl(ints, self.ints(count)) if count else ints
+
+    def mask(self, ints: Any, value: int) -> Any:
+        return self.b.and_(ints, self.ints(value))
+
+    def byte_field(self, ints: Any, byte: int, bits: int = 8) -> Any:
+        """The low `bits` of byte `byte` of each lane."""
+        shifted = self.shift_right(ints, 8 * byte)
+        return shifted if byte == 3 and bits == 8 else self.mask(shifted, (1 << bits) - 1)
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any) -> Any:
+        """total + four products per lane, exact in 32 bits (VNNI vpdpbusd)."""
+        return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
+
+    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
+        """total + two products of signed 16-bit values per lane (VNNI vpdpwssd)."""
+        return self.call(
+            "llvm.x86.avx512.vpdpwssd.512", INTS, total, self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
+        )
+
+    def lookup16(self, table: Any, indices: Any) -> Any:
+        """Per byte: `table[index & 15]` within each 128-bit lane; index bit 7 gives 0 (vpshufb)."""
+        return self.call("llvm.x86.avx512.pshuf.b.512", BYTES, table, indices)
+
+    def lookup64(self, table: Any, indices: Any) -> Any:
+        """Per byte: `table[index & 63]` (VBMI vpermb)."""
+        return self.call("llvm.x86.avx512.permvar.qi.512", BYTES, table, indices)
+
+    def lookup128(self, low: Any, indices: Any, high: Any) -> Any:
+        """Per byte: entry `index & 127` of the 128 bytes low|high (VBMI vpermi2b)."""
+        return self.call("llvm.x86.avx512.vpermi2var.qi.512", BYTES, low, indices, high)
+
+    def bits_at(self, offsets: Any, source: Any) -> Any:
+        """Per byte: eight bits of its 64-bit lane of `source`, starting at bit `offset & 63`, wrapping (VBMI vpmultishiftqb)."""
+        return self.call("llvm.x86.avx512.pmultishift.qb.512", BYTES, offsets, source)
+
+    def affine(self, source: Any, matrix: Any) -> Any:
+        """Per byte: an 8x8 bit matrix times the byte, over GF(2) (GFNI)."""
+        return self.call("llvm.x86.vgf2p8affineqb.512", BYTES, source, matrix, I8(0))
+
+    def choose(self, mask: int, a: Any, b: Any) -> Any:
+        """Per byte: the bits of `mask` from a, the others from b."""
+        keep = self.bytes([mask])
+        return self.b.or_(self.b.and_(a, keep), self.b.and_(b, self.bytes([~mask])))
+
+    def call(self, name: str, result: Any, *args: Any) -> Any:
+        module = self.b.module
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(result, [a.type for a in args]), name
+        )
+        return self.b.call(function, args)
+
+    # -- control --------------------------------------------------------------------------------------------------
+
+    def loop(self, count: Any, carried: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any]:
+        """`for i in range(count): carried = body(i, carried)`; count is at least 1. Returns the last values."""
+        b = self.b
+        entry, head, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(I64)
+        index.add_incoming(I64(0), entry)
+        values = []
+        for value in carried:
+            phi = b.phi(value.type)
+            phi.add_incoming(value, entry)
+            values.append(phi)
+        results = list(body(index, list(values)))
+        following = b.add(index, I64(1))
+        index.add_incoming(following, b.block)
+        for phi, result in zip(values, results, strict=True):
+            phi.add_incoming(result, b.block)
+        b.cbranch(b.icmp_signed("<", following, count), head, after)
+        b.position_at_end(after)
+        return results

@@ -1,0 +1,359 @@
+"""How fast this machine reads: the model's drive past the page cache, and its memory.
+
+The disk probe answers two questions: how many reads of what size keep the drive busy (`ExpertStore`'s lanes and pieces), and what
+the drive then gives (the planner's figure). It reads random places of the model's own files for about a second, once per drive:
+the answer is remembered under `cache_dir()`. Nothing here may fail a start: what can't be measured or remembered falls back to
+published values, with a warning.
+
+Method: threads keep reads in flight, as the store does it. A rate is all bytes over the time from the first read's start to the
+last one's end. (Leaving out start and end of so short a run sounds better and is not: with 16 reads of 4 MiB completions come
+in bursts, and what remained between two of them gave three times the drive's rate.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from os import preadv
+from pathlib import Path
+from typing import Any, Final
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
+from localrun.paths import cache_dir
+
+log = logging.getLogger(__name__)
+
+PAGE: Final = 4096
+DEFAULT_LANES: Final = 8
+DEFAULT_PIECE_BYTES: Final = 2 << 20
+"""Where nothing can be measured: published measurements of several engines agree on 8 to 16 reads of 2 to 4 MB."""
+
+LANES: Final = (4, 8, 16)
+"""Not fewer, even where two saturate a drive: the store's lanes also decode and pack what they have read."""
+
+PIECES: Final = (1 << 20, 2 << 20, 4 << 20)
+MIN_FILE_BYTES: Final = 64 << 20
+"""Smaller files say more about a drive's cache than about the drive."""
+
+MAX_AGE_S: Final = 30 * 86400.0
+_VERSION: Final = 1
+_RUN_S: Final = 0.1
+_TIE: Final = 0.97
+"""Fewer and smaller reads in flight win when they reach this share of the best rate: they cost less memory and latency."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProfile:
+    """What a drive gives, and how to ask it.
+
+    Attributes:
+        lanes: reads in flight.
+        piece_bytes: size of one read.
+        bytes_per_s: rate with these; None: not measured.
+        direct: the reads went past the page cache (O_DIRECT).
+        device: `major:minor`, file system and source of the mount.
+        measured_at: seconds since the epoch; 0.0: not measured.
+        tried: "lanes x KiB" -> bytes per second of every combination that was measured.
+    """
+
+    lanes: int = DEFAULT_LANES
+    piece_bytes: int = DEFAULT_PIECE_BYTES
+    bytes_per_s: float | None = None
+    direct: bool = False
+    device: str = ""
+    measured_at: float = 0.0
+    tried: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """False: these are the defaults."""
+        return self.bytes_per_s is not None
+
+
+# --- disk -------------------------------------------------------------------------------------------------------------
+
+
+def probe_disk(
+    paths: Sequence[Path], *, refresh: bool = False, max_age_s: float = MAX_AGE_S, memory: Path | None = None
+) -> DiskProfile:
+    """The profile of the drive that holds most of these files, remembered or measured (about a second).
+
+    Args:
+        paths: files of the model; folders stand for the files in them.
+        refresh: measure even if a remembered profile is there.
+        max_age_s: older profiles are measured again.
+        memory: where profiles are remembered, by default `disk_profiles_path()`.
+
+    Returns:
+        The defaults, not `measured`, for small or unreadable files.
+    """
+    memory = memory or disk_profiles_path()
+    files, device = _largest_group(paths)
+    if not files:
+        return DiskProfile()
+    known = _recall(memory, device)
+    if known is not None and not refresh and 0 <= time.time() - known.measured_at < max_age_s:
+        return known
+    if sum(size for _, size in files) < MIN_FILE_BYTES:
+        return known or DiskProfile(device=device)
+    try:
+        with _Files(files) as opened:
+            profile = _measure(opened, device)
+    except OSError as error:
+        log.warning("%s: the drive could not be measured: %s", files[0][0], error.strerror)
+        return known or DiskProfile(device=device)
+    _remember(memory, profile)
+    return profile
+
+
+def disk_profiles_path() -> Path:
+    """The file with one profile per drive."""
+    return cache_dir() / "disks.json"
+
+
+def device_name(st_dev: int) -> str:
+    """`254:0 ext4 /dev/vda`: number alone is not enough, it changes owners between boots."""
+    number = f"{os.major(st_dev)}:{os.minor(st_dev)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields, _, rest = line.partition(" - ")  # proc(5), mountinfo: ... major:minor ... - type source options
+            if fields.split()[2] == number:
+                return " ".join((number, *rest.split()[:2]))
+    return number
+
+
+def _largest_group(paths: Sequence[Path]) -> tuple[list[tuple[Path, int]], str]:
+    """Files of the drive that holds the most bytes, with their sizes."""
+    groups: dict[int, list[tuple[Path, int]]] = {}
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else (path,):
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                if file.is_file() and status.st_size > 0:
+                    groups.setdefault(status.st_dev, []).append((file, status.st_size))
+    if not groups:
+        return [], ""
+    best = max(groups, key=lambda device: sum(size for _, size in groups[device]))
+    return groups[best], device_name(best)
+
+
+class _Files:
+    """The files opened for the probe, and random places in them. O_DIRECT where it works for all."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
+        self.direct = False
+        self._fds: list[int] = []
+        flag = getattr(os, "O_DIRECT", 0)
+        if flag:
+            try:
+                self._open(files, flag)
+                preadv(self._fds[0], [mmap.mmap(-1, PAGE)], 0)
+                self.direct = True
+            except OSError:  # tmpfs, some network file systems
+                self.close()
+        if not self.direct:
+            self._open(files, 0)
+        self._sizes = np.array([size for _, size in files], np.float64)
+        self._random = np.random.default_rng()
+
+    def _open(self, files: Sequence[tuple[Path, int]], flag: int) -> None:
+        for path, _ in files:
+            self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag))
+
+    def places(self, n: int, piece_bytes: int) -> list[tuple[int, int]]:
+        """n random page-aligned (descriptor, offset), files weighted by size."""
+        which = self._random.choice(len(self._fds), n, p=self._sizes / self._sizes.sum())
+        room = np.maximum(self._sizes[which] - piece_bytes, 0)
+        offsets = (self._random.random(n) * room) // PAGE * PAGE
+        return [(self._fds[i], int(offset)) for i, offset in zip(which, offsets, strict=True)]
+
+    def read(self, fd: int, offset: int, target: mmap.mmap) -> int:
+        """Bytes read. Through the page cache only if there is no way past it, and then of pages that it has dropped."""
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, len(target), os.POSIX_FADV_DONTNEED)
+        return preadv(fd, [target], offset)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _measure(files: _Files, device: str) -> DiskProfile:
+    """Lanes with large pieces, then pieces with the best lanes, then the three best once more."""
+    runs: dict[tuple[int, int], list[float]] = {}
+    rates: dict[tuple[int, int], float] = {}
+
+    def run(lanes: int, piece: int) -> None:
+        own = runs.setdefault((lanes, piece), [])
+        own.append(_rate(files, lanes, piece))
+        rates[lanes, piece] = sum(own) / len(own)
+
+    for lanes in LANES:
+        run(lanes, PIECES[-1])
+    best_lanes = max(LANES, key=lambda lanes: rates[lanes, PIECES[-1]])
+    for piece in PIECES[:-1]:
+        run(best_lanes, piece)
+    for lanes, piece in sorted(rates, key=lambda pair: -rates[pair])[:3]:
+        run(lanes, piece)
+    best = max(rates.values())
+    if best <= 0:
+        return DiskProfile(device=device)
+    lanes, piece = min((pair for pair, rate in rates.items() if rate >= _TIE * best), key=lambda p: (p[0] * p[1], p[0]))
+    return DiskProfile(
+        lanes=lanes,
+        piece_bytes=piece,
+        bytes_per_s=rates[lanes, piece],
+        direct=files.direct,
+        device=device,
+        measured_at=time.time(),
+        tried={f"{lanes} x {piece >> 10}": round(rate) for (lanes, piece), rate in sorted(rates.items())},
+    )
+
+
+def _rate(files: _Files, lanes: int, piece_bytes: int) -> float:
+    """Bytes per second with that many reads in flight."""
+    errors: list[OSError] = []
+    n_bytes = [0] * lanes
+    # More places than any drive can serve in time; repeating them would let its cache answer.
+    work = [files.places(64 * (4 << 20) // piece_bytes, piece_bytes) for _ in range(lanes)]
+    targets = [mmap.mmap(-1, piece_bytes) for _ in range(lanes)]
+    for target in targets:
+        target.write(bytes(piece_bytes))  # page faults belong to no drive
+
+    def lane(index: int) -> None:
+        try:
+            for fd, offset in work[index]:
+                n_bytes[index] += files.read(fd, offset, targets[index])
+                if time.perf_counter() >= deadline:
+                    return
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=lane, args=(index,), daemon=True) for index in range(lanes)]
+    start = time.perf_counter()
+    deadline = start + _RUN_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - start
+    for target in targets:
+        target.close()
+    if errors:
+        raise errors[0]
+    return sum(n_bytes) / elapsed
+
+
+def _recall(memory: Path, device: str) -> DiskProfile | None:
+    try:
+        entry: Any = _stored(memory).get(device)
+        if entry is None:
+            return None
+        profile = DiskProfile(**entry)
+        sound = (
+            1 <= int(profile.lanes) <= 256
+            and PAGE <= int(profile.piece_bytes) <= 1 << 30
+            and profile.piece_bytes % PAGE == 0
+            and profile.bytes_per_s is not None
+            and float(profile.bytes_per_s) > 0
+            and float(profile.measured_at) >= 0
+        )
+        if not sound:
+            raise ValueError("impossible values")
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("%s: the remembered drive profile is not used: %s", memory, error)
+        return None
+    return profile
+
+
+def _stored(memory: Path) -> dict[str, Any]:
+    """What the file holds; nothing if there is none. Raises ValueError if it is damaged."""
+    try:
+        values = json.loads(memory.read_text())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if not isinstance(values, dict) or values.get("version") != _VERSION or not isinstance(values.get("drives"), dict):
+        raise ValueError("not a list of drives of this version")
+    return dict(values["drives"])
+
+
+def _remember(memory: Path, profile: DiskProfile) -> None:
+    if not profile.measured:
+        return
+    try:
+        drives = _stored(memory)
+    except ValueError:
+        drives = {}
+    drives[profile.device] = asdict(profile)
+    partial = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.partial")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(json.dumps({"version": _VERSION, "drives": drives}, indent=1) + "\n")
+            partial.replace(memory)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: the drive profile could not be remembered: %s", memory, error.strerror)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@nb.njit(cache=True, nogil=True)
+def _sum(values: npt.NDArray[np.int64]) -> Any:
+    total = np.int64(0)
+    for i in range(values.size):
+        total += values[i]
+    return total
+
+
+def probe_memory(n_threads: int = 0, *, buffer_bytes: int = 256 << 20) -> float:
+    """Bytes per second that all cores together read from RAM; the best of a few passes, about 0.2 s.
+
+    Args:
+        n_threads: 0: as many as this process may use.
+        buffer_bytes: read once per pass; must exceed the last-level cache to mean anything.
+    """
+    if not n_threads:
+        n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = mmap.mmap(-1, buffer_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    values = np.frombuffer(memory, np.int64)
+    values.fill(1)  # untouched pages would all be the same one
+    slices = np.array_split(values, n_threads)
+    _sum(slices[0][:8])
+    best = 0.0
+    end = time.perf_counter() + 0.15
+    while best == 0.0 or time.perf_counter() < end:
+        threads = [threading.Thread(target=_sum, args=(part,)) for part in slices]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, values.nbytes / (time.perf_counter() - start))
+    return best

@@ -234,7 +234,7 @@ def _rate(files: _Files, lanes: int, piece_bytes: int) -> float:
     errors: list[OSError] = []
     n_bytes = [0] * lanes
     # More places than any drive can serve in time; repeating them would let its cache answer.
-    work = [files.places(64 * (4 << 20) // piece_bytes, piece_bytes) for _ in range(lanes)]
+    work = [files.places(256, piece_bytes) for _ in range(lanes)]
     targets = [mmap.mmap(-1, piece_bytes) for _ in range(lanes)]
     for target in targets:
         target.write(bytes(piece_bytes))  # page faults belong to no drive

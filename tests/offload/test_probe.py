@@ -15,7 +15,6 @@ from localrun.offload.probe import (
     DEFAULT_LANES,
     DEFAULT_PIECE_BYTES,
     LANES,
-    PIECES,
     DiskProfile,
     probe_disk,
     probe_memory,

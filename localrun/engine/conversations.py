@@ -333,6 +333,22 @@ class ConversationStore:
         return self.message(message.id)
 
     @_translated
+    def discard_empty(self, message: Message) -> bool:
+        """Removes an answer that never began (no text, no branches) and puts the view on its question; returns whether."""
+        with self._transaction():
+            removed = self._db.execute(
+                "DELETE FROM messages WHERE id = ? AND content = '' AND reasoning = ''"
+                " AND NOT EXISTS (SELECT 1 FROM messages c WHERE c.parent_id = messages.id)",
+                (message.id,),
+            ).rowcount
+            if removed:
+                self._db.execute(
+                    "UPDATE conversations SET head = ? WHERE id = ? AND head = ?",
+                    (message.parent_id, message.conversation_id, message.id),
+                )
+        return bool(removed)
+
+    @_translated
     def message(self, message_id: int) -> Message:
         """Raises KeyError if there is none (any more)."""
         row = self._db.execute(f"SELECT {_MESSAGE_COLUMNS} FROM messages WHERE id = ?", (message_id,)).fetchone()

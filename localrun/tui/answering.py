@@ -1,0 +1,145 @@
+"""Runs one answer at a time: engine events become text on the screen and in the store.
+
+Text is drawn and saved at fixed rates however fast it comes: drawing costs the same processor that computes the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from textual.timer import Timer
+from textual.widget import Widget
+
+from localrun.engine.conversations import ConversationError, ConversationStore, Message
+from localrun.engine.protocol import Generate, PromptProgress
+from localrun.errors import LocalrunError
+from localrun.tui.answer import Answer, prompt_rate, prompt_time_left
+from localrun.tui.engine_link import AnswerFeed, EngineLink
+from localrun.tui.widgets.chat_view import ChatView
+from localrun.tui.widgets.message_view import Entry
+from localrun.tui.widgets.status_bar import time_left
+
+DRAW_INTERVAL_S = 0.1
+SAVE_INTERVAL_S = 1.0
+
+_BAR_CELLS = 20
+
+
+class Answering:
+    """The answer that is being written, if any.
+
+    Args:
+        host: whose event loop and timers are used.
+        ended: called with an answer when its last event was taken in, after it was saved.
+        failed_to_save: called with the first error of the store; the answer goes on.
+    """
+
+    def __init__(
+        self,
+        host: Widget,
+        store: ConversationStore,
+        link: EngineLink,
+        chat: ChatView,
+        *,
+        ended: Callable[[Answer], Awaitable[None]],
+        failed_to_save: Callable[[LocalrunError], None],
+    ) -> None:
+        self._host, self._store, self._link, self._chat = host, store, link, chat
+        self._ended, self._failed_to_save = ended, failed_to_save
+        self.answer: Answer | None = None
+        self._entry: Entry | None = None
+        self._feed: AnswerFeed | None = None
+        self._timer: Timer | None = None
+        self._saved_at = 0.0
+        self._save_failed = False
+
+    @property
+    def running(self) -> bool:
+        return self._feed is not None
+
+    def start(self, entry: Entry, command: Generate) -> None:
+        """`entry` is the empty message that the answer goes into; the chat shows it already."""
+        assert self._feed is None
+        self.answer = Answer(entry.message)
+        self._entry = entry
+        self._saved_at, self._save_failed = time.monotonic(), False
+        self._feed = self._link.generate(command)
+
+    async def news(self, feed: AnswerFeed) -> None:
+        """The feed has something; it is drawn now or, if it was drawn just before, a little later."""
+        if feed is self._feed and self._timer is None:
+            await self._draw()
+            if self._feed is not None:
+                self._timer = self._host.set_timer(DRAW_INTERVAL_S, self._draw_again)
+
+    async def _draw_again(self) -> None:
+        self._timer = None
+        if self._feed is not None and await self._draw():
+            self._timer = self._host.set_timer(DRAW_INTERVAL_S, self._draw_again)
+
+    async def _draw(self) -> bool:
+        """Takes in what has come; returns whether there was anything."""
+        feed, answer, entry = self._feed, self.answer, self._entry
+        assert feed is not None
+        assert answer is not None
+        assert entry is not None
+        ended = feed.ended  # before taking: what was added before the end is then taken too
+        events = feed.take()
+        answer.apply(events)
+        if ended:
+            if answer.finished is None:
+                answer.fail(feed.error or LocalrunError("the answer ended without a word from the engine"))
+            self._feed = None
+        now = time.monotonic()
+        if ended or now - self._saved_at >= SAVE_INTERVAL_S:
+            self._saved_at = now
+            self._save(answer)
+        else:
+            answer.message = self._unsaved(answer)
+        self._entry = replace(entry, message=answer.message, live=not ended)
+        await self._chat.sync(self._entry, thinking_live=answer.is_thinking)
+        view = self._chat.view(answer.message.id)
+        if view is not None:
+            view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
+        if ended:
+            await self._ended(answer)
+        return bool(events)
+
+    def _unsaved(self, answer: Answer) -> Message:
+        return replace(
+            answer.message,
+            content=answer.text,
+            reasoning=answer.thinking,
+            state=answer.state,
+            details={**answer.message.details, **answer.details},
+        )
+
+    def _save(self, answer: Answer) -> None:
+        try:
+            answer.message = self._store.write(
+                answer.message,
+                content=answer.text,
+                reasoning=answer.thinking,
+                state=answer.state,
+                details=answer.details,
+            )
+        except (ConversationError, KeyError) as error:
+            answer.message = self._unsaved(answer)
+            if isinstance(error, ConversationError) and not self._save_failed:
+                self._save_failed = True
+                self._failed_to_save(error)
+
+
+def _progress_line(progress: PromptProgress | None) -> str:
+    if progress is None:
+        return "waiting for the first token…"
+    if progress.done >= progress.total:
+        return "the prompt is read, waiting for the first token…"
+    filled = round(_BAR_CELLS * progress.done / max(1, progress.total))
+    rate = prompt_rate(progress)
+    parts = [f"reading the prompt: {progress.done:,} of {progress.total:,} tokens"]
+    if rate is not None:
+        parts += [f"{rate:.0f}/s", time_left(prompt_time_left(progress))]
+    return f"{'█' * filled}{'░' * (_BAR_CELLS - filled)} {', '.join(parts)}"

@@ -1,0 +1,446 @@
+"""The one list of what a user can do. Key bindings, slash commands, the command palette, the footer, the F1 page and
+docs/tui.md are all made from it, so they can't disagree.
+
+A command `name` is carried out by the chat screen's method `do_<name>`, which takes what follows a slash command as its
+argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from textual.binding import Binding
+
+Scope = Literal["screen", "message"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One thing to do.
+
+    Attributes:
+        keys: Textual's key names, the one to show first.
+        slash: names after the slash; the first is the canonical one.
+        argument: what may follow the slash command.
+        footer: label in the footer; empty: not there.
+        scope: `message` keys work while a message has the focus; slash and palette then mean the last message.
+    """
+
+    name: str
+    group: str
+    title: str
+    help: str
+    keys: tuple[str, ...] = ()
+    slash: tuple[str, ...] = ()
+    argument: str = ""
+    footer: str = ""
+    scope: Scope = "screen"
+
+    @property
+    def key_labels(self) -> str:
+        return "  ".join(key_label(key) for key in self.keys)
+
+
+COMMANDS: tuple[Command, ...] = (
+    # --- asking
+    Command(
+        name="stop",
+        group="Asking",
+        title="Stop the answer",
+        help="Ends the answer at once; what is there stays. Without one: closes what is open, back to the input.",
+        keys=("escape",),
+        slash=("stop",),
+        footer="Stop",
+    ),
+    Command(
+        name="attach",
+        group="Asking",
+        title="Attach a text file",
+        help="Shows its size in tokens first; it goes with the next message.",
+        keys=("ctrl+o",),
+        slash=("attach", "file"),
+        argument="PATH",
+    ),
+    Command(
+        name="think",
+        group="Asking",
+        title="Switch thinking",
+        help="off, high or max; without an argument the next one.",
+        keys=("ctrl+t",),
+        slash=("think",),
+        argument="off|high|max",
+    ),
+    Command(
+        name="system",
+        group="Asking",
+        title="Set the system prompt",
+        help="For this conversation; without an argument the settings open.",
+        slash=("system",),
+        argument="TEXT",
+    ),
+    Command(
+        name="sampling",
+        group="Asking",
+        title="Set a sampling value",
+        help="For example /set temperature 0.6, /set seed 7, /set max_tokens 500.",
+        slash=("set",),
+        argument="NAME VALUE",
+    ),
+    # --- a message
+    Command(
+        name="regenerate",
+        group="Messages",
+        title="Answer again",
+        help="A new answer beside the old one, which stays as a branch.",
+        keys=("r", "ctrl+r", "f5"),
+        slash=("retry", "regenerate"),
+        footer="Again",
+        scope="message",
+    ),
+    Command(
+        name="edit",
+        group="Messages",
+        title="Edit and ask again",
+        help="Puts your message into the input; sending makes a new branch, the old one stays.",
+        keys=("e",),
+        slash=("edit",),
+        scope="message",
+    ),
+    Command(
+        name="fork",
+        group="Messages",
+        title="Branch from here",
+        help="Goes on from this message; what followed stays as a branch.",
+        keys=("b",),
+        slash=("branch",),
+        scope="message",
+    ),
+    Command(
+        name="previous_branch",
+        group="Messages",
+        title="Previous branch",
+        help="The version of this message before this one.",
+        keys=("left",),
+        slash=("prev",),
+        scope="message",
+    ),
+    Command(
+        name="next_branch",
+        group="Messages",
+        title="Next branch",
+        help="The version of this message after this one.",
+        keys=("right",),
+        slash=("next",),
+        scope="message",
+    ),
+    Command(
+        name="undo",
+        group="Messages",
+        title="Take the last question back",
+        help="Puts it into the input again; question and answer stay as a branch.",
+        slash=("undo",),
+    ),
+    Command(
+        name="copy",
+        group="Messages",
+        title="Copy the message",
+        help="To the clipboard, through the terminal (OSC 52): works over SSH.",
+        keys=("c", "f7"),
+        slash=("copy",),
+        scope="message",
+    ),
+    Command(
+        name="copy_code",
+        group="Messages",
+        title="Copy a code block",
+        help="The last one of the message, or number N.",
+        keys=("y", "f8"),
+        slash=("code",),
+        argument="N",
+        scope="message",
+    ),
+    Command(
+        name="toggle_thinking",
+        group="Messages",
+        title="Fold or unfold the thinking",
+        help="Of this message.",
+        keys=("enter", "space"),
+        slash=("fold",),
+        scope="message",
+    ),
+    Command(
+        name="to_messages",
+        group="Messages",
+        title="To the messages and back",
+        help="Arrows go from message to message, Esc or Tab goes back to the input.",
+        keys=("f6",),
+        slash=("messages",),
+    ),
+    # --- conversations
+    Command(
+        name="new",
+        group="Conversations",
+        title="New conversation",
+        help="The present one is kept.",
+        keys=("ctrl+n",),
+        slash=("new", "clear"),
+        footer="New",
+    ),
+    Command(
+        name="conversations",
+        group="Conversations",
+        title="Conversations",
+        help="Shows or hides the list; Enter opens, r renames, Delete deletes.",
+        keys=("f2",),
+        slash=("conversations", "chats"),
+        footer="Chats",
+    ),
+    Command(
+        name="find",
+        group="Conversations",
+        title="Find in this conversation",
+        help="Enter or Ctrl+F goes to the next place, Esc closes.",
+        keys=("ctrl+f",),
+        slash=("find",),
+        argument="WORDS",
+    ),
+    Command(
+        name="search",
+        group="Conversations",
+        title="Search all conversations",
+        help="In all branches of all conversations.",
+        keys=("ctrl+g",),
+        slash=("search",),
+        argument="WORDS",
+    ),
+    Command(
+        name="rename",
+        group="Conversations",
+        title="Rename the conversation",
+        help="Without an argument asks for the name.",
+        slash=("rename", "title"),
+        argument="NAME",
+    ),
+    Command(
+        name="delete",
+        group="Conversations",
+        title="Delete the conversation",
+        help="With all its branches, after a question.",
+        slash=("delete",),
+    ),
+    Command(
+        name="export",
+        group="Conversations",
+        title="Export the conversation",
+        help="Markdown (the branch on view) or JSON (all branches), never over an existing file.",
+        slash=("export",),
+        argument="md|json [PATH]",
+    ),
+    # --- model
+    Command(
+        name="models",
+        group="Model",
+        title="Choose a model",
+        help="Lists models found on this machine with size and fit; or loads the one at PATH.",
+        keys=("ctrl+l",),
+        slash=("model", "load"),
+        argument="PATH",
+        footer="Model",
+    ),
+    Command(
+        name="settings",
+        group="Model",
+        title="Settings",
+        help="Sampling, thinking, system prompt, memory and context, theme.",
+        keys=("f4",),
+        slash=("settings",),
+        footer="Settings",
+    ),
+    Command(
+        name="engine_panel",
+        group="Model",
+        title="Engine panel",
+        help="Tiers, rates and the map of experts; again: the whole screen, then off.",
+        keys=("f3",),
+        slash=("engine", "map", "stats"),
+        footer="Engine",
+    ),
+    Command(
+        name="map_view",
+        group="Model",
+        title="Change what the map shows",
+        help="Residency, precision or heat.",
+        keys=("f9",),
+        slash=("mapview",),
+    ),
+    Command(
+        name="reload",
+        group="Model",
+        title="Restart the engine",
+        help="Loads the model again; the conversation stays.",
+        slash=("reload", "restart"),
+    ),
+    Command(
+        name="convert",
+        group="Model",
+        title="Convert a checkpoint",
+        help="Starts `localrun convert` and shows its progress; it goes on while you chat.",
+        slash=("convert",),
+        argument="SRC DST",
+    ),
+    # --- the program
+    Command(
+        name="help",
+        group="Program",
+        title="Help",
+        help="This page.",
+        keys=("f1",),
+        slash=("help",),
+        footer="Help",
+    ),
+    Command(
+        name="palette",
+        group="Program",
+        title="Command palette",
+        help="Everything on this page by name.",
+        keys=("ctrl+p",),
+        slash=("commands",),
+        footer="Commands",
+    ),
+    Command(
+        name="theme",
+        group="Program",
+        title="Theme",
+        help="Without an argument shows the list.",
+        slash=("theme",),
+        argument="NAME",
+    ),
+    Command(
+        name="scroll_up",
+        group="Program",
+        title="Scroll up",
+        help="The conversation by a page.",
+        keys=("pageup",),
+    ),
+    Command(
+        name="scroll_down",
+        group="Program",
+        title="Scroll down",
+        help="The conversation by a page.",
+        keys=("pagedown",),
+    ),
+    Command(
+        name="scroll_top",
+        group="Program",
+        title="To the beginning",
+        help="Of the conversation.",
+        keys=("ctrl+home",),
+        slash=("top",),
+    ),
+    Command(
+        name="scroll_end",
+        group="Program",
+        title="To the end",
+        help="Of the conversation; follows the answer again.",
+        keys=("ctrl+end",),
+        slash=("end",),
+    ),
+    Command(
+        name="interrupt",
+        group="Program",
+        title="Copy, stop or clear",
+        help="Copies what is selected; or else stops the answer; or else clears the input.",
+        keys=("ctrl+c",),
+    ),
+    Command(
+        name="quit",
+        group="Program",
+        title="Quit",
+        help="Everything is saved already; the next start opens this conversation.",
+        keys=("ctrl+q",),
+        slash=("quit", "exit"),
+        footer="Quit",
+    ),
+)
+
+BY_NAME = {command.name: command for command in COMMANDS}
+BY_SLASH = {slash: command for command in COMMANDS for slash in command.slash}
+
+INPUT_KEYS: tuple[tuple[str, str], ...] = (
+    ("Enter", "Send the message, or run the slash command"),
+    ("Ctrl+J", "New line; also Shift+Enter or Alt+Enter where the terminal tells them apart, or \\ and Enter"),
+    ("Up / Down", "On the first or last line: earlier messages"),
+    ("Tab", "Completes a slash command; else goes to the messages"),
+    ("/", "Slash commands, with a list; // sends a text that begins with a slash"),
+)
+"""What the input line itself does, for the help page."""
+
+MESSAGE_KEYS: tuple[tuple[str, str], ...] = (
+    ("Up / Down", "The message before or after"),
+    ("Home / End", "The first or last message"),
+)
+
+_LABELS = {
+    "escape": "Esc",
+    "pageup": "PgUp",
+    "pagedown": "PgDn",
+    "enter": "Enter",
+    "space": "Space",
+    "left": "←",
+    "right": "→",
+    "delete": "Del",
+    "home": "Home",
+    "end": "End",
+}
+
+
+def key_label(key: str) -> str:
+    """`ctrl+home` -> `Ctrl+Home`."""
+    parts = [_LABELS.get(part, part.upper() if len(part) <= 3 and part[0] == "f" else part) for part in key.split("+")]
+    parts = ["Ctrl" if part == "ctrl" else part for part in parts]
+    return "+".join(part.upper() if len(parts) > 1 and len(part) == 1 else part for part in parts)
+
+
+def screen_bindings() -> Iterator[Binding]:
+    """Bindings of the chat screen. Single letters and arrows are left to `message_bindings`: they would be typed."""
+    for command in COMMANDS:
+        keys = [key for key in command.keys if command.scope == "screen" or "+" in key or _is_function_key(key)]
+        for number, key in enumerate(keys):
+            yield Binding(
+                key,
+                f"do('{command.name}')",
+                command.footer or command.title,
+                show=bool(command.footer) and number == 0,
+                key_display=key_label(key),
+                # Before the input, which has its own use for many keys. Esc must first reach what closes by it.
+                priority=key != "escape",
+            )
+
+
+def message_bindings() -> Iterator[Binding]:
+    """Bindings of one message: keys that make sense only while it has the focus."""
+    for command in COMMANDS:
+        if command.scope == "message":
+            for key in command.keys:
+                if "+" not in key and not _is_function_key(key):
+                    yield Binding(key, f"ask('{command.name}')", command.title, show=False)
+
+
+def groups() -> dict[str, list[Command]]:
+    """Commands by group, in the order of the list."""
+    result: dict[str, list[Command]] = {}
+    for command in COMMANDS:
+        result.setdefault(command.group, []).append(command)
+    return result
+
+
+def matching_slashes(typed: str, commands: Iterable[Command] = COMMANDS) -> list[tuple[str, Command]]:
+    """Slash commands whose name begins with what was typed, canonical names first."""
+    found = [(slash, command) for command in commands for slash in command.slash if slash.startswith(typed)]
+    return sorted(found, key=lambda item: (item[1].slash[0] != item[0], item[0]))
+
+
+def _is_function_key(key: str) -> bool:
+    return key[0] == "f" and key[1:].isdigit()

@@ -1,0 +1,97 @@
+"""What threads and widgets tell the chat screen. Plain data: whoever receives one owns what happens next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from textual.message import Message
+
+from localrun.engine.protocol import ModelFacts, Stats
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    from localrun.tui.engine_link import AnswerFeed
+
+
+@dataclass
+class EngineLoading(Message):
+    """A load is under way, 0 to 1."""
+
+    progress: float
+    text: str
+
+
+@dataclass
+class EngineReady(Message):
+    """The model is loaded."""
+
+    facts: ModelFacts
+    load_s: float
+
+
+@dataclass
+class EngineFailed(Message):
+    """A load failed; there is no model now."""
+
+    error: LocalrunError
+
+
+@dataclass
+class EngineDied(Message):
+    """The engine process is gone, whatever it was doing."""
+
+    error: LocalrunError
+
+
+@dataclass
+class AnswerEvents(Message):
+    """There are events to take from `feed`."""
+
+    feed: AnswerFeed
+
+
+@dataclass
+class StatsArrived(Message):
+    """The engine's counters, and how long the round trip took."""
+
+    stats: Stats
+    seconds: float
+
+
+@dataclass
+class MessageAction(Message):
+    """The user asked for a command of scope `message` on one message."""
+
+    message_id: int
+    command: str
+
+
+@dataclass
+class ConversationChosen(Message):
+    """The user picked a conversation, or a place in one."""
+
+    conversation_id: int
+    message_id: int | None = None
+
+
+@dataclass
+class ConversationAction(Message):
+    """The user asked to `rename` or `delete` a conversation in the list."""
+
+    conversation_id: int
+    command: str
+
+
+@dataclass
+class PromptSubmitted(Message):
+    """The user pressed Enter in the input."""
+
+    text: str
+
+
+@dataclass
+class ErrorAction(Message):
+    """A button of an error panel."""
+
+    command: str

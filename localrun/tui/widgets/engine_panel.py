@@ -1,0 +1,114 @@
+"""What only localrun can show: the tiers with their bytes and rates, and the map of experts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Sparkline, Static
+
+from localrun.engine.protocol import ModelFacts, Stats
+from localrun.tui.expert_grid import GPU, RAM, ExpertGrid, TierRates, read_grid, tier_rates
+from localrun.tui.widgets.expert_map import ExpertMap
+from localrun.units import format_size
+
+HISTORY = 60
+"""Looks that the hit rate's curve covers."""
+
+
+class EnginePanel(Vertical):
+    """Tiers, rates, map. Fed with `Stats` by the screen; remembers the look before for the rates.
+
+    Attributes:
+        rates: between the last two looks at which anything had happened.
+        seconds_per_look: cost of the last look as the interface saw it (waiting included).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(id="engine")
+        self.rates = TierRates()
+        self.grid: ExpertGrid | None = None
+        self.seconds_per_look = 0.0
+        self._before: Stats | None = None
+        self._hits: deque[float] = deque(maxlen=HISTORY)
+
+    def compose(self) -> ComposeResult:
+        yield Static("Engine", classes="panel-title")
+        yield Static("no model", id="engine-text")
+        yield Sparkline([], id="hit-curve", summary_function=max)
+        yield Static("", id="map-legend")
+        yield ExpertMap()
+        yield Static("F3 larger / off · F9 map view", classes="panel-foot")
+
+    @property
+    def map(self) -> ExpertMap:
+        return self.query_one(ExpertMap)
+
+    def forget(self) -> None:
+        """Another model."""
+        self._before, self.rates, self.grid = None, TierRates(), None
+        self._hits.clear()
+        self.map.show(None)
+
+    def show(self, stats: Stats, facts: ModelFacts | None, seconds: float) -> None:
+        """A new look at the engine."""
+        rates = tier_rates(self._before, stats, facts)
+        if rates.hit_rate is not None:
+            self.rates = rates
+            self._hits.append(rates.hit_rate)
+        self._before, self.seconds_per_look = stats, seconds
+        if stats.experts is not None:
+            self.grid = read_grid(stats.experts)
+        if not self.display:
+            return
+        self.query_one("#engine-text", Static).update(Content("\n".join(_lines(stats, facts, self.rates, self.grid))))
+        curve = self.query_one(Sparkline)
+        curve.display = len(self._hits) > 1
+        curve.data = [0.0, 1.0, *self._hits]
+        if stats.experts is not None:
+            self.map.show(self.grid)
+        self.show_legend()
+
+    def show_legend(self) -> None:
+        text = f"{self.map.view}: {self.map.legend()}" if self.grid else "no map from this engine"
+        self.query_one("#map-legend", Static).update(Content(text))
+
+
+def ram_bytes(facts: ModelFacts, grid: ExpertGrid | None, stats: Stats | None) -> int | None:
+    """Bytes of experts in RAM: counted on the map, or else as the engine says."""
+    if grid is not None:
+        return grid.count(RAM) * facts.expert_bytes
+    value = stats.telemetry.get("ram_bytes") if stats is not None else None
+    return value if isinstance(value, int) else None
+
+
+def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: ExpertGrid | None) -> Iterator[str]:
+    if facts is None:
+        yield "no model"
+        return
+    yield f"{facts.n_layers} layers, {facts.n_experts} experts, {facts.n_experts_used} a token, {facts.n_threads} threads"
+    n_all = facts.n_moe_layers * facts.n_experts
+    if grid is not None:
+        on_gpu, in_ram = grid.count(GPU), grid.count(RAM)
+        yield _tier("GPU", on_gpu, n_all, on_gpu * facts.expert_bytes)
+        yield _tier("RAM", in_ram, n_all, in_ram * facts.expert_bytes)
+        yield _tier("disk", n_all - on_gpu - in_ram, n_all, (n_all - on_gpu - in_ram) * facts.expert_bytes)
+    yield f"RAM for experts  {format_size(facts.ram_bytes)}   process {format_size(stats.rss_bytes)}"
+    hit = "–" if rates.hit_rate is None else f"{100 * rates.hit_rate:.1f} %"
+    per_token = "–" if rates.bytes_per_token is None else format_size(rates.bytes_per_token)
+    disk = "–" if rates.disk_bytes_per_s is None else f"{rates.disk_bytes_per_s / 1e9:.2f} GB/s"
+    wait = "–" if rates.wait_share is None else f"{100 * rates.wait_share:.0f} %"
+    yield f"hits {hit}   {per_token} a token"
+    yield f"disk {disk}   waiting {wait}"
+    total = stats.telemetry.get("bytes_read")
+    if isinstance(total, int):
+        yield f"read since the load  {format_size(total)}"
+
+
+def _tier(name: str, n: int, n_all: int, n_bytes: int) -> str:
+    cells = 12
+    filled = round(cells * n / n_all) if n_all else 0
+    return f"{name:<4} {'█' * filled}{'░' * (cells - filled)} {n:>6,}  {format_size(n_bytes)}"

@@ -1,0 +1,120 @@
+"""Layers x experts as coloured glyphs: where each expert is, how precise, how much used.
+
+Every meaning has a glyph of its own, so the map can be read without colours. Cells are aggregated to the width at hand and
+drawn only for the lines on view, so a refresh costs about as much as a line of text per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from rich.segment import Segment
+from rich.style import Style
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from localrun.tui.expert_grid import DISK, GPU, LOADING, RAM, ExpertGrid, LayerExperts, bits_of, column_groups
+
+MapView = Literal["residency", "precision", "heat"]
+VIEWS: tuple[MapView, ...] = ("residency", "precision", "heat")
+
+_LABEL_CELLS = 4
+_PLACES = ((GPU, "█", "success"), (LOADING, "◌", "warning"), (RAM, "▓", "primary"), (DISK, "·", "foreground-muted"))
+_SHARES = "·░▒▓"
+_HEAT = " .:-=+*#%@"
+_BITS_COLOURS = {"1": "error", "2": "warning", "3": "secondary", "4": "primary", "8": "success", "g": "accent"}
+
+
+class ExpertMap(ScrollView, can_focus=True):
+    """Draws an `ExpertGrid`; scrolls if there are more layers than lines."""
+
+    def __init__(self) -> None:
+        super().__init__(id="expert-map")
+        self.grid: ExpertGrid | None = None
+        self.view: MapView = "residency"
+
+    def show(self, grid: ExpertGrid | None) -> None:
+        self.grid = grid
+        self.virtual_size = Size(self.size.width, len(grid.layers) if grid else 0)
+        self.refresh()
+
+    def next_view(self) -> MapView:
+        self.view = VIEWS[(VIEWS.index(self.view) + 1) % len(VIEWS)]
+        self.refresh()
+        return self.view
+
+    def legend(self) -> str:
+        """What the glyphs mean."""
+        if self.view == "residency":
+            shared = "" if self.grid is None or self._cell_experts == 1 else " ░▒ part"
+            return f"█ GPU  ▓ RAM{shared}  ◌ reading  · disk"
+        if self.view == "precision":
+            return "digit: bits a weight  (1 2 3 4 5 6 8, g: 16)"
+        return "use:  . : - = + * # % @  (logarithmic)"
+
+    @property
+    def _cell_experts(self) -> int:
+        return len(column_groups(self.grid.n_experts, self._cells)[0]) if self.grid else 1
+
+    @property
+    def _cells(self) -> int:
+        return max(1, self.scrollable_content_region.width - _LABEL_CELLS)
+
+    def render_line(self, y: int) -> Strip:
+        row_number = y + round(self.scroll_offset.y)
+        width = self.size.width
+        if self.grid is None or row_number >= len(self.grid.layers):
+            return Strip.blank(width, self.rich_style)
+        row = self.grid.layers[row_number]
+        runs: list[Segment] = [Segment(f"{row.layer:>3} ", self._style("foreground-muted"))]
+        last_colour, text = "", ""
+        for glyph, colour in map_cells(row, self.grid, self._cells, self.view):
+            if colour != last_colour and text:
+                runs.append(Segment(text, self._style(last_colour)))
+                text = ""
+            last_colour, text = colour, text + glyph
+        runs.append(Segment(text, self._style(last_colour)))
+        return Strip(runs).adjust_cell_length(width, self.rich_style).crop(0, width)
+
+    def _style(self, colour: str) -> Style:
+        variables = self.app.theme_variables
+        value = variables.get(colour) or variables.get("foreground", "")
+        return self.rich_style + Style.parse(value) if value.startswith("#") else self.rich_style
+
+
+def map_cells(row: LayerExperts, grid: ExpertGrid, width: int, view: MapView) -> list[tuple[str, str]]:
+    """(glyph, name of a theme colour) of each cell of a row."""
+    groups = column_groups(grid.n_experts, width)
+    if view == "residency":
+        return [_place(row.where[group.start : group.stop]) for group in groups]
+    if view == "precision":
+        return [_precision(row, group) for group in groups]
+    hottest = max((value for each in grid.layers for value in each.heat), default=0.0)
+    return [_heat(max(row.heat[group.start : group.stop], default=0.0), hottest) for group in groups]
+
+
+def _place(where: str) -> tuple[str, str]:
+    """A cell of several experts shows the fastest place that holds at least half of them, or the part that RAM holds."""
+    if len(set(where)) == 1:
+        return next(((glyph, colour) for place, glyph, colour in _PLACES if place == where[0]), ("?", "error"))
+    if 2 * where.count(GPU) >= len(where):
+        return "█", "success"
+    share = (len(where) - where.count(DISK)) / max(1, len(where))
+    return _SHARES[min(3, math.ceil(3 * share))], "primary" if share else "foreground-muted"
+
+
+def _precision(row: LayerExperts, group: range) -> tuple[str, str]:
+    """The best precision in the group."""
+    digits = [bits_of(row.types[index]) for index in row.type_of[group.start : group.stop]]
+    digit = max(digits, default="·")
+    return digit, _BITS_COLOURS.get(digit, "foreground")
+
+
+def _heat(value: float, hottest: float) -> tuple[str, str]:
+    if value <= 0 or hottest <= 0:
+        return _HEAT[0], "foreground-muted"
+    level = math.log1p(value) / math.log1p(hottest)
+    glyph = _HEAT[max(1, min(len(_HEAT) - 1, math.ceil(level * (len(_HEAT) - 1))))]
+    return glyph, "primary" if level < 0.4 else "warning" if level < 0.75 else "error"

@@ -1,0 +1,199 @@
+"""The input: several lines, history, slash commands with a list to choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import OptionList, Static, TextArea
+from textual.widgets.option_list import Option
+
+from localrun.engine.conversations import Attachment
+from localrun.textsafe import visible_line
+from localrun.tui.commands import matching_slashes
+from localrun.tui.messages import PromptSubmitted
+
+MAX_ROWS = 10
+MAX_SUGGESTIONS = 8
+
+_NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
+
+
+class PromptArea(TextArea):
+    """The text field itself; what a key means here is decided in `on_key` before `TextArea` sees it."""
+
+    @dataclass
+    class Key(Message):
+        """A key that the prompt handles: `enter`, `up`, `down`, `tab`, `backspace`."""
+
+        key: str
+
+    async def _on_key(self, event: events.Key) -> None:
+        prompt = self.parent
+        assert isinstance(prompt, Prompt)
+        if event.key in _NEW_LINE_KEYS:
+            event.stop()
+            event.prevent_default()
+            self.insert("\n")
+        elif prompt.take_key(event.key):
+            event.stop()
+            event.prevent_default()
+        else:
+            await super()._on_key(event)
+
+
+class Prompt(Vertical):
+    """Input, suggestions above it, chips of attached files.
+
+    Owns the history and the files that go with the next message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(id="prompt")
+        self.attachments: list[Attachment] = []
+        self._history: list[str] = []
+        self._at = 0  # position in the history; len: the draft
+        self._draft = ""
+        self._dismissed = ""  # text whose suggestions were closed with Esc
+
+    def compose(self) -> ComposeResult:
+        suggestions = OptionList(id="suggestions", compact=True)
+        suggestions.display = suggestions.can_focus = False
+        yield suggestions
+        chips = Static("", id="chips")
+        chips.display = False
+        yield chips
+        yield PromptArea(id="input", placeholder="Ask something, or / for commands", compact=True, soft_wrap=True)
+
+    # --- for the screen
+
+    @property
+    def area(self) -> PromptArea:
+        return self.query_one(PromptArea)
+
+    @property
+    def text(self) -> str:
+        return self.area.text
+
+    def set_text(self, text: str) -> None:
+        """Replaces the draft, cursor at its end."""
+        self.area.text = text
+        self.area.move_cursor(self.area.document.end)
+
+    def set_history(self, texts: list[str]) -> None:
+        """Earlier inputs, oldest first."""
+        self._history, self._at = list(texts), len(texts)
+
+    def clear(self, *, remember: bool = True) -> None:
+        """Empties input and attachments; the text goes to the history."""
+        text = self.text
+        if remember and text.strip() and text not in self._history[-1:]:
+            self._history.append(text)
+        self._at, self._draft = len(self._history), ""
+        self.set_text("")
+        self.set_attachments([])
+
+    def set_attachments(self, attachments: list[Attachment]) -> None:
+        self.attachments = attachments
+        chips = self.query_one("#chips", Static)
+        chips.display = bool(attachments)
+        names = (f"▤ {visible_line(a.name, max_chars=30)} · {a.n_tokens:,} tokens" for a in attachments)
+        chips.update(Content("   ".join(names)))
+
+    def close_suggestions(self) -> bool:
+        """Returns whether there were any."""
+        options = self.query_one("#suggestions", OptionList)
+        was_open = bool(options.display)
+        self._dismissed = self.text
+        options.display = False
+        return was_open
+
+    # --- keys
+
+    def take_key(self, key: str) -> bool:
+        """Returns whether the key is used up."""
+        options = self.query_one("#suggestions", OptionList)
+        if options.display and key in ("up", "down"):
+            options.action_cursor_up() if key == "up" else options.action_cursor_down()
+            return True
+        if options.display and key in ("tab", "enter") and self._complete(options, run=key == "enter"):
+            return True
+        if key == "enter":
+            self._enter()
+            return True
+        if key in ("up", "down"):
+            return self._go_in_history(key)
+        if key == "backspace" and not self.text and self.attachments:
+            self.set_attachments(self.attachments[:-1])
+            return True
+        return False
+
+    def _enter(self) -> None:
+        area, text = self.area, self.text
+        row, column = area.cursor_location
+        if column and area.document.get_line(row)[column - 1] == "\\" and text.strip() != "\\":
+            area.replace("\n", (row, column - 1), (row, column))
+        else:
+            self.post_message(PromptSubmitted(text))
+
+    def _go_in_history(self, key: str) -> bool:
+        area = self.area
+        if not (area.cursor_at_first_line if key == "up" else area.cursor_at_last_line):
+            return False
+        step = -1 if key == "up" else 1
+        if not 0 <= self._at + step <= len(self._history):
+            return False
+        if self._at == len(self._history):
+            self._draft = self.text
+        self._at += step
+        self._dismissed = self._draft if self._at == len(self._history) else self._history[self._at]
+        self.set_text(self._dismissed)
+        return True
+
+    # --- suggestions
+
+    def on_text_area_changed(self, event: TextArea.Changed) -> None:
+        event.stop()
+        self._suggest()
+
+    def _suggest(self) -> None:
+        options = self.query_one("#suggestions", OptionList)
+        text = self.text
+        is_name = text.startswith("/") and not text.startswith("//") and not any(c.isspace() for c in text)
+        found = matching_slashes(text[1:])[:MAX_SUGGESTIONS] if is_name and text != self._dismissed else []
+        if text != self._dismissed:
+            self._dismissed = ""
+        options.clear_options()
+        options.add_options(
+            Option(
+                Content.assemble((f"/{slash}", "bold"), f" {c.argument}".ljust(2), (f"  {c.title}", "dim")), id=slash
+            )
+            for slash, c in found
+        )
+        options.display = bool(found)
+        if found:
+            options.highlighted = 0
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """A click."""
+        event.stop()
+        self._take(str(event.option.id))
+        self.area.focus()
+
+    def _complete(self, options: OptionList, *, run: bool) -> bool:
+        highlighted = options.highlighted_option
+        if highlighted is None:
+            return False
+        name = str(highlighted.id)
+        if run and self.text == f"/{name}":
+            return False
+        self._take(name)
+        return True
+
+    def _take(self, name: str) -> None:
+        self.query_one("#suggestions", OptionList).display = False
+        self.set_text(f"/{name} ")

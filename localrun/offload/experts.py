@@ -161,8 +161,9 @@ class ExpertPool:
                 hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
             )
         self.floor_bytes = floor
-        self.table = SlotTable(budget_bytes)
-        self.telemetry = Telemetry(max(layers) + 1)
+        n_layers, n_experts = max(layers) + 1, max(moe.n_experts for moe in layers.values())
+        self.table = SlotTable(budget_bytes, n_layers, n_experts)
+        self.telemetry = Telemetry(n_layers)
         self._weights: dict[int, Weight] = {}
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -287,7 +288,7 @@ class ExpertPool:
         """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
         self._n_ahead -= ticket.ahead
         if ticket.error is None:
-            ticket.slot.state = SlotState.READY
+            self.table.ready(ticket.slot)
             return
         self.table.discard(ticket.slot)
         if ticket.ahead:
@@ -334,6 +335,7 @@ class _Call:
     def run(self) -> None:
         """1. Find what is there. 2. Start reads. 3. Compute what is there. 4. Compute the rest as it arrives."""
         ready = []
+        np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
         for i, expert in enumerate(self._routing.experts):
             slot = self._pool.table.find(self._layer, int(expert))
             if slot is None:
@@ -359,13 +361,15 @@ class _Call:
         """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
         while self._awaited:
             self._take(self._pool._store.completions.get(), raising=False)
-        for slot in self._pinned.values():
-            slot.pins -= 1
-        self._pinned.clear()
+        for i in list(self._pinned):
+            self._unpin(i)
 
     def _pin(self, i: int, slot: Slot) -> None:
-        slot.pins += 1
+        self._pool.table.pin(slot)
         self._pinned[i] = slot
+
+    def _unpin(self, i: int) -> None:
+        self._pool.table.unpin(self._pinned.pop(i))
 
     def _start_reads(self) -> None:
         store, table = self._pool._store, self._pool.table
@@ -399,7 +403,7 @@ class _Call:
         """Settles a finished read; returns its index if it belongs to this call."""
         i = self._awaited.pop(ticket.slot, None)
         if i is not None and ticket.error is not None:
-            self._pinned.pop(i).pins -= 1
+            self._unpin(i)
         self._pool.finished(ticket)
         if i is not None and ticket.error is not None and raising:
             raise ticket.error
@@ -413,7 +417,7 @@ class _Call:
         indices.sort()
         self._compute([self._pinned[i] for i in indices], self._part(indices))
         for i in indices:
-            self._pinned.pop(i).pins -= 1
+            self._unpin(i)
         self.compute_ns += time.perf_counter_ns() - started
 
     def _part(self, indices: list[int]) -> Routing:

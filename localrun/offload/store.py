@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from localrun.errors import ChecksumError, LocalrunError, StoreError
+from localrun.errors import ChecksumError, StoreError
 from localrun.offload.slots import Slot
+from localrun.quant.formats import decode_projection
 from localrun.quant.source import PROJECTIONS, Encoding, ModelSource, Projection
 
 log = logging.getLogger(__name__)
@@ -266,7 +267,9 @@ class ExpertStore:
         rows: list[Bytes] = []
         for projection in ticket.projections:
             raw = [payloads.pop(0) for _ in projection.extents]
-            rows.append(raw[0] if projection.encoding is Encoding.GGML else decode(projection, raw[0], raw[1]))
+            rows.append(
+                raw[0] if projection.encoding is Encoding.GGML else decode_projection(projection, raw[0], raw[1])
+            )
         key = (slot.layer, slot.expert)
         if self._verify and key not in self._verified:
             self._check(ticket, rows)
@@ -341,19 +344,3 @@ def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: _Buf
     if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
         return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]
     return np.concatenate(rows)
-
-
-def decode(projection: Projection, weights: Bytes, scales: Bytes) -> Bytes:
-    """Official FP4 or FP8 bytes of one projection as ggml rows of `projection.type`, flat.
-
-    Raises:
-        FormatError: NaN scales, or a scale that the target can't hold.
-    """
-    from localrun.quant.formats import decode_projection
-
-    try:
-        return decode_projection(projection, weights, scales)
-    except LocalrunError:
-        raise
-    except Exception as error:
-        raise StoreError(f"decoding {projection.encoding.value} failed: {error}") from error

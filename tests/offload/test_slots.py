@@ -18,7 +18,7 @@ def filled(table: SlotTable, *experts: int, size: int = PAGE) -> None:
     for expert in experts:
         slot = table.reserve(0, expert, size)
         assert slot is not None
-        slot.state = SlotState.READY
+        table.ready(slot)
 
 
 def test_arena_smaller_than_a_page_is_refused() -> None:
@@ -41,7 +41,7 @@ def test_released_neighbours_become_one_hole() -> None:
 
 
 def test_least_recently_used_expert_goes_first() -> None:
-    table = SlotTable(3 * PAGE)
+    table = SlotTable(3 * PAGE, 4, 10)
     filled(table, 1, 2, 3)
     table.find(0, 1)
     filled(table, 4)
@@ -52,22 +52,22 @@ def test_least_recently_used_expert_goes_first() -> None:
 
 
 def test_pinned_and_loading_slots_are_never_evicted() -> None:
-    table = SlotTable(2 * PAGE)
+    table = SlotTable(2 * PAGE, 4, 10)
     loading = table.reserve(0, 1, PAGE)
     filled(table, 2)
     pinned = table.find(0, 2)
     assert loading is not None
     assert pinned is not None
-    pinned.pins = 1
+    table.pin(pinned)
     assert table.reserve(0, 3, PAGE) is None
-    loading.state = SlotState.READY
+    table.ready(loading)
     assert table.reserve(0, 3, PAGE) is not None
     assert table.peek(0, 1) is None
     table.close()
 
 
 def test_guess_takes_free_memory_only() -> None:
-    table = SlotTable(2 * PAGE)
+    table = SlotTable(2 * PAGE, 4, 10)
     filled(table, 1)
     assert table.reserve(0, 2, PAGE, evict=False) is not None
     assert table.reserve(0, 3, PAGE, evict=False) is None
@@ -78,12 +78,16 @@ def test_guess_takes_free_memory_only() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 5 * PAGE), st.booleans()), max_size=120))
 def test_any_mixture_of_sizes_keeps_slots_apart_and_counts_every_byte(steps: list[tuple[int, int, int, bool]]) -> None:
-    table = SlotTable(16 * PAGE)
+    table = SlotTable(16 * PAGE, 4, 10)
     for layer, expert, size, pin in steps:
         slot = table.find(layer, expert) or table.reserve(layer, expert, size)
         if slot is not None:
-            slot.state = SlotState.READY
-            slot.pins = int(pin and sum(s.pins for s in table) < 2)
+            if slot.state is SlotState.LOADING:
+                table.ready(slot)
+            if pin and sum(s.pins for s in table) < 2:
+                table.pin(slot)
+            elif slot.pins:
+                table.unpin(slot)
             ctypes.memset(slot.address, 0xA5, slot.size_bytes)  # faults if the range is not ours
         table.check()
     table.close()

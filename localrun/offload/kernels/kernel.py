@@ -79,7 +79,7 @@ class ExpertKernel:
         kinds = dict.fromkeys(f"{m.type.name.lower()}-{'avx512' if m.interleaved else 'f32'}" for m in self._matrices)
         self.name = "+".join(kinds)
         views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]
-        self._ffn = Call(views, limit=spec.limit, n_threads=n_threads)
+        self.call = Call(views, limit=spec.limit, n_threads=n_threads)
         self._alone = [Call([view], n_threads=n_threads) for view in views]
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
@@ -100,7 +100,7 @@ class ExpertKernel:
         x: npt.NDArray[np.float32],
         out: npt.NDArray[np.float32],
     ) -> None:
-        self._ffn(slots, starts, x_rows, out_rows, x, out)
+        self.call(slots, starts, x_rows, out_rows, x, out)
 
     def project(
         self,

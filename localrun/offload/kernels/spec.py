@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.offload.kernels.tasks import Call
+
 Math = Literal["int8", "f32"]
 
 
@@ -36,12 +38,14 @@ class FfnKernel(Protocol):
         name: format and instruction set, e.g. `mxfp4-avx512`.
         slot_bytes: size of one packed expert, a multiple of 64.
         raw_is_packed: the packed form is gate|up|down ggml rows back to back, so bytes may be read straight into the slot.
+        call: arguments of `run` for compiled callers (`tasks.Call`).
     """
 
     spec: FfnSpec
     name: str
     slot_bytes: int
     raw_is_packed: bool
+    call: Call
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
         """Fills the slot at address `slot` (64-byte aligned) from gate|up|down ggml rows; releases the interpreter lock."""

@@ -429,9 +429,9 @@ class Call:
             at = C_MATRICES + (2 if alone else which) * M_FIELDS
             fields[at : at + M_FIELDS] = matrix.fields()
         blocks = 16 + sum(-(-m.n_out // ROW_BLOCK) for m in (matrices if alone else (matrices[0], matrices[2])))
-        self._jobs_bytes = MAX_JOBS * J_FIELDS * 8
-        self._tasks_bytes = -(-MAX_JOBS * blocks * 8 // 64) * 64
-        self.scratch_bytes = self._jobs_bytes + self._tasks_bytes + sum(m.panel_bytes() for m in matrices)
+        self.jobs_bytes = MAX_JOBS * J_FIELDS * 8
+        self.tasks_bytes = -(-MAX_JOBS * blocks * 8 // 64) * 64
+        self.scratch_bytes = self.jobs_bytes + self.tasks_bytes + sum(m.panel_bytes() for m in matrices)
 
     def __call__(
         self,
@@ -451,7 +451,7 @@ class Call:
         self._fields[C_N_EXPERTS : C_PANELS + 1] = (
             slots.size, address_of(slots), address_of(starts), address_of(x_rows), address_of(out_rows),
             address_of(x), x.strides[0], address_of(out), out.strides[0],
-            scratch, scratch + self._jobs_bytes, scratch + self._jobs_bytes + self._tasks_bytes,
+            scratch, scratch + self.jobs_bytes, scratch + self.jobs_bytes + self.tasks_bytes,
         )  # fmt: skip
         self._fields[C_EXPERT], self._fields[C_PAIR] = 0, starts[0]
         runner()(self)

@@ -185,7 +185,9 @@ class PromptWriter:
                 self._extras(message)
             case DeveloperMessage() as message:
                 if self.drop and i == self.last_question:
-                    self._mark_unstable()
+                    # It is left out once another question follows.
+                    following = self.turns[i + 1].role if i + 1 < len(self.turns) else None
+                    self._mark_unstable(text_joins=self.answer_open or following == "system")
                 self._question(i, message.content)
                 self._extras(message)
             case UserMessage() | ToolMessage():
@@ -246,6 +248,8 @@ class PromptWriter:
         thinks = self.thinking and not answers_task and (not self.drop or i > self.last_question)
         self.completion, self.answer_open, self.unanswered, self.late_task = None, False, None, False
         if thinks:
+            if self.drop:
+                self._mark_unstable(text_joins=True)
             self._text(message.reasoning)
             if resumes and message.thinking_open:
                 self.completion = "thinking"
@@ -259,9 +263,14 @@ class PromptWriter:
         else:
             self.parts.append(Special(EOS))
 
-    def _mark_unstable(self) -> None:
+    def _mark_unstable(self, *, text_joins: bool = False) -> None:
+        """What is written from here on changes with the next question. `text_joins`: then a text may stand here, which
+        becomes one with a text before it."""
         if self.stable is None:
-            self.stable = len(self.parts)
+            end = len(self.parts)
+            while text_joins and isinstance(self.parts[end - 1], Text):
+                end -= 1
+            self.stable = end
 
     def _finish(self, shift: int) -> Prompt:
         """Merges texts; keeps the ends of messages that still lie between two parts."""

@@ -240,8 +240,11 @@ def test_it_is_the_models_turn_only_after_a_question() -> None:
 
 
 def test_an_answer_always_has_its_marker() -> None:
-    """Departures from the official encoder, which leaves `<｜Assistant｜>` out of these."""
+    """Departures from the official encoder, which leaves `<｜Assistant｜>` out of these; the templates do not."""
     greeting, more, question = AssistantMessage("Hello", "g"), AssistantMessage("More", "m"), UserMessage("Hi")
+    for conversation in ([SystemMessage("S"), greeting, question], [question, greeting, more]):
+        for mode in ("off", "high"):
+            assert render(*conversation, mode=mode) == oracle(conversation, mode=mode)
     assert render(SystemMessage("S"), greeting, question) == f"{B}S{A}{R}Hello{E}{U}Hi{A}{T}"
     assert render(question, greeting, more, mode="off") == f"{B}{U}Hi{A}{R}Hello{E}{A}{R}More{E}"
     assert render(question, greeting, more) == f"{B}{U}Hi{A}{T}g{R}Hello{E}{A}{T}m{R}More{E}"
@@ -314,6 +317,17 @@ def test_boundary_behind_reasoning_that_will_be_dropped_is_not_stable() -> None:
         boundary.stable
         for boundary in V4.encode_prompt([UserMessage("a"), AssistantMessage("b", "r")], mode="off").boundaries
     )
+
+
+def test_text_that_will_join_the_next_is_not_stable() -> None:
+    """The developer message goes with the next question, and the system text then stands behind the user's."""
+    prompt = V4.encode_prompt([UserMessage("a"), DeveloperMessage("d"), SystemMessage("S")])
+    assert not any(boundary.stable for boundary in prompt.boundaries)
+    prompt = V4.encode_prompt([UserMessage("a"), DeveloperMessage("d")])
+    assert [boundary.stable for boundary in prompt.boundaries] == [True, False]
+    # An answer without a marker of its own: its text will follow the reminder's, once its reasoning is gone.
+    prompt = V4.encode_prompt([UserMessage("a", "query"), LatestReminderMessage("b"), AssistantMessage("c", "r")])
+    assert [boundary.stable for boundary in prompt.boundaries] == [True, False, False]
 
 
 def test_boundary_of_an_inserted_system_part_is_numbered_minus_one() -> None:

@@ -169,13 +169,25 @@ def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
     def chunk(i: Any, totals: list[Any]) -> list[Any]:
         source, factors = s.at(body, i, 512), s.at(stack, i, 256)
         for half, weights in enumerate(_nibbles(s, [s.load(source, 64 * k, INTS) for k in range(8)])):
-            block = tile.next(s.b.add(s.b.mul(i, I64(2)), I64(half)), BLOCK32)
-            totals = _add_block(s, weights, s.load(factors, 128 * half, FLOATS), block, totals, start=False)
-            minimum = s.b.fneg(s.load(factors, 128 * half + 64, FLOATS))
-            totals = [s.fma(minimum, block.sum(t), total) for t, total in enumerate(totals)]
+            totals = add(weights, factors, 128 * half, s.b.add(s.b.mul(i, I64(2)), I64(half)), totals)
         return totals
 
-    return s.loop(I64(4), totals, chunk)
+    def block(i: Any, totals: list[Any]) -> list[Any]:
+        # With many tokens there are registers for one half's weights only: load again and shift for the other.
+        source, shift = (
+            s.at(body, s.b.lshr(i, I64(1)), 512),
+            s.splat(s.b.trunc(s.b.mul(s.b.and_(i, I64(1)), I64(4)), I32)),
+        )
+        weights = [s.as_bytes(s.mask(s.b.lshr(s.load(source, 64 * k, INTS), shift), 0x0F0F0F0F)) for k in range(8)]
+        return add(weights, s.at(stack, i, 128), 0, i, totals)
+
+    def add(weights: list[Any], factors: Any, offset: int, index: Any, totals: list[Any]) -> list[Any]:
+        record = tile.next(index, BLOCK32)
+        totals = _add_block(s, weights, s.load(factors, offset, FLOATS), record, totals, start=False)
+        minimum = s.b.fneg(s.load(factors, offset + 64, FLOATS))
+        return [s.fma(minimum, record.sum(t), total) for t, total in enumerate(totals)]
+
+    return s.loop(I64(4), totals, chunk) if len(totals) < 8 else s.loop(I64(8), totals, block)
 
 
 def _two_bits(s: Simd, vector: Any, shift: int) -> Any:
@@ -188,6 +200,19 @@ def _add_super(s: Simd, products: list[Any], d: Any, tile: Tile, totals: list[An
         s.fma(s.to_float(p), s.mul(d, tile.scale(t)), total)
         for t, (p, total) in enumerate(zip(products, totals, strict=True))
     ]
+
+
+def _n_chains(n_tokens: int) -> int:
+    """Independent sums per token: a dot product takes five cycles, two can start in each."""
+    return max(1, min(4, 8 // n_tokens))
+
+
+def _join(s: Simd, products: list[Any], n_tokens: int) -> list[Any]:
+    """Adds up the chains of each token."""
+    while len(products) > n_tokens:
+        half = len(products) // 2
+        products = [s.b.add(a, b) for a, b in zip(products[:half], products[half:], strict=True)]
+    return products
 
 
 def _q2_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
@@ -208,12 +233,14 @@ def _q2_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
         for shift in range(4):
             table = s.load(tables, 64 * shift, BYTES)
             weights = [s.lookup16(table, _two_bits(s, v, 2 * shift)) for v in vectors]
-            for t in range(len(products)):
+            for t in range(len(totals)):
                 for k, weight in enumerate(weights):
-                    products[t] = s.dot(products[t], weight, tile.quad(t, shift * 8 + k, quads))
+                    chain = k % n_chains * len(totals) + t
+                    products[chain] = s.dot(products[chain], weight, tile.quad(t, shift * 8 + k, quads))
         return products
 
-    products = s.loop(I64(4), [s.ints(0)] * len(totals), quarter)
+    n_chains = _n_chains(len(totals))
+    products = _join(s, s.loop(I64(4), [s.ints(0)] * (len(totals) * n_chains), quarter), len(totals))
     totals = _add_super(s, products, d, tile, totals)
     minima = [s.mask(s.shift_right(v, shift), 0x000F000F) for v in packed for shift in (4, 12)]
     products = []
@@ -264,13 +291,15 @@ def _q3_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
                 below = s.lookup16(table, _two_bits(s, v, 2 * shift))
                 bit = s.b.icmp_unsigned("!=", s.b.and_(s.as_bytes(high[k]), s.bytes([1 << shift])), s.bytes([0]))
                 weights.append(s.b.select(bit, s.b.add(below, more), below))
-            for t in range(len(products)):
+            for t in range(len(totals)):
                 for k, weight in enumerate(weights):
-                    products[t] = s.dot(products[t], weight, tile.quad(t, shift * 8 + k, quads))
+                    chain = k % n_chains * len(totals) + t
+                    products[chain] = s.dot(products[chain], weight, tile.quad(t, shift * 8 + k, quads))
         return products
 
-    products = s.loop(I64(4), [tile.start(t) for t in range(len(totals))], quarter)
-    return _add_super(s, products, d, tile, totals)
+    n_chains = _n_chains(len(totals))
+    starts = [tile.start(t) for t in range(len(totals))] + [s.ints(0)] * (len(totals) * (n_chains - 1))
+    return _add_super(s, _join(s, s.loop(I64(4), starts, quarter), len(totals)), d, tile, totals)
 
 
 # -- plain floats -----------------------------------------------------------------------------------------------------

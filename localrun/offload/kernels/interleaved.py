@@ -27,6 +27,9 @@ ROWS: Final = "void(intp, intp, intp, intp, intp, intp, intp, intp, intp)"
 
 `out` receives rows up to the next multiple of 16."""
 
+_AHEAD: Final = 4096
+"""Bytes from the unit in work to the one prefetched. [m] One core reads MXFP4 at 0.70 of plain reading without, 0.98 with."""
+
 TILE_SIZES: Final = (1, 2, 4, 8, 12, 16)
 
 
@@ -46,6 +49,8 @@ def _group_times_tile(_typing: Any, type_name: Any, n_tokens: Any, meta: Any, bo
         records_per_unit = format_.unit // format_.panel.unit
 
         def unit(i: Any, totals: list[Any]) -> list[Any]:
+            for line in range(0, format_.body_bytes, 64):
+                s.prefetch(s.at(body, i, format_.body_bytes), _AHEAD + line)
             tile = Tile(s, panel, nt, kind).next(builder.mul(i, I64(records_per_unit)), kind)
             return format_.step(s, s.at(meta, i, format_.meta_bytes), s.at(body, i, format_.body_bytes), tile, totals)
 

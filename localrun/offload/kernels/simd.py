@@ -57,6 +57,9 @@ class Simd:
         target = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), value.type.as_pointer())
         self.b.store(value, target).align = 1
 
+    def prefetch(self, pointer: Any, offset: int) -> None:
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.b.gep(pointer, [I64(offset)]), I32(0), I32(3), I32(1))
+
     def stack(self, n_bytes: int) -> Any:
         """`i8*` to scratch of this function, 64-byte aligned."""
         with self.b.goto_entry_block():

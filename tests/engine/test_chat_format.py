@@ -242,7 +242,8 @@ def test_it_is_the_models_turn_only_after_a_question() -> None:
 def test_an_answer_always_has_its_marker() -> None:
     """Departures from the official encoder, which leaves `<｜Assistant｜>` out of these; the templates do not."""
     greeting, more, question = AssistantMessage("Hello", "g"), AssistantMessage("More", "m"), UserMessage("Hi")
-    for conversation in ([SystemMessage("S"), greeting, question], [question, greeting, more]):
+    opened: list[list[Message]] = [[SystemMessage("S"), greeting, question], [question, greeting, more]]
+    for conversation in opened:
         for mode in ("off", "high"):
             assert render(*conversation, mode=mode) == oracle(conversation, mode=mode)
     assert render(SystemMessage("S"), greeting, question) == f"{B}S{A}{R}Hello{E}{U}Hi{A}{T}"
@@ -326,7 +327,7 @@ def test_text_that_will_join_the_next_is_not_stable() -> None:
     prompt = V4.encode_prompt([UserMessage("a"), DeveloperMessage("d")])
     assert [boundary.stable for boundary in prompt.boundaries] == [True, False]
     # An answer without a marker of its own: its text will follow the reminder's, once its reasoning is gone.
-    prompt = V4.encode_prompt([UserMessage("a", "query"), LatestReminderMessage("b"), AssistantMessage("c", "r")])
+    prompt = V4.encode_prompt([UserMessage("a", "query"), LatestReminderMessage("b"), AssistantMessage("c")])
     assert [boundary.stable for boundary in prompt.boundaries] == [True, False, False]
 
 

@@ -20,7 +20,7 @@ from localrun.engine.messages import (
 )
 from localrun.engine.prompt_parts import DSML, EOS, PROTOCOL_TOKENS
 
-any_speed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+any_speed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For all tests with these strategies: a busy machine is no reason to fail."""
 
 look_alikes = st.sampled_from(

@@ -9,8 +9,9 @@ The device is registered once per process and never goes away (ggml can't unregi
 *owners*, one per loaded model, found through the buffer that a weight lies in. This module knows how ggml calls us; what an
 expert is and where its bytes are is the owner's business.
 
-Threads: ggml calls `graph_compute` on the thread that called `llama_decode`. Exceptions must not reach C (ctypes would print and
-swallow them): they are handed to the owner and ggml gets a failure status, so that `llama_decode` returns an error.
+ggml calls `graph_compute` on the thread that called `llama_decode`; that is a compiled function (`native.py`), which comes to
+Python only for what it can't do. Exceptions must not reach C (ctypes would print and swallow them): they are handed to the owner
+and ggml gets a failure status, so that `llama_decode` returns an error.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from localrun.errors import DecodeError, LocalrunError, StoppedError
-from localrun.offload import ggml
+from localrun.offload import ggml, native
 from localrun.offload.ggml import Tensor
 
 log = logging.getLogger(__name__)
@@ -70,6 +74,10 @@ class Owner(Protocol):
         """out[:, k, t] = W[ids[k, t]] @ x[:, k or 0, t] for one projection."""
         ...
 
+    def check_stop(self) -> None:
+        """Raises StoppedError if the user wants no more."""
+        ...
+
     def failed(self, error: BaseException) -> None:
         """Keeps the cause of a failed decode."""
         ...
@@ -98,6 +106,10 @@ class ExpertDevice:
         self._weights_type = ggml.BufferType()
         self._buffer_interface = ggml.BufferInterface()
         self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
+        python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
+        self._keep.append(python)
+        self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0)
         self._build_buffer_type()
         self._build_device()
         self._build_backend()
@@ -108,6 +120,12 @@ class ExpertDevice:
     def weights_buffer_type(self) -> int:
         """Address of the buffer type for `tensor_buft_overrides`."""
         return C.addressof(self._weights_type)
+
+    def attach(self, tensor: int, record: npt.NDArray[np.int64]) -> None:
+        """Hangs a weight's record (see `native.py`) on its tensor; kept until the tensor's buffer is freed."""
+        tensor_view = Tensor.from_address(tensor)
+        tensor_view.extra = record.ctypes.data
+        self._records.setdefault(tensor_view.buffer, []).append(record)
 
     @property
     def n_buffers(self) -> int:
@@ -124,7 +142,7 @@ class ExpertDevice:
             finally:
                 self._loading = None
 
-    def is_expert_weight(self, tensor: int | None) -> bool:
+    def is_ours(self, tensor: int | None) -> bool:
         """True if the tensor at that address lies in one of our weights buffers."""
         if not tensor:
             return False
@@ -168,6 +186,7 @@ class ExpertDevice:
 
     def _free_buffer(self, buffer: int) -> None:
         self._owners.pop(buffer, None)
+        self._records.pop(buffer, None)
         self._memory.pop(buffer, None)
 
     def _refuse_access(self, buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
@@ -215,7 +234,8 @@ class ExpertDevice:
         iface = self._backend.iface
         self._set(iface, "get_name", lambda backend: C.addressof(_NAME))
         self._set(iface, "free", lambda backend: None)
-        self._set(iface, "graph_compute", self._graph_compute)
+        iface.graph_compute = dict(iface._fields_)["graph_compute"](native.graph_compute.address)
+        self._backend.context = self.process.address
 
     def _build_reg(self) -> None:
         iface = self._reg.iface
@@ -230,74 +250,65 @@ class ExpertDevice:
     def _supports(self, op: Tensor) -> bool:
         if op.op == ggml.OP_NONE:
             return True
-        if op.op == ggml.OP_MUL_MAT_ID:
-            return self.is_expert_weight(op.src[0])
+        if op.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT):
+            return self.is_ours(op.src[0])
         if op.op == ggml.OP_GLU:
             sources = [Tensor.from_address(src) for src in (op.src[0], op.src[1]) if src]
             return (
                 len(sources) == 2
                 and op.op_params[0] in (ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP)
                 and op.op_params[1] == 0  # not swapped
-                and all(s.op == ggml.OP_MUL_MAT_ID and self.is_expert_weight(s.src[0]) for s in sources)
+                and sources[0].op == sources[1].op
+                and all(s.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT) and self.is_ours(s.src[0]) for s in sources)
             )
         return False
 
-    def _graph_compute(self, backend: int, graph: int) -> int:
+    def _compute_in_python(self, graph: int, index: int) -> int:
+        """Computes node `index` or the chain that begins there; the number of nodes done, or an answer that means failure."""
         owner: Owner | None = None
         try:
-            node_at = self._lib.ggml_graph_node
-            addresses = [node_at(graph, i) for i in range(self._lib.ggml_graph_n_nodes(graph))]
+            n_nodes = min(4, self._lib.ggml_graph_n_nodes(graph) - index)
+            addresses = [self._lib.ggml_graph_node(graph, index + i) for i in range(n_nodes)]
             nodes = [Tensor.from_address(address) for address in addresses]
-            owner = self._owner_of(nodes)
-            if owner is not None:
-                _compute(owner, addresses, nodes)
-            return ggml.STATUS_SUCCESS
+            owner = self._owner_of(nodes[0])
+            return _compute(owner, addresses, nodes)
         except StoppedError as error:
             if owner is not None:
                 owner.failed(error)
-            return ggml.STATUS_ABORTED
+            return native.ABORTED_ANSWER
         except BaseException as error:  # a callback from C: nothing may pass
             if owner is None:
                 log.exception("expert device failed without an owner")
             else:
                 owner.failed(error)
-            return ggml.STATUS_FAILED
+            return native.FAILED_ANSWER
 
-    def _owner_of(self, nodes: list[Tensor]) -> Owner | None:
-        for node in nodes:
-            if node.op == ggml.OP_MUL_MAT_ID:
-                return self._owners[Tensor.from_address(node.src[0]).buffer]
-            if node.op == ggml.OP_GLU:
-                return self._owners[Tensor.from_address(Tensor.from_address(node.src[0]).src[0]).buffer]
-        return None
+    def _owner_of(self, node: Tensor) -> Owner:
+        weight = node.src[0]
+        if node.op == ggml.OP_GLU:
+            weight = Tensor.from_address(weight).src[0]
+        return self._owners[Tensor.from_address(weight).buffer]
 
 
-def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> None:
-    """Runs one split: the fused chain where it stands, node by node otherwise."""
-    work = [(address, node) for address, node in zip(addresses, nodes, strict=True) if node.op != ggml.OP_NONE]
-    i = 0
-    while i < len(work):
-        if _compute_fused(owner, work[i : i + 4]):
-            i += 4
-            continue
-        _, node = work[i]
-        if node.op == ggml.OP_MUL_MAT_ID:
-            owner.project(
-                _weight(owner, node),
-                view(Tensor.from_address(node.src[1])),
-                view(Tensor.from_address(node.src[2])),
-                view(node),
-            )
-        elif node.op == ggml.OP_GLU:
-            from localrun.offload.experts import swiglu
+def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> int:
+    """The fused chain where it stands, else the first node alone; the number of nodes done."""
+    owner.check_stop()
+    if _compute_fused(owner, list(zip(addresses, nodes, strict=True))):
+        return 4
+    node = nodes[0]
+    sources = [view(Tensor.from_address(source)) for source in (node.src[0], node.src[1])]
+    if node.op == ggml.OP_MUL_MAT_ID:
+        owner.project(_weight(owner, node), sources[1], view(Tensor.from_address(node.src[2])), view(node))
+    elif node.op == ggml.OP_GLU:
+        from localrun.offload.experts import swiglu
 
-            gate, up = (view(Tensor.from_address(src)) for src in (node.src[0], node.src[1]))
-            swiglu(gate, up, view(node), _limit(node))
-        else:
-            raise DecodeError(
-                f"{node.name.decode()}: llama.cpp gave our device operation {node.op}, which it does not run"
-            )
-        i += 1
+        swiglu(sources[0], sources[1], view(node), _limit(node))
+    else:
+        raise DecodeError(
+            f"{node.name.decode()}: our device can't run operation {node.op} on an input of shape {sources[1].ne} and strides "
+            f"{sources[1].nb}"
+        )
+    return 1
 
 
 def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]]) -> bool:

@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import BudgetError, DecodeError, StoppedError
-from localrun.offload.device import View, Weight
+from localrun.offload.device import View, Weight, expert_device
 from localrun.offload.kernels import FfnKernel
+from localrun.offload.native import LayerRecord, expert_record
 from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
@@ -165,11 +166,24 @@ class ExpertPool:
         self.table = SlotTable(budget_bytes, n_layers, n_experts)
         self.telemetry = Telemetry(n_layers)
         self._weights: dict[int, Weight] = {}
+        self._records = {layer: self._record(layer) for layer in layers}
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._n_ahead = 0
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
         self.last_call = 0.0  # time.monotonic() of the last layer call: read-ahead keeps away from a running answer
+
+    def _record(self, layer: int) -> LayerRecord:
+        table = self.table
+        return LayerRecord(
+            self._layers[layer].n_experts,
+            table.resident[layer],
+            table.stamps[layer],
+            table.uses[layer],
+            table.tick,
+            self.telemetry.values[layer],
+            self._kernels[layer].call,
+        )
 
     # -- device.Owner --------------------------------------------------------------------------------------------------
 
@@ -180,6 +194,7 @@ class ExpertPool:
     def adopt(self, tensor: int, weight: Weight) -> None:
         """Called at load for each stacked expert tensor that llama.cpp created."""
         self._weights[tensor] = weight
+        expert_device().attach(tensor, expert_record(weight.projection, self._records[weight.layer]))
 
     def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
         """See `device.Owner`."""
@@ -208,6 +223,11 @@ class ExpertPool:
 
         self._call(weight.layer, choices, compute)
 
+    def check_stop(self) -> None:
+        """See `device.Owner`."""
+        if self._stop.is_set():
+            raise StoppedError("stopped")
+
     def failed(self, error: BaseException) -> None:
         """See `device.Owner`; the first cause is kept."""
         if self._error is None:
@@ -216,6 +236,11 @@ class ExpertPool:
     def kernel(self, layer: int) -> FfnKernel:
         """The layer's arithmetic."""
         return self._kernels[layer]
+
+    @property
+    def read_depth(self) -> int:
+        """Expert reads that the store has under way at once."""
+        return self._store.depth
 
     @property
     def staging_bytes(self) -> int:
@@ -232,10 +257,12 @@ class ExpertPool:
     def request_stop(self) -> None:
         """Makes the running (or next) decode fail with `StoppedError` at the next layer. Any thread, also signal handlers."""
         self._stop.set()
+        expert_device().process.set_stop(True)
 
     def clear_stop(self) -> None:
         """Forgets an earlier stop request; before a new answer."""
         self._stop.clear()
+        expert_device().process.set_stop(False)
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
@@ -298,8 +325,6 @@ class ExpertPool:
 
     def _call(self, layer: int, ids: I32, compute: Any) -> None:
         started = time.perf_counter_ns()
-        if self._stop.is_set():
-            raise StoppedError("stopped")
         with self._lock:
             self._settle()
             call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
@@ -354,8 +379,7 @@ class _Call:
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
-            if self._pool._stop.is_set():
-                raise StoppedError("stopped")
+            self._pool.check_stop()
 
     def release(self) -> None:
         """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""

@@ -23,6 +23,10 @@ BACKEND_API_VERSION: Final = 2  # ggml-backend-impl.h, GGML_BACKEND_API_VERSION
 OP_NONE: Final = 0
 OP_MUL_MAT: Final = 29
 OP_MUL_MAT_ID: Final = 30
+OP_RESHAPE: Final = 36
+OP_VIEW: Final = 37
+OP_PERMUTE: Final = 38
+OP_TRANSPOSE: Final = 39
 OP_GLU: Final = 100
 GLU_SWIGLU: Final = 2
 GLU_SWIGLU_CLAMP: Final = 6
@@ -306,7 +310,16 @@ def _check_fit(lib: Library) -> None:
     version = lib.ggml_version().decode()
     if version != GGML_VERSION:
         raise _misfit(f"ggml is {version}, not {GGML_VERSION}")
-    for op, expected in ((OP_MUL_MAT, b"MUL_MAT"), (OP_MUL_MAT_ID, b"MUL_MAT_ID"), (OP_GLU, b"GLU")):
+    operations = {
+        OP_MUL_MAT: b"MUL_MAT",
+        OP_MUL_MAT_ID: b"MUL_MAT_ID",
+        OP_RESHAPE: b"RESHAPE",
+        OP_VIEW: b"VIEW",
+        OP_PERMUTE: b"PERMUTE",
+        OP_TRANSPOSE: b"TRANSPOSE",
+        OP_GLU: b"GLU",
+    }
+    for op, expected in operations.items():
         if lib.ggml_op_name(op) != expected:
             raise _misfit(f"operation {op} is {lib.ggml_op_name(op)!r}, not {expected!r}")
     if lib.ggml_glu_op_name(GLU_SWIGLU) != b"SWIGLU" or lib.ggml_glu_op_name(GLU_SWIGLU_CLAMP) != b"SWIGLU_CLAMP":

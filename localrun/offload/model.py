@@ -20,16 +20,21 @@ from gguf import GGMLQuantizationType
 
 from localrun.errors import BudgetError, FormatError, LocalrunError, UnsupportedModelError
 from localrun.offload import ggml, llama_log
+from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.experts import ExpertPool, floor_bytes
 from localrun.offload.ggml import Tensor
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
+from localrun.offload.readahead import ReadAhead
 from localrun.offload.store import ExpertStore
 from localrun.offload.telemetry import Telemetry
 from localrun.quant.source import PROJECTIONS, ModelSource
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
+
+MAX_BATCH = 2048
+"""Largest batch that the compiled path takes; longer ones go through Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class OffloadOptions:
         math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
         n_gpu_layers: layers of the dense model that llama.cpp puts on its GPU devices.
         verify: compare checksums on an expert's first read.
+        dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 
@@ -50,6 +56,7 @@ class OffloadOptions:
     math: Literal["int8", "f32"] = "int8"
     n_gpu_layers: int = 0
     verify: bool = True
+    dense_on_device: bool = True
     progress: Callable[[int, int], None] | None = None
 
 
@@ -59,13 +66,20 @@ class OffloadedModel:
     Attributes:
         model: llama.cpp's `llama_model *`.
         source: where the bytes come from.
-        pool: the experts, or None for a model that has none.
+        pool: the experts.
+        dense: dense matrices on our device.
+        ahead: read-ahead.
+        ram_bytes: RAM for experts, reads in flight included.
     """
 
-    def __init__(self, source: ModelSource, model: Any, pool: ExpertPool, ram_bytes: int) -> None:
+    def __init__(
+        self, source: ModelSource, model: Any, pool: ExpertPool, dense: DenseMatrices, ahead: ReadAhead, ram_bytes: int
+    ) -> None:
         self.source = source
         self.model = model
         self.pool = pool
+        self.dense = dense
+        self.ahead = ahead
         self.ram_bytes = ram_bytes
 
     @property
@@ -90,9 +104,11 @@ class OffloadedModel:
         if self.model is not None:
             import llama_cpp
 
+            self.ahead.close()
             llama_cpp.llama_model_free(self.model)
             self.model = None
             self.pool.close()
+            self.dense.close()
 
     def __enter__(self) -> OffloadedModel:
         return self
@@ -114,13 +130,17 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     llama_log.install()
     device = expert_device()
     pool, ram_bytes = _open_pool(source, options)
+    dense = DenseMatrices(n_threads=options.n_threads)
     try:
         with device.loading(pool):
-            model = _load(source, options, pool)
+            model = _load(source, options, pool, dense)
     except BaseException:
         pool.close()
+        dense.close()
         raise
-    return OffloadedModel(source, model, pool, ram_bytes)
+    scratch = max([dense.scratch_bytes, *(pool.kernel(layer).call.scratch_bytes for layer in source.moe_layers)])
+    device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
+    return OffloadedModel(source, model, pool, dense, ReadAhead(source, pool, depth=pool.read_depth), ram_bytes)
 
 
 def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool, int]:
@@ -184,7 +204,7 @@ def _metadata_int(source: ModelSource, key: str) -> int:
     return value
 
 
-def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool) -> Any:
+def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool, dense: DenseMatrices) -> Any:
     import llama_cpp
 
     lib = ggml.library()
@@ -193,10 +213,13 @@ def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool) -> Any
     metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
     if not metadata:
         raise FormatError(f"{source.path}: llama.cpp does not accept the metadata: {llama_log.recent_errors()}")
-    filler = _Filler(source, pool, options.progress)
-    overrides = (ggml.TensorBuftOverride * 2)()
-    overrides[0].pattern = EXPERT_TENSORS.encode()
-    overrides[0].buft = expert_device().weights_buffer_type
+    filler = _Filler(source, pool, dense, options.progress)
+    patterns = [EXPERT_TENSORS]
+    if options.dense_on_device and options.math == "int8" and options.n_gpu_layers == 0:
+        patterns += filter(None, [dense_pattern(dense_tensors(source))])
+    overrides = (ggml.TensorBuftOverride * (len(patterns) + 1))()  # the last one, empty, ends the list
+    for override, pattern in zip(overrides, patterns, strict=False):
+        override.pattern, override.buft = pattern.encode(), expert_device().weights_buffer_type
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = False
@@ -219,8 +242,10 @@ def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool) -> Any
 class _Filler:
     """llama.cpp's callback: fills each tensor that it created. Errors are kept; after the first one nothing more is read."""
 
-    def __init__(self, source: ModelSource, pool: ExpertPool, progress: Callable[[int, int], None] | None) -> None:
-        self._source, self._pool, self._progress = source, pool, progress
+    def __init__(
+        self, source: ModelSource, pool: ExpertPool, dense: DenseMatrices, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._source, self._pool, self._dense, self._progress = source, pool, dense, progress
         self._lib = ggml.library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
         self._n_done = 0
@@ -250,10 +275,13 @@ class _Filler:
                 hint="the file does not fit its own metadata; convert it again",
             )
         weight = expert_weight(name)
-        if weight is not None and expert_device().is_expert_weight(address):
+        if weight is not None and expert_device().is_ours(address):
             self._pool.adopt(address, weight)
             return
-        self._set(address, name, self._source.read_tensor(name))
+        if expert_device().is_ours(address):
+            expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name)))
+        else:
+            self._set(address, name, self._source.read_tensor(name))
         self._n_done += 1
         if self._progress is not None:
             self._progress(self._n_done, self._n_dense)

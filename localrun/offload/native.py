@@ -74,6 +74,7 @@ _DATA, _EXTRA, _TYPE = ggml.Tensor.data.offset, ggml.Tensor.extra.offset, ggml.T
 _CONTEXT: Final = ggml.Backend.context.offset
 
 _MUL_MAT, _MUL_MAT_ID, _GLU, _NONE = ggml.OP_MUL_MAT, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_NONE
+_FIRST_VIEW, _LAST_VIEW = ggml.OP_RESHAPE, ggml.OP_TRANSPOSE
 _SWIGLU, _SWIGLU_CLAMP = ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP
 _CALLS, _TOKENS, _REQUESTS, _HITS = (
     Counter.CALLS.value,
@@ -314,7 +315,7 @@ def graph_compute(backend: int, graph: int) -> int:
     while index < n_nodes:
         node = _call_i64(_get(process, P_NODE_AT), graph, index)
         op = load_i32(node + _OP)
-        if op == _NONE:
+        if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
             index += 1
             continue
         done = 0

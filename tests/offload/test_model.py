@@ -99,8 +99,10 @@ def test_budget_below_one_layers_experts_is_refused_with_the_number_that_works(m
 
 
 def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_on(model_path: Path) -> None:
-    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         expected = logits(model)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         kernel = model.pool.kernel(1)
         original = kernel.run
 
@@ -110,10 +112,23 @@ def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_o
         kernel.run = broken  # type: ignore[method-assign,assignment]
         try:
             with pytest.raises(ZeroDivisionError, match="kernel broke"):
-                logits(model)
+                logits(model)  # experts must be read, so the call comes to Python
         finally:
             kernel.run = original  # type: ignore[method-assign]
         np.testing.assert_array_equal(logits(model), expected)
+
+
+def test_dense_matrices_on_our_device_give_the_same_answers(model_path: Path) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2, dense_on_device=False)) as model:
+        theirs = logits(model)
+        assert model.dense.n_bytes == 0
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        ours = logits(model)
+        assert model.dense.n_bytes > 0
+    with open_offloaded(source, OffloadOptions(n_threads=2, math="f32")) as model:
+        exact_experts = logits(model)
+    assert mean_kl(exact_experts, ours) <= 2 * mean_kl(exact_experts, theirs) + 1e-6
 
 
 def test_stop_request_ends_the_decode_and_can_be_cleared(model_path: Path) -> None:

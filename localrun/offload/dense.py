@@ -1,0 +1,109 @@
+"""The big dense matrices on our device: where no GPU takes them, they are most of the bytes that a token reads.
+
+llama.cpp's loader from user callbacks never repacks weights for the CPU, and its plain Q8_0 product stays well below memory
+bandwidth. So 2-D (and grouped) matrices of types that our kernels have a layout for are placed in our weights buffer, packed once
+at load, and multiplied by the same kernels as the experts. Everything else of the graph stays llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from localrun.offload.kernels.formats import FORMATS
+from localrun.offload.kernels.kernel import PackedMatrix
+from localrun.offload.kernels.tasks import Call
+from localrun.offload.native import dense_record
+from localrun.quant.source import ModelSource, TensorInfo
+
+_ELIGIBLE = re.compile(
+    r"blk\.\d+\.(attn_q_a|attn_q_b|attn_kv|attn_output_a|attn_output_b|ffn_gate_shexp|ffn_up_shexp|ffn_down_shexp"
+    r"|indexer\.attn_q_b|attn_compressor_kv|attn_compressor_gate|indexer_compressor_kv|indexer_compressor_gate)\.weight"
+    r"|output\.weight"
+)
+"""deepseek4's matrices that only ever meet MUL_MAT with F32 rows (llama.cpp, src/models/deepseek4.cpp)."""
+
+ARCHITECTURE = "deepseek4"
+
+
+def dense_tensors(source: ModelSource) -> dict[str, TensorInfo]:
+    """Matrices of `source` that our device takes when no GPU does."""
+    if source.metadata.get("general.architecture") != ARCHITECTURE:
+        return {}
+    return {
+        name: info
+        for name, info in source.tensors.items()
+        if info.type in FORMATS and len(info.shape) == 2 and _ELIGIBLE.fullmatch(name)
+    }
+
+
+def dense_pattern(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """C++ regex (searched, so anchored) that matches exactly these names, for llama.cpp's buffer type overrides."""
+    if not tensors:
+        return None
+    kinds = sorted({re.sub(r"^blk\.\d+\.", "", name) for name in tensors if name.startswith("blk.")})
+    layers: dict[str, list[str]] = {}
+    for name in tensors:
+        if name.startswith("blk."):
+            _, layer, kind = name.split(".", 2)
+            layers.setdefault(kind, []).append(layer)
+    parts = [rf"^blk\.({'|'.join(layers[kind])})\.{re.escape(kind)}$" for kind in kinds]
+    parts += [rf"^{re.escape(name)}$" for name in tensors if not name.startswith("blk.")]
+    return "|".join(parts)
+
+
+class DenseMatrices:
+    """Packed matrices of one model. Owns their memory until `close`; filled at load, read by compiled code.
+
+    Attributes:
+        scratch_bytes: what the largest call needs.
+        n_bytes: memory of all packed matrices.
+    """
+
+    def __init__(self, *, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._maps: list[mmap.mmap] = []
+        self._keep: list[object] = []
+        self.scratch_bytes = 0
+        self.n_bytes = 0
+
+    def add(
+        self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.int64]:
+        """Packs a matrix; the result is its record for `tensor.extra`.
+
+        Args:
+            kind: ggml type of `data`.
+            shape: ggml order (n_in, n_out) or (n_in, n_out, n_groups), as llama.cpp created the tensor.
+            data: ggml rows, flat.
+        """
+        n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
+        matrix = PackedMatrix.choose(kind, n_out, n_in, math="int8")
+        stride = -(-matrix.packed_bytes // 64) * 64
+        memory = mmap.mmap(-1, max(stride * n_groups, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE") and stride * n_groups >= 2 << 20:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        base = np.frombuffer(memory, np.uint8).ctypes.data
+        packed = np.array([base + group * stride for group in range(n_groups)], np.uint64)
+        source = np.ascontiguousarray(data)
+        for group in range(n_groups):
+            matrix.pack(source.ctypes.data + group * matrix.raw_bytes, int(packed[group]))
+        call = Call([matrix.at(0)], n_threads=self._n_threads)
+        record = dense_record(call, packed)
+        self._maps.append(memory)
+        self._keep += [call, packed, record]
+        self.scratch_bytes = max(self.scratch_bytes, call.scratch_bytes)
+        self.n_bytes += len(memory)
+        return record
+
+    def close(self) -> None:
+        """Frees the matrices; the model must be gone."""
+        self._keep.clear()
+        self._maps.clear()  # unmapped when the last array over them goes
+        self.n_bytes = 0

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hash-layers", type=int, help="first layers that are routed by token id")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="any other key of config.json")
-    parser.add_argument("--router-skew", type=float, help="0: every expert as likely; default: calibrated")
+    parser.add_argument("--router-skew", type=float, default=1.0, help="factor on the calibrated popularity, 0: none")
     parser.add_argument("--no-expert-dtype", action="store_true", help="config.json as in the first release")
     parser.add_argument("--mtp", action="store_true", help="with the next-token-prediction block")
     parser.add_argument("--fp8-experts", action="store_true", help="experts in FP8 as in the Base checkpoints")

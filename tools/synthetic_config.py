@@ -128,14 +128,14 @@ class CheckpointSpec:
         seed: everything random follows from it.
         fp8_experts: routed experts as FP8 like the Base checkpoints, else FP4.
         mtp: also the next-token-prediction block `mtp.0`.
-        router_skew: strength of the routers' popularity bias; None: calibrated.
+        router_skew: factor on the calibrated popularity of experts; 0: all alike.
     """
 
     config: Config
     seed: int = 0
     fp8_experts: bool = False
     mtp: bool = False
-    router_skew: float | None = None
+    router_skew: float = 1.0
 
     @property
     def ratios(self) -> Sequence[int]:

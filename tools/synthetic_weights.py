@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tools.synthetic_config import CheckpointSpec
-from tools.synthetic_router import TARGET_HIT_RATE, calibrate, hash_table, router_bias
+from tools.synthetic_router import CALIBRATED, TARGET_HIT_RATE, calibrate, hash_table, router_bias
 
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}
 KV_NORM = 0.5
-ATTENTION_GAIN = 20.0
+FIRST_ATTENTION_GAIN = 36.0
+ATTENTION_GAIN = 1.5
 _POOL_BYTES = 16 << 20
 _FP8_STD = 32.0
 _FP4_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
@@ -138,7 +139,8 @@ def _attention(spec: CheckpointSpec, prefix: str, ratio: int) -> Iterator[Tensor
     yield Tensor(f"{prefix}kv_norm.weight", "BF16", (head_dim,), Fill.NEAR, KV_NORM)
     yield Tensor(f"{prefix}attn_sink", "F32", (heads,), Fill.NEAR, 0.0)
     yield from _fp8(f"{prefix}wo_a", groups * o_rank, heads * head_dim // groups)
-    yield from _fp8(f"{prefix}wo_b", d, groups * o_rank, ATTENTION_GAIN)
+    gain = FIRST_ATTENTION_GAIN if prefix == "layers.0.attn." else ATTENTION_GAIN
+    yield from _fp8(f"{prefix}wo_b", d, groups * o_rank, gain)
     if ratio:
         yield from _compressor(f"{prefix}compressor.", d, head_dim, ratio, KV_NORM)
     if ratio == 4:
@@ -196,15 +198,14 @@ class Weights:
         return hash_table(self.skew(hashed=True), tensor.shape[0], n_experts, n_used, rng)
 
     def skew(self, *, hashed: bool) -> float:
-        """Popularity skew of router layers or of hash layers: as asked for, else calibrated."""
-        if self._spec.router_skew is not None:
-            return self._spec.router_skew
+        """Popularity skew of router layers or of hash layers."""
+        c = self._spec.config
+        n_experts, n_used = c["n_routed_experts"], c["num_experts_per_tok"]
+        if (known := CALIBRATED.get((n_experts, n_used))) is not None:
+            return self._spec.router_skew * known[hashed]
         if hashed not in self._calibrated:
-            c = self._spec.config
-            self._calibrated[hashed] = calibrate(
-                TARGET_HIT_RATE, c["n_routed_experts"], c["num_experts_per_tok"], hashed=hashed
-            )
-        return self._calibrated[hashed]
+            self._calibrated[hashed] = calibrate(TARGET_HIT_RATE, n_experts, n_used, hashed=hashed)
+        return self._spec.router_skew * self._calibrated[hashed]
 
     def _pool(self, tensor: Tensor) -> memoryview:
         key = (tensor.fill, tensor.dtype, tensor.size)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from localrun.errors import UnsupportedModelError
 from localrun.quant.gguf_checks import (
     MATRIX_TYPES,
     MAX_DIMENSION,
@@ -79,6 +80,7 @@ class Deepseek4Shape:
 
         Raises:
             FormatError: a key is missing, has another type, or a value that llama.cpp could not run.
+            UnsupportedModelError: layer kinds that crash llama.cpp.
         """
         keys = KeyReader(path, metadata)
         prefix = ARCHITECTURE + "."
@@ -128,6 +130,14 @@ class Deepseek4Shape:
             raise keys.error(f"{prefix}attention.indexer.key_length: {self.index_dim} is not a multiple of 64")
         if self.n_heads % self.o_groups:
             raise keys.error(f"{prefix}attention.output_group_count: {self.o_groups} groups of {self.n_heads} heads")
+        # llama.cpp divides by zero for a compressed cache without layers when it rotates keys: always in the indexer's,
+        # and in the others where their head size is the indexer's (llama_kv_cache::build_input_k_rot).
+        needed = {4, 128} if self.head_dim == self.index_dim else {4}
+        if absent := needed - set(self.ratios):
+            raise UnsupportedModelError(
+                f"{keys.path}: {prefix}attention.compress_ratios: no layer of ratio {min(absent)}",
+                hint="llama.cpp can only run models that have one",
+            )
         if not 1 <= self.n_used <= self.n_experts:
             raise keys.error(f"{prefix}expert_used_count: {self.n_used} of {self.n_experts} experts")
 

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.offload.kernels.formats import FORMATS
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
 from localrun.offload.native import dense_record
@@ -39,8 +38,13 @@ def dense_tensors(source: ModelSource) -> dict[str, TensorInfo]:
     return {
         name: info
         for name, info in source.tensors.items()
-        if info.type in FORMATS and len(info.shape) == 2 and _ELIGIBLE.fullmatch(name)
+        if len(info.shape) == 2 and _ELIGIBLE.fullmatch(name) and _has_layout(info.type, info.shape[1], info.shape[0])
     }
+
+
+def _has_layout(kind: GGMLQuantizationType, n_out: int, n_in: int) -> bool:
+    """True if our kernels multiply this type faster than by dequantizing it."""
+    return PackedMatrix.choose(kind, n_out, n_in, math="int8").interleaved
 
 
 def dense_pattern(tensors: Mapping[str, TensorInfo]) -> str | None:

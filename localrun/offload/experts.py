@@ -32,6 +32,7 @@ from localrun.offload.native import LayerRecord, expert_record
 from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
+from localrun.offload.trace import TraceRecorder
 from localrun.quant.source import MoeLayer
 from localrun.units import format_size
 
@@ -170,6 +171,7 @@ class ExpertPool:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._n_ahead = 0
+        self._recorder: TraceRecorder | None = None
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
         self.last_call = 0.0  # time.monotonic() of the last layer call: read-ahead keeps away from a running answer
 
@@ -238,6 +240,23 @@ class ExpertPool:
         return self._kernels[layer]
 
     @property
+    def layers(self) -> Mapping[int, MoeLayer]:
+        """Shapes by block number."""
+        return self._layers
+
+    @property
+    def n_slots(self) -> int:
+        """Experts that fit into RAM if all have the largest size."""
+        return self.table.arena.size_bytes // max(
+            -(-kernel.slot_bytes // 4096) * 4096 for kernel in self._kernels.values()
+        )
+
+    def record(self, recorder: TraceRecorder | None) -> None:
+        """Notes every layer call's routing from now on (None: no more); all calls then go through Python."""
+        self._recorder = recorder
+        self._choose_path()
+
+    @property
     def read_depth(self) -> int:
         """Expert reads that the store has under way at once."""
         return self._store.depth
@@ -257,12 +276,16 @@ class ExpertPool:
     def request_stop(self) -> None:
         """Makes the running (or next) decode fail with `StoppedError` at the next layer. Any thread, also signal handlers."""
         self._stop.set()
-        expert_device().process.set_stop(True)
+        self._choose_path()
 
     def clear_stop(self) -> None:
         """Forgets an earlier stop request; before a new answer."""
         self._stop.clear()
-        expert_device().process.set_stop(False)
+        self._choose_path()
+
+    def _choose_path(self) -> None:
+        """The compiled path knows neither stopping nor recording."""
+        expert_device().process.use_python(self._stop.is_set() or self._recorder is not None)
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
@@ -327,6 +350,8 @@ class ExpertPool:
         started = time.perf_counter_ns()
         with self._lock:
             self._settle()
+            if self._recorder is not None:
+                self._recorder.record(layer, ids)
             call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
             evictions = self.table.n_evictions
             try:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.experts import ExpertPool, floor_bytes
 from localrun.offload.ggml import Tensor
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
+from localrun.offload.learning import Learner
+from localrun.offload.probe import DiskProfile, probe_disk
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.store import ExpertStore
 from localrun.offload.telemetry import Telemetry
@@ -48,6 +51,8 @@ class OffloadOptions:
         n_gpu_layers: layers of the dense model that llama.cpp puts on its GPU devices.
         verify: compare checksums on an expert's first read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
+        probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
+        profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 
@@ -57,6 +62,8 @@ class OffloadOptions:
     n_gpu_layers: int = 0
     verify: bool = True
     dense_on_device: bool = True
+    probe: bool = False
+    profile_folder: Path | None = None
     progress: Callable[[int, int], None] | None = None
 
 
@@ -69,17 +76,26 @@ class OffloadedModel:
         pool: the experts.
         dense: dense matrices on our device.
         ahead: read-ahead.
+        learner: the routing profile.
         ram_bytes: RAM for experts, reads in flight included.
     """
 
     def __init__(
-        self, source: ModelSource, model: Any, pool: ExpertPool, dense: DenseMatrices, ahead: ReadAhead, ram_bytes: int
+        self,
+        source: ModelSource,
+        model: Any,
+        pool: ExpertPool,
+        dense: DenseMatrices,
+        ahead: ReadAhead,
+        learner: Learner,
+        ram_bytes: int,
     ) -> None:
         self.source = source
         self.model = model
         self.pool = pool
         self.dense = dense
         self.ahead = ahead
+        self.learner = learner
         self.ram_bytes = ram_bytes
 
     @property
@@ -105,6 +121,7 @@ class OffloadedModel:
             import llama_cpp
 
             self.ahead.close()
+            self.learner.close()
             llama_cpp.llama_model_free(self.model)
             self.model = None
             self.pool.close()
@@ -140,7 +157,11 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         raise
     scratch = max([dense.scratch_bytes, *(pool.kernel(layer).call.scratch_bytes for layer in source.moe_layers)])
     device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
-    return OffloadedModel(source, model, pool, dense, ReadAhead(source, pool, depth=pool.read_depth), ram_bytes)
+    learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
+    learner.keep_hottest()
+    if options.profile_folder is not None:
+        ahead.warm(learner.profile.ranking())
+    return OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
 
 
 def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool, int]:
@@ -150,7 +171,8 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
             hint="localrun runs mixture-of-experts models; dense ones run in llama.cpp itself",
         )
     kernels = _make_kernels(source, options)
-    store = ExpertStore(source, kernels, verify=options.verify)
+    drive = probe_disk(source.files) if options.probe else DiskProfile()
+    store = ExpertStore(source, kernels, n_lanes=drive.lanes, piece_bytes=drive.piece_bytes, verify=options.verify)
     try:
         n_used = _metadata_int(source, "expert_used_count")
         all_bytes = sum(

@@ -54,8 +54,10 @@ from localrun.offload.kernels.tasks import (
 )
 from localrun.offload.telemetry import Counter
 
-# The process: functions of ggml and libc, the way back to Python, scratch, the stop flag, time in dense matrices
-P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_STOP, P_RUN, P_SCRATCH, P_CAPACITY, P_SLOTS, P_STARTS = range(11)
+# The process: functions of ggml and libc, the way back to Python, whether all experts go there, scratch, time in dense matrices
+P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_PYTHON_ONLY, P_RUN, P_SCRATCH, P_CAPACITY, P_SLOTS, P_STARTS = (
+    range(11)
+)
 P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = range(11, 18)
 # A weight: what it is, for experts its layer and projection, for dense matrices their call
 W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
@@ -87,7 +89,7 @@ _COMPUTE_NS, _TOTAL_NS = Counter.COMPUTE_NS.value, Counter.TOTAL_NS.value
 
 @intrinsic
 def _call_i32(_typing: Any, function: Any, a: Any, b: Any) -> Any:
-    """Calls `int32 f(int64, int64)` by address; a function of fewer arguments ignores the rest (System V and Windows x64, AAPCS)."""
+    """Calls `int32 f(int64, int64)` by address; a C function of fewer arguments ignores the rest."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         i64 = ir.IntType(64)
@@ -319,19 +321,18 @@ def graph_compute(backend: int, graph: int) -> int:
             index += 1
             continue
         done = 0
-        if load_i32(_get(process, P_STOP)) == 0:
-            if op == _MUL_MAT:
-                started = _now_ns(process)
-                weight = load_i64(load_i64(node + _SRC) + _EXTRA)
-                if weight != 0 and _dense(process, node, weight):
-                    done = 1
-                    _add(process, P_DENSE_NS, _now_ns(process) - started)
-            elif op == _GLU:
-                done = 1 if _glu(node) else 0
-            elif op == _MUL_MAT_ID:
-                weight = _chain(graph, process, index, n_nodes)
-                if weight != 0 and _experts(process, graph, index, weight):
-                    done = 4
+        if op == _MUL_MAT:
+            started = _now_ns(process)
+            weight = load_i64(load_i64(node + _SRC) + _EXTRA)
+            if weight != 0 and _dense(process, node, weight):
+                done = 1
+                _add(process, P_DENSE_NS, _now_ns(process) - started)
+        elif op == _GLU:
+            done = 1 if _glu(node) else 0
+        elif op == _MUL_MAT_ID and load_i32(_get(process, P_PYTHON_ONLY)) == 0:
+            weight = _chain(graph, process, index, n_nodes)
+            if weight != 0 and _experts(process, graph, index, weight):
+                done = 4
         if done == 0:
             answer = _call_i64(_get(process, P_PYTHON), graph, index)
             if answer <= 0:
@@ -355,9 +356,7 @@ class Process:
     def __init__(self, lib: ggml.Library, python: int) -> None:
         self.fields: npt.NDArray[np.int64] = np.zeros(P_FIELDS, np.int64)
         self._arrays: dict[int, npt.NDArray[Any]] = {}
-        self._retired: list[npt.NDArray[Any]] = []
         self._lib = lib  # keeps the functions' library
-        self._stop_count = 0
         libc = C.CDLL(None)
         for field, function in (
             (P_N_NODES, lib.ggml_graph_n_nodes),
@@ -368,7 +367,7 @@ class Process:
         self.fields[P_PYTHON] = python
         self.fields[P_RUN] = runner().run_address
         self._point(P_TIMESPEC, np.zeros(2, np.int64))
-        self._point(P_STOP, np.zeros(1, np.int32))
+        self._point(P_PYTHON_ONLY, np.zeros(1, np.int32))
         self._point(P_COUNTS, np.zeros(MAX_EXPERTS + 1, np.int32))
         self._point(P_SLOTS, np.zeros(MAX_EXPERTS, np.uint64))
         self._point(P_STARTS, np.zeros(MAX_EXPERTS + 1, np.int32))
@@ -396,9 +395,9 @@ class Process:
             self.fields[P_IOTA_SIZE] = n_rows
             self._point(P_IOTA, np.arange(n_rows, dtype=np.int32))
 
-    def set_stop(self, stop: bool) -> None:
-        """Sends every node to Python (which raises) or not; any thread."""
-        self._arrays[P_STOP][0] = stop
+    def use_python(self, always: bool) -> None:
+        """Sends all expert chains to Python (which may raise, or take notes) or only those that must go there; any thread."""
+        self._arrays[P_PYTHON_ONLY][0] = always
 
     def _size(self, field: int) -> int:
         array = self._arrays.get(field)

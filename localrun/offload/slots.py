@@ -13,7 +13,7 @@ import contextlib
 import ctypes as C
 import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -113,6 +113,8 @@ ABSENT = 1 << 62
 """Recency of an expert that is not in RAM or not yet READY: never the smallest."""
 _PINNED = 1 << 61
 """Added to the recency of slots that must stay."""
+_KEPT = 1 << 60
+"""Added to the recency of experts that go only when no others can."""
 
 
 class SlotTable:
@@ -135,6 +137,7 @@ class SlotTable:
         self.uses: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
         self.tick: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self._protection: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
+        self._kept: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
         self._slots: dict[tuple[int, int], Slot] = {}
         self.n_evictions = 0
 
@@ -197,6 +200,12 @@ class SlotTable:
         if slot.pins == 0:
             self._protection[slot.layer, slot.expert] = 0
 
+    def keep(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Evicts these (layer, expert) only when nothing else can go; replaces an earlier set."""
+        self._kept[:] = 0
+        for layer, expert in experts:
+            self._kept[layer, expert] = _KEPT
+
     def discard(self, slot: Slot) -> None:
         """Frees a slot whatever its state; for failed reads and for experts that live elsewhere now."""
         at = (slot.layer, slot.expert)
@@ -206,7 +215,7 @@ class SlotTable:
 
     def _evict_coldest(self) -> bool:
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
-        order = self.stamps + self._protection
+        order = self.stamps + self._protection + self._kept
         coldest = int(order.argmin())
         if order.flat[coldest] >= _PINNED:
             return False

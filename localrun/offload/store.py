@@ -28,6 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from localrun.errors import ChecksumError, StoreError
+from localrun.offload.probe import DEFAULT_LANES, DEFAULT_PIECE_BYTES
 from localrun.offload.slots import Slot
 from localrun.quant.formats import decode_projection
 from localrun.quant.source import PROJECTIONS, Encoding, ModelSource, Projection
@@ -35,8 +36,6 @@ from localrun.quant.source import PROJECTIONS, Encoding, ModelSource, Projection
 log = logging.getLogger(__name__)
 
 PAGE = 4096
-PIECE_BYTES = 4 << 20
-"""Largest single read. Published and own measurements: 2-4 MB pieces, 8-16 in flight, saturate NVMe (docs/architecture.md)."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -106,6 +105,7 @@ class ExpertStore:
         source: where experts lie.
         packers: kernel of each layer.
         n_lanes: reads in flight.
+        piece_bytes: largest single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
         verify: compare checksums on an expert's first read, where the source has them.
     """
@@ -115,13 +115,15 @@ class ExpertStore:
         source: ModelSource,
         packers: Mapping[int, Packer],
         *,
-        n_lanes: int = 8,
+        n_lanes: int = DEFAULT_LANES,
+        piece_bytes: int = DEFAULT_PIECE_BYTES,
         n_buffers: int = 4,
         verify: bool = True,
     ) -> None:
         self._source = source
         self._packers = packers
         self._verify = verify
+        self._piece_bytes = piece_bytes
         self._verified: set[tuple[int, int]] = set()
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
@@ -206,8 +208,8 @@ class ExpertStore:
                 start = extent.offset // grain * grain
                 end = -(-(extent.offset + extent.n_bytes) // grain) * grain
                 ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
-                for at in range(start, end, PIECE_BYTES):
-                    size = min(PIECE_BYTES, end - at)
+                for at in range(start, end, self._piece_bytes):
+                    size = min(self._piece_bytes, end - at)
                     need = min(size, extent.offset + extent.n_bytes - at)
                     target = buffer.view[position + at - start : position + at - start + size]
                     pieces.append(_Piece(ticket, handle.fd, extent.file, at, target, need))

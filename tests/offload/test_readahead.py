@@ -74,3 +74,49 @@ def test_closing_while_warming_ends_at_once(model_path: Path) -> None:
     ahead.warm([(layer, expert) for layer in range(4) for expert in range(MODEL.n_experts)])
     ahead.close()
     model.close()
+
+
+def test_second_start_reads_what_the_first_one_used_most(model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    options = OffloadOptions(n_threads=2, profile_folder=folder)
+    source = open_model(model_path)
+    with open_offloaded(source, options) as model:
+        logits(model, TOKENS[:8], batch=1)
+        used = {(slot.layer, slot.expert) for slot in model.pool.table}
+    with open_offloaded(source, options) as model:
+        deadline = time.monotonic() + 30
+        while len(model.pool.table) < len(used) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        wait_until_read(model)
+        assert {(slot.layer, slot.expert) for slot in model.pool.table} == used
+        model.telemetry.reset()
+        logits(model, TOKENS[:8], batch=1)
+        assert model.telemetry.totals().misses == 0
+
+
+def test_profile_counts_each_use_once_on_both_paths(model_path: Path) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+        for n_tokens in (10, 30):  # the first pass reads (Python), the second finds everything (compiled)
+            logits(model, TOKENS[:n_tokens], batch=5)
+        model.learner.learn()
+        totals = model.telemetry.totals()
+        counted = sum(model.learner.profile.counts(layer).sum() for layer in model.pool.layers)
+        assert totals.requests == 4 * 40 * MODEL.n_used
+        assert int(model.pool.table.uses.sum()) == totals.requests
+        assert counted == pytest.approx(totals.requests, rel=0.01)
+
+
+def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Path) -> None:
+    from localrun.offload.trace import Trace, TraceHeader, TraceRecorder
+
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = logits(model, batch=5)
+        header = TraceHeader.of(source.identity, source.moe_layers, MODEL.n_used)
+        with TraceRecorder(tmp_path / "trace", header) as recorder:
+            model.pool.record(recorder)
+            np.testing.assert_array_equal(logits(model, batch=5), expected)
+            model.pool.record(None)
+        calls = list(Trace(tmp_path / "trace"))
+        assert len(calls) == 4 * 30
+        assert sum(call.ids.size for call in calls) == 4 * 150 * MODEL.n_used

@@ -1,0 +1,66 @@
+"""What a model's runs teach about its experts: the profile that warms the next start and keeps a small set in RAM, and traces.
+
+The compiled path counts uses per expert in the slot table's array; here the counts since the last look are handed to the profile.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from localrun.offload.experts import ExpertPool
+from localrun.offload.profile import RoutingProfile
+from localrun.quant.source import ModelSource
+
+PINNED_SHARE = 0.1
+"""Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulate_cache.py compares shares."""
+
+PROFILE_MIN_TOKENS = 2000
+"""Fewer tokens say too little about what is hot to keep anything because of them."""
+
+
+class Learner:
+    """Feeds and saves one model's routing profile. For the decoding thread; `close` once at the end.
+
+    Args:
+        folder: where profiles lie, `<identity>.profile`; None: nothing is read or saved.
+    """
+
+    def __init__(self, source: ModelSource, pool: ExpertPool, folder: Path | None) -> None:
+        self._pool = pool
+        self._seen = pool.table.uses.copy()
+        self._seen_tokens = 0
+        self._path = folder / f"{source.identity}.profile" if folder is not None else None
+        shapes = {layer: moe.n_experts for layer, moe in source.moe_layers.items()}
+        if self._path is None:
+            self.profile = RoutingProfile(source.identity, shapes)
+        else:
+            self.profile = RoutingProfile.load(source.identity, shapes, path=self._path)
+
+    def keep_hottest(self) -> int:
+        """Protects the profile's hottest experts from eviction where others can go; how many."""
+        if self.profile.clock < PROFILE_MIN_TOKENS:
+            return 0
+        slots = self._pool.n_slots
+        hottest = self.profile.hottest(int(slots * PINNED_SHARE))
+        self._pool.table.keep(hottest)
+        return len(hottest)
+
+    def learn(self) -> None:
+        """Hands the uses since the last call to the profile."""
+        uses, n_tokens = self._pool.table.uses, self._pool.telemetry.totals().tokens
+        fresh = uses - self._seen
+        self._seen += fresh
+        n_layers = max(1, len(self._pool.layers))
+        tokens, self._seen_tokens = (n_tokens - self._seen_tokens) // n_layers, n_tokens
+        for layer in self._pool.layers:
+            experts = fresh[layer].nonzero()[0].astype(np.int32)
+            starts = np.concatenate([[0], np.cumsum(fresh[layer][experts])]).astype(np.int32)
+            self.profile.record(layer, experts, starts, max(tokens, 0))
+
+    def close(self) -> None:
+        """Learns the rest and saves."""
+        self.learn()
+        if self._path is not None and not self.profile.is_empty:
+            self.profile.save(self._path)

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "convert an official checkpoint",
     "verify": "check every checksum of a converted model",
     "eval": "logits, perplexity, comparison with a reference",
+    "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
 }
 """Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
@@ -87,14 +88,15 @@ def _report(error: Exception, *, debug: bool) -> int:
 
     if debug:
         traceback.print_exception(error)
-    known = isinstance(error, LocalrunError)
-    message = str(error) if known else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = None
+    if isinstance(error, LocalrunError):
+        message, hint = str(error), error.hint
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = None if debug else "this is a bug in localrun; --debug shows where"
     print(f"error: {visible_line(message)}", file=sys.stderr)
-    hint = getattr(error, "hint", None)
-    if isinstance(error, OSError) and not known:
-        hint = None  # the system's own words say it all
-    elif not known and not debug:
-        hint = "this is a bug in localrun; --debug shows where"
     if hint:
         print(f"hint: {visible_line(hint)}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED

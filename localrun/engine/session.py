@@ -91,10 +91,11 @@ class Session:
             UsageError: an id is not in the vocabulary; nothing was changed.
             StoppedError, DecodeError: the session is empty now.
         """
+        total = self.position + len(tokens)
         for batch in self._batches(tokens):
             self._decode(batch, all_logits=False)
             if progress is not None:
-                progress(self.position, self.position + len(tokens))
+                progress(self.position, total)
 
     def feed_all_logits(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Appends tokens and yields the logits of every one, (n, n_vocab) a batch; needs `all_logits`. Raises as `feed`."""

@@ -1,0 +1,36 @@
+# Everything lives in .venv; `make chat` and `make test` set it up first if needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup chat test check format clean
+
+help:
+	@echo "make setup   build .venv (compiles llama.cpp once)"
+	@echo "make chat    talk to the demo model"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, import directions"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv and caches"
+
+setup:
+	@$(PYTHON) tools/bootstrap.py
+
+chat: setup
+	@$(BIN)/localrun chat
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -1,0 +1,228 @@
+"""`localrun doctor`: checks in the order in which failures cascade, each with a verdict, what was found, and the fixing command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from localrun import config, paths
+from localrun.commands import demo
+from localrun.commands.output import Output
+from localrun.engine import memory
+from localrun.errors import LocalrunError
+from localrun.units import format_duration, format_size
+
+EXAMPLES = """\
+examples:
+  localrun doctor
+  localrun doctor --warm        also compile the kernels, so that no chat waits for it
+"""
+
+LOW_MEMORY_BYTES = 8 * 2**30
+LOW_DISK_BYTES = 10 * 2**30
+PROBE_TIMEOUT_S = 120
+
+Verdict = Literal["ok", "warn", "FAIL"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check.
+
+    Attributes:
+        verdict: only FAIL makes the command fail.
+        fix: the command or step that mends it.
+    """
+
+    name: str
+    verdict: Verdict
+    detail: str
+    fix: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `localrun doctor`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("--warm", action="store_true", help="compile the kernels for this processor now")
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    out, results = Output(), []
+    for result in checks(warm=args.warm, status=out.status):
+        results.append(result)
+        if not args.json:
+            out.line(f"{result.verdict:4}  {result.name}: {result.detail}")
+            if result.fix:
+                out.line(f"      fix: {result.fix}")
+    if args.json:
+        out.json([asdict(result) for result in results])
+    return int(any(result.verdict == "FAIL" for result in results))
+
+
+def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
+    """All checks, one after another. Stops where the rest could only repeat the failure."""
+    yield check_python()
+    yield check_settings()
+    library = check_library()
+    yield library
+    if library.verdict != "FAIL":
+        yield check_rpc()
+        yield check_devices()
+    yield check_processor()
+    yield check_memory()
+    yield check_folder("cache", paths.cache_dir())
+    yield check_folder("data", paths.data_dir())
+    if library.verdict != "FAIL":
+        yield check_kernels(warm=warm, status=status)
+    yield check_demo()
+
+
+def check_python() -> Check:
+    # An older one can't even read this file: set-up refuses it.
+    return Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
+
+
+def check_settings() -> Check:
+    path = paths.config_dir() / config.FILE_NAME
+    try:
+        config.load()
+    except LocalrunError as error:
+        return Check("settings", "FAIL", str(error), error.hint or f"edit or remove {path}")
+    return Check("settings", "ok", str(path) if path.exists() else f"defaults ({path} does not exist)")
+
+
+def check_library() -> Check:
+    """In a process of its own: a library that does not fit may crash."""
+    try:
+        version = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", "make setup")
+    code, output = _probe("from localrun.offload import ggml; print(ggml.library().ggml_version().decode())")
+    if code:
+        return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", "make clean setup")
+    return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {output.strip()}, structures fit")
+
+
+def check_rpc() -> Check:
+    code, output = _probe(
+        "import ctypes, os, llama_cpp; folder = os.path.join(llama_cpp.__path__[0], 'lib')\n"
+        "name = next(n for n in sorted(os.listdir(folder)) if n.startswith('libggml-rpc.'))\n"
+        "ctypes.CDLL(os.path.join(folder, name), ctypes.RTLD_GLOBAL).ggml_backend_rpc_start_server"
+    )
+    if code:
+        return Check("RPC backend", "warn", f"not compiled in ({_last_line(output, code)})", "make clean setup")
+    return Check("RPC backend", "ok", "compiled in")
+
+
+def check_devices() -> Check:
+    code, output = _probe(
+        "import llama_cpp as L; from localrun.offload import ggml, llama_log; llama_log.install(); L.llama_backend_init()\n"
+        "lib = ggml.library(); devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]\n"
+        "print(', '.join(lib.ggml_backend_dev_name(d).decode() for d in devices))"
+    )
+    if code:
+        return Check("devices", "warn", f"can't be listed: {_last_line(output, code)}")
+    return Check("devices", "ok", output.strip())
+
+
+def check_processor() -> Check:
+    flags = _cpu_flags()
+    cores = memory.physical_cores()
+    kind = f"{platform.machine()}, {cores} cores"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Check("processor", "ok", f"{kind}, generic kernels")
+    if {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} <= flags:
+        return Check("processor", "ok", f"{kind}, AVX-512 VNNI")
+    if "avx2" in flags:
+        return Check("processor", "ok", f"{kind}, AVX2")
+    return Check("processor", "warn", f"{kind}, no AVX2: answers will be slow")
+
+
+def check_memory() -> Check:
+    total = memory.total_memory()
+    if total is None:
+        return Check("memory", "warn", "size unknown", "give --ram")
+    verdict: Verdict = "warn" if total < LOW_MEMORY_BYTES else "ok"
+    return Check("memory", verdict, memory.describe())
+
+
+def check_folder(name: str, folder: Path) -> Check:
+    """Writable, and how much is free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        variable = f"LOCALRUN_{name.upper()}_DIR"
+        return Check(f"{name} folder", "warn", f"{folder}: {error.strerror}", f"set {variable} to a writable folder")
+    free = shutil.disk_usage(folder).free
+    verdict: Verdict = "warn" if free < LOW_DISK_BYTES else "ok"
+    return Check(f"{name} folder", verdict, f"{folder}, {format_size(free)} free")
+
+
+def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
+    """Whether compiled kernels work; with `warm` all that a chat may need are compiled and kept."""
+    if not warm:
+        return Check("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
+    import time
+
+    from localrun.offload.kernels import warm_up
+
+    start = time.monotonic()
+    try:
+        n_kernels = warm_up(progress=status)
+    except Exception as error:  # whatever the compiler raises, the report must go on
+        return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this, with the processor's name")
+    return Check("kernels", "ok", f"{n_kernels} ready after {format_duration(time.monotonic() - start)}")
+
+
+def check_demo() -> Check:
+    try:
+        folder = demo.checkpoint()
+    except LocalrunError as error:
+        return Check("demo model", "warn", str(error), error.hint)
+    n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return Check("demo model", "ok", f"{folder}, {format_size(n_bytes)}")
+
+
+def _probe(code: str) -> tuple[int, str]:
+    """Runs Python code in a process of its own; returns exit code and output."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parent.parent)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PROBE_TIMEOUT_S,
+            text=True,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"no answer within {PROBE_TIMEOUT_S} s"
+    return done.returncode, done.stdout
+
+
+def _last_line(output: str, code: int) -> str:
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else f"exit code {code}"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}

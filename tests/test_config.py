@@ -1,0 +1,62 @@
+"""Settings: defaults < file < environment, and every mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from localrun import config
+from localrun.config import EngineSettings, SamplingSettings, Settings
+from localrun.errors import UsageError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def test_nothing_given_means_defaults(path: Path) -> None:
+    assert config.load(path, {}) == Settings()
+
+
+def test_file_overrides_defaults_and_environment_overrides_the_file(path: Path) -> None:
+    path.write_text('[engine]\nram = "8GiB"\ncontext = 4096\n[sampling]\ntemperature = 0.5\n')
+    settings = config.load(path, {"LOCALRUN_CONTEXT": "100", "LOCALRUN_MODEL": "/m"})
+    assert settings.engine == EngineSettings(ram=8 * 2**30, context=100, model="/m")
+    assert settings.sampling == SamplingSettings(temperature=0.5)
+
+
+def test_empty_variables_count_as_unset(path: Path) -> None:
+    assert config.load(path, {"LOCALRUN_RAM": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[engine]\nrom = 1", r"\[engine\] has no setting 'rom'"),
+        ("[motor]\nram = 1", "'motor'"),
+        ("ram = 1", "'ram'"),
+        ("[engine]\nram = 'much'", r"\[engine\] ram: 'much'"),
+        ("[engine]\ncontext = -1", "context"),
+        ("[engine]\ngpu = 3", "gpu"),
+        ("[engine", "not a settings file"),
+    ],
+)
+def test_mistakes_name_file_and_key(path: Path, text: str, says: str) -> None:
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        config.load(path, {})
+    assert str(path) in str(caught.value)
+
+
+def test_wrong_variable_is_named(path: Path) -> None:
+    with pytest.raises(UsageError, match="LOCALRUN_THREADS"):
+        config.load(path, {"LOCALRUN_THREADS": "two"})
+
+
+def test_every_setting_is_described() -> None:
+    for table in (EngineSettings, SamplingSettings):
+        for field in dataclasses.fields(table):
+            assert f"        {field.name}: " in (table.__doc__ or ""), field.name

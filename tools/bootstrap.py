@@ -1,0 +1,204 @@
+"""Set-up: makes `.venv` with everything that localrun needs, llama.cpp compiled with its RPC backend. Run by `make`.
+
+Runs on any Python 3.7+ so that it can say what is wrong with an old one; imports the standard library only. Does nothing when
+`.venv` was made from the present constraints.txt and pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "localrun-setup"
+LOG = VENV / "setup.log"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+MIN_PYTHON = (3, 11)
+CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
+"""RPC: a second process or machine as a ggml device, which also stands in for a GPU in tests. LLAVA: image input, not used."""
+
+NEEDED_BYTES = 3 * 10**9
+
+
+class SetupError(Exception):
+    """Something that the user has to mend; the second argument says how."""
+
+
+def main() -> int:
+    try:
+        check_python()
+        if not up_to_date():
+            set_up()
+    except SetupError as error:
+        message, hint = error.args
+        print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def set_up() -> None:
+    """All steps; the stamp comes last, so that a broken set-up is done again."""
+    check_compiler()
+    check_space()
+    start = time.monotonic()
+    STAMP.unlink() if STAMP.exists() else None
+    make_venv()
+    pip = pinned("pip")
+    step(f"pip {pip}", ["install", "--upgrade", f"pip=={pip}"])
+    if not has_llama_cpp():
+        build_llama_cpp()
+    # Build requirements of our own package are pinned in pyproject.toml.
+    step("other packages", ["install", "--editable", f"{ROOT}[dev]", "--constraint", str(CONSTRAINTS)])
+    if not has_llama_cpp():
+        raise SetupError(
+            "another step replaced llama-cpp-python by a build without RPC", f"see {LOG}, then make clean setup"
+        )
+    say("compiling the kernels for this processor")
+    check = subprocess.run([str(python()), "-m", "localrun.cli", "doctor", "--warm"], cwd=str(ROOT))
+    if check.returncode:
+        raise SetupError("the self-check failed", "the lines above say what to do")
+    STAMP.write_text(fingerprint())
+    say(f"ready after {round(time.monotonic() - start)} s")
+
+
+def fingerprint() -> str:
+    """Changes when set-up has to run again."""
+    digest = hashlib.sha256()
+    for path in (CONSTRAINTS, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    digest.update(f"{sys.version_info[:2]} {ROOT} {os.environ.get('CMAKE_ARGS', '')}".encode())
+    return digest.hexdigest()
+
+
+def up_to_date() -> bool:
+    return STAMP.is_file() and STAMP.read_text() == fingerprint() and python().exists()
+
+
+def check_python() -> None:
+    if sys.version_info < MIN_PYTHON:
+        have, need = (".".join(map(str, v)) for v in (sys.version_info[:2], MIN_PYTHON))
+        raise SetupError(
+            f"{sys.executable} is Python {have}, localrun needs {need} or newer",
+            f"install one and name it: make setup PYTHON=python{need}",
+        )
+
+
+def check_compiler() -> None:
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name.split()[0]) for name in compilers):
+        raise SetupError(
+            f"no C++ compiler ({', '.join(compilers)}): llama.cpp is compiled from source",
+            "Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++; macOS: xcode-select --install",
+        )
+
+
+def check_space() -> None:
+    free = shutil.disk_usage(str(ROOT)).free
+    if free < NEEDED_BYTES:
+        raise SetupError(f"{ROOT}: {free / 1e9:.1f} GB free, the set-up needs {NEEDED_BYTES / 1e9:.0f} GB", "make room")
+
+
+def make_venv() -> None:
+    """Keeps a working `.venv`: what is installed there need not be built again."""
+    if python().exists() and succeeds([str(python()), "-m", "pip", "--version"]):
+        return
+    say(f"making {VENV}")
+    if VENV.exists():
+        shutil.rmtree(str(VENV))
+    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if made.returncode:
+        if VENV.exists():
+            shutil.rmtree(str(VENV))
+        raise SetupError(
+            f"{sys.executable} can't make a virtual environment: {made.stdout.decode(errors='replace').strip()[-300:]}",
+            f"Debian, Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv",
+        )
+
+
+def python() -> Path:
+    return VENV / "bin" / "python"
+
+
+def build_llama_cpp() -> None:
+    """Compiles llama-cpp-python. Never from a cached wheel: pip's cache does not look at CMAKE_ARGS."""
+    name = "llama-cpp-python"
+    requirement = f"{name}=={pinned(name)}"
+    n_jobs = str(os.cpu_count() or 1)
+    environment = {
+        "CMAKE_ARGS": f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip(),
+        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", n_jobs),
+    }
+    arguments = ["install", "--force-reinstall", "--no-cache-dir", "--no-binary", name, requirement]
+    arguments += ["--constraint", str(CONSTRAINTS), "--build-constraint", str(CONSTRAINTS)]
+    step(f"llama.cpp, compiled from source on {n_jobs} cores; this takes minutes", arguments, environment)
+    if not has_llama_cpp():
+        raise SetupError(
+            f"{requirement} was built without ggml_backend_rpc_start_server", f"see {LOG}, then make clean setup"
+        )
+
+
+CHECK_LLAMA_CPP = """
+import ctypes, glob, importlib.metadata as m, importlib.util as u, os, sys
+assert m.version("llama-cpp-python") == sys.argv[1], "another version"
+folder = os.path.join(os.path.dirname(u.find_spec("llama_cpp").origin), "lib")
+for stem in ("ggml-base", "ggml-cpu", "ggml-rpc"):
+    (path,) = [p for p in glob.glob(os.path.join(folder, "lib" + stem + ".*")) if p.endswith((".so", ".dylib"))]
+    library = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+library.ggml_backend_rpc_start_server
+"""
+
+
+def has_llama_cpp() -> bool:
+    """The pinned llama-cpp-python is installed and really has the RPC backend."""
+    return succeeds([str(python()), "-c", CHECK_LLAMA_CPP, pinned("llama-cpp-python")])
+
+
+def pinned(name: str) -> str:
+    """The version of a package in constraints.txt."""
+    for line in CONSTRAINTS.read_text().splitlines():
+        key, _, version = line.split("#")[0].strip().partition("==")
+        if key.lower().replace("_", "-") == name:
+            return version
+    raise SetupError(f"{CONSTRAINTS}: {name} is not pinned", "restore the file: git checkout constraints.txt")
+
+
+def step(what: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Runs pip with its output in the log; a failure shows the log's end."""
+    say(f"installing {what}")
+    command = [str(python()), "-m", "pip", "--disable-pip-version-check", *arguments]
+    with LOG.open("ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+    if done.returncode == 0:
+        return
+    lines = LOG.read_text(errors="replace").splitlines()
+    tail = "\n".join(f"  {line}" for line in lines[-15:])
+    print(tail, file=sys.stderr)
+    recent = "\n".join(lines[-200:])
+    offline = ("NewConnectionError", "NameResolutionError", "Network is unreachable", "No matching distribution found")
+    if any(word in recent for word in offline):
+        raise SetupError(f"can't download packages ({what})", "connect to the network, or set up pip's proxy or index")
+    raise SetupError(f"pip failed ({what})", f"the whole log is {LOG}")
+
+
+def succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""`localrun bench`: how fast a model runs here, where the time goes, and what is read.
+
+The model runs in this process, not in an engine process of its own: nothing else competes with it, and its counters are at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localrun.commands import common
+from localrun.commands.output import Output
+from localrun.errors import UsageError
+
+if TYPE_CHECKING:
+    from localrun.engine.benchmark import BenchOptions
+    from localrun.engine.engine import Engine
+
+EXAMPLES = """\
+examples:
+  localrun bench ~/models/v4-flash --ram 48GiB
+  localrun bench ~/models/v4-flash --text book.txt --prompt-tokens 8192 --json --svg bench.svg > bench.json
+"""
+
+DEFAULT_PROMPT_TOKENS, DEFAULT_NEW_TOKENS = 2048, 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `localrun bench`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=DEFAULT_PROMPT_TOKENS,
+        metavar="N",
+        help=f"longest context; decode is measured at 0, N/4 and N ({DEFAULT_PROMPT_TOKENS})",
+    )
+    what.add_argument(
+        "--new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        metavar="N",
+        help=f"tokens decoded at each context length ({DEFAULT_NEW_TOKENS})",
+    )
+    what.add_argument("--frontiers", metavar="N,N,...", help="these context lengths instead")
+    what.add_argument("--text", type=Path, metavar="FILE", help="tokens of this text (default: random ids)")
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the random ids (0)")
+    what.add_argument("--warm-up", type=int, default=32, metavar="N", help="tokens fed before, not counted (32)")
+    what.add_argument(
+        "--time-limit", type=float, default=600, metavar="S", help="leave out what would take longer (600 s)"
+    )
+    what.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
+    shown = parser.add_argument_group("output")
+    shown.add_argument("--layers", action="store_true", help="also a table per layer of every phase")
+    shown.add_argument("--json", action="store_true", help="print everything as JSON")
+    shown.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the time per token")
+    common.add_load_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    options = bench_options(args)
+    out = Output()
+    settings = common.settings_of(args)
+    path = common.model_path(settings, out)
+    load_options = common.engine_options(settings)
+    # Without --context the context is as long as the measurement needs.
+    load_options = replace(load_options, n_ctx=load_options.n_ctx or options.n_tokens)
+    logging.getLogger("llama.cpp").setLevel(logging.ERROR)
+
+    from localrun.commands import bench_report
+    from localrun.engine import benchmark
+    from localrun.engine.engine import Engine
+
+    out.status("looking at the machine")
+    machine = benchmark.machine(path, probe=not args.no_probe)
+    started = time.perf_counter()
+    with Engine.open(path, load_options, lambda part, text: out.status(f"loading {part:4.0%}  {text}")) as engine:
+        load_s = time.perf_counter() - started
+        result = benchmark.measure(engine, _tokens(args, engine, options), options, out.status)
+        facts = engine.facts
+    out.clear_status()
+    if args.svg is not None:
+        args.svg.write_text(bench_report.svg(result, facts, machine), "utf-8")
+    if args.json:
+        out.json(bench_report.to_json(result, facts, machine, load_s))
+        return 0
+    for line in bench_report.headline(facts, machine):
+        out.note(line)
+    for line in bench_report.table(result):
+        out.line(line)
+    for phase in result.phases if args.layers else ():
+        out.line("")
+        for line in bench_report.layer_table(phase):
+            out.line(line)
+    return 0
+
+
+def bench_options(args: argparse.Namespace) -> BenchOptions:
+    """What is measured, from the command line.
+
+    Raises:
+        UsageError: values without a meaning.
+    """
+    from localrun.engine.benchmark import BenchOptions, default_frontiers
+
+    if args.frontiers is None:
+        frontiers = default_frontiers(max(0, args.prompt_tokens))
+    else:
+        try:
+            frontiers = tuple(int(part) for part in args.frontiers.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--frontiers {args.frontiers}: not a list of numbers", hint="such as 0,512,4096"
+            ) from None
+    if args.prompt_tokens < 0 or args.warm_up < 0 or args.seed < 0:
+        raise UsageError("--prompt-tokens, --warm-up and --seed can't be negative")
+    return BenchOptions(
+        frontiers=frontiers,
+        new_tokens=args.new_tokens,
+        warm_up_tokens=args.warm_up,
+        time_limit_s=args.time_limit,
+    )
+
+
+def _tokens(args: argparse.Namespace, engine: Engine, options: BenchOptions) -> list[int]:
+    from localrun.engine.benchmark import random_tokens
+
+    if args.text is None:
+        return random_tokens(options.n_tokens, engine.facts.n_vocab, args.seed)
+    try:
+        text = args.text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{args.text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return list(engine.tokenizer.encode(text))

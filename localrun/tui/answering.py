@@ -24,7 +24,7 @@ from localrun.tui.widgets.status_bar import time_left
 DRAW_INTERVAL_S = 0.1
 SAVE_INTERVAL_S = 1.0
 
-_BAR_CELLS = 20
+_BAR_CELLS = 10
 
 
 class Answering:
@@ -139,7 +139,7 @@ def _progress_line(progress: PromptProgress | None) -> str:
         return "the prompt is read, waiting for the first token…"
     filled = round(_BAR_CELLS * progress.done / max(1, progress.total))
     rate = prompt_rate(progress)
-    parts = [f"reading the prompt: {progress.done:,} of {progress.total:,} tokens"]
+    parts = [f"prompt {progress.done:,} of {progress.total:,} tokens"]
     if rate is not None:
         parts += [f"{rate:.0f}/s", time_left(prompt_time_left(progress))]
     return f"{'█' * filled}{'░' * (_BAR_CELLS - filled)} {', '.join(parts)}"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from textual import work
 from textual.app import App
@@ -79,7 +78,7 @@ class LocalrunApp(App[None]):
     CSS_PATH = "localrun.tcss"
     TITLE = "localrun"
     COMMANDS = {LocalrunCommands}  # noqa: RUF012
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (110, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class LocalrunApp(App[None]):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             try:
-                loop.add_signal_handler(number, partial(self.exit, return_code=128 + number))
+                loop.add_signal_handler(number, self._leave, 128 + number)
             except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or no such thing here
                 break
         self._begin()
@@ -159,6 +158,14 @@ class LocalrunApp(App[None]):
             markup=False,
             timeout=30,
         )
+
+    async def action_quit(self) -> None:
+        self._leave(0)
+
+    def _leave(self, return_code: int) -> None:
+        if self.chat is not None and self.chat.is_mounted:
+            self.chat.save_draft()
+        self.exit(return_code=return_code)
 
     async def on_unmount(self) -> None:
         if self.chat is not None:

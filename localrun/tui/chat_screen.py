@@ -7,6 +7,7 @@ Every command of `commands.COMMANDS` is a method `do_<name>` in one of the parts
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, ClassVar
 
@@ -193,9 +194,13 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
         else:
             raise UsageError(f"there is no theme '{argument}'", hint=", ".join(sorted(self.app.available_themes)))
 
-    def do_quit(self, argument: str) -> None:
-        self.store.set_state("draft", self.prompt.text)
-        self.app.exit()
+    async def do_quit(self, argument: str) -> None:
+        await self.app.action_quit()
+
+    def save_draft(self) -> None:
+        """What stands in the input is there again at the next start."""
+        with contextlib.suppress(LocalrunError):  # nothing may keep the user from leaving
+            self.store.set_state("draft", self.prompt.text)
 
     def do_scroll_up(self, argument: str) -> None:
         self._scroll_page("up")

@@ -185,6 +185,8 @@ class ChatState(Screen[None]):
         """Awaits; an error becomes a panel."""
         try:
             await work
+        except UsageError as error:
+            self.complain(error)
         except LocalrunError as error:
             self.show_error("That did not work", error)
 

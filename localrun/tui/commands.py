@@ -96,7 +96,6 @@ COMMANDS: tuple[Command, ...] = (
         help="A new answer beside the old one, which stays as a branch.",
         keys=("r", "ctrl+r", "f5"),
         slash=("retry", "regenerate"),
-        footer="Again",
         scope="message",
     ),
     Command(
@@ -256,7 +255,7 @@ COMMANDS: tuple[Command, ...] = (
         help="Sampling, thinking, system prompt, memory and context, theme.",
         keys=("f4",),
         slash=("settings",),
-        footer="Settings",
+        footer="Set",
     ),
     Command(
         name="engine_panel",
@@ -307,7 +306,7 @@ COMMANDS: tuple[Command, ...] = (
         help="Everything on this page by name.",
         keys=("ctrl+p",),
         slash=("commands",),
-        footer="Commands",
+        footer="All",
     ),
     Command(
         name="theme",
@@ -413,7 +412,7 @@ def screen_bindings() -> Iterator[Binding]:
                 f"do('{command.name}')",
                 command.footer or command.title,
                 show=bool(command.footer) and number == 0,
-                key_display=key_label(key),
+                key_display=key_label(key).replace("Ctrl+", "^"),
                 # Before the input, which has its own use for many keys. Esc must first reach what closes by it.
                 priority=key != "escape",
             )

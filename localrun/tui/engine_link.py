@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,8 +145,8 @@ class EngineLink:
         try:
             for event in events:
                 self._post_load_event(event)
-        except LocalrunError as error:
-            self._post(EngineFailed(error))
+        except Exception as error:  # a fault of ours must not leave the screen waiting
+            self._post(EngineFailed(_as_ours(error)))
 
     def _run_answer(self, command: Generate, feed: AnswerFeed) -> None:
         error: LocalrunError | None = None
@@ -155,8 +156,8 @@ class EngineLink:
                     self._post_load_event(event)
                 elif feed.add(event):
                     self._post(AnswerEvents(feed))
-        except LocalrunError as failure:
-            error = failure
+        except Exception as failure:
+            error = _as_ours(failure)
         if feed.end(error):
             self._post(AnswerEvents(feed))
 
@@ -190,6 +191,15 @@ class EngineLink:
     def _post(self, message: Message) -> None:
         if not self._closed:
             self._post_message(message)
+
+
+def _as_ours(error: Exception) -> LocalrunError:
+    """An unexpected exception as one that can be shown, with its traceback for the details."""
+    if isinstance(error, LocalrunError):
+        return error
+    ours = LocalrunError(f"unexpected {type(error).__name__}: {error}", hint="please report this with the details")
+    ours.add_note("".join(traceback.format_exception(error)))
+    return ours
 
 
 def estimate_tokens(text: str) -> int:

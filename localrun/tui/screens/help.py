@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from textual.app import ComposeResult
-from textual.containers import VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from localrun.tui.commands import INPUT_KEYS, MESSAGE_KEYS, Command, groups
+from localrun.tui.commands import INPUT_KEYS, MESSAGE_KEYS, groups
 from localrun.tui.screens.dialog import Dialog
 
 
@@ -19,26 +19,27 @@ class HelpScreen(Dialog[None]):
     def compose_content(self) -> ComposeResult:
         with VerticalScroll(id="help") as body:
             body.can_focus = True
-            yield Static(Content("Input"), classes="help-group")
+            yield Static("Input", classes="help-group")
             for keys, text in INPUT_KEYS:
-                yield Static(_row(keys, "", text), classes="help-row")
+                yield from _row(keys, "", text)
             for group, commands in groups().items():
-                note = "  (letters, arrows and Enter: while a message has the focus; else the last one is meant)"
-                yield Static(Content(group + (note if group == "Messages" else "")), classes="help-group")
+                yield Static(Content(group), classes="help-group")
+                if group == "Messages":
+                    note = "letters, arrows and Enter work while a message has the focus; else the last one is meant"
+                    yield Static(Content(note), classes="help-note")
                 for command in commands:
-                    yield Static(_command_row(command), classes="help-row")
+                    slash = f"/{command.slash[0]} {command.argument}".rstrip() if command.slash else ""
+                    yield from _row(command.key_labels, slash, f"{command.title}. {command.help}")
                 if group == "Messages":
                     for keys, text in MESSAGE_KEYS:
-                        yield Static(_row(keys, "", text), classes="help-row")
+                        yield from _row(keys, "", text)
 
     def on_mount(self) -> None:
         self.query_one("#help").focus()
 
 
-def _command_row(command: Command) -> Content:
-    slash = f"/{command.slash[0]} {command.argument}".rstrip() if command.slash else ""
-    return _row(command.key_labels, slash, f"{command.title}. {command.help}")
-
-
-def _row(keys: str, slash: str, text: str) -> Content:
-    return Content.assemble((f"{keys:<17}", "bold"), (f"{slash:<22} ", "$text-accent"), text)
+def _row(keys: str, slash: str, text: str) -> ComposeResult:
+    with Horizontal(classes="help-row"):
+        yield Static(Content.styled(keys, "bold"), classes="help-keys")
+        yield Static(Content(slash), classes="help-slash")
+        yield Static(Content(text), classes="help-text")

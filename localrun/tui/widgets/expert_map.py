@@ -11,6 +11,7 @@ from typing import Literal
 
 from rich.segment import Segment
 from rich.style import Style
+from textual.color import Color, ColorParseError
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -79,9 +80,13 @@ class ExpertMap(ScrollView, can_focus=True):
         return Strip(runs).adjust_cell_length(width, self.rich_style).crop(0, width)
 
     def _style(self, colour: str) -> Style:
-        variables = self.app.theme_variables
-        value = variables.get(colour) or variables.get("foreground", "")
-        return self.rich_style + Style.parse(value) if value.startswith("#") else self.rich_style
+        value = self.app.theme_variables.get(colour, "")
+        try:
+            parsed = Color.parse(value)
+        except ColorParseError:  # "auto" and the like
+            return self.rich_style
+        solid = parsed if parsed.a == 1 or parsed.ansi is not None else self.background_colors[1].blend(parsed, parsed.a)
+        return self.rich_style + Style(color=solid.rich_color)
 
 
 def map_cells(row: LayerExperts, grid: ExpertGrid, width: int, view: MapView) -> list[tuple[str, str]]:

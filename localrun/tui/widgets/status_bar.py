@@ -84,7 +84,8 @@ def _context(status: Status) -> str:
 def _ram(status: Status) -> str:
     if status.ram_budget is None:
         return "RAM –"
-    return f"RAM {short_size(status.ram_bytes)}/{short_size(status.ram_budget)}"
+    budget = short_size(status.ram_budget)
+    return f"RAM {budget}" if status.ram_bytes is None else f"RAM {short_size(status.ram_bytes)}/{budget}"
 
 
 def short_count(n: int) -> str:

@@ -1,0 +1,112 @@
+"""Helpers of the UI tests: an app with a scripted engine, and waiting for a condition instead of for a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from textual.pilot import Pilot
+
+from localrun.errors import EngineDiedError
+from localrun.tui.app import Launch, LocalrunApp
+from localrun.tui.chat_screen import ChatScreen
+from localrun.tui.widgets.notices import ErrorPanel
+from tests.tui.fake_engine import FakeEngine
+
+PATIENCE_S = 20.0
+"""Only a failing test waits so long."""
+
+
+@dataclass
+class Talk:
+    """A running app under test."""
+
+    app: LocalrunApp
+    pilot: Pilot[None]
+    engine: FakeEngine
+
+    @property
+    def screen(self) -> ChatScreen:
+        assert self.app.chat is not None
+        return self.app.chat
+
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """Role and text of the messages on view."""
+        return [(entry.message.role, entry.message.content) for entry in self.screen.chat.entries]
+
+    @property
+    def errors(self) -> list[str]:
+        return [str(panel.error) for panel in self.screen.query(ErrorPanel)]
+
+    @property
+    def notes(self) -> list[str]:
+        return [notification.message for notification in self.app._notifications]
+
+    @property
+    def clipboard(self) -> str:
+        return self.app.clipboard
+
+    async def until(self, condition: Callable[[], Any], what: str = "") -> None:
+        """Lets the app work until the condition holds."""
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end, f"never happened: {what or condition}"
+            await self.pilot.pause(0.02)
+        await self.pilot.pause()
+
+    async def idle(self) -> None:
+        """Until no answer is being written and none is waiting."""
+        await self.until(lambda: not self.screen.answering.running and self.screen.pending_parent is None, "idle")
+
+    async def type(self, text: str, *, send: bool = True) -> None:
+        """Puts a text into the input, as a paste does, and sends it."""
+        self.screen.prompt.area.focus()
+        self.screen.prompt.set_text(text)
+        await self.pilot.pause()
+        if send:
+            await self.pilot.press("enter")
+            await self.pilot.pause()
+
+    async def ask(self, text: str) -> None:
+        """Sends a question and waits for its answer."""
+        await self.type(text)
+        await self.idle()
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+        await self.pilot.pause()
+
+
+@dataclass
+class Setup:
+    """What an app starts with."""
+
+    folder: Path
+    size: tuple[int, int] = (80, 24)
+    launch: Launch = field(default_factory=lambda: Launch(model=Path("/models/fake")))
+    prepare: Callable[[FakeEngine], None] = lambda engine: None
+    ready: bool = True
+
+    @contextlib.asynccontextmanager
+    async def start(self) -> AsyncIterator[Talk]:
+        engines: list[FakeEngine] = []
+
+        def factory(on_death: Callable[[EngineDiedError], None]) -> FakeEngine:
+            engines.append(FakeEngine(on_death))
+            self.prepare(engines[-1])
+            return engines[-1]
+
+        app = LocalrunApp(self.launch, engine_factory=factory, store_path=self.folder / "c.sqlite3")
+        async with app.run_test(size=self.size) as pilot:
+            end = time.monotonic() + PATIENCE_S
+            while self.ready and (app.chat is None or not app.chat.is_mounted or app.chat.facts is None):
+                assert time.monotonic() < end, "the model was never ready"
+                await asyncio.sleep(0.01)
+            await pilot.pause()
+            yield Talk(app, pilot, engines[0] if engines else FakeEngine(lambda error: None))

@@ -1,0 +1,536 @@
+"""Everything around the conversation: commands, conversations, search, model, settings, panels, errors at the start."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.command import CommandPalette
+from textual.widgets import DataTable, Input, OptionList, Select, Static
+
+from localrun.engine.conversations import ConversationStore
+from localrun.errors import BudgetError
+from localrun.tui.app import Launch
+from localrun.tui.chat_screen import ChatScreen
+from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matching_slashes
+from localrun.tui.screens.dialog import ChoiceDialog, TextDialog
+from localrun.tui.screens.help import HelpScreen
+from localrun.tui.screens.models import ModelsScreen
+from localrun.tui.screens.search import SearchScreen
+from localrun.tui.screens.settings import SettingsScreen
+from localrun.tui.widgets.conversation_list import ConversationOptions
+from localrun.tui.widgets.find_bar import FindBar
+from localrun.tui.widgets.message_view import MessageView
+from localrun.tui.widgets.prompt import PromptArea
+from localrun.tui.widgets.status_bar import Status, StatusBar, status_line
+from tests.gguf_models import write_deepseek4
+from tests.tui.fake_engine import FakeEngine, held, text
+from tests.tui.support import Setup
+
+# --- the list of commands
+
+
+def test_every_command_can_be_carried_out_and_names_are_unique() -> None:
+    for command in COMMANDS:
+        assert callable(getattr(ChatScreen, f"do_{command.name}")), command.name
+        assert command.keys or command.slash, command.name
+    slashes = [slash for command in COMMANDS for slash in command.slash]
+    keys = [key for command in COMMANDS for key in command.keys]
+    assert len(set(slashes)) == len(slashes)
+    assert len(set(keys)) == len(keys)
+    assert {name[3:] for name in dir(ChatScreen) if name.startswith("do_")} >= set(BY_NAME)
+
+
+def test_slash_names_are_completed_canonical_ones_first() -> None:
+    assert [slash for slash, _ in matching_slashes("re")][:2] == ["reload", "rename"]
+    assert matching_slashes("nothing") == []
+    assert key_label("ctrl+home") == "Ctrl+Home"
+    assert key_label("f1") == "F1"
+
+
+def test_the_manual_names_every_command() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "tui.md").read_text()
+    for command in COMMANDS:
+        for key in command.keys:
+            assert f"`{key_label(key)}`" in manual, (command.name, key)
+        if command.slash:
+            assert f"`/{command.slash[0]}" in manual, command.name
+
+
+async def test_help_and_footer_show_what_the_list_says(setup: Setup) -> None:
+    setup.size = (120, 60)
+    async with setup.start() as talk:
+        await talk.press("f1")
+        assert isinstance(talk.app.screen, HelpScreen)
+        shown = "\n".join(str(static.render()) for static in talk.app.screen.query(Static))
+        for command in COMMANDS:
+            assert command.title in shown
+            assert command.key_labels in shown
+        assert INPUT_KEYS[0][1] in shown
+        await talk.press("escape")
+        footer = {b.binding.description for b in talk.screen.active_bindings.values() if b.binding.show}
+        assert footer >= {command.footer for command in COMMANDS if command.footer}
+
+
+async def test_the_palette_offers_every_command_and_runs_it(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.press("ctrl+p")
+        assert isinstance(talk.app.screen, CommandPalette)
+        await talk.press(*"conversations")
+        palette = talk.app.screen
+        await talk.until(lambda: palette.query_one(OptionList).option_count)
+        await talk.press("enter")
+        await talk.until(lambda: talk.screen.panel_conversations)
+
+
+async def test_an_unknown_slash_command_stays_in_the_input(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.type("/nosuch thing")
+        assert talk.screen.prompt.text == "/nosuch thing"
+        assert any("/nosuch" in note for note in talk.notes)
+        assert talk.shown == []
+
+
+async def test_a_doubled_slash_sends_a_text_with_a_slash(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("//etc/passwd is a path")
+        assert talk.shown[0] == ("user", "/etc/passwd is a path")
+
+
+# --- the input
+
+
+async def test_slash_suggestions_appear_complete_and_close(setup: Setup) -> None:
+    async with setup.start() as talk:
+        suggestions = talk.screen.query_one("#suggestions", OptionList)
+        await talk.press("/", "t", "h")
+        assert suggestions.display
+        assert {option.id for option in suggestions.options} == {"think", "theme"}
+        await talk.press("down", "tab")
+        assert talk.screen.prompt.text == "/think "
+        assert not suggestions.display
+        await talk.press("ctrl+u", "/", "escape")
+        assert not suggestions.display
+        assert talk.screen.prompt.text == "/"
+
+
+async def test_several_lines_and_history(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.press(*"one", "ctrl+j", *"two")
+        assert talk.screen.prompt.text == "one\ntwo"
+        await talk.press("enter")
+        await talk.idle()
+        assert talk.shown[0] == ("user", "one\ntwo")
+        await talk.press(*"half\\", "enter", *"b")
+        assert talk.screen.prompt.text == "half\nb"
+        await talk.press("up", "up")
+        assert talk.screen.prompt.text == "one\ntwo"
+        await talk.press("down")
+        assert talk.screen.prompt.text == "half\nb"
+    async with setup.start() as talk:  # history outlives the program
+        await talk.press("up")
+        assert talk.screen.prompt.text == "one\ntwo"
+
+
+async def test_the_input_grows_with_its_text_and_stays_bounded(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.screen.prompt.set_text("line\n" * 40)
+        await talk.pilot.pause()
+        assert talk.screen.prompt.area.size.height == 10
+        assert talk.screen.query_one("#status").region.bottom <= 24
+
+
+async def test_ctrl_c_copies_stops_or_clears(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.type("words", send=False)
+        talk.screen.prompt.area.select_all()
+        await talk.press("ctrl+c")
+        assert talk.clipboard == "words"
+        talk.screen.prompt.area.move_cursor((0, 0))
+        await talk.press("ctrl+c")
+        assert talk.screen.prompt.text == ""
+        talk.engine.scripts.put(held("x"))
+        await talk.type("go")
+        await talk.until(lambda: talk.screen.answering.running)
+        await talk.press("ctrl+c")
+        await talk.idle()
+        assert talk.screen.chat.entries[-1].message.state == "stopped"
+
+
+# --- messages
+
+
+async def test_copying_messages_and_code_blocks(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.scripts.put(text("See:\n\n```py\nfirst\n```\n\n```\nsecond\nline\n```\nend"))
+        await talk.ask("code")
+        await talk.press("f8")
+        assert talk.clipboard == "second\nline"
+        await talk.type("/code 1")
+        assert talk.clipboard == "first"
+        await talk.press("f7")
+        assert talk.clipboard.startswith("See:")
+        await talk.press("f6", "up", "c")
+        assert talk.clipboard == "code"
+        await talk.type("/code 9")
+        assert any("no code block 9" in note for note in talk.notes)
+
+
+async def test_messages_are_reached_by_keyboard_and_mouse(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("one")
+        await talk.press("f6")
+        assert isinstance(talk.screen.focused, MessageView)
+        await talk.press("up")
+        assert talk.screen.chat.focused_message == talk.screen.chat.entries[0].message.id
+        await talk.press("f6")
+        assert isinstance(talk.screen.focused, PromptArea)
+        last = talk.screen.chat.view(talk.screen.chat.entries[-1].message.id)
+        await talk.pilot.click(last)  # type: ignore[arg-type]
+        assert talk.screen.focused is last
+
+
+# --- conversations
+
+
+async def test_the_last_conversation_is_opened_again_with_its_settings_and_the_draft(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("remember me")
+        await talk.ask("/think max")
+        await talk.ask("/set temperature 0.25")
+        await talk.ask("/set seed 99")
+        await talk.type("half a tho", send=False)
+        await talk.press("ctrl+q")
+    async with setup.start() as talk:
+        assert talk.shown[0] == ("user", "remember me")
+        assert talk.screen.prompt.text == "half a tho"
+        await talk.ask("go on")
+        command = talk.engine.commands[-1]
+        assert (command.think, command.sampling.temperature, command.sampling.seed) == ("max", 0.25, 99)
+
+
+async def test_new_conversations_start_empty_and_the_list_opens_old_ones(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("first talk")
+        await talk.press("ctrl+n")
+        assert talk.shown == []
+        await talk.ask("second talk")
+        await talk.press("f2")
+        options = talk.screen.query_one(ConversationOptions)
+        assert options.has_focus
+        assert options.option_count == 2
+        await talk.press("down", "enter")
+        await talk.until(lambda: talk.shown[:1] == [("user", "first talk")])
+        assert not talk.screen.panel_conversations  # a narrow screen shows the conversation now
+
+
+async def test_renaming_and_deleting_from_the_list(setup: Setup) -> None:
+    setup.size = (160, 50)
+    async with setup.start() as talk:
+        await talk.ask("first talk")
+        await talk.press("f2", "r")
+        assert isinstance(talk.app.screen, TextDialog)
+        talk.app.screen.query_one(Input).value = "Better name"
+        await talk.press("enter")
+        assert talk.screen.conversation_title() == "Better name"
+        await talk.press("d")
+        assert isinstance(talk.app.screen, ChoiceDialog)
+        await talk.press("enter")  # the safe choice has the focus
+        assert len(talk.screen.store.conversations()) == 1
+        await talk.press("d")
+        await talk.pilot.click("#choose-delete")
+        await talk.until(lambda: talk.screen.conversation is None)
+        assert talk.screen.store.conversations() == []
+        assert talk.shown == []
+
+
+async def test_rename_and_delete_commands(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("q")
+        await talk.type("/rename Named")
+        assert talk.screen.store.conversations()[0].title == "Named"
+        await talk.type("/delete ")
+        await talk.pilot.click("#choose-delete")
+        await talk.until(lambda: talk.screen.conversation is None)
+
+
+async def test_export_writes_a_file(setup: Setup, tmp_path: Path) -> None:
+    async with setup.start() as talk:
+        await talk.ask("What is it?")
+        await talk.type("/export md")
+        await talk.type("/export json out.json")
+        assert "You said" in (tmp_path / "what-is-it.md").read_text()
+        assert (tmp_path / "out.json").exists()
+        await talk.type("/export json out.json")
+        await talk.until(lambda: talk.errors)
+        assert "already" in talk.errors[0]
+        await talk.type("/export pdf")
+        assert any("no export as 'pdf'" in note for note in talk.notes)
+
+
+async def test_find_goes_from_place_to_place(setup: Setup) -> None:
+    async with setup.start() as talk:
+        for word in ("apple", "pear", "apple pie"):
+            await talk.ask(word)
+        await talk.press("ctrl+f")
+        bar = talk.screen.query_one(FindBar)
+        await talk.press(*"apple")
+        await talk.until(lambda: len(bar.found) == 4)
+        count = bar.query_one("#find-count", Static)
+        assert str(count.render()) == "4/4"
+        await talk.press("enter")
+        await talk.until(lambda: str(count.render()) == "3/4")
+        await talk.press("ctrl+f")
+        await talk.until(lambda: str(count.render()) == "2/4")
+        await talk.until(lambda: [v.message_id for v in talk.screen.query(".found")] == [bar.found[1]])  # type: ignore[attr-defined]
+        await talk.press("escape")
+        assert not bar.display
+
+
+async def test_search_opens_the_conversation_and_the_branch_of_the_place(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.scripts.put(text("hidden treasure"))
+        await talk.ask("where")
+        await talk.press("ctrl+r")
+        await talk.idle()
+        await talk.press("ctrl+n", "ctrl+g")
+        assert isinstance(talk.app.screen, SearchScreen)
+        screen = talk.app.screen
+        await talk.press(*"treasure")
+        await talk.until(lambda: screen.query_one(OptionList).option_count == 1)
+        await talk.press("enter")
+        await talk.until(lambda: talk.shown[-1:] == [("assistant", "hidden treasure")])
+
+
+# --- model and settings
+
+
+async def test_think_mode_is_switched_and_sent(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.press("ctrl+t")
+        assert talk.screen.options.think == "high"
+        await talk.ask("q")
+        assert talk.engine.commands[-1].think == "high"
+        await talk.type("/think sideways")
+        assert any("sideways" in note for note in talk.notes)
+
+
+async def test_the_system_prompt_is_sent(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.type("/system Be brief.")
+        await talk.ask("q")
+        assert talk.engine.commands[-1].messages[0] == {"role": "system", "content": "Be brief."}
+
+
+async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> None:
+    setup.size = (120, 60)
+    async with setup.start() as talk:
+        await talk.press("f4")
+        screen = talk.app.screen
+        assert isinstance(screen, SettingsScreen)
+        screen.query_one("#temperature", Input).value = "99"
+        await talk.pilot.click("#apply")
+        assert "temperature" in str(screen.query_one("#settings-error", Static).render())
+        screen.query_one("#temperature", Input).value = "0.5"
+        screen.query_one("#max_tokens", Input).value = "100"
+        screen.query_one("#think", Select).value = "high"
+        screen.query_one("#theme", Select).value = "nord"
+        await talk.pilot.click("#apply")
+        await talk.until(lambda: talk.app.screen is talk.screen)
+        assert talk.screen.options.sampling.temperature == 0.5
+        assert (talk.screen.options.max_tokens, talk.screen.options.think) == (100, "high")
+        assert talk.app.theme == "nord"
+        assert len(talk.engine.loads) == 1
+        await talk.press("f4")
+        talk.app.screen.query_one("#n_ctx", Input).value = "16384"
+        talk.app.screen.query_one("#ram", Input).value = "8GiB"
+        await talk.pilot.click("#apply")
+        await talk.until(lambda: len(talk.engine.loads) == 2)
+        assert (talk.engine.loads[-1][1].n_ctx, talk.engine.loads[-1][1].ram_bytes) == (16384, 8 << 30)
+    async with setup.start() as talk:
+        assert talk.app.theme == "nord"
+
+
+async def test_theme_command(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.type("/theme gruvbox")
+        assert talk.app.theme == "gruvbox"
+        await talk.type("/theme nosuch")
+        assert any("nosuch" in note for note in talk.notes)
+
+
+async def test_the_chooser_lists_models_with_size_and_fit_and_loads_one(setup: Setup, tmp_path: Path) -> None:
+    write_deepseek4(tmp_path / "tiny.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF nonsense")
+    (tmp_path / "official").mkdir()
+    (tmp_path / "official" / "config.json").write_text('{"model_type": "deepseek_v4", "n_routed_experts": 8}')
+    (tmp_path / "official" / "a.safetensors").write_bytes(bytes(1000))
+    setup.launch = Launch(model_folders=[tmp_path])
+    setup.ready = False
+    setup.size = (120, 40)
+    async with setup.start() as talk:
+        await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
+        screen = talk.app.screen
+        await talk.until(lambda: "found in" in str(screen.query_one("#models-note", Static).render()))
+        table = screen.query_one(DataTable)
+        rows = {
+            str(row[0]): [str(cell) for cell in row] for row in (table.get_row_at(i) for i in range(table.row_count))
+        }
+        assert rows["tiny.gguf"][1:2] == ["GGUF"]
+        assert rows["tiny.gguf"][3] == "all in RAM"
+        assert rows["official"][1:3] == ["checkpoint", "1000B"]
+        assert "broken.gguf" in rows["broken.gguf"][3]
+        table.move_cursor(row=list(rows).index("tiny.gguf"))
+        await talk.press("enter")
+        await talk.until(lambda: talk.engine.loads)
+        assert talk.engine.loads[0][0] == str(tmp_path / "tiny.gguf")
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_panel_and_another_can_be_named(setup: Setup) -> None:
+    def prepare(engine: FakeEngine) -> None:
+        engine.load_error = BudgetError("too little RAM", hint="give --ram at least 3 GiB")
+
+    setup.prepare, setup.ready = prepare, False
+    async with setup.start() as talk:
+        await talk.until(lambda: talk.app.chat and talk.app.chat.is_mounted and talk.errors)
+        assert talk.errors == ["too little RAM"]
+        assert {b.id for b in talk.screen.query("ErrorPanel Button")} >= {"do-models", "do-settings", "do-reload"}
+        await talk.type("/model /models/other")
+        await talk.until(lambda: talk.screen.facts is not None)
+        assert talk.engine.loads[-1][0] == "/models/other"
+        assert talk.errors == []
+
+
+async def test_the_demo_model_is_prepared_while_the_interface_is_up(setup: Setup) -> None:
+    setup.launch = Launch(prepare=lambda: Path("/cache/demo"))
+    async with setup.start() as talk:
+        assert talk.engine.loads[0][0] == "/cache/demo"
+
+
+# --- panels and the status line
+
+
+def experts() -> dict[str, Any]:
+    return {
+        "n_experts": 16,
+        "layers": [
+            {"layer": layer, "where": "gr" + "d" * 13 + "l", "types": ["IQ2_XXS", "MXFP4"], "type_of": "11" + "0" * 14}
+            for layer in (1, 2, 3)
+        ],
+    }
+
+
+async def test_the_engine_panel_shows_tiers_and_map_and_costs_nothing_when_closed(setup: Setup) -> None:
+    def prepare(engine: FakeEngine) -> None:
+        engine.experts = experts()
+        engine.telemetry = {
+            "hits": 90, "misses": 10, "tokens": 30, "bytes_read": 10 << 20, "total_s": 2.0, "wait_s": 0.5,
+        }  # fmt: skip
+
+    setup.prepare = prepare
+    async with setup.start() as talk:
+        await talk.ask("q")
+        assert talk.engine.n_map_looks == 0
+        await talk.press("f3")
+        await talk.until(lambda: talk.screen.engine_panel.grid is not None)
+        shown = str(talk.screen.query_one("#engine-text", Static).render())
+        assert re.search(r"RAM +█.* 3 +3.00 MiB", shown)
+        assert re.search(r"GPU +█.* 3 +3.00 MiB", shown)
+        assert "1.00 MiB a token" in shown
+        assert "waiting 25 %" in shown
+        picture = talk.app.export_screenshot()
+        assert "█▓·············◌".replace("·", "·") in re.sub(r"<[^>]+>|\s|&#160;", "", picture)
+        await talk.press("f9")
+        assert talk.screen.engine_panel.map.view == "precision"
+        assert not talk.screen.query_one("#main").region  # narrow: it has the whole screen
+        await talk.press("f3")
+        assert talk.screen.panel_engine == "off"
+
+
+async def test_a_wide_screen_shows_panels_beside_the_chat(setup: Setup) -> None:
+    setup.size = (160, 50)
+    async with setup.start() as talk:
+        assert talk.screen.panel_engine == "side"
+        await talk.press("f2")
+        widths = [talk.screen.query_one(name).size.width for name in ("#conversations", "#main", "#engine")]
+        assert all(widths)
+        await talk.press("f3")
+        assert talk.screen.query_one("#engine").size.width > 100
+
+
+def test_the_status_line_drops_the_least_important_first() -> None:
+    status = Status(
+        decode_tokens_per_s=6.25, prompt_tokens_per_s=250, context_used=1234, n_ctx=32768, hit_rate=0.87,
+        ram_bytes=12 << 30, ram_budget=16 << 30, think="high", activity="writing",
+    )  # fmt: skip
+    wide = status_line(status, 200)
+    assert wide == (
+        "writing │ decode 6.2 t/s │ prefill 250 t/s │ ctx 1,234/32k 4% │ hit 87% │ RAM 12.0G/16.0G │ think high"
+    )
+    narrow = status_line(status, 60)
+    assert len(narrow) <= 60
+    assert "decode 6.2" in narrow
+    assert "think" not in narrow
+    assert len(status_line(status, 10)) <= 10
+
+
+async def test_the_status_line_is_always_there(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.ask("q")
+        await talk.until(lambda: "decode 1.0 t/s" in str(talk.screen.query_one(StatusBar).render()))
+        shown = str(talk.screen.query_one(StatusBar).render())
+        for part in ("prefill 20.0 t/s", "ctx", "hit", "RAM"):
+            assert part in shown
+
+
+# --- beginnings and ends
+
+
+async def test_damaged_conversations_can_be_rescued_at_the_start(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite3"
+    path.write_bytes(b"garbage" * 1000)
+    setup.ready = False
+    async with setup.start() as talk:
+        await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
+        await talk.press("enter")
+        await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted)
+        assert [p.name for p in tmp_path.glob("c.sqlite3.damaged-*")]
+        await talk.until(lambda: talk.screen.facts is not None)
+        await talk.ask("works")
+        assert len(talk.shown) == 2
+
+
+async def test_without_a_place_for_conversations_one_can_go_on_unsaved(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite3").mkdir()
+    setup.ready = False
+    async with setup.start() as talk:
+        await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
+        await talk.pilot.click("#choose-memory")
+        await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted and talk.app.chat.facts)
+        await talk.ask("works")
+        assert len(talk.shown) == 2
+
+
+async def test_quitting_ends_the_engine(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.scripts.put(held("x"))
+        await talk.type("go")
+        await talk.until(lambda: talk.screen.answering.running)
+        await talk.press("ctrl+q")
+    assert talk.engine.closed
+    with ConversationStore.open(setup.folder / "c.sqlite3") as store:
+        assert len(store.branch(store.conversations()[0].id)) == 2
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 50), (40, 12)])
+async def test_nothing_is_pushed_off_the_screen(setup: Setup, size: tuple[int, int]) -> None:
+    setup.size = size
+    async with setup.start() as talk:
+        await talk.ask("q " * 200)
+        for name in ("#header", "#prompt", "#status", "Footer"):
+            region = talk.screen.query_one(name).region
+            assert region.height > 0
+            assert region.bottom <= size[1]
+            assert region.right <= size[0]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,13 +177,11 @@ def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
     """Whether compiled kernels work; with `warm` all that a chat may need are compiled and kept."""
     if not warm:
         return Check("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
-    import time
-
-    from localrun.offload.kernels import warm_up
+    from localrun.commands.warm import warm_up
 
     start = time.monotonic()
     try:
-        n_kernels = warm_up(progress=status)
+        n_kernels = warm_up(status)
     except Exception as error:  # whatever the compiler raises, the report must go on
         return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this, with the processor's name")
     return Check("kernels", "ok", f"{n_kernels} ready after {format_duration(time.monotonic() - start)}")

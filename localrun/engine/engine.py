@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from localrun.engine.session import Session
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import LocalrunError, UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
 
 DEFAULT_CONTEXT = 32768
@@ -85,6 +86,8 @@ class Engine:
             ram_bytes=ram_bytes,
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
+            probe=True,
+            profile_folder=cache_dir() / "profiles",
             progress=lambda done, total: report(
                 0.95 * done / max(1, total), f"reading dense tensors ({done} of {total})"
             ),
@@ -148,7 +151,12 @@ class Engine:
 
     def expert_map(self) -> Mapping[str, Json] | None:
         """Where every expert is; None for a model without our device; any thread."""
-        return None
+        return self._loaded.expert_map() if isinstance(self._loaded, OffloadedModel) else None
+
+    def prepare(self, tokens: Sequence[int]) -> None:
+        """Tells the expert path which tokens run next."""
+        if isinstance(self._loaded, OffloadedModel):
+            self._loaded.prepare(tokens)
 
     def forget(self, session: Session) -> None:
         """A session of this engine was closed."""

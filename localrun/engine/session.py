@@ -151,6 +151,7 @@ class Session:
             raise StoppedError("stopped")
         self._has_logits = False
         self._in_step = len(batch) == 1
+        self._engine.prepare(batch)
         code = self._context.decode(batch, self.position, all_logits=all_logits)
         self._in_step = False
         cause = self._engine.take_error()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from localrun.offload.experts import ExpertPool
 from localrun.offload.profile import RoutingProfile
@@ -58,6 +59,12 @@ class Learner:
             experts = fresh[layer].nonzero()[0].astype(np.int32)
             starts = np.concatenate([[0], np.cumsum(fresh[layer][experts])]).astype(np.int32)
             self.profile.record(layer, experts, starts, max(tokens, 0))
+
+    def fresh(self, layer: int) -> npt.NDArray[np.int64]:
+        """(n_experts,) uses that the profile has not seen yet; any thread."""
+        n_experts = self._pool.layers[layer].n_experts
+        fresh: npt.NDArray[np.int64] = self._pool.table.uses[layer, :n_experts] - self._seen[layer, :n_experts]
+        return fresh
 
     def close(self) -> None:
         """Learns the rest and saves."""

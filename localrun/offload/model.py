@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes as C
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
 from localrun.offload.probe import DiskProfile, probe_disk
 from localrun.offload.readahead import ReadAhead
+from localrun.offload.slots import SlotState
 from localrun.offload.store import ExpertStore
 from localrun.offload.telemetry import Telemetry
 from localrun.quant.source import PROJECTIONS, ModelSource
@@ -102,6 +103,34 @@ class OffloadedModel:
     def telemetry(self) -> Telemetry:
         """Counters of the expert path."""
         return self.pool.telemetry
+
+    def prepare(self, tokens: Sequence[int]) -> None:
+        """Starts reading what is certain to be needed when these tokens run next; before `llama_decode`."""
+        self.ahead.prepare(tokens)
+
+    def expert_map(self) -> dict[str, Any]:
+        """Where every expert is, for the map of the user interface; any thread.
+
+        Returns:
+            `{"n_experts": n, "layers": [{"layer": block, "where": "rdl...", "types": ["MXFP4"], "heat": [...]}]}` with one letter
+            and one heat per expert: r in RAM, l being read, d on disk; heat is the number of uses, older ones counting less.
+        """
+        table, profile = self.pool.table, self.learner.profile
+        loading = {(slot.layer, slot.expert) for slot in table if slot.state is SlotState.LOADING}
+        rows = []
+        for layer, moe in self.source.moe_layers.items():
+            where = np.where(table.resident[layer, : moe.n_experts] != 0, "r", "d")
+            for expert in [e for at, e in loading if at == layer]:
+                where[expert] = "l"
+            rows.append(
+                {
+                    "layer": layer,
+                    "where": "".join(where.tolist()),
+                    "types": ["/".join(dict.fromkeys(kind.name for kind in moe.types))],
+                    "heat": [round(float(count), 1) for count in profile.counts(layer) + self.learner.fresh(layer)],
+                }
+            )
+        return {"n_experts": max(moe.n_experts for moe in self.source.moe_layers.values()), "layers": rows}
 
     def take_error(self) -> BaseException | None:
         """Why the last `llama_decode` failed, if our device was the cause; asked once."""

@@ -219,9 +219,8 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
         return 0
     if _get(a, W_PROJECTION) != 0 or _get(b, W_PROJECTION) != 1 or _get(c, W_PROJECTION) != 2:
         return 0
-    limit_bits = load_i32(glu + _PARAMS + 12)
-    if load_i32(glu + _PARAMS) == _SWIGLU:
-        limit_bits = np.int32(0x7F800000)  # F32 infinity
+    infinity = np.int32(0x7F800000)  # as F32
+    limit_bits = infinity if load_i32(glu + _PARAMS) == _SWIGLU else np.int32(load_i32(glu + _PARAMS + 12))
     if limit_bits != np.int32(_get(_get(_get(c, W_LAYER), L_CALL), C_LIMIT_BITS)):
         return 0
     return c
@@ -358,12 +357,13 @@ class Process:
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._lib = lib  # keeps the functions' library
         libc = C.CDLL(None)
-        for field, function in (
+        functions: tuple[tuple[int, Any], ...] = (
             (P_N_NODES, lib.ggml_graph_n_nodes),
             (P_NODE_AT, lib.ggml_graph_node),
             (P_CLOCK, libc.clock_gettime),
-        ):
-            self.fields[field] = C.cast(function, C.c_void_p).value
+        )
+        for field, function in functions:
+            self.fields[field] = C.cast(function, C.c_void_p).value or 0
         self.fields[P_PYTHON] = python
         self.fields[P_RUN] = runner().run_address
         self._point(P_TIMESPEC, np.zeros(2, np.int64))

@@ -335,7 +335,7 @@ def graph_compute(backend: int, graph: int) -> int:
         if done == 0:
             answer = _call_i64(_get(process, P_PYTHON), graph, index)
             if answer <= 0:
-                return -answer - 2  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
+                return int(-answer - 2)  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
             done = answer
         index += done
     return 0

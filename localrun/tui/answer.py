@@ -48,6 +48,7 @@ class Answer:
         self._thinking_ended: float | None = None
         self._decode_began: float | None = None
         self._last_token: float | None = None
+        self._prompt_rate: float | None = None
 
     @property
     def text(self) -> str:
@@ -82,7 +83,7 @@ class Answer:
     def prompt_tokens_per_s(self) -> float | None:
         if self.finished is not None:
             return self.finished.timings.prompt_tokens_per_s
-        return None if self.progress is None else prompt_rate(self.progress)
+        return self._prompt_rate
 
     @property
     def state(self) -> MessageState:
@@ -110,6 +111,7 @@ class Answer:
             if isinstance(event, PromptProgress):
                 self.progress = event
                 self.context_used = event.done
+                self._prompt_rate = prompt_rate(event)
             elif isinstance(event, Delta):
                 self._count(event.tokens)
                 self._add(event)

@@ -43,7 +43,7 @@ class ChatState(Screen[None]):
         target_message: which message the running command means.
         editing: the message that the input's text will replace.
         pending_parent: the question that is answered as soon as a model is loaded.
-        loading: a load is under way.
+        model_loading: a load is under way.
     """
 
     def init_state(self, store: ConversationStore, engine_factory: EngineFactory, launch: Launch) -> None:
@@ -55,7 +55,7 @@ class ChatState(Screen[None]):
         self.conversation: Conversation | None = None
         self.facts: ModelFacts | None = None
         self.model_path: Path | None = launch.model
-        self.loading = False
+        self.model_loading = False
         self.load_text = ""
         self.target_message: int | None = None
         self.editing: Message | None = None
@@ -151,7 +151,7 @@ class ChatState(Screen[None]):
     def model_label(self) -> str:
         if self.facts is not None:
             return visible_line(self.facts.name, max_chars=40)
-        if self.loading:
+        if self.model_loading:
             return "loading…"
         return "no model (Ctrl+L)"
 
@@ -238,7 +238,7 @@ class ChatState(Screen[None]):
         self.clear_errors()
         if self.facts is None:
             self.pending_parent = parent_id
-            if not self.loading:
+            if not self.model_loading:
                 self.no_model()
             return
         self.pending_parent = None

@@ -44,8 +44,8 @@ class EngineEvents(ChatState):
 
     @on(EngineLoading)
     def show_loading(self, event: EngineLoading) -> None:
-        if not self.loading:
-            self.loading = True
+        if not self.model_loading:
+            self.model_loading = True
             self.facts = None
             self.show_header()
         self.load_text = event.text
@@ -53,7 +53,7 @@ class EngineEvents(ChatState):
 
     @on(EngineReady)
     async def model_ready(self, event: EngineReady) -> None:
-        self.loading, self.facts = False, event.facts
+        self.model_loading, self.facts = False, event.facts
         self.query_one(LoadingPanel).display = False
         self.show_header()
         self.link.ask_stats(expert_map=self.panel_engine != "off")
@@ -62,7 +62,7 @@ class EngineEvents(ChatState):
 
     @on(EngineFailed)
     def load_failed(self, event: EngineFailed) -> None:
-        self.loading, self.facts = False, None
+        self.model_loading, self.facts = False, None
         self.query_one(LoadingPanel).display = False
         self.show_header()
         if not isinstance(event.error, StoppedError):
@@ -76,11 +76,11 @@ class EngineEvents(ChatState):
     @on(EngineDied)
     def engine_died(self, event: EngineDied) -> None:
         """Says so and starts it again; a death while loading is told by the load itself."""
-        if self.loading:
+        if self.model_loading:
             return
         self.facts = None
         self.show_error("The engine has died; it is started again", event.error, log=self.link.engine.log_tail())
-        self.loading = True
+        self.model_loading = True
         self.engine_panel.forget()
         self.show_header()
         self.link.reload()
@@ -210,7 +210,7 @@ class EngineEvents(ChatState):
         )
 
     def _activity(self) -> str:
-        if self.loading:
+        if self.model_loading:
             return "loading"
         if self.facts is None:
             return "no model"

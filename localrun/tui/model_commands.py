@@ -29,7 +29,7 @@ class ModelCommands(ChatState):
         if self.model_path is not None:
             self.load_model(self.model_path, self.engine_options)
         elif prepare is not None:
-            self.loading = True
+            self.model_loading = True
             self.show_header()
 
             def run() -> None:
@@ -51,7 +51,7 @@ class ModelCommands(ChatState):
         if self.answering.running:
             self.link.stop()
         self.model_path, self.engine_options = path, options
-        self.facts, self.loading = None, True
+        self.facts, self.model_loading = None, True
         self.last_stats = None
         self.clear_errors()
         self.engine_panel.forget()

@@ -278,7 +278,7 @@ async def test_a_question_before_the_model_is_loaded_waits_for_it(setup: Setup) 
 
     setup.prepare, setup.ready = prepare, False
     async with setup.start() as talk:
-        await talk.until(lambda: talk.screen.is_mounted and talk.screen.loading)
+        await talk.until(lambda: talk.screen.is_mounted and talk.screen.model_loading)
         await talk.type("early")
         assert talk.engine.commands == []
         gate.set()

@@ -90,7 +90,7 @@ def _ram(status: Status) -> str:
 
 def short_count(n: int) -> str:
     """`32768` -> `32k` (1k = 1024 where it is a whole number of them, else 1000)."""
-    if n < 10_000 and n % 1024:
+    if n < 1024 or (n < 10_000 and n % 1024):
         return f"{n:,}"
     if n % 1024 == 0:
         return f"{n // 1024}k"

@@ -1,0 +1,86 @@
+"""The comparison with llama.cpp: both engines run, the result is complete, limits hold, and wrong logits are noticed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localrun.errors import LocalrunError
+from tests.gguf_models import TinyDeepseek4, write_deepseek4
+from tools import bench_vs_llamacpp as versus
+from tools.memory_limit import MemoryLimit
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_deepseek4(tmp_path_factory.mktemp("model") / "m.gguf", TinyDeepseek4())[0]
+
+
+@pytest.fixture
+def limited() -> MemoryLimit:
+    try:
+        with MemoryLimit(1 << 30):
+            pass
+    except LocalrunError as error:
+        pytest.skip(str(error))
+    return MemoryLimit(64 << 20)
+
+
+def test_both_engines_are_measured_and_agree(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "r.json"
+    options = ["--pairs", "1", "--prompt-tokens", "24", "--new-tokens", "3", "--threads", "1", "--warm-rounds", "0"]
+    assert versus.main([str(model), *options, "--llamacpp", "experts", "--json", str(result)]) == 0
+    value = json.loads(result.read_text())
+    assert [run["engine"] for run in value["runs"]] == ["llama.cpp", "localrun"]
+    assert all(len(run["decode_ms"]) == 3 and run["prefill_s"] > 0 for run in value["runs"])
+    assert value["agreement"]["positions"] == 4
+    assert value["agreement"]["correlation"] > 0.9
+    theirs, ours = value["runs"]
+    assert value["summary"]["prefill_ratio"] == pytest.approx(theirs["prefill_s"] / ours["prefill_s"])
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_disagreeing_logits_void_the_result(tmp_path: Path) -> None:
+    args = versus.parser().parse_args(["m.gguf"])
+    comparison = versus.Comparison.__new__(versus.Comparison)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((10, 50)).astype(np.float32))
+    comparison._compare(tmp_path / "a.npy", tmp_path / "b.npy")
+    assert comparison.agreement["argmax_share"] < args.min_agreement
+    run = versus.Measured(
+        engine="llama.cpp", variant="", load_s=1, prefill_s=1, decode_ms=[1.0], rss_bytes=1, peak_rss_bytes=1
+    )
+    comparison.runs = [run, replace(run, engine="localrun")]
+    comparison.notes = []
+    assert "DISAGREE" in versus.report(comparison, args.min_agreement)[-1]
+    comparison._compare(tmp_path / "a.npy", tmp_path / "a.npy")
+    assert comparison.agreement["mean_kl"] == pytest.approx(0)
+    assert "DISAGREE" not in "".join(versus.report(comparison, args.min_agreement))
+
+
+def test_engine_that_fails_is_reported_with_its_reason(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pairs", "1", "--prompt-tokens", "4", "--new-tokens", "1", "--llamacpp", "plain", "--ram", "1KB"]
+    assert versus.main([str(model), *options]) == 1
+    error = capsys.readouterr().err
+    assert "error: localrun: --ram" in error
+    assert "hint:" in error
+
+
+def test_process_beyond_the_limit_is_killed_and_the_group_is_removed(limited: MemoryLimit) -> None:
+    code = "import sys; from tools.memory_limit import join; from pathlib import Path; join(Path(sys.argv[1])); "
+    with limited:
+        modest = subprocess.run([sys.executable, "-c", code + "bytearray(8 << 20)", str(limited.folder)])
+        greedy = subprocess.run([sys.executable, "-c", code + "bytearray(256 << 20)", str(limited.folder)])
+        kills, peak = limited.out_of_memory_kills(), limited.peak_bytes()
+    assert modest.returncode == 0
+    assert greedy.returncode == -9
+    assert kills == 1
+    assert peak is None or peak <= 64 << 20
+    assert not limited.folder.exists()

@@ -1,0 +1,520 @@
+"""Stock llama.cpp and localrun on the same GGUF, in turn, the same tokens: ratios of decode and prefill time.
+
+    python -m tools.bench_vs_llamacpp slice.gguf
+    python -m tools.bench_vs_llamacpp slice.gguf --memory-limit 5GB --prompt-tokens 512 --new-tokens 16 --json result.json
+
+Each measurement is a process of its own (A B A B), because both engines keep caches, and machines drift. Both are at their best:
+llama.cpp repacks experts for the CPU where that works, and under a memory limit, where repacking would be killed, maps the file;
+localrun gets as much RAM for experts as the limit leaves. Both go through the same Python loop with the same batch size. Before a
+run under a limit the file is dropped from the page cache, which would else be memory that no limit counts.
+
+The logits are compared: a fast wrong answer is an error (exit code 1), not a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes as C
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from localrun.errors import LocalrunError
+from localrun.units import format_size, parse_size
+from tools import memory_limit
+
+EngineName = Literal["llama.cpp", "localrun"]
+
+VARIANTS = ("default", "experts", "plain")
+"""How llama.cpp places weights, best first: by its own choice (repacking, AMX); only experts repacked, where its choice crashes
+(builds for AMX on machines that don't let programs use it); as they lie in the file."""
+
+OVERHEAD_BYTES = 700 << 20
+"""Interpreter, libraries, compute buffers and KV cache of a localrun process, taken from a limit before the experts' share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a child measures; travels as JSON.
+
+    Attributes:
+        gguf: what llama.cpp opens.
+        model: what localrun opens.
+        warm_rounds: prefills before the measurement until localrun misses nothing any more; 0: a few tokens only.
+    """
+
+    engine: EngineName
+    variant: str
+    gguf: str
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    seed: int
+    threads: int
+    ram_bytes: int | None
+    warm_rounds: int
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What came back from one child."""
+
+    engine: EngineName
+    variant: str
+    load_s: float
+    prefill_s: float
+    decode_ms: list[float]
+    rss_bytes: int
+    peak_rss_bytes: int
+    counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decode_median_ms(self) -> float:
+        return statistics.median(self.decode_ms)
+
+
+class ChildDiedError(LocalrunError):
+    """A measurement ended by a signal.
+
+    Attributes:
+        out_of_memory: the kernel ended it because of the limit.
+    """
+
+    def __init__(self, message: str, *, out_of_memory: bool) -> None:
+        super().__init__(message, hint="--log FILE keeps what the process printed")
+        self.out_of_memory = out_of_memory
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def child(task: Task, logits_path: Path) -> Measured:
+    """One engine's measurement, in a fresh process."""
+    if task.group is not None:
+        memory_limit.join(Path(task.group))
+    import numpy as np
+
+    from localrun.engine import memory
+    from localrun.engine.benchmark import peak_resident_bytes, random_tokens
+
+    started = time.perf_counter()
+    with _open(task) as engine:
+        load_s = time.perf_counter() - started
+        session = engine.session()
+        n_vocab = engine.facts.n_vocab
+        _warm_up(engine, session, task)
+        tokens = random_tokens(task.prompt_tokens + task.new_tokens, n_vocab, task.seed)
+        before = _counters(engine)
+        start = time.perf_counter()
+        session.feed(tokens[: task.prompt_tokens])
+        rows = [session.logits]
+        prefill_s = time.perf_counter() - start
+        between = _counters(engine)
+        decode_ms = []
+        for token in tokens[task.prompt_tokens :]:
+            start = time.perf_counter()
+            session.feed([token])
+            rows.append(session.logits)
+            decode_ms.append(1e3 * (time.perf_counter() - start))
+        after = _counters(engine)
+        counters = {
+            f"{phase}_{name}": new[name] - old[name]
+            for phase, old, new in (("prefill", before, between), ("decode", between, after))
+            for name in new
+        }
+        np.save(logits_path, np.stack(rows))
+        return Measured(
+            engine=task.engine,
+            variant=task.variant,
+            load_s=load_s,
+            prefill_s=prefill_s,
+            decode_ms=decode_ms,
+            rss_bytes=memory.resident_bytes(),
+            peak_rss_bytes=peak_resident_bytes(),
+            counters=counters,
+        )
+
+
+def _open(task: Task) -> Any:
+    from localrun.engine.engine import Engine
+    from localrun.engine.protocol import EngineOptions
+
+    n_ctx = max(1024, task.prompt_tokens + task.new_tokens)
+    options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
+    if task.engine == "localrun":
+        return Engine.open(task.model, options)
+    path = Path(task.gguf)
+    return Engine(_Stock(path, task.variant), options, path=path, identity="0" * 32, file_bytes=path.stat().st_size)
+
+
+class _Stock:
+    """A GGUF as llama.cpp loads it, in one of `VARIANTS`. A `LoadedModel` for `Engine`."""
+
+    def __init__(self, path: Path, variant: str) -> None:
+        import llama_cpp as L
+
+        from localrun.offload import ggml, llama_log
+
+        llama_log.install()
+        L.llama_backend_init()
+        params = L.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = variant == "default"
+        overrides = (ggml.TensorBuftOverride * 2)()
+        if variant == "experts":
+            overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
+            overrides[0].buft = _repack_buffer_type()
+            params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
+        self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise LocalrunError(f"{path}: llama.cpp can't load it: {llama_log.recent_errors()}")
+
+    def take_error(self) -> BaseException | None:
+        return None
+
+    def request_stop(self) -> None:
+        pass
+
+    def clear_stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        import llama_cpp as L
+
+        L.llama_model_free(self.model)
+
+
+def _repack_buffer_type() -> int:
+    """llama.cpp's CPU_REPACK, by the public way: the CPU backend's list of extra buffer types (ggml-backend.h)."""
+    import llama_cpp
+
+    lib = llama_cpp.llama_cpp._lib
+    address = C.c_void_p
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(lib, name)
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    device = function("ggml_backend_dev_by_type", address, C.c_int)(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    registry = function("ggml_backend_dev_backend_reg", address, address)(device)
+    lookup = function("ggml_backend_reg_get_proc_address", address, address, C.c_char_p)
+    entry = lookup(registry, b"ggml_backend_dev_get_extra_bufts")
+    name_of = function("ggml_backend_buft_name", C.c_char_p, address)
+    if entry:
+        for buffer_type in C.CFUNCTYPE(C.POINTER(address), address)(entry)(device):
+            if not buffer_type:
+                break
+            if name_of(buffer_type) == b"CPU_REPACK":
+                return int(buffer_type)
+    raise LocalrunError("this llama.cpp has no CPU_REPACK buffer type")
+
+
+def _warm_up(engine: Any, session: Any, task: Task) -> None:
+    """A few tokens, so that code is compiled; then, where all fits into RAM, whole prefills until nothing is read any more."""
+    from localrun.engine.benchmark import random_tokens
+
+    some = random_tokens(12, engine.facts.n_vocab, task.seed + 1)
+    session.feed(some[:8])
+    for token in some[8:]:
+        session.feed([token])
+    session.reset()
+    for round_ in range(task.warm_rounds if task.engine == "localrun" else min(1, task.warm_rounds)):
+        misses = _counters(engine).get("misses", 0)
+        session.feed(random_tokens(session.n_ctx, engine.facts.n_vocab, task.seed + 2 + round_))
+        session.reset()
+        if _counters(engine).get("misses", 0) == misses:
+            break
+    session.reset()
+
+
+def _counters(engine: Any) -> dict[str, float]:
+    stats = engine.stats()
+    names = ("hits", "misses", "bytes_read", "wait_s", "compute_s", "total_s")
+    return {name: stats[name] for name in names if name in stats}
+
+
+# --- in the parent ----------------------------------------------------------------------------------------------------
+
+
+def run_child(
+    task: Task, logits_path: Path, log: Any, timeout_s: float, limit: memory_limit.MemoryLimit | None
+) -> Measured:
+    """Starts a measurement and waits for it.
+
+    Raises:
+        ChildDiedError: a signal ended it.
+        LocalrunError: it failed and said why.
+    """
+    command = [sys.executable, "-m", "tools.bench_vs_llamacpp", "--child", json.dumps(asdict(task)), str(logits_path)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger when it aborts
+    )
+    try:
+        out, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise LocalrunError(f"{task.engine} took longer than {timeout_s:.0f} s", hint="give --timeout") from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if process.returncode < 0:
+        killed = limit is not None and limit.out_of_memory_kills() > 0
+        cause = "was killed: out of memory" if killed else f"ended by signal {-process.returncode}"
+        raise ChildDiedError(f"{task.engine} ({task.variant}) {cause}", out_of_memory=killed)
+    answer = json.loads(out.splitlines()[-1]) if out.strip() else {"error": f"exit code {process.returncode}"}
+    if "error" in answer:
+        raise LocalrunError(f"{task.engine}: {answer['error']}", hint=answer.get("hint"))
+    return Measured(**answer)
+
+
+class Comparison:
+    """Runs the pairs and keeps what they gave."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._gguf, self._files, self._dense_bytes = _model_files(args.model)
+        self._limit_bytes: int | None = args.memory_limit
+        self.variant = args.llamacpp or ("plain" if self._limit_bytes else "default")
+        self.runs: list[Measured] = []
+        self.notes: list[str] = []
+        self.agreement: dict[str, float] = {}
+
+    def run(self) -> None:
+        """All pairs.
+
+        Raises:
+            LocalrunError: an engine can't run at all.
+        """
+        with tempfile.TemporaryDirectory(prefix="localrun-bench-") as folder, _log(self._args.log) as log:
+            paths: dict[EngineName, Path] = {
+                "llama.cpp": Path(folder) / "llamacpp.npy",
+                "localrun": Path(folder) / "localrun.npy",
+            }
+            order: tuple[EngineName, EngineName] = ("llama.cpp", "localrun")
+            for pair in range(self._args.pairs):
+                for engine in order:
+                    _status(f"pair {pair + 1} of {self._args.pairs}: {engine}")
+                    self.runs.append(self._measure(engine, paths[engine], log))
+                self._compare(paths["llama.cpp"], paths["localrun"])
+
+    def _measure(self, engine: EngineName, logits_path: Path, log: Any) -> Measured:
+        while True:
+            try:
+                return self._one(engine, logits_path, log)
+            except ChildDiedError as error:
+                # Not for memory: then a variant that needs less would be another machine's result.
+                following = VARIANTS.index(self.variant) + 1
+                if engine != "llama.cpp" or error.out_of_memory or self._args.llamacpp or following == len(VARIANTS):
+                    raise
+                self.variant = VARIANTS[following]
+                self.notes.append(f"{error}; continued with {self.variant}")
+                _status(self.notes[-1])
+
+    def _one(self, engine: EngineName, logits_path: Path, log: Any) -> Measured:
+        args = self._args
+        with contextlib.ExitStack() as stack:
+            limit = None
+            if self._limit_bytes is not None:
+                limit = stack.enter_context(memory_limit.MemoryLimit(self._limit_bytes))
+                _drop_from_page_cache(self._files)
+            task = Task(
+                engine=engine,
+                variant=self.variant if engine == "llama.cpp" else "",
+                gguf=str(self._gguf),
+                model=str(args.model.absolute()),
+                prompt_tokens=args.prompt_tokens,
+                new_tokens=args.new_tokens,
+                seed=args.seed,
+                threads=args.threads,
+                ram_bytes=self._ram_bytes(),
+                warm_rounds=0 if self._limit_bytes else args.warm_rounds,
+                group=str(limit.folder) if limit is not None else None,
+            )
+            return run_child(task, logits_path, log, args.timeout, limit)
+
+    def _ram_bytes(self) -> int | None:
+        if self._args.ram is not None or self._limit_bytes is None:
+            return None if self._args.ram is None else int(self._args.ram)
+        return max(0, self._limit_bytes - self._dense_bytes - OVERHEAD_BYTES)
+
+    def _compare(self, reference: Path, other: Path) -> None:
+        import numpy as np
+
+        a, b = np.load(reference).astype(np.float64), np.load(other).astype(np.float64)
+        log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
+        log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+        self.agreement = {
+            "argmax_share": float((a.argmax(-1) == b.argmax(-1)).mean()),
+            "mean_kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+            "correlation": float(np.corrcoef(a.ravel(), b.ravel())[0, 1]),
+            "positions": len(a),
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Medians, and medians of the ratios within each pair (llama.cpp's time over ours)."""
+        theirs = [run for run in self.runs if run.engine == "llama.cpp"]
+        ours = [run for run in self.runs if run.engine == "localrun"]
+        pairs = list(zip(theirs, ours, strict=True))
+        return {
+            "llamacpp_decode_ms": statistics.median(run.decode_median_ms for run in theirs),
+            "localrun_decode_ms": statistics.median(run.decode_median_ms for run in ours),
+            "llamacpp_prefill_s": statistics.median(run.prefill_s for run in theirs),
+            "localrun_prefill_s": statistics.median(run.prefill_s for run in ours),
+            "decode_ratio": statistics.median(a.decode_median_ms / b.decode_median_ms for a, b in pairs),
+            "prefill_ratio": statistics.median(a.prefill_s / b.prefill_s for a, b in pairs),
+        }
+
+
+def _model_files(model: Path) -> tuple[Path, list[Path], int]:
+    """The GGUF that llama.cpp opens, all files, and the size of everything that is no expert."""
+    from localrun.engine.engine import dense_bytes
+    from localrun.quant.source import open_model
+
+    source = open_model(model)
+    files = [Path(path) for path in source.files]
+    if not files or files[0].suffix != ".gguf":
+        raise LocalrunError(f"{model}: llama.cpp needs a GGUF", hint="`localrun convert` makes one of a checkpoint")
+    return files[0].absolute(), files, dense_bytes(source)
+
+
+def _drop_from_page_cache(files: Sequence[Path]) -> None:
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _log(path: Path | None) -> Iterator[Any]:
+    if path is None:
+        yield subprocess.DEVNULL
+    else:
+        with path.open("w") as file:
+            yield file
+
+
+def _status(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(comparison: Comparison, min_agreement: float) -> list[str]:
+    """The table."""
+    lines = [
+        f"{'engine':<20}{'load s':>8}{'prefill s':>11}{'decode ms':>11}{'best':>9}{'RSS':>12}{'hits':>8}{'read':>12}"
+    ]
+    for run in comparison.runs:
+        hits, misses = (run.counters.get(f"decode_{name}", 0) for name in ("hits", "misses"))
+        n_bytes = sum(run.counters.get(f"{phase}_bytes_read", 0) for phase in ("prefill", "decode"))
+        name = f"{run.engine} {run.variant}".strip()
+        lines.append(
+            f"{name:<20}{run.load_s:>8.1f}{run.prefill_s:>11.2f}{run.decode_median_ms:>11.2f}{min(run.decode_ms):>9.2f}"
+            f"{format_size(run.peak_rss_bytes):>12}"
+            + (f"{hits / (hits + misses):>8.1%}{format_size(n_bytes):>12}" if hits + misses else "")
+        )
+    values, agreement = comparison.summary(), comparison.agreement
+    lines += [
+        "",
+        f"decode : {values['llamacpp_decode_ms']:.2f} -> {values['localrun_decode_ms']:.2f} ms per token, "
+        f"ratio {values['decode_ratio']:.2f}",
+        f"prefill: {values['llamacpp_prefill_s']:.2f} -> {values['localrun_prefill_s']:.2f} s, "
+        f"ratio {values['prefill_ratio']:.2f}",
+        f"logits : argmax equal at {agreement['argmax_share']:.1%} of {agreement['positions']:.0f} positions, "
+        f"mean KL {agreement['mean_kl']:.2g}, correlation {agreement['correlation']:.5f}",
+        *comparison.notes,
+    ]
+    if agreement["argmax_share"] < min_agreement:
+        lines.append(f"THE ENGINES DISAGREE (argmax share below {min_agreement:.0%}): these times mean nothing")
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", type=Path, help="a GGUF or a converted directory")
+    p.add_argument("--prompt-tokens", type=int, default=512)
+    p.add_argument("--new-tokens", type=int, default=32)
+    p.add_argument("--pairs", type=int, default=3)
+    p.add_argument("--threads", type=int, default=0, help="0: one per core")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--memory-limit", type=parse_size, metavar="SIZE", help="of each process, page cache included")
+    p.add_argument(
+        "--ram", type=parse_size, metavar="SIZE", help="localrun's RAM for experts (default: what the limit leaves)"
+    )
+    p.add_argument("--llamacpp", choices=VARIANTS, help="how llama.cpp places weights (default: the best that works)")
+    p.add_argument("--warm-rounds", type=int, default=4, help="most whole prefills before a measurement in RAM")
+    p.add_argument(
+        "--min-agreement", type=float, default=0.7, help="share of equal argmaxes below which the result is void"
+    )
+    p.add_argument("--timeout", type=float, default=1800, metavar="S", help="of one measurement")
+    p.add_argument("--log", type=Path, metavar="FILE", help="keep what the processes print")
+    p.add_argument("--json", metavar="FILE", help="write everything to this file, - for stdout")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--child"]:
+        return _child_main(argv[1], Path(argv[2]))
+    args = parser().parse_args(argv)
+    comparison = Comparison(args)
+    try:
+        comparison.run()
+    except LocalrunError as error:
+        print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+        return 1
+    lines = report(comparison, args.min_agreement)
+    if args.json:
+        text = json.dumps(_result(args, comparison), indent=1) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).write_text(text)
+    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
+    return 0 if comparison.agreement["argmax_share"] >= args.min_agreement else 1
+
+
+def _result(args: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
+    from localrun.engine.benchmark import machine
+
+    return {
+        "model": str(args.model),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "machine": asdict(machine(args.model)),
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_", "NUMBA_"))},
+        "notes": comparison.notes,
+        "runs": [asdict(run) for run in comparison.runs],
+        "summary": comparison.summary(),
+        "agreement": comparison.agreement,
+    }
+
+
+def _child_main(task: str, logits_path: Path) -> int:
+    try:
+        print(json.dumps(asdict(child(Task(**json.loads(task)), logits_path))))
+        return 0
+    except LocalrunError as error:
+        print(json.dumps({"error": str(error), "hint": error.hint}))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from localrun import __version__
 from localrun.errors import LocalrunError, UsageError
@@ -78,8 +79,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         )
         if name == chosen:
             import_module(f"localrun.commands.{name}").add_arguments(command)
+            command.set_defaults(open_ui=_open_ui)
             command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' log")
     return parser
+
+
+def _open_ui(*arguments: Any, **options: Any) -> int:
+    """Runs the terminal UI: `localrun.tui.app.run_app`, imported when it is needed. Returns the exit code."""
+    from localrun.tui.app import run_app
+
+    return run_app(*arguments, **options)
 
 
 def _report(error: Exception, *, debug: bool) -> int:

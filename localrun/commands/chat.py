@@ -1,4 +1,7 @@
-"""`localrun chat`: a conversation in the terminal, line by line; without a terminal one answer, to show that all works."""
+"""`localrun chat`: opens the terminal UI; with `--plain` a conversation line by line; without a terminal one answer, as a check.
+
+The UI itself is handed in by the command line (`args.open_ui`): commands don't import it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import argparse
 import contextlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from localrun.commands import common
+from localrun import config
+from localrun.commands import common, demo
 from localrun.commands.output import Output
 from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import Delta, Finished, Generate
@@ -35,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--plain", action="store_true", help="line by line, for simple terminals and screen readers")
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
 
@@ -44,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     settings = common.settings_of(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
+    if interactive and not args.plain:
+        return _run_ui(args, settings)
     with EngineProcess() as engine:
         facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
         template = Generate(
@@ -62,6 +70,22 @@ def run(args: argparse.Namespace) -> int:
         out.note(HELP)
         _loop(chat, out)
     return 0
+
+
+def _run_ui(args: argparse.Namespace, settings: config.Settings) -> int:
+    """Opens the terminal UI; the demo model is prepared while it is up."""
+    named = settings.engine.model
+    return int(
+        args.open_ui(
+            Path(named).expanduser() if named is not None else None,
+            common.engine_options(settings),
+            prepare=None if named is not None else demo.converted,
+            sampling=common.sampling_options(settings, args.seed),
+            think=settings.sampling.think,
+            system=args.system or "",
+            max_tokens=args.max_tokens,
+        )
+    )
 
 
 class _Chat:

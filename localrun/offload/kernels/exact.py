@@ -17,9 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.ggml_types import block_type
-from localrun.offload.kernels.interleaved import ROWS
 from localrun.offload.kernels.lowlevel import call_3, load_f32, load_i64, stack, store_f32
 from localrun.offload.kernels.simd import F32, FLOATS, Simd
 

@@ -10,9 +10,10 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.exact import exact_rows
-from localrun.offload.kernels.formats import FORMATS
 from localrun.offload.kernels.ggml_types import block_type
-from localrun.offload.kernels.interleaved import pack_matrix, rows_function
+from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
+from localrun.offload.kernels.interleaved.packing import pack_matrix
+from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.panels import FLOAT32, Panel
 from localrun.offload.kernels.spec import FfnSpec, Math
 from localrun.offload.kernels.tasks import Call, Matrix
@@ -40,7 +41,7 @@ class PackedMatrix:
     @classmethod
     def choose(cls, type_: GGMLQuantizationType, n_out: int, n_in: int, *, math: Math) -> PackedMatrix:
         raw_bytes = n_out * block_type(type_).row_bytes(n_in)
-        if math == "int8" and type_ in FORMATS:
+        if math == "int8" and runnable(type_):
             format_ = FORMATS[type_]
             address = int(rows_function(type_).address)
             return cls(

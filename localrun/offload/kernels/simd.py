@@ -26,6 +26,8 @@ INTS = ir.VectorType(I32, 16)
 FLOATS = ir.VectorType(F32, 16)
 QUADS = ir.VectorType(I64, 8)
 
+HALF_WORDS = ir.VectorType(I16, 16)
+
 LANES = 16
 
 
@@ -72,6 +74,10 @@ class Simd:
     @staticmethod
     def ints(value: int) -> Any:
         return ir.Constant(INTS, [value] * 16)
+
+    @staticmethod
+    def words(value: int) -> Any:
+        return ir.Constant(WORDS, [value] * 32)
 
     @staticmethod
     def floats(value: float) -> Any:
@@ -134,6 +140,10 @@ class Simd:
     def mask(self, ints: Any, value: int) -> Any:
         return self.b.and_(ints, self.ints(value))
 
+    def words_sub(self, ints: Any, value: int) -> Any:
+        """Both 16-bit halves of each lane minus a constant."""
+        return self.as_ints(self.b.sub(self.b.bitcast(ints, WORDS), self.words(value)))
+
     def byte_field(self, ints: Any, byte: int, bits: int = 8) -> Any:
         """The low `bits` of byte `byte` of each lane."""
         shifted = self.shift_right(ints, 8 * byte)
@@ -170,9 +180,15 @@ class Simd:
         return self.call("llvm.x86.vgf2p8affineqb.512", BYTES, source, matrix, I8(0))
 
     def choose(self, mask: int, a: Any, b: Any) -> Any:
-        """Per byte: the bits of `mask` from a, the others from b."""
-        keep = self.bytes([mask])
-        return self.b.or_(self.b.and_(a, keep), self.b.and_(b, self.bytes([~mask])))
+        """Per byte: the bits of `mask` from a, the others from b (one vpternlogd; LLVM makes two instructions of and/or)."""
+        return self.as_bytes(self._ternary(self.bytes([mask]), a, b, 0xCA))
+
+    def _ternary(self, a: Any, b: Any, c: Any, truth: int) -> Any:
+        return self.call("llvm.x86.avx512.pternlog.d.512", INTS, *(self.as_ints(v) for v in (a, b, c)), I32(truth))
+
+    def and_or(self, a: Any, b: Any, c: Any) -> Any:
+        """a & b | c, in one instruction."""
+        return self._ternary(a, b, c, 0xEA)
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         module = self.b.module

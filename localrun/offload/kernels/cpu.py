@@ -1,0 +1,49 @@
+"""Which kernels this processor can run.
+
+`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions) or `avx512`; asking for more than the processor
+has is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from enum import Enum
+
+import llvmlite.binding
+
+from localrun.errors import UsageError
+
+
+class Level(Enum):
+    """Instruction sets with kernels of their own, best last."""
+
+    GENERIC = "generic"
+    AVX512 = "avx512"
+
+
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """LLVM's names of what the processor has."""
+    return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
+
+
+def level() -> Level:
+    """The level to use.
+
+    Raises:
+        UsageError: `LOCALRUN_KERNELS` names no level, or one that the processor lacks.
+    """
+    best = Level.AVX512 if features() >= _AVX512 else Level.GENERIC
+    asked = os.environ.get("LOCALRUN_KERNELS")
+    if not asked:
+        return best
+    names = [known.value for known in Level]
+    if asked not in names:
+        raise UsageError(f"LOCALRUN_KERNELS={asked} is not a kernel level", hint=f"one of {', '.join(names)}")
+    if names.index(asked) > names.index(best.value):
+        raise UsageError(f"this processor can't run LOCALRUN_KERNELS={asked}", hint="unset it")
+    return Level(asked)

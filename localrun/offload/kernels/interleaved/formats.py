@@ -1,0 +1,24 @@
+"""All interleaved formats by ggml type, and which of them this processor can run."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gguf import GGMLQuantizationType
+
+from localrun.offload.kernels.cpu import Level, features, level
+from localrun.offload.kernels.interleaved import blocks, floats, grids, kquants
+from localrun.offload.kernels.interleaved.layout import Format
+
+FORMATS: Final[dict[GGMLQuantizationType, Format]] = {
+    f.type: f for f in (*blocks.FORMATS, *kquants.FORMATS, *grids.FORMATS, *floats.FORMATS)
+}
+
+_GRID_FEATURES: Final = {"avx512vbmi", "gfni"}
+
+
+def runnable(type_: GGMLQuantizationType) -> bool:
+    """Whether this processor has the instructions for the type's format."""
+    if type_ not in FORMATS or level() != Level.AVX512:
+        return False
+    return FORMATS[type_] not in grids.FORMATS or features() >= _GRID_FEATURES

@@ -1,0 +1,122 @@
+"""How a matrix lies in an interleaved slot, and what the code emitters of all formats share.
+
+A matrix is cut into groups of 16 rows. Of a group, first the *meta* parts of all units lie one after another (scales), padded to
+64 bytes, then their *bodies*; a unit is one block of the ggml type (32 plain floats for the float types). Within both, item i of
+row r lies at i * 16 + r, an item being what `Field` says, so that one vector load brings the same item of 16 rows. All formats
+keep ggml's size per weight; only order changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gguf import GGMLQuantizationType
+
+from localrun.offload.kernels.panels import BLOCK32, FLOAT32, SUPER256, Panel
+from localrun.offload.kernels.simd import Simd
+
+COPY: Final = 0
+FLIP: Final = 1  # flips the top bit of every byte: signed to offset 128
+SIGNS: Final = 2  # 4 x 7 sign bits below a 4-bit scale become 4 bytes of 7 sign bits below one scale bit
+ODD_SIGNS: Final = 3  # SIGNS for every second item
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """`count` adjacent items of `width` bytes from offset `source` of a block; they go to `target` in the meta or the body."""
+
+    source: int
+    width: int
+    count: int
+    target: int
+    in_meta: bool = False
+    change: int = COPY
+
+    def numbers(self) -> list[int]:
+        """For the compiled packer."""
+        return [self.source, self.width, self.count, self.target, int(self.in_meta), self.change]
+
+
+Step = Callable[[Simd, Any, Any, "Tile", list[Any]], list[Any]]
+"""Emits code that adds one unit's products: (simd, meta, body, tile, totals per token) -> new totals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One ggml type's interleaved layout.
+
+    Attributes:
+        unit: elements of a block.
+        block_bytes: ggml's bytes of a block.
+        meta_bytes, body_bytes: of one unit of 16 rows.
+    """
+
+    type: GGMLQuantizationType
+    unit: int
+    block_bytes: int
+    meta_bytes: int
+    body_bytes: int
+    panel: Panel
+    fields: tuple[Field, ...]
+    step: Step
+
+    def group_bytes(self, n_in: int) -> int:
+        """Bytes of 16 rows of `n_in` elements."""
+        units = -(-n_in // self.unit)
+        return -(-units * self.meta_bytes // 64) * 64 + units * self.body_bytes
+
+    def matrix_bytes(self, n_out: int, n_in: int) -> int:
+        return -(-n_out // 16) * self.group_bytes(n_in)
+
+
+class Tile:
+    """A record of the activation panel (layout in `panels`), seen from the code emitter: what to broadcast for token t."""
+
+    def __init__(self, simd: Simd, record: Any, n_tokens: int, kind: int) -> None:
+        self.s, self.record, self.n_tokens, self.kind = simd, record, n_tokens, kind
+        self.values = {BLOCK32: 32, SUPER256: 256, FLOAT32: 128}[kind]  # bytes per token
+        self.record_bytes = {BLOCK32: 40, SUPER256: 296, FLOAT32: 128}[kind] * n_tokens
+
+    def next(self, index: Any) -> Tile:
+        """The record `index` further on (a run-time value)."""
+        return Tile(self.s, self.s.at(self.record, index, self.record_bytes), self.n_tokens, self.kind)
+
+    def quad(self, token: int, quad: int, base: Any = None) -> Any:
+        """Four activations in all lanes; `base` replaces the record's start."""
+        return self.s.splat_dword(self.record if base is None else base, token * self.values + quad * 4)
+
+    def f32(self, token: int, index: int) -> Any:
+        return self.s.splat_f32(self.record, token * self.values + index * 4)
+
+    def scale(self, token: int) -> Any:
+        return self.s.splat_f32(self.record, self.n_tokens * self.values + token * 4)
+
+    def start(self, token: int) -> Any:
+        return self.s.splat_i32(self.record, self.n_tokens * (self.values + 4) + token * 4)
+
+    def sum(self, token: int) -> Any:
+        return self.s.splat_f32(self.record, self.n_tokens * (self.values + 4) + token * 4)
+
+    def sums16(self, token: int, pair: int) -> Any:
+        return self.s.splat_i32(self.record, self.n_tokens * 264 + token * 32 + pair * 4)
+
+
+def add_block(
+    s: Simd, weights: list[Any], scale: Any, tile: Tile, totals: list[Any], *, start: bool = True
+) -> list[Any]:
+    """One block of 32 of a BLOCK32 panel: eight unsigned byte vectors, a scale per row; `start` takes the offset off."""
+    results = []
+    for t, total in enumerate(totals):
+        dot = tile.start(t) if start else s.ints(0)
+        for quad, weight in enumerate(weights):
+            dot = s.dot(dot, weight, tile.quad(t, quad))
+        results.append(s.fma(s.to_float(dot), s.mul(scale, tile.scale(t)), total))
+    return results
+
+
+def nibbles(s: Simd, vectors: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Low and high halves of all bytes."""
+    low = [s.as_bytes(s.mask(v, 0x0F0F0F0F)) for v in vectors]
+    return low, [s.as_bytes(s.mask(s.shift_right(v, 4), 0x0F0F0F0F)) for v in vectors]

@@ -1,0 +1,85 @@
+"""Interleaved matrix rows times a tile of tokens, as C functions.
+
+A *row kernel* is a C function that multiplies some rows of one matrix with one tile of tokens (signature `ROWS`); the driver
+in `tasks` calls it by address, so that any combination of types works without compiling anything for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import numba as nb
+from gguf import GGMLQuantizationType
+from numba import types
+from numba.extending import intrinsic
+
+from localrun.offload.kernels.compiled import ROWS
+from localrun.offload.kernels.interleaved.formats import FORMATS
+from localrun.offload.kernels.interleaved.layout import Tile
+from localrun.offload.kernels.simd import I64, Simd
+
+_AHEAD: Final = 4096
+"""Bytes from the unit in work to the one prefetched. [m] One core reads MXFP4 at 0.70 of plain reading without, 0.98 with."""
+
+TILE_SIZES: Final = (1, 2, 4, 8, 12, 16)
+
+
+@intrinsic
+def _group_times_tile(_typing: Any, type_name: Any, n_tokens: Any, meta: Any, body: Any, n_units: Any, panel: Any, out: Any,
+                      out_stride: Any) -> Any:  # fmt: skip
+    """16 rows times a tile; `type_name` and `n_tokens` are compile-time constants, n_units at least 1."""
+    if not isinstance(type_name, types.StringLiteral) or not isinstance(n_tokens, types.IntegerLiteral):
+        return None
+    format_ = FORMATS[GGMLQuantizationType[type_name.literal_value]]
+    nt, kind = n_tokens.literal_value, format_.panel.kind
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        meta, body, n_units, panel, out, out_stride = args[2:]
+        meta, body, panel = s.pointer(meta), s.pointer(body), s.pointer(panel)
+        records_per_unit = format_.unit // format_.panel.unit
+
+        def unit(i: Any, totals: list[Any]) -> list[Any]:
+            for line in range(0, format_.body_bytes, 64):
+                s.prefetch(s.at(body, i, format_.body_bytes), _AHEAD + line)
+            tile = Tile(s, panel, nt, kind).next(builder.mul(i, I64(records_per_unit)))
+            return format_.step(s, s.at(meta, i, format_.meta_bytes), s.at(body, i, format_.body_bytes), tile, totals)
+
+        totals = s.loop(n_units, [s.floats(0.0)] * nt, unit)
+        for t, total in enumerate(totals):
+            s.store(total, s.pointer(out, builder.mul(out_stride, I64(t))))
+        return context.get_dummy_value()
+
+    return types.void(type_name, n_tokens, *[types.intp] * 6), codegen
+
+
+@functools.cache
+def rows_function(type_: GGMLQuantizationType) -> Any:
+    """The row kernel for interleaved matrices of this type, compiled on first use."""
+    format_ = FORMATS[type_]
+    name, unit, meta_bytes, body_bytes = type_.name, format_.unit, format_.meta_bytes, format_.body_bytes
+
+    def rows(
+        matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
+    ) -> None:
+        n_units = (n_in + unit - 1) // unit
+        metas = (n_units * meta_bytes + 63) // 64 * 64
+        group_bytes = metas + n_units * body_bytes
+        for r in range(0, n_rows, 16):
+            meta = matrix + (row0 + r) // 16 * group_bytes
+            body, target = meta + metas, out + r * 4
+            if nt == 1:
+                _group_times_tile(name, 1, meta, body, n_units, panel, target, out_stride)
+            elif nt == 2:
+                _group_times_tile(name, 2, meta, body, n_units, panel, target, out_stride)
+            elif nt == 4:
+                _group_times_tile(name, 4, meta, body, n_units, panel, target, out_stride)
+            elif nt == 8:
+                _group_times_tile(name, 8, meta, body, n_units, panel, target, out_stride)
+            elif nt == 12:
+                _group_times_tile(name, 12, meta, body, n_units, panel, target, out_stride)
+            else:
+                _group_times_tile(name, 16, meta, body, n_units, panel, target, out_stride)
+
+    return nb.cfunc(ROWS, cache=True)(rows)

@@ -7,6 +7,7 @@ those imports what is heavy when it runs, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -41,6 +42,9 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, and nothing fails
     try:
         parser = _parser(arguments)
         try:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
     if interactive and not args.plain:
         return _run_ui(args, settings)
-    with EngineProcess() as engine:
+    with common.engine_process(args, out) as engine:
         facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
         template = Generate(
             think=settings.sampling.think,

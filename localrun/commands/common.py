@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +106,19 @@ def model_path(settings: config.Settings, out: Output) -> Path:
     path = demo.converted()
     out.clear_status()
     return path
+
+
+@contextmanager
+def engine_process(args: argparse.Namespace, out: Output) -> Iterator[EngineProcess]:
+    """An engine process for the command's time; with `--debug` its log is shown at the end."""
+    with EngineProcess() as engine:
+        try:
+            yield engine
+        finally:
+            out.end_line()
+            if args.debug:
+                for line in engine.log_tail():
+                    out.note(line)
 
 
 def load(engine: EngineProcess, path: Path, options: EngineOptions, out: Output) -> ModelFacts:

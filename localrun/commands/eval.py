@@ -64,7 +64,7 @@ def _logits(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
     tokens = _read_tokens(args.tokens)
     # Without --context the context is as long as the tokens need.
     options = replace(options, n_ctx=options.n_ctx or len(tokens))
-    with _loaded(model, options, out) as engine:
+    with _loaded(args, model, options, out) as engine:
         for event in engine.evaluate(tokens, args.logits.absolute()):
             common.show_progress(event, out)
     out.clear_status()
@@ -83,15 +83,15 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
     options = replace(options, n_ctx=options.n_ctx or args.window)
     command = EvalText(text=text, window=args.window, max_tokens=args.max_tokens)
     if args.reference is None:
-        result = _measure(model, options, command, out)
+        result = _measure(args, model, options, command, out)
     else:
         with _scratch_folder() as folder:
             # One model after the other: both may want all the memory there is.
             reference = Path(args.reference).expanduser()
-            with _loaded(reference, options, out) as engine:
+            with _loaded(args, reference, options, out) as engine:
                 _check_space(engine, command, folder)
                 _last(engine, replace(command, save_folder=str(folder)), out)
-            result = _measure(model, options, replace(command, reference_folder=str(folder)), out)
+            result = _measure(args, model, options, replace(command, reference_folder=str(folder)), out)
     values = {key: value for key, value in asdict(result).items() if key != "request" and value is not None}
     if args.json:
         out.json({"model": str(model), "window": args.window, **values})
@@ -103,8 +103,10 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
     return 0
 
 
-def _measure(model: Path, options: EngineOptions, command: EvalText, out: Output) -> EvalTextResult:
-    with _loaded(model, options, out) as engine:
+def _measure(
+    args: argparse.Namespace, model: Path, options: EngineOptions, command: EvalText, out: Output
+) -> EvalTextResult:
+    with _loaded(args, model, options, out) as engine:
         return _last(engine, command, out)
 
 
@@ -118,8 +120,8 @@ def _last(engine: EngineProcess, command: EvalText, out: Output) -> EvalTextResu
 
 
 @contextmanager
-def _loaded(model: Path, options: EngineOptions, out: Output) -> Iterator[EngineProcess]:
-    with EngineProcess() as engine:
+def _loaded(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> Iterator[EngineProcess]:
+    with common.engine_process(args, out) as engine:
         common.load(engine, model, options, out)
         yield engine
 

@@ -45,21 +45,15 @@ def run(args: argparse.Namespace) -> int:
         sampling=common.sampling_options(settings, args.seed),
         max_tokens=args.max_tokens,
     )
-    with EngineProcess() as engine:
-        try:
-            facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
-            _answer(engine, command, facts, out, as_json=args.json)
-        finally:
-            out.end_line()
-            if args.debug:
-                for line in engine.log_tail():
-                    out.note(line)
+    with common.engine_process(args, out) as engine:
+        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
+        _answer(engine, command, facts, out, as_json=args.json)
     return 0
 
 
 def _messages(args: argparse.Namespace) -> tuple[dict[str, Any], ...]:
     """The conversation: the system message if given, the prompt joined with standard input."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     prompt = "\n\n".join(text for text in (args.prompt, piped) if text)
     if not prompt.strip():
         raise UsageError("nothing to answer", hint="give -p TEXT, or pipe a text in")

@@ -6,7 +6,6 @@ without quantisation, whose logits are the stored ones too.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import struct
 import tarfile
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from localrun.offload import llama_log
 
 FIXTURES = Path(__file__).parent / "fixtures" / "oracle"
 NAMES = tuple(sorted(path.name.removesuffix(".tar.xz") for path in FIXTURES.glob("*.tar.xz")))
@@ -127,8 +128,7 @@ def stock_logits(path: Path, tokens: list[int], *, kv_type: str = "f32", n_threa
     """
     import llama_cpp as L
 
-    silent = L.llama_log_callback(lambda *_: None)
-    L.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
     L.llama_backend_init()
     model_params = L.llama_model_default_params()
     model_params.n_gpu_layers = 0

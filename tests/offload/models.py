@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,13 @@ def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> P
     return write_deepseek4(folder / "model.gguf", model, **options)[0]
 
 
-def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64) -> F32:
+def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: Literal["f16", "f32"] = "f16") -> F32:
     """(T, n_vocab) logits of a fresh context, `batch` tokens at a time.
 
     Raises:
         BaseException: what our device kept as the cause, if a decode failed.
     """
-    context = Context(model.model, EngineOptions(n_batch=256), n_ctx=512, n_threads=2, all_logits=True)
+    context = Context(model.model, EngineOptions(n_batch=256, kv_type=kv_type), n_ctx=512, n_threads=2, all_logits=True)
     try:
         rows = []
         for at in range(0, len(tokens), batch):

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import LocalrunError
-from localrun.offload.policy import POLICIES, Belady, Key, Lru, PinnedLru, Policy
+from localrun.offload.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, PinnedLru, Policy
 from localrun.offload.profile import RoutingProfile
 from localrun.offload.trace import Call, Trace, TraceHeader, TraceRecorder
 
@@ -44,6 +44,11 @@ PIN_SHARE = 0.2
 
 LRU_PER_LAYER = "lru/layer"
 """As most engines do it: the slots divided evenly, one LRU per layer."""
+
+LRU_TAIL = "lru+tail"
+"""LRU for which only the last `TAIL_TOKENS` tokens of a batch count as uses."""
+
+NAMES = (*POLICIES, LRU_TAIL, LRU_PER_LAYER, "belady")
 
 
 # --- synthetic traces -------------------------------------------------------------------------------------------------
@@ -142,10 +147,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call as the cache sees it: its distinct experts, ascending, and how many tokens it moves the model on."""
+    """One call as the cache sees it.
+
+    Attributes:
+        keys: its distinct experts, ascending.
+        n_tokens: how many tokens it moves the model on.
+        tail: those of its experts that its last tokens use; None: all.
+    """
 
     keys: tuple[Key, ...]
     n_tokens: int
+    tail: frozenset[Key] | None = None
 
 
 def steps_of(calls: Iterable[Call]) -> list[Step]:
@@ -155,20 +167,23 @@ def steps_of(calls: Iterable[Call]) -> list[Step]:
     known: dict[Key, Key] = {}  # one tuple per expert instead of one per use
     for call in calls:
         first_layer = call.layer if first_layer is None else first_layer
-        keys = ((call.layer, expert) for expert in np.unique(call.ids).tolist())
-        steps.append(
-            Step(tuple(known.setdefault(key, key) for key in keys), len(call.ids) if call.layer == first_layer else 0)
-        )
+
+        def keys_of(ids: npt.NDArray[np.int32], layer: int = call.layer) -> Iterator[Key]:
+            return (known.setdefault((layer, e), (layer, e)) for e in np.unique(ids).tolist())
+
+        tail = frozenset(keys_of(call.ids[-TAIL_TOKENS:])) if len(call.ids) > TAIL_TOKENS else None
+        steps.append(Step(tuple(keys_of(call.ids)), len(call.ids) if call.layer == first_layer else 0, tail))
     return steps
 
 
-def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int = 0) -> Outcome:
+def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int = 0, tail: bool = False) -> Outcome:
     """Plays a trace against a cache of `n_slots` equal experts, with the pool's rules.
 
     A call's experts are protected while it runs. Where they don't all fit, those computed first make room for the rest.
 
     Args:
         warm_up: steps that are played and not counted.
+        tail: of a batch only the last tokens' experts count as used.
     """
     resident: set[Key] = set()
     hits = misses = n_tokens = 0
@@ -176,10 +191,10 @@ def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int 
         protected = set(step.keys)
         missing = []
         for key in step.keys:
-            if key in resident:
-                policy.touch(key)
-            else:
+            if key not in resident:
                 missing.append(key)
+            elif not tail or step.tail is None or key in step.tail:
+                policy.touch(key)
         if index >= warm_up:
             hits += len(step.keys) - len(missing)
             misses += len(missing)
@@ -191,7 +206,7 @@ def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int 
                     protected = {key}
                 else:
                     resident.discard(gone)
-            policy.insert(key)
+            policy.insert(key, cold=tail and step.tail is not None and key not in step.tail)
             resident.add(key)
     return Outcome(hits, misses, n_tokens)
 
@@ -267,8 +282,8 @@ def study(
             elif name == "lru+pin":
                 policy = PinnedLru(ranking[: int(pin_share * n_slots)])
             else:
-                policy = POLICIES[name]()
-            outcome = replay(steps, policy, n_slots, warm_up=n_warm)
+                policy = Lru() if name == LRU_TAIL else POLICIES[name]()
+            outcome = replay(steps, policy, n_slots, warm_up=n_warm, tail=name == LRU_TAIL)
         rows.append(Row(name, share, n_slots, outcome.hit_rate, outcome.misses_per_token))
         progress(f"{name} at {share:.0%}: {outcome.hit_rate:.3f} ({time.perf_counter() - started:.1f} s)")
     return rows
@@ -337,7 +352,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [*POLICIES, LRU_PER_LAYER, "belady"]
+    names = NAMES
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("trace", nargs="?", type=Path, help="a recorded trace; without it a synthetic one")
     p.add_argument("--synthetic", choices=SHAPES, default="flash", help="shape of the synthetic model")
@@ -377,7 +392,7 @@ def load(args: argparse.Namespace) -> tuple[TraceHeader, list[Call], int | None]
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     policies, shares = args.policies.split(","), [float(share) for share in args.budgets.split(",")]
-    unknown = set(policies) - {*POLICIES, LRU_PER_LAYER, "belady"}
+    unknown = set(policies) - set(NAMES)
     if unknown or not all(0 < share <= 1 for share in shares) or not 0 <= args.warm_up < 1:
         parser().error(f"unknown policy {', '.join(unknown)}" if unknown else "shares must lie between 0 and 1")
     try:

@@ -2,8 +2,8 @@
 
 A policy orders the keys that are resident; it knows nothing of bytes, slots, files or threads. Its owner tells it every change:
 
-    touch(key)      a resident key was used            insert(key)   a key became resident
-    victim(free)    the key to evict, or None          remove(key)   a key left for another reason (failed read, moved away)
+    touch(key)          a resident key was used        insert(key)   a key became resident
+    victim(evictable)   the key to evict, or None      remove(key)   a key left for another reason (failed read, moved away)
 
 `victim` is handed a predicate that excludes keys of the running call and reads under way; the key that it returns is no longer
 resident for the policy. All operations take constant time, except that `victim` steps over excluded keys (at most one layer's
@@ -26,6 +26,11 @@ Key = tuple[int, int]
 Evictable = Callable[[Key], bool]
 """False for keys that must stay: needed by the running call, or still being read."""
 
+TAIL_TOKENS = 16
+"""A long batch (a prompt) touches nearly every expert of every layer, and the last layers' would be all that recency keeps. With
+policies that go by recency alone it is better to count only what the batch's last tokens used as used: simulated on prompts of 256
+tokens with answers of 144, LRU at 30 % resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
+
 
 class Policy(Protocol):
     """Order of the resident keys. Not thread-safe: one caller."""
@@ -33,8 +38,13 @@ class Policy(Protocol):
     def touch(self, key: Key) -> None:
         """A resident key was used; unknown keys are an error of the caller (KeyError)."""
 
-    def insert(self, key: Key) -> None:
-        """A key that was not resident became so."""
+    def insert(self, key: Key, *, cold: bool = False) -> None:
+        """A key that was not resident became so.
+
+        Args:
+            cold: it was needed once and is no likelier than others to be needed again (see `TAIL_TOKENS`). Policies that tell
+                newcomers from regulars by themselves take no notice.
+        """
 
     def remove(self, key: Key) -> None:
         """A resident key is gone without having been a victim; nothing is remembered of it."""
@@ -56,9 +66,11 @@ class Lru:
         """See `Policy`."""
         self._order.move_to_end(key)
 
-    def insert(self, key: Key) -> None:
+    def insert(self, key: Key, *, cold: bool = False) -> None:
         """See `Policy`."""
         self._order[key] = None
+        if cold:
+            self._order.move_to_end(key, last=False)
 
     def remove(self, key: Key) -> None:
         """See `Policy`."""
@@ -106,9 +118,12 @@ class PinnedLru:
         """See `Policy`."""
         self._queue(key).move_to_end(key)
 
-    def insert(self, key: Key) -> None:
+    def insert(self, key: Key, *, cold: bool = False) -> None:
         """See `Policy`."""
-        self._queue(key)[key] = None
+        queue = self._queue(key)
+        queue[key] = None
+        if cold:
+            queue.move_to_end(key, last=False)
 
     def remove(self, key: Key) -> None:
         """See `Policy`."""
@@ -147,7 +162,7 @@ class Lfu:
         del self._buckets[count][key]
         self._place(key, count)
 
-    def insert(self, key: Key) -> None:
+    def insert(self, key: Key, *, cold: bool = False) -> None:
         """See `Policy`."""
         self._n_resident += 1
         self._place(key, self._counts[key])
@@ -210,7 +225,7 @@ class S3Fifo:
         """See `Policy`."""
         self._uses[key] = min(self._uses[key] + 1, self.MAX_USES)
 
-    def insert(self, key: Key) -> None:
+    def insert(self, key: Key, *, cold: bool = False) -> None:
         """See `Policy`."""
         self._uses[key] = 0
         if key in self._ghost:
@@ -293,7 +308,7 @@ class Belady:
         self._next[key] = uses[0] if uses else self.NEVER
         heapq.heappush(self._heap, (-self._next[key], key))
 
-    def insert(self, key: Key) -> None:
+    def insert(self, key: Key, *, cold: bool = False) -> None:
         """See `Policy`."""
         self.touch(key)
 

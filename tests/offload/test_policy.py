@@ -129,6 +129,24 @@ def test_batch_that_does_not_fit_goes_through_in_waves() -> None:
         assert outcome.n_tokens == 128
 
 
+def test_cold_newcomers_go_before_everything_that_was_used() -> None:
+    for policy in (Lru(), PinnedLru([(0, 7)])):
+        policy.insert((0, 1))
+        policy.insert((0, 2))
+        policy.insert((0, 3), cold=True)
+        policy.insert((0, 7), cold=True)
+        order = [policy.victim(ALWAYS) for _ in range(4)]
+        assert order.index((0, 3)) < order.index((0, 1)) < order.index((0, 2))
+
+
+def test_prompt_does_not_displace_what_answers_use_when_only_its_tail_counts() -> None:
+    answer = [Call(0, np.array([[e % 8]], np.int32)) for e in range(80)]
+    prompt = Call(0, np.array([[10 + e] for e in range(50)] + [[e % 8] for e in range(16)], np.int32))
+    played = sim.steps_of([*answer, prompt, *answer[:8]])
+    outcomes = [sim.replay(played, Lru(), 12, warm_up=81, tail=tail) for tail in (False, True)]
+    assert [outcome.misses for outcome in outcomes] == [8, 0]
+
+
 # --- the simulator's own parts ---
 
 

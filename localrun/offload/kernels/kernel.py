@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.offload.kernels import generic
 from localrun.offload.kernels.exact import exact_rows
 from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
@@ -25,6 +26,7 @@ class PackedMatrix:
 
     Attributes:
         raw_bytes, packed_bytes: size as ggml rows and as it lies in the slot (a multiple of 64 where it is interleaved).
+        arithmetic: for the kernel's name.
         interleaved: rearranged for vector code; else ggml rows as they are.
     """
 
@@ -32,6 +34,7 @@ class PackedMatrix:
     n_out: int
     n_in: int
     interleaved: bool
+    arithmetic: str
     raw_bytes: int
     packed_bytes: int
     panel: Panel
@@ -45,10 +48,24 @@ class PackedMatrix:
             format_ = FORMATS[type_]
             address = int(rows_function(type_).address)
             return cls(
-                type_, n_out, n_in, True, raw_bytes, format_.matrix_bytes(n_out, n_in), format_.panel, address, 0
+                type_,
+                n_out,
+                n_in,
+                True,
+                "avx512",
+                raw_bytes,
+                format_.matrix_bytes(n_out, n_in),
+                format_.panel,
+                address,
+                0,
+            )
+        if math == "int8" and generic.supports(type_):
+            address, extra = generic.generic_rows(type_)
+            return cls(
+                type_, n_out, n_in, False, "generic", raw_bytes, raw_bytes, generic.generic_panel(type_), address, extra
             )
         address, extra = exact_rows(type_)
-        return cls(type_, n_out, n_in, False, raw_bytes, raw_bytes, Panel(FLOAT32), address, extra)
+        return cls(type_, n_out, n_in, False, "f32", raw_bytes, raw_bytes, Panel(FLOAT32), address, extra)
 
     def pack(self, raw: int, target: int) -> None:
         """ggml rows at address `raw` -> packed form at `target`."""
@@ -77,7 +94,7 @@ class ExpertKernel:
             # Vector code reads aligned slots; raw rows must stay back to back.
             end += matrix.packed_bytes if self.raw_is_packed else -(-matrix.packed_bytes // 64) * 64
         self.slot_bytes = -(-end // 64) * 64
-        kinds = dict.fromkeys(f"{m.type.name.lower()}-{'avx512' if m.interleaved else 'f32'}" for m in self._matrices)
+        kinds = dict.fromkeys(f"{m.type.name.lower()}-{m.arithmetic}" for m in self._matrices)
         self.name = "+".join(kinds)
         views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]
         self.call = Call(views, limit=spec.limit, n_threads=n_threads)

@@ -119,7 +119,7 @@ def write_f32(source: Path, target: Path) -> None:
     write_safetensors(target / "model.safetensors", result)
 
 
-def stock_logits(path: Path, tokens: list[int], *, kv_type: str = "f32", n_threads: int = 2) -> Logits:
+def stock_logits(path: Path, tokens: list[int], *, kv_type: str = "f32", n_threads: int = 1) -> Logits:
     """Logits (T, n_vocab) that llama.cpp itself computes for a GGUF, all tokens in one batch.
 
     Args:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from gguf import GGMLQuantizationType
 
 from localrun.errors import CheckpointError
@@ -86,9 +87,11 @@ class CheckpointSource:
             )
         return layers
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        return self._plan.digest
+        # Not the plan's digest: that changes with the folder's name, which is in the metadata.
+        types = "".join(f"{name} {tensor.info.type.name}\n" for name, tensor in self._plan.tensors.items())
+        return xxhash.xxh3_128_hexdigest(f"{self._checkpoint.identity}\n{types}".encode())
 
     def gguf_header(self) -> bytes:
         return self._plan.header

@@ -78,7 +78,7 @@ def layer_table(phase: Phase) -> list[str]:
     """One line per layer of a phase."""
     lines = [
         f"{phase.kind} at {phase.context}, per layer",
-        f"{'layer':>5}{'calls':>8}{'hits':>8}{'read':>9}{'ahead':>7}{'bytes':>12}{'experts ms':>12}{'waiting ms':>12}",
+        f"{'layer':>5}{'calls':>8}{'hits':>8}{'missed':>9}{'ahead':>7}{'read':>12}{'experts ms':>12}{'waiting ms':>12}",
     ]
     for row in phase.layers:
         touched = row["hits"] + row["misses"]

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from localrun.errors import LocalrunError
 from localrun.offload.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, PinnedLru, Policy
 from localrun.offload.profile import RoutingProfile
+from localrun.offload.slots import ALIGNMENT, SlotTable
 from localrun.offload.trace import Call, Trace, TraceHeader, TraceRecorder
 
 SKEW = 0.48
@@ -48,7 +49,10 @@ LRU_PER_LAYER = "lru/layer"
 LRU_TAIL = "lru+tail"
 """LRU for which only the last `TAIL_TOKENS` tokens of a batch count as uses."""
 
-NAMES = (*POLICIES, LRU_TAIL, LRU_PER_LAYER, "belady")
+ENGINE = "engine"
+"""The engine's own slot table, arena and all, with slots of a page."""
+
+NAMES = (ENGINE, *POLICIES, LRU_TAIL, LRU_PER_LAYER, "belady")
 
 
 # --- synthetic traces -------------------------------------------------------------------------------------------------
@@ -211,6 +215,37 @@ def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int 
     return Outcome(hits, misses, n_tokens)
 
 
+def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, warm_up: int = 0) -> Outcome:
+    """As `replay`, through the code that the engine runs (`localrun.offload.slots`), whose invariants are checked at the end."""
+    n_layers, n_experts = max(header.layers) + 1, max(n for n, _ in header.layers.values())
+    table = SlotTable(n_slots * ALIGNMENT, n_layers, n_experts)
+    hits = misses = n_tokens = 0
+    for index, step in enumerate(steps):
+        found = [table.find(*key) for key in step.keys]
+        pinned = [slot for slot in found if slot is not None]
+        for slot in pinned:
+            table.pin(slot)
+        if index >= warm_up:
+            hits += len(pinned)
+            misses += len(step.keys) - len(pinned)
+            n_tokens += step.n_tokens
+        for key in (key for key, slot in zip(step.keys, found, strict=True) if slot is None):
+            new = table.reserve(*key, ALIGNMENT)
+            if new is None:  # what was computed makes room
+                while pinned:
+                    table.unpin(pinned.pop())
+                new = table.reserve(*key, ALIGNMENT)
+            assert new is not None
+            table.ready(new)
+            table.pin(new)
+            pinned.append(new)
+        for slot in pinned:
+            table.unpin(slot)
+    table.check()
+    table.close()
+    return Outcome(hits, misses, n_tokens)
+
+
 def replay_per_layer(steps: Sequence[Step], n_slots: int, *, warm_up: int = 0) -> Outcome:
     """As `replay`, the slots divided evenly among the layers, each with its own LRU."""
     of_layer: dict[int, list[Step]] = {}
@@ -275,6 +310,8 @@ def study(
         if name == LRU_PER_LAYER:
             n_slots = max(n_slots, floor * len(header.layers))
             outcome = replay_per_layer(steps, n_slots, warm_up=n_warm)
+        elif name == ENGINE:
+            outcome = replay_engine(steps, header, n_slots, warm_up=n_warm)
         else:
             policy: Policy
             if name == "belady":

@@ -166,6 +166,14 @@ def test_profile_learned_in_the_warm_up_helps_its_pinned_set() -> None:
     assert pinned.hit_rate > lru.hit_rate + 0.1
 
 
+def test_engines_own_slot_table_hits_what_the_simulated_lru_hits() -> None:
+    calls = sim.synthetic_calls(sim.Workload(3, 32, 4, n_tokens=200, topic_tokens=100, prompt_tokens=40), seed=2)
+    header = TraceHeader("x", dict.fromkeys(range(3), (32, 4)), 0.0)
+    table, lru = sim.study(calls, header, [sim.ENGINE, "lru"], [0.3], warm_up=0.2)
+    assert table.hit_rate == pytest.approx(lru.hit_rate, abs=0.02)  # order within a call differs
+    assert table.n_slots == lru.n_slots
+
+
 def test_prompts_and_topics_make_batches_of_the_right_size() -> None:
     work = sim.Workload(2, 16, 2, n_tokens=100, topic_tokens=50, prompt_tokens=30, chunk=20)
     calls = sim.synthetic_calls(work, seed=0)

@@ -75,7 +75,7 @@ class Packer:
 
     def __init__(self, conversations: Conversations, encoder: Tokenizer) -> None:
         self._conversations, self._encoder = conversations, encoder
-        self._waiting: list[tuple[list[int], list[float]]] = []
+        self._waiting: dict[int, list[tuple[list[int], list[float]]]] = {}
 
     def _encode(self, dialogue: Dialogue, prompt_weight: float) -> tuple[list[int], list[float]]:
         ids: list[int] = []
@@ -91,20 +91,13 @@ class Packer:
         """Token ids, document numbers and each token's weight as a target, `length` + 1 of each."""
         ids, documents, weights = [2] * (length + 1), [-1] * (length + 1), [0.0] * (length + 1)
         position, number = 0, 0
+        waiting = self._waiting.setdefault(length, [])
         while position <= length - 16:
-            while len(self._waiting) < 24:
-                n_parts = (
-                    random.Random(len(self._waiting)).randint(6, 18)
-                    if length > SHORT_ROW and len(self._waiting) < 6
-                    else None
-                )
-                document = self._encode(self._conversations.draw(n_parts), prompt_weight)
-                if len(document[0]) <= length:
-                    self._waiting.append(document)
-            i = self._choice(position, length)
+            self._refill(waiting, length, prompt_weight)
+            i = self._choice(waiting, position, length)
             if i < 0:
                 break
-            tokens, token_weights = self._waiting.pop(i)
+            tokens, token_weights = waiting.pop(i)
             start = self._start(position, tokens)
             stop = start + len(tokens)
             ids[start:stop], weights[start:stop] = tokens, token_weights
@@ -112,13 +105,19 @@ class Packer:
             position, number = stop, number + 1
         return ids, documents, weights
 
-    def _choice(self, position: int, length: int) -> int:
-        """Which waiting document comes next: the longest at the start of a row, then the first that fits; -1 if none."""
+    def _refill(self, waiting: list[tuple[list[int], list[float]]], length: int, prompt_weight: float) -> None:
+        """Keeps 24 documents of at most `length` tokens waiting; for long rows a quarter of them have many turns."""
+        while len(waiting) < 24:
+            n_parts = 6 + len(waiting) * 2 if length > SHORT_ROW and len(waiting) < 6 else None
+            document = self._encode(self._conversations.draw(n_parts), prompt_weight)
+            if len(document[0]) <= length:
+                waiting.append(document)
+
+    def _choice(self, waiting: list[tuple[list[int], list[float]]], position: int, length: int) -> int:
+        """Which waiting document comes next: a long one at the start of a row, then the first that fits; -1 if none."""
         if position == 0:
-            return max(range(len(self._waiting)), key=lambda k: (len(self._waiting[k][0]) >= 128, -k))
-        fits = (
-            k for k, (tokens, _) in enumerate(self._waiting) if self._start(position, tokens) + len(tokens) <= length
-        )
+            return max(range(len(waiting)), key=lambda k: (len(waiting[k][0]) >= 128, -k))
+        fits = (k for k, (tokens, _) in enumerate(waiting) if self._start(position, tokens) + len(tokens) <= length)
         return next(fits, -1)
 
     @staticmethod

@@ -25,7 +25,8 @@ SOUNDS = """dog barks|cat meows|cow moos|sheep bleats|horse neighs|pig oinks|duc
 owl hoots|mouse squeaks|frog croaks|wolf howls|rooster crows|bird sings|donkey brays|hen clucks|pigeon coos|goat bleats"""
 
 BABIES = """dog puppy|cat kitten|cow calf|horse foal|sheep lamb|pig piglet|goat kid|duck duckling|goose gosling|chicken chick
-bear cub|lion cub|deer fawn|kangaroo joey|frog tadpole|swan cygnet|owl owlet|eagle eaglet|seal pup|elephant calf|whale calf|rabbit bunny"""
+bear cub|lion cub|deer fawn|kangaroo joey|frog tadpole|swan cygnet
+owl owlet|eagle eaglet|seal pup|elephant calf|whale calf|rabbit bunny"""
 
 COLORS = """the sky=blue|grass=green|snow=white|blood=red|a banana=yellow|the sun=yellow|coal=black|a carrot=orange|milk=white
 a lemon=yellow|a leaf=green|a tomato=red|chocolate=brown|a strawberry=red|the sea=blue|an elephant=gray|a raven=black|gold=yellow

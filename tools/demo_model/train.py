@@ -260,7 +260,11 @@ def _work(
     source = BatchSource(known, novels, encoder, seed=1000 * int(step) + rank)
     worker = Worker(rank, shared, plan, source, folder)
     shared.barrier.wait()
-    worker.run()
+    try:
+        worker.run()
+    except BaseException:
+        shared.barrier.abort()  # the other process stops too, rather than waiting for ever
+        raise
 
 
 def train(

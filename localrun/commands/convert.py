@@ -77,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
     for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan)):
         out.note(line)
     if args.dry_run:
-        check_space(plan, args.target)
+        # The plan first: it is what was asked for, also where the disk turns out to be too small.
         if args.json:
             out.json(plan_as_json(plan))
+        needed = check_space(plan, args.target)
+        out.note(f"dry run: nothing written; the disk has room for the {format_size(needed)} that are needed")
         return 0
     try:
         result = write_plan(plan, args.target, jobs=jobs, progress=ProgressPrinter(out))

@@ -32,7 +32,7 @@ from localrun.offload.readahead import ReadAhead
 from localrun.offload.slots import SlotState
 from localrun.offload.store import ExpertStore
 from localrun.offload.telemetry import Telemetry
-from localrun.quant.source import PROJECTIONS, ModelSource
+from localrun.quant.source import PROJECTIONS, ModelSource, open_model
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class OffloadOptions:
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
         profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.
+        mirror: a second copy of the model on another drive, read in parallel.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 
@@ -65,6 +66,7 @@ class OffloadOptions:
     dense_on_device: bool = True
     probe: bool = False
     profile_folder: Path | None = None
+    mirror: Path | None = None
     progress: Callable[[int, int], None] | None = None
 
 
@@ -201,7 +203,14 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
         )
     kernels = _make_kernels(source, options)
     drive = probe_disk(source.files) if options.probe else DiskProfile()
-    store = ExpertStore(source, kernels, n_lanes=drive.lanes, piece_bytes=drive.piece_bytes, verify=options.verify)
+    store = ExpertStore(
+        source,
+        kernels,
+        n_lanes=drive.lanes * (2 if options.mirror else 1),
+        piece_bytes=drive.piece_bytes,
+        verify=options.verify,
+        mirror=_open_mirror(source, options.mirror) if options.mirror else None,
+    )
     try:
         n_used = _metadata_int(source, "expert_used_count")
         all_bytes = sum(
@@ -223,6 +232,18 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
         store.close()
         raise
     return pool, arena_bytes + store.staging_bytes
+
+
+def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
+    """The second copy, checked to be one."""
+    mirror = open_model(path)
+    if mirror.identity != source.identity or [f.stat().st_size for f in mirror.files] != [
+        f.stat().st_size for f in source.files
+    ]:
+        raise FormatError(
+            f"{path}: not a copy of {source.path}", hint="copy the model's directory again, or leave out the mirror"
+        )
+    return mirror
 
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, FfnKernel]:

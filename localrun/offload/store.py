@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import preadv
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +64,6 @@ class _Buffer:
 @dataclass(slots=True)
 class _Piece:
     ticket: Ticket
-    fd: int
     file: int
     offset: int
     target: memoryview
@@ -108,6 +108,8 @@ class ExpertStore:
         piece_bytes: largest single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
         verify: compare checksums on an expert's first read, where the source has them.
+        mirror: a second copy of the same model, best on another drive: pieces go to the copy with less under way, and to the other
+            one if a read fails.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class ExpertStore:
         source: ModelSource,
         packers: Mapping[int, Packer],
         *,
+        mirror: ModelSource | None = None,
         n_lanes: int = DEFAULT_LANES,
         piece_bytes: int = DEFAULT_PIECE_BYTES,
         n_buffers: int = 4,
@@ -130,11 +133,13 @@ class ExpertStore:
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
-        self._files = [_open(os.fspath(path)) for path in source.files]
+        copies = [source] if mirror is None else [source, mirror]
+        self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
+        self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         buffer_bytes = max((_staging_bytes(source.expert(layer, 0)) for layer in source.moe_layers), default=PAGE)
         # Decoded or unaligned experts are put together in a second buffer before they are packed.
-        copies = 1 if all(_reads_contiguously(source, layer) for layer in source.moe_layers) else 2
-        self.staging_bytes = n_buffers * buffer_bytes * copies
+        halves = 1 if all(_reads_contiguously(source, layer) for layer in source.moe_layers) else 2
+        self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
         self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
         self._lanes = [
@@ -146,7 +151,7 @@ class ExpertStore:
     @property
     def direct(self) -> bool:
         """True if all files are read past the page cache."""
-        return all(handle.direct for handle in self._files)
+        return all(handle.direct for copies in self._files for handle in copies)
 
     def submit(self, slot: Slot, *, ahead: bool = False) -> Ticket:
         """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
@@ -178,8 +183,9 @@ class ExpertStore:
             self._pieces.put(None)
         for lane in self._lanes:
             lane.join()
-        for handle in self._files:
-            os.close(handle.fd)
+        for copies in self._files:
+            for handle in copies:
+                os.close(handle.fd)
         self._files = []
 
     # -- lanes ---------------------------------------------------------------------------------------------------------
@@ -203,8 +209,7 @@ class ExpertStore:
         position = 0
         for projection in ticket.projections:
             for extent in projection.extents:
-                handle = self._files[extent.file]
-                grain = PAGE if handle.direct else 1
+                grain = PAGE if any(handle.direct for handle in self._files[extent.file]) else 1
                 start = extent.offset // grain * grain
                 end = -(-(extent.offset + extent.n_bytes) // grain) * grain
                 ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
@@ -212,7 +217,7 @@ class ExpertStore:
                     size = min(self._piece_bytes, end - at)
                     need = min(size, extent.offset + extent.n_bytes - at)
                     target = buffer.view[position + at - start : position + at - start + size]
-                    pieces.append(_Piece(ticket, handle.fd, extent.file, at, target, need))
+                    pieces.append(_Piece(ticket, extent.file, at, target, need))
                 position += -(-(end - start) // PAGE) * PAGE
         return pieces
 
@@ -231,23 +236,21 @@ class ExpertStore:
                 self._finish(ticket)
 
     def _read(self, piece: _Piece) -> None:
-        done = 0
-        while done < piece.need:
-            try:
-                n = preadv(piece.fd, [piece.target[done:]], piece.offset + done)
-            except OSError as error:
-                if error.errno == errno.EINTR:
-                    continue
-                raise StoreError(
-                    f"{self._source.files[piece.file]}: reading {len(piece.target)} bytes at {piece.offset}: {error.strerror}",
-                    hint="check the drive (dmesg) and run `localrun verify` on the model",
-                ) from error
-            if n == 0:
-                raise StoreError(
-                    f"{self._source.files[piece.file]}: ends before byte {piece.offset + piece.need}",
-                    hint="the file was cut off after it was opened; copy it again and run `localrun verify`",
-                )
-            done += n
+        """Reads a piece from the less busy copy, from the other one if that fails."""
+        copies = self._files[piece.file]
+        with self._lock:
+            first = min(range(len(copies)), key=self._under_way.__getitem__)
+            self._under_way[first] += piece.need
+        try:
+            _read_from(copies[first], piece)
+        except StoreError as error:
+            if len(copies) == 1:
+                raise
+            log.warning("%s; reading the other copy", error)
+            _read_from(copies[1 - first], piece)
+        finally:
+            with self._lock:
+                self._under_way[first] -= piece.need
 
     def _finish(self, ticket: Ticket) -> None:
         buffer = ticket._buffer
@@ -301,9 +304,30 @@ class ExpertStore:
 class _Handle:
     fd: int
     direct: bool
+    path: Path
 
 
-def _open(path: str) -> _Handle:
+def _read_from(handle: _Handle, piece: _Piece) -> None:
+    done = 0
+    while done < piece.need:
+        try:
+            n = preadv(handle.fd, [piece.target[done:]], piece.offset + done)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"{handle.path}: reading {len(piece.target)} bytes at {piece.offset}: {error.strerror}",
+                hint="check the drive (dmesg) and run `localrun verify` on the model",
+            ) from error
+        if n == 0:
+            raise StoreError(
+                f"{handle.path}: ends before byte {piece.offset + piece.need}",
+                hint="the file was cut off after it was opened; copy it again and run `localrun verify`",
+            )
+        done += n
+
+
+def _open(path: Path) -> _Handle:
     """Opens for reading with O_DIRECT if a real read through it works (tmpfs and some network file systems refuse)."""
     direct_flag = getattr(os, "O_DIRECT", 0)
     if direct_flag:
@@ -315,16 +339,16 @@ def _open(path: str) -> _Handle:
         else:
             try:
                 preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
-                return _Handle(fd, True)
+                return _Handle(fd, True, path)
             except OSError:
                 os.close(fd)
     try:
-        return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), False)
+        return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), False, path)
     except OSError as error:
         raise _open_error(path, error) from error
 
 
-def _open_error(path: str, error: OSError) -> StoreError:
+def _open_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
 
 

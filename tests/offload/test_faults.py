@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localrun.errors import ChecksumError, StoreError
+from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload import store as store_module
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.slots import SlotState
@@ -113,3 +113,37 @@ def test_missing_file_is_reported_at_load(tmp_path: Path) -> None:
     source.files[0].unlink()
     with pytest.raises(StoreError, match="No such file"):
         open_offloaded(source, OffloadOptions(n_threads=2))
+
+
+def test_mirror_gives_the_same_answers_and_takes_over_when_a_copy_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    path = write_model(tmp_path / "a")
+    copy = tmp_path / "b" / path.name
+    copy.write_bytes(path.read_bytes())
+    source = open_model(path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = logits(model)
+    used: set[str] = set()
+
+    def noting(fd: int, buffers: list[Any], offset: int) -> int:
+        used.add(os.readlink(f"/proc/self/fd/{fd}"))
+        return os.preadv(fd, buffers, offset)
+
+    with open_offloaded(source, OffloadOptions(n_threads=2, mirror=copy)) as model, monkeypatch.context() as patch:
+        patch.setattr(store_module, "preadv", noting)
+        np.testing.assert_array_equal(logits(model), expected)
+    assert used == {str(path), str(copy)}
+    with open_offloaded(source, OffloadOptions(n_threads=2, mirror=copy)) as model:
+        os.truncate(copy, 4096)
+        np.testing.assert_array_equal(logits(model), expected)
+
+
+def test_mirror_of_another_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    other = write_model(tmp_path / "b", seed=9)
+    with pytest.raises(FormatError, match="not a copy"):
+        open_offloaded(open_model(write_model(tmp_path / "a")), OffloadOptions(n_threads=2, mirror=other))

@@ -21,7 +21,7 @@ from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
 from localrun.tui.widgets.status_bar import time_left
 
-DRAW_INTERVAL_S = 0.1
+DRAW_INTERVAL_S = 0.15
 SAVE_INTERVAL_S = 1.0
 
 _BAR_CELLS = 10
@@ -102,7 +102,7 @@ class Answering:
         await self._chat.sync(self._entry, thinking_live=answer.is_thinking)
         view = self._chat.view(answer.message.id)
         if view is not None:
-            view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
+            await view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
         if ended:
             await self._ended(answer)
         return bool(events)

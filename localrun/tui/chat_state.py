@@ -264,7 +264,7 @@ class ChatState(Screen[None]):
         self.answering.start(entry, command)
         await self.chat.append(entry)
         if (view := self.chat.view(message.id)) is not None:
-            view.show_progress("waiting for the model…")
+            await view.show_progress("waiting for the model…")
         self.show_header()
         self.show_conversations()
 

@@ -21,10 +21,10 @@ from textual.widgets import Static
 from localrun.engine.conversations import Message
 from localrun.tui.widgets.message_view import Entry, MessageView
 
-MARGIN_PAGES = 2
+MARGIN_PAGES = 1.5
 """Pages above and below the viewport that are kept as widgets."""
 
-MIN_MARGIN_ROWS = 40
+MIN_MARGIN_ROWS = 30
 
 
 class Spacer(Static):
@@ -176,7 +176,7 @@ class ChatView(VerticalScroll, can_focus=False):
         return max(self.size.height, 10)
 
     def _margin(self) -> int:
-        return max(MARGIN_PAGES * self._page(), MIN_MARGIN_ROWS)
+        return max(round(MARGIN_PAGES * self._page()), MIN_MARGIN_ROWS)
 
     def _reach_up(self, index: int, rows: int) -> int:
         while index > 0 and rows > 0:

@@ -85,7 +85,9 @@ class ExpertMap(ScrollView, can_focus=True):
             parsed = Color.parse(value)
         except ColorParseError:  # "auto" and the like
             return self.rich_style
-        solid = parsed if parsed.a == 1 or parsed.ansi is not None else self.background_colors[1].blend(parsed, parsed.a)
+        solid = (
+            parsed if parsed.a == 1 or parsed.ansi is not None else self.background_colors[1].blend(parsed, parsed.a)
+        )
         return self.rich_style + Style(color=solid.rich_color)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from markdown_it import MarkdownIt
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -20,6 +19,7 @@ from localrun.engine.conversations import Message
 from localrun.textsafe import visible, visible_line
 from localrun.tui.commands import message_bindings
 from localrun.tui.messages import MessageAction
+from localrun.tui.widgets.lean_markdown import LeanMarkdown, markdown_parser
 from localrun.tui.widgets.thinking import ThinkingBlock
 from localrun.units import format_duration
 
@@ -30,11 +30,6 @@ _ENDINGS = {
     "failed": "cut off: the engine failed",
     "writing": "not finished",
 }
-
-
-def markdown_parser() -> MarkdownIt:
-    """HTML is text for us: Textual would drop it, and answers about HTML are full of it."""
-    return MarkdownIt("gfm-like", {"html": False})
 
 
 def code_blocks(markdown: str) -> list[str]:
@@ -93,17 +88,11 @@ class MessageView(Vertical, can_focus=True):
         if message.role != "assistant":
             yield Static(Content(self._written), classes="message-text")
             return
-        thinking = ThinkingBlock(message.reasoning, message.details.get("thinking_s"))
-        thinking.display = bool(message.reasoning)
-        yield thinking
-        yield Static("", classes="message-progress")
-        yield Markdown(self._written, parser_factory=markdown_parser, open_links=False)
-        yield Static(self._ending(), classes="message-ending")
-
-    def on_mount(self) -> None:
-        if self.entry.message.role == "assistant":
-            self.query_one(".message-progress").display = False
-            self.query_one(".message-ending").display = bool(self._ending())
+        if message.reasoning:
+            yield ThinkingBlock(message.reasoning, message.details.get("thinking_s"))
+        yield LeanMarkdown(self._written)
+        if ending := self._ending():
+            yield Static(ending, classes="message-ending")
 
     async def sync(self, entry: Entry, thinking_live: bool = False) -> None:
         """Shows the entry's present state. Its text may only have grown."""
@@ -114,33 +103,49 @@ class MessageView(Vertical, can_focus=True):
         self.query_one(".message-header", Static).update(self._header())
         if message.role != "assistant":
             return
-        thinking = self.query_one(ThinkingBlock)
-        thinking.display = bool(message.reasoning)
-        thinking.show(message.reasoning, message.details.get("thinking_s"), live=thinking_live)
+        if message.reasoning:
+            await self._show_thinking(thinking_live)
         await self._write(visible(message.content))
-        ending = self.query_one(".message-ending", Static)
-        text = self._ending()
-        ending.display = bool(text)
-        ending.update(text)
+        await self._show_line("message-ending", self._ending())
         if not entry.live and self._stream is not None:
             stream, self._stream = self._stream, None
             await stream.stop()
 
-    def show_progress(self, text: str) -> None:
+    async def show_progress(self, text: str) -> None:
         """A line in place of an answer that has not begun; empty: none."""
-        if self.is_mounted and self.entry.message.role == "assistant":
-            line = self.query_one(".message-progress", Static)
-            line.display = bool(text)
-            line.update(Content(text))
+        if self.is_mounted and self.children:
+            await self._show_line("message-progress", Content(text))
 
     def toggle_thinking(self) -> None:
-        if self.entry.message.reasoning:
-            self.query_one(ThinkingBlock).toggle()
+        for block in self.query(ThinkingBlock):
+            block.toggle()
+
+    async def _show_thinking(self, live: bool) -> None:
+        message = self.entry.message
+        seconds = message.details.get("thinking_s")
+        blocks = self.query(ThinkingBlock)
+        if blocks:
+            blocks.first().show(message.reasoning, seconds, live=live)
+        else:
+            block = ThinkingBlock(message.reasoning, seconds, live=live)
+            await self.mount(block, before=self.query_one(LeanMarkdown))
+
+    async def _show_line(self, name: str, text: Content) -> None:
+        """A line below the text, there only while it says something: widgets that are not there cost nothing."""
+        lines = self.query_children(f".{name}").results(Static)
+        line = next(iter(lines), None)
+        if line is None:
+            if text:
+                await self.mount(Static(text, classes=name))
+        elif text:
+            line.update(text)
+        else:
+            await line.remove()
 
     async def _write(self, text: str) -> None:
         if text == self._written:
             return
-        markdown = self.query_one(Markdown)
+        markdown = self.query_one(LeanMarkdown)
         if not text.startswith(self._written):
             self._written = text
             await markdown.update(text)

@@ -25,11 +25,11 @@ class ThinkingHeader(Static):
 class ThinkingBlock(Vertical):
     """Reasoning of one answer. Plain text: it is no Markdown document, and it can be very long."""
 
-    def __init__(self, text: str, seconds: float | None) -> None:
+    def __init__(self, text: str, seconds: float | None, *, live: bool = False) -> None:
         super().__init__()
         self._text = visible(text)
         self._seconds = seconds
-        self._live = False
+        self._live = live
         self.folded = True
 
     def compose(self) -> ComposeResult:

@@ -1,0 +1,63 @@
+"""The interface with a real engine process: a tiny random model that understands text, and a kill in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from localrun.engine.protocol import EngineOptions
+from localrun.tui.app import Launch, LocalrunApp
+from localrun.tui.options import ChatOptions
+from tests.engine.models import write_chat_model
+from tests.tui.fake_engine import FakeEngine
+from tests.tui.support import Talk
+
+PATIENT_S = 120.0
+"""A first load may have to compile kernels."""
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model") / "chat.gguf")
+
+
+async def test_a_real_engine_answers_is_killed_and_answers_again(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCALRUN_CACHE_DIR")  # compiled kernels are in the user's cache
+    monkeypatch.setattr("tests.tui.support.PATIENCE_S", PATIENT_S)
+    launch = Launch(model=chat_model, options=EngineOptions(n_ctx=1024), chat=replace(ChatOptions(), max_tokens=12))
+    app = LocalrunApp(launch, store_path=tmp_path / "c.sqlite3")
+    async with app.run_test(size=(100, 30)) as pilot:
+        talk = Talk(app, pilot, FakeEngine(lambda error: None))
+        await talk.until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.facts)
+        await talk.ask("Hello")
+        assert talk.errors == []
+        answer = talk.screen.chat.entries[-1].message
+        assert answer.state in ("length", "complete")
+        assert answer.details["timings"]["new_tokens"] > 0
+        assert talk.screen.status().hit_rate is None or 0 <= talk.screen.status().hit_rate <= 1  # type: ignore[operator]
+
+        talk.screen.set_options(replace(talk.screen.options, max_tokens=None))
+        await talk.type("Go on for long")
+        await talk.until(lambda: talk.screen.answering.answer and talk.screen.answering.answer.n_tokens > 3)
+        pid = talk.screen.link.engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await talk.until(lambda: talk.errors and not talk.screen.answering.running)
+        assert "SIGKILL" in talk.errors[0]
+        partial = talk.screen.chat.entries[-1].message
+        assert partial.state == "failed"
+        assert partial.content
+
+        await talk.until(lambda: talk.screen.facts is not None)
+        talk.screen.set_options(replace(talk.screen.options, max_tokens=8))
+        await talk.ask("And now?")
+        assert talk.screen.chat.entries[-1].message.state in ("length", "complete")
+        engine = talk.screen.link.engine
+        assert engine.count_tokens("Hello there") > 0
+    assert not engine.alive

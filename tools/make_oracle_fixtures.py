@@ -244,7 +244,7 @@ def randomize(model: Any, f: Fixture, rng: torch.Generator) -> None:
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if "inv_freq" in name:
             continue
-        noise = torch.randn(p.shape, generator=rng) if p.is_floating_point() else None
+        noise: Any = torch.randn(p.shape, generator=rng) if p.is_floating_point() else None
         if name.endswith("tid2eid"):
             for row in p:
                 row.copy_(torch.randperm(f.experts, generator=rng)[: f.used])

@@ -93,12 +93,15 @@ class DirectReader:
         self._direct: int | None = None
         try:
             self._plain = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._direct = _open_direct(path, os.O_RDONLY)
         except OSError as e:
             raise StoreError(f"{path}: can't be opened: {e.strerror}") from e
-        if os.fstat(self._plain).st_size != size:
+        try:
+            self._direct = _open_direct(path, os.O_RDONLY)
+            if os.fstat(self._plain).st_size != size:
+                raise StoreError(f"{path}: size has changed since it was checked", hint="start again")
+        except BaseException:
             self.close()
-            raise StoreError(f"{path}: size has changed since it was checked", hint="start again")
+            raise
 
     def read(self, offset: int, n_bytes: int, buffer: AlignedBuffer) -> npt.NDArray[np.uint8]:
         """Reads a range; the result is a view into `buffer`.
@@ -159,8 +162,12 @@ class DirectWriter:
         self._direct: int | None = None
         with _write_errors(path):
             self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._direct = _open_direct(path, os.O_WRONLY)
-            self._reserve(size)
+            try:
+                self._direct = _open_direct(path, os.O_WRONLY)
+                self._reserve(size)
+            except BaseException:
+                self.close()
+                raise
 
     def _reserve(self, size: int) -> None:
         # Not os.posix_fallocate: where the file system can't reserve, it writes a byte into every block instead.

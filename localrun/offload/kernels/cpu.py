@@ -1,7 +1,7 @@
 """Which kernels this processor can run.
 
-`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions) or `avx512`; asking for more than the processor
-has is an error.
+`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions), `avx2` or `avx512` (with VNNI). Asking for more
+than the processor has is an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ class Level(Enum):
     """Instruction sets with kernels of their own, best last."""
 
     GENERIC = "generic"
+    AVX2 = "avx2"
     AVX512 = "avx512"
 
 
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
+_NEEDS = {
+    Level.GENERIC: set[str](),
+    Level.AVX2: {"avx2", "fma", "f16c"},
+    Level.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"},
+}
 
 
 @functools.cache
@@ -37,13 +42,15 @@ def level() -> Level:
     Raises:
         UsageError: `LOCALRUN_KERNELS` names no level, or one that the processor lacks.
     """
-    best = Level.AVX512 if features() >= _AVX512 else Level.GENERIC
+    runnable = [known for known in Level if features() >= _NEEDS[known]]
     asked = os.environ.get("LOCALRUN_KERNELS")
     if not asked:
-        return best
-    names = [known.value for known in Level]
-    if asked not in names:
-        raise UsageError(f"LOCALRUN_KERNELS={asked} is not a kernel level", hint=f"one of {', '.join(names)}")
-    if names.index(asked) > names.index(best.value):
+        return runnable[-1]
+    if asked not in [known.value for known in Level]:
+        raise UsageError(
+            f"LOCALRUN_KERNELS={asked} is not a kernel level",
+            hint=f"one of {', '.join(known.value for known in Level)}",
+        )
+    if Level(asked) not in runnable:
         raise UsageError(f"this processor can't run LOCALRUN_KERNELS={asked}", hint="unset it")
     return Level(asked)

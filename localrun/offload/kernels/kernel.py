@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels import generic
+from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.exact import exact_rows
 from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
@@ -52,7 +53,7 @@ class PackedMatrix:
                 n_out,
                 n_in,
                 True,
-                "avx512",
+                level().value,
                 raw_bytes,
                 format_.matrix_bytes(n_out, n_in),
                 format_.panel,

@@ -2,7 +2,8 @@
 
 Lane r of a 32-bit vector belongs to weight row r of a group of 16 rows; in a byte vector, bytes 4r to 4r + 3 hold four
 consecutive elements of row r. Python runs once per compilation: loops and lists here unroll code, `Simd.loop` emits a loop.
-Instructions are AVX-512 (F, BW, VL, VNNI; VBMI and GFNI for the grid formats).
+`Simd` is plain LLVM, which any processor runs; `Avx2` and `Avx512` add what formats need beyond it. AVX2 works on both halves
+of a vector in turn.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+
+from localrun.offload.kernels.cpu import Level
 
 I8, I16, I32, I64, F16, F32 = (
     ir.IntType(8),
@@ -149,46 +152,51 @@ class Simd:
         shifted = self.shift_right(ints, 8 * byte)
         return shifted if byte == 3 and bits == 8 else self.mask(shifted, (1 << bits) - 1)
 
-    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any) -> Any:
-        """total + four products per lane, exact in 32 bits (VNNI vpdpbusd)."""
-        return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
+    def madd(self, a: Any, b: Any) -> Any:
+        """Sums of neighbouring products of signed 16-bit values, 32 bits wide."""
+        parts = []
+        for odd in range(2):
+            lanes = ir.Constant(ir.VectorType(I32, 16), list(range(odd, 32, 2)))
+            parts.append([self.b.sext(self.b.shuffle_vector(v, v, lanes), INTS) for v in (a, b)])
+        return self.b.add(self.b.mul(*parts[0]), self.b.mul(*parts[1]))
+
+    # What formats need and plain LLVM has no good way for; see the classes below.
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
+        """total + four products per lane, exact in 32 bits; small: weights are below 128."""
+        raise NotImplementedError
 
     def dot_words(self, total: Any, a: Any, b: Any) -> Any:
-        """total + two products of signed 16-bit values per lane (VNNI vpdpwssd)."""
-        return self.call(
-            "llvm.x86.avx512.vpdpwssd.512", INTS, total, self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
-        )
+        """total + two products of signed 16-bit values per lane."""
+        raise NotImplementedError
 
     def lookup16(self, table: Any, indices: Any) -> Any:
-        """Per byte: `table[index & 15]` within each 128-bit lane; index bit 7 gives 0 (vpshufb)."""
-        return self.call("llvm.x86.avx512.pshuf.b.512", BYTES, table, indices)
+        """Per byte: `table[index]` within each 128-bit lane, index 0..15."""
+        raise NotImplementedError
 
     def lookup64(self, table: Any, indices: Any) -> Any:
-        """Per byte: `table[index & 63]` (VBMI vpermb)."""
-        return self.call("llvm.x86.avx512.permvar.qi.512", BYTES, table, indices)
+        """Per byte: `table[index & 63]`."""
+        raise NotImplementedError
 
     def lookup128(self, low: Any, indices: Any, high: Any) -> Any:
-        """Per byte: entry `index & 127` of the 128 bytes low|high (VBMI vpermi2b)."""
-        return self.call("llvm.x86.avx512.vpermi2var.qi.512", BYTES, low, indices, high)
+        """Per byte: entry `index & 127` of the 128 bytes low|high."""
+        raise NotImplementedError
 
     def bits_at(self, offsets: Any, source: Any) -> Any:
-        """Per byte: eight bits of its 64-bit lane of `source`, starting at bit `offset & 63`, wrapping (VBMI vpmultishiftqb)."""
-        return self.call("llvm.x86.avx512.pmultishift.qb.512", BYTES, offsets, source)
+        """Per byte: eight bits of its 64-bit lane of `source`, starting at bit `offset & 63`, wrapping."""
+        raise NotImplementedError
 
     def affine(self, source: Any, matrix: Any) -> Any:
-        """Per byte: an 8x8 bit matrix times the byte, over GF(2) (GFNI)."""
-        return self.call("llvm.x86.vgf2p8affineqb.512", BYTES, source, matrix, I8(0))
+        """Per byte: an 8x8 bit matrix times the byte, over GF(2)."""
+        raise NotImplementedError
 
     def choose(self, mask: int, a: Any, b: Any) -> Any:
-        """Per byte: the bits of `mask` from a, the others from b (one vpternlogd; LLVM makes two instructions of and/or)."""
-        return self.as_bytes(self._ternary(self.bytes([mask]), a, b, 0xCA))
-
-    def _ternary(self, a: Any, b: Any, c: Any, truth: int) -> Any:
-        return self.call("llvm.x86.avx512.pternlog.d.512", INTS, *(self.as_ints(v) for v in (a, b, c)), I32(truth))
+        """Per byte: the bits of `mask` from a, the others from b."""
+        return self.b.or_(self.b.and_(a, self.bytes([mask])), self.b.and_(b, self.bytes([~mask])))
 
     def and_or(self, a: Any, b: Any, c: Any) -> Any:
-        """a & b | c, in one instruction."""
-        return self._ternary(a, b, c, 0xEA)
+        """a & b | c."""
+        return self.b.or_(self.b.and_(a, b), c)
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         module = self.b.module
@@ -220,3 +228,85 @@ class Simd:
         b.cbranch(b.icmp_signed("<", following, count), head, after)
         b.position_at_end(after)
         return results
+
+
+class Avx512(Simd):
+    """AVX-512 F, BW, VL, DQ and VNNI; the methods for grids need VBMI and GFNI too."""
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
+        return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
+
+    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
+        return self.call(
+            "llvm.x86.avx512.vpdpwssd.512", INTS, total, self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
+        )
+
+    def lookup16(self, table: Any, indices: Any) -> Any:
+        return self.call("llvm.x86.avx512.pshuf.b.512", BYTES, table, indices)
+
+    def lookup64(self, table: Any, indices: Any) -> Any:
+        return self.call("llvm.x86.avx512.permvar.qi.512", BYTES, table, indices)
+
+    def lookup128(self, low: Any, indices: Any, high: Any) -> Any:
+        return self.call("llvm.x86.avx512.vpermi2var.qi.512", BYTES, low, indices, high)
+
+    def bits_at(self, offsets: Any, source: Any) -> Any:
+        return self.call("llvm.x86.avx512.pmultishift.qb.512", BYTES, offsets, source)
+
+    def affine(self, source: Any, matrix: Any) -> Any:
+        return self.call("llvm.x86.vgf2p8affineqb.512", BYTES, source, matrix, I8(0))
+
+    def choose(self, mask: int, a: Any, b: Any) -> Any:
+        return self.as_bytes(self._ternary(self.bytes([mask]), a, b, 0xCA))
+
+    def _ternary(self, a: Any, b: Any, c: Any, truth: int) -> Any:
+        return self.call("llvm.x86.avx512.pternlog.d.512", INTS, *(self.as_ints(v) for v in (a, b, c)), I32(truth))
+
+    def and_or(self, a: Any, b: Any, c: Any) -> Any:
+        return self._ternary(a, b, c, 0xEA)
+
+
+class Avx2(Simd):
+    """AVX2; methods that only 512-bit code uses are missing."""
+
+    def _halves_of(self, vector: Any) -> list[Any]:
+        n = vector.type.count // 2
+        return [
+            self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))))
+            for first in (0, n)
+        ]
+
+    def _both(self, name: str, element: Any, *vectors: Any) -> Any:
+        """A 256-bit instruction on both halves."""
+        result = ir.VectorType(element, 256 // element.width)
+        low, high = (self.call(name, result, *halves) for halves in zip(*map(self._halves_of, vectors), strict=True))
+        lanes = ir.Constant(ir.VectorType(I32, 2 * result.count), list(range(2 * result.count)))
+        return self.b.shuffle_vector(low, high, lanes)
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
+        """total + four products per lane; small: weights are below 128, so that sums of two products fit 16 bits."""
+        if small:
+            pairs = self._both("llvm.x86.avx2.pmadd.ub.sw", I16, unsigned_bytes, signed_bytes)
+            return self.b.add(total, self._both("llvm.x86.avx2.pmadd.wd", I32, pairs, self.words(1)))
+        weights, values, eight = (
+            self.b.bitcast(unsigned_bytes, WORDS),
+            self.b.bitcast(signed_bytes, WORDS),
+            self.words(8),
+        )
+        even = self.madd(self.b.and_(weights, self.words(255)), self.b.ashr(self.b.shl(values, eight), eight))
+        return self.b.add(self.b.add(total, even), self.madd(self.b.lshr(weights, eight), self.b.ashr(values, eight)))
+
+    def madd(self, a: Any, b: Any) -> Any:
+        return self._both("llvm.x86.avx2.pmadd.wd", I32, a, b)
+
+    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
+        """total + two products of signed 16-bit values per lane."""
+        return self.b.add(total, self.madd(self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)))
+
+    def lookup16(self, table: Any, indices: Any) -> Any:
+        """Per byte: `table[index & 15]` within each 128-bit lane."""
+        return self._both("llvm.x86.avx2.pshuf.b", I8, table, indices)
+
+
+def simd_for(level: Level, builder: Any) -> Simd:
+    return {Level.GENERIC: Simd, Level.AVX2: Avx2, Level.AVX512: Avx512}[level](builder)

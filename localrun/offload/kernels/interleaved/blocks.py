@@ -32,7 +32,7 @@ def _mxfp4(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list
 
 
 def _iq4_nl(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    return add_block(s, _lookup(s, body, IQ4_NL, 127), s.halves(meta, 0), tile, totals)
+    return add_block(s, _lookup(s, body, IQ4_NL, 127), s.halves(meta, 0), tile, totals, small=False)
 
 
 def _q4_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
@@ -41,7 +41,7 @@ def _q4_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
 
 
 def _q8_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    return add_block(s, [s.load(body, 64 * i, BYTES) for i in range(8)], s.halves(meta, 0), tile, totals)
+    return add_block(s, [s.load(body, 64 * i, BYTES) for i in range(8)], s.halves(meta, 0), tile, totals, small=False)
 
 
 def _half_scaled(type_: GGMLQuantizationType, n_quads: int, offset: int, step: Step, change: int = 0) -> Format:

@@ -19,6 +19,8 @@ _GRID_FEATURES: Final = {"avx512vbmi", "gfni"}
 
 def runnable(type_: GGMLQuantizationType) -> bool:
     """Whether this processor has the instructions for the type's format."""
-    if type_ not in FORMATS or level() != Level.AVX512:
+    if type_ not in FORMATS or level() == Level.GENERIC:
         return False
-    return FORMATS[type_] not in grids.FORMATS or features() >= _GRID_FEATURES
+    if FORMATS[type_] in grids.FORMATS:
+        return level() == Level.AVX512 and features() >= _GRID_FEATURES
+    return True

@@ -123,7 +123,7 @@ def _quads(s: Simd, tile: Tile, half: Any, sixteen: Any) -> Any:
     return s.b.gep(tile.record, [s.b.add(s.b.mul(half, I64(128)), s.b.mul(sixteen, I64(16)))])
 
 
-def _add_scaled_bytes(s: Simd, tile: Tile, starts: list[Any], weights_of: WeightsOf) -> list[Any]:
+def _add_scaled_bytes(s: Simd, tile: Tile, starts: list[Any], weights_of: WeightsOf, *, small: bool) -> list[Any]:
     """Many tokens: per token the sum over a super-block."""
     n_tokens = len(starts)
     n_chains = _n_chains(n_tokens)
@@ -136,7 +136,7 @@ def _add_scaled_bytes(s: Simd, tile: Tile, starts: list[Any], weights_of: Weight
             for t in range(n_tokens):
                 for k, weight in enumerate(weights):
                     chain = k % n_chains * n_tokens + t
-                    products[chain] = s.dot(products[chain], weight, tile.quad(t, shift * 8 + k, quads))
+                    products[chain] = s.dot(products[chain], weight, tile.quad(t, shift * 8 + k, quads), small=small)
         return products
 
     return _join(s, s.loop(I64(4), starts + [s.ints(0)] * (n_tokens * (n_chains - 1)), quarter), n_tokens)
@@ -185,7 +185,7 @@ def _sums_times(s: Simd, factors: list[Any], tile: Tile, n_tokens: int) -> list[
 def _q2_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
     d, dmin = s.halves(meta, 0), s.halves(meta, 32)
     packed = [s.load(meta, 64 + 64 * i, INTS) for i in range(4)]
-    products = _add_scaled_bytes(s, tile, [s.ints(0)] * len(totals), _q2_scaled(s, packed, body))
+    products = _add_scaled_bytes(s, tile, [s.ints(0)] * len(totals), _q2_scaled(s, packed, body), small=True)
     totals = _add_super(s, products, d, tile, totals)
     minima = [s.mask(s.shift_right(v, shift), 0x000F000F) for v in packed for shift in (4, 12)]
     return _add_super(s, _sums_times(s, minima, tile, len(totals)), s.b.fneg(dmin), tile, totals)
@@ -222,7 +222,7 @@ def _q3_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
         products = _q3_few(s, scales, body, tile, len(totals))
     else:
         starts = [tile.start(t) for t in range(len(totals))]
-        products = _add_scaled_bytes(s, tile, starts, _q3_scaled(s, scales, body))
+        products = _add_scaled_bytes(s, tile, starts, _q3_scaled(s, scales, body), small=False)
     return _add_super(s, products, d, tile, totals)
 
 
@@ -352,7 +352,7 @@ def _iq4_xs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> lis
         source = s.at(body, i, 256)
         first, second = nibbles(s, [s.load(source, 64 * k, INTS) for k in range(4)])
         weights = [s.lookup16(table, v) for v in first + second]
-        return add_block(s, weights, s.load(s.at(stack, i, 64), 0, FLOATS), tile.next(i), totals)
+        return add_block(s, weights, s.load(s.at(stack, i, 64), 0, FLOATS), tile.next(i), totals, small=False)
 
     return s.loop(I64(8), totals, block_of)
 

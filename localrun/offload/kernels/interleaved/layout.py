@@ -72,46 +72,61 @@ class Format:
 
 
 class Tile:
-    """A record of the activation panel (layout in `panels`), seen from the code emitter: what to broadcast for token t."""
+    """Some tokens' part of a panel record (layout in `panels`), seen from the code emitter: what to broadcast for token t.
 
-    def __init__(self, simd: Simd, record: Any, n_tokens: int, kind: int) -> None:
-        self.s, self.record, self.n_tokens, self.kind = simd, record, n_tokens, kind
+    Args:
+        record: pointer to the record.
+        n_tokens: tokens that the panel's records hold.
+        first: which of them is token 0 here, a run-time value; None if all are in work.
+    """
+
+    def __init__(self, simd: Simd, record: Any, n_tokens: int, kind: int, first: Any = None) -> None:
+        self.s, self.record, self.n_tokens, self.kind, self.first = simd, record, n_tokens, kind, first
         self.values = {BLOCK32: 32, SUPER256: 256, FLOAT32: 128}[kind]  # bytes per token
         self.record_bytes = {BLOCK32: 40, SUPER256: 296, FLOAT32: 128}[kind] * n_tokens
 
     def next(self, index: Any) -> Tile:
         """The record `index` further on (a run-time value)."""
-        return Tile(self.s, self.s.at(self.record, index, self.record_bytes), self.n_tokens, self.kind)
+        return Tile(self.s, self.s.at(self.record, index, self.record_bytes), self.n_tokens, self.kind, self.first)
+
+    def _from(self, token_bytes: int, base: Any = None) -> Any:
+        base = self.record if base is None else base
+        return base if self.first is None else self.s.at(base, self.first, token_bytes)
 
     def quad(self, token: int, quad: int, base: Any = None) -> Any:
         """Four activations in all lanes; `base` replaces the record's start."""
-        return self.s.splat_dword(self.record if base is None else base, token * self.values + quad * 4)
+        return self.s.splat_dword(self._from(self.values, base), token * self.values + quad * 4)
 
     def f32(self, token: int, index: int) -> Any:
-        return self.s.splat_f32(self.record, token * self.values + index * 4)
+        return self.s.splat_f32(self._from(self.values), token * self.values + index * 4)
 
     def scale(self, token: int) -> Any:
-        return self.s.splat_f32(self.record, self.n_tokens * self.values + token * 4)
+        return self.s.splat_f32(self._from(4), self.n_tokens * self.values + token * 4)
 
     def start(self, token: int) -> Any:
-        return self.s.splat_i32(self.record, self.n_tokens * (self.values + 4) + token * 4)
+        return self.s.splat_i32(self._from(4), self.n_tokens * (self.values + 4) + token * 4)
 
     def sum(self, token: int) -> Any:
-        return self.s.splat_f32(self.record, self.n_tokens * (self.values + 4) + token * 4)
+        return self.s.splat_f32(self._from(4), self.n_tokens * (self.values + 4) + token * 4)
 
     def sums16(self, token: int, pair: int) -> Any:
-        return self.s.splat_i32(self.record, self.n_tokens * 264 + token * 32 + pair * 4)
+        return self.s.splat_i32(self._from(32), self.n_tokens * 264 + token * 32 + pair * 4)
 
 
 def add_block(
-    s: Simd, weights: list[Any], scale: Any, tile: Tile, totals: list[Any], *, start: bool = True
+    s: Simd, weights: list[Any], scale: Any, tile: Tile, totals: list[Any], *, start: bool = True, small: bool = True
 ) -> list[Any]:
-    """One block of 32 of a BLOCK32 panel: eight unsigned byte vectors, a scale per row; `start` takes the offset off."""
+    """One block of 32 of a BLOCK32 panel: eight unsigned byte vectors, a scale per row.
+
+    Args:
+        start: begin with the panel's aux, which takes the weights' offset off.
+        small: weights are below 128.
+    """
     results = []
     for t, total in enumerate(totals):
         dot = tile.start(t) if start else s.ints(0)
         for quad, weight in enumerate(weights):
-            dot = s.dot(dot, weight, tile.quad(t, quad))
+            dot = s.dot(dot, weight, tile.quad(t, quad), small=small)
         results.append(s.fma(s.to_float(dot), s.mul(scale, tile.scale(t)), total))
     return results
 

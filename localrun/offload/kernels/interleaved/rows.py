@@ -15,9 +15,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from localrun.offload.kernels.compiled import ROWS
+from localrun.offload.kernels.cpu import Level, level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import Tile
-from localrun.offload.kernels.simd import I64, Simd
+from localrun.offload.kernels.simd import I64, simd_for
 
 _AHEAD: Final = 4096
 """Bytes from the unit in work to the one prefetched. [m] One core reads MXFP4 at 0.70 of plain reading without, 0.98 with."""
@@ -26,39 +27,51 @@ TILE_SIZES: Final = (1, 2, 4, 8, 12, 16)
 
 
 @intrinsic
-def _group_times_tile(_typing: Any, type_name: Any, n_tokens: Any, meta: Any, body: Any, n_units: Any, panel: Any, out: Any,
-                      out_stride: Any) -> Any:  # fmt: skip
-    """16 rows times a tile; `type_name` and `n_tokens` are compile-time constants, n_units at least 1."""
-    if not isinstance(type_name, types.StringLiteral) or not isinstance(n_tokens, types.IntegerLiteral):
+def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: Any, meta: Any, body: Any, n_units: Any, panel: Any,
+                      out: Any, out_stride: Any) -> Any:  # fmt: skip
+    """16 rows times a tile; the first three arguments are compile-time constants, n_units is at least 1."""
+    if not (isinstance(level_name, types.StringLiteral) and isinstance(type_name, types.StringLiteral)):
         return None
-    format_ = FORMATS[GGMLQuantizationType[type_name.literal_value]]
+    if not isinstance(n_tokens, types.IntegerLiteral):
+        return None
+    level_, format_ = Level(level_name.literal_value), FORMATS[GGMLQuantizationType[type_name.literal_value]]
     nt, kind = n_tokens.literal_value, format_.panel.kind
+    at_once = nt if level_ == Level.AVX512 else min(nt, 4)  # what the registers hold
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        s = Simd(builder)
-        meta, body, n_units, panel, out, out_stride = args[2:]
+        s = simd_for(level_, builder)
+        meta, body, n_units, panel, out, out_stride = args[3:]
         meta, body, panel = s.pointer(meta), s.pointer(body), s.pointer(panel)
         records_per_unit = format_.unit // format_.panel.unit
 
-        def unit(i: Any, totals: list[Any]) -> list[Any]:
-            for line in range(0, format_.body_bytes, 64):
-                s.prefetch(s.at(body, i, format_.body_bytes), _AHEAD + line)
-            tile = Tile(s, panel, nt, kind).next(builder.mul(i, I64(records_per_unit)))
-            return format_.step(s, s.at(meta, i, format_.meta_bytes), s.at(body, i, format_.body_bytes), tile, totals)
+        def tokens(group: Any, _carried: list[Any]) -> list[Any]:
+            first = None if at_once == nt else builder.mul(group, I64(at_once))
 
-        totals = s.loop(n_units, [s.floats(0.0)] * nt, unit)
-        for t, total in enumerate(totals):
-            s.store(total, s.pointer(out, builder.mul(out_stride, I64(t))))
+            def unit(i: Any, totals: list[Any]) -> list[Any]:
+                for line in range(0, format_.body_bytes, 64):
+                    s.prefetch(s.at(body, i, format_.body_bytes), _AHEAD + line)
+                tile = Tile(s, panel, nt, kind, first).next(builder.mul(i, I64(records_per_unit)))
+                return format_.step(
+                    s, s.at(meta, i, format_.meta_bytes), s.at(body, i, format_.body_bytes), tile, totals
+                )
+
+            for t, total in enumerate(s.loop(n_units, [s.floats(0.0)] * at_once, unit)):
+                token = I64(t) if first is None else builder.add(first, I64(t))
+                s.store(total, s.pointer(out, builder.mul(out_stride, token)))
+            return []
+
+        s.loop(I64(nt // at_once), [], tokens)
         return context.get_dummy_value()
 
-    return types.void(type_name, n_tokens, *[types.intp] * 6), codegen
+    return types.void(level_name, type_name, n_tokens, *[types.intp] * 6), codegen
 
 
 @functools.cache
-def rows_function(type_: GGMLQuantizationType) -> Any:
-    """The row kernel for interleaved matrices of this type, compiled on first use."""
+def rows_function(type_: GGMLQuantizationType, level_: Level | None = None) -> Any:
+    """The row kernel for interleaved matrices of this type, compiled on first use, for this processor's level by default."""
     format_ = FORMATS[type_]
     name, unit, meta_bytes, body_bytes = type_.name, format_.unit, format_.meta_bytes, format_.body_bytes
+    level_name = (level_ or level()).value
 
     def rows(
         matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
@@ -70,16 +83,16 @@ def rows_function(type_: GGMLQuantizationType) -> Any:
             meta = matrix + (row0 + r) // 16 * group_bytes
             body, target = meta + metas, out + r * 4
             if nt == 1:
-                _group_times_tile(name, 1, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 1, meta, body, n_units, panel, target, out_stride)
             elif nt == 2:
-                _group_times_tile(name, 2, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 2, meta, body, n_units, panel, target, out_stride)
             elif nt == 4:
-                _group_times_tile(name, 4, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 4, meta, body, n_units, panel, target, out_stride)
             elif nt == 8:
-                _group_times_tile(name, 8, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 8, meta, body, n_units, panel, target, out_stride)
             elif nt == 12:
-                _group_times_tile(name, 12, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 12, meta, body, n_units, panel, target, out_stride)
             else:
-                _group_times_tile(name, 16, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, 16, meta, body, n_units, panel, target, out_stride)
 
     return nb.cfunc(ROWS, cache=True)(rows)

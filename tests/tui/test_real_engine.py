@@ -34,7 +34,9 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
     app = LocalrunApp(launch, store_path=tmp_path / "c.sqlite3")
     async with app.run_test(size=(100, 30)) as pilot:
         talk = Talk(app, pilot, FakeEngine(lambda error: None))
-        await talk.until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.facts)
+        await talk.until(lambda: app.chat is not None and app.chat.is_mounted)
+        await talk.until(lambda: talk.screen.facts or talk.errors)
+        assert talk.errors == []
         await talk.ask("Hello")
         assert talk.errors == []
         answer = talk.screen.chat.entries[-1].message

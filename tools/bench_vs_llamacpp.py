@@ -152,7 +152,7 @@ def _open(task: Task) -> Any:
     n_ctx = max(1024, task.prompt_tokens + task.new_tokens)
     options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
     if task.engine == "localrun":
-        return Engine.open(task.model, options)
+        return Engine.open(task.model, options, learn=False)
     path = Path(task.gguf)
     return Engine(_Stock(path, task.variant), options, path=path, identity="0" * 32, file_bytes=path.stat().st_size)
 

@@ -6,6 +6,7 @@ The model runs in this process, not in an engine process of its own: nothing els
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--time-limit", type=float, default=600, metavar="S", help="leave out what would take longer (600 s)"
     )
+    what.add_argument("--record", type=Path, metavar="FILE", help="add the routing to this trace; slows down the rest")
     what.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
     shown = parser.add_argument_group("output")
     shown.add_argument("--layers", action="store_true", help="also a table per layer of every phase")
@@ -83,11 +85,16 @@ def run(args: argparse.Namespace) -> int:
     out.status("looking at the machine")
     machine = benchmark.machine(path, probe=not args.no_probe)
     started = time.perf_counter()
-    with Engine.open(path, load_options, lambda part, text: out.status(f"loading {part:4.0%}  {text}")) as engine:
+    with Engine.open(
+        path, load_options, lambda part, text: out.status(f"loading {part:4.0%}  {text}"), learn=False
+    ) as engine:
         load_s = time.perf_counter() - started
-        result = benchmark.measure(engine, _tokens(args, engine, options), options, out.status)
+        with engine.recording(args.record) if args.record is not None else contextlib.nullcontext():
+            result = benchmark.measure(engine, _tokens(args, engine, options), options, out.status)
         facts = engine.facts
     out.clear_status()
+    if args.record is not None:
+        out.note(f"{args.record}: routing recorded; these times include the recording")
     if args.svg is not None:
         args.svg.write_text(bench_report.svg(result, facts, machine), "utf-8")
     if args.json:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,11 @@ from localrun.engine.chat_format import ChatEncoder, encoder_for
 from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
 from localrun.engine.protocol import EngineOptions, Json, ModelFacts
 from localrun.engine.session import Session
+from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import LocalrunError, UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
 
@@ -69,8 +72,13 @@ class Engine:
         self.facts = replace(facts, think_modes=self.chat_encoder.modes)
 
     @classmethod
-    def open(cls, path: Path | str, options: EngineOptions, progress: LoadProgress | None = None) -> Engine:
+    def open(
+        cls, path: Path | str, options: EngineOptions, progress: LoadProgress | None = None, *, learn: bool = True
+    ) -> Engine:
         """Loads a converted directory, a llama.cpp GGUF or an official checkpoint, experts on our device.
+
+        Args:
+            learn: use the model's routing profile and go on with it; measurements on made-up tokens must not.
 
         Raises:
             LocalrunError: any reason, with message and hint.
@@ -87,7 +95,7 @@ class Engine:
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
             probe=True,
-            profile_folder=cache_dir() / "profiles",
+            profile_folder=cache_dir() / "profiles" if learn else None,
             progress=lambda done, total: report(
                 0.95 * done / max(1, total), f"reading dense tensors ({done} of {total})"
             ),
@@ -127,17 +135,18 @@ class Engine:
         """32 hex digits: same key, interchangeable session snapshots."""
         return xxhash.xxh3_128_hexdigest(f"{self.facts.identity} {self.options.kv_type}".encode())
 
-    def session(self, *, all_logits: bool = False) -> Session:
+    def session(self, *, all_logits: bool = False, snapshots: SnapshotStore | None = None) -> Session:
         """A new, empty session.
 
         Args:
+            snapshots: where the session keeps and finds states.
             all_logits: for `Session.feed_all_logits`; costs n_batch rows of logits.
         """
         facts = self.facts
         context = Context(
             self._loaded.model, self.options, n_ctx=facts.n_ctx, n_threads=facts.n_threads, all_logits=all_logits
         )
-        session = Session(self, context)
+        session = Session(self, context, snapshots)
         self._sessions.append(session)
         return session
 
@@ -157,6 +166,25 @@ class Engine:
         """Tells the expert path which tokens run next."""
         if isinstance(self._loaded, OffloadedModel):
             self._loaded.prepare(tokens)
+
+    @contextmanager
+    def recording(self, path: Path) -> Iterator[None]:
+        """Adds the routing of all that runs meanwhile to a trace file (`localrun.offload.trace`); nothing without our device.
+
+        Raises:
+            FormatError, StoreError: the file is something else, or can't be written.
+        """
+        if not isinstance(self._loaded, OffloadedModel):
+            yield
+            return
+        source, pool = self._loaded.source, self._loaded.pool
+        header = TraceHeader.of(source.identity, source.moe_layers, self.facts.n_experts_used)
+        with TraceRecorder(path, header) as recorder:
+            pool.record(recorder)
+            try:
+                yield
+            finally:
+                pool.record(None)
 
     def forget(self, session: Session) -> None:
         """A session of this engine was closed."""

@@ -1,7 +1,7 @@
 """The routing profile of a model: how often and how recently each expert was used, kept from one run to the next.
 
-Learned while the model runs (call by call, or from counters that compiled code keeps), saved at exit, loaded at the next start,
-where it says which experts to read first and which few to pin. Counts decay: profiles are specific to what one works on (field
+Learned while the model runs, saved at exit, loaded at the next start, where it says which experts to read first and which few
+to pin. Counts decay: profiles are specific to what one works on (field
 traces: coding and general top sets overlap by a fifth to a third), so last week's topic must not outweigh today's.
 
 Saved under `cache_dir()/profiles/<identity>.profile`, so a profile never meets other weights. Losing one costs a cold start and
@@ -80,7 +80,6 @@ class RoutingProfile:
         self._last: dict[int, I64] = {layer: np.full(n, -1, np.int64) for layer, n in self._shapes.items()}
         self._first_layer = min(self._shapes, default=0)
         self._weight = 1.0
-        self._absorbed: I64 | None = None  # the table's counts at the last `absorb`
 
     def record(self, layer: int, experts: I32, starts: I32, n_tokens: int) -> None:
         """Counts one layer call; the arguments are `Routing`'s.
@@ -93,26 +92,6 @@ class RoutingProfile:
         if layer == self._first_layer:
             self._advance(n_tokens)
         _count(self._counts[layer], self._last[layer], experts, starts, self._weight, self.clock)
-
-    def absorb(self, uses: I64, n_tokens: int) -> None:
-        """Counts what a slot table has counted by itself since the last `absorb`; after each answer, and before `save`.
-
-        Uses before the first `absorb` count too: the table's counts are taken to begin at zero with this profile.
-
-        Args:
-            uses: (n_layers, n_experts) pairs per block number and expert, ever growing; rows of layers without experts and
-                columns beyond a layer's experts are left out.
-            n_tokens: tokens in that time.
-        """
-        self._advance(n_tokens)
-        if self._absorbed is None:
-            self._absorbed = np.zeros_like(uses)
-        new = uses - self._absorbed
-        self._absorbed = uses.copy()
-        for layer, n_experts in self._shapes.items():
-            row = new[layer, :n_experts]
-            self._counts[layer] += self._weight * row
-            self._last[layer][row > 0] = self.clock
 
     def _advance(self, n_tokens: int) -> None:
         self.clock += n_tokens

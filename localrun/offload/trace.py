@@ -224,7 +224,7 @@ def _reading(path: Path) -> BinaryIO:
 def _read_header(file: BinaryIO, path: Path) -> TraceHeader:
     start = file.read(len(MAGIC) + 4)
     if len(start) < len(MAGIC) + 4 or start[: len(MAGIC)] != MAGIC:
-        raise FormatError(f"{path}: not a routing trace of localrun")
+        raise FormatError(f"{path}: not a routing trace", hint="record one with `localrun bench MODEL --record FILE`")
     n_bytes = int.from_bytes(start[len(MAGIC) :], "little")
     text = file.read(min(n_bytes, MAX_HEADER_BYTES))
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -12,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from localrun import cli
 from localrun.commands import bench, bench_report
 from localrun.engine import benchmark
 from localrun.engine.benchmark import Benchmark, BenchOptions, measure, random_tokens
 from localrun.engine.engine import Engine
 from localrun.engine.protocol import EngineOptions
 from localrun.errors import UsageError
+from localrun.offload.trace import Trace
 
 OPTIONS = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5)
 
@@ -164,20 +164,42 @@ def test_options_from_the_command_line() -> None:
             bench.bench_options(parse("m", *wrong))
 
 
-def test_command_prints_json_on_stdout_and_writes_the_picture(model_path: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "p.svg"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "localrun.cli", "bench", str(model_path), "--prompt-tokens", "16"),
-            *("--new-tokens", "2", "--ram", "8MiB", "--threads", "1", "--json", "--svg", str(picture)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    value = json.loads(done.stdout)
+def test_recorded_routing_is_what_ran(engine: Engine, tmp_path: Path) -> None:
+    with engine.recording(tmp_path / "t"):
+        result = measure(
+            engine, random_tokens(40, engine.facts.n_vocab, 4), BenchOptions(frontiers=(0, 20), new_tokens=2)
+        )
+    after = engine.session()
+    after.feed([1, 2, 3])  # not recorded any more
+    after.close()
+    trace = Trace(tmp_path / "t")
+    calls = list(trace)
+    assert trace.header.identity == engine.facts.identity
+    measured = [sum(phase.n_tokens for phase in result.phases), 32]  # and the warm-up
+    assert sum(len(call.ids) for call in calls if call.layer == 0) == sum(measured)
+    assert {call.layer for call in calls} == set(trace.header.layers)
+
+
+def test_benchmark_leaves_the_routing_profile_alone(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALRUN_CACHE_DIR", str(tmp_path))
+    arguments = [str(model_path), "--prompt-tokens", "0", "--new-tokens", "1", "--ram", "8MiB", "--threads", "1"]
+    assert bench.run(parse(*arguments, "--no-probe")) == 0
+    assert not (tmp_path / "profiles").exists()
+
+
+def test_command_prints_json_on_stdout_and_writes_the_picture(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, trace = tmp_path / "p.svg", tmp_path / "t"
+    options = ["--prompt-tokens", "16", "--new-tokens", "2", "--ram", "8MiB", "--threads", "1", "--json"]
+    assert cli.main(["bench", str(model_path), *options, "--svg", str(picture), "--record", str(trace)]) == 0
+    captured = capsys.readouterr()
+    value = json.loads(captured.out)
     assert [phase["kind"] for phase in value["phases"]] == ["decode", "prefill", "decode", "prefill", "decode"]
     assert value["machine"]["memory_bytes_per_s"] > 0
-    assert value["machine"]["disk"]["bytes_per_s"] is None  # the model is too small to say anything
+    assert value["machine"]["disk"]["lanes"] > 0  # measured or not: the model is small, the drive may be known
     assert picture.read_text().startswith("<svg")
+    assert "include the recording" in captured.err
+    assert list(Trace(trace))

@@ -50,21 +50,6 @@ def test_pairs_of_a_batch_all_count() -> None:
     assert profile.share([(3, 2)]) == pytest.approx(9 / 14)
 
 
-def test_counters_of_a_slot_table_count_once_and_fade() -> None:
-    profile = RoutingProfile("id", SHAPES, half_life=100)
-    uses = np.zeros((9, 20), np.int64)
-    for layer, expert, n_tokens in ((3, 1, 10), (7, 15, 30), (3, 2, 60)):
-        uses[layer, expert] += 2
-        uses[8, 19] += 7  # no layer of this model
-        uses[3, 19] += 7  # beyond the layer's experts
-        profile.absorb(uses, n_tokens)
-    assert profile.ranking() == [(3, 2), (7, 15), (3, 1)]
-    assert profile.clock == 100
-    assert profile.counts(3)[1] == pytest.approx(2 * 0.5**0.9)  # 90 tokens ago
-    profile.absorb(uses, 100)
-    assert profile.counts(3)[2] == pytest.approx(1)  # nothing new, half forgotten
-
-
 def test_a_use_counts_half_after_the_half_life() -> None:
     profile = RoutingProfile("id", SHAPES, half_life=100)
     use(profile, 3, 1)

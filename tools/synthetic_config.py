@@ -86,7 +86,7 @@ PRO: Config = FLASH | {
 
 MINI: Config = FLASH | {
     "compress_ratios": [0, 4, 128, 4, 0],
-    "head_dim": 128,
+    "head_dim": 512,
     "hidden_size": 1024,
     "index_n_heads": 16,
     "index_topk": 64,
@@ -103,6 +103,7 @@ MINI: Config = FLASH | {
 
 TINY: Config = MINI | {
     "compress_ratios": [0, 4, 128, 4, 128, 0],
+    "head_dim": 128,
     "hidden_size": 256,
     "index_topk": 8,
     "moe_intermediate_size": 128,

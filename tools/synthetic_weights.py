@@ -24,8 +24,8 @@ from tools.synthetic_router import CALIBRATED, TARGET_HIT_RATE, calibrate, hash_
 
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}
 KV_NORM = 0.5
-FIRST_ATTENTION_GAIN = 36.0
-ATTENTION_GAIN = 1.5
+FIRST_ATTENTION_GAIN = 27.0
+ATTENTION_GAIN = 1.6
 _POOL_BYTES = 16 << 20
 _FP8_STD = 32.0
 _FP4_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)

@@ -32,6 +32,7 @@ from localrun.offload.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, Pin
 from localrun.offload.profile import RoutingProfile
 from localrun.offload.slots import ALIGNMENT, SlotTable
 from localrun.offload.trace import Call, Trace, TraceHeader, TraceRecorder
+from localrun.units import parse_size
 
 SKEW = 0.48
 SLOW_SHARE = 0.40
@@ -403,6 +404,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--policies", default=",".join(names), help=f"of {', '.join(names)}")
     p.add_argument("--pin-share", type=float, default=PIN_SHARE, help="part of the slots that lru+pin pins")
     p.add_argument("--warm-up", type=float, default=0.4, help="part of the trace that is not counted")
+    p.add_argument("--expert-bytes", type=parse_size, metavar="SIZE", help="of one expert (known for synthetic ones)")
     p.add_argument("--disk-gbps", type=float, help="also print the tokens/s that such a disk allows")
     p.add_argument("--json", help="write the result to this file, - for stdout")
     p.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
@@ -413,7 +415,7 @@ def load(args: argparse.Namespace) -> tuple[TraceHeader, list[Call], int | None]
     """The trace to replay and the size of an expert, where that is known."""
     if args.trace is not None:
         trace = Trace(args.trace)
-        return trace.header, list(trace), None
+        return trace.header, list(trace), args.expert_bytes
     n_layers, n_experts, n_used, expert_bytes = SHAPES[args.synthetic]
     n_layers = args.layers or n_layers
     work = Workload(n_layers, n_experts, n_used, args.tokens, args.topic_tokens, args.prompt_tokens)
@@ -423,7 +425,7 @@ def load(args: argparse.Namespace) -> tuple[TraceHeader, list[Call], int | None]
         with TraceRecorder(args.save, header) as recorder:
             for call in calls:
                 recorder.record(call.layer, call.ids)
-    return header, calls, expert_bytes
+    return header, calls, args.expert_bytes or expert_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,156 @@
+"""Does every byte of a converted model still have the checksum that its manifest promises?
+
+Reads the disk, not the page cache, with several reads in flight, in file order. Damage is reported, not raised: one bad expert
+must not hide another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import local
+
+import xxhash
+
+from localrun.errors import StoreError
+from localrun.quant.direct_io import AlignedBuffer, DirectReader
+from localrun.quant.gguf_checks import EXPERT_STACK
+from localrun.quant.gguf_source import GgufSource
+from localrun.quant.manifest import Manifest
+from localrun.quant.source import PROJECTIONS
+
+READS_IN_FLIGHT = 8
+_PIECE_BYTES = 8 << 20
+HEADER = "header"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A byte range and the digest that it must have.
+
+    Attributes:
+        file: index into the source's files.
+        tensor: tensor name, or `header` for all that precedes the data.
+        expert: expert number within a stack, else None.
+        digest: xxh3_64 hex.
+    """
+
+    file: int
+    offset: int
+    n_bytes: int
+    tensor: str
+    expert: int | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A range that differs from its checksum, or (`found` None) could not be read."""
+
+    check: Check
+    path: Path
+    found: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        expert = "" if self.check.expert is None else f", expert {self.check.expert}"
+        return f"{self.path}: {self.check.tensor}{expert}: {self.problem} (byte {self.check.offset} on)"
+
+
+def planned_checks(source: GgufSource, manifest: Manifest) -> list[Check]:
+    """Everything that the manifest has a checksum for, in file order."""
+    checks = []
+    for file, part in enumerate(source.parts):
+        checks.append(Check(file, 0, part.data_offset, HEADER, None, manifest.files[file].header_checksum))
+        for tensor in part.tensors.values():
+            name, offset, n_bytes = tensor.info.name, tensor.offset, tensor.info.n_bytes
+            stack = EXPERT_STACK.fullmatch(name)
+            if stack is None:
+                checks.append(Check(file, offset, n_bytes, name, None, manifest.tensors[name]))
+                continue
+            digests = manifest.experts[int(stack[1])][PROJECTIONS.index(stack[2])]
+            slice_bytes = n_bytes // len(digests)
+            checks += [
+                Check(file, offset + expert * slice_bytes, slice_bytes, name, expert, digest)
+                for expert, digest in enumerate(digests)
+            ]
+    return sorted(checks, key=lambda check: (check.file, check.offset))
+
+
+def verify(
+    source: GgufSource, manifest: Manifest, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Damage]:
+    """Reads everything once and returns what is damaged, in file order.
+
+    Args:
+        progress: called with bytes done and bytes in all, from this thread.
+    """
+    checks = planned_checks(source, manifest)
+    total, done = sum(check.n_bytes for check in checks), 0
+    damages = []
+    with ExitStack() as opened:
+        readers = []
+        for part in source.parts:
+            readers.append(_reader(part.path, part.size_bytes))
+            opened.callback(readers[-1].close)
+        pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))
+        for check, damage in _in_order(pool, checks, readers):
+            if damage is not None:
+                damages.append(damage)
+            done += check.n_bytes
+            progress(done, total)
+    return damages
+
+
+def _reader(path: Path, size: int) -> DirectReader:
+    reader = DirectReader(path, size)
+    # What lies in the page cache would be taken from there and could hide damage on the disk.
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return reader
+
+
+def _digest(reader: DirectReader, check: Check, buffer: AlignedBuffer) -> str:
+    """In pieces: an output matrix of a gigabyte must not become eight gigabytes of buffers."""
+    digest = xxhash.xxh3_64()
+    for start in range(0, check.n_bytes, _PIECE_BYTES):
+        n_bytes = min(_PIECE_BYTES, check.n_bytes - start)
+        digest.update(reader.read(check.offset + start, n_bytes, buffer))
+    return digest.hexdigest()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, checks: list[Check], readers: list[DirectReader]
+) -> Iterator[tuple[Check, Damage | None]]:
+    """Results in the order of the checks, with a bounded number of reads waiting."""
+    buffers = local()
+
+    def run(check: Check) -> Damage | None:
+        if not hasattr(buffers, "own"):
+            buffers.own = AlignedBuffer()
+        reader = readers[check.file]
+        try:
+            found = _digest(reader, check, buffers.own)
+        except StoreError as error:
+            return Damage(check, reader.path, None, f"can't be read: {error}")
+        return None if found == check.digest else Damage(check, reader.path, found, "checksum differs")
+
+    waiting: list[tuple[Check, Future[Damage | None]]] = []
+    try:
+        for check in checks:
+            waiting.append((check, pool.submit(run, check)))
+            if len(waiting) > 2 * READS_IN_FLIGHT:
+                first, result = waiting.pop(0)
+                yield first, result.result()
+        for check, result in waiting:
+            yield check, result.result()
+    finally:
+        for _, result in waiting:
+            result.cancel()

@@ -122,7 +122,7 @@ def _digest(reader: DirectReader, check: Check, buffer: AlignedBuffer) -> str:
     digest = xxhash.xxh3_64()
     for start in range(0, check.n_bytes, _PIECE_BYTES):
         n_bytes = min(_PIECE_BYTES, check.n_bytes - start)
-        digest.update(reader.read(check.offset + start, n_bytes, buffer))
+        digest.update(reader.read(check.offset + start, n_bytes, buffer).data)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from localrun.engine.conversations import (
     salvage,
 )
 from localrun.engine.protocol import EngineOptions, SamplingOptions
+from localrun.errors import UsageError
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.commands import COMMANDS
 from localrun.tui.engine_link import EngineFactory, start_engine
@@ -196,7 +198,12 @@ def run_app(
 
     Returns:
         The exit code.
+
+    Raises:
+        UsageError: standard error, where Textual draws, is no terminal.
     """
+    if sys.__stderr__ is None or not sys.__stderr__.isatty():
+        raise UsageError("standard error is not a terminal", hint="don't redirect it, or use localrun chat --plain")
     launch = Launch(
         model=model,
         prepare=prepare,

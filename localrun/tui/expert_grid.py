@@ -37,10 +37,11 @@ class LayerExperts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertGrid:
-    """All rows, by ascending block number."""
+    """All rows, by ascending block number. `hottest` is the largest heat of all."""
 
     n_experts: int
     layers: tuple[LayerExperts, ...]
+    hottest: float = 0.0
 
     def count(self, where: str) -> int:
         """Experts of all layers in that place."""
@@ -53,7 +54,8 @@ def read_grid(experts: Mapping[str, Any] | None) -> ExpertGrid | None:
         if not experts or not experts["layers"]:
             return None
         rows = tuple(sorted((_read_layer(row) for row in experts["layers"]), key=lambda row: row.layer))
-        return ExpertGrid(max(len(row.where) for row in rows), rows)
+        hottest = max((max(row.heat, default=0.0) for row in rows), default=0.0)
+        return ExpertGrid(max(len(row.where) for row in rows), rows, hottest)
     except (KeyError, TypeError, ValueError, IndexError):
         return None
 

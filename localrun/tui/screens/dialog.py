@@ -16,6 +16,9 @@ from localrun.textsafe import visible
 
 R = TypeVar("R")
 
+MAX_ROW_CELLS = 60
+"""Buttons that need more stand below each other."""
+
 
 class Dialog(ModalScreen[R | None]):
     """A modal screen whose content is made by `compose_content`; Esc gives None."""
@@ -47,7 +50,8 @@ class ChoiceDialog(Dialog[str]):
 
     def compose_content(self) -> ComposeResult:
         yield Static(Content(visible(self._text)), id="question")
-        with Horizontal(classes="buttons") if len(self._choices) < 4 else Vertical(classes="buttons"):
+        one_row = sum(len(label) + 6 for label in self._choices.values()) <= MAX_ROW_CELLS
+        with Horizontal(classes="buttons") if one_row else Vertical(classes="buttons"):
             for name, label in self._choices.items():
                 yield Button(label, id=f"choose-{name}", compact=True)
 

@@ -42,7 +42,7 @@ class ConversationList(Vertical):
     def compose(self) -> ComposeResult:
         yield Static("Conversations", classes="panel-title")
         yield ConversationOptions(id="conversation-options", compact=True)
-        yield Static("Enter opens · r renames · d deletes", classes="panel-foot")
+        yield Static("Enter open · r rename · d delete", classes="panel-foot")
 
     def show(self, conversations: Sequence[Conversation], current: int | None) -> None:
         """Fills the list; the current one is marked."""

@@ -70,7 +70,7 @@ class EnginePanel(Vertical):
         curve.data = [0.0, 1.0, *self._hits]
         if stats.experts is not None:
             self.map.show(self.grid)
-        self.show_legend()
+        self.call_after_refresh(self.show_legend)  # it depends on the map's width
 
     def show_legend(self) -> None:
         text = f"{self.map.view}: {self.map.legend()}" if self.grid else "no map from this engine"
@@ -101,11 +101,11 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     per_token = "–" if rates.bytes_per_token is None else format_size(rates.bytes_per_token)
     disk = "–" if rates.disk_bytes_per_s is None else f"{rates.disk_bytes_per_s / 1e9:.2f} GB/s"
     wait = "–" if rates.wait_share is None else f"{100 * rates.wait_share:.0f} %"
-    yield f"hits {hit}   {per_token} a token"
-    yield f"disk {disk}   waiting {wait}"
     total = stats.telemetry.get("bytes_read")
     if isinstance(total, int):
         yield f"read since the load  {format_size(total)}"
+    yield f"disk {disk}   waiting {wait}   {per_token} a token"
+    yield f"hits {hit}"
 
 
 def _tier(name: str, n: int, n_all: int, n_bytes: int) -> str:

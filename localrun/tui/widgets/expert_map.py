@@ -50,7 +50,7 @@ class ExpertMap(ScrollView, can_focus=True):
         """What the glyphs mean."""
         if self.view == "residency":
             shared = "" if self.grid is None or self._cell_experts == 1 else " ░▒ part"
-            return f"█ GPU  ▓ RAM{shared}  ◌ reading  · disk"
+            return f"█ GPU ▓ RAM{shared} ◌ read · disk"
         if self.view == "precision":
             return "digit: bits a weight  (1 2 3 4 5 6 8, g: 16)"
         return "use:  . : - = + * # % @  (logarithmic)"
@@ -98,8 +98,7 @@ def map_cells(row: LayerExperts, grid: ExpertGrid, width: int, view: MapView) ->
         return [_place(row.where[group.start : group.stop]) for group in groups]
     if view == "precision":
         return [_precision(row, group) for group in groups]
-    hottest = max((value for each in grid.layers for value in each.heat), default=0.0)
-    return [_heat(max(row.heat[group.start : group.stop], default=0.0), hottest) for group in groups]
+    return [_heat(max(row.heat[group.start : group.stop], default=0.0), grid.hottest) for group in groups]
 
 
 def _place(where: str) -> tuple[str, str]:

@@ -195,7 +195,7 @@ def _ending_parts(message: Message) -> Iterator[str]:
     timings = message.details.get("timings") or {}
     n_new, seconds = timings.get("new_tokens", 0), timings.get("decode_s", 0.0)
     if n_new and seconds:
-        yield f"{n_new:,} tokens, {n_new / seconds:.1f}/s"
+        yield f"{n_new:,} {'token' if n_new == 1 else 'tokens'}, {n_new / seconds:.1f}/s"
     n_prompt = timings.get("prompt_tokens", 0) - timings.get("reused_tokens", 0)
     if n_prompt > 0 and timings.get("prompt_s"):
         yield f"read {n_prompt:,} in {format_duration(timings['prompt_s'])}"

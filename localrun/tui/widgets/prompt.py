@@ -169,9 +169,7 @@ class Prompt(Vertical):
             self._dismissed = ""
         options.clear_options()
         options.add_options(
-            Option(
-                Content.assemble((f"/{slash}", "bold"), f" {c.argument}".ljust(2), (f"  {c.title}", "dim")), id=slash
-            )
+            Option(Content.assemble((f"/{slash} {c.argument}".ljust(24), "bold"), f" {c.title}"), id=slash)
             for slash, c in found
         )
         options.display = bool(found)

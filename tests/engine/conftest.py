@@ -29,7 +29,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with V4's tokenizer."""
+    """A model that understands text."""
     return write_chat_model(tmp_path_factory.mktemp("model") / "chat.gguf")
 
 

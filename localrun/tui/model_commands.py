@@ -55,7 +55,7 @@ class ModelCommands(ChatState):
         self.last_stats = None
         self.clear_errors()
         self.engine_panel.forget()
-        self.query_one(LoadingPanel).show(f"loading {visible(str(path))}", 0.0)
+        self.query_one(LoadingPanel).show(f"starting the engine for {visible(str(path))}", 0.0)
         self.show_header()
         self.link.load(path, options)
 

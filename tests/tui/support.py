@@ -18,7 +18,7 @@ from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.widgets.notices import ErrorPanel
 from tests.tui.fake_engine import FakeEngine
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """Only a failing test waits so long."""
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from localrun.units import format_size
 
+PROC, SYS = Path("/proc"), Path("/sys")
+
 HEADROOM_BYTES = 2 * 2**30
 """Left to the desktop and the page cache by the automatic choice; at least a tenth of the machine."""
 
@@ -44,7 +46,7 @@ def default_ram_bytes(dense_bytes: int) -> int | None:
 def resident_bytes() -> int:
     """Resident size of this process; 0 if unknown."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int((PROC / "self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGESIZE")
@@ -56,7 +58,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
     cores = set()
     for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings = SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
         try:
             cores.add(siblings.read_text().strip())
         except OSError:
@@ -74,7 +76,7 @@ def describe() -> str:
 
 def _meminfo(key: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
@@ -87,19 +89,19 @@ def _meminfo(key: str) -> int | None:
 def _cgroup_folder() -> Path | None:
     """This process's folder in the unified (v2) hierarchy."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
         if line.startswith("0::"):
-            return Path("/sys/fs/cgroup") / line[3:].lstrip("/")
+            return SYS / "fs/cgroup" / line[3:].lstrip("/")
     return None
 
 
 def _cgroup(name: str) -> int | None:
     """The tightest value of `name` from this process's group up to the root; None if there is no limit."""
     folder, values = _cgroup_folder(), []
-    while folder is not None and folder != folder.parent:
+    while folder is not None and folder.is_relative_to(SYS / "fs/cgroup"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             values.append(int((folder / name).read_text()))
         folder = folder.parent

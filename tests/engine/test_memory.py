@@ -1,0 +1,73 @@
+"""Memory and cores: this machine's real files, and a made-up tree of /proc and /sys for limits that it does not have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from localrun.engine import memory
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """32 GiB, 20 of them available, in a cgroup two levels deep without a limit."""
+    proc, group = tmp_path / "proc", tmp_path / "sys/fs/cgroup/user/box"
+    (proc / "self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: {32 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {20 * 2**20} kB\n")
+    (proc / "self/cgroup").write_text("0::/user/box\n")
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text(f"{3 * GIB}\n")
+    (group / "memory.stat").write_text(f"anon {GIB}\nfile {2 * GIB}\n")
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "SYS", tmp_path / "sys")
+    return tmp_path / "sys/fs/cgroup"
+
+
+def test_without_a_limit_the_machine_counts(machine: Path) -> None:
+    assert memory.total_memory() == 32 * GIB
+    assert memory.available_memory() == 20 * GIB
+    assert memory.describe() == "20.00 GiB of 32.00 GiB available"
+
+
+def test_the_tightest_limit_of_all_levels_counts_and_file_cache_is_free(machine: Path) -> None:
+    (machine / "user/memory.max").write_text(f"{8 * GIB}\n")
+    (machine / "user/box/memory.max").write_text(f"{10 * GIB}\n")
+    assert memory.total_memory() == 8 * GIB
+    assert memory.available_memory() == 7 * GIB, "8 less 3 in use, of which 2 are file cache"
+
+
+def test_automatic_budget_leaves_dense_model_context_and_headroom(machine: Path) -> None:
+    tenth = 32 * GIB // 10
+    assert memory.default_ram_bytes(4 * GIB) == 20 * GIB - 4 * GIB - memory.CONTEXT_BYTES - tenth
+    assert memory.default_ram_bytes(100 * GIB) == 0
+
+
+def test_unknown_machines_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "SYS", tmp_path)
+    assert memory.total_memory() is None
+    assert memory.default_ram_bytes(0) is None
+    assert memory.resident_bytes() == 0
+    assert memory.describe() == "unknown"
+    assert memory.physical_cores() >= 1
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
+def test_this_machine_makes_sense() -> None:
+    total, available = memory.total_memory(), memory.available_memory()
+    assert total is not None
+    assert available is not None
+    assert 0 < available <= total
+    assert 1 <= memory.physical_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_resident_size_follows_what_is_touched() -> None:
+    before = memory.resident_bytes()
+    block = bytearray(os.urandom(1)) * (64 * 2**20)
+    assert memory.resident_bytes() - before > 48 * 2**20
+    del block

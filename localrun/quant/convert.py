@@ -250,6 +250,7 @@ class _Run:
         self._wake = threading.Event()
         self._finished: list[tuple[int, PartResult]] = []
         self._error: BaseException | None = None
+        self._n_running = 0
         self._read_bytes = 0
         self._written_bytes = 0
         self._work = list(_in_reading_order(plan))
@@ -289,10 +290,11 @@ class _Run:
                 )
                 for i in range(self._jobs)
             ]
+            self._n_running = len(threads)
             for thread in threads:
                 thread.start()
             try:
-                self._supervise(threads, writer, start)
+                self._supervise(writer, start)
             finally:
                 self._stop.set()
                 for thread in threads:
@@ -306,9 +308,10 @@ class _Run:
                 reader.close()
             writer.close()
 
-    def _supervise(self, threads: list[threading.Thread], writer: DirectWriter, start: float) -> None:
+    def _supervise(self, writer: DirectWriter, start: float) -> None:
+        """Reports and records until the last worker leaves or somebody fails."""
         synced_at, synced_bytes = time.monotonic(), 0
-        while any(thread.is_alive() for thread in threads) and not self._stop.is_set():
+        while self._n_running > 0 and not self._stop.is_set():
             self._wake.wait(0.2)
             self._wake.clear()
             if self._progress is not None:
@@ -350,6 +353,8 @@ class _Run:
                 self._error = self._error or e
             self._stop.set()
         finally:
+            with self._lock:
+                self._n_running -= 1
             self._wake.set()
 
     def _count(self, read_bytes: int, written_bytes: int) -> None:

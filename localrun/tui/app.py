@@ -27,6 +27,7 @@ from localrun.engine.conversations import (
 from localrun.engine.protocol import EngineOptions, SamplingOptions
 from localrun.errors import UsageError
 from localrun.tui.chat_screen import ChatScreen
+from localrun.tui.chat_state import WIDE_COLUMNS
 from localrun.tui.commands import COMMANDS
 from localrun.tui.engine_link import EngineFactory, start_engine
 from localrun.tui.model_finder import default_folders
@@ -80,7 +81,7 @@ class LocalrunApp(App[None]):
     CSS_PATH = "localrun.tcss"
     TITLE = "localrun"
     COMMANDS = {LocalrunCommands}  # noqa: RUF012
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE_COLUMNS, "-wide")]  # noqa: RUF012
 
     def __init__(
         self,

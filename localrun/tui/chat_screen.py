@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -19,7 +19,7 @@ from textual.content import Content
 from textual.widgets import Footer, OptionList, Static
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.tui.chat_state import ChatState
+from localrun.tui.chat_state import WIDE_COLUMNS, ChatState
 from localrun.tui.commands import BY_SLASH, screen_bindings
 from localrun.tui.conversation_commands import ConversationCommands
 from localrun.tui.engine_events import EngineEvents
@@ -29,6 +29,7 @@ from localrun.tui.model_commands import ModelCommands
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.conversation_list import ConversationList
 from localrun.tui.widgets.engine_panel import EnginePanel
+from localrun.tui.widgets.expert_map import ExpertMap
 from localrun.tui.widgets.find_bar import FindBar
 from localrun.tui.widgets.notices import LoadingPanel
 from localrun.tui.widgets.prompt import Prompt
@@ -51,6 +52,7 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
 
     def __init__(self, store: ConversationStore, engine_factory: EngineFactory, launch: Launch) -> None:
         super().__init__()
+        self._was_narrow = True
         self.init_state(store, engine_factory, launch)
 
     def compose(self) -> ComposeResult:
@@ -81,6 +83,14 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
         self.set_interval(_STATS_TICK_S, self.tick_stats)
         self.start_first_model()
         self.prompt.area.focus()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Panels that have no place beside the chat any more are closed: they would cover it."""
+        narrow = event.size.width < WIDE_COLUMNS
+        if narrow and not self._was_narrow:
+            self.set_panels(conversations=False, engine="off")
+            self.prompt.area.focus()
+        self._was_narrow = narrow
 
     # --- commands
 
@@ -164,6 +174,8 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
             self.cancel_editing()
         elif self.has_class("-narrow") and (self.panel_conversations or self.panel_engine != "off"):
             self.set_panels(conversations=False, engine="off")
+        elif self.panel_engine == "full":
+            self.set_panels(engine="side")
         prompt.area.focus()
 
     def do_interrupt(self, argument: str) -> None:
@@ -210,7 +222,7 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
 
     def _scroll_page(self, direction: str) -> None:
         focused = self.focused
-        if isinstance(focused, OptionList):
+        if isinstance(focused, OptionList | ExpertMap):
             focused.scroll_page_up(animate=False) if direction == "up" else focused.scroll_page_down(animate=False)
         elif direction == "up":
             self.chat.scroll_page_up(animate=False)

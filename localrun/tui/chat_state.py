@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EnginePanelState = Literal["off", "side", "full"]
 
 TITLE_CHARS = 60
+WIDE_COLUMNS = 110
+"""From this width on panels stand beside the chat; `localrun.tcss` knows it as `-wide`."""
 
 
 class ChatState(Screen[None]):
@@ -129,7 +131,7 @@ class ChatState(Screen[None]):
             self.panel_conversations = conversations
         if engine is not None:
             self.panel_engine = engine
-        narrow = self.app.size.width < 110
+        narrow = self.app.size.width < WIDE_COLUMNS
         if narrow and conversations:
             self.panel_engine = "off"
         if narrow and engine in ("side", "full"):

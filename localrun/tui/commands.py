@@ -278,7 +278,7 @@ COMMANDS: tuple[Command, ...] = (
         name="reload",
         group="Model",
         title="Restart the engine",
-        help="Loads the model again; the conversation stays.",
+        help="Ends its process, whatever it does, and loads the model again; the conversation stays.",
         slash=("reload", "restart"),
     ),
     Command(

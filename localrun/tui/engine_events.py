@@ -101,8 +101,8 @@ class EngineEvents(ChatState):
             await self.show_branch()
         self.show_conversations()
         if isinstance(error, ContextFullError) or (answer.finished is not None and answer.finished.reason == "context"):
-            assert self.facts is not None
-            self.context_full(self.facts, str(error) if error is not None else "")
+            if self.facts is not None:  # else another model is being loaded already
+                self.context_full(self.facts, str(error) if error is not None else "")
         elif error is not None and not isinstance(error, EngineDiedError | StoppedError):
             self.show_error("The answer failed", error, ("regenerate", "close"))
 

@@ -104,9 +104,15 @@ class EngineLink:
 
     # --- commands
 
-    def load(self, path: Path, options: EngineOptions) -> None:
-        """Ends in EngineReady or EngineFailed."""
-        self._start("load", lambda: self._run_load(self.engine.load(path, options)))
+    def load(self, path: Path, options: EngineOptions, *, restart: bool = False) -> None:
+        """Ends in EngineReady or EngineFailed. `restart` ends the present process first, whatever it does."""
+
+        def run() -> None:
+            if restart:
+                self.engine.close()
+            self._run_load(self.engine.load(path, options))
+
+        self._start("load", run)
 
     def reload(self) -> None:
         """Starts a dead engine again. Ends as `load`."""

@@ -46,8 +46,12 @@ class ModelCommands(ChatState):
             self.show_header()
             self.do_models("")
 
-    def load_model(self, path: Path, options: EngineOptions) -> None:
-        """Loads in the background; a running answer is stopped first."""
+    def load_model(self, path: Path, options: EngineOptions, *, restart: bool = False) -> None:
+        """Loads in the background; a running answer is stopped first.
+
+        Args:
+            restart: in a new process, for an engine that does not react any more.
+        """
         if self.answering.running:
             self.link.stop()
         self.model_path, self.engine_options = path, options
@@ -57,7 +61,7 @@ class ModelCommands(ChatState):
         self.engine_panel.forget()
         self.query_one(LoadingPanel).show(f"starting the engine for {visible(str(path))}", 0.0)
         self.show_header()
-        self.link.load(path, options)
+        self.link.load(path, options, restart=restart)
 
     def do_models(self, argument: str) -> None:
         if argument:
@@ -73,7 +77,7 @@ class ModelCommands(ChatState):
     def do_reload(self, argument: str) -> None:
         if self.model_path is None:
             raise UsageError("no model was chosen", hint="Ctrl+L chooses one")
-        self.load_model(self.model_path, self.engine_options)
+        self.load_model(self.model_path, self.engine_options, restart=True)
 
     def no_model(self) -> None:
         self.app.notify("Choose a model; your question is answered then.", timeout=6)
@@ -114,6 +118,10 @@ class ModelCommands(ChatState):
             self.set_panels(engine={"off": "side", "side": "full", "full": "off"}[self.panel_engine])  # type: ignore[arg-type]
         if self.panel_engine != "off":
             self.link.ask_stats(expert_map=True)
+        if self.panel_engine == "full":  # the input can't be seen: what is typed must not go there
+            self.engine_panel.map.focus()
+        else:
+            self.prompt.area.focus()
 
     def do_map_view(self, argument: str) -> None:
         if self.panel_engine == "off":

@@ -460,6 +460,33 @@ async def test_a_wide_screen_shows_panels_beside_the_chat(setup: Setup) -> None:
         assert talk.screen.query_one("#engine").size.width > 100
 
 
+async def test_panels_that_lose_their_place_are_closed_and_typing_never_goes_to_a_hidden_input(setup: Setup) -> None:
+    setup.size = (160, 50)
+    async with setup.start() as talk:
+        await talk.press("f2", "f3")
+        assert talk.screen.panel_engine == "full"
+        await talk.press(*"typed")
+        assert talk.screen.prompt.text == ""
+        await talk.press("escape")
+        assert talk.screen.panel_engine == "side"
+        await talk.pilot.resize_terminal(80, 24)
+        await talk.until(lambda: talk.screen.panel_engine == "off" and not talk.screen.panel_conversations)
+        assert talk.screen.query_one("#main").size.width == 80
+
+
+async def test_the_engine_can_be_restarted(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.scripts.put(held("stuck"))
+        await talk.type("q")
+        await talk.until(lambda: talk.screen.answering.running)
+        await talk.type("/restart ")
+        await talk.until(lambda: len(talk.engine.loads) == 2 and talk.screen.facts is not None)
+        assert talk.engine.closed
+        await talk.idle()
+        await talk.ask("again")
+        assert talk.shown[-1] == ("assistant", "You said: again")
+
+
 def test_the_status_line_drops_the_least_important_first() -> None:
     status = Status(
         decode_tokens_per_s=6.25, prompt_tokens_per_s=250, context_used=1234, n_ctx=32768, hit_rate=0.87,

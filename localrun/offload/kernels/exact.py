@@ -13,14 +13,13 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.lowlevel import call_3, load_f32, load_i64, stack, store_f32
-from localrun.offload.kernels.simd import F32, FLOATS, Simd
+from localrun.offload.kernels.simd import FLOATS, Simd
 
 
 @intrinsic
@@ -39,9 +38,7 @@ def _dot(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: An
             ]
 
         low, high = s.loop(n_units, [s.floats(0.0)] * 2, unit)
-        module, name = builder.module, "llvm.vector.reduce.fadd.v16f32"
-        reduce = module.globals.get(name) or ir.Function(module, ir.FunctionType(F32, [F32, FLOATS]), name)
-        return builder.call(reduce, [F32(0.0), builder.fadd(low, high)], fastmath=("reassoc",))
+        return s.sum_floats(builder.fadd(low, high))
 
     return types.float32(*[types.intp] * 4), codegen
 

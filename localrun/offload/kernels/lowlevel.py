@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 
@@ -126,6 +127,18 @@ def stack(_typing: Any, n_bytes: Any) -> Any:
         return builder.ptrtoint(slot, ir.IntType(64))
 
     return types.intp(n_bytes), codegen
+
+
+@intrinsic
+def copy(_typing: Any, target: Any, source: Any, n_bytes: Any) -> Any:
+    """memcpy."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8)
+        cgutils.raw_memcpy(builder, _pointer(builder, args[0], byte), _pointer(builder, args[1], byte), args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -20,8 +20,9 @@ from typing import Any, Final
 import numba as nb
 import numpy as np
 
-from localrun.offload.kernels.compiled import FAST
-from localrun.offload.kernels.lowlevel import load_f32, store_f32, store_i8, store_i16, store_i32
+from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.offload.kernels.activations import largest_of, quantize16
+from localrun.offload.kernels.lowlevel import copy, store_f32, store_i16, store_i32
 
 BLOCK32: Final = 0
 SUPER256: Final = 1
@@ -53,34 +54,17 @@ class Panel:
         return (40, 296, 128)[self.kind]
 
 
-@nb.njit(fastmath=FAST, inline="always")
-def _scale_of(source: int, n: int) -> tuple[Any, Any]:
-    """Scale of a group and its inverse (0 for a group of zeros); NaN where a value is infinite or NaN."""
-    largest, poison = np.float32(0), np.float32(0)
-    for i in range(n):
-        value = load_f32(source + i * 4)
-        poison += value * np.float32(0)
-        magnitude = abs(value)
-        largest = magnitude if magnitude > largest else largest
-    inverse = np.float32(127) / largest if largest > _TINY else np.float32(0)
-    return largest / np.float32(127) + poison, inverse
+@nb.njit(inline="always")
+def _inverse(largest: Any) -> Any:
+    """127 / largest; 0 for a group of zeros and for one with NaN, whose scale is NaN then."""
+    return np.float32(127) / largest if largest > _TINY else np.float32(0)
 
 
-@nb.njit(fastmath=FAST, inline="always")
-def _quantize(source: int, n: int, inverse: Any, target: int) -> Any:
-    """n int8 at `target`; returns their sum."""
-    total = np.int32(0)
-    for i in range(n):
-        value = np.int32(np.rint(load_f32(source + i * 4) * inverse))
-        store_i8(target + i, np.int8(value))
-        total += value
-    return total
-
-
-@nb.njit(fastmath=FAST)
+@nb.njit
 def _fill_block32(source: int, record: int, token: int, nt: int, offset: int) -> None:
-    scale, inverse = _scale_of(source, 32)
-    total = _quantize(source, 32, inverse, record + token * 32)
+    largest = largest_of(source, 2)
+    inverse, scale, target = _inverse(largest), largest / np.float32(127), record + token * 32
+    total = quantize16(source, inverse, target) + quantize16(source + 64, inverse, target + 16)
     store_f32(record + nt * 32 + token * 4, scale)
     if offset == SUM:
         store_f32(record + nt * 36 + token * 4, scale * np.float32(total))
@@ -88,20 +72,20 @@ def _fill_block32(source: int, record: int, token: int, nt: int, offset: int) ->
         store_i32(record + nt * 36 + token * 4, np.int32(-offset * total))
 
 
-@nb.njit(fastmath=FAST)
+@nb.njit
 def _fill_super256(source: int, record: int, token: int, nt: int, offset: int) -> None:
-    scale, inverse = _scale_of(source, 256)
-    total = np.int32(0)
+    largest = largest_of(source, 16)
+    inverse, total = _inverse(largest), np.int32(0)
     for part in range(16):
-        part_sum = _quantize(source + part * 64, 16, inverse, record + token * 256 + part * 16)
+        part_sum = quantize16(source + part * 64, inverse, record + token * 256 + part * 16)
         place = (part & ~3) | (part & 1) << 1 | (part & 2) >> 1
         store_i16(record + nt * 264 + token * 32 + place * 2, np.int16(part_sum))
         total += part_sum
-    store_f32(record + nt * 256 + token * 4, scale)
+    store_f32(record + nt * 256 + token * 4, largest / np.float32(127))
     store_i32(record + nt * 260 + token * 4, np.int32(-offset * total))
 
 
-@nb.njit(fastmath=FAST)
+@nb.njit
 def fill_panel(kind: int, offset: int, source: int, n: int, panel: int, first: int, token: int, nt: int) -> None:
     """Writes inputs `first` to `first + n` of one token, f32 at `source`, into its tile's panel.
 
@@ -116,8 +100,7 @@ def fill_panel(kind: int, offset: int, source: int, n: int, panel: int, first: i
     else:
         for i in range(0, n, 32):
             target = panel + (first + i) // 32 * nt * 128 + token * 128
-            for j in range(min(32, n - i)):
-                store_f32(target + j * 4, load_f32(source + (i + j) * 4))
+            copy(target, source + i * 4, min(32, n - i) * 4)
             for j in range(n - i, 32):
                 store_f32(target + j * 4, np.float32(0))
 

@@ -132,7 +132,13 @@ class Simd:
         return self.b.fmul(a, b)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
+        return self.call("llvm.fmuladd.v16f32", FLOATS, a, b, c)
+
+    def sum_floats(self, floats: Any) -> Any:
+        """Sum over the lanes, in any order."""
+        module, name = self.b.module, "llvm.vector.reduce.fadd.v16f32"
+        function = module.globals.get(name) or ir.Function(module, ir.FunctionType(F32, [F32, FLOATS]), name)
+        return self.b.call(function, [F32(0.0), floats], fastmath=("reassoc",))
 
     def shift_right(self, ints: Any, count: int) -> Any:
         return self.b.lshr(ints, self.ints(count)) if count else ints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -101,3 +102,16 @@ def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKer
     from localrun.offload.kernels.kernel import ExpertKernel
 
     return ExpertKernel(spec, math=math, n_threads=n_threads)
+
+
+def warm_up(types: Iterable[GGMLQuantizationType], *, math: Math = "int8") -> None:
+    """Compiles what a model with weights of these types needs, or loads it from the disk cache.
+
+    A kernel's making does the same for its own types: this is for a set-up step, so that no later start compiles anything.
+    """
+    from localrun.offload.kernels.kernel import PackedMatrix
+    from localrun.offload.kernels.tasks import runner
+
+    runner()
+    for type_ in types:
+        PackedMatrix.choose(type_, 256, 256, math=math)

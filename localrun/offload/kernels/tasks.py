@@ -25,7 +25,8 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload.kernels.compiled import FAST
+from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.offload.kernels.activations import swiglu16
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
     atomic_load,
@@ -33,12 +34,11 @@ from localrun.offload.kernels.lowlevel import (
     call_1,
     call_4,
     call_9,
+    copy,
     float_of_bits,
-    load_f32,
     load_i32,
     load_i64,
     stack,
-    store_f32,
     store_i32,
     store_i64,
 )
@@ -78,33 +78,6 @@ CALL_FIELDS: Final = C_MATRICES + 3 * M_FIELDS
 J_SLOT, J_PAIR, J_N_PAIRS, J_N_TILES, J_PANEL, J_QUANTIZED, J_ACTIVATED, J_FIELDS = 0, 1, 2, 3, 4, 7, 8, 9
 
 _QUANTIZE, _ACTIVATE, _PROJECT = range(3)
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-
-
-@nb.njit(fastmath=FAST, inline="always")
-def _exp(x: Any) -> Any:
-    """e**x to about 2 ulp, saturating at +-87; without branches, so that loops over it become vector code."""
-    x = min(max(x, np.float32(-87)), np.float32(87))
-    n = np.rint(x * _LOG2E)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = np.float32(1.9875691500e-4)  # minimax polynomial of Cephes' expf
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1)) * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-
-
-@nb.njit(fastmath=FAST)
-def _swiglu(gate: int, up: int, n: int, limit: Any) -> None:
-    """gate = silu(min(gate, limit)) * clamp(up), in place."""
-    for i in range(n):
-        g, u = load_f32(gate + i * 4), load_f32(up + i * 4)
-        g = limit if g > limit else g
-        u = limit if u > limit else u
-        u = -limit if u < -limit else u
-        store_f32(gate + i * 4, g / (np.float32(1) + _exp(-g)) * u)
 
 
 @nb.njit(inline="always")
@@ -259,7 +232,8 @@ def _activate_rows(call: int, job: int, row: int, n_rows: int, gates: int, ups: 
         _rows(up, slot, row, n_rows, _tile_panel(job, up, 1, tile), nt, ups, stride)
         target = _tile_panel(job, down, 2, tile)
         for t in range(nt):
-            _swiglu(gates + t * stride, ups + t * stride, n_rows, limit)
+            for offset in range(t * stride, (t + 1) * stride, 64):  # rows are filled up to a multiple of 16
+                swiglu16(gates + offset, ups + offset, limit)
             fill_panel(_get(down, M_KIND), _get(down, M_AUX), gates + t * stride, n_rows, target, row, t, nt)
 
 
@@ -273,8 +247,7 @@ def _project_rows(call: int, job: int, row: int, n_rows: int, buffer: int) -> No
         out_rows = _get(call, C_OUT_ROWS) + (_get(job, J_PAIR) + tile * 16) * 4
         for t in range(used):
             target = _get(call, C_OUT) + load_i32(out_rows + t * 4) * _get(call, C_OUT_STRIDE) + row * 4
-            for r in range(n_rows):
-                store_f32(target + r * 4, load_f32(buffer + t * stride + r * 4))
+            copy(target, buffer + t * stride, n_rows * 4)
 
 
 @nb.njit

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,17 @@ _CACHESTAT = 451
 """System call of Linux 6.5, the same number on every architecture but alpha."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+# Linux only; elsewhere files grow as they are written and the page cache does what it likes.
+_fallocate = getattr(_libc, "fallocate", None)
+_fdatasync = getattr(os, "fdatasync", os.fsync)
+if _fallocate is not None:
+    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _drop_cache(fd: int, offset: int = 0, n_bytes: int = 0) -> None:
+    """Asks the kernel to forget clean pages of a range (0 bytes: to the end)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 class AlignedBuffer:
@@ -70,6 +81,8 @@ class _CacheStat(ctypes.Structure):
 def is_cached(fd: int, offset: int, n_bytes: int) -> bool:
     """Whether all pages of a range are in the page cache; False where the kernel can't tell."""
     where, answer = _CacheStatRange(offset, n_bytes), _CacheStat()
+    if sys.platform != "linux":
+        return False
     if _libc.syscall(_CACHESTAT, fd, ctypes.byref(where), ctypes.byref(answer), 0) != 0:
         return False
     pages = (offset + n_bytes - 1) // PAGE - offset // PAGE + 1
@@ -114,7 +127,7 @@ class DirectReader:
         wanted = memory[head : head + n_bytes]
         if self._direct is None:
             read_fully(self._plain, self.path, offset, wanted.data)
-            os.posix_fadvise(self._plain, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+            _drop_cache(self._plain, offset, n_bytes)
         elif is_cached(self._plain, offset, n_bytes) or not self._read_direct(offset - head, head + n_bytes, memory):
             read_fully(self._plain, self.path, offset, wanted.data)
         return wanted
@@ -171,7 +184,7 @@ class DirectWriter:
 
     def _reserve(self, size: int) -> None:
         # Not os.posix_fallocate: where the file system can't reserve, it writes a byte into every block instead.
-        result = _libc.fallocate(self._plain, 0, 0, size)
+        result = 0 if _fallocate is None else _fallocate(self._plain, 0, 0, size)
         error = ctypes.get_errno()
         if result != 0 and error not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise OSError(error, os.strerror(error))
@@ -201,8 +214,8 @@ class DirectWriter:
     def sync(self) -> None:
         """Makes everything written so far durable and drops it from the page cache."""
         with _write_errors(self.path):
-            os.fdatasync(self._plain)
-            os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
+            _fdatasync(self._plain)
+            _drop_cache(self._plain)
 
     def close(self) -> None:
         for fd in (self._plain, self._direct):

@@ -38,12 +38,12 @@ PREFIXES = (
 )
 SUFFIXES = (" please", " Please.", " Thanks.", " Thank you!")
 SHARES = {
-    "fact": 0.56,
-    "small talk": 0.12,
-    "localrun": 0.06,
-    "sum": 0.11,
+    "fact": 0.46,
+    "small talk": 0.17,
+    "localrun": 0.07,
+    "sum": 0.16,
     "story": 0.04,
-    "unknown": 0.04,
+    "unknown": 0.03,
     "chain": 0.07,
 }
 FIRST_NAMES = (

@@ -134,15 +134,17 @@ class BatchSource:
         self._prose = prose_texts
         self._packer = Packer(Conversations(known, seed + 1), encoder)
 
-    def batch(self, n_rows: int, length: int, prose_share: float, prompt_weight: float) -> TrainingBatch:
-        """`n_rows` rows of `length` tokens; prose rows are single documents with full loss weight."""
+    def batch(
+        self, n_rows: int, length: int, prose_share: float, prompt_weight: float, prose_weight: float = 1.0
+    ) -> TrainingBatch:
+        """`n_rows` rows of `length` tokens; prose rows are single documents."""
         ids, documents, weights = [], [], []
         n_prose = int(n_rows * prose_share + self._rng.random())
         for i in range(n_rows):
             if i < n_prose:
                 ids.append(self._prose_row(length + 1))
                 documents.append([0] * (length + 1))
-                weights.append([1.0] * (length + 1))
+                weights.append([prose_weight] * (length + 1))
             else:
                 row = self._packer.row(length, prompt_weight)
                 ids.append(row[0])

@@ -1,6 +1,6 @@
 """Asks the evaluation's questions through localrun's own engine: official checkpoint -> conversion -> experts -> chat.
 
-Usage: python -m tools.demo_model.engine_evaluation MODEL --questions QUESTIONS.json --out RESULTS.json
+Usage: python -m tools.demo_model.engine_evaluation MODEL --questions QUESTIONS.json --out RESULTS.json --chats CHATS.md
 Needs localrun's environment, not PyTorch. `tools.demo_model questions` writes the questions.
 """
 
@@ -48,11 +48,28 @@ class EngineTalker:
         return (said["thinking"] + END_THINK if thinks else "") + said["text"]
 
 
+def chats_page(chats: list[list[tuple[str, str]]], thinking: list[list[tuple[str, str]]]) -> str:
+    """The sample chats as Markdown, unedited."""
+    lines = ["# Twenty chats with the demo model", "", "Unedited, always the most likely token, thinking off.", ""]
+    for number, said in enumerate(chats, 1):
+        lines += [f"## {number}", ""]
+        for question, answer in said:
+            lines += [f"> **You:** {question}", ">", f"> **Model:** {answer}", ">"]
+        lines[-1] = ""
+    lines += ["# The first questions again, in think mode", ""]
+    for said in thinking:
+        question, answer = said[0]
+        reasoning, _, text = answer.partition(END_THINK)
+        lines += [f"> **You:** {question}", ">", f"> *{reasoning}*", ">", f"> **Model:** {text}", ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.engine_evaluation", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--chats", type=Path, required=True, help="Markdown page of sample chats")
     options = parser.parse_args()
     raw = json.loads(options.questions.read_text(encoding="utf-8"))
     questions = [Question(**{**entry, "expected": tuple(entry["expected"])}) for entry in raw]
@@ -61,13 +78,14 @@ def main() -> None:
             pass
         talker = EngineTalker(engine)
         scores, wrong = ask(talker, questions)
-        results = {
-            "core": asdict(core_score(scores, questions)),
-            "topics": {topic: asdict(score) for topic, score in sorted(scores.items())},
-            "wrong": [[question.text, said] for question, said in wrong],
-            "chats": [chat(talker, asked) for asked in SAMPLE_CHATS],
-            "thinking": [chat(talker, asked[:1], think=True) for asked in SAMPLE_CHATS[:8]],
-        }
+        chats = [chat(talker, asked) for asked in SAMPLE_CHATS]
+        thinking = [chat(talker, asked[:1], think=True) for asked in SAMPLE_CHATS[:8]]
+    results = {
+        "core": asdict(core_score(scores, questions)),
+        "topics": {topic: asdict(score) for topic, score in sorted(scores.items())},
+        "wrong": [[question.text, said] for question, said in wrong],
+    }
+    options.chats.write_text(chats_page(chats, thinking), encoding="utf-8")
     options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(results["core"]))
 

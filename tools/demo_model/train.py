@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tools.demo_model.corpus import BatchSource, ProseText, TrainingBatch
+from tools.demo_model.kernels import Kernels
 from tools.demo_model.knowledge_base import Knowledge
-from tools.demo_model.model import DemoModel, Kernels, ModelConfig, Statistics, parameter_shapes
+from tools.demo_model.model import DemoModel, ModelConfig, Statistics, parameter_shapes
 from tools.demo_model.optimizer import MixedOptimizer, is_matrix
 from tools.demo_model.quantization import rounded
 
@@ -165,10 +166,11 @@ class Worker:
     def _gradients(self, step: int, stage: str) -> tuple[float, float]:
         long = step % LONG_EVERY == LONG_EVERY - 1
         rows, length = (LONG_ROWS, LONG_LENGTH) if long else (ROWS, LENGTH)
-        prose_share, prompt_weight = (0.25, 0.2) if stage == "mixed" else (0.05, 0.0)
+        # share of prose rows; loss weights of prompts and of prose
+        shares = (0.25, 0.2, 1.0) if stage == "mixed" else (0.05, 0.0, 0.25)
         self.model.use_indexer = self._trains_indexer(step)
         self.model.select_rows = stage != "mixed"
-        loss, statistics = batch_loss(self.model, self.source.batch(rows, length, prose_share, prompt_weight))
+        loss, statistics = batch_loss(self.model, self.source.batch(rows, length, *shares))
         (loss + INDEX_LOSS_WEIGHT * statistics.index_loss).backward()
         for key, parameter in self.model.weights.items():
             if parameter.grad is not None:

@@ -130,20 +130,42 @@ def python() -> Path:
 
 
 def build_llama_cpp() -> None:
-    """Compiles llama-cpp-python. Never from a cached wheel: pip's cache does not look at CMAKE_ARGS."""
+    """Compiles and installs llama-cpp-python.
+
+    The wheel is kept in a folder of its own per build: an interrupted set-up need not compile again, and pip's cache, which does not
+    look at CMAKE_ARGS, is not asked.
+    """
     name = "llama-cpp-python"
     requirement = f"{name}=={pinned(name)}"
-    n_jobs = str(os.cpu_count() or 1)
-    environment = {
-        "CMAKE_ARGS": f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip(),
-        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", n_jobs),
-    }
-    arguments = ["install", "--force-reinstall", "--no-cache-dir", "--no-binary", name, requirement]
-    arguments += ["--constraint", str(CONSTRAINTS), "--build-constraint", str(CONSTRAINTS)]
-    step(f"llama.cpp, compiled from source on {n_jobs} cores; this takes minutes", arguments, environment)
+    cmake_args = f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip()
+    build = hashlib.sha256(f"{requirement} {cmake_args} {sys.version_info[:2]}".encode()).hexdigest()[:12]
+    folder = VENV / "wheels" / build
+    if not list(folder.glob("*.whl")):
+        n_jobs = str(os.cpu_count() or 1)
+        environment = {"CMAKE_BUILD_PARALLEL_LEVEL": n_jobs, **os.environ, "CMAKE_ARGS": cmake_args}
+        partial = folder.with_name(f"{build}.partial")
+        arguments = [
+            "wheel",
+            "--no-deps",
+            "--no-cache-dir",
+            "--no-binary",
+            name,
+            "--wheel-dir",
+            str(partial),
+            requirement,
+        ]
+        arguments += ["--build-constraint", str(CONSTRAINTS)]
+        step(f"llama.cpp, compiled from source on {n_jobs} cores; this takes minutes", arguments, environment)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    (wheel,) = folder.glob("*.whl")
+    arguments = ["install", "--force-reinstall", "--constraint", str(CONSTRAINTS), str(wheel)]
+    step("llama-cpp-python", arguments)
     if not has_llama_cpp():
+        shutil.rmtree(str(folder))
         raise SetupError(
-            f"{requirement} was built without ggml_backend_rpc_start_server", f"see {LOG}, then make clean setup"
+            f"{requirement} was built without ggml_backend_rpc_start_server", f"see {LOG}, then make setup"
         )
 
 
@@ -173,18 +195,27 @@ def pinned(name: str) -> str:
 
 
 def step(what: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Runs pip with its output in the log; a failure shows the log's end."""
+    """Runs pip with its output in the log; a failure shows the log's end.
+
+    Args:
+        environment: for pip; None: our own.
+    """
     say(f"installing {what}")
     command = [str(python()), "-m", "pip", "--disable-pip-version-check", *arguments]
     with LOG.open("ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode == 0:
         return
     lines = LOG.read_text(errors="replace").splitlines()
     tail = "\n".join(f"  {line}" for line in lines[-15:])
     print(tail, file=sys.stderr)
+    if done.returncode < 0:
+        raise SetupError(
+            f"pip was killed by signal {-done.returncode} ({what})",
+            "if memory was short, close programs; then make setup",
+        )
     recent = "\n".join(lines[-200:])
     offline = ("NewConnectionError", "NameResolutionError", "Network is unreachable", "No matching distribution found")
     if any(word in recent for word in offline):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,10 +162,9 @@ class Engine:
         """Where every expert is; None for a model without our device; any thread."""
         return self._loaded.expert_map() if isinstance(self._loaded, OffloadedModel) else None
 
-    def prepare(self, tokens: Sequence[int]) -> None:
-        """Tells the expert path which tokens run next."""
-        if isinstance(self._loaded, OffloadedModel):
-            self._loaded.prepare(tokens)
+    def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
+        """Around each `llama_decode` of these tokens, for the expert path."""
+        return self._loaded.decoding(tokens) if isinstance(self._loaded, OffloadedModel) else nullcontext()
 
     @contextmanager
     def recording(self, path: Path) -> Iterator[None]:

@@ -20,6 +20,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.evaluate import evaluate
 from localrun.engine.messages import messages_from_json, tools_from_json
 from localrun.engine.prompt_parts import Special
+from localrun.engine.prompt_writer import Prompt
 from localrun.engine.protocol import (
     Delta,
     EvalLogits,
@@ -43,6 +44,7 @@ from localrun.engine.protocol import (
     ToolCall,
 )
 from localrun.engine.session import Progress, Session
+from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.stream_parser import (
     End,
     StreamEvent,
@@ -54,6 +56,7 @@ from localrun.engine.stream_parser import (
 )
 from localrun.engine.tokenizer import Piece, StreamDecoder
 from localrun.errors import ContextFullError, LocalrunError, StoppedError, UsageError
+from localrun.paths import cache_dir
 
 Send = Callable[[Event], None]
 
@@ -65,6 +68,7 @@ class Host:
         self._send = send
         self._engine: Engine | None = None
         self._session: Session | None = None
+        self._snapshots: SnapshotStore | None = None
         self._stopping = False
 
     # --- from any thread
@@ -115,13 +119,14 @@ class Host:
         engine = Engine.open(command.path, command.options, progress)
         try:
             self._send(Loading(request=command.request, progress=0.97, text="preparing the context"))
-            session = engine.session()
+            snapshots = SnapshotStore(cache_dir() / "snapshots", engine.state_key)
+            session = engine.session(snapshots=snapshots)
             if engine.facts.has_tokenizer:
                 engine.tokenizer.encode("warm")
         except BaseException:
             engine.close()
             raise
-        self._engine, self._session = engine, session
+        self._engine, self._session, self._snapshots = engine, session, snapshots
         facts = replace(engine.facts, n_ctx=session.n_ctx)
         self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start))
 
@@ -129,6 +134,7 @@ class Host:
         """See `protocol.Generate`."""
         engine, session = self._loaded()
         warning = None
+        boundaries: list[int] = []
         if command.tokens is not None:
             prompt, start = list(command.tokens), "content"
         else:
@@ -143,7 +149,8 @@ class Host:
             )
             if encoded.completion is None:
                 raise UsageError("it is not the model's turn", hint="the last message must be one to answer")
-            prompt, start = engine.tokenizer.encode_parts(encoded.parts), encoded.completion
+            start = encoded.completion
+            prompt, boundaries = _encode(engine, encoded)
             warning = encoder.max_context_advice(command.think, session.n_ctx)
         if len(prompt) >= session.n_ctx:
             raise ContextFullError(
@@ -153,6 +160,7 @@ class Host:
         answer = session.generate(
             prompt,
             command.sampling,
+            boundaries=boundaries,
             max_tokens=command.max_tokens,
             ignore_eos=command.ignore_eos,
             progress=self._progress(command.request, prompt, session),
@@ -256,6 +264,9 @@ class Host:
         engine, self._engine, self._session = self._engine, None, None
         if engine is not None:
             engine.close()
+        if self._snapshots is not None:
+            self._snapshots.close()
+            self._snapshots = None
 
     # --- inside
 
@@ -276,6 +287,18 @@ class Host:
 
         report(reused, len(prompt))
         return report
+
+
+def _encode(engine: Engine, prompt: Prompt) -> tuple[list[int], list[int]]:
+    """A prompt's ids, and how many of them lie before each place where a message ends for good."""
+    stable = {boundary.part for boundary in prompt.boundaries if boundary.stable}
+    ids: list[int] = []
+    places = []
+    for i, part in enumerate(prompt.parts):
+        if i in stable and ids:
+            places.append(len(ids))
+        ids += engine.tokenizer.encode_parts([part])
+    return ids, places
 
 
 class _AnswerWriter:

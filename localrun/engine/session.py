@@ -1,11 +1,13 @@
 """One timeline of tokens: what is in the KV cache, the logits after it, and answers generated from there.
 
-llama.cpp can't cut a deepseek4 sequence at an arbitrary position, so a session only grows, is emptied, or is restored from a
-snapshot. The session knows ids only: text, roles and messages are `tokenizer.py`'s and `chat_format.py`'s.
+llama.cpp can't cut a deepseek4 sequence at an arbitrary position, so a session only grows, is emptied, or is restored from a state
+that was saved before (`snapshots.py` keeps them). The session knows ids only: text, roles and messages are `tokenizer.py`'s and
+`chat_format.py`'s.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 import time
@@ -19,6 +21,7 @@ import xxhash
 from localrun.engine.llama import DECODE_ABORTED, DECODE_NO_SLOT, Context
 from localrun.engine.protocol import FinishReason, SamplingOptions, Timings
 from localrun.engine.sampling import Sampler
+from localrun.engine.snapshots import SnapshotStore
 from localrun.errors import (
     ChecksumError,
     ContextFullError,
@@ -32,11 +35,16 @@ from localrun.errors import (
 if TYPE_CHECKING:
     from localrun.engine.engine import Engine
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with (tokens in the context, tokens wanted) after each batch."""
 
 STOP_PATIENCE_S = 0.3
 """A stop lets a running step of one token end by itself for so long: that keeps the KV cache, an aborted step loses it."""
+
+SNAPSHOT_DISTANCE = 512
+"""Tokens between two saved states inside one prompt: what going back costs at most, against a state's size."""
 
 _MAGIC = b"LRSNAP01"
 _HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
@@ -51,8 +59,13 @@ class Session:
     `prefill` makes that invisible to callers that hand over whole prompts.
     """
 
-    def __init__(self, engine: Engine, context: Context) -> None:
+    def __init__(self, engine: Engine, context: Context, snapshots: SnapshotStore | None = None) -> None:
+        """
+        Args:
+            snapshots: where states are kept and looked for; None: the session only grows or starts anew.
+        """
         self._engine = engine
+        self._snapshots = snapshots
         self._context = context
         self._tokens: list[int] = []
         self._has_logits = False
@@ -103,11 +116,20 @@ class Session:
             self._decode(batch, all_logits=True)
             yield np.stack([self._context.logits(row) for row in range(len(batch))])
 
-    def prefill(self, prompt: Sequence[int], *, progress: Progress | None = None) -> int:
-        """Makes the context hold exactly `prompt`, with logits after it, keeping what is there if the prompt continues it.
+    def prefill(
+        self, prompt: Sequence[int], *, boundaries: Sequence[int] = (), progress: Progress | None = None
+    ) -> int:
+        """Makes the context hold exactly `prompt`, with logits after it, by the shortest way.
+
+        That is: go on if the prompt continues what is there, else go on from the longest saved state that it begins with, else from
+        nothing.
+
+        Args:
+            boundaries: ascending positions in the prompt where messages end: states are saved at the first and the last one,
+                and between them at least `SNAPSHOT_DISTANCE` apart.
 
         Returns:
-            How many tokens were there already.
+            How many tokens did not have to be computed.
         Raises:
             As `feed`; UsageError for an empty prompt.
         """
@@ -115,19 +137,52 @@ class Session:
             raise UsageError("the prompt is empty")
         prompt = list(prompt)
         self._check(prompt, room=self.n_ctx)
-        held = len(self._tokens)
-        same = prompt[:held] == self._tokens
-        if same and held == len(prompt) and self._has_logits:
+        held = self._go_back_to(prompt)
+        if held == len(prompt):
             return held
-        if not same or held >= len(prompt):
-            self.reset()
-            held = 0
-        total = len(prompt)
-        for batch in self._batches(prompt[held:]):
-            self._decode(batch, all_logits=False)
-            if progress is not None:
-                progress(self.position, total)
+        total, at = len(prompt), held
+        for end in [*self._snapshot_places(boundaries, held, total), total]:
+            for batch in self._batches(prompt[at:end]):
+                self._decode(batch, all_logits=False)
+                if progress is not None:
+                    progress(self.position, total)
+            at = end
+            if end < total:
+                self.save()
         return held
+
+    def _go_back_to(self, prompt: list[int]) -> int:
+        """Leaves the longest useful beginning of `prompt` in the context; its length."""
+        held = len(self._tokens)
+        if held and prompt[:held] == self._tokens and (held < len(prompt) or self._has_logits):
+            return held
+        saved = self._snapshots.longest_prefix(prompt) if self._snapshots is not None else None
+        if saved is not None:
+            try:
+                self.restore(saved[1])
+                return self.position
+            except LocalrunError as error:
+                log.warning("a saved state is not used: %s", error)
+                assert self._snapshots is not None
+                self._snapshots.drop(saved[0], prompt)
+        self.reset()
+        return 0
+
+    def _snapshot_places(self, boundaries: Sequence[int], held: int, total: int) -> list[int]:
+        if self._snapshots is None:
+            return []
+        ahead = [place for place in boundaries if held < place < total]
+        places: list[int] = []
+        for i, place in enumerate(ahead):
+            far = place - (places[-1] if places else held) >= SNAPSHOT_DISTANCE
+            if far or i == len(ahead) - 1 or place == boundaries[0]:
+                places.append(place)
+        return places
+
+    def save(self) -> None:
+        """Keeps the present state, if there is a place for it and it is not kept already."""
+        if self._snapshots is not None and self._tokens and not self._snapshots.has(self._tokens):
+            self._snapshots.put(self._tokens, self.snapshot())
 
     def _batches(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         self._check(tokens, room=self.n_ctx - self.position)
@@ -151,8 +206,8 @@ class Session:
             raise StoppedError("stopped")
         self._has_logits = False
         self._in_step = len(batch) == 1
-        self._engine.prepare(batch)
-        code = self._context.decode(batch, self.position, all_logits=all_logits)
+        with self._engine.decoding(batch):
+            code = self._context.decode(batch, self.position, all_logits=all_logits)
         self._in_step = False
         cause = self._engine.take_error()
         if code == 0 and cause is None:
@@ -175,12 +230,13 @@ class Session:
         prompt: Sequence[int],
         sampling: SamplingOptions,
         *,
+        boundaries: Sequence[int] = (),
         max_tokens: int | None = None,
         ignore_eos: bool = False,
         progress: Progress | None = None,
     ) -> Generation:
         """Prepares an answer to `prompt`; iterate over the result. See `Generation`."""
-        return Generation(self, list(prompt), sampling, max_tokens, ignore_eos, progress)
+        return Generation(self, list(prompt), sampling, max_tokens, ignore_eos, progress, boundaries)
 
     def _step(self, sampler: Sampler) -> int:
         return sampler.sample(self._context.handle)
@@ -283,8 +339,9 @@ class Generation:
         max_tokens: int | None,
         ignore_eos: bool,
         progress: Progress | None,
+        boundaries: Sequence[int] = (),
     ) -> None:
-        self._session, self._prompt, self._progress = session, prompt, progress
+        self._session, self._prompt, self._progress, self._boundaries = session, prompt, progress, boundaries
         self._max_tokens, self._ignore_eos = max_tokens, ignore_eos
         self._sampler = Sampler(sampling)
         self.seed = self._sampler.seed
@@ -301,7 +358,7 @@ class Generation:
     def _run(self) -> Iterator[int]:
         session, n_prompt = self._session, len(self._prompt)
         start = time.perf_counter()
-        n_reused = session.prefill(self._prompt, progress=self._progress)
+        n_reused = session.prefill(self._prompt, boundaries=self._boundaries, progress=self._progress)
         decode_start = time.perf_counter()
         n_new = 0
         while self.reason is None:
@@ -326,3 +383,4 @@ class Generation:
                 yield token
             if self.reason is None:
                 session.feed([token])
+        session.save()

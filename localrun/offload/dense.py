@@ -7,6 +7,7 @@ at load, and multiplied by the same kernels as the experts. Everything else of t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import re
@@ -92,7 +93,8 @@ class DenseMatrices:
         stride = -(-matrix.packed_bytes // 64) * 64
         memory = mmap.mmap(-1, max(stride * n_groups, 1))
         if hasattr(mmap, "MADV_HUGEPAGE") and stride * n_groups >= 2 << 20:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
         base = np.frombuffer(memory, np.uint8).ctypes.data
         packed = np.array([base + group * stride for group in range(n_groups)], np.uint64)
         source = np.ascontiguousarray(data)

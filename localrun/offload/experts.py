@@ -166,6 +166,8 @@ class ExpertPool:
         n_layers, n_experts = max(layers) + 1, max(moe.n_experts for moe in layers.values())
         self.table = SlotTable(budget_bytes, n_layers, n_experts)
         self.telemetry = Telemetry(n_layers)
+        self._path_lock = threading.Lock()
+        self._python_only: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self._weights: dict[int, Weight] = {}
         self._records = {layer: self._record(layer) for layer in layers}
         self._error: BaseException | None = None
@@ -173,7 +175,8 @@ class ExpertPool:
         self._n_ahead = 0
         self._recorder: TraceRecorder | None = None
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
-        self.last_call = 0.0  # time.monotonic() of the last layer call: read-ahead keeps away from a running answer
+        self.last_call = 0.0  # time.monotonic() of the last layer call that came to Python, or of `busy`'s end
+        self.busy = False  # the decoding thread is in llama_decode: read-ahead keeps away
 
     def _record(self, layer: int) -> LayerRecord:
         table = self.table
@@ -184,6 +187,7 @@ class ExpertPool:
             table.uses[layer],
             table.tick,
             self.telemetry.values[layer],
+            self._python_only,
             self._kernels[layer].call,
         )
 
@@ -284,8 +288,9 @@ class ExpertPool:
         self._choose_path()
 
     def _choose_path(self) -> None:
-        """The compiled path knows neither stopping nor recording."""
-        expert_device().process.use_python(self._stop.is_set() or self._recorder is not None)
+        """The compiled path knows neither stopping nor recording; the flag is set before anyone looks at the reasons again."""
+        with self._path_lock:
+            self._python_only[0] = self._stop.is_set() or self._recorder is not None
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
@@ -295,10 +300,11 @@ class ExpertPool:
     # -- read-ahead ----------------------------------------------------------------------------------------------------
 
     def read_ahead(self, layer: int, experts: Sequence[int], *, evict: bool, limit: int) -> int:
-        """Starts reading experts that are not there, without waiting; any thread.
+        """Starts reading experts that are not there, without waiting; any thread unless `evict`.
 
         Args:
-            evict: may displace the coldest experts (for what is certain to be needed); else only free memory is used.
+            evict: may displace the coldest experts (for what is certain to be needed); else only free memory is used. Only on the
+                decoding thread: compiled code reads residency without the lock.
             limit: most reads to have under way.
 
         Returns:
@@ -333,6 +339,13 @@ class ExpertPool:
     def _settle(self) -> None:
         while not self._store.completions.empty():
             self.finished(self._store.completions.get())
+
+    def wait_for_read_ahead(self) -> bool:
+        """Waits for one read ahead to end; False if none is under way. The caller holds the lock."""
+        if self._n_ahead == 0:
+            return False
+        self.finished(self._store.completions.get())
+        return True
 
     def finished(self, ticket: Ticket) -> None:
         """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
@@ -433,6 +446,9 @@ class _Call:
             self._awaited[slot] = i
             self.bytes_read += store.submit(slot).read_bytes
         if self._todo and not self._awaited and not self._pinned:
+            if self._pool.wait_for_read_ahead():
+                self._start_reads()  # memory that guesses were being read into can be taken now
+                return
             raise BudgetError(
                 f"blk.{self._layer}: no room for an expert of {format_size(slot_bytes)}", hint="give more --ram"
             )

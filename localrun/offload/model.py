@@ -7,10 +7,12 @@ creates optional tensors that the model lacks, so both are handled here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +40,7 @@ from localrun.units import format_size
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 2048
-"""Largest batch that the compiled path takes; longer ones go through Python."""
+"""Largest batch whose experts the compiled path takes at once; longer ones go through Python, dense matrices in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,16 @@ class OffloadedModel:
         """Counters of the expert path."""
         return self.pool.telemetry
 
-    def prepare(self, tokens: Sequence[int]) -> None:
-        """Starts reading what is certain to be needed when these tokens run next; before `llama_decode`."""
-        self.ahead.prepare(tokens)
+    @contextlib.contextmanager
+    def decoding(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""
+        self.pool.busy = True
+        try:
+            self.ahead.prepare(tokens)
+            yield
+        finally:
+            self.pool.last_call = time.monotonic()
+            self.pool.busy = False
 
     def expert_map(self) -> dict[str, Any]:
         """Where every expert is, for the map of the user interface; any thread.
@@ -149,14 +158,13 @@ class OffloadedModel:
     def close(self) -> None:
         """Frees llama.cpp's model and the experts. Contexts of the model must be freed before."""
         if self.model is not None:
-            import llama_cpp
-
-            self.ahead.close()
-            self.learner.close()
-            llama_cpp.llama_model_free(self.model)
-            self.model = None
-            self.pool.close()
-            self.dense.close()
+            model, self.model = self.model, None
+            with contextlib.ExitStack() as steps:  # all of them, last one first, whatever fails
+                steps.callback(self.dense.close)
+                steps.callback(self.pool.close)
+                steps.callback(_free_model, model)
+                steps.callback(self.learner.close)
+                steps.callback(self.ahead.close)
 
     def __enter__(self) -> OffloadedModel:
         return self
@@ -177,22 +185,29 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     """
     llama_log.install()
     device = expert_device()
-    pool, ram_bytes = _open_pool(source, options)
-    dense = DenseMatrices(n_threads=options.n_threads)
-    try:
+    with contextlib.ExitStack() as opened:  # closes what was opened if anything after it fails
+        pool, ram_bytes = _open_pool(source, options)
+        opened.callback(pool.close)
+        dense = DenseMatrices(n_threads=options.n_threads)
+        opened.callback(dense.close)
         with device.loading(pool):
             model = _load(source, options, pool, dense)
-    except BaseException:
-        pool.close()
-        dense.close()
-        raise
-    scratch = max([dense.scratch_bytes, *(pool.kernel(layer).call.scratch_bytes for layer in source.moe_layers)])
-    device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
-    learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
-    learner.keep_hottest()
+        opened.callback(_free_model, model)
+        scratch = max([dense.scratch_bytes, *(pool.kernel(layer).call.scratch_bytes for layer in source.moe_layers)])
+        device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
+        learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
+        learner.keep_hottest()
+        result = OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
+        opened.pop_all()
     if options.profile_folder is not None:
         ahead.warm(learner.profile.ranking())
-    return OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
+    return result
+
+
+def _free_model(model: Any) -> None:
+    import llama_cpp
+
+    llama_cpp.llama_model_free(model)
 
 
 def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool, int]:

@@ -54,18 +54,15 @@ from localrun.offload.kernels.tasks import (
 )
 from localrun.offload.telemetry import Counter
 
-# The process: functions of ggml and libc, the way back to Python, whether all experts go there, scratch, time in dense matrices
-P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_PYTHON_ONLY, P_RUN, P_SCRATCH, P_CAPACITY, P_SLOTS, P_STARTS = (
-    range(11)
-)
-P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = range(11, 18)
+# The process: functions of ggml and libc, the way back to Python, scratch, time in dense matrices
+P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_RUN, P_SCRATCH, P_CAPACITY = range(8)
+P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = range(8, 17)
 # A weight: what it is, for experts its layer and projection, for dense matrices their call
 W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
 KIND_DENSE, KIND_EXPERTS = 1, 2
-# A layer: residency by expert (slot address or 0), recency and use, counters, call
-L_N_EXPERTS, L_RESIDENT, L_STAMPS, L_USES, L_TICK, L_TELEMETRY, L_CALL, L_JOBS_BYTES, L_TASKS_BYTES, L_FIELDS = range(
-    10
-)
+# A layer: residency by expert (slot address or 0), recency and use, counters, whether all calls go to Python, call
+L_N_EXPERTS, L_RESIDENT, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(6)
+L_PYTHON_ONLY, L_CALL, L_JOBS_BYTES, L_TASKS_BYTES, L_FIELDS = range(6, 11)
 
 MAX_EXPERTS: Final = 4096
 
@@ -154,26 +151,27 @@ def _dense(process: int, node: int, weight: int) -> bool:
         and load_i64(node + _NB) == 4
         and load_i64(source + _NE + 24) == 1
         and n_batch % _get(weight, W_N_BATCH) == 0
-        and n_rows <= _get(process, P_IOTA_SIZE)
     )
     if not plain:
         return False
     repeat = n_batch // _get(weight, W_N_BATCH)  # ggml broadcasts a weight over consecutive matrices of the input
-    starts, iota = _get(process, P_STARTS), _get(process, P_IOTA)
+    starts, iota, most = _get(process, P_STARTS), _get(process, P_IOTA), _get(process, P_IOTA_SIZE)
+    x_stride, out_stride = load_i64(source + _NB + 8), load_i64(node + _NB + 8)
     store_i32(starts, 0)
-    store_i32(starts + 4, n_rows)
     for batch in range(n_batch):
-        _begin(process, call, _get(weight, W_JOBS_BYTES), _get(weight, W_TASKS_BYTES))
-        store_i64(call + C_N_EXPERTS * 8, 1)
-        store_i64(call + C_SLOTS * 8, _get(weight, W_PACKED) + batch // repeat * 8)
-        store_i64(call + C_STARTS * 8, starts)
-        store_i64(call + C_X_ROWS * 8, iota)
-        store_i64(call + C_OUT_ROWS * 8, iota)
-        store_i64(call + C_X * 8, load_i64(source + _DATA) + batch * load_i64(source + _NB + 16))
-        store_i64(call + C_X_STRIDE * 8, load_i64(source + _NB + 8))
-        store_i64(call + C_OUT * 8, load_i64(node + _DATA) + batch * load_i64(node + _NB + 16))
-        store_i64(call + C_OUT_STRIDE * 8, load_i64(node + _NB + 8))
-        call_1(_get(process, P_RUN), call)
+        for row in range(0, n_rows, most):
+            store_i32(starts + 4, min(most, n_rows - row))
+            _begin(process, call, _get(weight, W_JOBS_BYTES), _get(weight, W_TASKS_BYTES))
+            store_i64(call + C_N_EXPERTS * 8, 1)
+            store_i64(call + C_SLOTS * 8, _get(weight, W_PACKED) + batch // repeat * 8)
+            store_i64(call + C_STARTS * 8, starts)
+            store_i64(call + C_X_ROWS * 8, iota)
+            store_i64(call + C_OUT_ROWS * 8, iota)
+            store_i64(call + C_X * 8, load_i64(source + _DATA) + batch * load_i64(source + _NB + 16) + row * x_stride)
+            store_i64(call + C_X_STRIDE * 8, x_stride)
+            store_i64(call + C_OUT * 8, load_i64(node + _DATA) + batch * load_i64(node + _NB + 16) + row * out_stride)
+            store_i64(call + C_OUT_STRIDE * 8, out_stride)
+            call_1(_get(process, P_RUN), call)
     return True
 
 
@@ -323,14 +321,15 @@ def graph_compute(backend: int, graph: int) -> int:
         if op == _MUL_MAT:
             started = _now_ns(process)
             weight = load_i64(load_i64(node + _SRC) + _EXTRA)
-            if weight != 0 and _dense(process, node, weight):
+            if weight != 0 and _get(weight, W_KIND) == KIND_DENSE and _dense(process, node, weight):
                 done = 1
                 _add(process, P_DENSE_NS, _now_ns(process) - started)
         elif op == _GLU:
             done = 1 if _glu(node) else 0
-        elif op == _MUL_MAT_ID and load_i32(_get(process, P_PYTHON_ONLY)) == 0:
+        elif op == _MUL_MAT_ID:
             weight = _chain(graph, process, index, n_nodes)
-            if weight != 0 and _experts(process, graph, index, weight):
+            allowed = weight != 0 and load_i64(_get(_get(weight, W_LAYER), L_PYTHON_ONLY)) == 0
+            if allowed and _experts(process, graph, index, weight):
                 done = 4
         if done == 0:
             answer = _call_i64(_get(process, P_PYTHON), graph, index)
@@ -367,7 +366,6 @@ class Process:
         self.fields[P_PYTHON] = python
         self.fields[P_RUN] = runner().run_address
         self._point(P_TIMESPEC, np.zeros(2, np.int64))
-        self._point(P_PYTHON_ONLY, np.zeros(1, np.int32))
         self._point(P_COUNTS, np.zeros(MAX_EXPERTS + 1, np.int32))
         self._point(P_SLOTS, np.zeros(MAX_EXPERTS, np.uint64))
         self._point(P_STARTS, np.zeros(MAX_EXPERTS + 1, np.int32))
@@ -395,10 +393,6 @@ class Process:
             self.fields[P_IOTA_SIZE] = n_rows
             self._point(P_IOTA, np.arange(n_rows, dtype=np.int32))
 
-    def use_python(self, always: bool) -> None:
-        """Sends all expert chains to Python (which may raise, or take notes) or only those that must go there; any thread."""
-        self._arrays[P_PYTHON_ONLY][0] = always
-
     def _size(self, field: int) -> int:
         array = self._arrays.get(field)
         return 0 if array is None else array.nbytes - 64
@@ -419,11 +413,12 @@ class LayerRecord:
         uses: npt.NDArray[np.int64],
         tick: npt.NDArray[np.int64],
         telemetry: npt.NDArray[np.int64],
+        python_only: npt.NDArray[np.int64],
         call: Call,
     ) -> None:
-        self._keep = (resident, stamps, uses, tick, telemetry, call)
+        self._keep = (resident, stamps, uses, tick, telemetry, python_only, call)
         self.fields = np.array(
-            [n_experts, *(a.ctypes.data for a in self._keep[:5]), call.address, call.jobs_bytes, call.tasks_bytes],
+            [n_experts, *(a.ctypes.data for a in self._keep[:6]), call.address, call.jobs_bytes, call.tasks_bytes],
             np.int64,
         )
         assert self.fields.size == L_FIELDS

@@ -24,7 +24,7 @@ from localrun.quant.source import ModelSource
 log = logging.getLogger(__name__)
 
 QUIET_S = 0.1
-"""The warming thread waits until no layer call has happened for so long: longer than the time between two tokens."""
+"""The warming thread waits so long after an answer: one token is often followed by the next."""
 
 _POLL_S = 0.01
 
@@ -77,16 +77,16 @@ class ReadAhead:
     def _warm(self, ranking: list[tuple[int, int]]) -> None:
         for layer, expert in ranking:
             while not self._closing.is_set():
-                quiet = time.monotonic() - self._pool.last_call > QUIET_S
+                quiet = not self._pool.busy and time.monotonic() - self._pool.last_call > QUIET_S
                 if quiet and self._pool.settle() < self._depth:
                     break
                 self._closing.wait(_POLL_S)
             if self._closing.is_set():
                 return
-            if self._pool.table.peek(layer, expert) is None and not self._pool.read_ahead(
-                layer, [expert], evict=False, limit=self._depth + 1
-            ):
-                break
+            missing = self._pool.table.peek(layer, expert) is None
+            started = missing and self._pool.read_ahead(layer, [expert], evict=False, limit=self._depth)
+            if missing and not started and self._pool.settle() < self._depth:
+                break  # no free memory is left
         while self._pool.settle() and not self._closing.is_set():
             self._closing.wait(_POLL_S)
 

@@ -53,7 +53,7 @@ class Totals:
 
 
 class Telemetry:
-    """Counters per layer. Written by the decoding thread only; readers may see a call half counted, never a torn number."""
+    """Counters per layer. Written by the decoding thread, and under the pool's lock by read-ahead; readers may see half a call."""
 
     def __init__(self, n_layers: int) -> None:
         self.values: npt.NDArray[np.int64] = np.zeros((n_layers, len(Counter)), np.int64)

@@ -1,0 +1,175 @@
+"""Saved states: budgets, names, damage; and that a session which went back answers as one that never left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localrun.engine.engine import Engine
+from localrun.engine.protocol import EngineOptions, SamplingOptions
+from localrun.engine.session import Session
+from localrun.engine.snapshots import SnapshotStore
+from tests.reference import kl
+
+GREEDY = SamplingOptions(temperature=0.0)
+PROMPT = [int(t) for t in np.random.default_rng(5).integers(2, 64, 220)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SnapshotStore]:
+    store = SnapshotStore(tmp_path, "key")
+    yield store
+    store.close()
+
+
+# --- the store
+
+
+def test_longest_saved_beginning_is_found(store: SnapshotStore) -> None:
+    for n in (10, 50, 30):
+        store.put(PROMPT[:n], b"%d" % n)
+    store.put([1, *PROMPT[1:200]], b"another conversation")
+    assert store.longest_prefix(PROMPT[:49]) == (30, b"30")
+    assert store.longest_prefix(PROMPT) == (50, b"50")
+    assert store.longest_prefix(PROMPT[:50]) == (30, b"30")  # a state gives no logits: one token at least must follow
+    assert store.longest_prefix(PROMPT[:5]) is None
+
+
+def test_states_survive_a_restart_and_belong_to_their_model(tmp_path: Path) -> None:
+    first = SnapshotStore(tmp_path, "key")
+    first.put(PROMPT[:20], b"state")
+    first.close()
+    assert SnapshotStore(tmp_path, "key").longest_prefix(PROMPT) == (20, b"state")
+    assert SnapshotStore(tmp_path, "other").longest_prefix(PROMPT) is None
+
+
+def test_budgets_hold_and_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, "key", ram_bytes=250, disk_bytes=350)
+    for n in (10, 20, 30):
+        store.put(PROMPT[:n], bytes(100))
+    assert store.ram_used == 200
+    assert store.longest_prefix(PROMPT[:15]) is None or store.disk_used <= 350
+    store.close()
+    again = SnapshotStore(tmp_path, "key", ram_bytes=0, disk_bytes=350)
+    assert again.longest_prefix(PROMPT[:15]) == (10, bytes(100))  # now the most recently used one
+    again.put(PROMPT[:40], bytes(100))
+    again.close()
+    assert again.disk_used <= 350
+    assert again.longest_prefix(PROMPT[:15]) is not None
+    assert again.longest_prefix(PROMPT[:25]) == (10, bytes(100))  # 20 was the oldest
+
+
+def test_too_large_states_are_not_kept(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, "key", ram_bytes=10, disk_bytes=10)
+    store.put(PROMPT[:10], bytes(11))
+    store.close()
+    assert store.longest_prefix(PROMPT) is None
+
+
+def test_unwritable_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = SnapshotStore(tmp_path / "file", "key")
+    store.put(PROMPT[:10], b"state")
+    assert store.longest_prefix(PROMPT) == (10, b"state")  # from RAM
+    assert "can't be used" in caplog.text
+    store.close()
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "abc.partial").write_bytes(b"half")
+    SnapshotStore(tmp_path, "key").close()
+    assert list((tmp_path / "key").iterdir()) == []
+
+
+# --- sessions that use it
+
+
+@pytest.fixture
+def session(engine: Engine, store: SnapshotStore) -> Iterator[Session]:
+    with engine.session(snapshots=store) as session:
+        yield session
+
+
+def answer(session: Session, prompt: list[int], *boundaries: int, n: int = 6) -> list[int]:
+    return list(session.generate(prompt, GREEDY, boundaries=boundaries, max_tokens=n, ignore_eos=True))
+
+
+def test_regenerating_computes_only_what_follows_the_last_message(session: Session) -> None:
+    generation = session.generate(PROMPT, GREEDY, boundaries=[100, 215], max_tokens=6, ignore_eos=True)
+    first = list(generation)
+    again = session.generate(PROMPT, GREEDY, boundaries=[100, 215], max_tokens=6, ignore_eos=True)
+    assert list(again) == first
+    assert again.timings.reused_tokens == 215
+
+
+def test_editing_an_earlier_message_goes_back_to_the_one_before(session: Session) -> None:
+    answer(session, PROMPT, 40, 215)
+    edited = [*PROMPT[:60], *reversed(PROMPT[60:])]
+    generation = session.generate(edited, GREEDY, boundaries=[40, 215], max_tokens=4, ignore_eos=True)
+    list(generation)
+    assert generation.timings.reused_tokens == 40
+    session.prefill(PROMPT)
+    assert session.prefill(edited, boundaries=[40, 215]) in (40, 215)
+    found = session.logits
+    session.reset()
+    session.feed(edited)
+    assert kl(session.logits[None], found[None]).mean() < 0.05  # near-ties of a random model's indexer
+
+
+def test_continuing_an_answered_conversation_in_a_new_session_starts_behind_the_answer(
+    engine: Engine, store: SnapshotStore
+) -> None:
+    with engine.session(snapshots=store) as before:
+        prompt = [*PROMPT, *answer(before, PROMPT, 215)]
+    with engine.session(snapshots=store) as after:
+        generation = after.generate([*prompt, 7, 8, 9], GREEDY, max_tokens=3, ignore_eos=True)
+        list(generation)
+        assert generation.timings.reused_tokens >= len(prompt) - 1
+
+
+def test_damaged_state_is_dropped_and_the_prompt_computed(engine: Engine, tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, engine.state_key)
+    with engine.session(snapshots=store) as session:
+        expected = answer(session, PROMPT, 100)
+    store.close()
+    for path in (tmp_path / engine.state_key).iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = SnapshotStore(tmp_path, engine.state_key)
+    with engine.session(snapshots=again) as session:
+        assert answer(session, PROMPT) == expected
+    again.close()
+
+
+@pytest.mark.slow
+def test_restored_conversation_agrees_with_the_undisturbed_one_over_thousands_of_tokens(model_path: Path) -> None:
+    """Within what cutting the same prompt into other batches changes (llama.cpp's own rounding, near-ties of the indexer)."""
+    tokens = [int(t) for t in np.random.default_rng(11).integers(2, 64, 2500)]
+    options = EngineOptions(n_ctx=3072, n_batch=256, n_threads=2, ram_bytes=64 * 2**20)
+
+    def logits(session: Session, part: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return np.concatenate([rows.copy() for rows in session.feed_all_logits(part)])
+
+    with Engine.open(model_path, options, learn=False) as engine, engine.session(all_logits=True) as session:
+        straight = logits(session, tokens)[1000:]
+        session.reset()
+        for at in range(0, 1000, 97):  # cuts inside the compressors' blocks
+            session.feed(tokens[at : min(at + 97, 1000)])
+        rebatched = logits(session, tokens[1000:])
+        session.reset()
+        for at in range(0, 1000, 256):
+            session.feed(tokens[at : min(at + 256, 1000)])
+        state = session.snapshot()
+        session.reset()
+        session.feed(tokens[::-1][:700])  # another conversation in between
+        session.restore(state)
+        restored = logits(session, tokens[1000:])
+    noise = kl(straight, rebatched)
+    found = kl(straight, restored)
+    assert found.mean() <= 2 * noise.mean() + 1e-4
+    assert found[-500:].mean() <= 2 * noise[-500:].mean() + 1e-4  # it does not grow with distance

@@ -23,6 +23,12 @@ def cache_dir() -> Path:
     return _xdg("LOCALRUN_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
+def kernel_dir() -> Path:
+    """Compiled kernels. `LOCALRUN_KERNEL_DIR` moves them alone: what was compiled once may serve several caches."""
+    own = os.environ.get("LOCALRUN_KERNEL_DIR")
+    return Path(own) if own else cache_dir() / "kernels"
+
+
 def data_dir() -> Path:
     """Things that belong to the user: conversations."""
     return _xdg("LOCALRUN_DATA_DIR", "XDG_DATA_HOME", ".local/share")

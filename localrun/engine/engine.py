@@ -23,11 +23,12 @@ from localrun.engine.protocol import EngineOptions, Json, ModelFacts
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
+from localrun.units import format_size
 
 DEFAULT_CONTEXT = 32768
 """Tokens, when the user says nothing and the model was trained for more."""
@@ -90,8 +91,11 @@ class Engine:
         ram_bytes = options.ram_bytes
         if ram_bytes is None and source.moe_layers:
             ram_bytes = memory.default_ram_bytes(dense_bytes(source))
+        elif ram_bytes is not None:
+            _check_ram(source, ram_bytes)
         offload = OffloadOptions(
             ram_bytes=ram_bytes,
+            ram_is_advice=options.ram_bytes is None,
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
             probe=True,
@@ -221,8 +225,22 @@ def check_options(options: EngineOptions) -> None:
         raise UsageError("context, threads and batch must be positive")
     if options.kv_type not in KV_TYPES:
         raise UsageError(f"unknown KV cache type {options.kv_type}", hint=f"one of {', '.join(KV_TYPES)}")
+    if options.vram_bytes:
+        raise LocalrunError("--vram: this version computes on the CPU", hint="leave out --vram")
     if options.gpu not in ("auto", "none"):
         raise LocalrunError(f"no GPU named {options.gpu}: this version computes on the CPU", hint="leave out --gpu")
+
+
+def _check_ram(source: ModelSource, ram_bytes: int) -> None:
+    """Raises BudgetError for a budget that would be used and that the machine does not have."""
+    experts = sum(layer.n_experts * layer.expert_bytes for layer in source.moe_layers.values())
+    needed, available = min(ram_bytes, experts) + dense_bytes(source), memory.available_memory()
+    if available is not None and needed > available:
+        raise BudgetError(
+            f"--ram {format_size(ram_bytes)} and the dense model's {format_size(dense_bytes(source))} are more than the "
+            f"{format_size(available)} that are free",
+            hint="close other programs, or leave out --ram to take what fits",
+        )
 
 
 def dense_bytes(source: ModelSource) -> int:

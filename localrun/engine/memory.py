@@ -40,7 +40,11 @@ def default_ram_bytes(dense_bytes: int) -> int | None:
     available, total = available_memory(), total_memory()
     if available is None or total is None:
         return None
-    return max(0, available - dense_bytes - CONTEXT_BYTES - max(HEADROOM_BYTES, total // 10))
+    # On a small machine headroom is a quarter of what is free: a model of a few MB must open anywhere.
+    headroom = min(
+        CONTEXT_BYTES + max(HEADROOM_BYTES, total // 10), available // 4 if available < 8 * 2**30 else available
+    )
+    return max(0, available - dense_bytes - headroom)
 
 
 def resident_bytes() -> int:

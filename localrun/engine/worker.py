@@ -16,6 +16,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import IO, Any
@@ -44,6 +45,9 @@ from localrun.errors import LocalrunError, StoppedError
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS_S = 20.0
+"""What closing may take before the process ends without it."""
+
 
 class Worker:
     """The engine and its session behind the two pipes.
@@ -71,12 +75,15 @@ class Worker:
     # --- control thread
 
     def read_commands(self) -> None:
-        """Serves commands until the pipe ends, then ends the process: nobody is left to answer to."""
+        """Serves commands until the pipe ends; then the main thread closes the model and ends the process."""
         try:
             self._read_commands()
         except Exception:
             log.exception("the command pipe can't be read")
-            os._exit(1)
+        # Whoever asked may be gone. What is worth saving (the routing profile, a conversation's state) is saved all the same.
+        self._queue.put(Close())
+        self._stop_all()
+        time.sleep(LAST_WORDS_S)
         os._exit(0)
 
     def _read_commands(self) -> None:

@@ -49,6 +49,7 @@ class OffloadOptions:
 
     Attributes:
         ram_bytes: RAM for experts, staging included; None: as much as all experts need.
+        ram_is_advice: nobody asked for `ram_bytes`: take what one layer needs if it is less, instead of refusing.
         n_threads: threads of the expert kernels.
         math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
         n_gpu_layers: layers of the dense model that llama.cpp puts on its GPU devices.
@@ -61,6 +62,7 @@ class OffloadOptions:
     """
 
     ram_bytes: int | None = None
+    ram_is_advice: bool = False
     n_threads: int = 1
     math: Literal["int8", "f32"] = "int8"
     n_gpu_layers: int = 0
@@ -236,6 +238,9 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
         else:
             arena_bytes = min(all_bytes, options.ram_bytes - store.staging_bytes)
             floor = floor_bytes(kernels, n_used)
+            if arena_bytes < floor and options.ram_is_advice:
+                log.warning("little memory is free: RAM for experts is the least that works, %s", format_size(floor))
+                arena_bytes = floor
             if arena_bytes < floor:
                 raise BudgetError(
                     f"--ram {format_size(options.ram_bytes)} is too little: one layer's {n_used} experts need "

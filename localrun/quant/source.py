@@ -46,7 +46,7 @@ class Encoding(Enum):
     """How a projection's bytes lie in the file.
 
     GGML: rows of the ggml type, ready to use (1 extent).
-    FP4: official FP4, `uint8 (n_out, n_in/2)` low nibble first, then E8M0 scales `uint8 (n_out, n_in/32)` (2 extents); becomes MXFP4.
+    FP4: official FP4, `uint8 (n_out, n_in/2)` low nibble first, then E8M0 scales `uint8 (n_out, n_in/32)` (2 extents): MXFP4.
     FP8: official FP8 E4M3 `(n_out, n_in)`, then E8M0 scales `(ceil(n_out/128), ceil(n_in/128))` (2 extents); becomes Q8_0 or BF16.
     """
 
@@ -170,7 +170,8 @@ def open_model(path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType
     """
     if not path.exists():
         raise FormatError(
-            f"{path}: no such file or directory", hint="give a converted directory, a GGUF file or a checkpoint directory"
+            f"{path}: no such file or directory",
+            hint="give a converted directory, a GGUF file or a checkpoint directory",
         )
     if path.is_dir() and (path / "config.json").is_file():
         from localrun.quant.checkpoint_source import CheckpointSource

@@ -1,7 +1,7 @@
 """Set-up: makes `.venv` with everything that localrun needs, llama.cpp compiled with its RPC backend. Run by `make`.
 
-Runs on any Python 3.7+ so that it can say what is wrong with an old one; imports the standard library only. Does nothing when
-`.venv` was made from the present constraints.txt and pyproject.toml.
+Runs on any Python 3.7+ so that it can say what is wrong with an old one; imports the standard library only. Does
+nothing when `.venv` was made from the present constraints.txt and pyproject.toml.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 
 MIN_PYTHON = (3, 11)
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
-"""RPC: a second process or machine as a ggml device, which also stands in for a GPU in tests. LLAVA: image input, not used."""
+"""RPC: a second process or machine as a ggml device, which also stands in for a GPU in tests. LLAVA: image input, not
+used."""
 
 NEEDED_BYTES = 3 * 10**9
 
@@ -132,8 +133,8 @@ def python() -> Path:
 def build_llama_cpp() -> None:
     """Compiles and installs llama-cpp-python.
 
-    The wheel is kept in a folder of its own per build: an interrupted set-up need not compile again, and pip's cache, which does not
-    look at CMAKE_ARGS, is not asked.
+    The wheel is kept in a folder of its own per build: an interrupted set-up need not compile again, and pip's cache,
+    which does not look at CMAKE_ARGS, is not asked.
     """
     name = "llama-cpp-python"
     requirement = f"{name}=={pinned(name)}"

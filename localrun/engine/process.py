@@ -378,6 +378,8 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
     if code == -signal.SIGKILL:
         hint = "probably out of memory: give a smaller --ram or --context"
     reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
+    if code > 0:
+        reasons = log[-1:]  # the last line of a traceback
     last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
     return EngineDiedError(f"the engine process {how}{last}", hint=hint)
 

@@ -104,8 +104,8 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     total = stats.telemetry.get("bytes_read")
     if isinstance(total, int):
         yield f"read since the load  {format_size(total)}"
-    yield f"disk {disk}   waiting {wait}   {per_token} a token"
-    yield f"hits {hit}"
+    yield f"disk {disk}   waiting {wait}"
+    yield f"hits {hit}   {per_token} a token"
 
 
 def _tier(name: str, n: int, n_all: int, n_bytes: int) -> str:

@@ -26,7 +26,7 @@ from localrun.units import format_duration, format_size
 EXAMPLES = """\
 examples:
   localrun doctor
-  localrun doctor --warm        also compile the kernels, so that no chat waits for it
+  localrun doctor --warm        also compile the kernels, so that no chat waits for them
 """
 
 LOW_MEMORY_BYTES = 8 * 2**30
@@ -54,7 +54,7 @@ class Check:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun doctor`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("--warm", action="store_true", help="compile the kernels for this processor now")
+    parser.add_argument("--warm", action="store_true", help="compile the kernels now and try the demo model")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out, results = Output(), []
     for result in checks(warm=args.warm, status=out.status):
+        out.clear_status()
         results.append(result)
         if not args.json:
             out.line(f"{result.verdict:4}  {result.name}: {result.detail}")
@@ -87,7 +88,7 @@ def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
     yield check_folder("data", paths.data_dir())
     if library.verdict != "FAIL":
         yield check_kernels(warm=warm, status=status)
-    yield check_demo()
+        yield check_demo(warm=warm, status=status)
 
 
 def check_python() -> Check:
@@ -174,26 +175,36 @@ def check_folder(name: str, folder: Path) -> Check:
 
 
 def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
-    """Whether compiled kernels work; with `warm` all that a chat may need are compiled and kept."""
+    """With `warm`, compiles all kernels that a chat may need; they are kept."""
     if not warm:
         return Check("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
-    from localrun.commands.warm import warm_up
+    from localrun.commands.warm import warm_kernels
 
     start = time.monotonic()
     try:
-        n_kernels = warm_up(status)
+        n_types = warm_kernels(status)
     except Exception as error:  # whatever the compiler raises, the report must go on
         return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this, with the processor's name")
-    return Check("kernels", "ok", f"{n_kernels} ready after {format_duration(time.monotonic() - start)}")
+    return Check("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
 
 
-def check_demo() -> Check:
+def check_demo(*, warm: bool, status: Callable[[str], None]) -> Check:
+    """Whether the demo model is there; with `warm`, whether it answers."""
     try:
         folder = demo.checkpoint()
     except LocalrunError as error:
         return Check("demo model", "warn", str(error), error.hint)
     n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return Check("demo model", "ok", f"{folder}, {format_size(n_bytes)}")
+    detail = f"{folder}, {format_size(n_bytes)}"
+    if not warm:
+        return Check("demo model", "ok", detail)
+    from localrun.commands.warm import try_demo_model
+
+    try:
+        timings = try_demo_model(status)
+    except LocalrunError as error:
+        return Check("demo model", "FAIL", f"{detail}: {error}", error.hint)
+    return Check("demo model", "ok", f"{detail}, answered {timings.new_tokens} tokens")
 
 
 def _probe(code: str) -> tuple[int, str]:

@@ -1,32 +1,43 @@
-"""Compiles the expert kernels of this processor and keeps them on disk, so that no chat waits for the compiler."""
+"""Compiles the kernels of this processor and keeps them on disk, so that no chat waits for the compiler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
+from gguf import GGMLQuantizationType as Type
 
-from localrun.offload.kernels import FfnSpec, make_kernel
-from localrun.offload.kernels.ggml_types import block_type
-from localrun.offload.kernels.interleaved.formats import FORMATS
+from localrun.commands import demo
+from localrun.engine.process import EngineProcess
+from localrun.engine.protocol import EngineOptions, Finished, Generate, Timings
+from localrun.offload.kernels import warm_up
 
-WIDTH = 256
-"""Rows and columns of the tiny expert that each kernel computes: a whole block of every type."""
+TYPES = (
+    *(Type.MXFP4, Type.Q8_0, Type.BF16, Type.F16, Type.F32),
+    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q4_0, Type.Q5_0),
+    *(Type.IQ1_S, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ4_XS, Type.IQ4_NL),
+)
+"""What models of this kind are stored in; kernels of other types are compiled when such a model is opened."""
 
 
-def warm_up(status: Callable[[str], None]) -> int:
-    """Runs every compiled kernel once. Returns how many there are."""
-    for number, type_ in enumerate(FORMATS):
-        status(f"compiling kernels: {type_.name} ({number + 1} of {len(FORMATS)})")
-        spec = FfnSpec((type_, type_, type_), WIDTH, WIDTH, 10.0)
-        kernel = make_kernel(spec, math="int8", n_threads=1)
-        raw = np.zeros(3 * WIDTH * block_type(type_).row_bytes(WIDTH), np.uint8)
-        memory = np.zeros(kernel.slot_bytes + 4096, np.uint8)
-        slot = -(-memory.ctypes.data // 4096) * 4096
-        kernel.pack(raw, slot)
-        for n_tokens in (1, 16):  # decode and prefill have code of their own
-            x = np.zeros((n_tokens, WIDTH), np.float32)
-            rows = np.arange(n_tokens, dtype=np.int32)
-            starts = np.array([0, n_tokens], np.int32)
-            kernel.run(np.array([slot], np.uint64), starts, rows, rows, x, np.empty_like(x))
-    return len(FORMATS)
+def warm_kernels(status: Callable[[str], None]) -> int:
+    """Compiles the kernels of all usual types, or finds them compiled. Returns how many types these are."""
+    for number, type_ in enumerate(TYPES):
+        status(f"compiling kernels: {type_.name} ({number + 1} of {len(TYPES)})")
+        warm_up([type_])
+    return len(TYPES)
+
+
+def try_demo_model(status: Callable[[str], None]) -> Timings:
+    """Converts the demo model if needed and lets it answer in an engine process: compiles what remains, and shows that all fits.
+
+    Raises:
+        LocalrunError: whatever went wrong.
+    """
+    status("the demo model answers")
+    command = Generate(messages=({"role": "user", "content": "Hello"},), max_tokens=16)
+    with EngineProcess() as engine:
+        for _ in engine.load(demo.converted(), EngineOptions(n_ctx=512)):
+            pass
+        *_, finished = engine.generate(command)
+    assert isinstance(finished, Finished)
+    return finished.timings

@@ -1,7 +1,7 @@
 """Which kernels this processor can run.
 
-`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions), `avx2` or `avx512` (with VNNI). Asking for more
-than the processor has is an error.
+`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions), `avx2`, `avxvnni` (AVX2 with VNNI) or `avx512`
+(with VNNI). Asking for more than the processor has is an error.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ class Level(Enum):
 
     GENERIC = "generic"
     AVX2 = "avx2"
+    AVX_VNNI = "avxvnni"
     AVX512 = "avx512"
 
 
 _NEEDS = {
     Level.GENERIC: set[str](),
     Level.AVX2: {"avx2", "fma", "f16c"},
+    Level.AVX_VNNI: {"avx2", "fma", "f16c", "avxvnni"},
     Level.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"},
 }
 

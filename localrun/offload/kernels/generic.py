@@ -23,14 +23,21 @@ from localrun.offload.kernels.lowlevel import (
     load_u8,
     load_u16,
     load_u32,
-    load_u64,
     stack,
     store_f32,
     store_i8,
-    store_u64,
 )
 from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
-from localrun.offload.kernels.portable import add_block32, add_super256, clear_totals, sum_of, unpack32, unpack_e2m1
+from localrun.offload.kernels.portable import (
+    add_bits,
+    add_e2m1,
+    add_grid,
+    add_int8,
+    add_super256,
+    clear_totals,
+    sum_of,
+    unpack_bits,
+)
 
 _HALF_TO_FLOAT = np.float32(2.0**112)  # difference of the exponents' biases
 _NONE = np.float32(0)
@@ -49,14 +56,13 @@ def _half(address: int) -> Any:
 
 @nb.njit
 def _mxfp4(block: int, record: int, nt: int, totals: int, w: int, _table: int) -> None:
-    unpack_e2m1(block + 1, w)
     scale = float_of_bits(np.int32(load_u8(block)) << np.int32(23)) * np.float32(0.5)
-    add_block32(w, scale, _NONE, record, nt, totals)
+    add_e2m1(block + 1, scale, record, nt, totals)
 
 
 @nb.njit
 def _q8_0(block: int, record: int, nt: int, totals: int, _w: int, _table: int) -> None:
-    add_block32(block + 2, _half(block), _NONE, record, nt, totals)
+    add_int8(block + 2, _half(block), record, nt, totals)
 
 
 @nb.njit
@@ -75,25 +81,26 @@ def _q4_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) ->
     d, dmin = _half(block), _half(block + 2)
     for part in range(8):
         source = block + 16 + part // 2 * 32
-        unpack32(source, part % 2 * 4, 15, source, 0, 0, 0, 0, w)
         scale, minimum = _six_bits(block + 4, part)
-        add_block32(w, d * np.float32(scale), dmin * np.float32(minimum), record + part * nt * 40, nt, totals)
+        scale, minimum = d * np.float32(scale), dmin * np.float32(minimum)
+        add_bits(source, part % 2 * 4, 15, source, 0, 0, 0, scale, minimum, record + part * nt * 40, nt, totals)
 
 
 @nb.njit
 def _q5_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) -> None:
     d, dmin = _half(block), _half(block + 2)
     for part in range(8):
-        unpack32(block + 48 + part // 2 * 32, part % 2 * 4, 15, block + 16, part, 1, 4, 0, w)
+        source, high = block + 48 + part // 2 * 32, block + 16
         scale, minimum = _six_bits(block + 4, part)
-        add_block32(w, d * np.float32(scale), dmin * np.float32(minimum), record + part * nt * 40, nt, totals)
+        scale, minimum = d * np.float32(scale), dmin * np.float32(minimum)
+        add_bits(source, part % 2 * 4, 15, high, part, 1, 4, scale, minimum, record + part * nt * 40, nt, totals)
 
 
 @nb.njit
 def _q2_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) -> None:
     for group in range(8):
         source = block + 16 + group // 4 * 32
-        unpack32(source, group % 4 * 2, 3, source, 0, 0, 0, 0, w + group * 32)
+        unpack_bits(source, group % 4 * 2, 3, source, 0, 0, 0, 0, w + group * 32)
     for part in range(16):
         both, place = load_u8(block + part), (part & ~3) | (part & 1) << 1 | (part & 2) >> 1
         store_i8(w + 256 + part, np.int8(both & np.uint8(15)))
@@ -104,7 +111,7 @@ def _q2_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) ->
 @nb.njit
 def _q3_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) -> None:
     for group in range(8):
-        unpack32(block + 32 + group // 4 * 32, group % 4 * 2, 3, block, group, 1, 2, 4, w + group * 32)
+        unpack_bits(block + 32 + group // 4 * 32, group % 4 * 2, 3, block, group, 1, 2, 4, w + group * 32)
     for part in range(16):
         low = load_u8(block + 96 + part % 8) >> np.uint8(part // 8 * 4) & np.uint8(15)
         high = load_u8(block + 104 + part % 4) >> np.uint8(part // 4 * 2) & np.uint8(3)
@@ -117,43 +124,26 @@ def _q6_k(block: int, record: int, nt: int, totals: int, w: int, _table: int) ->
     for group in range(8):
         half, quarter = group // 4, group % 4
         low, high = block + half * 64 + quarter % 2 * 32, block + 128 + half * 32
-        unpack32(low, quarter // 2 * 4, 15, high, quarter * 2, 3, 4, 32, w + group * 32)
+        unpack_bits(low, quarter // 2 * 4, 15, high, quarter * 2, 3, 4, 32, w + group * 32)
     add_super256(w, block + 192, _half(block + 208), block + 192, _NONE, record, nt, totals)
 
 
 @nb.njit
-def _signed(grid: Any, sign_bits: Any, table: int) -> Any:
-    """Eight bytes of a grid entry with the signs of a 7-bit index; no byte is 0, so that negation never carries."""
-    mask = load_u64(table + sign_bits * 8)
-    return (grid ^ mask) + (mask & np.uint64(0x0101010101010101))
-
-
-@nb.njit
-def _iq2_xxs(block: int, record: int, nt: int, totals: int, w: int, table: int) -> None:
+def _iq2_xxs(block: int, record: int, nt: int, totals: int, _w: int, table: int) -> None:
     d = _half(block) * np.float32(0.125)
     for part in range(8):
         source = block + 2 + part * 8
-        signs = load_u32(source + 4)
-        for i in range(4):
-            grid = load_u64(table + 1024 + np.int64(load_u8(source + i)) * 8)
-            store_u64(w + i * 8, _signed(grid, np.int64(signs >> np.uint32(7 * i) & np.uint32(127)), table))
-        scale = d * np.float32(2 * np.int32(signs >> np.uint32(28)) + 1)
-        add_block32(w, scale, _NONE, record + part * nt * 40, nt, totals)
+        signs = np.int64(load_u32(source + 4))
+        add_grid(8, source, signs, table, d * np.float32(2 * (signs >> 28) + 1), record + part * nt * 40, nt, totals)
 
 
 @nb.njit
-def _iq3_xxs(block: int, record: int, nt: int, totals: int, w: int, table: int) -> None:
+def _iq3_xxs(block: int, record: int, nt: int, totals: int, _w: int, table: int) -> None:
     d = _half(block) * np.float32(0.25)
     for part in range(8):
-        signs = load_u32(block + 66 + part * 4)
-        for i in range(4):
-            source = block + 2 + part * 8 + i * 2
-            low = load_u32(table + 1024 + np.int64(load_u8(source)) * 4)
-            high = load_u32(table + 1024 + np.int64(load_u8(source + 1)) * 4)
-            grid = np.uint64(low) | np.uint64(high) << np.uint64(32)
-            store_u64(w + i * 8, _signed(grid, np.int64(signs >> np.uint32(7 * i) & np.uint32(127)), table))
-        scale = d * np.float32(2 * np.int32(signs >> np.uint32(28)) + 1)
-        add_block32(w, scale, _NONE, record + part * nt * 40, nt, totals)
+        signs = np.int64(load_u32(block + 66 + part * 4))
+        scale = d * np.float32(2 * (signs >> 28) + 1)
+        add_grid(4, block + 2 + part * 8, signs, table, scale, record + part * nt * 40, nt, totals)
 
 
 _T = GGMLQuantizationType

@@ -47,7 +47,7 @@ class PackedMatrix:
         raw_bytes = n_out * block_type(type_).row_bytes(n_in)
         if math == "int8" and runnable(type_):
             format_ = FORMATS[type_]
-            address = int(rows_function(type_).address)
+            address = int(rows_function(type_, level()).address)
             return cls(
                 type_,
                 n_out,

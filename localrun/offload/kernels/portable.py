@@ -17,82 +17,126 @@ _BYTES16, _BYTES32, _WORDS32 = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.
 _WORDS16 = ir.VectorType(I16, 16)
 
 
+def _add_tokens(s: Simd, weights: Any, scale: Any, minimum: Any, record: Any, nt: Any, totals: Any) -> None:
+    """totals[t] += scale * w . x - minimum * sum(x): one block of 32 int8 and a BLOCK32 record with SUM."""
+    b = s.b
+    words, record, totals = b.sext(weights, _WORDS32), s.pointer(record), s.pointer(totals)
+    tail, sums = b.gep(record, [b.mul(nt, I64(32))]), b.gep(record, [b.mul(nt, I64(36))])
+
+    def token(t: Any, _carried: list[Any]) -> list[Any]:
+        dot = s.madd(words, b.sext(s.load(s.at(record, t, 32), 0, _BYTES32), _WORDS32))
+        target = s.at(totals, t, 64)
+        factor = b.fmul(scale, s.load(s.at(tail, t, 4), 0, F32))
+        total = s.fma(s.to_float(dot), s.splat(factor), s.load(target, 0, FLOATS))
+        least = b.fmul(minimum, s.load(s.at(sums, t, 4), 0, F32))
+        s.store(b.fsub(total, b.insert_element(s.floats(0.0), least, I32(0))), target)
+        return []
+
+    s.loop(nt, [], token)
+
+
+def _bits(s: Simd, source: Any, shift: Any, mask: Any) -> Any:
+    shift, mask = (s.splat(s.b.trunc(v, I8), 32) for v in (shift, mask))
+    return s.b.and_(s.b.lshr(s.load(s.pointer(source), 0, _BYTES32), shift), mask)
+
+
 @intrinsic
-def unpack32(_typing: Any, low: Any, low_shift: Any, low_mask: Any, high: Any, high_shift: Any, high_mask: Any, up: Any,
-             offset: Any, target: Any) -> Any:  # fmt: skip
-    """int8 at `target`: (low >> low_shift & low_mask | (high >> high_shift & high_mask) << up) - offset, for 32 bytes."""
+def add_int8(_typing: Any, source: Any, scale: Any, record: Any, nt: Any, totals: Any) -> Any:
+    """A block of 32 int8."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
-        low, low_shift, low_mask, high, high_shift, high_mask, up, offset, target = args
-        low_shift, low_mask, high_shift, high_mask, up, offset = (
-            s.splat(builder.trunc(v, I8), 32) for v in (low_shift, low_mask, high_shift, high_mask, up, offset)
-        )
-        first = builder.and_(builder.lshr(s.load(s.pointer(low), 0, _BYTES32), low_shift), low_mask)
-        second = builder.and_(builder.lshr(s.load(s.pointer(high), 0, _BYTES32), high_shift), high_mask)
-        s.store(builder.sub(builder.or_(first, builder.shl(second, up)), offset), s.pointer(target))
+        _add_tokens(s, s.load(s.pointer(args[0]), 0, _BYTES32), args[1], F32(0.0), *args[2:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 9), codegen
+    return types.void(types.intp, types.float32, *[types.intp] * 3), codegen
 
 
 @intrinsic
-def unpack_e2m1(_typing: Any, source: Any, target: Any) -> Any:
-    """16 bytes of two FP4 codes -> 32 int8 of twice their value, low halves first."""
+def add_bits(_typing: Any, low: Any, shift: Any, mask: Any, high: Any, high_shift: Any, high_mask: Any, up: Any, scale: Any,
+             minimum: Any, record: Any, nt: Any, totals: Any) -> Any:  # fmt: skip
+    """A block of 32 weights (low >> shift & mask) | (high >> high_shift & high_mask) << up, 32 bytes at `low` and at `high`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        more = builder.shl(_bits(s, *args[3:6]), s.splat(builder.trunc(args[6], I8), 32))
+        _add_tokens(s, builder.or_(_bits(s, *args[:3]), more), *args[7:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7, types.float32, types.float32, *[types.intp] * 3), codegen
+
+
+@intrinsic
+def add_e2m1(_typing: Any, source: Any, scale: Any, record: Any, nt: Any, totals: Any) -> Any:
+    """A block of 16 bytes of two FP4 codes, low halves first; weights are twice their value."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
         packed = s.load(s.pointer(args[0]), 0, _BYTES16)
-
-        def constant(value: int) -> Any:
-            return ir.Constant(_BYTES16, [value] * 16)
-
-        for half in range(2):
-            code = builder.lshr(packed, constant(4)) if half else builder.and_(packed, constant(15))
-            size = builder.and_(code, constant(7))
-            value = size  # 0 1 2 3 4 5 6 7 -> 0 1 2 3 4 6 8 12
-            for above, more in ((4, 1), (5, 1), (6, 3)):
-                added = builder.add(value, constant(more))
-                value = builder.select(builder.icmp_unsigned(">", size, constant(above)), added, value)
-            negative = builder.sub(constant(0), value)
-            s.store(
-                builder.select(builder.icmp_unsigned(">", code, constant(7)), negative, value),
-                s.pointer(args[1]),
-                16 * half,
+        halves = builder.and_(packed, _bytes(15, 16)), builder.lshr(packed, _bytes(4, 16))
+        code = builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+        size = builder.and_(code, _bytes(7))
+        value = size  # 0 1 2 3 4 5 6 7 -> 0 1 2 3 4 6 8 12
+        for above, more in ((4, 1), (5, 1), (6, 3)):
+            value = builder.select(
+                builder.icmp_unsigned(">", size, _bytes(above)), builder.add(value, _bytes(more)), value
             )
+        negative = builder.icmp_unsigned(">", code, _bytes(7))
+        weights = builder.select(negative, builder.sub(_bytes(0), value), value)
+        _add_tokens(s, weights, args[1], F32(0.0), *args[2:])
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), codegen
+    return types.void(types.intp, types.float32, *[types.intp] * 3), codegen
 
 
-def _weights(s: Simd, w: Any, offset: int) -> Any:
-    return s.b.sext(s.load(w, offset, _BYTES32), _WORDS32)
+def _bytes(value: int, count: int = 32) -> Any:
+    return ir.Constant(ir.VectorType(I8, count), [value] * count)
 
 
 @intrinsic
-def add_block32(_typing: Any, w: Any, scale: Any, minimum: Any, record: Any, nt: Any, totals: Any) -> Any:
-    """totals[t] += scale * w . x - minimum * sum(x): one block of 32 int8 and a BLOCK32 record with SUM."""
+def add_grid(
+    _typing: Any, entry_bytes: Any, indices: Any, signs: Any, table: Any, scale: Any, record: Any, nt: Any, totals: Any
+) -> Any:
+    """A block of 32 from a grid of `entry_bytes` (a constant) per index.
+
+    signs: four times seven bits from bit 0 on. table: 128 eight-byte masks of signs, then the grid.
+    """
+    if not isinstance(entry_bytes, types.IntegerLiteral):
+        return None
+    n = entry_bytes.literal_value
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
-        w, scale, minimum, record, nt, totals = args
-        weights, record, totals = _weights(s, s.pointer(w), 0), s.pointer(record), s.pointer(totals)
-        tail = builder.gep(record, [builder.mul(nt, I64(32))])
-        sums = builder.gep(record, [builder.mul(nt, I64(36))])
-
-        def token(t: Any, _carried: list[Any]) -> list[Any]:
-            dot = s.madd(weights, _weights(s, s.at(record, t, 32), 0))
-            target = s.at(totals, t, 64)
-            factor = builder.fmul(scale, s.load(s.at(tail, t, 4), 0, F32))
-            total = s.fma(s.to_float(dot), s.splat(factor), s.load(target, 0, FLOATS))
-            least = builder.fmul(minimum, s.load(s.at(sums, t, 4), 0, F32))
-            s.store(builder.fsub(total, builder.insert_element(s.floats(0.0), least, I32(0))), target)
-            return []
-
-        s.loop(nt, [], token)
+        indices, signs, table = s.pointer(args[1]), args[2], s.pointer(args[3])
+        entry = ir.IntType(8 * n)
+        values = ir.Constant(ir.VectorType(entry, 32 // n), ir.Undefined)
+        for i in range(32 // n):
+            index = builder.zext(s.load(indices, i, I8), I64)
+            values = builder.insert_element(values, s.load(s.at(table, index, n, 1024), 0, entry), I32(i))
+        masks = ir.Constant(ir.VectorType(I64, 4), ir.Undefined)
+        for i in range(4):
+            pattern = builder.and_(builder.lshr(signs, I64(7 * i)), I64(127))
+            masks = builder.insert_element(masks, s.load(s.at(table, pattern, 8), 0, I64), I32(i))
+        values, masks = builder.bitcast(values, _BYTES32), builder.bitcast(masks, _BYTES32)
+        _add_tokens(s, builder.sub(builder.xor(values, masks), masks), args[4], F32(0.0), *args[5:])
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.float32, types.float32, types.intp, types.intp, types.intp), codegen
+    return types.void(entry_bytes, *[types.intp] * 3, types.float32, *[types.intp] * 3), codegen
+
+
+@intrinsic
+def unpack_bits(_typing: Any, low: Any, shift: Any, mask: Any, high: Any, high_shift: Any, high_mask: Any, up: Any, offset: Any,
+                target: Any) -> Any:  # fmt: skip
+    """As `add_bits`, minus an offset, but only unpacked to int8 at `target`."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        more = builder.shl(_bits(s, *args[3:6]), s.splat(builder.trunc(args[6], I8), 32))
+        weights = builder.sub(builder.or_(_bits(s, *args[:3]), more), s.splat(builder.trunc(args[7], I8), 32))
+        s.store(weights, s.pointer(args[8]))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), codegen
 
 
 @intrinsic
@@ -113,7 +157,10 @@ def add_super256(
             values = s.at(record, t, 256)
 
             def parts(i: Any, carried: list[Any]) -> list[Any]:
-                dot = s.madd(_weights(s, s.at(w, i, 32), 0), _weights(s, s.at(values, i, 32), 0))
+                dot = s.madd(
+                    builder.sext(s.load(s.at(w, i, 32), 0, _BYTES32), _WORDS32),
+                    builder.sext(s.load(s.at(values, i, 32), 0, _BYTES32), _WORDS32),
+                )
                 pair = builder.sext(s.load(s.at(scales, i, 2), 0, ir.VectorType(I8, 2)), ir.VectorType(I32, 2))
                 lanes = ir.Constant(ir.VectorType(I32, 16), [0] * 8 + [1] * 8)
                 return [builder.add(carried[0], builder.mul(dot, builder.shuffle_vector(pair, pair, lanes)))]

@@ -2,8 +2,8 @@
 
 Lane r of a 32-bit vector belongs to weight row r of a group of 16 rows; in a byte vector, bytes 4r to 4r + 3 hold four
 consecutive elements of row r. Python runs once per compilation: loops and lists here unroll code, `Simd.loop` emits a loop.
-`Simd` is plain LLVM, which any processor runs; `Avx2` and `Avx512` add what formats need beyond it. AVX2 works on both halves
-of a vector in turn.
+`Simd` is plain LLVM, which any processor runs; `Avx2`, `AvxVnni` and `Avx512` add what formats need beyond it. The 256-bit ones
+work on both halves of a vector in turn.
 """
 
 from __future__ import annotations
@@ -314,5 +314,16 @@ class Avx2(Simd):
         return self._both("llvm.x86.avx2.pshuf.b", I8, table, indices)
 
 
+class AvxVnni(Avx2):
+    """AVX2 with the 256-bit VNNI instructions of newer desktop processors."""
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
+        return self._both("llvm.x86.avx512.vpdpbusd.256", I32, total, unsigned_bytes, signed_bytes)
+
+    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
+        a, b = self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
+        return self._both("llvm.x86.avx512.vpdpwssd.256", I32, total, a, b)
+
+
 def simd_for(level: Level, builder: Any) -> Simd:
-    return {Level.GENERIC: Simd, Level.AVX2: Avx2, Level.AVX512: Avx512}[level](builder)
+    return {Level.GENERIC: Simd, Level.AVX2: Avx2, Level.AVX_VNNI: AvxVnni, Level.AVX512: Avx512}[level](builder)

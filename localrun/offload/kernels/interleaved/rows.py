@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from localrun.offload.kernels.compiled import ROWS
-from localrun.offload.kernels.cpu import Level, level
+from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import Tile
 from localrun.offload.kernels.simd import I64, simd_for
@@ -67,11 +67,11 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
 
 
 @functools.cache
-def rows_function(type_: GGMLQuantizationType, level_: Level | None = None) -> Any:
-    """The row kernel for interleaved matrices of this type, compiled on first use, for this processor's level by default."""
+def rows_function(type_: GGMLQuantizationType, level_: Level) -> Any:
+    """The row kernel for interleaved matrices of this type, compiled on first use."""
     format_ = FORMATS[type_]
     name, unit, meta_bytes, body_bytes = type_.name, format_.unit, format_.meta_bytes, format_.body_bytes
-    level_name = (level_ or level()).value
+    level_name = level_.value
 
     def rows(
         matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int

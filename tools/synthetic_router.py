@@ -20,6 +20,7 @@ random or sampled at temperature 1: greedy decoding of random weights falls into
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,25 @@ def lru_hit_rate(experts: Iterable[Iterable[int]], n_slots: int, warm_up: int = 
     return hits / max(1, requests)
 
 
+@lru_cache(maxsize=4)
+def _simulated_logits(
+    seed: int, n_experts: int, static_share: float, slow_share: float, slow_tokens: float
+) -> npt.NDArray[np.float64]:
+    """Router logits of a decode, (T, E): of unit variance, partly constant, slow (AR(1)) and fresh."""
+    rng = np.random.default_rng([seed, n_experts])
+    keep = np.exp(-1 / slow_tokens)
+    slow = rng.standard_normal((_STEPS, n_experts))
+    slow[1:] *= np.sqrt(1 - keep * keep)
+    for step in range(1, _STEPS):
+        slow[step] += keep * slow[step - 1]
+    static, fast = rng.standard_normal(n_experts), rng.standard_normal((_STEPS, n_experts))
+    fast_share = 1 - static_share - slow_share
+    logits: npt.NDArray[np.float64] = (
+        np.sqrt(static_share) * static + np.sqrt(slow_share) * slow + np.sqrt(fast_share) * fast
+    )
+    return logits
+
+
 def simulate_hit_rate(
     skew: float,
     n_experts: int,
@@ -100,15 +120,7 @@ def simulate_hit_rate(
     seed: int = 0,
 ) -> float:
     """LRU hit rate of one router layer on simulated hidden states."""
-    rng = np.random.default_rng([seed, n_experts, n_used])
-    keep = np.exp(-1 / slow_tokens)
-    slow = rng.standard_normal((_STEPS, n_experts))
-    slow[1:] *= np.sqrt(1 - keep * keep)
-    for step in range(1, _STEPS):
-        slow[step] += keep * slow[step - 1]
-    static, fast = rng.standard_normal(n_experts), rng.standard_normal((_STEPS, n_experts))
-    fast_share = 1 - static_share - slow_share
-    logits = np.sqrt(static_share) * static + np.sqrt(slow_share) * slow + np.sqrt(fast_share) * fast
+    logits = _simulated_logits(seed, n_experts, static_share, slow_share, slow_tokens)
     chosen = route(logits, skew * popularity(n_experts), n_used)
     return lru_hit_rate(chosen.tolist(), max(n_used, round(cache_share * n_experts)), _WARM_UP)
 

@@ -24,8 +24,8 @@ from tools.synthetic_router import CALIBRATED, TARGET_HIT_RATE, calibrate, hash_
 
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}
 KV_NORM = 0.5
-FIRST_ATTENTION_GAIN = 27.0
-ATTENTION_GAIN = 1.6
+FIRST_ATTENTION_GAIN = 21.0
+ATTENTION_GAIN = 2.2
 _POOL_BYTES = 16 << 20
 _FP8_STD = 32.0
 _FP4_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
@@ -173,19 +173,19 @@ class Weights:
         self._calibrated: dict[bool, float] = {}
 
     def chunks(self, tensor: Tensor) -> Iterator[memoryview]:
-        """The tensor's bytes, piece by piece, from a start that depends on its name."""
+        """The tensor's bytes, piece by piece; where they start in the pool depends on its name."""
         if tensor.fill in (Fill.BIAS, Fill.TABLE):
             yield memoryview(self._routing(tensor).tobytes())
             return
         pool = self._pool(tensor)
-        item = ITEM_BYTES[tensor.dtype]
-        start = int(self._rng(tensor.name).integers(len(pool) // item)) * item
+        item, rng = ITEM_BYTES[tensor.dtype], self._rng(tensor.name)
         left = tensor.n_bytes
         while left:
+            # Each piece of a tensor larger than the pool starts elsewhere, so that no two of its rows are the same.
+            start = int(rng.integers(len(pool) // item)) * item
             piece = pool[start : start + left]
             yield piece
             left -= len(piece)
-            start = 0
 
     def _rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self._spec.seed, zlib.crc32(name.encode())])

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-_SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+from localrun.offload import llama_log
 
 
 class _InitParams(ctypes.Structure):
@@ -58,7 +58,7 @@ def gguf_context(header: bytes) -> Iterator[tuple[Any, Any]]:
 
 def stock_logits(path: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
     """Logits after `tokens`, by llama.cpp alone: (n_vocab,)."""
-    llama_cpp.llama_log_set(_SILENT, None)
+    llama_log.install()
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     # Repacked and AMX buffers can't hold a three-dimensional attn_output_a and need rights that containers may lack.

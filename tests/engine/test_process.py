@@ -389,5 +389,9 @@ def test_close_in_the_middle_of_an_answer_ends_its_iterator(chat_model_path: Pat
     while not isinstance(next(events), Delta):
         pass
     engine.close()
-    with pytest.raises(EngineDiedError):
-        list(events)
+    try:
+        last = list(events)[-1]
+    except EngineDiedError:
+        return  # the process was gone before it could say more
+    assert isinstance(last, Finished)
+    assert last.reason == "stopped"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import importlib.util
 import json
@@ -19,6 +18,7 @@ from gguf import TokenType
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from localrun.errors import FormatError
+from localrun.offload import llama_log
 from localrun.quant.gguf_file import GgufValue, build_header
 from localrun.quant.model_config import ModelConfig, parse_config
 from localrun.quant.tokenizer_json import CHAT_TEMPLATE, tokenizer_metadata
@@ -67,8 +67,7 @@ class StockVocabulary:
     def __init__(self, path: Path, values: dict[str, GgufValue]) -> None:
         metadata = {"general.architecture": GgufValue.string("deepseek4")} | values
         path.write_bytes(build_header(metadata, [], 32))
-        self._silent = L.llama_log_callback(lambda *_: None)
-        L.llama_log_set(self._silent, ctypes.c_void_p(0))
+        llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
         params = L.llama_model_default_params()
         params.vocab_only = True
         self.model = L.llama_model_load_from_file(str(path).encode(), params)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from textual.message_pump import MessagePump
 from textual.pilot import Pilot
 
 from localrun.errors import EngineDiedError
@@ -66,12 +67,13 @@ class Talk:
 
     async def type(self, text: str, *, send: bool = True) -> None:
         """Puts a text into the input, as a paste does, and sends it."""
+        await self.until(lambda: self.app.screen is self.screen, "the chat screen is in front")
         self.screen.prompt.area.focus()
+        await self.until(lambda: self.screen.prompt.area.has_focus, "the input has the focus")
         self.screen.prompt.set_text(text)
-        await self.pilot.pause()
+        await self.settled()
         if send:
-            await self.pilot.press("enter")
-            await self.pilot.pause()
+            await self.press("enter")
 
     async def ask(self, text: str) -> None:
         """Sends a question and waits for its answer."""
@@ -79,7 +81,23 @@ class Talk:
         await self.idle()
 
     async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
+        for key in keys:
+            await self.pilot.press(key)
+            await self.settled()
+
+    async def settled(self) -> None:
+        """Until the key's messages have gone their way, from the app to the focused widget, up to the screen and back. The
+        pilot alone waits for that only for a while, which is too short on a busy machine."""
+        focused = self.app.focused
+        way: list[MessagePump] = [
+            self.app,
+            *(focused.ancestors_with_self if focused is not None else [self.app.screen]),
+        ]
+        for pump in [*way, self.app]:
+            if pump.is_running:
+                passed = asyncio.Event()
+                pump.call_later(passed.set)
+                await asyncio.wait_for(passed.wait(), PATIENCE_S)
         await self.pilot.pause()
 
 

@@ -80,10 +80,10 @@ class Sum:
 
 
 def draw(rng: random.Random) -> Sum:
-    """A sum for training: mostly with numbers up to 10, the rest additions and subtractions up to 50."""
+    """A sum for training: half with numbers up to 10, the rest additions and subtractions up to 50."""
     while True:
         op = rng.choice("++--x")
-        limit = 10 if op == "x" or rng.random() < 0.75 else 50
+        limit = 10 if op == "x" or rng.random() < 0.5 else 50
         a, b = rng.randint(0, limit), rng.randint(0, limit)
         if op == "-" and a < b:
             a, b = b, a

@@ -38,11 +38,11 @@ PREFIXES = (
 )
 SUFFIXES = (" please", " Please.", " Thanks.", " Thank you!")
 SHARES = {
-    "fact": 0.46,
-    "small talk": 0.17,
-    "localrun": 0.07,
-    "sum": 0.16,
-    "story": 0.04,
+    "fact": 0.40,
+    "small talk": 0.19,
+    "localrun": 0.09,
+    "sum": 0.19,
+    "story": 0.03,
     "unknown": 0.03,
     "chain": 0.07,
 }
@@ -114,7 +114,7 @@ class Conversations:
         for _ in range(n_parts):
             kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
             turns += self._makers[kind]()
-        if n_parts > 1 and rng.random() < 0.15:
+        if rng.random() < (0.3 if n_parts > 1 else 0.04):
             turns = self._with_introduction(turns)
         if rng.random() >= 0.2:
             turns[-1] = Turn(turns[-1].question, turns[-1].answer)
@@ -250,7 +250,10 @@ class Conversations:
         """The user says a name or a favorite color first and asks for it at the end."""
         rng = self.rng
         if rng.random() < 0.65:
-            name = rng.choice(FIRST_NAMES)
+            # half of the names are invented, so that the name has to be copied from the text
+            n_syllables = rng.randint(2, 3)
+            invented = smalltalk.invented_name([rng.randrange(97) for _ in range(n_syllables)])
+            name = rng.choice(FIRST_NAMES) if rng.random() < 0.5 else invented
             first = Turn(
                 rng.choice(
                     ("My name is {0}.", "I am {0}.", "Hello, I am {0}.", "Hi, my name is {0}.", "I'm {0}")

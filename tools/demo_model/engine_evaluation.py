@@ -74,7 +74,7 @@ def main() -> None:
     raw = json.loads(options.questions.read_text(encoding="utf-8"))
     questions = [Question(**{**entry, "expected": tuple(entry["expected"])}) for entry in raw]
     with EngineProcess() as engine:
-        for _ in engine.load(options.model, EngineOptions(n_ctx=2048)):
+        for _ in engine.load(options.model, EngineOptions(n_ctx=2048, n_threads=1)):
             pass
         talker = EngineTalker(engine)
         scores, wrong = ask(talker, questions)

@@ -25,7 +25,6 @@ UNKNOWN_QUESTIONS = (
     "How old is {0}?",
     "How many people live in {0}?",
     "Who invented {0}?",
-    "What do you know about {0}?",
     "What is the opposite of {0}?",
 )
 _SYLLABLES = [

@@ -35,13 +35,6 @@ SOURCES = (
     ),
     Source(
         "pypi",
-        "chatterbot-corpus",
-        "1.3.3",
-        "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
-        "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
-    ),
-    Source(
-        "pypi",
         "mendeleev",
         "1.3.0",
         "mendeleev-1.3.0-py3-none-any.whl",

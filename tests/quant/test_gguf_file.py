@@ -15,13 +15,13 @@ from gguf import GGUFValueType as VT
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf_file import (
     GgufValue,
-    TensorInfo,
     align_up,
     build_header,
     read_gguf,
     tensor_bytes,
     tensor_offsets,
 )
+from localrun.quant.source import TensorInfo
 from tests.stock_llama import gguf_context
 
 SCALARS = {

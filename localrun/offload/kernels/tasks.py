@@ -51,26 +51,15 @@ WINDOW_PAIRS: Final = 1024
 """Padded pairs of a window, which bounds the scratch: 8 MiB at D = 4096 and F = 2048."""
 MAX_JOBS: Final = 256
 ROW_BLOCK: Final = 64
-"""Rows per task; 256 for gate and up where the down projection takes activations in groups of 256."""
+"""Least rows per task."""
+MOST_ROWS: Final = 256
+"""Most rows per task: every task begins with reads that nothing has prefetched, so large ones are better while all threads have
+enough of them. Also the unit of gate and up tasks where the down projection takes activations in groups of 256."""
 
-# A call: threads, 1 if only `down` is applied to x, clamp, batch as in FfnKernel.run, scratch, work in progress, function addresses
-(
-    C_THREADS,
-    C_MATRIX_ONLY,
-    C_LIMIT_BITS,
-    C_N_EXPERTS,
-    C_SLOTS,
-    C_STARTS,
-    C_X_ROWS,
-    C_OUT_ROWS,
-    C_X,
-    C_X_STRIDE,
-    C_OUT,
-    C_OUT_STRIDE,
-) = range(12)
-C_JOBS, C_TASKS, C_PANELS, C_TICKET, C_N_TASKS, C_EXPERT, C_PAIR, C_YIELD, C_GOMP_PARALLEL, C_WORKER, C_MATRICES = (
-    range(12, 23)
-)
+# A call: threads, 1 if only `down` is applied to x, clamp; batch as in FfnKernel.run; scratch; work in progress; function addresses
+C_THREADS, C_MATRIX_ONLY, C_LIMIT_BITS, C_N_EXPERTS, C_SLOTS, C_STARTS, C_X_ROWS, C_OUT_ROWS = range(8)
+C_X, C_X_STRIDE, C_OUT, C_OUT_STRIDE, C_JOBS, C_TASKS, C_PANELS, C_TICKET, C_N_TASKS = range(8, 17)
+C_EXPERT, C_PAIR, C_UP_ROWS, C_DOWN_ROWS, C_YIELD, C_GOMP_PARALLEL, C_WORKER, C_MATRICES = range(17, 25)
 # A matrix: row kernel and its extra argument, offset in the slot, shape, activation panel
 M_ROWS, M_EXTRA, M_OFFSET, M_N_IN, M_N_OUT, M_KIND, M_AUX, M_UNIT, M_UNIT_BYTES, M_FIELDS = range(10)
 CALL_FIELDS: Final = C_MATRICES + 3 * M_FIELDS
@@ -118,9 +107,12 @@ def _same_panel(a: int, b: int) -> bool:
 
 
 @nb.njit
-def _row_block(call: int) -> int:
-    """Rows of a gate and up task."""
-    return 256 if _get(_matrix(call, 2), M_KIND) == SUPER256 else ROW_BLOCK
+def _rows_per_task(call: int, rows: int, least: int) -> int:
+    """Largest block with which a stage of `rows` rows in all still gives every thread eight tasks."""
+    block = MOST_ROWS
+    while block > least and rows < block * 8 * _get(call, C_THREADS):
+        block //= 2
+    return block
 
 
 # -- the task list ----------------------------------------------------------------------------------------------------
@@ -173,10 +165,15 @@ def next_window(call: int) -> bool:
     store_i64(call + C_EXPERT * 8, expert)
     store_i64(call + C_PAIR * 8, pair)
     # Stages of neighbouring jobs alternate, so that a stage's inputs were begun a whole stage earlier.
-    down_blocks = (_get(_matrix(call, 2), M_N_OUT) + ROW_BLOCK - 1) // ROW_BLOCK
+    n_up, n_down = _get(_matrix(call, 0), M_N_OUT), _get(_matrix(call, 2), M_N_OUT)
+    least = MOST_ROWS if _get(_matrix(call, 2), M_KIND) == SUPER256 else ROW_BLOCK
+    up_rows, down_rows = _rows_per_task(call, n_up * n_jobs, least), _rows_per_task(call, n_down * n_jobs, ROW_BLOCK)
+    store_i64(call + C_UP_ROWS * 8, up_rows)
+    store_i64(call + C_DOWN_ROWS * 8, down_rows)
+    down_blocks = (n_down + down_rows - 1) // down_rows
     activate_blocks, delay = 0, 1
     if _get(call, C_MATRIX_ONLY) == 0:
-        activate_blocks, delay = (_get(_matrix(call, 0), M_N_OUT) + _row_block(call) - 1) // _row_block(call), 2
+        activate_blocks, delay = (n_up + up_rows - 1) // up_rows, 2
     n_tasks = 0
     for step in range(n_jobs + delay):
         if step < n_jobs:
@@ -271,17 +268,17 @@ def _run_task(call: int, job: int, stage: int, index: int, gates: int, ups: int)
         atomic_add(job + J_QUANTIZED * 8, 1)
     elif stage == _ACTIVATE:
         _wait(call, job + J_QUANTIZED * 8, _get(job, J_N_TILES))
-        row = index * _row_block(call)
-        _activate_rows(call, job, row, min(_row_block(call), _get(_matrix(call, 0), M_N_OUT) - row), gates, ups)
+        row, up_rows = index * _get(call, C_UP_ROWS), _get(call, C_UP_ROWS)
+        _activate_rows(call, job, row, min(up_rows, _get(_matrix(call, 0), M_N_OUT) - row), gates, ups)
         atomic_add(job + J_ACTIVATED * 8, 1)
     else:
         if _get(call, C_MATRIX_ONLY):
             _wait(call, job + J_QUANTIZED * 8, _get(job, J_N_TILES))
         else:
-            blocks = (_get(_matrix(call, 0), M_N_OUT) + _row_block(call) - 1) // _row_block(call)
+            blocks = (_get(_matrix(call, 0), M_N_OUT) + _get(call, C_UP_ROWS) - 1) // _get(call, C_UP_ROWS)
             _wait(call, job + J_ACTIVATED * 8, blocks)
-        row = index * ROW_BLOCK
-        _project_rows(call, job, row, min(ROW_BLOCK, _get(_matrix(call, 2), M_N_OUT) - row), gates)
+        row, down_rows = index * _get(call, C_DOWN_ROWS), _get(call, C_DOWN_ROWS)
+        _project_rows(call, job, row, min(down_rows, _get(_matrix(call, 2), M_N_OUT) - row), gates)
 
 
 @nb.cfunc("void(intp)", cache=True)

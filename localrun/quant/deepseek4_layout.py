@@ -35,7 +35,7 @@ class Kind(Enum):
 
     MATRIX = "matrix"
     VECTOR = "vector"
-    IDS = "ids"
+    IDS = "table of ids"
 
     def allows(self, ggml_type: GGMLQuantizationType) -> bool:
         # ggml adds and multiplies element by element only by F32 (binary_op), and takes row ids only as I32.

@@ -111,15 +111,23 @@ class Common:
 
 
 def check_common(path: Path, metadata: Metadata, tensors: Tensors) -> Common:
-    """Checks what llama.cpp asserts for every architecture."""
+    """Checks what llama.cpp asserts for every architecture.
+
+    Raises:
+        FormatError: names the key.
+        UnsupportedModelError: not a mixture-of-experts model.
+    """
     keys = KeyReader(path, metadata)
     arch = keys.string("general.architecture")
     n_layers = keys.integer(f"{arch}.block_count", 1, MAX_LAYERS)
     keys.integer(f"{arch}.embedding_length", 1, MAX_DIMENSION)
     keys.integer(f"{arch}.context_length", 1, (1 << 31) - 1)
     heads = keys.per_layer(f"{arch}.attention.head_count", n_layers, INTEGERS)
-    if not all(0 <= n <= 1 << 16 for n in heads) or heads[0] < 1:
-        raise keys.error(f"{arch}.attention.head_count: {heads[0]} heads")
+    # Hybrid models have layers without attention, which say 0.
+    if not all(0 <= n <= 1 << 16 for n in heads) or max(heads) < 1:
+        raise keys.error(f"{arch}.attention.head_count: {max(heads)} heads")
+    if (count := metadata.get(f"{arch}.expert_count")) is None or count == GgufValue.uint32(0):
+        raise _no_experts(path, arch)
     n_experts = keys.integer(f"{arch}.expert_count", 1, MAX_EXPERTS)
     used = keys.per_layer(f"{arch}.expert_used_count", n_layers, INTEGERS)
     if not all(0 <= n <= n_experts for n in used) or max(used) < 1:
@@ -133,6 +141,12 @@ def check_common(path: Path, metadata: Metadata, tensors: Tensors) -> Common:
     if embedding is not None and (len(embedding.shape) != 2 or embedding.shape[1] != n_vocab):
         raise keys.error(f"token_embd.weight: shape {embedding.shape} for a vocabulary of {n_vocab}")
     return Common(arch, n_layers, n_vocab)
+
+
+def _no_experts(path: Path, arch: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path}: architecture '{arch}' without routed experts", hint="localrun runs mixture-of-experts models"
+    )
 
 
 def _check_expert_groups(keys: KeyReader, arch: str, n_experts: int) -> None:
@@ -233,9 +247,7 @@ def moe_layers(path: Path, metadata: Metadata, tensors: Tensors, arch: str) -> d
         if match := EXPERT_STACK.fullmatch(name):
             stacks.setdefault(int(match[1]), {})[match[2]] = tensor
     if not stacks:
-        raise UnsupportedModelError(
-            f"{path}: architecture '{arch}' without routed experts", hint="localrun runs mixture-of-experts models"
-        )
+        raise _no_experts(path, arch)
     layers = {}
     for layer in sorted(stacks):
         if layer >= n_layers:

@@ -318,7 +318,7 @@ BAD_TENSORS = {
     ),
     "table of numbers": (
         {"blk.0.ffn_gate_tid2eid.weight": (zeros(64, 2), QT.F32)},
-        "blk.0.ffn_gate_tid2eid.weight: type F32 can't be used for a ids",
+        "blk.0.ffn_gate_tid2eid.weight: type F32 can't be used for a table of ids",
     ),
     "expert out of range": ({"blk.0.ffn_gate_tid2eid.weight": (FAR_TABLE, QT.I32)}, "expert 8 of 8"),
     "negative expert": ({"blk.0.ffn_gate_tid2eid.weight": (NEGATIVE_TABLE, QT.I32)}, "expert -1 of 8"),
@@ -433,6 +433,13 @@ def test_wrong_metadata_is_named(tiny: Path, tmp_path: Path, case: str) -> None:
     with pytest.raises(FormatError) as caught:
         GgufSource.open(path)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [None, U32(0)])
+def test_a_model_that_counts_no_experts_is_unsupported(tiny: Path, tmp_path: Path, count: GgufValue | None) -> None:
+    path = rewrite(tiny, {P + "expert_count": count}, tmp_path / "m.gguf")
+    with pytest.raises(UnsupportedModelError, match="architecture 'deepseek4' without routed experts"):
+        GgufSource.open(path)
 
 
 @pytest.mark.parametrize("ratios", [(0, 0, 128), (0, 4, 4)])

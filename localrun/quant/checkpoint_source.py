@@ -129,6 +129,10 @@ class CheckpointSource:
         gate, up, down = (self._projection(self._experts(layer, name)[expert]) for name in PROJECTIONS)
         return gate, up, down
 
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The same: a checkpoint has one copy of each expert."""
+        return self.expert(layer, expert)
+
     def _experts(self, layer: int, projection: str) -> tuple[Part, ...]:
         return self._plan.tensors[f"blk.{layer}.ffn_{projection}_exps.weight"].parts
 

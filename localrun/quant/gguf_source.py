@@ -175,6 +175,9 @@ class GgufSource:
         )
         return gate, up, down
 
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        return self.expert(layer, expert)
+
     def _projection(self, name: str, expert: int, checksum: str | None) -> Projection:
         index, tensor = self._where[name]
         n_in, n_out, n_experts = tensor.info.shape

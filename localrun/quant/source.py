@@ -86,25 +86,36 @@ class Projection:
     checksum: str | None = None
 
 
+ExpertTypes = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
+"""ggml types of an expert's gate, up and down."""
+
+
 @dataclass(frozen=True, slots=True)
 class MoeLayer:
-    """Shape of one layer's routed experts; all experts of a source's layer share types.
+    """Shape of one layer's routed experts.
 
     Attributes:
         layer: block number.
         n_experts: how many experts the layer has.
         n_embd: hidden size D (input of gate and up, output of down).
         n_ff: expert width F.
-        types: ggml types of gate, up, down.
-        expert_bytes: size of one expert, the three projections as ggml rows.
+        types: types of the stacked tensors, which every expert has; what llama.cpp sees.
+        expert_bytes: size of one expert in these types, the three projections as ggml rows.
+        better: further types that an overlay has some experts in, in ascending order; empty without an overlay.
     """
 
     layer: int
     n_experts: int
     n_embd: int
     n_ff: int
-    types: tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
+    types: ExpertTypes
     expert_bytes: int
+    better: tuple[ExpertTypes, ...] = ()
+
+    @property
+    def variants(self) -> tuple[ExpertTypes, ...]:
+        """All types that experts of this layer may be read in, the base's first."""
+        return (self.types, *self.better)
 
 
 class ModelSource(Protocol):
@@ -153,7 +164,11 @@ class ModelSource(Protocol):
         ...
 
     def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
-        """Recipes of one expert's gate, up and down."""
+        """Recipes of one expert's gate, up and down: the overlay's copy where there is one, else the base's."""
+        ...
+
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The copy that every expert has, in the layer's `types`."""
         ...
 
 

@@ -28,7 +28,7 @@ print(json.dumps({"name": kernel.name, "compiled": len(misses)}))
 
 @pytest.mark.parametrize("level", ["", "generic"])
 def test_a_second_process_compiles_nothing(level: str, tmp_path: Path) -> None:
-    environment = os.environ | {"LOCALRUN_CACHE_DIR": str(tmp_path), "LOCALRUN_KERNELS": level}
+    environment = os.environ | {"LOCALRUN_KERNEL_DIR": str(tmp_path), "LOCALRUN_KERNELS": level}
 
     def start() -> dict[str, object]:
         done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)

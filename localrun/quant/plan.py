@@ -13,7 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
@@ -42,6 +45,19 @@ _DEFAULT_BASE = {"I8": _T.MXFP4, "F8_E4M3": _T.Q8_0, "BF16": _T.BF16, "F32": _T.
 _PROJECTION_OF_TENSOR = {f"ffn_{name}_exps.weight": number for number, name in enumerate(PROJECTIONS)}
 
 
+class ImportanceLookup(Protocol):
+    """How much each input channel of an expert's matrix matters: quantizers weigh squared errors with it. Thread-safe."""
+
+    @property
+    def digest(self) -> str:
+        """Names all weights: same digest, same weights. Shown to users when a conversion is resumed with others."""
+        ...
+
+    def weights(self, layer: int, expert: int, projection: int) -> npt.NDArray[np.float32] | None:
+        """Weights `(n_in,)`, finite and not negative, of projection 0 gate, 1 up, 2 down; None: nothing is known."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What the user may choose.
@@ -49,10 +65,12 @@ class PlanOptions:
     Attributes:
         dense: type of FP8 attention and shared-expert matrices; what the checkpoint holds in BF16 or F32 stays as it is.
         base: type of all experts, None: MXFP4 for FP4, Q8_0 for FP8, otherwise as they are.
+        importance: of the experts' input channels, for types that round; None: all alike.
     """
 
     dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0
     base: GGMLQuantizationType | None = None
+    importance: ImportanceLookup | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numba as nb
 import numpy as np
@@ -33,7 +33,7 @@ from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
 from localrun.offload.trace import TraceRecorder
-from localrun.quant.source import MoeLayer
+from localrun.quant.source import PROJECTIONS, MoeLayer
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,21 @@ class Routing:
     starts: I32
     x_rows: I32
     out_rows: I32
+
+
+class Collector(Protocol):
+    """Sees the inputs of routed experts while a text runs; for calibration."""
+
+    def collect(self, weight: Weight, experts: I32, starts: I32, rows: I32, x: F32) -> None:
+        """Rows that one call multiplies with a projection; gate stands for up too. On the decoding thread.
+
+        Args:
+            experts: (n,) distinct expert ids.
+            starts: (n + 1,) pairs of `experts[i]` are `starts[i]:starts[i+1]`.
+            rows: (n_pairs,) row of `x` of each pair.
+            x: (any, n_in) inputs; valid during the call only.
+        """
+        ...
 
 
 @nb.njit(cache=True, nogil=True)
@@ -124,9 +139,15 @@ def rows_at(place: View, dtype: type[Any]) -> npt.NDArray[Any]:
 
 def swiglu(gate: View, up: View, out: View, limit: float) -> None:
     """out = silu(min(gate, limit)) * clip(up, -limit, limit), all f32 of the same shape."""
-    g, u = rows_at(gate, np.float32), rows_at(up, np.float32)
-    g = np.minimum(g, np.float32(limit))
-    rows_at(out, np.float32)[...] = g / (1 + np.exp(-g)) * np.clip(u, np.float32(-limit), np.float32(limit))
+    rows_at(out, np.float32)[...] = gated(rows_at(gate, np.float32), rows_at(up, np.float32), limit)
+
+
+def gated(gate: F32, up: F32, limit: float) -> F32:
+    """silu(min(gate, limit)) * clip(up, -limit, limit)."""
+    gate = np.minimum(gate, np.float32(limit))
+    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then the right 0
+        result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
+    return result
 
 
 class ExpertPool:
@@ -137,8 +158,8 @@ class ExpertPool:
 
     Args:
         layers: shapes by block number.
-        kernels: kernel by block number; its `slot_bytes` is an expert's size in RAM.
-        limits: clamp limit by block number that the kernels were made for.
+        kernels: by block number one kernel for each of the layer's variants; its `slot_bytes` is an expert's size in RAM.
+        wanted: by block number the variant that each expert is read in.
         store: reads experts.
         budget_bytes: RAM for slots (staging not included).
         n_used: experts per token.
@@ -147,13 +168,15 @@ class ExpertPool:
     def __init__(
         self,
         layers: Mapping[int, MoeLayer],
-        kernels: Mapping[int, FfnKernel],
+        kernels: Mapping[int, Sequence[FfnKernel]],
+        wanted: Mapping[int, I32],
         store: ExpertStore,
         budget_bytes: int,
         n_used: int,
     ) -> None:
         self._layers = layers
         self._kernels = kernels
+        self._wanted = wanted
         self._store = store
         floor = floor_bytes(kernels, n_used)
         if budget_bytes < floor:
@@ -174,6 +197,7 @@ class ExpertPool:
         self._stop = threading.Event()
         self._n_ahead = 0
         self._recorder: TraceRecorder | None = None
+        self._collector: Collector | None = None
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
         self.last_call = 0.0  # time.monotonic() of the last layer call that came to Python, or of `busy`'s end
         self.busy = False  # the decoding thread is in llama_decode: read-ahead keeps away
@@ -183,12 +207,13 @@ class ExpertPool:
         return LayerRecord(
             self._layers[layer].n_experts,
             table.resident[layer],
+            table.variants[layer],
             table.stamps[layer],
             table.uses[layer],
             table.tick,
             self.telemetry.values[layer],
             self._python_only,
-            self._kernels[layer].call,
+            [kernel.call for kernel in self._kernels[layer]],
         )
 
     # -- device.Owner --------------------------------------------------------------------------------------------------
@@ -204,27 +229,31 @@ class ExpertPool:
 
     def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
         """See `device.Owner`."""
-        kernel = self._kernels[layer]
-        if not math.isclose(kernel.spec.limit, limit, rel_tol=1e-6) and not math.isinf(kernel.spec.limit + limit):
-            raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {kernel.spec.limit}")
+        expected = self._kernels[layer][0].spec.limit
+        if not math.isclose(expected, limit, rel_tol=1e-6) and not math.isinf(expected + limit):
+            raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {expected}")
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
 
-        def compute(slots: Sequence[Slot], part: Routing) -> None:
+        def compute(kernel: FfnKernel, slots: Sequence[Slot], part: Routing) -> None:
             addresses = np.array([slot.address for slot in slots], np.uint64)
-            kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
+            if self._collector is not None:
+                _run_and_collect(self._collector, kernel, layer, addresses, part, x_rows, out_rows)
+            else:
+                kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
 
         self._call(layer, _ids(ids), compute)
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""
-        kernel = self._kernels[weight.layer]
         choices = _ids(ids)
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
         per_choice = x.ne[1] > 1  # x has one row per (token, choice): the activation of an earlier projection
 
-        def compute(slots: Sequence[Slot], part: Routing) -> None:
+        def compute(kernel: FfnKernel, slots: Sequence[Slot], part: Routing) -> None:
             addresses = np.array([slot.address for slot in slots], np.uint64)
             source_rows = part.out_rows if per_choice else part.x_rows
+            if self._collector is not None and PROJECTIONS[weight.projection] != "up":
+                self._collector.collect(weight, part.experts, part.starts, source_rows, x_rows)
             kernel.project(weight.projection, addresses, part.starts, source_rows, part.out_rows, x_rows, out_rows)
 
         self._call(weight.layer, choices, compute)
@@ -239,8 +268,8 @@ class ExpertPool:
         if self._error is None:
             self._error = error
 
-    def kernel(self, layer: int) -> FfnKernel:
-        """The layer's arithmetic."""
+    def kernels(self, layer: int) -> Sequence[FfnKernel]:
+        """The layer's arithmetic by variant."""
         return self._kernels[layer]
 
     @property
@@ -251,13 +280,16 @@ class ExpertPool:
     @property
     def n_slots(self) -> int:
         """Experts that fit into RAM if all have the largest size."""
-        return self.table.arena.size_bytes // max(
-            -(-kernel.slot_bytes // 4096) * 4096 for kernel in self._kernels.values()
-        )
+        return self.table.arena.size_bytes // largest_slot(self._kernels)
 
     def record(self, recorder: TraceRecorder | None) -> None:
         """Notes every layer call's routing from now on (None: no more); all calls then go through Python."""
         self._recorder = recorder
+        self._choose_path()
+
+    def collect(self, collector: Collector | None) -> None:
+        """Shows every layer call's inputs to `collector` from now on (None: no more); all calls then go through Python, slower."""
+        self._collector = collector
         self._choose_path()
 
     @property
@@ -288,9 +320,9 @@ class ExpertPool:
         self._choose_path()
 
     def _choose_path(self) -> None:
-        """The compiled path knows neither stopping nor recording; the flag is set before anyone looks at the reasons again."""
+        """The compiled path can't stop, record or collect; the flag is set before anyone looks at the reasons again."""
         with self._path_lock:
-            self._python_only[0] = self._stop.is_set() or self._recorder is not None
+            self._python_only[0] = self._stop.is_set() or self._recorder is not None or self._collector is not None
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
@@ -320,7 +352,7 @@ class ExpertPool:
                 present = self.table.find(layer, int(expert)) if evict else self.table.peek(layer, int(expert))
                 if present is not None:
                     continue
-                slot = self.table.reserve(layer, int(expert), self._kernels[layer].slot_bytes, evict=evict)
+                slot = self._reserve(layer, int(expert), evict=evict)
                 if slot is None:
                     break
                 self._n_ahead += 1
@@ -329,6 +361,12 @@ class ExpertPool:
                 row[Counter.BYTES_READ] += self._store.submit(slot, ahead=True).read_bytes
                 started += 1
             return started
+
+    def _reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
+        """A slot for the copy that this expert is read in."""
+        variant = int(self._wanted[layer][expert])
+        size_bytes = self._kernels[layer][variant].slot_bytes
+        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
 
     def settle(self) -> int:
         """Takes finished read-ahead into account; returns how many reads of it are still under way. Any thread."""
@@ -434,11 +472,10 @@ class _Call:
         self._pool.table.unpin(self._pinned.pop(i))
 
     def _start_reads(self) -> None:
-        store, table = self._pool._store, self._pool.table
-        slot_bytes = self._pool._kernels[self._layer].slot_bytes
+        store = self._pool._store
         # More reservations than staging buffers would evict experts long before their memory is needed.
         while self._todo and len(self._awaited) < 2 * store.depth:
-            slot = table.reserve(self._layer, int(self._routing.experts[self._todo[0]]), slot_bytes)
+            slot = self._pool._reserve(self._layer, int(self._routing.experts[self._todo[0]]))
             if slot is None:
                 break
             i = self._todo.popleft()
@@ -449,9 +486,7 @@ class _Call:
             if self._pool.wait_for_read_ahead():
                 self._start_reads()  # memory that guesses were being read into can be taken now
                 return
-            raise BudgetError(
-                f"blk.{self._layer}: no room for an expert of {format_size(slot_bytes)}", hint="give more --ram"
-            )
+            raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="give more --ram")
 
     def _collect(self) -> list[int]:
         """Waits for at least one read, takes all that are there."""
@@ -480,7 +515,10 @@ class _Call:
             return
         started = time.perf_counter_ns()
         indices.sort()
-        self._compute([self._pinned[i] for i in indices], self._part(indices))
+        for variant, kernel in enumerate(self._pool._kernels[self._layer]):
+            same = [i for i in indices if self._pinned[i].variant == variant]
+            if same:
+                self._compute(kernel, [self._pinned[i] for i in same], self._part(same))
         for i in indices:
             self._unpin(i)
         self.compute_ns += time.perf_counter_ns() - started
@@ -496,9 +534,28 @@ class _Call:
         return Routing(whole.experts[indices], starts, whole.x_rows[pairs], whole.out_rows[pairs])
 
 
-def floor_bytes(kernels: Mapping[int, FfnKernel], n_used: int) -> int:
-    """RAM below which no token can be computed with its experts protected: `n_used` slots of the largest layer."""
-    return n_used * max(-(-kernel.slot_bytes // 4096) * 4096 for kernel in kernels.values())
+def _run_and_collect(
+    collector: Collector, kernel: FfnKernel, layer: int, slots: npt.NDArray[np.uint64], part: Routing, x: F32, out: F32
+) -> None:
+    """What `kernel.run` does, projection by projection, so that down's input can be seen."""
+    pairs = np.arange(part.x_rows.size, dtype=np.int32)
+    gate, up = (np.empty((pairs.size, kernel.spec.n_ff), np.float32) for _ in range(2))
+    kernel.project(0, slots, part.starts, part.x_rows, pairs, x, gate)
+    kernel.project(1, slots, part.starts, part.x_rows, pairs, x, up)
+    activated = gated(gate, up, kernel.spec.limit)
+    kernel.project(2, slots, part.starts, pairs, part.out_rows, activated, out)
+    collector.collect(Weight(layer, 0), part.experts, part.starts, part.x_rows, x)
+    collector.collect(Weight(layer, 2), part.experts, part.starts, pairs, activated)
+
+
+def largest_slot(kernels: Mapping[int, Sequence[FfnKernel]]) -> int:
+    """Bytes of the largest expert in RAM, page rounding included."""
+    return max(-(-kernel.slot_bytes // 4096) * 4096 for variants in kernels.values() for kernel in variants)
+
+
+def floor_bytes(kernels: Mapping[int, Sequence[FfnKernel]], n_used: int) -> int:
+    """RAM below which no token can be computed with its experts protected: `n_used` of the largest slots."""
+    return n_used * largest_slot(kernels)
 
 
 def _ids(ids: View) -> I32:

@@ -222,10 +222,12 @@ def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, w
     table = SlotTable(n_slots * ALIGNMENT, n_layers, n_experts)
     hits = misses = n_tokens = 0
     for index, step in enumerate(steps):
-        found = [table.find(*key) for key in step.keys]
+        found = [table.peek(*key) for key in step.keys]
         pinned = [slot for slot in found if slot is not None]
         for slot in pinned:
             table.pin(slot)
+            if step.tail is None or (slot.layer, slot.expert) in step.tail:
+                table.touch(slot)
         if index >= warm_up:
             hits += len(pinned)
             misses += len(step.keys) - len(pinned)
@@ -238,6 +240,8 @@ def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, w
                 new = table.reserve(*key, ALIGNMENT)
             assert new is not None
             table.ready(new)
+            if step.tail is not None and key not in step.tail:
+                table.chill(new)
             table.pin(new)
             pinned.append(new)
         for slot in pinned:

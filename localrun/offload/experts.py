@@ -29,6 +29,7 @@ from localrun.errors import BudgetError, DecodeError, StoppedError
 from localrun.offload.device import View, Weight, expert_device
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.native import LayerRecord, expert_record
+from localrun.offload.policy import TAIL_TOKENS
 from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
@@ -403,7 +404,7 @@ class ExpertPool:
             self._settle()
             if self._recorder is not None:
                 self._recorder.record(layer, ids)
-            call = _Call(self, layer, route(ids, self._layers[layer].n_experts), compute)
+            call = _Call(self, layer, ids, compute)
             evictions = self.table.n_evictions
             try:
                 call.run()
@@ -426,8 +427,11 @@ class ExpertPool:
 class _Call:
     """State of one layer call; see the module docstring for the order of events."""
 
-    def __init__(self, pool: ExpertPool, layer: int, routing: Routing, compute: Any) -> None:
-        self._pool, self._layer, self._routing, self._compute = pool, layer, routing, compute
+    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Any) -> None:
+        self._pool, self._layer, self._compute = pool, layer, compute
+        self._routing = route(ids, pool.layers[layer].n_experts)
+        # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
+        self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
         self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
         self._awaited: dict[Slot, int] = {}
         self._todo: deque[int] = deque()
@@ -438,11 +442,13 @@ class _Call:
         ready = []
         np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
         for i, expert in enumerate(self._routing.experts):
-            slot = self._pool.table.find(self._layer, int(expert))
+            slot = self._pool.table.peek(self._layer, int(expert))
             if slot is None:
                 self._todo.append(i)
                 continue
             self._pin(i, slot)
+            if self._in_tail(expert):
+                self._pool.table.touch(slot)
             if slot.state is SlotState.READY:
                 ready.append(i)
             else:
@@ -467,6 +473,9 @@ class _Call:
     def _pin(self, i: int, slot: Slot) -> None:
         self._pool.table.pin(slot)
         self._pinned[i] = slot
+
+    def _in_tail(self, expert: int) -> bool:
+        return self._tail is None or expert in self._tail
 
     def _unpin(self, i: int) -> None:
         self._pool.table.unpin(self._pinned.pop(i))
@@ -505,6 +514,8 @@ class _Call:
         if i is not None and ticket.error is not None:
             self._unpin(i)
         self._pool.finished(ticket)
+        if i is not None and ticket.error is None and not self._in_tail(ticket.slot.expert):
+            self._pool.table.chill(ticket.slot)
         if i is not None and ticket.error is not None and raising:
             raise ticket.error
         return i if ticket.error is None else None

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.errors import BudgetError, FormatError, LocalrunError, UnsupportedModelError
@@ -29,6 +30,7 @@ from localrun.offload.experts import ExpertPool, floor_bytes
 from localrun.offload.ggml import Tensor
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
+from localrun.offload.native import MAX_VARIANTS
 from localrun.offload.probe import DiskProfile, probe_disk
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.slots import SlotState
@@ -195,7 +197,9 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         with device.loading(pool):
             model = _load(source, options, pool, dense)
         opened.callback(_free_model, model)
-        scratch = max([dense.scratch_bytes, *(pool.kernel(layer).call.scratch_bytes for layer in source.moe_layers)])
+        scratch = max(
+            [dense.scratch_bytes, *(k.call.scratch_bytes for layer in source.moe_layers for k in pool.kernels(layer))]
+        )
         device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
         learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
         learner.keep_hottest()
@@ -230,8 +234,11 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
     )
     try:
         n_used = _metadata_int(source, "expert_used_count")
+        wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
         all_bytes = sum(
-            moe.n_experts * -(-kernels[layer].slot_bytes // 4096) * 4096 for layer, moe in source.moe_layers.items()
+            -(-kernels[layer][variant].slot_bytes // 4096) * 4096
+            for layer in source.moe_layers
+            for variant in wanted[layer]
         )
         if options.ram_bytes is None:
             arena_bytes = all_bytes
@@ -247,7 +254,7 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
                     f"{format_size(floor)} and reading needs {format_size(store.staging_bytes)}",
                     hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
                 )
-        pool = ExpertPool(source.moe_layers, kernels, store, arena_bytes, n_used)
+        pool = ExpertPool(source.moe_layers, kernels, wanted, store, arena_bytes, n_used)
     except BaseException:
         store.close()
         raise
@@ -266,17 +273,31 @@ def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
     return mirror
 
 
-def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, FfnKernel]:
-    """One kernel per distinct shape, shared by the layers that have it."""
+def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:
+    """By layer a kernel for each variant; one per distinct shape, shared by the layers that have it."""
     limits = _clamp_limits(source)
     made: dict[FfnSpec, FfnKernel] = {}
-    kernels = {}
+    kernels: dict[int, list[FfnKernel]] = {}
     for layer, moe in source.moe_layers.items():
-        spec = FfnSpec(moe.types, moe.n_embd, moe.n_ff, limits.get(layer, math.inf))
-        if spec not in made:
-            made[spec] = make_kernel(spec, math=options.math, n_threads=options.n_threads)
-        kernels[layer] = made[spec]
+        if len(moe.variants) > MAX_VARIANTS:
+            raise UnsupportedModelError(f"{source.path}: blk.{layer}: experts in {len(moe.variants)} formats")
+        for types in moe.variants:
+            spec = FfnSpec(types, moe.n_embd, moe.n_ff, limits.get(layer, math.inf))
+            if spec not in made:
+                made[spec] = make_kernel(spec, math=options.math, n_threads=options.n_threads)
+            kernels.setdefault(layer, []).append(made[spec])
     return kernels
+
+
+def _wanted_variants(source: ModelSource, layer: int) -> npt.NDArray[np.int32]:
+    """(n_experts,) which of the layer's variants each expert is read in: its better copy where it has one."""
+    moe = source.moe_layers[layer]
+    wanted = np.zeros(moe.n_experts, np.int32)
+    if moe.better:
+        for expert in range(moe.n_experts):
+            gate, up, down = source.expert(layer, expert)
+            wanted[expert] = moe.variants.index((gate.type, up.type, down.type))
+    return wanted
 
 
 def _clamp_limits(source: ModelSource) -> Mapping[int, float]:

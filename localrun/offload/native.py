@@ -13,6 +13,7 @@ residents meanwhile (one aligned store of an address, after the bytes).
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numba as nb
@@ -52,19 +53,26 @@ from localrun.offload.kernels.tasks import (
     Call,
     runner,
 )
+from localrun.offload.policy import TAIL_TOKENS
 from localrun.offload.telemetry import Counter
 
 # The process: functions of ggml and libc, the way back to Python, scratch, time in dense matrices
 P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_RUN, P_SCRATCH, P_CAPACITY = range(8)
-P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = range(8, 17)
+P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_PLACES, P_BOUNDS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = (
+    range(8, 19)
+)
 # A weight: what it is, for experts its layer and projection, for dense matrices their call
 W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
 KIND_DENSE, KIND_EXPERTS = 1, 2
-# A layer: residency by expert (slot address or 0), recency and use, counters, whether all calls go to Python, call
-L_N_EXPERTS, L_RESIDENT, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(6)
-L_PYTHON_ONLY, L_CALL, L_JOBS_BYTES, L_TASKS_BYTES, L_FIELDS = range(6, 11)
+# A layer: residency by expert (slot address or 0, which variant), recency and use, counters, whether all calls go to Python,
+# calls by variant (K_ fields each: address, bytes of its jobs and tasks)
+L_N_EXPERTS, L_RESIDENT, L_VARIANTS, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(7)
+L_PYTHON_ONLY, L_N_CALLS, L_CALLS, L_FIELDS = range(7, 11)
+K_CALL, K_JOBS_BYTES, K_TASKS_BYTES, K_FIELDS = 0, 1, 2, 3
 
 MAX_EXPERTS: Final = 4096
+MAX_VARIANTS: Final = 16
+"""Formats that experts of one layer may have."""
 
 # Byte offsets into struct ggml_tensor, from the structure that `ggml.library()` has checked
 _NE, _NB = ggml.Tensor.ne.offset, ggml.Tensor.nb.offset
@@ -219,48 +227,78 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
         return 0
     infinity = np.int32(0x7F800000)  # as F32
     limit_bits = infinity if load_i32(glu + _PARAMS) == _SWIGLU else np.int32(load_i32(glu + _PARAMS + 12))
-    if limit_bits != np.int32(_get(_get(_get(c, W_LAYER), L_CALL), C_LIMIT_BITS)):
+    if limit_bits != np.int32(_get(_get(_get(_get(c, W_LAYER), L_CALLS), K_CALL), C_LIMIT_BITS)):
         return 0
     return c
 
 
 @nb.njit
 def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
-    """Groups (token, choice) pairs by expert into the process's arrays; the number of distinct experts, -1 if one is not there."""
-    n_experts, resident = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT)
-    counts, starts, slots = _get(process, P_COUNTS), _get(process, P_STARTS), _get(process, P_SLOTS)
-    for e in range(n_experts + 1):
+    """Groups (token, choice) pairs by expert, experts by variant, into the process's arrays; the number of distinct experts, -1 if
+    one is not there. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
+    n_experts, resident, variants = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_VARIANTS)
+    counts, places = _get(process, P_COUNTS), _get(process, P_PLACES)
+    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
+    for e in range(n_experts):
         store_i32(counts + e * 4, 0)
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
             if e < 0 or e >= n_experts or load_i64(resident + e * 8) == 0:
                 return -1
-            store_i32(counts + (e + 1) * 4, load_i32(counts + (e + 1) * 4) + 1)
-    n_distinct, at = 0, 0
+            store_i32(counts + e * 4, load_i32(counts + e * 4) + 1)
+    n_distinct, at, n_variants = 0, 0, _get(layer, L_N_CALLS)
     stamps, uses = _get(layer, L_STAMPS), _get(layer, L_USES)
     tick = load_i64(_get(layer, L_TICK)) + 1
     store_i64(_get(layer, L_TICK), tick)
-    for e in range(n_experts):
-        n = load_i32(counts + (e + 1) * 4)
-        store_i32(counts + e * 4, at)  # where the expert's next pair goes
-        if n > 0:
-            store_i64(slots + n_distinct * 8, load_i64(resident + e * 8))
-            store_i32(starts + n_distinct * 4, at)
-            store_i64(stamps + e * 8, tick)
-            store_i64(uses + e * 8, load_i64(uses + e * 8) + n)
-            n_distinct += 1
-            at += n
+    for v in range(n_variants):
+        store_i32(bounds + v * 4, n_distinct)
+        for e in range(n_experts):
+            n = load_i32(counts + e * 4)
+            if n > 0 and (n_variants == 1 or load_i32(variants + e * 4) == v):
+                store_i32(places + e * 4, at)  # where the expert's next pair goes
+                store_i64(slots + n_distinct * 8, load_i64(resident + e * 8))
+                store_i32(starts + n_distinct * 4, at)
+                store_i64(uses + e * 8, load_i64(uses + e * 8) + n)
+                n_distinct += 1
+                at += n
+    store_i32(bounds + n_variants * 4, n_distinct)
     store_i32(starts + n_distinct * 4, at)
     x_rows, out_rows = _get(process, P_X_ROWS), _get(process, P_OUT_ROWS)
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
-            place = load_i32(counts + e * 4)
-            store_i32(counts + e * 4, place + 1)
+            if t >= n_tokens - TAIL_TOKENS:
+                store_i64(stamps + e * 8, tick)
+            place = load_i32(places + e * 4)
+            store_i32(places + e * 4, place + 1)
             store_i32(x_rows + place * 4, t)
             store_i32(out_rows + place * 4, t * n_used + k)
     return n_distinct
+
+
+@nb.njit
+def _run_experts(process: int, layer: int, x: int, down: int) -> None:
+    """The sorted pairs, variant by variant."""
+    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
+    for v in range(_get(layer, L_N_CALLS)):
+        first, last = load_i32(bounds + v * 4), load_i32(bounds + v * 4 + 4)
+        if first == last:
+            continue
+        record = _get(layer, L_CALLS) + v * K_FIELDS * 8
+        call = _get(record, K_CALL)
+        _begin(process, call, _get(record, K_JOBS_BYTES), _get(record, K_TASKS_BYTES))
+        store_i64(call + C_PAIR * 8, load_i32(starts + first * 4))
+        store_i64(call + C_N_EXPERTS * 8, last - first)
+        store_i64(call + C_SLOTS * 8, slots + first * 8)
+        store_i64(call + C_STARTS * 8, starts + first * 4)
+        store_i64(call + C_X_ROWS * 8, _get(process, P_X_ROWS))
+        store_i64(call + C_OUT_ROWS * 8, _get(process, P_OUT_ROWS))
+        store_i64(call + C_X * 8, load_i64(x + _DATA))
+        store_i64(call + C_X_STRIDE * 8, load_i64(x + _NB + 16))
+        store_i64(call + C_OUT * 8, load_i64(down + _DATA))
+        store_i64(call + C_OUT_STRIDE * 8, load_i64(down + _NB + 8))
+        call_1(_get(process, P_RUN), call)
 
 
 @nb.njit
@@ -281,19 +319,8 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
     n_distinct = _sort_pairs(process, layer, load_i64(ids + _DATA), load_i64(ids + _NB + 8), n_tokens, n_used)
     if n_distinct < 0:
         return False
-    call = _get(layer, L_CALL)
-    _begin(process, call, _get(layer, L_JOBS_BYTES), _get(layer, L_TASKS_BYTES))
-    store_i64(call + C_N_EXPERTS * 8, n_distinct)
-    store_i64(call + C_SLOTS * 8, _get(process, P_SLOTS))
-    store_i64(call + C_STARTS * 8, _get(process, P_STARTS))
-    store_i64(call + C_X_ROWS * 8, _get(process, P_X_ROWS))
-    store_i64(call + C_OUT_ROWS * 8, _get(process, P_OUT_ROWS))
-    store_i64(call + C_X * 8, load_i64(x + _DATA))
-    store_i64(call + C_X_STRIDE * 8, load_i64(x + _NB + 16))
-    store_i64(call + C_OUT * 8, load_i64(down + _DATA))
-    store_i64(call + C_OUT_STRIDE * 8, load_i64(down + _NB + 8))
     begun = _now_ns(process)
-    call_1(_get(process, P_RUN), call)
+    _run_experts(process, layer, x, down)
     ended = _now_ns(process)
     row = _get(layer, L_TELEMETRY)
     _add(row, _CALLS, 1)
@@ -366,7 +393,9 @@ class Process:
         self.fields[P_PYTHON] = python
         self.fields[P_RUN] = runner().run_address
         self._point(P_TIMESPEC, np.zeros(2, np.int64))
-        self._point(P_COUNTS, np.zeros(MAX_EXPERTS + 1, np.int32))
+        self._point(P_COUNTS, np.zeros(MAX_EXPERTS, np.int32))
+        self._point(P_PLACES, np.zeros(MAX_EXPERTS, np.int32))
+        self._point(P_BOUNDS, np.zeros(MAX_VARIANTS + 1, np.int32))
         self._point(P_SLOTS, np.zeros(MAX_EXPERTS, np.uint64))
         self._point(P_STARTS, np.zeros(MAX_EXPERTS + 1, np.int32))
         self.grow(0, 64, 64)
@@ -403,25 +432,27 @@ class Process:
 
 
 class LayerRecord:
-    """A layer's fields; keeps the arrays that they point to alive."""
+    """A layer's fields; keeps the arrays that they point to alive. `calls`: by variant."""
 
     def __init__(
         self,
         n_experts: int,
         resident: npt.NDArray[np.uint64],
+        variants: npt.NDArray[np.int32],
         stamps: npt.NDArray[np.int64],
         uses: npt.NDArray[np.int64],
         tick: npt.NDArray[np.int64],
         telemetry: npt.NDArray[np.int64],
         python_only: npt.NDArray[np.int64],
-        call: Call,
+        calls: Sequence[Call],
     ) -> None:
-        self._keep = (resident, stamps, uses, tick, telemetry, python_only, call)
-        self.fields = np.array(
-            [n_experts, *(a.ctypes.data for a in self._keep[:6]), call.address, call.jobs_bytes, call.tasks_bytes],
-            np.int64,
-        )
+        assert 1 <= len(calls) <= MAX_VARIANTS
+        self._calls = np.array([(call.address, call.jobs_bytes, call.tasks_bytes) for call in calls], np.int64)
+        self._keep = (resident, variants, stamps, uses, tick, telemetry, python_only, calls)
+        addresses = [a.ctypes.data for a in self._keep[:7]]
+        self.fields = np.array([n_experts, *addresses, len(calls), self._calls.ctypes.data], np.int64)
         assert self.fields.size == L_FIELDS
+        assert self._calls.shape[1] == K_FIELDS
 
     @property
     def address(self) -> int:

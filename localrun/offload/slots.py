@@ -97,6 +97,7 @@ class Slot:
         layer, expert: whose it is.
         address: first byte, page-aligned.
         size_bytes: packed size.
+        variant: which of the layer's `MoeLayer.variants` its bytes are in.
         state: see `SlotState`.
         pins: running calls that need it; a pinned slot is never evicted.
     """
@@ -105,6 +106,7 @@ class Slot:
     expert: int
     address: int
     size_bytes: int
+    variant: int = 0
     state: SlotState = SlotState.LOADING
     pins: int = 0
 
@@ -115,6 +117,8 @@ _PINNED = 1 << 61
 """Added to the recency of slots that must stay."""
 _KEPT = 1 << 60
 """Added to the recency of experts that go only when no others can."""
+_CANDIDATES = 32
+"""Coldest slots around which room is looked for when slots have several sizes."""
 
 
 class SlotTable:
@@ -122,6 +126,7 @@ class SlotTable:
 
     Attributes, all (n_layers, n_experts) and shared with compiled code:
         resident: address of the READY slot, 0 if there is none.
+        variants: which of the layer's types the READY slot is in.
         stamps: value of `tick` at the last use; `ABSENT` if not READY.
         uses: (token, expert) pairs served since the model was opened, for the routing profile.
 
@@ -133,12 +138,15 @@ class SlotTable:
     def __init__(self, budget_bytes: int, n_layers: int, n_experts: int) -> None:
         self.arena = Arena(budget_bytes)
         self.resident: npt.NDArray[np.uint64] = np.zeros((n_layers, n_experts), np.uint64)
+        self.variants: npt.NDArray[np.int32] = np.zeros((n_layers, n_experts), np.int32)
         self.stamps: npt.NDArray[np.int64] = np.full((n_layers, n_experts), ABSENT, np.int64)
         self.uses: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
         self.tick: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self._protection: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
         self._kept: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
         self._slots: dict[tuple[int, int], Slot] = {}
+        self._by_address: dict[int, Slot] = {}
+        self._addresses: list[int] = []  # of all slots, ascending
         self.n_evictions = 0
 
     def __len__(self) -> int:
@@ -155,16 +163,26 @@ class SlotTable:
     def find(self, layer: int, expert: int) -> Slot | None:
         """The expert's slot, made the most recently used one; it may still be LOADING."""
         slot = self._slots.get((layer, expert))
-        if slot is not None and slot.state is SlotState.READY:
-            self.tick += 1
-            self.stamps[layer, expert] = self.tick[0]
+        if slot is not None:
+            self.touch(slot)
         return slot
+
+    def touch(self, slot: Slot) -> None:
+        """Makes a READY slot the most recently used one."""
+        if slot.state is SlotState.READY:
+            self.tick += 1
+            self.stamps[slot.layer, slot.expert] = self.tick[0]
+
+    def chill(self, slot: Slot) -> None:
+        """Makes a READY slot the next one to go."""
+        if slot.state is SlotState.READY:
+            self.stamps[slot.layer, slot.expert] = 0
 
     def peek(self, layer: int, expert: int) -> Slot | None:
         """The expert's slot without touching the order."""
         return self._slots.get((layer, expert))
 
-    def reserve(self, layer: int, expert: int, size_bytes: int, *, evict: bool = True) -> Slot | None:
+    def reserve(self, layer: int, expert: int, size_bytes: int, *, variant: int = 0, evict: bool = True) -> Slot | None:
         """A LOADING slot for an expert that has none, evicting unpinned READY slots, coldest first.
 
         Args:
@@ -174,12 +192,15 @@ class SlotTable:
             The slot, or None if everything that is left is pinned or loading.
         """
         address = self.arena.allocate(size_bytes)
-        while address is None:
-            if not evict or not self._evict_coldest():
+        if address is None:
+            if not evict or not self._make_room(size_bytes):
                 return None
             address = self.arena.allocate(size_bytes)
-        slot = Slot(layer, expert, address, size_bytes)
+            assert address is not None
+        slot = Slot(layer, expert, address, size_bytes, variant)
         self._slots[layer, expert] = slot
+        self._by_address[address] = slot
+        bisect.insort(self._addresses, address)
         return slot
 
     def ready(self, slot: Slot) -> None:
@@ -187,6 +208,7 @@ class SlotTable:
         slot.state = SlotState.READY
         self.tick += 1
         self.stamps[slot.layer, slot.expert] = self.tick[0]
+        self.variants[slot.layer, slot.expert] = slot.variant
         self.resident[slot.layer, slot.expert] = slot.address  # last: compiled code may use it from now on
 
     def pin(self, slot: Slot) -> None:
@@ -210,18 +232,78 @@ class SlotTable:
         """Frees a slot whatever its state; for failed reads and for experts that live elsewhere now."""
         at = (slot.layer, slot.expert)
         self.resident[at], self.stamps[at], self._protection[at] = 0, ABSENT, 0
-        del self._slots[at]
+        del self._slots[at], self._by_address[slot.address]
+        del self._addresses[bisect.bisect_left(self._addresses, slot.address)]
         self.arena.release(slot.address, slot.size_bytes)
 
-    def _evict_coldest(self) -> bool:
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evicts until one hole is large enough; False if it can't be.
+
+        Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours around the
+        coldest slots goes, a run costing what its most recently used slot is worth.
+        """
+        need = -(-size_bytes // ALIGNMENT) * ALIGNMENT
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
         order = self.stamps + self._protection + self._kept
         coldest = int(order.argmin())
         if order.flat[coldest] >= _PINNED:
             return False
-        self.discard(self._slots[divmod(coldest, order.shape[1])])
-        self.n_evictions += 1
-        return True
+        run = self._run_around(self._slots[divmod(coldest, order.shape[1])], need, order)
+        if run is None or len(run) > 1:
+            n_candidates = min(_CANDIDATES, len(self._slots))
+            candidates = np.argpartition(order, n_candidates - 1, axis=None)[:n_candidates]
+            if run is None:  # rarely: only slots further up have evictable neighbours
+                candidates = np.flatnonzero(order < _PINNED)
+            best = int(order.max())
+            for at in candidates:
+                slot = self._slots.get(divmod(int(at), order.shape[1]))
+                found = self._run_around(slot, need, order) if slot is not None else None
+                if found is None:
+                    continue
+                cost = max(int(order[s.layer, s.expert]) for s in found)
+                if run is None or cost < best:
+                    run, best = found, cost
+        for slot in run or []:
+            self.discard(slot)
+            self.n_evictions += 1
+        return run is not None
+
+    def _run_around(self, slot: Slot, need: int, order: npt.NDArray[np.int64]) -> list[Slot] | None:
+        """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in the way."""
+        low = high = bisect.bisect_left(self._addresses, slot.address)
+        run = [slot]
+        if order[slot.layer, slot.expert] >= _PINNED:
+            return None
+        while self._end(high) - self._begin(low) < need:
+            below = self._worth(low - 1, order)
+            above = self._worth(high + 1, order)
+            if min(below, above) >= _PINNED:
+                return None
+            if below <= above:
+                low -= 1
+                run.append(self._by_address[self._addresses[low]])
+            else:
+                high += 1
+                run.append(self._by_address[self._addresses[high]])
+        return run
+
+    def _worth(self, index: int, order: npt.NDArray[np.int64]) -> int:
+        if not 0 <= index < len(self._addresses):
+            return ABSENT
+        slot = self._by_address[self._addresses[index]]
+        return int(order[slot.layer, slot.expert])
+
+    def _begin(self, index: int) -> int:
+        """End of the slot before the one at `index`: free bytes between them are the hole's."""
+        if index == 0:
+            return self.arena.address
+        before = self._by_address[self._addresses[index - 1]]
+        return before.address + -(-before.size_bytes // ALIGNMENT) * ALIGNMENT
+
+    def _end(self, index: int) -> int:
+        if index + 1 < len(self._addresses):
+            return self._addresses[index + 1]
+        return self.arena.address + self.arena.size_bytes
 
     def check(self) -> None:
         """Asserts that slots do not overlap, lie in the arena, that used plus free is everything, and that the arrays agree."""
@@ -235,10 +317,13 @@ class SlotTable:
         assert ready == {
             (int(a), int(b)): int(self.resident[a, b]) for a, b in zip(*self.resident.nonzero(), strict=True)
         }
+        assert self._addresses == sorted(s.address for s in self._slots.values()), "addresses out of step"
         assert all((self.stamps[at] < ABSENT) == (at in ready) for at in np.ndindex(self.stamps.shape))
 
     def close(self) -> None:
         """Frees all memory."""
         self._slots.clear()
+        self._by_address.clear()
+        self._addresses.clear()
         self.resident[:] = 0
         self.arena.close()

@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import preadv
 from pathlib import Path
@@ -103,7 +103,7 @@ class ExpertStore:
 
     Args:
         source: where experts lie.
-        packers: kernel of each layer.
+        packers: by layer one kernel for each of its variants.
         n_lanes: reads in flight.
         piece_bytes: largest single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
@@ -115,7 +115,7 @@ class ExpertStore:
     def __init__(
         self,
         source: ModelSource,
-        packers: Mapping[int, Packer],
+        packers: Mapping[int, Sequence[Packer]],
         *,
         mirror: ModelSource | None = None,
         n_lanes: int = DEFAULT_LANES,
@@ -127,7 +127,7 @@ class ExpertStore:
         self._packers = packers
         self._verify = verify
         self._piece_bytes = piece_bytes
-        self._verified: set[tuple[int, int]] = set()
+        self._verified: set[tuple[int, int, int]] = set()
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -136,9 +136,10 @@ class ExpertStore:
         copies = [source] if mirror is None else [source, mirror]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
-        buffer_bytes = max((_staging_bytes(source.expert(layer, 0)) for layer in source.moe_layers), default=PAGE)
+        samples = list(_samples(source))
+        buffer_bytes = max((_staging_bytes(sample) for sample in samples), default=PAGE)
         # Decoded or unaligned experts are put together in a second buffer before they are packed.
-        halves = 1 if all(_reads_contiguously(source, layer) for layer in source.moe_layers) else 2
+        halves = 1 if all(_reads_contiguously(sample) for sample in samples) else 2
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
         self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
@@ -159,7 +160,8 @@ class ExpertStore:
         Args:
             ahead: nobody waits for it: every wanted expert goes first.
         """
-        ticket = Ticket(slot, self._source.expert(slot.layer, slot.expert), ahead)
+        recipe = self._source.expert if slot.variant else self._source.base_expert
+        ticket = Ticket(slot, recipe(slot.layer, slot.expert), ahead)
         with self._lock:
             (self._waiting_ahead if ahead else self._waiting).append(ticket)
         self._start_waiting()
@@ -267,7 +269,7 @@ class ExpertStore:
         self._start_waiting()
 
     def _fill(self, ticket: Ticket, buffer: _Buffer) -> None:
-        slot, packer = ticket.slot, self._packers[ticket.slot.layer]
+        slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
         payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
         rows: list[Bytes] = []
         for projection in ticket.projections:
@@ -275,7 +277,7 @@ class ExpertStore:
             rows.append(
                 raw[0] if projection.encoding is Encoding.GGML else decode_projection(projection, raw[0], raw[1])
             )
-        key = (slot.layer, slot.expert)
+        key = (slot.layer, slot.expert, slot.variant)
         if self._verify and key not in self._verified:
             self._check(ticket, rows)
             self._verified.add(key)
@@ -357,10 +359,18 @@ def _staging_bytes(projections: tuple[Projection, Projection, Projection]) -> in
     return sum((-(-extent.n_bytes // PAGE) + 1) * PAGE for projection in projections for extent in projection.extents)
 
 
-def _reads_contiguously(source: ModelSource, layer: int) -> bool:
+def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Projection]]:
+    """One expert of every kind: of each layer's base, and all that have a better copy."""
+    for layer, moe in source.moe_layers.items():
+        yield source.base_expert(layer, 0)
+        if moe.better:
+            yield from (source.expert(layer, expert) for expert in range(moe.n_experts))
+
+
+def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) -> bool:
     return all(
         projection.encoding is Encoding.GGML and extent.offset % PAGE == 0 and extent.n_bytes % PAGE == 0
-        for projection in source.expert(layer, 0)
+        for projection in projections
         for extent in projection.extents
     )
 

@@ -103,7 +103,7 @@ def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_o
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         expected = logits(model)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
-        kernel = model.pool.kernel(1)
+        kernel = model.pool.kernels(1)[0]
         original = kernel.run
 
         def broken(*args: object) -> None:

@@ -55,7 +55,7 @@ def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         floor = floor_ram(model)
     with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
-        room = model.pool.table.arena.size_bytes // (-(-model.pool.kernel(0).slot_bytes // 4096) * 4096)
+        room = model.pool.table.arena.size_bytes // (-(-model.pool.kernels(0)[0].slot_bytes // 4096) * 4096)
         ranking = [(2, expert) for expert in range(MODEL.n_experts)]
         ahead = ReadAhead(source, model.pool, depth=2)
         ahead.warm(ranking)

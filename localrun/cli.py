@@ -11,12 +11,14 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from localrun import __version__
+from localrun import __version__, paths
 from localrun.errors import LocalrunError, UsageError
+from localrun.textsafe import visible_line
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",
@@ -26,6 +28,7 @@ COMMANDS = {
     "eval": "logits, perplexity, comparison with a reference",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
+    "completion": "print a script that completes commands and options in a shell",
 }
 """Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
 
@@ -42,11 +45,14 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the life of the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, and nothing fails
     try:
-        parser = _parser(arguments)
+        parser = _parser([a for a in arguments if not a.startswith("-")][:1])
         try:
             args = parser.parse_args(arguments)
         except SystemExit as leave:  # --help: 0, wrong usage: 2
@@ -54,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return EXIT_USAGE
+        _prepare_cache(args)
         return int(import_module(f"localrun.commands.{args.command}").run(args))
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -66,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, debug="--debug" in arguments)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of all commands; only the one that `arguments` name gets its options."""
+def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
+    """A parser of all commands; only those named in `with_options` get theirs."""
     parser = argparse.ArgumentParser(
         prog="localrun",
         description="Runs DeepSeek-V4-Flash and V4-Pro on one workstation, offline.",
@@ -76,16 +83,30 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localrun {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == chosen:
+        if name in with_options:
             import_module(f"localrun.commands.{name}").add_arguments(command)
-            command.set_defaults(open_ui=_open_ui)
+            command.set_defaults(open_ui=_open_ui, whole_parser=lambda: _parser(COMMANDS))
+            command.add_argument(
+                "--cache-dir", type=Path, metavar="DIR", help="where rebuildable things are kept (~/.cache/localrun)"
+            )
             command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' log")
     return parser
+
+
+def _prepare_cache(args: argparse.Namespace) -> None:
+    """Obeys `--cache-dir`. A cache that keeps nothing costs time, so it is said and nothing fails."""
+    if args.cache_dir is not None:
+        paths.use_cache_dir(args.cache_dir)
+    if args.command != "doctor" and (problem := paths.cache_problem()):
+        print(f"warning: the cache can't be used: {visible_line(problem)}", file=sys.stderr)
+        print(
+            "hint: --cache-dir DIR names a writable folder; without one, kernels are compiled each time",
+            file=sys.stderr,
+        )
 
 
 def _open_ui(*arguments: Any, **options: Any) -> int:
@@ -97,8 +118,6 @@ def _open_ui(*arguments: Any, **options: Any) -> int:
 
 def _report(error: Exception, *, debug: bool) -> int:
     """Prints what went wrong; returns the exit code."""
-    from localrun.textsafe import visible_line
-
     if debug:
         traceback.print_exception(error)
     hint = None

@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+_PROBE_BYTES = 1 << 20
+"""A full drive still makes empty files; the compiled kernels of one type are some hundred kilobytes."""
 
 
 def _xdg(override: str, variable: str, default: str) -> Path:
@@ -21,6 +25,23 @@ def _xdg(override: str, variable: str, default: str) -> Path:
 def cache_dir() -> Path:
     """Rebuildable things: compiled kernels, disk probes, routing profiles, the converted demo model, KV snapshots."""
     return _xdg("LOCALRUN_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+
+
+def use_cache_dir(folder: Path) -> None:
+    """Makes `folder` the cache of this process and of those that it starts."""
+    os.environ["LOCALRUN_CACHE_DIR"] = str(folder.expanduser().absolute())
+
+
+def cache_problem() -> str | None:
+    """Why nothing can be kept in the cache folder (it can't be made, is read-only, or full); None if it works."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return None
 
 
 def kernel_dir() -> Path:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes as C
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from localrun.errors import IncompatibleLibraryError
@@ -255,8 +257,9 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "gguf_init_from_buffer": (_P, _P, C.c_size_t, GgufInitParams),
     "gguf_free": (None, _P),
     "ggml_backend_cpu_buffer_type": (_P,),
-    "ggml_backend_cpu_reg": (_P,),
     "ggml_backend_register": (None, _P),
+    "ggml_backend_reg_count": (C.c_size_t,),
+    "ggml_backend_load_all_from_path": (None, C.c_char_p),
     "ggml_backend_dev_count": (C.c_size_t,),
     "ggml_backend_dev_get": (_P, C.c_size_t),
     "ggml_backend_dev_by_type": (_P, C.c_int),
@@ -295,8 +298,25 @@ def library() -> Library:
     if llama_cpp.__version__ != LLAMA_CPP_PYTHON_VERSION:
         raise _misfit(f"llama-cpp-python is {llama_cpp.__version__}, not {LLAMA_CPP_PYTHON_VERSION}")
     lib = Library(llama_cpp.llama_cpp._lib)
+    _load_backends(lib, Path(llama_cpp.__file__).parent / "lib")
     _check_fit(lib)
     return lib
+
+
+def _load_backends(lib: Library, folder: Path) -> None:
+    """Loads the modules of a portable build: RPC, and the variant of the CPU backend that fits this processor best.
+
+    Has to come before `llama_backend_init`, which otherwise looks for modules in the *current folder*: a program would come from
+    wherever the user happens to stand, a USB stick with models for instance. A native build has its backends linked in.
+    """
+    if lib.ggml_backend_reg_count():
+        return
+    from localrun.offload import llama_log
+
+    llama_log.install()
+    lib.ggml_backend_load_all_from_path(os.fsencode(folder))
+    if not lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU):
+        raise _misfit(f"{folder}: no CPU backend that this processor can run")
 
 
 def _misfit(what: str) -> IncompatibleLibraryError:
@@ -346,13 +366,15 @@ def _check_tensor(lib: Library) -> None:
 
 
 def _check_backend(lib: Library) -> None:
-    reg_address = lib.ggml_backend_cpu_reg()
+    device_address = lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU)
+    reg_address = lib.ggml_backend_dev_backend_reg(device_address)
     reg = Reg.from_address(reg_address)
     if reg.api_version != BACKEND_API_VERSION:
         raise _misfit(f"backend interface version {reg.api_version}, not {BACKEND_API_VERSION}")
-    device_address = reg.iface.get_device(reg_address, 0)
     device = Device.from_address(device_address)
-    if device.reg != reg_address or device.iface.get_type(device_address) != DEVICE_TYPE_CPU:
+    if reg.iface.get_device(reg_address, 0) != device_address or device.reg != reg_address:
+        raise _misfit("the CPU device is not where its backend says")
+    if device.iface.get_type(device_address) != DEVICE_TYPE_CPU:
         raise _misfit("the CPU device's structure differs")
     buft_address = lib.ggml_backend_cpu_buffer_type()
     buft = BufferType.from_address(buft_address)

@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from localrun import kernel_cache as _kernel_cache  # noqa: F401  says where compiled code is kept
+
 _U = np.uintp
 
 
@@ -251,3 +253,34 @@ def any_above(values: Any, mask: Any, limit: Any) -> Any:
     for i in range(values.size):
         found |= (values[_U(i)] & mask) > limit
     return found
+
+
+@njit(nogil=True, cache=True)
+def flush_tiny(x: Any, limit: Any, out: Any) -> None:
+    """Copies, with magnitudes below `limit` as zero."""
+    zero = np.float32(0)
+    for i in range(x.size):
+        value = x[_U(i)]
+        out[_U(i)] = value if abs(value) >= limit else zero
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def squared_error(x: Any, y: Any) -> Any:
+    """Sum of (x - y)^2 and of x^2, in F64 over runs of 4096 that are summed in F32 and in units where F32 does not underflow."""
+    error, power = 0.0, 0.0
+    for at in range(0, x.size, 4096):
+        n = min(4096, x.size - at)
+        most = np.float32(1e-30)
+        for j in range(n):
+            most = max(most, abs(x[_U(at + j)]))
+        inverse = np.float32(1) / most
+        e, p = np.float32(0), np.float32(0)
+        for j in range(n):
+            value = x[_U(at + j)] * inverse
+            difference = value - y[_U(at + j)] * inverse
+            e += difference * difference
+            p += value * value
+        unit = np.float64(most) * np.float64(most)
+        error += np.float64(e) * unit
+        power += np.float64(p) * unit
+    return error, power

@@ -30,6 +30,8 @@ import numpy.typing as npt
 from localrun.errors import DecodeError, LocalrunError, StoppedError
 from localrun.offload import ggml, native
 from localrun.offload.ggml import Tensor
+from localrun.offload.routing import swiglu
+from localrun.offload.view import View, view
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +42,6 @@ _ALIGNMENT = 64
 _NAME = C.create_string_buffer(b"LOCALRUN")
 _DEVICE_NAME = C.create_string_buffer(b"LOCALRUN0")
 _DESCRIPTION = C.create_string_buffer(b"localrun experts")
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A tensor's memory: address, `ne` elements and `nb` byte strides of the first three dimensions (innermost first)."""
-
-    address: int
-    ne: tuple[int, int, int]
-    nb: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +74,6 @@ class Owner(Protocol):
     def failed(self, error: BaseException) -> None:
         """Keeps the cause of a failed decode."""
         ...
-
-
-def view(tensor: Tensor) -> View:
-    """Reads a live ggml tensor's placement."""
-    ne, nb = tensor.ne, tensor.nb
-    return View(tensor.data or 0, (ne[0], ne[1], ne[2]), (nb[0], nb[1], nb[2]))
 
 
 class ExpertDevice:
@@ -300,8 +287,6 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> int:
     if node.op == ggml.OP_MUL_MAT_ID:
         owner.project(_weight(owner, node), sources[1], view(Tensor.from_address(node.src[2])), view(node))
     elif node.op == ggml.OP_GLU:
-        from localrun.offload.experts import swiglu
-
         swiglu(sources[0], sources[1], view(node), _limit(node))
     else:
         raise DecodeError(

@@ -1,62 +1,38 @@
-"""One layer call: which experts are wanted, where they are, what must be read, and the mathematics.
+"""The experts of a loaded model: residency, reads and mathematics behind our device.
 
-`ExpertPool` is the owner (see `device.Owner`) behind a loaded model. A call's experts are split into those in RAM, computed at
-once, and those on disk, whose reads start first and which are computed as they arrive. Experts of the running call are pinned;
-when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts are released
-and their memory takes the next ones. Each expert is read at most once per call, in file order.
-
-A layer call runs on the decoding thread and holds the pool's lock; read-ahead (`readahead.py`) takes it for moments from its own
-thread. The store's lanes never take it: they only fill slots in state LOADING.
+`ExpertPool` is the owner (see `device.Owner`); what happens in one layer call is `layer_call.py`'s work. A layer call runs on the
+decoding thread and holds the pool's lock; read-ahead (`readahead.py`) takes it for moments from its own thread. The store's lanes
+never take it: they only fill slots in state LOADING.
 """
 
 from __future__ import annotations
 
-import ctypes as C
 import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import BudgetError, DecodeError, StoppedError
-from localrun.offload.device import View, Weight, expert_device
+from localrun.offload.device import Weight, expert_device
 from localrun.offload.kernels import FfnKernel
+from localrun.offload.layer_call import LayerCall
 from localrun.offload.native import LayerRecord, expert_record
-from localrun.offload.policy import TAIL_TOKENS
-from localrun.offload.slots import Slot, SlotState, SlotTable
+from localrun.offload.routing import Routing, gated
+from localrun.offload.slots import Slot, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
 from localrun.offload.trace import TraceRecorder
+from localrun.offload.upgrades import Upgrades
+from localrun.offload.view import F32, I32, View, ids_at, rows_at
 from localrun.quant.source import PROJECTIONS, MoeLayer
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
-
-I32 = npt.NDArray[np.int32]
-F32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Who goes where in one call, sorted by expert.
-
-    Attributes:
-        experts: distinct expert ids, ascending (which is file order).
-        starts: (n_experts_used + 1,) pairs of `experts[i]` are `starts[i]:starts[i+1]`.
-        x_rows, out_rows: (n_pairs,) token row and output row (token * K + k) of each pair.
-    """
-
-    experts: I32
-    starts: I32
-    x_rows: I32
-    out_rows: I32
 
 
 class Collector(Protocol):
@@ -74,83 +50,6 @@ class Collector(Protocol):
         ...
 
 
-@nb.njit(cache=True, nogil=True)
-def _route(ids: I32, n_experts: int, experts: I32, starts: I32, x_rows: I32, out_rows: I32) -> int:
-    """Counting sort of (T, K) expert ids; returns how many distinct experts there are, or -1 for an id out of range."""
-    n_tokens, k_used = ids.shape
-    counts = np.zeros(n_experts + 1, np.int32)
-    for t in range(n_tokens):
-        for k in range(k_used):
-            if ids[t, k] < 0 or ids[t, k] >= n_experts:
-                return -1
-            counts[ids[t, k] + 1] += 1
-    used = 0
-    for e in range(n_experts):
-        if counts[e + 1]:
-            experts[used] = e
-            starts[used] = counts[e]
-            used += 1
-        counts[e + 1] += counts[e]
-    starts[used] = n_tokens * k_used
-    for t in range(n_tokens):
-        for k in range(k_used):
-            at = counts[ids[t, k]]
-            counts[ids[t, k]] += 1
-            x_rows[at], out_rows[at] = t, t * k_used + k
-    return used
-
-
-def route(ids: I32, n_experts: int) -> Routing:
-    """Groups the (token, expert) pairs of one call by expert.
-
-    Args:
-        ids: (T, K) expert of each token's k-th choice; rows may be strided.
-
-    Raises:
-        DecodeError: an id outside 0..n_experts-1 (damaged routing table).
-    """
-    n_pairs = ids.size
-    experts, starts = np.empty(min(n_pairs, n_experts), np.int32), np.empty(min(n_pairs, n_experts) + 1, np.int32)
-    x_rows, out_rows = np.empty(n_pairs, np.int32), np.empty(n_pairs, np.int32)
-    used = _route(ids, n_experts, experts, starts, x_rows, out_rows)
-    if used < 0:
-        raise DecodeError(
-            f"the router chose an expert outside 0..{n_experts - 1}", hint="run `localrun verify` on the model"
-        )
-    return Routing(experts[:used], starts[: used + 1], x_rows, out_rows)
-
-
-def rows_at(place: View, dtype: type[Any]) -> npt.NDArray[Any]:
-    """A ggml tensor's memory as (ne2 * ne1, ne0) or, for ne2 == 1, (ne1, ne0): rows with a single stride.
-
-    Raises:
-        DecodeError: rows that don't have one common stride.
-    """
-    ne0, ne1, ne2 = place.ne
-    nb0, nb1, nb2 = place.nb
-    itemsize = np.dtype(dtype).itemsize
-    if nb0 != itemsize or (ne1 > 1 and ne2 > 1 and nb2 != nb1 * ne1):
-        raise DecodeError(f"unexpected strides {place.nb} of a tensor of shape {place.ne}")
-    rows, stride = ne1 * ne2, nb1 if ne1 > 1 else nb2
-    if rows == 1:
-        stride = ne0 * itemsize
-    memory: Any = (C.c_char * ((rows - 1) * stride + ne0 * itemsize)).from_address(place.address)
-    return np.ndarray((rows, ne0), dtype, memory, 0, (stride, itemsize))
-
-
-def swiglu(gate: View, up: View, out: View, limit: float) -> None:
-    """out = silu(min(gate, limit)) * clip(up, -limit, limit), all f32 of the same shape."""
-    rows_at(out, np.float32)[...] = gated(rows_at(gate, np.float32), rows_at(up, np.float32), limit)
-
-
-def gated(gate: F32, up: F32, limit: float) -> F32:
-    """silu(min(gate, limit)) * clip(up, -limit, limit)."""
-    gate = np.minimum(gate, np.float32(limit))
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then the right 0
-        result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
-    return result
-
-
 class ExpertPool:
     """The experts of one model: residency, reads and mathematics. Implements `device.Owner`.
 
@@ -161,9 +60,10 @@ class ExpertPool:
         layers: shapes by block number.
         kernels: by block number one kernel for each of the layer's variants; its `slot_bytes` is an expert's size in RAM.
         wanted: by block number the variant that each expert is read in.
-        store: reads experts.
+        store: reads experts; read-only.
         budget_bytes: RAM for slots (staging not included).
         n_used: experts per token.
+        adaptive: serve what is missing from the base's copy, see `upgrades.py`.
     """
 
     def __init__(
@@ -174,11 +74,13 @@ class ExpertPool:
         store: ExpertStore,
         budget_bytes: int,
         n_used: int,
+        *,
+        adaptive: bool = False,
     ) -> None:
         self._layers = layers
         self._kernels = kernels
         self._wanted = wanted
-        self._store = store
+        self.store = store
         floor = floor_bytes(kernels, n_used)
         if budget_bytes < floor:
             raise BudgetError(
@@ -190,6 +92,12 @@ class ExpertPool:
         n_layers, n_experts = max(layers) + 1, max(moe.n_experts for moe in layers.values())
         self.table = SlotTable(budget_bytes, n_layers, n_experts)
         self.telemetry = Telemetry(n_layers)
+        self._upgrades: Upgrades | None = None
+        if adaptive:
+            all_wanted = np.zeros((n_layers, n_experts), np.int32)
+            for layer, variants in wanted.items():
+                all_wanted[layer, : variants.size] = variants
+            self._upgrades = Upgrades(self.table, all_wanted)
         self._path_lock = threading.Lock()
         self._python_only: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self._weights: dict[int, Weight] = {}
@@ -242,11 +150,11 @@ class ExpertPool:
             else:
                 kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
 
-        self._call(layer, _ids(ids), compute)
+        self._call(layer, ids_at(ids), compute)
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""
-        choices = _ids(ids)
+        choices = ids_at(ids)
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
         per_choice = x.ne[1] > 1  # x has one row per (token, choice): the activation of an earlier projection
 
@@ -273,6 +181,12 @@ class ExpertPool:
         """The layer's arithmetic by variant."""
         return self._kernels[layer]
 
+    def variants_of(self, layer: int) -> I32:
+        """(n_experts,) in which of the layer's variants each expert is in RAM, or would be read in."""
+        n_experts = self._layers[layer].n_experts
+        there = self.table.resident[layer, :n_experts] != 0
+        return np.where(there, self.table.variants[layer, :n_experts], self._wanted[layer])
+
     @property
     def layers(self) -> Mapping[int, MoeLayer]:
         """Shapes by block number."""
@@ -296,12 +210,12 @@ class ExpertPool:
     @property
     def read_depth(self) -> int:
         """Expert reads that the store has under way at once."""
-        return self._store.depth
+        return self.store.depth
 
     @property
     def staging_bytes(self) -> int:
         """RAM of reads in flight."""
-        return self._store.staging_bytes
+        return self.store.staging_bytes
 
     # -- for the engine ------------------------------------------------------------------------------------------------
 
@@ -327,7 +241,7 @@ class ExpertPool:
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
-        self._store.close()
+        self.store.close()
         self.table.close()
 
     # -- read-ahead ----------------------------------------------------------------------------------------------------
@@ -353,21 +267,39 @@ class ExpertPool:
                 present = self.table.find(layer, int(expert)) if evict else self.table.peek(layer, int(expert))
                 if present is not None:
                     continue
-                slot = self._reserve(layer, int(expert), evict=evict)
+                slot = self.reserve(layer, int(expert), evict=evict)
                 if slot is None:
                     break
                 self._n_ahead += 1
                 row = self.telemetry.values[layer]
                 row[Counter.PREFETCHED] += 1
-                row[Counter.BYTES_READ] += self._store.submit(slot, ahead=True).read_bytes
+                row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
                 started += 1
             return started
 
-    def _reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
-        """A slot for the copy that this expert is read in."""
-        variant = int(self._wanted[layer][expert])
+    def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
+        """A slot for the copy that this expert is read in; when somebody waits (`evict`) in adaptive mode, the base's."""
+        variant = 0 if evict and self._upgrades is not None else int(self._wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
         return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
+
+    def upgrade(self) -> None:
+        """Between two decodes, on the decoding thread: puts better copies that have arrived into place and starts the next read."""
+        if self._upgrades is None:
+            return
+        with self._lock:
+            self._settle()
+            old = self._upgrades.step()
+            if old is None or self._n_ahead:
+                return
+            variant = int(self._wanted[old.layer][old.expert])
+            slot = self.table.begin_upgrade(old, self._kernels[old.layer][variant].slot_bytes, variant)
+            if slot is not None:
+                self._upgrades.started()
+                self._n_ahead += 1
+                row = self.telemetry.values[old.layer]
+                row[Counter.PREFETCHED] += 1
+                row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
 
     def settle(self) -> int:
         """Takes finished read-ahead into account; returns how many reads of it are still under way. Any thread."""
@@ -376,19 +308,23 @@ class ExpertPool:
             return self._n_ahead
 
     def _settle(self) -> None:
-        while not self._store.completions.empty():
-            self.finished(self._store.completions.get())
+        while not self.store.completions.empty():
+            self.finished(self.store.completions.get())
 
     def wait_for_read_ahead(self) -> bool:
         """Waits for one read ahead to end; False if none is under way. The caller holds the lock."""
         if self._n_ahead == 0:
             return False
-        self.finished(self._store.completions.get())
+        self.finished(self.store.completions.get())
         return True
 
     def finished(self, ticket: Ticket) -> None:
         """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
         self._n_ahead -= ticket.ahead
+        if ticket.slot.replaces is not None:
+            assert self._upgrades is not None
+            self._upgrades.arrived(ticket)
+            return
         if ticket.error is None:
             self.table.ready(ticket.slot)
             return
@@ -404,7 +340,7 @@ class ExpertPool:
             self._settle()
             if self._recorder is not None:
                 self._recorder.record(layer, ids)
-            call = _Call(self, layer, ids, compute)
+            call = LayerCall(self, layer, ids, compute)
             evictions = self.table.n_evictions
             try:
                 call.run()
@@ -422,127 +358,6 @@ class ExpertPool:
             row[Counter.WAIT_NS] += call.wait_ns
             row[Counter.COMPUTE_NS] += call.compute_ns
             row[Counter.TOTAL_NS] += time.perf_counter_ns() - started
-
-
-class _Call:
-    """State of one layer call; see the module docstring for the order of events."""
-
-    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Any) -> None:
-        self._pool, self._layer, self._compute = pool, layer, compute
-        self._routing = route(ids, pool.layers[layer].n_experts)
-        # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
-        self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
-        self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
-        self._awaited: dict[Slot, int] = {}
-        self._todo: deque[int] = deque()
-        self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
-
-    def run(self) -> None:
-        """1. Find what is there. 2. Start reads. 3. Compute what is there. 4. Compute the rest as it arrives."""
-        ready = []
-        np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
-        for i, expert in enumerate(self._routing.experts):
-            slot = self._pool.table.peek(self._layer, int(expert))
-            if slot is None:
-                self._todo.append(i)
-                continue
-            self._pin(i, slot)
-            if self._in_tail(expert):
-                self._pool.table.touch(slot)
-            if slot.state is SlotState.READY:
-                ready.append(i)
-            else:
-                self._pool._store.hurry(slot)
-                self._awaited[slot] = i
-        self.n_hits = len(ready)
-        self.n_misses = len(self._todo) + len(self._awaited)
-        self._start_reads()
-        self._run_kernel(ready)
-        while self._awaited or self._todo:
-            self._start_reads()
-            self._run_kernel(self._collect())
-            self._pool.check_stop()
-
-    def release(self) -> None:
-        """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
-        while self._awaited:
-            self._take(self._pool._store.completions.get(), raising=False)
-        for i in list(self._pinned):
-            self._unpin(i)
-
-    def _pin(self, i: int, slot: Slot) -> None:
-        self._pool.table.pin(slot)
-        self._pinned[i] = slot
-
-    def _in_tail(self, expert: int) -> bool:
-        return self._tail is None or expert in self._tail
-
-    def _unpin(self, i: int) -> None:
-        self._pool.table.unpin(self._pinned.pop(i))
-
-    def _start_reads(self) -> None:
-        store = self._pool._store
-        # More reservations than staging buffers would evict experts long before their memory is needed.
-        while self._todo and len(self._awaited) < 2 * store.depth:
-            slot = self._pool._reserve(self._layer, int(self._routing.experts[self._todo[0]]))
-            if slot is None:
-                break
-            i = self._todo.popleft()
-            self._pin(i, slot)
-            self._awaited[slot] = i
-            self.bytes_read += store.submit(slot).read_bytes
-        if self._todo and not self._awaited and not self._pinned:
-            if self._pool.wait_for_read_ahead():
-                self._start_reads()  # memory that guesses were being read into can be taken now
-                return
-            raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="give more --ram")
-
-    def _collect(self) -> list[int]:
-        """Waits for at least one read, takes all that are there."""
-        if not self._awaited:
-            return []
-        started = time.perf_counter_ns()
-        arrived = [self._take(self._pool._store.completions.get())]
-        self.wait_ns += time.perf_counter_ns() - started
-        while not self._pool._store.completions.empty():
-            arrived.append(self._take(self._pool._store.completions.get()))
-        return [i for i in arrived if i is not None]
-
-    def _take(self, ticket: Ticket, *, raising: bool = True) -> int | None:
-        """Settles a finished read; returns its index if it belongs to this call."""
-        i = self._awaited.pop(ticket.slot, None)
-        if i is not None and ticket.error is not None:
-            self._unpin(i)
-        self._pool.finished(ticket)
-        if i is not None and ticket.error is None and not self._in_tail(ticket.slot.expert):
-            self._pool.table.chill(ticket.slot)
-        if i is not None and ticket.error is not None and raising:
-            raise ticket.error
-        return i if ticket.error is None else None
-
-    def _run_kernel(self, indices: list[int]) -> None:
-        """Computes some of the call's experts and lets go of them."""
-        if not indices:
-            return
-        started = time.perf_counter_ns()
-        indices.sort()
-        for variant, kernel in enumerate(self._pool._kernels[self._layer]):
-            same = [i for i in indices if self._pinned[i].variant == variant]
-            if same:
-                self._compute(kernel, [self._pinned[i] for i in same], self._part(same))
-        for i in indices:
-            self._unpin(i)
-        self.compute_ns += time.perf_counter_ns() - started
-
-    def _part(self, indices: list[int]) -> Routing:
-        whole = self._routing
-        if len(indices) == len(whole.experts):
-            return whole
-        pieces = [np.arange(whole.starts[i], whole.starts[i + 1], dtype=np.int32) for i in indices]
-        pairs = np.concatenate(pieces)
-        starts = np.zeros(len(indices) + 1, np.int32)
-        np.cumsum([piece.size for piece in pieces], out=starts[1:])
-        return Routing(whole.experts[indices], starts, whole.x_rows[pairs], whole.out_rows[pairs])
 
 
 def _run_and_collect(
@@ -567,10 +382,3 @@ def largest_slot(kernels: Mapping[int, Sequence[FfnKernel]]) -> int:
 def floor_bytes(kernels: Mapping[int, Sequence[FfnKernel]], n_used: int) -> int:
     """RAM below which no token can be computed with its experts protected: `n_used` of the largest slots."""
     return n_used * largest_slot(kernels)
-
-
-def _ids(ids: View) -> I32:
-    """(T, K) view of a ggml tensor of shape (K, T)."""
-    k_used, n_tokens, _ = ids.ne
-    memory: Any = (C.c_char * ((n_tokens - 1) * ids.nb[1] + k_used * 4)).from_address(ids.address)
-    return np.ndarray((n_tokens, k_used), np.int32, memory, 0, (ids.nb[1], 4))

@@ -41,6 +41,8 @@ from localrun.units import format_size
 
 log = logging.getLogger(__name__)
 
+_DIGITS = np.array(list("0123456789abcdefghijklmnopqrstuvwxyz"))
+
 MAX_BATCH = 2048
 """Largest batch whose experts the compiled path takes at once; longer ones go through Python, dense matrices in pieces."""
 
@@ -60,6 +62,7 @@ class OffloadOptions:
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
         profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.
         mirror: a second copy of the model on another drive, read in parallel.
+        adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give other tokens.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 
@@ -73,6 +76,7 @@ class OffloadOptions:
     probe: bool = False
     profile_folder: Path | None = None
     mirror: Path | None = None
+    adaptive: bool = False
     progress: Callable[[int, int], None] | None = None
 
 
@@ -117,6 +121,7 @@ class OffloadedModel:
         """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""
         self.pool.busy = True
         try:
+            self.pool.upgrade()
             self.ahead.prepare(tokens)
             yield
         finally:
@@ -127,8 +132,9 @@ class OffloadedModel:
         """Where every expert is, for the map of the user interface; any thread.
 
         Returns:
-            `{"n_experts": n, "layers": [{"layer": block, "where": "rdl...", "types": ["MXFP4"], "heat": [...]}]}` with one letter
-            and one heat per expert: r in RAM, l being read, d on disk; heat is the number of uses, older ones counting less.
+            `{"n_experts": n, "layers": [row, ...]}`, a row being `{"layer": block, "where": "rdl...", "types": ["Q2_K", "MXFP4"],
+            "type_of": "001...", "heat": [...]}` with one letter, digit and number per expert: r in RAM, l being read, d on disk;
+            which of the types its copy in RAM has (base 36); the number of uses, older ones counting less.
         """
         table, profile = self.pool.table, self.learner.profile
         loading = {(slot.layer, slot.expert) for slot in table if slot.state is SlotState.LOADING}
@@ -141,7 +147,8 @@ class OffloadedModel:
                 {
                     "layer": layer,
                     "where": "".join(where.tolist()),
-                    "types": ["/".join(dict.fromkeys(kind.name for kind in moe.types))],
+                    "types": ["/".join(dict.fromkeys(kind.name for kind in types)) for types in moe.variants],
+                    "type_of": "".join(_DIGITS[self.pool.variants_of(layer)]),
                     "heat": [round(float(count), 1) for count in profile.counts(layer) + self.learner.fresh(layer)],
                 }
             )
@@ -240,6 +247,8 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
             for layer in source.moe_layers
             for variant in wanted[layer]
         )
+        if options.adaptive:
+            all_bytes *= 2  # while copies change, experts have two, and copies of two sizes leave holes
         if options.ram_bytes is None:
             arena_bytes = all_bytes
         else:
@@ -254,7 +263,7 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
                     f"{format_size(floor)} and reading needs {format_size(store.staging_bytes)}",
                     hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
                 )
-        pool = ExpertPool(source.moe_layers, kernels, wanted, store, arena_bytes, n_used)
+        pool = ExpertPool(source.moe_layers, kernels, wanted, store, arena_bytes, n_used, adaptive=options.adaptive)
     except BaseException:
         store.close()
         raise

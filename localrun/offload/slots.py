@@ -100,6 +100,7 @@ class Slot:
         variant: which of the layer's `MoeLayer.variants` its bytes are in.
         state: see `SlotState`.
         pins: running calls that need it; a pinned slot is never evicted.
+        replaces: the slot whose place in the table this one takes when it is complete, see `SlotTable.begin_upgrade`.
     """
 
     layer: int
@@ -109,6 +110,7 @@ class Slot:
     variant: int = 0
     state: SlotState = SlotState.LOADING
     pins: int = 0
+    replaces: Slot | None = None
 
 
 ABSENT = 1 << 62
@@ -191,17 +193,54 @@ class SlotTable:
         Returns:
             The slot, or None if everything that is left is pinned or loading.
         """
-        address = self.arena.allocate(size_bytes)
+        address = self._allocate(size_bytes, evict=evict)
         if address is None:
-            if not evict or not self._make_room(size_bytes):
-                return None
-            address = self.arena.allocate(size_bytes)
-            assert address is not None
+            return None
         slot = Slot(layer, expert, address, size_bytes, variant)
         self._slots[layer, expert] = slot
-        self._by_address[address] = slot
-        bisect.insort(self._addresses, address)
+        self._place(slot)
         return slot
+
+    def _allocate(self, size_bytes: int, *, evict: bool) -> int | None:
+        address = self.arena.allocate(size_bytes)
+        if address is None and evict and self._make_room(size_bytes):
+            address = self.arena.allocate(size_bytes)
+            assert address is not None
+        return address
+
+    def _place(self, slot: Slot) -> None:
+        self._by_address[slot.address] = slot
+        bisect.insort(self._addresses, slot.address)
+
+    def begin_upgrade(self, old: Slot, size_bytes: int, variant: int) -> Slot | None:
+        """A second, LOADING slot for an expert whose READY slot `old` serves until `end_upgrade`; evicts others for it.
+
+        Returns:
+            The slot, or None if there is no room.
+        """
+        self.pin(old)
+        address = self._allocate(size_bytes, evict=True)
+        if address is None:
+            self.unpin(old)
+            return None
+        slot = Slot(old.layer, old.expert, address, size_bytes, variant, replaces=old)
+        self._place(slot)
+        return slot
+
+    def end_upgrade(self, slot: Slot, *, complete: bool) -> None:
+        """Puts the new slot into the old one's place, recency kept; or drops it if its read failed. While nothing is decoded."""
+        old = slot.replaces
+        assert old is not None
+        slot.replaces = None
+        self.unpin(old)
+        if not complete:
+            self._free(slot)
+            return
+        stamp = self.stamps[slot.layer, slot.expert]
+        self.discard(old)
+        self._slots[slot.layer, slot.expert] = slot
+        self.ready(slot)
+        self.stamps[slot.layer, slot.expert] = stamp
 
     def ready(self, slot: Slot) -> None:
         """The slot's bytes are complete: LOADING -> READY, the most recently used one."""
@@ -232,15 +271,19 @@ class SlotTable:
         """Frees a slot whatever its state; for failed reads and for experts that live elsewhere now."""
         at = (slot.layer, slot.expert)
         self.resident[at], self.stamps[at], self._protection[at] = 0, ABSENT, 0
-        del self._slots[at], self._by_address[slot.address]
+        del self._slots[at]
+        self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        del self._by_address[slot.address]
         del self._addresses[bisect.bisect_left(self._addresses, slot.address)]
         self.arena.release(slot.address, slot.size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evicts until one hole is large enough; False if it can't be.
 
-        Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours around the
-        coldest slots goes, a run costing what its most recently used slot is worth.
+        Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours
+        around the coldest slots goes, a run costing what its most recently used slot is worth.
         """
         need = -(-size_bytes // ALIGNMENT) * ALIGNMENT
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
@@ -269,7 +312,8 @@ class SlotTable:
         return run is not None
 
     def _run_around(self, slot: Slot, need: int, order: npt.NDArray[np.int64]) -> list[Slot] | None:
-        """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in the way."""
+        """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in
+        the way."""
         low = high = bisect.bisect_left(self._addresses, slot.address)
         run = [slot]
         if order[slot.layer, slot.expert] >= _PINNED:
@@ -308,7 +352,7 @@ class SlotTable:
     def check(self) -> None:
         """Asserts that slots do not overlap, lie in the arena, that used plus free is everything, and that the arrays agree."""
         ranges = sorted(
-            (s.address, s.address + -(-s.size_bytes // ALIGNMENT) * ALIGNMENT) for s in self._slots.values()
+            (s.address, s.address + -(-s.size_bytes // ALIGNMENT) * ALIGNMENT) for s in self._by_address.values()
         )
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "slots overlap"
         assert all(self.arena.address <= a and b <= self.arena.address + self.arena.size_bytes for a, b in ranges)
@@ -317,7 +361,8 @@ class SlotTable:
         assert ready == {
             (int(a), int(b)): int(self.resident[a, b]) for a, b in zip(*self.resident.nonzero(), strict=True)
         }
-        assert self._addresses == sorted(s.address for s in self._slots.values()), "addresses out of step"
+        assert self._addresses == sorted(self._by_address), "addresses out of step"
+        assert all(self._by_address[s.address] is s for s in self._slots.values())
         assert all((self.stamps[at] < ABSENT) == (at in ready) for at in np.ndindex(self.stamps.shape))
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ def test_two_open_models_do_not_mix_up_their_experts(model_path: Path, tmp_path:
 
 
 def test_routing_table_out_of_range_is_an_error_not_a_crash(tmp_path: Path) -> None:
-    from localrun.offload.experts import route
+    from localrun.offload.routing import route
 
     with pytest.raises(DecodeError, match="outside"):
         route(np.array([[0, 99]], np.int32), 16)

@@ -75,6 +75,40 @@ def test_guess_takes_free_memory_only() -> None:
     table.close()
 
 
+def test_room_for_a_larger_slot_is_made_where_it_costs_least() -> None:
+    """Six small slots in a row, 0 the coldest: beside it lies the hottest, so the pair 3, 4 goes instead."""
+    table = SlotTable(6 * PAGE, 4, 10)
+    filled(table, *range(6))
+    for expert in (0, 3, 4, 2, 5, 1):
+        table.find(0, expert)
+    filled(table, 9, size=2 * PAGE)
+    assert {slot.expert for slot in table} == {0, 1, 2, 5, 9}
+    assert table.n_evictions == 2
+    table.check()
+    table.close()
+
+
+def test_upgrade_replaces_the_smaller_copy_or_leaves_it() -> None:
+    table = SlotTable(5 * PAGE, 4, 10)
+    filled(table, 1, 2)
+    old = table.peek(0, 1)
+    assert old is not None
+    new = table.begin_upgrade(old, 3 * PAGE, 1)
+    assert new is not None
+    assert table.reserve(0, 3, PAGE) is not None  # 2 goes: the upgraded one is protected, in both forms
+    assert table.peek(0, 2) is None
+    table.check()
+    table.end_upgrade(new, complete=True)
+    assert table.peek(0, 1) is new
+    assert table.variants[0, 1] == 1
+    again = table.begin_upgrade(new, PAGE, 2)
+    assert again is not None
+    table.end_upgrade(again, complete=False)
+    assert table.peek(0, 1) is new
+    table.check()
+    table.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 5 * PAGE), st.booleans()), max_size=120))
 def test_any_mixture_of_sizes_keeps_slots_apart_and_counts_every_byte(steps: list[tuple[int, int, int, bool]]) -> None:

@@ -1,0 +1,156 @@
+"""One layer call: which experts are there, what must be read, and in which order things happen.
+
+Experts in RAM are computed at once; reads of the others start first, and they are computed as they arrive. Experts of the running
+call are pinned; when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts
+are released and their memory takes the next ones. Each expert is read at most once per call, in file order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.errors import BudgetError
+from localrun.offload.kernels import FfnKernel
+from localrun.offload.policy import TAIL_TOKENS
+from localrun.offload.routing import Routing, route
+from localrun.offload.slots import Slot, SlotState
+from localrun.offload.store import Ticket
+from localrun.offload.view import I32
+
+if TYPE_CHECKING:
+    from localrun.offload.experts import ExpertPool
+
+Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
+"""Multiplies some experts, all in one format, with their tokens."""
+
+
+class LayerCall:
+    """One call's state. For the decoding thread, which holds the pool's lock from `run` to the end of `release`.
+
+    Attributes:
+        n_hits, n_misses: distinct experts that were in RAM, and the others.
+        bytes_read: of reads that this call started.
+        wait_ns, compute_ns: time without anything to compute, and in kernels.
+    """
+
+    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Compute) -> None:
+        self._pool, self._layer, self._compute = pool, layer, compute
+        self._routing = route(ids, pool.layers[layer].n_experts)
+        # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
+        self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
+        self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
+        self._awaited: dict[Slot, int] = {}
+        self._todo: deque[int] = deque()
+        self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
+
+    def run(self) -> None:
+        """1. Find what is there. 2. Start reads. 3. Compute what is there. 4. Compute the rest as it arrives."""
+        ready = []
+        np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
+        for i, expert in enumerate(self._routing.experts):
+            slot = self._pool.table.peek(self._layer, int(expert))
+            if slot is None:
+                self._todo.append(i)
+                continue
+            self._pin(i, slot)
+            if self._in_tail(expert):
+                self._pool.table.touch(slot)
+            if slot.state is SlotState.READY:
+                ready.append(i)
+            else:
+                self._pool.store.hurry(slot)
+                self._awaited[slot] = i
+        self.n_hits = len(ready)
+        self.n_misses = len(self._todo) + len(self._awaited)
+        self._start_reads()
+        self._run_kernel(ready)
+        while self._awaited or self._todo:
+            self._start_reads()
+            self._run_kernel(self._collect())
+            self._pool.check_stop()
+
+    def release(self) -> None:
+        """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
+        while self._awaited:
+            self._take(self._pool.store.completions.get(), raising=False)
+        for i in list(self._pinned):
+            self._unpin(i)
+
+    def _pin(self, i: int, slot: Slot) -> None:
+        self._pool.table.pin(slot)
+        self._pinned[i] = slot
+
+    def _in_tail(self, expert: int) -> bool:
+        return self._tail is None or expert in self._tail
+
+    def _unpin(self, i: int) -> None:
+        self._pool.table.unpin(self._pinned.pop(i))
+
+    def _start_reads(self) -> None:
+        store = self._pool.store
+        # More reservations than staging buffers would evict experts long before their memory is needed.
+        while self._todo and len(self._awaited) < 2 * store.depth:
+            slot = self._pool.reserve(self._layer, int(self._routing.experts[self._todo[0]]))
+            if slot is None:
+                break
+            i = self._todo.popleft()
+            self._pin(i, slot)
+            self._awaited[slot] = i
+            self.bytes_read += store.submit(slot).read_bytes
+        if self._todo and not self._awaited and not self._pinned:
+            if self._pool.wait_for_read_ahead():
+                self._start_reads()  # memory that guesses were being read into can be taken now
+                return
+            raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="give more --ram")
+
+    def _collect(self) -> list[int]:
+        """Waits for at least one read, takes all that are there."""
+        if not self._awaited:
+            return []
+        started = time.perf_counter_ns()
+        arrived = [self._take(self._pool.store.completions.get())]
+        self.wait_ns += time.perf_counter_ns() - started
+        while not self._pool.store.completions.empty():
+            arrived.append(self._take(self._pool.store.completions.get()))
+        return [i for i in arrived if i is not None]
+
+    def _take(self, ticket: Ticket, *, raising: bool = True) -> int | None:
+        """Settles a finished read; returns its index if it belongs to this call."""
+        i = self._awaited.pop(ticket.slot, None)
+        if i is not None and ticket.error is not None:
+            self._unpin(i)
+        self._pool.finished(ticket)
+        if i is not None and ticket.error is None and not self._in_tail(ticket.slot.expert):
+            self._pool.table.chill(ticket.slot)
+        if i is not None and ticket.error is not None and raising:
+            raise ticket.error
+        return i if ticket.error is None else None
+
+    def _run_kernel(self, indices: list[int]) -> None:
+        """Computes some of the call's experts and lets go of them."""
+        if not indices:
+            return
+        started = time.perf_counter_ns()
+        indices.sort()
+        for variant, kernel in enumerate(self._pool.kernels(self._layer)):
+            same = [i for i in indices if self._pinned[i].variant == variant]
+            if same:
+                self._compute(kernel, [self._pinned[i] for i in same], self._part(same))
+        for i in indices:
+            self._unpin(i)
+        self.compute_ns += time.perf_counter_ns() - started
+
+    def _part(self, indices: list[int]) -> Routing:
+        whole = self._routing
+        if len(indices) == len(whole.experts):
+            return whole
+        pieces = [np.arange(whole.starts[i], whole.starts[i + 1], dtype=np.int32) for i in indices]
+        pairs = np.concatenate(pieces)
+        starts = np.zeros(len(indices) + 1, np.int32)
+        np.cumsum([piece.size for piece in pieces], out=starts[1:])
+        return Routing(whole.experts[indices], starts, whole.x_rows[pairs], whole.out_rows[pairs])

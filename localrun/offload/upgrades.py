@@ -1,0 +1,62 @@
+"""The mode in which a missing expert is served from the base's smaller copy at once, and its better copy is read later.
+
+Off by default: with it the same seed gives other tokens, depending on what the cache happens to hold. A better copy is read when
+nothing else is being read, one at a time, for the experts used last; between two decodes it takes the smaller copy's place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import numpy as np
+
+from localrun.offload.slots import Slot, SlotTable
+from localrun.offload.store import Ticket
+from localrun.offload.view import I32
+
+log = logging.getLogger(__name__)
+
+
+class Upgrades:
+    """Which slots are to be exchanged. All methods: the caller holds the pool's lock; `step` on the decoding thread.
+
+    Args:
+        table: residency.
+        wanted: (n_layers, n_experts) the variant that each expert should be in.
+    """
+
+    def __init__(self, table: SlotTable, wanted: I32) -> None:
+        self._table = table
+        self._wanted = wanted
+        self._under_way = False
+        self._arrived: deque[Ticket] = deque()
+        self.n_done = 0
+
+    def arrived(self, ticket: Ticket) -> None:
+        """A better copy's read has ended; any thread."""
+        self._arrived.append(ticket)
+
+    def step(self) -> Slot | None:
+        """Between two decodes: exchanges what has arrived.
+
+        Returns:
+            The expert in base form that was used last and is to be upgraded next; None if nothing is to be started.
+        """
+        while self._arrived:
+            ticket = self._arrived.popleft()
+            self._under_way = False
+            if ticket.error is not None:
+                log.warning("reading a better copy failed: %s", ticket.error)
+            self._table.end_upgrade(ticket.slot, complete=ticket.error is None)
+            self.n_done += ticket.error is None
+        if self._under_way:
+            return None
+        table = self._table
+        candidates = np.where((table.resident != 0) & (self._wanted != table.variants), table.stamps, -1)
+        layer, expert = divmod(int(candidates.argmax()), candidates.shape[1])
+        return table.peek(layer, expert) if candidates[layer, expert] >= 0 else None
+
+    def started(self) -> None:
+        """The slot that `step` gave is being read in its better form."""
+        self._under_way = True

@@ -42,6 +42,13 @@ def _text(value: object) -> str:
     return value
 
 
+def _switch(value: object) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in words:
+        raise ValueError("must be true or false")
+    return words[str(value).lower()]
+
+
 def _setting(default: Any, parse: Callable[[object], Any]) -> Any:
     return field(default=default, metadata={"parse": parse})
 
@@ -58,6 +65,8 @@ class EngineSettings:
         context: tokens of context; 0: as the model allows, at most 32768.
         threads: CPU threads; 0: one per physical core.
         kv: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
+        mirror: path of a second copy of the model on another drive, read in parallel.
+        adaptive: answer a miss from the base's smaller copy and fetch the better one later.
     """
 
     model: str | None = _setting(None, _text)
@@ -67,6 +76,8 @@ class EngineSettings:
     context: int = _setting(0, _count)
     threads: int = _setting(0, _count)
     kv: str = _setting("f16", _text)
+    mirror: str | None = _setting(None, _text)
+    adaptive: bool = _setting(False, _switch)
 
 
 @dataclass(frozen=True, slots=True)

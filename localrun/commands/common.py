@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="auto|none|NAME", help="which GPU")
     group.add_argument("--context", type=int, metavar="N", help="tokens of context")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    group.add_argument("--kv", metavar="TYPE", help="number format of the KV cache: f16, bf16, q8_0, q4_0, f32")
+    group.add_argument("--mirror", metavar="MODEL", help="a second copy on another drive, read in parallel")
+    group.add_argument(
+        "--adaptive",
+        action="store_true",
+        default=None,
+        help="answer a miss from the smaller copy, fetch the better one later; the same seed may give other tokens",
+    )
+    group.add_argument("--kv", metavar="f16|bf16|q8_0|q4_0|f32", help="number format of the KV cache (f16)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +85,8 @@ def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = 
         n_ctx=engine.context,
         n_threads=engine.threads,
         kv_type=engine.kv,
+        mirror=engine.mirror,
+        adaptive=engine.adaptive,
         math=math,
     )
 
@@ -121,10 +130,19 @@ def engine_process(args: argparse.Namespace, out: Output) -> Iterator[EngineProc
                     out.note(line)
 
 
-def load(engine: EngineProcess, path: Path, options: EngineOptions, out: Output) -> ModelFacts:
-    """Loads a model and shows how far it is."""
+def load(
+    engine: EngineProcess,
+    path: Path,
+    options: EngineOptions,
+    out: Output,
+    *,
+    each: Callable[[Loading | Ready], None] | None = None,
+) -> ModelFacts:
+    """Loads a model and shows how far it is; `each` is handed every event, too."""
     for event in engine.load(path, options):
         show_progress(event, out)
+        if each is not None:
+            each(event)
     facts = engine.facts
     assert facts is not None
     return facts

@@ -98,6 +98,8 @@ class Engine:
             ram_is_advice=options.ram_bytes is None,
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
+            mirror=Path(options.mirror).expanduser() if options.mirror else None,
+            adaptive=options.adaptive,
             probe=True,
             profile_folder=cache_dir() / "profiles" if learn else None,
             progress=lambda done, total: report(

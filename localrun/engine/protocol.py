@@ -53,6 +53,8 @@ class EngineOptions:
         n_batch: most tokens per forward pass during prefill.
         kv_type: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
+        mirror: a second copy of the model, best on another drive; experts are read from both.
+        adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may give other tokens.
     """
 
     ram_bytes: int | None = None
@@ -63,6 +65,8 @@ class EngineOptions:
     n_batch: int = 512
     kv_type: str = "f16"
     math: Literal["int8", "f32"] = "int8"
+    mirror: str | None = None
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,7 +51,9 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
                 for line in range(0, format_.body_bytes, 64):
                     s.prefetch(s.at(body, i, format_.body_bytes), _AHEAD + line)
                 for line in range(0, format_.meta_bytes, 64):
-                    s.prefetch(s.at(meta, i, format_.meta_bytes), _AHEAD * format_.meta_bytes // format_.body_bytes + line)
+                    s.prefetch(
+                        s.at(meta, i, format_.meta_bytes), _AHEAD * format_.meta_bytes // format_.body_bytes + line
+                    )
                 tile = Tile(s, panel, nt, kind, first).next(builder.mul(i, I64(records_per_unit)))
                 return format_.step(
                     s, s.at(meta, i, format_.meta_bytes), s.at(body, i, format_.body_bytes), tile, totals

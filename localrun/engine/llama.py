@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from localrun.engine.protocol import EngineOptions
 from localrun.errors import FormatError, LocalrunError
-from localrun.offload import llama_log
+from localrun.offload import ggml, llama_log
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 """Our names -> enum ggml_type (ggml.h)."""
@@ -187,20 +187,28 @@ class Context:
         """Empties the KV cache."""
         L.llama_memory_clear(L.llama_get_memory(self._ctx), True)
 
-    def state(self) -> bytes:
-        """The sequence's KV state, for `set_state` of a context of the same model and options."""
-        size = L.llama_state_seq_get_size(self._ctx, 0)
-        buffer = (C.c_uint8 * size)()
-        n = L.llama_state_seq_get_data(self._ctx, buffer, size, 0)
+    def state_size(self) -> int:
+        """Most bytes that `save_state` writes now."""
+        return int(L.llama_state_seq_get_size(self._ctx, 0))
+
+    def save_state(self, place: memoryview) -> int:
+        """Writes the sequence's KV state, for `load_state` of a context of the same model and options; returns its size.
+
+        Args:
+            place: writable, `state_size()` bytes or more. A state of a long conversation is large: it is written where it stays.
+        """
+        buffer = (C.c_uint8 * len(place)).from_buffer(place)
+        n = int(L.llama_state_seq_get_data(self._ctx, buffer, len(place), 0))
         if n == 0:
             raise LocalrunError(f"llama.cpp could not save the state: {llama_log.recent_errors()}")
-        return bytes(memoryview(buffer)[:n])
+        return n
 
-    def set_state(self, state: bytes) -> bool:
+    def load_state(self, state: memoryview) -> bool:
         """Replaces the sequence's KV state; False: llama.cpp refused it and the context must be cleared."""
-        buffer = (C.c_uint8 * len(state)).from_buffer_copy(state)
+        bytes_in_place = np.frombuffer(state, np.uint8)  # llama.cpp only reads
         llama_log.clear()
-        return bool(L.llama_state_seq_set_data(self._ctx, buffer, len(state), 0) == len(state))
+        n = L.llama_state_seq_set_data(self._ctx, bytes_in_place.ctypes.data_as(C.POINTER(C.c_uint8)), len(state), 0)
+        return int(n) == len(state)
 
     def close(self) -> None:
         if self._ctx:
@@ -214,6 +222,7 @@ class StockModel:
 
     def __init__(self, path: Path) -> None:
         llama_log.install()
+        ggml.library()  # loads the backends of a portable build
         L.llama_backend_init()
         params = L.llama_model_default_params()
         params.n_gpu_layers = 0

@@ -5,8 +5,9 @@ Linux reads /proc and /sys; elsewhere the answers are None or what `os` knows.
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from localrun.units import format_size
@@ -22,7 +23,7 @@ CONTEXT_BYTES = 2**30
 
 def total_memory() -> int | None:
     """Bytes of RAM, or the cgroup's limit if that is less; None if unknown."""
-    values = [v for v in (_meminfo("MemTotal"), _cgroup("memory.max")) if v is not None]
+    values = [v for v in (_meminfo("MemTotal"), _cgroup_limit()) if v is not None]
     return min(values, default=None)
 
 
@@ -90,36 +91,71 @@ def _meminfo(key: str) -> int | None:
     return None
 
 
-def _cgroup_folder() -> Path | None:
-    """This process's folder in the unified (v2) hierarchy."""
+@dataclass(frozen=True, slots=True)
+class _CgroupFiles:
+    """Names of the memory controller's files in one version of cgroups, and of the counters in its `memory.stat`."""
+
+    limit: str
+    used: str
+    cache: str
+    shared: str  # tmpfs and the like: counted as cache, but nothing gives it back
+
+
+_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
+_V2 = _CgroupFiles("memory.max", "memory.current", "file", "shmem")
+
+
+def _cgroups() -> Iterator[tuple[Path, _CgroupFiles]]:
+    """This process's groups that may limit its memory, from its own up to the root, in both versions' hierarchies."""
     try:
         lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:
-        return None
+        return
     for line in lines:
-        if line.startswith("0::"):
-            return SYS / "fs/cgroup" / line[3:].lstrip("/")
-    return None
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, files = SYS / "fs/cgroup", _V2
+        elif "memory" in controllers.split(","):
+            root, files = SYS / "fs/cgroup/memory", _V1
+        else:
+            continue
+        # In a container the path may be the host's: what does not exist below the mount is passed over.
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):
+            yield folder, files
+            folder = folder.parent
 
 
-def _cgroup(name: str) -> int | None:
-    """The tightest value of `name` from this process's group up to the root; None if there is no limit."""
-    folder, values = _cgroup_folder(), []
-    while folder is not None and folder.is_relative_to(SYS / "fs/cgroup"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            values.append(int((folder / name).read_text()))
-        folder = folder.parent
-    return min(values, default=None)
+def _cgroup_limit() -> int | None:
+    """The tightest limit of all levels; None if there is none. Version 1 writes a number near 2**63 for none."""
+    return min(
+        (limit for folder, files in _cgroups() if (limit := _number(folder / files.limit)) is not None), default=None
+    )
 
 
 def _cgroup_available() -> int | None:
-    """Limit less usage, file cache not counted because the kernel gives it back."""
-    limit, folder = _cgroup("memory.max"), _cgroup_folder()
-    if limit is None or folder is None:
-        return None
+    """The least that a level has left: limit less usage, file cache not counted because the kernel gives it back."""
+    left, used = [], 0
+    for folder, files in _cgroups():
+        current = _number(folder / files.used)
+        if current is not None:
+            stat = _counters(folder / "memory.stat")
+            used = current - max(0, stat.get(files.cache, 0) - stat.get(files.shared, 0))
+        if (limit := _number(folder / files.limit)) is not None:
+            left.append(max(0, limit - used))
+    return min(left, default=None)
+
+
+def _number(path: Path) -> int | None:
+    """None: no such file, or no number in it (`max`)."""
     try:
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(path.read_text())
     except (OSError, ValueError):
-        return limit
-    return max(0, limit - used + int(stat.get("file", 0)))
+        return None
+
+
+def _counters(path: Path) -> dict[str, int]:
+    try:
+        return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
+    except (OSError, ValueError):
+        return {}

@@ -48,6 +48,7 @@ SNAPSHOT_DISTANCE = 512
 
 _MAGIC = b"LRSNAP01"
 _HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
+_DIGEST_BYTES = 8  # xxh3_64 of all before it
 
 
 class Session:
@@ -69,8 +70,10 @@ class Session:
         self._context = context
         self._tokens: list[int] = []
         self._has_logits = False
+        self._stop_lock = threading.Lock()  # guards the next three
         self._stopping = False
         self._in_step = False  # one token is being decoded
+        self._stop_timer: threading.Timer | None = None
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -202,13 +205,17 @@ class Session:
 
     def _decode(self, batch: Sequence[int], *, all_logits: bool) -> None:
         """One llama_decode; on failure the session is emptied and the cause raised."""
-        if self._stopping:
-            raise StoppedError("stopped")
+        with self._stop_lock:
+            if self._stopping:
+                raise StoppedError("stopped")
+            self._in_step = len(batch) == 1
         self._has_logits = False
-        self._in_step = len(batch) == 1
-        with self._engine.decoding(batch):
-            code = self._context.decode(batch, self.position, all_logits=all_logits)
-        self._in_step = False
+        try:
+            with self._engine.decoding(batch):
+                code = self._context.decode(batch, self.position, all_logits=all_logits)
+        finally:
+            with self._stop_lock:
+                self._in_step = False
         cause = self._engine.take_error()
         if code == 0 and cause is None:
             self._tokens.extend(batch)
@@ -248,24 +255,40 @@ class Session:
 
     def stop(self) -> None:
         """Ends what is running; any thread. A batch of several tokens fails within a layer, a step of one token may end first."""
-        self._stopping = True
-        if self._in_step:
-            timer = threading.Timer(STOP_PATIENCE_S, self._abort)
-            timer.daemon = True
-            timer.start()
-        else:
-            self._abort()
+        with self._stop_lock:
+            self._stopping = True
+            if not self._in_step:
+                self._abort()
+            elif self._stop_timer is None:
+                self._stop_timer = threading.Timer(STOP_PATIENCE_S, self._patience_ends)
+                self._stop_timer.daemon = True
+                self._stop_timer.start()
 
     def clear_stop(self) -> None:
-        """Forgets `stop`; to be called before the next command."""
-        self._stopping = False
-        self._context.stop.set(False)
-        self._engine.clear_stop()
+        """Forgets `stop`, also one that still waits for a step; to be called before the next command."""
+        with self._stop_lock:
+            self._stopping = False
+            self._forget_timer()
+            self._context.stop.set(False)
+            self._engine.clear_stop()
+
+    def _patience_ends(self) -> None:
+        with self._stop_lock:
+            # A timer can't be cancelled once it runs: one of an earlier command finds itself replaced or forgotten.
+            if threading.current_thread() is self._stop_timer:
+                self._stop_timer = None
+                self._abort()
 
     def _abort(self) -> None:
-        if self._stopping:
-            self._context.stop.set(True)
-            self._engine.request_stop()
+        """Under the lock."""
+        self._context.stop.set(True)
+        self._engine.request_stop()
+
+    def _forget_timer(self) -> None:
+        """Under the lock."""
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+            self._stop_timer = None
 
     # --- state
 
@@ -275,14 +298,25 @@ class Session:
         self._has_logits = False
         self._context.clear()
 
-    def snapshot(self) -> bytes:
-        """Everything needed to go on from here: ids and KV state, with a checksum. Logits are not part of it."""
-        ids = np.asarray(self._tokens, np.int32).tobytes()
-        header = _HEADER.pack(_MAGIC, self._engine.state_key.encode(), self.position, 0)
-        body = b"".join((header, ids, self._context.state() if self._tokens else b""))
-        return body + xxhash.xxh3_64_digest(body)
+    def snapshot(self) -> bytearray:
+        """Everything needed to go on from here: ids and KV state, with a checksum. Logits are not part of it.
 
-    def restore(self, snapshot: bytes) -> None:
+        The only copy that is made; the caller owns it.
+        """
+        start = _HEADER.size + 4 * self.position
+        result = bytearray(start + (self._context.state_size() if self._tokens else 0) + _DIGEST_BYTES)
+        _HEADER.pack_into(result, 0, _MAGIC, self._engine.state_key.encode(), self.position, 0)
+        result[_HEADER.size : start] = np.asarray(self._tokens, np.int32).tobytes()
+        end = start
+        if self._tokens:
+            with memoryview(result)[start:-_DIGEST_BYTES] as place:
+                end += self._context.save_state(place)
+        with memoryview(result)[:end] as body:
+            digest = xxhash.xxh3_64_digest(body)
+        result[end:] = digest
+        return result
+
+    def restore(self, snapshot: bytes | bytearray) -> None:
         """Puts the session where `snapshot` was taken; feed at least one token before asking for logits.
 
         Raises:
@@ -290,7 +324,7 @@ class Session:
             FormatError: no snapshot, or one of another model, KV type or context length; nothing was changed.
             DecodeError: llama.cpp refused the state; the session is empty now.
         """
-        body, digest = memoryview(snapshot)[:-8], snapshot[-8:]
+        body, digest = memoryview(snapshot)[:-_DIGEST_BYTES], bytes(snapshot[-_DIGEST_BYTES:])
         if len(body) < _HEADER.size or bytes(body[:8]) != _MAGIC:
             raise FormatError("not a session snapshot of this version")
         if xxhash.xxh3_64_digest(body) != digest:
@@ -305,13 +339,15 @@ class Session:
         start = _HEADER.size + 4 * n_tokens
         tokens = np.frombuffer(body[_HEADER.size : start], np.int32).tolist()
         self.reset()
-        if tokens and not self._context.set_state(bytes(body[start:])):
+        if tokens and not self._context.load_state(body[start:]):
             self.reset()
             raise DecodeError("llama.cpp refused the session snapshot", hint="delete it")
         self._tokens = tokens
 
     def close(self) -> None:
         """Frees the context."""
+        with self._stop_lock:
+            self._forget_timer()
         self._context.close()
         self._engine.forget(self)
 

@@ -2,8 +2,9 @@
 
 llama.cpp can't cut a deepseek4 sequence: its rings and compressor frontiers hold only the present. So a session that must go
 back restores the longest saved state that its prompt begins with and feeds the rest. States lie in RAM, newest first, and as files
-of the same bytes; both have a budget, and the least recently used go first. A state is named by its token ids and by what it
-was computed with (model, KV type), and carries a checksum: nothing is restored into another model.
+of the same bytes; both have a budget, and the least recently used go first. The budget in RAM covers states that wait for being
+written, the one on disk the files of all models and of all running programs. A state is named by its token ids and by what it was
+computed with (model, KV type), and carries a checksum: nothing is restored into another model.
 
 Knows bytes and token ids only; `session.py` makes and takes them. One owner thread, plus one that writes files.
 """
@@ -15,7 +16,9 @@ import logging
 import os
 import queue
 import re
+import shutil
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +32,14 @@ log = logging.getLogger(__name__)
 RAM_BYTES = 1 << 30
 DISK_BYTES = 8 << 30
 """Default budgets. A 10,000-token state of Flash in f16 takes about 70 MB by deepseek-v4's row sizes (6,880 bytes a token)."""
+
+MIN_FREE_BYTES = 1 << 30
+"""Nothing is written that would leave less than this free on the drive: it is the user's home."""
+
+_ABANDONED_S = 600.0
+"""A partial file older than this has no writer any more; a younger one may be another program's."""
+
+State = bytes | bytearray
 
 _FILE_NAME = re.compile(r"(?P<n>[0-9]{1,9})-(?P<digest>[0-9a-f]{32})\.snapshot")
 
@@ -45,51 +56,64 @@ class SnapshotStore:
     def __init__(
         self, folder: Path | None, key: str, *, ram_bytes: int = RAM_BYTES, disk_bytes: int = DISK_BYTES
     ) -> None:
-        self._ram: OrderedDict[tuple[int, str], bytes] = OrderedDict()  # (n_tokens, digest), least recently used first
+        self._ram: OrderedDict[tuple[int, str], State] = OrderedDict()  # (n_tokens, digest), least recently used first
         self._ram_bytes, self._disk_bytes = ram_bytes, disk_bytes
+        self._root = folder
         self._folder = folder / key if folder is not None and disk_bytes > 0 else None
-        self._files: OrderedDict[tuple[int, str], int] = OrderedDict()  # -> size, least recently used first
-        self._lock = threading.Lock()
-        self._writes: queue.SimpleQueue[tuple[tuple[int, str], bytes] | None] = queue.SimpleQueue()
+        self._files: dict[tuple[int, str], int] = {}  # -> size; this model's
+        self._lock = threading.Lock()  # guards _files and _unwritten
+        self._written = threading.Condition(self._lock)
+        self._unwritten: dict[tuple[int, str], State] = {}
+        self._writes: queue.SimpleQueue[tuple[tuple[int, str], State] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         if self._folder is not None:
             self._scan(self._folder)
 
     @property
     def ram_used(self) -> int:
-        """Bytes of states in RAM."""
-        return sum(len(data) for data in self._ram.values())
+        """Bytes of states in RAM, those that wait for being written among them."""
+        with self._lock:
+            return sum(len(data) for data in {**self._unwritten, **self._ram}.values())
 
     @property
     def disk_used(self) -> int:
-        """Bytes of states in files."""
-        with self._lock:
-            return sum(self._files.values())
+        """Bytes of states in files, other models' among them."""
+        return sum(size for _, _, size in self._all_files())
 
     def has(self, tokens: Sequence[int]) -> bool:
         """A state of exactly these tokens is saved."""
         name = _name(tokens)
         with self._lock:
-            return name in self._ram or name in self._files
+            return name in self._ram or name in self._files or name in self._unwritten
 
-    def put(self, tokens: Sequence[int], data: bytes) -> None:
-        """Saves a state; the file is written in the background."""
+    def put(self, tokens: Sequence[int], data: State) -> None:
+        """Saves a state, which is this store's from now on. The file is written in the background; waits for earlier ones where
+        all together would be more than the budget in RAM."""
         name = _name(tokens)
-        if len(data) <= self._ram_bytes:
-            self._ram[name] = data
-            self._ram.move_to_end(name)
-            while self.ram_used > self._ram_bytes:
-                self._ram.popitem(last=False)
         if self._folder is not None and len(data) <= self._disk_bytes:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write_all, name="localrun-snapshots", daemon=True)
                 self._writer.start()
+            with self._written:
+                while self._unwritten and self._waiting_bytes() + len(data) > self._ram_bytes:
+                    self._written.wait()
+                self._unwritten[name] = data
             self._writes.put((name, data))
+        if len(data) <= self._ram_bytes:
+            self._ram[name] = data
+            self._ram.move_to_end(name)
+        while self._ram and self.ram_used > self._ram_bytes:
+            if len(self._ram) == 1 and name in self._ram:
+                break  # what is over is still being written, and room for that was made above
+            self._ram.popitem(last=False)
 
-    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, bytes] | None:
+    def _waiting_bytes(self) -> int:
+        return sum(len(data) for data in self._unwritten.values())
+
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, State] | None:
         """The longest saved state that `tokens` begins with and goes on from: (n_tokens, state)."""
         with self._lock:
-            names = {*self._ram, *self._files}
+            names = {*self._ram, *self._files, *self._unwritten}
         lengths = sorted({n for n, _ in names if 0 < n < len(tokens)})
         hasher, at, found = xxhash.xxh3_128(), 0, []
         ids = np.asarray(tokens, np.int32)
@@ -117,22 +141,22 @@ class SnapshotStore:
             self._writer.join()
             self._writer = None
 
-    def _get(self, name: tuple[int, str]) -> bytes | None:
+    def _get(self, name: tuple[int, str]) -> State | None:
         if name in self._ram:
             self._ram.move_to_end(name)
             return self._ram[name]
+        with self._lock:
+            if name in self._unwritten:
+                return self._unwritten[name]
         assert self._folder is not None
         path = self._folder / _file_name(name)
         try:
             data = path.read_bytes()
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the kernel's own clock for this
         except OSError as error:
             log.warning("%s: the saved state can't be read: %s", path, error.strerror)
             self._forget_file(name)
             return None
-        with self._lock:
-            if name in self._files:
-                self._files.move_to_end(name)
         return data
 
     def _scan(self, folder: Path) -> None:
@@ -143,23 +167,31 @@ class SnapshotStore:
             log.warning("%s: saved states can't be used: %s", folder, error.strerror)
             self._folder = None
             return
-        for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
+        for path, stat in files:
             match = _FILE_NAME.fullmatch(path.name)
             if match:
                 self._files[int(match["n"]), match["digest"]] = stat.st_size
-            elif path.suffix == ".partial":
+            elif path.suffix == ".partial" and time.time() - stat.st_mtime > _ABANDONED_S:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
     def _write_all(self) -> None:
         while (item := self._writes.get()) is not None:
-            self._write(*item)
+            name, data = item
+            self._write(name, data)
+            del item, data  # else the last state stays in memory until the next one comes
+            with self._written:
+                self._unwritten.pop(name, None)
+                self._written.notify_all()
 
-    def _write(self, name: tuple[int, str], data: bytes) -> None:
+    def _write(self, name: tuple[int, str], data: State) -> None:
         assert self._folder is not None
-        self._make_room(len(data))
         partial = self._folder / f"{uuid.uuid4().hex}.partial"
         try:
+            self._make_room(len(data))
+            if shutil.disk_usage(self._folder).free < len(data) + MIN_FREE_BYTES:
+                log.warning("%s: a conversation's state is not saved: the drive is nearly full", self._folder)
+                return
             with open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -172,15 +204,30 @@ class SnapshotStore:
             return
         with self._lock:
             self._files[name] = len(data)
-            self._files.move_to_end(name)
 
     def _make_room(self, n_bytes: int) -> None:
-        while True:
-            with self._lock:
-                if not self._files or sum(self._files.values()) + n_bytes <= self._disk_bytes:
-                    return
-                oldest = next(iter(self._files))
-            self._forget_file(oldest)
+        """Looks at the drive each time: other programs write there too, and a file's time says when it was last used."""
+        files = self._all_files()
+        used = sum(size for _, _, size in files)
+        for _, path, size in files:
+            if used + n_bytes <= self._disk_bytes:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            used -= size
+            match = _FILE_NAME.fullmatch(path.name)
+            if match and path.parent == self._folder:
+                with self._lock:
+                    self._files.pop((int(match["n"]), match["digest"]), None)
+
+    def _all_files(self) -> list[tuple[float, Path, int]]:
+        """(time of last use, path, size) of all models' states, least recently used first."""
+        files = []
+        for path in self._root.glob("*/*.snapshot") if self._root is not None and self._folder is not None else ():
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime, path, stat.st_size))
+        return sorted(files)
 
     def _forget_file(self, name: tuple[int, str]) -> None:
         with self._lock:

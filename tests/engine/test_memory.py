@@ -41,6 +41,19 @@ def test_the_tightest_limit_of_all_levels_counts_and_file_cache_is_free(machine:
     assert memory.available_memory() == 7 * GIB, "8 less 3 in use, of which 2 are file cache"
 
 
+def test_limits_of_the_first_cgroup_version_count_too(machine: Path) -> None:
+    (machine.parents[2] / "proc/self/cgroup").write_text("5:cpu,cpuacct:/box\n4:memory:/docker/1f\n0::/user/box\n")
+    group = machine / "memory"  # in a container the mount shows the container's own group as its root
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert memory.total_memory() == 32 * GIB, "no limit"
+    (group / "memory.limit_in_bytes").write_text(f"{6 * GIB}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{4 * GIB}\n")
+    (group / "memory.stat").write_text(f"cache 5\ntotal_cache {3 * GIB}\ntotal_shmem {GIB}\n")
+    assert memory.total_memory() == 6 * GIB
+    assert memory.available_memory() == 4 * GIB, "6 less 4 in use, of which 2 are file cache that can be given back"
+
+
 def test_automatic_budget_leaves_dense_model_context_and_headroom(machine: Path) -> None:
     tenth = 32 * GIB // 10
     assert memory.default_ram_bytes(4 * GIB) == 20 * GIB - 4 * GIB - memory.CONTEXT_BYTES - tenth

@@ -194,6 +194,24 @@ def test_stop_from_another_thread_aborts_a_running_batch(session: Session) -> No
     np.testing.assert_array_equal(session.logits, expected)
 
 
+def test_a_stop_whose_patience_ends_too_late_does_not_reach_the_next_command(session: Session) -> None:
+    runs = threading.Event()
+
+    def patience_ends() -> None:
+        runs.set()  # from here on the timer can't be cancelled
+        session._patience_ends()
+
+    with session._stop_lock:
+        session._stop_timer = timer = threading.Timer(0.0, patience_ends)
+        timer.start()
+        runs.wait()
+        session._forget_timer()
+    timer.join()
+    assert not session._context.stop
+    session.feed([5])
+    assert session.position == 1
+
+
 def test_stopped_answer_says_so(session: Session) -> None:
     answer = session.generate(TOKENS[:20], GREEDY)
     tokens = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from localrun.engine import snapshots
 from localrun.engine.engine import Engine
 from localrun.engine.protocol import EngineOptions, SamplingOptions
 from localrun.engine.session import Session
@@ -62,6 +65,50 @@ def test_budgets_hold_and_the_least_recently_used_go_first(tmp_path: Path) -> No
     assert again.longest_prefix(PROMPT[:25]) == (10, bytes(100))  # 20 was the oldest
 
 
+def test_the_disk_budget_covers_all_models_and_running_programs(tmp_path: Path) -> None:
+    first, second = (SnapshotStore(tmp_path, key, ram_bytes=0, disk_bytes=250) for key in ("one", "two"))
+    for n in (10, 20):
+        first.put(PROMPT[:n], bytes(100))
+    first.close()
+    second.put(PROMPT[:30], bytes(100))
+    second.close()
+    assert second.disk_used == 200
+    assert second.longest_prefix(PROMPT) == (30, bytes(100))
+    assert first.longest_prefix(PROMPT) == (20, bytes(100)), "the older one made room"
+    assert first.longest_prefix(PROMPT[:20]) is None
+
+
+def test_states_that_wait_for_a_slow_drive_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most, write = 0, SnapshotStore._write
+
+    def slow_write(store: SnapshotStore, name: tuple[int, str], data: bytes) -> None:
+        nonlocal most
+        time.sleep(0.01)
+        most = max(most, store.ram_used)
+        write(store, name, data)
+
+    monkeypatch.setattr(SnapshotStore, "_write", slow_write)
+    store = SnapshotStore(tmp_path, "key", ram_bytes=250)
+    for n in range(10, 100, 10):
+        store.put(PROMPT[:n], bytes(100))
+        assert store.ram_used <= 250
+        assert store.longest_prefix(PROMPT) == (n, bytes(100)), "not on the drive yet, and there all the same"
+    store.close()
+    assert 0 < most <= 250
+    assert store.disk_used == 900
+
+
+def test_a_nearly_full_drive_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(snapshots, "MIN_FREE_BYTES", 1 << 60)
+    store = SnapshotStore(tmp_path, "key")
+    store.put(PROMPT[:10], b"state")
+    store.close()
+    assert store.disk_used == 0
+    assert "nearly full" in caplog.text
+
+
 def test_too_large_states_are_not_kept(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path, "key", ram_bytes=10, disk_bytes=10)
     store.put(PROMPT[:10], bytes(11))
@@ -81,8 +128,10 @@ def test_unwritable_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "abc.partial").write_bytes(b"half")
+    os.utime(tmp_path / "key" / "abc.partial", (1, 1))
+    (tmp_path / "key" / "def.partial").write_bytes(b"another program is at it")
     SnapshotStore(tmp_path, "key").close()
-    assert list((tmp_path / "key").iterdir()) == []
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["def.partial"]
 
 
 # --- sessions that use it

@@ -75,13 +75,14 @@ class Output:
 
     def json(self, value: Any) -> None:
         """Data for a program."""
-        self.clear_status()
-        json.dump(value, self._out, ensure_ascii=False, indent=2)
-        self._out.write("\n")
-        self._out.flush()
+        self.line(json.dumps(value, ensure_ascii=False, indent=2))
+
+    def json_line(self, value: Any) -> None:
+        """One of several data objects, in one line and in one piece."""
+        self.line(json.dumps(value, ensure_ascii=False))
 
     def line(self, text: str) -> None:
-        """A line of data."""
+        """A line of data; harmless on a terminal."""
         self.clear_status()
-        self._out.write(text + "\n")
+        self._out.write((visible(text) if self.out_is_terminal else text) + "\n")
         self._out.flush()

@@ -5,18 +5,33 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from localrun.commands import common
 from localrun.commands.output import Output
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import Delta, Finished, Generate, ModelFacts, ToolCall
-from localrun.errors import UsageError
+from localrun.engine.attachments import read_attachment, with_attachments
+from localrun.engine.process import EngineProcess, GenerateEvent
+from localrun.engine.protocol import (
+    Delta,
+    Finished,
+    Generate,
+    Loading,
+    ModelFacts,
+    PromptProgress,
+    Ready,
+    ToolCall,
+)
+from localrun.errors import LocalrunError, UsageError
 
 EXAMPLES = """\
 examples:
   localrun run -p "Why is the sky blue?"
   git diff | localrun run ~/models/v4-flash -p "Write a commit message for this:" --temp 0
+  localrun run ~/models/v4-flash --file notes.txt -p "Sum this up" --jsonl | jq -r 'select(.event == "text").text'
+
+The question is made of the files, the prompt and what comes from standard input, in this order. In a loop that reads lines from
+standard input, give localrun another one: localrun run -p "$line" < /dev/null
 """
 
 
@@ -30,7 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-p", "--prompt", metavar="TEXT", help="the question; what comes from standard input follows it"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of streamed text")
+    parser.add_argument(
+        "--file", type=Path, action="append", metavar="FILE", help="a text file before the question; may be repeated"
+    )
+    parser.add_argument(
+        "--tools", type=Path, metavar="FILE", help="JSON list of functions to offer; calls are printed, not run"
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="one JSON object at the end instead of streamed text")
+    shown.add_argument("--jsonl", action="store_true", help="a JSON object per line for everything that happens")
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
 
@@ -41,63 +64,180 @@ def run(args: argparse.Namespace) -> int:
     settings = common.settings_of(args)
     command = Generate(
         messages=_messages(args),
+        tools=_tools(args.tools),
         think=settings.sampling.think,
         sampling=common.sampling_options(settings, args.seed),
         max_tokens=args.max_tokens,
     )
-    with common.engine_process(args, out) as engine:
-        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
-        _answer(engine, command, facts, out, as_json=args.json)
+    shown: _Shown = _Lines(out) if args.jsonl else _Whole(out) if args.json else _Text(out)
+    try:
+        with common.engine_process(args, out) as engine:
+            path = common.model_path(settings, out)
+            facts = common.load(engine, path, common.engine_options(settings), out, each=shown.load)
+            _answer(engine, command, facts, shown, out)
+    except LocalrunError as error:
+        shown.failed(error)
+        raise
     return 0
 
 
 def _messages(args: argparse.Namespace) -> tuple[dict[str, Any], ...]:
-    """The conversation: the system message if given, the prompt joined with standard input."""
+    """The conversation: the system message if given, then files, prompt and standard input as one question."""
+    files = [read_attachment(path) for path in args.file or ()]
     piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     prompt = "\n\n".join(text for text in (args.prompt, piped) if text)
-    if not prompt.strip():
+    if not prompt.strip() and not files:
         raise UsageError("nothing to answer", hint="give -p TEXT, or pipe a text in")
     system = [{"role": "system", "content": args.system}] if args.system else []
-    return (*system, {"role": "user", "content": prompt})
+    return (*system, {"role": "user", "content": with_attachments(files, prompt).strip("\n") if files else prompt})
 
 
-def _answer(engine: EngineProcess, command: Generate, facts: ModelFacts, out: Output, *, as_json: bool) -> None:
-    texts: dict[str, list[str]] = {"thinking": [], "text": [], "tool": []}
-    calls: list[dict[str, str]] = []
-    was_thinking = False
+def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
+    """The file's tools; checked before a model is loaded for them."""
+    if path is None:
+        return ()
+    from localrun.engine.messages import MessageError, tool_to_json, tools_from_json
+
+    try:
+        return tuple(tool_to_json(tool) for tool in tools_from_json(path.expanduser().read_bytes(), where=str(path)))
+    except MessageError as error:
+        raise UsageError(str(error), hint=error.hint or "a list of functions as in the OpenAI API") from None
+
+
+def _answer(engine: EngineProcess, command: Generate, facts: ModelFacts, shown: _Shown, out: Output) -> None:
     for event in engine.generate(command):
         common.show_progress(event, out)
+        shown.event(event)
+        if isinstance(event, Finished):
+            shown.end(event, facts)
+
+
+class _Shown(Protocol):
+    """A way to print what happens."""
+
+    def load(self, event: Loading | Ready) -> None: ...
+    def event(self, event: GenerateEvent) -> None: ...
+    def end(self, finished: Finished, facts: ModelFacts) -> None: ...
+    def failed(self, error: LocalrunError) -> None: ...
+
+
+class _Text:
+    """For people and pipes: the answer as it comes, a line for each tool call."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._was_thinking = False
+
+    def load(self, event: Loading | Ready) -> None:
+        pass  # the status line shows it
+
+    def event(self, event: GenerateEvent) -> None:
+        if isinstance(event, ToolCall):
+            self._out.end_line()
+            self._out.line(f"{event.name}({event.arguments})")
+            if not event.usable:
+                self._out.note(f"note: this call of {event.name} is not complete: {', '.join(event.problems)}")
+        elif isinstance(event, Delta) and event.kind == "thinking":
+            self._out.thinking(event.text)
+            self._was_thinking = True
+        elif isinstance(event, Delta) and event.kind == "text":
+            if self._was_thinking:
+                self._out.thinking("\n\n")
+                self._was_thinking = False
+            self._out.answer(event.text)
+
+    def end(self, finished: Finished, facts: ModelFacts) -> None:
+        self._out.end_line()
+        if self._out.err_is_terminal:
+            if finished.warning:
+                self._out.note(f"note: {finished.warning}")
+            if finished.reason in ("length", "context"):
+                why = "--max-tokens" if finished.reason == "length" else "the context is full"
+                self._out.note(f"note: the answer was cut off ({why})")
+            self._out.note(f"({common.speed(finished.timings)})")
+
+    def failed(self, error: LocalrunError) -> None:
+        pass  # the command line prints it
+
+
+class _Whole:
+    """One JSON object when all is there."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._texts: dict[str, list[str]] = {"thinking": [], "text": [], "tool": []}
+        self._calls: list[dict[str, Any]] = []
+
+    def load(self, event: Loading | Ready) -> None:
+        pass
+
+    def event(self, event: GenerateEvent) -> None:
         if isinstance(event, Delta):
-            texts[event.kind].append(event.text)
-            if not as_json and event.kind == "thinking":
-                out.thinking(event.text)
-            elif not as_json and event.kind == "text":
-                if was_thinking:
-                    out.thinking("\n\n")
-                out.answer(event.text)
-            was_thinking = event.kind == "thinking"
+            self._texts[event.kind].append(event.text)
         elif isinstance(event, ToolCall):
-            calls.append({"id": event.id, "name": event.name, "arguments": event.arguments})
-        elif isinstance(event, Finished):
-            finished = event
-    if as_json:
-        out.json(
+            self._calls.append(_call(event))
+
+    def end(self, finished: Finished, facts: ModelFacts) -> None:
+        self._out.json(
             {
                 "model": facts.name,
-                "text": "".join(texts["text"]),
-                "thinking": "".join(texts["thinking"]),
-                "tool_calls": calls,
-                "finish_reason": finished.reason,
-                "problems": list(finished.problems),
-                "seed": finished.seed,
-                "timings": asdict(finished.timings),
+                "text": "".join(self._texts["text"]),
+                "thinking": "".join(self._texts["thinking"]),
+                "tool_calls": self._calls,
+                **_closing(finished),
             }
         )
-        return
-    out.end_line()
-    for call in calls:
-        out.line(f"{call['name']}({call['arguments']})")
-    if finished.warning and out.err_is_terminal:
-        out.note(f"note: {finished.warning}")
-    if out.err_is_terminal:
-        out.note(f"({common.speed(finished.timings)})")
+
+    def failed(self, error: LocalrunError) -> None:
+        pass
+
+
+class _Lines:
+    """A JSON object per line, written as a whole, `event` saying what it is."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+
+    def load(self, event: Loading | Ready) -> None:
+        if isinstance(event, Ready):
+            facts = event.facts
+            self._line("ready", model=facts.name, n_ctx=facts.n_ctx, file_bytes=facts.file_bytes, load_s=event.load_s)
+        else:
+            self._line("loading", progress=round(event.progress, 3), text=event.text)
+
+    def event(self, event: GenerateEvent) -> None:
+        if isinstance(event, PromptProgress):
+            self._line("prompt", done=event.done, total=event.total, reused=event.reused, elapsed_s=event.elapsed_s)
+        elif isinstance(event, Delta) and event.text:
+            self._line("tool_call_part" if event.kind == "tool" else event.kind, text=event.text)
+        elif isinstance(event, ToolCall):
+            self._line("tool_call", **_call(event))
+
+    def end(self, finished: Finished, facts: ModelFacts) -> None:
+        self._line("end", **_closing(finished))
+
+    def failed(self, error: LocalrunError) -> None:
+        self._line("error", type=type(error).__name__, message=str(error), hint=error.hint)
+
+    def _line(self, event: str, /, **values: Any) -> None:
+        self._out.json_line({"event": event, **values})
+
+
+def _call(event: ToolCall) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "name": event.name,
+        "arguments": event.arguments,
+        "usable": event.usable,
+        "problems": list(event.problems),
+    }
+
+
+def _closing(finished: Finished) -> dict[str, Any]:
+    return {
+        "finish_reason": finished.reason,
+        "problems": list(finished.problems),
+        "warning": finished.warning,
+        "seed": finished.seed,
+        "timings": asdict(finished.timings),
+    }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from localrun.engine.attachments import with_attachments
 from localrun.engine.conversation_export import fenced
 from localrun.engine.conversations import Message, MessageState
 from localrun.engine.process import GenerateEvent
@@ -176,8 +177,7 @@ def prompt_messages(branch: Sequence[Message], system: str = "") -> tuple[dict[s
                     body["reasoning_content"] = message.reasoning
                 messages.append(body)
             continue
-        parts = [f"File `{a.name}`:\n\n{fenced(a.text)}" for a in message.attachments]
-        messages.append({"role": message.role, "content": "\n\n".join([*parts, message.content])})
+        messages.append({"role": message.role, "content": with_attachments(message.attachments, message.content)})
     return tuple(messages)
 
 

@@ -21,7 +21,9 @@ from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
 from localrun.tui.widgets.status_bar import time_left
 
-DRAW_INTERVAL_S = 0.15
+MIN_DRAW_INTERVAL_S, MAX_DRAW_INTERVAL_S = 0.1, 0.5
+DRAW_SHARE = 0.1
+"""Of one processor that may go into showing an answer; where drawing is slow, text comes in larger pieces."""
 SAVE_INTERVAL_S = 1.0
 
 _BAR_CELLS = 10
@@ -54,6 +56,7 @@ class Answering:
         self._timer: Timer | None = None
         self._saved_at = 0.0
         self._save_failed = False
+        self._cpu_at = time.process_time()
 
     @property
     def running(self) -> bool:
@@ -65,6 +68,7 @@ class Answering:
         self.answer = Answer(entry.message)
         self._entry = entry
         self._saved_at, self._save_failed = time.monotonic(), False
+        self._cpu_at = time.process_time()
         self._feed = self._link.generate(command)
 
     async def news(self, feed: AnswerFeed) -> None:
@@ -72,12 +76,20 @@ class Answering:
         if feed is self._feed and self._timer is None:
             await self._draw()
             if self._feed is not None:
-                self._timer = self._host.set_timer(DRAW_INTERVAL_S, self._draw_again)
+                self._draw_later()
 
     async def _draw_again(self) -> None:
         self._timer = None
         if self._feed is not None and await self._draw():
-            self._timer = self._host.set_timer(DRAW_INTERVAL_S, self._draw_again)
+            self._draw_later()
+
+    def _draw_later(self) -> None:
+        """Layout and painting happen between two draws, so the processor time since the last one is what it cost."""
+        now = time.process_time()
+        interval = (now - self._cpu_at) / DRAW_SHARE
+        self._cpu_at = now
+        interval = min(max(interval, MIN_DRAW_INTERVAL_S), MAX_DRAW_INTERVAL_S)
+        self._timer = self._host.set_timer(interval, self._draw_again)
 
     async def _draw(self) -> bool:
         """Takes in what has come; returns whether there was anything."""

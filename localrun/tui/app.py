@@ -26,6 +26,7 @@ from localrun.engine.conversations import (
 )
 from localrun.engine.protocol import EngineOptions, SamplingOptions
 from localrun.errors import UsageError
+from localrun.textsafe import visible
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.chat_state import WIDE_COLUMNS
 from localrun.tui.commands import COMMANDS
@@ -153,11 +154,11 @@ class LocalrunApp(App[None]):
         try:
             result = await asyncio.to_thread(salvage, path)
         except ConversationError as error:
-            self.notify(str(error), severity="error", markup=False, timeout=20)
+            self.notify(visible(str(error)), severity="error", markup=False, timeout=20)
             return
         self.notify(
             f"{result.n_conversations} conversations with {result.n_messages} messages were read. "
-            f"The damaged file is kept: {result.damaged}",
+            f"The damaged file is kept: {visible(str(result.damaged))}",
             markup=False,
             timeout=30,
         )

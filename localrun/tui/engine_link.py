@@ -152,7 +152,7 @@ class EngineLink:
             for event in events:
                 self._post_load_event(event)
         except Exception as error:  # a fault of ours must not leave the screen waiting
-            self._post(EngineFailed(_as_ours(error)))
+            self._post(EngineFailed(as_ours(error)))
 
     def _run_answer(self, command: Generate, feed: AnswerFeed) -> None:
         error: LocalrunError | None = None
@@ -163,7 +163,7 @@ class EngineLink:
                 elif feed.add(event):
                     self._post(AnswerEvents(feed))
         except Exception as failure:
-            error = _as_ours(failure)
+            error = as_ours(failure)
         if feed.end(error):
             self._post(AnswerEvents(feed))
 
@@ -199,7 +199,7 @@ class EngineLink:
             self._post_message(message)
 
 
-def _as_ours(error: Exception) -> LocalrunError:
+def as_ours(error: Exception) -> LocalrunError:
     """An unexpected exception as one that can be shown, with its traceback for the details."""
     if isinstance(error, LocalrunError):
         return error

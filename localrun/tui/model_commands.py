@@ -11,6 +11,7 @@ from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible
 from localrun.tui.chat_state import ChatState
 from localrun.tui.conversion import Conversion, ConversionNews
+from localrun.tui.engine_link import as_ours
 from localrun.tui.messages import EngineFailed, EngineLoading
 from localrun.tui.screens.convert import ConvertScreen
 from localrun.tui.screens.models import ModelsScreen
@@ -36,8 +37,8 @@ class ModelCommands(ChatState):
                 self.post_message(EngineLoading(0.0, "preparing the demo model"))
                 try:
                     path = prepare()
-                except LocalrunError as error:
-                    self.post_message(EngineFailed(error))
+                except Exception as error:  # whatever it is, the screen must not go on waiting
+                    self.post_message(EngineFailed(as_ours(error)))
                 else:
                     self.app.call_from_thread(self.load_model, path, self.engine_options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from textual import _wait
 
 from tests.tui.support import Setup
 
@@ -14,6 +15,9 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"LOCALRUN_{name}_DIR", str(tmp_path / name.lower()))
     monkeypatch.chdir(tmp_path)
+    # Textual's pilot sleeps after each key in steps of 20 ms until less than 5 % of a step were computed: most of a test's time.
+    monkeypatch.setattr(_wait, "SLEEP_GRANULARITY", 0.003)
+    monkeypatch.setattr(_wait, "SLEEP_IDLE", 0.0006)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class Talk:
         end = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < end, f"never happened: {what or condition}"
-            await self.pilot.pause(0.02)
+            await self.pilot.pause(0.005)
         await self.pilot.pause()
 
     async def idle(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 
 from textual.widgets import Markdown
 
+from localrun.engine import memory
 from localrun.engine.conversations import ConversationStore
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import MessageView
@@ -66,7 +69,32 @@ async def test_any_place_of_two_thousand_messages_is_reached_with_few_widgets(se
         assert chat.is_vertical_scroll_end
 
 
-async def test_paging_up_skips_nothing_and_memory_does_not_grow(setup: Setup) -> None:
+async def test_memory_does_not_grow_with_time(setup: Setup) -> None:
+    """Goes through the conversation again and again while answers come in, and counts what is alive. A forgotten message view is
+    some hundreds of objects; a round makes and drops dozens of views. `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
+    n_rounds = int(os.environ.get("LOCALRUN_SOAK", "3"))
+    fill(setup)
+    async with setup.start() as talk:
+        chat = talk.screen.chat
+        alive: list[int] = []
+        for number in range(2 + n_rounds):
+            talk.engine.scripts.put(text(*(f"word{n} " for n in range(20)), thinking="Hm."))
+            await talk.ask("go on")
+            await talk.press("ctrl+home")
+            await settled(talk, holds=0)
+            chat.scroll_to(y=chat.max_scroll_y // 2, animate=False)
+            await talk.until(lambda: 600 < (in_view(chat) or [0])[0] < 1400 and not chat._update_pending)
+            await talk.press("ctrl+end")
+            await settled(talk, holds=len(chat.entries) - 1)
+            gc.collect()
+            alive.append(len(gc.get_objects()))
+            if n_rounds > 10 and number % 10 == 0:
+                print(f"round {number}: {alive[-1]} objects, {memory.resident_bytes() / 1e6:.1f} MB")
+        growth = (alive[-1] - alive[1]) / n_rounds
+        assert growth < 300, f"{alive}: two messages are to be kept in each round, and nothing else"
+
+
+async def test_paging_up_skips_nothing(setup: Setup) -> None:
     fill(setup)
     async with setup.start() as talk:
         chat = talk.screen.chat

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 
+from localrun.engine.attachments import AttachmentError, read_attachment
 from localrun.engine.conversations import Attachment, Message
 from localrun.engine.protocol import Delta, PromptProgress, SamplingOptions, Stats
 from localrun.errors import UsageError
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
-from localrun.tui.attachments import AttachmentError, read_attachment
 from localrun.tui.engine_link import AnswerFeed, estimate_tokens
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
 from localrun.tui.model_finder import FoundModel, find_models, fit

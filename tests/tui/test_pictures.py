@@ -48,8 +48,6 @@ async def conversation(talk: Talk) -> None:
     talk.engine.scripts.put(text(ANSWER, thinking="Something short."))
     talk.screen.chat.styles.scrollbar_size_vertical = 0
     await talk.ask("Write gcd in Python")
-    await talk.until(lambda: talk.screen.last_stats)
-    talk.screen.tick_live()
 
 
 async def engine_panel(talk: Talk) -> None:
@@ -90,6 +88,9 @@ async def test_screen(setup: Setup, name: str, size: tuple[int, int], act: Calla
     setup.size, setup.prepare = size, prepare
     async with setup.start() as talk:
         await act(talk)
+        await talk.until(lambda: talk.screen.last_stats)
+        talk.screen.tick_live()
+        await talk.pilot.pause()
         shown = picture(talk)
     path = FOLDER / f"{name}.txt"
     if os.environ.get("LOCALRUN_UPDATE_PICTURES"):

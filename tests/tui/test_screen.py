@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from textual.command import CommandPalette
-from textual.widgets import DataTable, Input, OptionList, Select, Static
+from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 
 from localrun.engine.conversations import ConversationStore
 from localrun.errors import BudgetError
@@ -337,7 +337,7 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         screen.query_one("#max_tokens", Input).value = "100"
         screen.query_one("#think", Select).value = "high"
         screen.query_one("#theme", Select).value = "nord"
-        await talk.pilot.click("#apply")
+        screen.query_one("#apply", Button).press()  # the complaint moves it: a click might go where it was
         await talk.until(lambda: talk.app.screen is talk.screen)
         assert talk.screen.options.sampling.temperature == 0.5
         assert (talk.screen.options.max_tokens, talk.screen.options.think) == (100, "high")
@@ -363,7 +363,8 @@ async def test_theme_command(setup: Setup) -> None:
 
 async def test_the_chooser_lists_models_with_size_and_fit_and_loads_one(setup: Setup, tmp_path: Path) -> None:
     write_deepseek4(tmp_path / "tiny.gguf")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF nonsense")
+    (tmp_path / "broken[").mkdir()
+    (tmp_path / "broken[" / "b]\x1b[2J.gguf").write_bytes(b"GGUF nonsense")
     (tmp_path / "official").mkdir()
     (tmp_path / "official" / "config.json").write_text('{"model_type": "deepseek_v4", "n_routed_experts": 8}')
     (tmp_path / "official" / "a.safetensors").write_bytes(bytes(1000))
@@ -381,7 +382,9 @@ async def test_the_chooser_lists_models_with_size_and_fit_and_loads_one(setup: S
         assert rows["tiny.gguf"][1:2] == ["GGUF"]
         assert rows["tiny.gguf"][3] == "all in RAM"
         assert rows["official"][1:3] == ["checkpoint", "1000B"]
-        assert "broken.gguf" in rows["broken.gguf"][3]
+        assert "broken[/b]␛[2J.g" in rows["b]␛[2J.gguf"][3], "neither markup nor an escape sequence"
+        table.move_cursor(row=list(rows).index("b]␛[2J.gguf"))
+        await talk.until(lambda: "broken[/b]␛[2J" in str(screen.query_one("#dialog")._border_subtitle))
         table.move_cursor(row=list(rows).index("tiny.gguf"))
         await talk.press("enter")
         await talk.until(lambda: talk.engine.loads)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
+from textual.content import Content
 from textual.message import Message
 from textual.widgets import DataTable, Input, Static
 
@@ -58,26 +60,22 @@ class ModelsScreen(Dialog[Path]):
         note, model = self.query_one("#models-note", Static), event.model
         if model is None:
             where = ", ".join(visible_line(str(folder)) for folder in self._folders)
-            note.update(
-                f"{len(self._models)} found in {where}" if self._models else f"no models in {where}",
-            )
+            note.update(Content(f"{len(self._models)} found in {where}" if self._models else f"no models in {where}"))
             return
         key = str(model.path)
         self._models[key] = model
         mark = "● " if self._current is not None and model.path == self._current else ""
-        self.query_one(DataTable).add_row(
-            visible_line(mark + model.name, max_chars=28),
-            model.kind,
-            short_size(model.n_bytes),
-            visible_line(fit(model), max_chars=80),
-            key=key,
-        )
+        name, fits = visible_line(mark + model.name, max_chars=28), visible_line(fit(model), max_chars=80)
+        # A table would read plain strings as markup: a model named `x[/b]` would be an error.
+        cells = [Text(cell) for cell in (name, model.kind, short_size(model.n_bytes), fits)]
+        self.query_one(DataTable).add_row(*cells, key=key)
         note.update(f"{len(self._models)} found, still looking…")
 
     @on(DataTable.RowHighlighted)
     def show_path(self, event: DataTable.RowHighlighted) -> None:
         if event.row_key.value:
-            self.query_one("#dialog").border_subtitle = visible_line(str(event.row_key.value), max_chars=70)
+            path = visible_line(str(event.row_key.value), max_chars=70)
+            self.query_one("#dialog").border_subtitle = Content(path)
 
     @on(DataTable.RowSelected)
     def choose(self, event: DataTable.RowSelected) -> None:

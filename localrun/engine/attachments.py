@@ -1,9 +1,11 @@
-"""Text files that go with a message: read, and checked to be text."""
+"""Text files that go with a message: read, checked to be text, and put before what the user wrote."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from localrun.engine.conversation_export import fenced
 from localrun.engine.conversations import Attachment
 from localrun.errors import LocalrunError
 from localrun.units import format_size
@@ -41,3 +43,9 @@ def read_attachment(path: Path) -> Attachment:
     if "\0" in text:
         raise AttachmentError(f"{path}: not a text file", hint="the model reads text only")
     return Attachment(path.name, text)
+
+
+def with_attachments(attachments: Iterable[Attachment], text: str) -> str:
+    """What the model reads: each file with its name in a fence, then the text."""
+    parts = [f"File `{a.name}`:\n\n{fenced(a.text)}" for a in attachments]
+    return "\n\n".join([*parts, text])

@@ -80,6 +80,8 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
         text = args.text.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{args.text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise UsageError(f"{args.text}: the text is empty")
     options = replace(options, n_ctx=options.n_ctx or args.window)
     command = EvalText(text=text, window=args.window, max_tokens=args.max_tokens)
     if args.reference is None:
@@ -97,8 +99,12 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
         out.json({"model": str(model), "window": args.window, **values})
         return 0
     out.line(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens in windows of {args.window}")
-    if result.kl_mean is not None and result.kl_max is not None and result.top1_agreement is not None:
-        out.line(f"KL from the reference: mean {result.kl_mean:.6f}, largest {result.kl_max:.6f} nats")
+    if result.kl_mean is not None:
+        out.line(f"the reference's perplexity {result.reference_perplexity:.4f}")
+        out.line(
+            f"KL from the reference: mean {result.kl_mean:.6f}, median {result.kl_median:.6f}, 99th percentile "
+            f"{result.kl_p99:.6f}, largest {result.kl_max:.6f} nats"
+        )
         out.line(f"same most likely token: {result.top1_agreement:.2%}")
     return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +27,49 @@ class Scores:
 
     Attributes:
         nll: negative log-likelihood of the text, nats.
-        kl: KL(reference || model), nats.
+        reference_nll: the same of the reference.
+        kls: KL(reference || model) of each token, nats.
         n_same: positions with the reference's most likely token.
     """
 
     n_tokens: int = 0
     n_windows: int = 0
     nll: float = 0.0
-    kl: float = 0.0
-    kl_max: float = 0.0
+    reference_nll: float = 0.0
+    kls: list[float] = field(default_factory=list)
     n_same: int = 0
     has_reference: bool = False
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll / self.n_tokens)
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Against the reference; None without one."""
+        if not self.has_reference:
+            return None
+        kls = np.array(self.kls)
+        return Comparison(
+            reference_perplexity=math.exp(self.reference_nll / self.n_tokens),
+            kl_mean=float(kls.mean()),
+            kl_median=float(np.median(kls)),
+            kl_p99=float(np.quantile(kls, 0.99)),
+            kl_max=float(kls.max()),
+            top1_agreement=self.n_same / self.n_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a model's distributions are from a reference's: KL(reference || model) in nats over tokens."""
+
+    reference_perplexity: float
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
 
 
 def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:
@@ -79,36 +107,56 @@ def evaluate(
     scores = Scores(has_reference=reference_folder is not None)
     for number, piece in enumerate(windows(tokens, window)):
         session.reset()
-        # The last token is predicted and never fed.
-        logits = np.concatenate(list(session.feed_all_logits([begin, *piece[:-1]])))  # (T, V)
         targets = np.asarray(piece)
-        add_window(scores, logits, targets, _read(reference_folder, number, targets) if reference_folder else None)
-        if save_folder is not None:
-            np.save(save_folder / f"window_{number}.npy", logits)
-            np.save(save_folder / f"tokens_{number}.npy", targets)
+        reference = _read(reference_folder, number, targets) if reference_folder else None
+        saved = _Saved(save_folder, number, targets) if save_folder else None
+        at = 0
+        # The last token is predicted and never fed. A batch's logits at a time: with 129,280 tokens of vocabulary a window's
+        # would take gigabytes.
+        for logits in session.feed_all_logits([begin, *piece[:-1]]):
+            rows = slice(at, at + len(logits))
+            if reference is not None and reference.shape != (len(piece), logits.shape[1]):
+                raise FormatError(
+                    f"the reference's logits are {reference.shape}, the model's {(len(piece), logits.shape[1])}: "
+                    "not the same vocabulary"
+                )
+            add_rows(scores, logits, targets[rows], None if reference is None else reference[rows])
+            if saved is not None:
+                saved.write(rows, logits)
+            at += len(logits)
+        scores.n_windows += 1
         if progress is not None:
             progress(scores.n_tokens, len(tokens))
     session.reset()
     return scores
 
 
-def add_window(scores: Scores, logits: F32, targets: npt.NDArray[np.int64], reference: F32 | None) -> None:
-    """Adds one window: logits (T, V), the T tokens they should have predicted, the reference's logits (T, V)."""
-    if reference is not None and reference.shape != logits.shape:
-        raise FormatError(
-            f"the reference's logits are {reference.shape}, the model's {logits.shape}: not the same vocabulary"
-        )
-    for row, target in enumerate(targets):  # row by row: a window in float64 would take gigabytes
+def add_rows(scores: Scores, logits: F32, targets: npt.NDArray[np.int64], reference: F32 | None) -> None:
+    """Adds logits (T, V), the T tokens they should have predicted, the reference's logits (T, V)."""
+    for row, target in enumerate(targets):  # row by row: a batch in float64 would take gigabytes
         q = log_softmax(logits[row])
         scores.nll -= float(q[target])
         if reference is not None:
             p = log_softmax(reference[row])
-            kl = float((np.exp(p) * (p - q)).sum())
-            scores.kl += kl
-            scores.kl_max = max(scores.kl_max, kl)
+            scores.reference_nll -= float(p[target])
+            scores.kls.append(float((np.exp(p) * (p - q)).sum()))
             scores.n_same += int(p.argmax() == q.argmax())
     scores.n_tokens += len(targets)
-    scores.n_windows += 1
+
+
+class _Saved:
+    """One window's logits on the disk, for another model's run; written batch by batch."""
+
+    def __init__(self, folder: Path, number: int, targets: npt.NDArray[np.int64]) -> None:
+        self._path, self._n_rows = folder / f"window_{number}.npy", len(targets)
+        self._rows: npt.NDArray[np.float32] | None = None
+        np.save(folder / f"tokens_{number}.npy", targets)
+
+    def write(self, rows: slice, logits: F32) -> None:
+        if self._rows is None:
+            shape = (self._n_rows, logits.shape[1])
+            self._rows = np.lib.format.open_memmap(self._path, mode="w+", dtype=np.float32, shape=shape)
+        self._rows[rows] = logits
 
 
 def log_softmax(logits: F32) -> F64:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -245,17 +245,15 @@ class Host:
                 reference_folder=Path(command.reference_folder) if command.reference_folder else None,
                 progress=report,
             )
-        n, compared = scores.n_tokens, scores.has_reference
+        compared = scores.comparison
         self._send(
             EvalTextResult(
                 request=command.request,
-                n_tokens=n,
+                n_tokens=scores.n_tokens,
                 n_windows=scores.n_windows,
                 perplexity=scores.perplexity,
                 elapsed_s=time.perf_counter() - start,
-                kl_mean=scores.kl / n if compared else None,
-                kl_max=scores.kl_max if compared else None,
-                top1_agreement=scores.n_same / n if compared else None,
+                **(asdict(compared) if compared is not None else {}),
             )
         )
 

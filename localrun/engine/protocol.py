@@ -417,15 +417,19 @@ class EvalTextResult(Event):
     Attributes:
         n_tokens: tokens that were predicted.
         perplexity: exp of the mean negative log-likelihood.
-        kl_mean, kl_max: KL(reference || model) in nats over positions; None without a reference.
-        top1_agreement: share of positions with the reference's most likely token; None without a reference.
+        reference_perplexity: of the reference; None without one, like all that follows.
+        kl_mean, kl_median, kl_p99, kl_max: KL(reference || model) in nats over positions.
+        top1_agreement: share of positions with the reference's most likely token.
     """
 
     n_tokens: int
     n_windows: int
     perplexity: float
     elapsed_s: float
+    reference_perplexity: float | None = None
     kl_mean: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
     kl_max: float | None = None
     top1_agreement: float | None = None
 

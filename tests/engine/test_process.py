@@ -256,7 +256,8 @@ def test_text_is_compared_with_a_saved_reference(engine: EngineProcess, tmp_path
     *_, compared = engine.evaluate_text(replace(command, save_folder=None, reference_folder=str(tmp_path)))
     assert isinstance(compared, EvalTextResult)
     assert compared.perplexity == plain.perplexity
-    assert compared.kl_mean == 0
+    assert compared.reference_perplexity == plain.perplexity
+    assert (compared.kl_mean, compared.kl_median, compared.kl_p99, compared.kl_max) == (0, 0, 0, 0)
     assert compared.top1_agreement == 1
 
 

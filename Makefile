@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup chat test check format clean
+.PHONY: help setup chat test check format bundle test-bundle clean
 
 help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
@@ -11,6 +11,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import directions"
 	@echo "make format  format the code"
+	@echo "make bundle  a folder and a tar under dist/ for machines without a network"
+	@echo "make test-bundle  install that where there is no network, and use every command"
 	@echo "make clean   remove .venv and caches"
 
 setup:
@@ -31,6 +33,12 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bundle: setup
+	$(BIN)/python -m tools.bundle $(BUNDLE_ARGS)
+
+test-bundle: bundle
+	$(BIN)/python -m tools.bundle.prove
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from localrun.quant.convert import ConversionResult, Progress
     from localrun.quant.plan import ConversionPlan
 
-DENSE_CHOICES = ("q8_0", "bf16", "f32")
-BASE_CHOICES = ("mxfp4", "q8_0", "bf16", "f32")
+DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
+BASE_CHOICES = (
+    *("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs"),
+    *("q2_k", "iq2_s", "iq2_xs", "iq2_xxs", "bf16", "f32"),
+)
 """Repeated from `quant.plan`, so that `--help` need not load it; a test compares them."""
 
 EXAMPLES = """\
@@ -44,16 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DENSE_CHOICES,
         default="q8_0",
         metavar="TYPE",
-        help="type of FP8 attention and shared-expert matrices: q8_0 (default), or exact: bf16, f32",
+        help="type of FP8 attention and shared-expert matrices: q8_0 (default), smaller: q6_k, q5_k, q4_k, exact: bf16, f32",
     )
     parser.add_argument(
         "--base",
         choices=BASE_CHOICES,
         default=None,
         metavar="TYPE",
-        help="type of the experts: mxfp4 (default for FP4 checkpoints, exact), q8_0 (default for FP8), bf16, f32",
+        help="type of the experts: mxfp4 (default for FP4 checkpoints, exact), q8_0 (default for FP8), smaller:"
+        " q4_k, iq4_xs, q3_k, iq3_s, iq3_xxs, q2_k, iq2_s, iq2_xs, iq2_xxs, larger: q5_k, q6_k, bf16, f32",
     )
-    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="threads that read, convert and write (8)")
+    parser.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="threads that read, convert and write (8, or one per core)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the source, print sizes and the plan, write nothing"
     )

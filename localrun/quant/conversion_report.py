@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 import localrun
 from localrun.quant.formats import Loss
 from localrun.quant.journal import PartResult
-from localrun.quant.manifest import Manifest, ModelFile, checksum
+from localrun.quant.manifest import Manifest, ModelFile, Overlay, OverlayStack, checksum
 from localrun.quant.plan import ConversionPlan, PlannedTensor
 
 
@@ -30,6 +30,7 @@ class PlanLine:
 
 _EXACT = {
     ("I8", GGMLQuantizationType.MXFP4),
+    ("I8", GGMLQuantizationType.BF16),
     ("BF16", GGMLQuantizationType.BF16),
     ("F8_E4M3", GGMLQuantizationType.BF16),
     ("I64", GGMLQuantizationType.I32),
@@ -80,15 +81,41 @@ def build_manifest(
             experts.setdefault(tensor.layer, ([], [], []))[tensor.projection].extend(digests)
         else:
             (tensors[name],) = digests
-    rounding = {key: {"relative_rms": loss.relative_rms} for key, loss in sorted(losses.items())}
     return Manifest(
         files=(ModelFile(file_name, plan.file_size, checksum(plan.header)),),
         tensors=tensors,
         experts=experts,
-        source={**source_facts(plan, done), "rounding": rounding},
+        source={**source_facts(plan, done), "rounding": _rounding(losses)},
         tools={"localrun": localrun.__version__},
         options=options,
     )
+
+
+def _rounding(losses: Mapping[str, Loss]) -> dict[str, object]:
+    return {key: {"relative_rms": loss.relative_rms} for key, loss in sorted(losses.items())}
+
+
+def overlay_section(
+    plan: ConversionPlan,
+    file_name: str,
+    done: Mapping[int, PartResult],
+    options: Mapping[str, str],
+    losses: Mapping[str, Loss],
+) -> Overlay:
+    """What the manifest says of a finished overlay; `done` has a result for every part."""
+    checksums: dict[tuple[int, str], list[list[str]]] = {}
+    ids: dict[tuple[int, str], tuple[int, ...]] = {}
+    number = 0
+    for tensor in plan.tensors.values():
+        key = (tensor.layer, tensor.info.type.name.lower())
+        checksums.setdefault(key, []).append([done[number + i].checksum for i in range(len(tensor.parts))])
+        ids[key] = tuple(part.expert[1] for part in tensor.parts if part.expert is not None)
+        number += len(tensor.parts)
+    experts: dict[int, dict[str, OverlayStack]] = {}
+    for (layer, kind), (gate, up, down) in checksums.items():
+        experts.setdefault(layer, {})[kind] = OverlayStack(ids[layer, kind], (gate, up, down))
+    file = ModelFile(file_name, plan.file_size, checksum(plan.header))
+    return Overlay((file,), experts, options, _rounding(losses))
 
 
 def source_facts(plan: ConversionPlan, done: Mapping[int, PartResult]) -> dict[str, object]:

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
@@ -41,7 +41,7 @@ WORK_NAME = ".convert"
 SLICE_BYTES = 8 << 20
 """Upper bound for what a thread reads, and for what it writes, at a time: 2-4 MiB pieces reach an NVMe's full speed."""
 
-DEFAULT_JOBS = 8
+DEFAULT_JOBS = max(8, os.cpu_count() or 1)
 """Reads and writes in flight; one leaves a third of an NVMe idle. Threads, so at most a core's worth each of conversion."""
 
 _SYNC_SECONDS = 3.0
@@ -129,24 +129,45 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
-    """Bytes that must still be allocated for the output.
+    """Bytes that must still be allocated for the output; see `Place.check_space`."""
+    return Place(target / MODEL_NAME, target / WORK_NAME).check_space(plan)
 
-    Raises:
-        DiskSpaceError: more than the disk has.
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file is made.
+
+    Attributes:
+        final: its path, which appears when all of it is on the disk.
+        work: folder of the unfinished file and its journal.
     """
-    if (target / MODEL_NAME).exists():
-        return 0
-    partial = target / WORK_NAME / (MODEL_NAME + ".partial")
-    allocated = partial.stat().st_blocks * 512 if partial.exists() else 0
-    needed = max(0, plan.file_size - allocated) + _SPARE_BYTES
-    folder = next(folder for folder in (target, *target.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{target}: needs {format_size(needed)}, the disk has {format_size(free)} free",
-            hint=f"free {format_size(needed - free)}, or choose a directory on another disk",
-        )
-    return needed
+
+    final: Path
+    work: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.work / (self.final.name + ".partial")
+
+    def check_space(self, plan: ConversionPlan) -> int:
+        """Bytes that must still be allocated for the output.
+
+        Raises:
+            DiskSpaceError: more than the disk has.
+        """
+        if self.final.exists():
+            return 0
+        allocated = self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
+        needed = max(0, plan.file_size - allocated) + _SPARE_BYTES
+        target = self.final.parent
+        folder = next(folder for folder in (target, *target.resolve().parents) if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise DiskSpaceError(
+                f"{target}: needs {format_size(needed)}, the disk has {format_size(free)} free",
+                hint=f"free {format_size(needed - free)}, or choose a directory on another disk",
+            )
+        return needed
 
 
 def convert(
@@ -193,31 +214,59 @@ def write_plan(
         FormatError: a weight that the target type can't hold (NaN); what is done so far stays and is used again.
     """
     check_target(plan.checkpoint.path, target)
-    check_space(plan, target)
-    created = not target.exists()
-    work_folder = target / WORK_NAME
     options = {"dense": plan.options.dense.name.lower(), "base": _base_name(plan)}
+    if plan.options.importance is not None:
+        options["imatrix"] = plan.options.importance.digest
+
+    def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
+        write_manifest(build_manifest(plan, MODEL_NAME, done, options, losses), target)
+
+    created = not target.exists()
+    place = Place(target / MODEL_NAME, target / WORK_NAME)
+    try:
+        return write_file(plan, place, options, publish, jobs=jobs, progress=progress)
+    finally:
+        if created and not any(place.work.glob("*.partial")) and not place.final.exists():
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def write_file(
+    plan: ConversionPlan,
+    place: Place,
+    options: Mapping[str, str],
+    publish: Callable[[Mapping[int, PartResult], Mapping[str, Loss]], None],
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Callable[[Progress], None] | None = None,
+) -> ConversionResult:
+    """Writes a plan's file, or finishes what an earlier run began.
+
+    Args:
+        options: the user's choices by option name; an unfinished file that was begun with others is refused.
+        publish: tells the world, once the file is whole and in place: results of all parts by number, and what rounding changed.
+
+    Raises:
+        As `write_plan`.
+    """
+    place.check_space(plan)
     facts = {
         "source": str(plan.checkpoint.path.resolve()),
         "identity": plan.checkpoint.identity,
         "plan": plan.digest,
     }
     try:
-        journal = Journal(work_folder, options, facts)
+        journal = Journal(place.work, options, facts)
     except OSError as e:
         if isinstance(e, LocalrunError):
             raise
-        raise StoreError(f"{work_folder}: {e.strerror}") from e
+        raise StoreError(f"{place.work}: {e.strerror}") from e
     try:
-        run = _Run(plan, work_folder, journal, jobs, progress)
-        result = run.execute(target / MODEL_NAME)
-        write_manifest(build_manifest(plan, MODEL_NAME, journal.done, options, result.losses), target)
+        result = _Run(plan, place, journal, jobs, progress).execute()
+        publish(journal.done, result.losses)
     finally:
         journal.close()
-        if created and not any(work_folder.glob("*.partial")) and not (target / MODEL_NAME).exists():
-            shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(work_folder)
-    return replace(result, path=target)
+    shutil.rmtree(place.work)
+    return replace(result, path=place.final.parent)
 
 
 def _base_name(plan: ConversionPlan) -> str:
@@ -235,13 +284,13 @@ class _Run:
     def __init__(
         self,
         plan: ConversionPlan,
-        work_folder: Path,
+        place: Place,
         journal: Journal,
         jobs: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._plan = plan
-        self._partial = work_folder / (MODEL_NAME + ".partial")
+        self._partial, self._final = place.partial, place.final
         self._journal = journal
         self._jobs = max(1, jobs)
         self._progress = progress
@@ -257,8 +306,8 @@ class _Run:
         self._resumed = sum(w.part.n_bytes for w in self._work if w.number in journal.done)
         self._total = sum(w.part.n_bytes for w in self._work)
 
-    def execute(self, final: Path) -> ConversionResult:
-        start = time.perf_counter()
+    def execute(self) -> ConversionResult:
+        start, final = time.perf_counter(), self._final
         # A run that was killed after the rename has a whole journal, no partial file, and only lacks its manifest.
         complete = len(self._journal.done) == len(self._work) and final.exists() and not self._partial.exists()
         if not complete:
@@ -369,6 +418,7 @@ class _Pipeline:
     def __init__(self, plan: ConversionPlan, readers: list[DirectReader], writer: DirectWriter) -> None:
         self._readers = readers
         self._writer = writer
+        self._importance = plan.options.importance
         self._weights, self._scales, self._out = AlignedBuffer(), AlignedBuffer(), AlignedBuffer()
 
     def run(self, work: _Work, stop: threading.Event, count: Callable[[int, int], None]) -> PartResult | None:
@@ -376,6 +426,7 @@ class _Pipeline:
         part = work.part
         output, weights, scales = xxhash.xxh3_64(), xxhash.xxh3_64(), xxhash.xxh3_64()
         loss: Loss | None = None
+        importance = part.importance(self._importance)
         step = slice_rows(part)
         for first in range(0, part.n_out, step):
             if stop.is_set():
@@ -393,7 +444,7 @@ class _Pipeline:
             begin, n_bytes = work.offset + part.output_bytes(first), part.output_bytes(n_rows)
             memory = self._out.array(n_bytes + ALIGNMENT)
             slice_loss = part.convert(
-                n_rows, weight, scale, memory[:n_bytes], f"{reader.path}: {part.source.spec.name}"
+                n_rows, weight, scale, memory[:n_bytes], f"{reader.path}: {part.source.spec.name}", importance
             )
             if slice_loss is not None:
                 loss = slice_loss if loss is None else loss + slice_loss

@@ -5,7 +5,9 @@
     FP8 + E8M0 / 128²   BF16     exact
     FP8 + E8M0 / 128²   Q8_0     ggml's reference rounding; the loss is measured on every weight
     FP8, FP4, BF16, F32 F32      exact
+    FP4                 BF16     exact
     F32, BF16           Q8_0, BF16 (F32 only), or copied
+    FP8, FP4, BF16, F32 K, IQ    decoded to F32, quantized by `ggml_quantize` or `k_quantize`; the loss is measured
     I64                 I32      exact, range checked
 
 A weight that the target can't represent (NaN, beyond F32, below BF16's smallest step) is an error, never a silent change.
@@ -18,7 +20,7 @@ Layouts (element j of a block of 32 unless said otherwise):
   Q8_0 block, 34 bytes: F16 scale d = max|x|/127, then 32 int8 round(x/d), halves away from zero (quantize_row_q8_0_ref).
 
 Conversions release the interpreter lock and use one thread: callers bring the threads. Notable departure: whole arrays are never
-decoded to F32 first; a block at a time stays in the first-level cache.
+decoded to F32 first; a block at a time stays in the first-level cache, for K and IQ types some rows in the second.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from gguf import GGMLQuantizationType
 
 from localrun.errors import FormatError
 from localrun.quant import format_kernels as kernels
+from localrun.quant import ggml_quantize
 from localrun.quant.gguf_file import tensor_bytes
 from localrun.quant.source import Encoding, Projection
 
@@ -142,6 +145,7 @@ class Rows:
         n_out, n_in: rows and logical row length.
         where: `file: tensor` for messages.
         limit: integers must lie below it.
+        importance: what a squared error in a column counts, for types that are searched for; None: all alike.
     """
 
     dtype: str
@@ -151,6 +155,7 @@ class Rows:
     n_in: int
     where: str
     limit: int = 1 << 31
+    importance: npt.NDArray[np.float32] | None = None
 
 
 def _view(data: Bytes, dtype: type[Any]) -> npt.NDArray[Any]:
@@ -248,10 +253,69 @@ def _convert_integers(rows: Rows, out: Bytes) -> None:
     out.view(np.int32)[:] = values
 
 
+_CHUNK_WEIGHTS = 1 << 17
+"""Weights that are decoded at a time: half a MiB of F32 and its copy stay in a core's second-level cache."""
+
+
+def _convert_fp4_bf16(rows: Rows, out: Bytes) -> None:
+    # FP4's smallest step times the smallest scale, 2^-128, is a multiple of BF16's smallest, 2^-133.
+    _check_fp4(rows.weight, rows.scale, rows.where)
+    values = np.empty(rows.n_out * rows.n_in, np.float32)
+    kernels.fp4_to_f32(rows.weight, rows.scale, _MAGNITUDES_FP4, values)
+    kernels.f32_to_bf16(values.view(np.uint32), out.view(np.uint16))
+
+
+def _convert_by_search(rows: Rows, target: GGMLQuantizationType, out: Bytes) -> Loss:
+    """Decodes a few rows at a time to F32, quantizes them and measures what that changed."""
+    _check_source(rows)
+    weights = ggml_quantize.prepare_weights(rows.importance, rows.n_in, target, rows.where)
+    # A power of two up to 128: FP8's scales change every 128 rows.
+    step = 1 << max(0, min(7, (_CHUNK_WEIGHTS // rows.n_in).bit_length() - 1))
+    values, back = np.empty((step, rows.n_in), np.float32), np.empty(step * rows.n_in, np.float32)
+    row, loss = out.size // rows.n_out, Loss()
+    for first in range(0, rows.n_out, step):
+        count = min(step, rows.n_out - first)
+        chunk, decoded = values[:count], back[: count * rows.n_in]
+        _decode_chunk(rows, first, count, chunk.reshape(-1))
+        written = out[first * row : (first + count) * row]
+        ggml_quantize.quantize_rows(chunk, target, weights, written, rows.where)
+        ggml_quantize.dequantize_rows(written, target, decoded)
+        loss += Loss(*kernels.squared_error(chunk.reshape(-1), decoded))
+    return loss
+
+
+def _check_source(rows: Rows) -> None:
+    if rows.dtype == "I8":
+        _check_fp4(rows.weight, rows.scale, rows.where)
+    elif rows.dtype == "F8_E4M3":
+        _check_fp8(rows.weight, rows.scale, rows.n_out, rows.n_in, False, rows.where)
+    else:
+        _check_nan(_view(rows.weight, np.uint16 if rows.dtype == "BF16" else np.uint32), rows.where)
+
+
+def _decode_chunk(rows: Rows, first: int, count: int, out: npt.NDArray[np.float32]) -> None:
+    """Rows `first..first + count` in F32; for FP8 they must lie in one block of 128."""
+    size = row_bytes(rows.dtype, rows.n_in)
+    weight = rows.weight[first * size : (first + count) * size]
+    if rows.dtype == "I8":
+        blocks = rows.n_in // 32
+        scale = rows.scale[first * blocks : (first + count) * blocks]
+        kernels.fp4_to_f32(weight, scale, _MAGNITUDES_FP4, out)
+    elif rows.dtype == "F8_E4M3":
+        blocks = -(-rows.n_in // 128)
+        scale = rows.scale[first // 128 * blocks :][:blocks]
+        kernels.fp8_to_f32(weight, scale, count, rows.n_in, _row_buffer(), out)
+    elif rows.dtype == "BF16":
+        kernels.bf16_to_f32(_view(weight, np.uint16), out.view(np.uint32))
+    else:
+        out[:] = _view(weight, np.float32)
+
+
 _T = GGMLQuantizationType
 _CONVERSIONS: dict[tuple[str, GGMLQuantizationType], Callable[[Rows, Bytes], Loss | None]] = {
     ("I8", _T.MXFP4): _convert_fp4_mxfp4,
     ("I8", _T.F32): _convert_fp4_f32,
+    ("I8", _T.BF16): _convert_fp4_bf16,
     ("F8_E4M3", _T.F32): _convert_fp8_f32,
     ("F8_E4M3", _T.BF16): _convert_fp8_bf16,
     ("F8_E4M3", _T.Q8_0): _convert_fp8_q8_0,
@@ -264,11 +328,12 @@ _CONVERSIONS: dict[tuple[str, GGMLQuantizationType], Callable[[Rows, Bytes], Los
     ("I64", _T.I32): _convert_integers,
     ("I32", _T.I32): _convert_integers,
 }
+_NUMBERS = ("I8", "F8_E4M3", "BF16", "F32")
 
 
 def can_convert(dtype: str, target: GGMLQuantizationType) -> bool:
     """Whether `convert_rows` knows the pair."""
-    return (dtype, target) in _CONVERSIONS
+    return (dtype, target) in _CONVERSIONS or (dtype in _NUMBERS and target in ggml_quantize.TYPES)
 
 
 def convert_rows(rows: Rows, target: GGMLQuantizationType, out: Bytes) -> Loss | None:
@@ -285,7 +350,8 @@ def convert_rows(rows: Rows, target: GGMLQuantizationType, out: Bytes) -> Loss |
     Raises:
         FormatError: a NaN, or a value that the target can't hold.
     """
-    return _CONVERSIONS[rows.dtype, target](rows, out)
+    special = _CONVERSIONS.get((rows.dtype, target))
+    return _convert_by_search(rows, target, out) if special is None else special(rows, out)
 
 
 _ENCODED_DTYPE = {Encoding.FP4: "I8", Encoding.FP8: "F8_E4M3"}

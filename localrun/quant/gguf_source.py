@@ -22,12 +22,13 @@ import numpy.typing as npt
 import xxhash
 from gguf import GGUFValueType
 
-from localrun.errors import FormatError, StoreError
+from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.deepseek4_layout import ARCHITECTURE as DEEPSEEK4
 from localrun.quant.deepseek4_layout import Deepseek4Shape, check_deepseek4
 from localrun.quant.gguf_checks import EXPERT_STACK, check_common, check_dense_types, drop_next_token_layers, moe_layers
-from localrun.quant.gguf_file import GgufFile, GgufValue, build_header, read_gguf
-from localrun.quant.manifest import MANIFEST_NAME, Manifest, read_manifest
+from localrun.quant.gguf_file import GgufFile, GgufTensor, GgufValue, build_header, read_gguf
+from localrun.quant.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
+from localrun.quant.overlay_index import OverlayIndex, stack_name
 from localrun.quant.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
@@ -52,10 +53,12 @@ class GgufSource:
         metadata: dict[str, GgufValue],
         tensors: dict[str, TensorInfo],
         manifest: Manifest | None,
+        overlay: GgufFile | None = None,
     ) -> None:
         self._path = path
-        self._parts = tuple(parts)
-        self._files = tuple(part.path for part in parts)
+        self._base_parts = tuple(parts)
+        self._parts = self._base_parts if overlay is None else (*parts, overlay)
+        self._files = tuple(part.path for part in self._parts)
         self._where = {
             name: (index, tensor) for index, part in enumerate(parts) for name, tensor in part.tensors.items()
         }
@@ -74,8 +77,12 @@ class GgufSource:
             check_dense_types(self._files[0], tensors)
             self._tie_output()
         self._manifest = manifest
+        self._overlay: OverlayIndex | None = None
         if manifest is not None:
             self._check_manifest(manifest)
+            if overlay is not None:
+                self._overlay = OverlayIndex(overlay, manifest, self._moe_layers)
+                self._moe_layers = {n: self._overlay.describe(layer) for n, layer in self._moe_layers.items()}
         self._metadata = _PlainValues(metadata)
         self._identity = self._digest()
 
@@ -93,14 +100,17 @@ class GgufSource:
         if manifest is not None and not path.is_dir() and path.name not in {file.name for file in manifest.files}:
             # Somebody else's file that lies beside a converted model.
             manifest = None
+        overlay = None
         if manifest is not None:
-            paths = _manifest_files(manifest_path, manifest)
+            paths = _manifest_files(manifest_path, manifest.files)
+            if manifest.overlay is not None:
+                overlay = _read_overlay(_manifest_files(manifest_path, manifest.overlay.files))
         else:
             paths = _split_files(_only_model(path) if path.is_dir() else path)
         parts = _read_parts(paths)
         metadata, tensors = _merge(parts)
         metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
-        return cls(path, parts, metadata, tensors, manifest)
+        return cls(path, parts, metadata, tensors, manifest, overlay)
 
     @property
     def path(self) -> Path:
@@ -112,7 +122,7 @@ class GgufSource:
 
     @property
     def parts(self) -> Sequence[GgufFile]:
-        """The checked headers behind `files`, in the same order."""
+        """The checked headers behind `files`, in the same order: the base's, then the overlay's."""
         return self._parts
 
     @property
@@ -142,7 +152,7 @@ class GgufSource:
         return self._identity
 
     def gguf_header(self) -> bytes:
-        return build_header(self._typed, list(self._tensors.values()), self._parts[0].alignment)
+        return build_header(self._typed, list(self._tensors.values()), self._base_parts[0].alignment)
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         """All bytes of a dense tensor; the array is the caller's.
@@ -165,25 +175,41 @@ class GgufSource:
         return Extent(index, tensor.offset, tensor.info.n_bytes)
 
     def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The better copy where the overlay has one, else the base's.
+
+        Raises:
+            IndexError: the layer has fewer experts.
+        """
+        base = self.base_expert(layer, expert)
+        copy = None if self._overlay is None else self._overlay.copies.get(layer, {}).get(expert)
+        if copy is None:
+            return base
+        kind, number = copy
+        assert self._manifest is not None
+        assert self._manifest.overlay is not None
+        stack = self._manifest.overlay.experts[layer][kind.name.lower()]
+        index, part = len(self._base_parts), self._parts[-1]
+        gate, up, down = (
+            _slice(index, part.tensors[stack_name(layer, i, kind)], number, stack.checksums[i][number])
+            for i in range(len(PROJECTIONS))
+        )
+        return gate, up, down
+
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The copy that every expert has.
+
+        Raises:
+            IndexError: the layer has fewer experts.
+        """
         shape = self._moe_layers[layer]
         if not 0 <= expert < shape.n_experts:
             raise IndexError(f"layer {layer} has experts 0 to {shape.n_experts - 1}, asked for {expert}")
         checksums = self._manifest.experts[layer] if self._manifest is not None else None
         gate, up, down = (
-            self._projection(name, expert, checksums[index][expert] if checksums else None)
+            _slice(*self._where[name], expert, checksums[index][expert] if checksums else None)
             for index, name in enumerate(self._experts[layer])
         )
         return gate, up, down
-
-    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
-        return self.expert(layer, expert)
-
-    def _projection(self, name: str, expert: int, checksum: str | None) -> Projection:
-        index, tensor = self._where[name]
-        n_in, n_out, n_experts = tensor.info.shape
-        n_bytes = tensor.info.n_bytes // n_experts
-        extent = Extent(index, tensor.offset + expert * n_bytes, n_bytes)
-        return Projection(tensor.info.type, n_out, n_in, Encoding.GGML, (extent,), n_bytes, checksum)
 
     def _tie_output(self) -> None:
         embedding = self._where.get("token_embd.weight")
@@ -217,7 +243,7 @@ class GgufSource:
         """A checksum for exactly what is there."""
         where = self._files[0].parent / MANIFEST_NAME
         stacks = [stack for name in self._where if (stack := EXPERT_STACK.fullmatch(name))]
-        dense = {name for part in self._parts for name in part.tensors} - {stack[0] for stack in stacks}
+        dense = {name for part in self._base_parts for name in part.tensors} - {stack[0] for stack in stacks}
         for problem, names in (
             ("no checksum for tensor", dense - manifest.tensors.keys()),
             ("checksum of an unknown tensor", manifest.tensors.keys() - dense),
@@ -271,6 +297,14 @@ class _PlainValues(Mapping[str, object]):
 
     def __len__(self) -> int:
         return len(self._typed)
+
+
+def _slice(file: int, tensor: GgufTensor, number: int, checksum: str | None) -> Projection:
+    """One expert of a stack."""
+    n_in, n_out, n_experts = tensor.info.shape
+    n_bytes = tensor.info.n_bytes // n_experts
+    extent = Extent(file, tensor.offset + number * n_bytes, n_bytes)
+    return Projection(tensor.info.type, n_out, n_in, Encoding.GGML, (extent,), n_bytes, checksum)
 
 
 def _open(path: Path) -> int:
@@ -332,9 +366,15 @@ def _split_files(path: Path) -> list[Path]:
     return paths
 
 
-def _manifest_files(manifest_path: Path, manifest: Manifest) -> list[Path]:
+def _read_overlay(paths: Sequence[Path]) -> GgufFile:
+    if len(paths) != 1:
+        raise UnsupportedModelError(f"{paths[0]}: an overlay of {len(paths)} files", hint="update localrun")
+    return read_gguf(paths[0])
+
+
+def _manifest_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
     paths = []
-    for file in manifest.files:
+    for file in files:
         path = manifest_path.parent / file.name
         if not path.is_file():
             raise FormatError(f"{path}: missing, but listed in {manifest_path.name}", hint=_DAMAGED)

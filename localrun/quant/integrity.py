@@ -7,7 +7,7 @@ must not hide another.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ from pathlib import Path
 from threading import local
 
 import xxhash
+from gguf import GGMLQuantizationType
 
 from localrun.errors import StoreError
 from localrun.quant.direct_io import AlignedBuffer, DirectReader
 from localrun.quant.gguf_checks import EXPERT_STACK
 from localrun.quant.gguf_source import GgufSource
-from localrun.quant.manifest import Manifest
+from localrun.quant.manifest import Manifest, Overlay
+from localrun.quant.overlay_index import stack_name
 from localrun.quant.source import PROJECTIONS
 
 READS_IN_FLIGHT = 8
@@ -64,21 +66,37 @@ class Damage:
 def planned_checks(source: GgufSource, manifest: Manifest) -> list[Check]:
     """Everything that the manifest has a checksum for, in file order."""
     checks = []
+    overlay = manifest.overlay
+    files = manifest.files if overlay is None else (*manifest.files, *overlay.files)
+    stacks = _overlay_stacks(overlay) if overlay is not None else {}
     for file, part in enumerate(source.parts):
-        checks.append(Check(file, 0, part.data_offset, HEADER, None, manifest.files[file].header_checksum))
+        checks.append(Check(file, 0, part.data_offset, HEADER, None, files[file].header_checksum))
         for tensor in part.tensors.values():
             name, offset, n_bytes = tensor.info.name, tensor.offset, tensor.info.n_bytes
-            stack = EXPERT_STACK.fullmatch(name)
-            if stack is None:
+            if name in stacks:
+                experts, digests = stacks[name]
+            elif stack := EXPERT_STACK.fullmatch(name):
+                digests = manifest.experts[int(stack[1])][PROJECTIONS.index(stack[2])]
+                experts = range(len(digests))
+            else:
                 checks.append(Check(file, offset, n_bytes, name, None, manifest.tensors[name]))
                 continue
-            digests = manifest.experts[int(stack[1])][PROJECTIONS.index(stack[2])]
-            slice_bytes = n_bytes // len(digests)
+            size = n_bytes // len(digests)
             checks += [
-                Check(file, offset + expert * slice_bytes, slice_bytes, name, expert, digest)
-                for expert, digest in enumerate(digests)
+                Check(file, offset + number * size, size, name, expert, digest)
+                for number, (expert, digest) in enumerate(zip(experts, digests, strict=True))
             ]
     return sorted(checks, key=lambda check: (check.file, check.offset))
+
+
+def _overlay_stacks(overlay: Overlay) -> dict[str, tuple[Sequence[int], Sequence[str]]]:
+    """Expert numbers and checksums by the overlay's tensor names."""
+    return {
+        stack_name(layer, projection, GGMLQuantizationType[kind.upper()]): (stack.ids, stack.checksums[projection])
+        for layer, by_type in overlay.experts.items()
+        for kind, stack in by_type.items()
+        for projection in range(len(PROJECTIONS))
+    }
 
 
 def verify(

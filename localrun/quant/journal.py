@@ -139,10 +139,11 @@ class Journal:
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What differs between two states, in the user's words."""
+    was, now = before["options"], after["options"]
     changes = [
-        f"--{name} was {before['options'].get(name)} and is {value} now"
-        for name, value in after["options"].items()
-        if before["options"].get(name) != value
+        f"--{name} was {was.get(name, 'not given')} and is {now.get(name, 'not given')} now"
+        for name in (*now, *(name for name in was if name not in now))
+        if was.get(name) != now.get(name)
     ]
     if before.get("identity") != after["identity"]:
         moved = before.get("source") != after["source"]

@@ -1,5 +1,8 @@
 """`localrun.json`: what a converted model's folder holds and the checksum of everything in it.
 
+The base is described by `files`, `tensors` and `experts`, an overlay with better copies by `overlay`. `tiers`, `profile` and
+`report` are JSON of those who choose the copies and measure the result; this module only keeps them.
+
 Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder.
 Knows JSON and digests; knows nothing about GGUF. Checksums are xxh3_64 as 16 hex digits: they find damage, they don't
 protect against somebody who forges a file.
@@ -7,6 +10,7 @@ protect against somebody who forges a file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -30,7 +34,9 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _HEX = re.compile(r"(?:[0-9a-f]{16})*")
 _REQUIRED_KEYS = {"format", "version", "files", "tensors", "experts"}
-_OPTIONAL_KEYS = {"source", "tools", "options"}
+_FREE_KEYS = ("tiers", "profile", "report")
+_OVERLAY_KEYS = {"files", "experts", "options", "rounding"}
+_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", *_FREE_KEYS}
 
 
 def checksum(data: Any) -> str:
@@ -53,6 +59,57 @@ class ModelFile:
     header_checksum: str
 
 
+def _file_json(file: ModelFile) -> dict[str, object]:
+    return {"name": file.name, "size_bytes": file.size_bytes, "header_checksum": file.header_checksum}
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayStack:
+    """The copies of one layer's experts in one type.
+
+    Attributes:
+        ids: expert numbers in the order of the stack, ascending.
+        checksums: for gate, up and down those of the ggml rows, in the same order.
+    """
+
+    ids: tuple[int, ...]
+    checksums: tuple[Sequence[str], Sequence[str], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """Better copies of some experts. Immutable.
+
+    Attributes:
+        files: GGUFs that hold them; one, so far.
+        experts: layer -> lower-case ggml type -> who.
+        options: what the user asked for, and the digest of the plan (`plan`).
+        rounding: by `source dtype -> ggml type`, what it changed (free JSON).
+    """
+
+    files: tuple[ModelFile, ...]
+    experts: Mapping[int, Mapping[str, OverlayStack]]
+    options: Mapping[str, object] = field(default_factory=dict)
+    rounding: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "files": [_file_json(file) for file in self.files],
+            "experts": {
+                str(layer): {
+                    kind: {
+                        "ids": list(stack.ids),
+                        **{name: "".join(sums) for name, sums in zip(PROJECTIONS, stack.checksums, strict=True)},
+                    }
+                    for kind, stack in by_type.items()
+                }
+                for layer, by_type in sorted(self.experts.items())
+            },
+            "options": dict(self.options),
+            "rounding": dict(self.rounding),
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of a converted model. Immutable.
@@ -64,6 +121,8 @@ class Manifest:
         source: where the weights came from (free JSON: kind, names, sizes, hashes).
         tools: program versions that wrote the files.
         options: what the user asked of the converter.
+        overlay: better copies of some experts; None without.
+        tiers, profile, report: how the copies were chosen, how often experts are used, what it costs (free JSON; may be empty).
     """
 
     files: tuple[ModelFile, ...]
@@ -72,6 +131,21 @@ class Manifest:
     source: Mapping[str, object] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
+    overlay: Overlay | None = None
+    tiers: Mapping[str, object] = field(default_factory=dict)
+    profile: Mapping[str, object] = field(default_factory=dict)
+    report: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def base_digest(self) -> str:
+        """Names the base's contents, every byte of it; an overlay says by it to which base it belongs."""
+        digest = xxhash.xxh3_128()
+        digest.update("".join(f"{file.size_bytes} {file.header_checksum}\n" for file in self.files).encode())
+        digest.update("".join(f"{name} {checksum}\n" for name, checksum in sorted(self.tensors.items())).encode())
+        for layer in sorted(self.experts):
+            for checksums in self.experts[layer]:
+                digest.update(f"{layer} {''.join(checksums)}\n".encode())
+        return digest.hexdigest()
 
     def to_json(self) -> str:
         """The file's text. Each layer's projection is one string of concatenated digests: a list would be half as long
@@ -80,18 +154,19 @@ class Manifest:
             str(layer): {name: "".join(digests) for name, digests in zip(PROJECTIONS, self.experts[layer], strict=True)}
             for layer in sorted(self.experts)
         }
-        data = {
+        data: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "source": dict(self.source),
             "tools": dict(self.tools),
             "options": dict(self.options),
-            "files": [
-                {"name": f.name, "size_bytes": f.size_bytes, "header_checksum": f.header_checksum} for f in self.files
-            ],
+            "files": [_file_json(file) for file in self.files],
             "tensors": dict(self.tensors),
             "experts": experts,
         }
+        if self.overlay is not None:
+            data["overlay"] = self.overlay.to_json()
+        data |= {key: dict(value) for key in _FREE_KEYS if (value := getattr(self, key))}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -171,20 +246,61 @@ class _Parser:
             raise self._error(f"no field '{min(missing)}'")
         if unknown:
             raise self._error(f"unknown field '{min(unknown)}'")
+        files = self._files("files", root["files"])
+        overlay = self._overlay(root["overlay"]) if "overlay" in root else None
+        if overlay is not None and {file.name for file in files} & {file.name for file in overlay.files}:
+            raise self._error("overlay.files: a name occurs in files too")
         return Manifest(
-            files=self._files(root["files"]),
+            files=files,
             tensors={name: self._digest(f"tensors.{name}", v) for name, v in self._map("tensors", root).items()},
             experts=self._experts(self._map("experts", root)),
             source=self._map("source", root),
             tools={name: self._string(f"tools.{name}", v) for name, v in self._map("tools", root).items()},
             options=self._map("options", root),
+            overlay=overlay,
+            tiers=self._map("tiers", root),
+            profile=self._map("profile", root),
+            report=self._map("report", root),
         )
 
-    def _map(self, name: str, root: dict[str, Any]) -> dict[str, Any]:
+    def _map(self, name: str, root: dict[str, Any], where: str = "") -> dict[str, Any]:
         value = root.get(name, {})
         if not isinstance(value, dict):
-            raise self._error(f"{name}: expected an object")
+            raise self._error(f"{where}{name}: expected an object")
         return value
+
+    def _overlay(self, value: Any) -> Overlay:
+        if not isinstance(value, dict) or not {"files", "experts"} <= value.keys() <= _OVERLAY_KEYS:
+            raise self._error(f"overlay: expected an object with {', '.join(sorted(_OVERLAY_KEYS))}")
+        experts: dict[int, dict[str, OverlayStack]] = {}
+        for layer in self._map("experts", value, "overlay."):
+            where = f"overlay.experts.{layer}"
+            by_type = self._map(layer, value["experts"], "overlay.experts.")
+            experts[self._layer(where, layer)] = {
+                kind: self._stack(f"{where}.{kind}", stack) for kind, stack in by_type.items()
+            }
+        options, rounding = self._map("options", value, "overlay."), self._map("rounding", value, "overlay.")
+        return Overlay(self._files("overlay.files", value["files"]), experts, options, rounding)
+
+    def _stack(self, where: str, value: Any) -> OverlayStack:
+        if not isinstance(value, dict) or value.keys() != {"ids", *PROJECTIONS}:
+            raise self._error(f"{where}: expected an object with ids, {', '.join(PROJECTIONS)}")
+        ids = value["ids"]
+        if not isinstance(ids, list) or not all(type(number) is int and number >= 0 for number in ids):
+            raise self._error(f"{where}.ids: expected a list of expert numbers")
+        if not ids or any(b <= a for a, b in itertools.pairwise(ids)):
+            raise self._error(f"{where}.ids: expected ascending expert numbers, each once")
+        gate, up, down = (self._digests(f"{where}.{name}", value[name]) for name in PROJECTIONS)
+        if not len(gate) == len(up) == len(down) == len(ids):
+            raise self._error(
+                f"{where}: {len(gate)}, {len(up)} and {len(down)} checksums for gate, up and down of {len(ids)} experts"
+            )
+        return OverlayStack(tuple(ids), (gate, up, down))
+
+    def _layer(self, where: str, key: str) -> int:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,3}", key):
+            raise self._error(f"{where}: not a layer number")
+        return int(key)
 
     def _string(self, where: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -203,12 +319,12 @@ class _Parser:
             raise self._error(f"{where}: expected {DIGEST_CHARS} hex digits")
         return digests[0]
 
-    def _files(self, value: Any) -> tuple[ModelFile, ...]:
+    def _files(self, field: str, value: Any) -> tuple[ModelFile, ...]:
         if not isinstance(value, list) or not value:
-            raise self._error("files: expected a list with at least one file")
+            raise self._error(f"{field}: expected a list with at least one file")
         files = []
         for index, entry in enumerate(value):
-            where = f"files[{index}]"
+            where = f"{field}[{index}]"
             if not isinstance(entry, dict) or entry.keys() != {"name", "size_bytes", "header_checksum"}:
                 raise self._error(f"{where}: expected an object with name, size_bytes and header_checksum")
             size = entry["size_bytes"]
@@ -217,7 +333,7 @@ class _Parser:
             name = self._file_name(f"{where}.name", entry["name"])
             files.append(ModelFile(name, size, self._digest(f"{where}.header_checksum", entry["header_checksum"])))
         if len({file.name for file in files}) != len(files):
-            raise self._error("files: a name occurs twice")
+            raise self._error(f"{field}: a name occurs twice")
         return tuple(files)
 
     def _file_name(self, where: str, value: Any) -> str:
@@ -231,12 +347,11 @@ class _Parser:
         experts = {}
         for key, entry in value.items():
             where = f"experts.{key}"
-            if not re.fullmatch(r"0|[1-9][0-9]{0,3}", key):
-                raise self._error(f"{where}: not a layer number")
+            layer = self._layer(where, key)
             if not isinstance(entry, dict) or entry.keys() != set(PROJECTIONS):
                 raise self._error(f"{where}: expected an object with {', '.join(PROJECTIONS)}")
             gate, up, down = (self._digests(f"{where}.{name}", entry[name]) for name in PROJECTIONS)
             if not len(gate) == len(up) == len(down) > 0:
                 raise self._error(f"{where}: {len(gate)}, {len(up)} and {len(down)} checksums for gate, up and down")
-            experts[int(key)] = (gate, up, down)
+            experts[layer] = (gate, up, down)
         return experts

@@ -10,7 +10,7 @@ page, so that it can be read with O_DIRECT as it lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,13 +35,38 @@ ALIGNMENT = 4096
 
 _T = GGMLQuantizationType
 
-DENSE_TYPES: Mapping[str, GGMLQuantizationType] = {"q8_0": _T.Q8_0, "bf16": _T.BF16, "f32": _T.F32}
+DENSE_TYPES: Mapping[str, GGMLQuantizationType] = {
+    kind.name.lower(): kind for kind in (_T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.BF16, _T.F32)
+}
 """What FP8 dense matrices may become; bf16 and f32 are exact."""
 
-BASE_TYPES: Mapping[str, GGMLQuantizationType] = {"mxfp4": _T.MXFP4, "q8_0": _T.Q8_0, "bf16": _T.BF16, "f32": _T.F32}
-"""What experts may become."""
+BASE_TYPES: Mapping[str, GGMLQuantizationType] = {
+    kind.name.lower(): kind
+    for kind in (
+        *(_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.IQ4_XS, _T.Q3_K, _T.IQ3_S, _T.IQ3_XXS),
+        *(_T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.BF16, _T.F32),
+    )
+}
+"""What experts may become, in the base and in an overlay; mxfp4 is exact for FP4 checkpoints."""
 
 _DEFAULT_BASE = {"I8": _T.MXFP4, "F8_E4M3": _T.Q8_0, "BF16": _T.BF16, "F32": _T.F32}
+_FILE_TYPES = {
+    _T.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
+    _T.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    _T.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    _T.Q5_K: LlamaFileType.MOSTLY_Q5_K_S,
+    _T.Q4_K: LlamaFileType.MOSTLY_Q4_K_S,
+    _T.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
+    _T.Q3_K: LlamaFileType.MOSTLY_Q3_K_S,
+    _T.IQ3_S: LlamaFileType.MOSTLY_IQ3_S,
+    _T.IQ3_XXS: LlamaFileType.MOSTLY_IQ3_XXS,
+    _T.Q2_K: LlamaFileType.MOSTLY_Q2_K,
+    _T.IQ2_S: LlamaFileType.MOSTLY_IQ2_S,
+    _T.IQ2_XS: LlamaFileType.MOSTLY_IQ2_XS,
+    _T.IQ2_XXS: LlamaFileType.MOSTLY_IQ2_XXS,
+    _T.BF16: LlamaFileType.MOSTLY_BF16,
+    _T.F32: LlamaFileType.ALL_F32,
+}
 _PROJECTION_OF_TENSOR = {f"ffn_{name}_exps.weight": number for number, name in enumerate(PROJECTIONS)}
 
 
@@ -84,6 +109,7 @@ class Part:
         offset: first byte inside the output tensor.
         n_bytes: size in the output.
         limit: integers (expert numbers) must lie below it.
+        expert: layer, expert and projection, by which its importance is looked up; None for dense tensors.
     """
 
     source: SourceTensor
@@ -93,6 +119,7 @@ class Part:
     offset: int
     n_bytes: int
     limit: int
+    expert: tuple[int, int, int] | None = None
 
     def extents(self, first: int, count: int) -> tuple[Extent, Extent | None]:
         """Byte ranges of rows `first..first + count` in the shards: weights and scales.
@@ -111,18 +138,30 @@ class Part:
             begin, end = first // FP8_BLOCK, -(-(first + count) // FP8_BLOCK)
         return weight, Extent(source.scale.file, source.scale.offset + begin * width, (end - begin) * width)
 
-    def convert(self, count: int, weight: Bytes, scale: Bytes, out: Bytes, where: str) -> Loss | None:
+    def convert(
+        self,
+        count: int,
+        weight: Bytes,
+        scale: Bytes,
+        out: Bytes,
+        where: str,
+        importance: npt.NDArray[np.float32] | None = None,
+    ) -> Loss | None:
         """Converts `count` rows whose bytes `extents` named.
 
         Raises:
             FormatError: a NaN, or a value that the type can't hold.
         """
-        rows = Rows(self.source.dtype, weight, scale, count, self.n_in, where, self.limit)
+        rows = Rows(self.source.dtype, weight, scale, count, self.n_in, where, self.limit, importance)
         return convert_rows(rows, self.target, out)
 
     def output_bytes(self, count: int) -> int:
         """Size of `count` rows in the output."""
         return self.n_bytes // self.n_out * count
+
+    def importance(self, lookup: ImportanceLookup | None) -> npt.NDArray[np.float32] | None:
+        """The columns' importance, where somebody knows it."""
+        return None if lookup is None or self.expert is None else lookup.weights(*self.expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +211,8 @@ class ConversionPlan:
     @property
     def digest(self) -> str:
         """Names this plan: same digest, same output bytes (as far as the source's identity goes)."""
-        return xxhash.xxh3_128_hexdigest(self.header + self.checkpoint.identity.encode())
+        importance = "" if self.options.importance is None else self.options.importance.digest
+        return xxhash.xxh3_128_hexdigest(self.header + (self.checkpoint.identity + importance).encode())
 
 
 def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> ConversionPlan:
@@ -187,7 +227,8 @@ def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> Con
     config = checkpoint.config
     tokenizer = tokenizer_metadata(checkpoint.path, config)
     shaped = [
-        _shape(key, sources, config.n_routed_experts) for key, sources in _outputs(checkpoint.tensors, options).items()
+        shape_tensor(*key, sources, config.n_routed_experts)
+        for key, sources in _outputs(checkpoint.tensors, options).items()
     ]
     infos = [info for info, _ in shaped]
     metadata = model_metadata(config, checkpoint.path, infos) | tokenizer.values
@@ -230,33 +271,64 @@ def target_type(spec: TensorSpec, dtype: str, options: PlanOptions) -> GGMLQuant
     if spec.role is Role.EXPERT:
         target = options.base if options.base is not None else _DEFAULT_BASE[dtype]
     elif dtype == "F8_E4M3":
-        # Rows that Q8_0's blocks do not divide stay exact.
-        target = options.dense if spec.shape[-1] % GGML_QUANT_SIZES[options.dense][0] == 0 else _T.BF16
+        # Rows that the type's blocks do not divide get the next better one: Q8_0 in blocks of 32, or exact BF16.
+        target = next(kind for kind in (options.dense, _T.Q8_0, _T.BF16) if _fits(spec, kind))
     else:
         target = _T.F32 if dtype == "F32" else _T.BF16
+    check_type(spec, dtype, target, "--base" if spec.role is Role.EXPERT else "--dense")
+    return target
+
+
+def _fits(spec: TensorSpec, kind: GGMLQuantizationType) -> bool:
+    return bool(spec.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0)
+
+
+def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, option: str) -> None:
+    """Refuses a type that a tensor's rows can't have.
+
+    Raises:
+        UsageError: names the tensor and, as its hint, what `option` may be instead.
+    """
+    possible = " or ".join(name for name, kind in BASE_TYPES.items() if _fits(spec, kind) and can_convert(dtype, kind))
+    if not _fits(spec, target):
+        raise UsageError(
+            f"{spec.name}: rows of {spec.shape[-1]} values are no multiple of {target.name}'s blocks of"
+            f" {GGML_QUANT_SIZES[target][0]}",
+            hint=f"{option} {possible}",
+        )
     if not can_convert(dtype, target):
-        possible = " or ".join(name for name, kind in BASE_TYPES.items() if can_convert(dtype, kind))
-        option = "--base" if spec.role is Role.EXPERT else "--dense"
         raise UsageError(
             f"{spec.name} is stored as {dtype}, which localrun does not convert to {target.name}",
             hint=f"{option} {possible}",
         )
-    return target
 
 
-def _shape(
-    key: tuple[str, GGMLQuantizationType], sources: list[SourceTensor], n_experts: int
+def shape_tensor(
+    name: str, target: GGMLQuantizationType, sources: Sequence[SourceTensor], n_experts: int
 ) -> tuple[TensorInfo, tuple[Part, ...]]:
-    name, target = key
+    """An output tensor and its parts: one source tensor, or experts to be stacked in the order given.
+
+    Args:
+        n_experts: of the model; bounds the entries of tables of expert numbers.
+    """
     spec = sources[0].spec
     n_in = spec.shape[-1]
     n_out = spec.shape[0] if len(spec.shape) == 2 else 1
     n_bytes = tensor_bytes(target, (n_in, n_out))
     shape = tuple(reversed(spec.shape)) if spec.expert is None else (n_in, n_out, len(sources))
     parts = tuple(
-        Part(source, target, n_out, n_in, i * n_bytes, n_bytes, n_experts) for i, source in enumerate(sources)
+        Part(source, target, n_out, n_in, i * n_bytes, n_bytes, n_experts, _expert_of(source.spec))
+        for i, source in enumerate(sources)
     )
     return TensorInfo(name, shape, target, n_bytes * len(sources)), parts
+
+
+def _expert_of(spec: TensorSpec) -> tuple[int, int, int] | None:
+    """Layer, expert and projection."""
+    if spec.expert is None or spec.gguf is None:
+        return None
+    layer, projection = _expert_place(spec.gguf)
+    return layer, spec.expert, projection
 
 
 def _expert_place(name: str) -> tuple[int, int]:
@@ -347,11 +419,5 @@ def _model_name(config: ModelConfig, path: Path) -> str:
 
 def _file_type(infos: Iterable[TensorInfo]) -> int:
     """llama.cpp's name for the whole, by the experts' type; shown to users only."""
-    by_type = {
-        _T.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
-        _T.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-        _T.BF16: LlamaFileType.MOSTLY_BF16,
-        _T.F32: LlamaFileType.ALL_F32,
-    }
     types = {info.type for info in infos if _expert_place(info.name)[0] >= 0}
-    return int(by_type.get(min(types), LlamaFileType.GUESSED))
+    return int(_FILE_TYPES.get(min(types), LlamaFileType.GUESSED))

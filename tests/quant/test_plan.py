@@ -62,9 +62,21 @@ def test_fp8_experts_become_q8_0_or_bf16(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "base", fp8_experts=True)
     assert types_of(plan_of(folder))["blk.0.ffn_gate_exps.weight"] == QT.Q8_0
     assert types_of(plan_of(folder, PlanOptions(base=QT.BF16)))["blk.0.ffn_gate_exps.weight"] == QT.BF16
-    with pytest.raises(UsageError) as caught:
-        plan_of(folder, PlanOptions(base=QT.MXFP4))
-    assert caught.value.hint == "--base q8_0 or bf16 or f32"
+    assert types_of(plan_of(folder, PlanOptions(base=QT.MXFP4)))["blk.0.ffn_gate_exps.weight"] == QT.MXFP4
+
+
+def test_rows_that_a_type_can_not_hold_are_refused_with_the_tensors_name(small: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"layers\.0\.ffn\.experts\.0\.w1\.weight: rows of 64 .* Q2_K's blocks of 256"
+    ) as caught:
+        plan_of(small, PlanOptions(base=QT.Q2_K))
+    assert caught.value.hint == "--base mxfp4 or q8_0 or bf16 or f32"
+
+
+def test_dense_rows_that_a_k_type_can_not_hold_get_a_better_type(tmp_path: Path) -> None:
+    types = types_of(plan_of(write_small(tmp_path / "m", hidden_size=256), PlanOptions(QT.Q4_K)))
+    assert types["blk.0.attn_q_a.weight"] == types["blk.0.ffn_gate_shexp.weight"] == QT.Q4_K  # rows of 256
+    assert types["blk.0.attn_q_b.weight"] == types["blk.0.ffn_down_shexp.weight"] == QT.Q8_0  # rows of 32
 
 
 def test_tensors_lie_in_order_on_aligned_places_without_overlap(small: Path) -> None:

@@ -1,0 +1,93 @@
+"""How far a verification got, so that one that was interrupted goes on instead of reading 150 GB again.
+
+A small JSON file in the cache, named after the model's folder, valid for exactly these files (sizes, times of change, manifest):
+a model that was changed in between is read from its beginning. Losing the file costs time only, so nothing here fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_SAVE_SECONDS = 2.0
+_MAX_BYTES = 64 << 20
+
+
+class VerifyJournal:
+    """State of one model's verification. One thread.
+
+    Attributes:
+        next_check: checks before this one are done.
+        damaged: those of them that failed: number, digest found (None: unreadable), problem.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path], manifest_digest: str) -> None:
+        """
+        Args:
+            folder: where journals are kept.
+            files: the model's files.
+            manifest_digest: names what the files should contain.
+        """
+        self._key = _key(files, manifest_digest)
+        self._path = folder / f"{xxhash.xxh3_64_hexdigest(str(files[0].resolve()))}.json"
+        self._saved_at = time.monotonic()
+        self.next_check, self.damaged = _read(self._path, self._key)
+
+    def done(self, next_check: int, damage: tuple[int, str | None, str] | None) -> None:
+        """Notes that all checks before `next_check` are done; written to disk every now and then."""
+        self.next_check = next_check
+        if damage is not None:
+            self.damaged.append(damage)
+        if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the state down."""
+        self._saved_at = time.monotonic()
+        partial = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.partial")
+        state = {"key": self._key, "next": self.next_check, "damaged": self.damaged}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(state))
+            partial.replace(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+    def clear(self) -> None:
+        """Forgets the state: all is done."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def _key(files: Sequence[Path], manifest_digest: str) -> str:
+    digest = xxhash.xxh3_128(manifest_digest.encode())
+    for path in files:
+        status = os.stat(path)
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_dev} {status.st_ino}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> tuple[int, list[tuple[int, str | None, str]]]:
+    """What an earlier run wrote for the same files, else nothing."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return 0, []
+        state: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("key") != key:
+            return 0, []
+        n, entries = state["next"], state["damaged"]
+        damaged = [(int(number), None if found is None else str(found), str(why)) for number, found, why in entries]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return 0, []
+    if type(n) is not int or n < 0 or any(not 0 <= number < n for number, _, _ in damaged):
+        return 0, []
+    return n, damaged

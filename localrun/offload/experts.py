@@ -12,18 +12,19 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import BudgetError, DecodeError, StoppedError
 from localrun.offload.device import Weight, expert_device
+from localrun.offload.gpu_tier import GpuTier, Heat
 from localrun.offload.kernels import FfnKernel
-from localrun.offload.layer_call import LayerCall
+from localrun.offload.layer_call import Compute, LayerCall, StartOnGpu
 from localrun.offload.native import LayerRecord, expert_record
 from localrun.offload.routing import Routing, gated
-from localrun.offload.slots import Slot, SlotTable
+from localrun.offload.slots import Slot, SlotState, SlotTable
 from localrun.offload.store import ExpertStore, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
 from localrun.offload.trace import TraceRecorder
@@ -92,6 +93,7 @@ class ExpertPool:
         n_layers, n_experts = max(layers) + 1, max(moe.n_experts for moe in layers.values())
         self.table = SlotTable(budget_bytes, n_layers, n_experts)
         self.telemetry = Telemetry(n_layers)
+        self._gpu: GpuTier | None = None
         self._upgrades: Upgrades | None = None
         if adaptive:
             all_wanted = np.zeros((n_layers, n_experts), np.int32)
@@ -150,7 +152,9 @@ class ExpertPool:
             else:
                 kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
 
-        self._call(layer, ids_at(ids), compute)
+        gpu = self._gpu if self._collector is None else None
+        start_on_gpu = None if gpu is None else lambda part: gpu.start(layer, part, x_rows, out_rows)
+        self._call(layer, ids_at(ids), compute, start_on_gpu)
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""
@@ -180,6 +184,11 @@ class ExpertPool:
     def kernels(self, layer: int) -> Sequence[FfnKernel]:
         """The layer's arithmetic by variant."""
         return self._kernels[layer]
+
+    @property
+    def wanted(self) -> Mapping[int, I32]:
+        """By layer the variant that each expert is read in."""
+        return self._wanted
 
     def variants_of(self, layer: int) -> I32:
         """(n_experts,) in which of the layer's variants each expert is in RAM, or would be read in."""
@@ -241,6 +250,8 @@ class ExpertPool:
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
+        if self._gpu is not None:
+            self._gpu.close()
         self.store.close()
         self.table.close()
 
@@ -265,7 +276,7 @@ class ExpertPool:
                     break
                 # What is certain to be asked for counts as used, so that its neighbours' reads don't displace it.
                 present = self.table.find(layer, int(expert)) if evict else self.table.peek(layer, int(expert))
-                if present is not None:
+                if present is not None or self.on_gpu(layer, int(expert)):
                     continue
                 slot = self.reserve(layer, int(expert), evict=evict)
                 if slot is None:
@@ -301,6 +312,40 @@ class ExpertPool:
                 row[Counter.PREFETCHED] += 1
                 row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
 
+    # -- experts on GPUs -----------------------------------------------------------------------------------------------
+
+    def use_gpu(self, tier: GpuTier) -> None:
+        """From now on experts may live on GPUs; the pool closes the tier."""
+        self._gpu = tier
+        tier.begin(self)
+
+    @property
+    def gpu(self) -> GpuTier | None:
+        """The experts on GPUs, if there are any."""
+        return self._gpu
+
+    def on_gpu(self, layer: int, expert: int) -> bool:
+        """The expert lives on a GPU."""
+        return self._gpu is not None and bool(self._gpu.where[layer, expert] >= 0)
+
+    def step_gpu(self, heat: Heat) -> None:
+        """Between two decodes, on the decoding thread: puts to use what was uploaded, and lets experts change places."""
+        if self._gpu is not None:
+            with self._lock:
+                self._gpu.step(self, heat)
+
+    def read_raw(self, slot: Slot) -> None:
+        """Starts reading ggml rows into memory outside the table, on behalf of the GPU tier; any thread."""
+        with self._lock:
+            self._n_ahead += 1
+            row = self.telemetry.values[slot.layer]
+            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True, raw=True).read_bytes
+
+    def drop(self, slot: Slot) -> None:
+        """Frees the RAM copy of an expert that lives elsewhere now; between two decodes, with the pool's lock."""
+        if slot.state is SlotState.READY:
+            self.table.discard(slot)
+
     def settle(self) -> int:
         """Takes finished read-ahead into account; returns how many reads of it are still under way. Any thread."""
         with self._lock:
@@ -321,6 +366,10 @@ class ExpertPool:
     def finished(self, ticket: Ticket) -> None:
         """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
         self._n_ahead -= ticket.ahead
+        if ticket.raw:
+            assert self._gpu is not None
+            self._gpu.arrived(ticket.error)
+            return
         if ticket.slot.replaces is not None:
             assert self._upgrades is not None
             self._upgrades.arrived(ticket)
@@ -334,13 +383,13 @@ class ExpertPool:
 
     # -- one call ------------------------------------------------------------------------------------------------------
 
-    def _call(self, layer: int, ids: I32, compute: Any) -> None:
+    def _call(self, layer: int, ids: I32, compute: Compute, start_on_gpu: StartOnGpu | None = None) -> None:
         started = time.perf_counter_ns()
         with self._lock:
             self._settle()
             if self._recorder is not None:
                 self._recorder.record(layer, ids)
-            call = LayerCall(self, layer, ids, compute)
+            call = LayerCall(self, layer, ids, compute, start_on_gpu)
             evictions = self.table.n_evictions
             try:
                 call.run()
@@ -352,6 +401,7 @@ class ExpertPool:
             row[Counter.TOKENS] += ids.shape[0]
             row[Counter.REQUESTS] += ids.size
             row[Counter.HITS] += call.n_hits
+            row[Counter.GPU_HITS] += call.n_gpu
             row[Counter.MISSES] += call.n_misses
             row[Counter.BYTES_READ] += call.bytes_read
             row[Counter.EVICTIONS] += self.table.n_evictions - evictions

@@ -28,31 +28,43 @@ if TYPE_CHECKING:
 Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""
 
+StartOnGpu = Callable[[Routing], Callable[[], None]]
+"""Starts experts that live on GPUs; what it returns waits for their results."""
+
 
 class LayerCall:
     """One call's state. For the decoding thread, which holds the pool's lock from `run` to the end of `release`.
 
     Attributes:
-        n_hits, n_misses: distinct experts that were in RAM, and the others.
+        n_hits, n_misses: distinct experts that were in RAM or on a GPU, and the others.
+        n_gpu: those on a GPU.
         bytes_read: of reads that this call started.
         wait_ns, compute_ns: time without anything to compute, and in kernels.
     """
 
-    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Compute) -> None:
+    def __init__(
+        self, pool: ExpertPool, layer: int, ids: I32, compute: Compute, start_on_gpu: StartOnGpu | None
+    ) -> None:
         self._pool, self._layer, self._compute = pool, layer, compute
+        self._start_on_gpu = start_on_gpu
+        self._finish_gpu: Callable[[], None] | None = None
         self._routing = route(ids, pool.layers[layer].n_experts)
         # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
         self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
         self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
         self._awaited: dict[Slot, int] = {}
         self._todo: deque[int] = deque()
-        self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
+        self.n_gpu = self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
 
     def run(self) -> None:
-        """1. Find what is there. 2. Start reads. 3. Compute what is there. 4. Compute the rest as it arrives."""
-        ready = []
+        """1. Find what is there. 2. Start GPUs and reads. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
+        the GPUs' results."""
+        ready, on_gpu = [], []
         np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
         for i, expert in enumerate(self._routing.experts):
+            if self._start_on_gpu is not None and self._pool.on_gpu(self._layer, int(expert)):
+                on_gpu.append(i)
+                continue
             slot = self._pool.table.peek(self._layer, int(expert))
             if slot is None:
                 self._todo.append(i)
@@ -65,17 +77,28 @@ class LayerCall:
             else:
                 self._pool.store.hurry(slot)
                 self._awaited[slot] = i
-        self.n_hits = len(ready)
+        self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
         self._start_reads()
+        if on_gpu and self._start_on_gpu is not None:
+            self._finish_gpu = self._start_on_gpu(self._part(on_gpu))
         self._run_kernel(ready)
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
             self._pool.check_stop()
+        self._wait_for_gpu()
+
+    def _wait_for_gpu(self) -> None:
+        finish, self._finish_gpu = self._finish_gpu, None
+        if finish is not None:
+            started = time.perf_counter_ns()
+            finish()
+            self.compute_ns += time.perf_counter_ns() - started
 
     def release(self) -> None:
         """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
+        self._wait_for_gpu()  # also after an error: it writes into the caller's memory
         while self._awaited:
             self._take(self._pool.store.completions.get(), raising=False)
         for i in list(self._pinned):

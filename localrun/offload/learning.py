@@ -60,6 +60,10 @@ class Learner:
             starts = np.concatenate([[0], np.cumsum(fresh[layer][experts])]).astype(np.int32)
             self.profile.record(layer, experts, starts, max(tokens, 0))
 
+    def heat(self, layer: int) -> npt.NDArray[np.float64]:
+        """(n_experts,) uses, older ones counting less, those that the profile has not seen yet included."""
+        return np.asarray(self.profile.counts(layer) + self.fresh(layer), np.float64)
+
     def fresh(self, layer: int) -> npt.NDArray[np.int64]:
         """(n_experts,) uses that the profile has not seen yet; any thread."""
         n_experts = self._pool.layers[layer].n_experts

@@ -26,8 +26,10 @@ from localrun.errors import BudgetError, FormatError, LocalrunError, Unsupported
 from localrun.offload import ggml, llama_log
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
-from localrun.offload.experts import ExpertPool, floor_bytes
+from localrun.offload.experts import ExpertPool, floor_bytes, largest_slot
 from localrun.offload.ggml import Tensor
+from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
 from localrun.offload.native import MAX_VARIANTS
@@ -56,7 +58,8 @@ class OffloadOptions:
         ram_is_advice: nobody asked for `ram_bytes`: take what one layer needs if it is less, instead of refusing.
         n_threads: threads of the expert kernels.
         math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
-        n_gpu_layers: layers of the dense model that llama.cpp puts on its GPU devices.
+        n_gpu_layers: layers of the dense model that llama.cpp puts on the first of `gpus`.
+        gpus: devices that may be used, and how many bytes of each experts may take (0: none).
         verify: compare checksums on an expert's first read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
@@ -71,6 +74,7 @@ class OffloadOptions:
     n_threads: int = 1
     math: Literal["int8", "f32"] = "int8"
     n_gpu_layers: int = 0
+    gpus: Sequence[tuple[GpuDevice, int]] = ()
     verify: bool = True
     dense_on_device: bool = True
     probe: bool = False
@@ -122,6 +126,7 @@ class OffloadedModel:
         self.pool.busy = True
         try:
             self.pool.upgrade()
+            self.pool.step_gpu(self.learner.heat)
             self.ahead.prepare(tokens)
             yield
         finally:
@@ -133,23 +138,25 @@ class OffloadedModel:
 
         Returns:
             `{"n_experts": n, "layers": [row, ...]}`, a row being `{"layer": block, "where": "rdl...", "types": ["Q2_K", "MXFP4"],
-            "type_of": "001...", "heat": [...]}` with one letter, digit and number per expert: r in RAM, l being read, d on disk;
-            which of the types its copy in RAM has (base 36); the number of uses, older ones counting less.
+            "type_of": "001...", "heat": [...]}` with one letter, digit and number per expert: g on a GPU, r in RAM, l being read,
+            d on disk; which of the types its copy in RAM has (base 36); the number of uses, older ones counting less.
         """
-        table, profile = self.pool.table, self.learner.profile
+        table = self.pool.table
         loading = {(slot.layer, slot.expert) for slot in table if slot.state is SlotState.LOADING}
         rows = []
         for layer, moe in self.source.moe_layers.items():
             where = np.where(table.resident[layer, : moe.n_experts] != 0, "r", "d")
             for expert in [e for at, e in loading if at == layer]:
                 where[expert] = "l"
+            if self.pool.gpu is not None:
+                where[self.pool.gpu.where[layer, : moe.n_experts] >= 0] = "g"
             rows.append(
                 {
                     "layer": layer,
                     "where": "".join(where.tolist()),
                     "types": ["/".join(dict.fromkeys(kind.name for kind in types)) for types in moe.variants],
                     "type_of": "".join(_DIGITS[self.pool.variants_of(layer)]),
-                    "heat": [round(float(count), 1) for count in profile.counts(layer) + self.learner.fresh(layer)],
+                    "heat": [round(float(count), 1) for count in self.learner.heat(layer)],
                 }
             )
         return {"n_experts": max(moe.n_experts for moe in self.source.moe_layers.values()), "layers": rows}
@@ -210,11 +217,28 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
         learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
         learner.keep_hottest()
+        _use_gpus(pool, options, learner.profile.ranking())
         result = OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
         opened.pop_all()
     if options.profile_folder is not None:
         ahead.warm(learner.profile.ranking())
     return result
+
+
+def _use_gpus(pool: ExpertPool, options: OffloadOptions, ranking: Sequence[tuple[int, int]]) -> None:
+    gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
+    if not gpus:
+        return
+    specs = {
+        (layer, variant): kernel.spec for layer in pool.layers for variant, kernel in enumerate(pool.kernels(layer))
+    }
+    ranked = set(ranking)
+    n_experts = max(moe.n_experts for moe in pool.layers.values())
+    others = [
+        (layer, expert) for expert in range(n_experts) for layer, moe in pool.layers.items() if expert < moe.n_experts
+    ]
+    order = [*ranking, *(at for at in others if at not in ranked)]
+    pool.use_gpu(GpuTier(gpus, specs, pool.wanted, order))
 
 
 def _free_model(model: Any) -> None:
@@ -249,10 +273,12 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
         )
         if options.adaptive:
             all_bytes *= 2  # while copies change, experts have two, and copies of two sizes leave holes
+        # What goes to a GPU goes through one more buffer, as ggml rows, which are no larger than a slot.
+        gpu_staging = largest_slot(kernels) if any(budget for _, budget in options.gpus) else 0
         if options.ram_bytes is None:
             arena_bytes = all_bytes
         else:
-            arena_bytes = min(all_bytes, options.ram_bytes - store.staging_bytes)
+            arena_bytes = min(all_bytes, options.ram_bytes - store.staging_bytes - gpu_staging)
             floor = floor_bytes(kernels, n_used)
             if arena_bytes < floor and options.ram_is_advice:
                 log.warning("little memory is free: RAM for experts is the least that works, %s", format_size(floor))
@@ -261,13 +287,13 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
                 raise BudgetError(
                     f"--ram {format_size(options.ram_bytes)} is too little: one layer's {n_used} experts need "
                     f"{format_size(floor)} and reading needs {format_size(store.staging_bytes)}",
-                    hint=f"give --ram at least {format_size(floor + store.staging_bytes)}",
+                    hint=f"give --ram at least {format_size(floor + store.staging_bytes + gpu_staging)}",
                 )
         pool = ExpertPool(source.moe_layers, kernels, wanted, store, arena_bytes, n_used, adaptive=options.adaptive)
     except BaseException:
         store.close()
         raise
-    return pool, arena_bytes + store.staging_bytes
+    return pool, arena_bytes + store.staging_bytes + gpu_staging
 
 
 def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
@@ -345,6 +371,9 @@ def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool, dense:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = False
+    # The dense model goes to one device: the first that was chosen. An empty list means none, whatever llama.cpp was built for.
+    devices = (C.c_void_p * 2)(options.gpus[0][0].address if options.n_gpu_layers else None, None)
+    params.devices = C.cast(devices, C.c_void_p)
     params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
     callback = llama_cpp.llama_model_set_tensor_data_t(filler)
     llama_log.clear()

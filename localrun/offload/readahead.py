@@ -83,7 +83,8 @@ class ReadAhead:
                 self._closing.wait(_POLL_S)
             if self._closing.is_set():
                 return
-            missing = self._pool.table.peek(layer, expert) is None
+            elsewhere = self._pool.gpu is not None and self._pool.gpu.has_place(layer, expert)
+            missing = not elsewhere and self._pool.table.peek(layer, expert) is None
             started = missing and self._pool.read_ahead(layer, [expert], evict=False, limit=self._depth)
             if missing and not started and self._pool.settle() < self._depth:
                 break  # no free memory is left

@@ -78,12 +78,14 @@ class Ticket:
         slot: what it fills.
         projections: where the bytes are.
         ahead: nobody waits for it yet.
+        raw: fill the slot with ggml rows as they are, for a device that knows no other layout.
         error: why it failed.
     """
 
     slot: Slot
     projections: tuple[Projection, Projection, Projection]
     ahead: bool = False
+    raw: bool = False
     error: Exception | None = None
     _left: int = 0
     _buffer: _Buffer | None = None
@@ -154,14 +156,15 @@ class ExpertStore:
         """True if all files are read past the page cache."""
         return all(handle.direct for copies in self._files for handle in copies)
 
-    def submit(self, slot: Slot, *, ahead: bool = False) -> Ticket:
+    def submit(self, slot: Slot, *, ahead: bool = False, raw: bool = False) -> Ticket:
         """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
 
         Args:
             ahead: nobody waits for it: every wanted expert goes first.
+            raw: as ggml rows, not in the kernel's layout.
         """
         recipe = self._source.expert if slot.variant else self._source.base_expert
-        ticket = Ticket(slot, recipe(slot.layer, slot.expert), ahead)
+        ticket = Ticket(slot, recipe(slot.layer, slot.expert), ahead, raw)
         with self._lock:
             (self._waiting_ahead if ahead else self._waiting).append(ticket)
         self._start_waiting()
@@ -281,7 +284,7 @@ class ExpertStore:
         if self._verify and key not in self._verified:
             self._check(ticket, rows)
             self._verified.add(key)
-        if packer.raw_is_packed:
+        if packer.raw_is_packed or ticket.raw:
             memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
             target = np.frombuffer(memory, np.uint8)
             at = 0

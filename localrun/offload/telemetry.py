@@ -27,6 +27,7 @@ class Counter(IntEnum):
     WAIT_NS = 8  # decoding thread idle, waiting for a read
     COMPUTE_NS = 9  # in kernels
     TOTAL_NS = 10  # whole calls
+    GPU_HITS = 11  # part of HITS that a GPU computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Totals:
     wait_s: float
     compute_s: float
     total_s: float
+    gpu_hits: int
 
     @property
     def hit_rate(self) -> float:
@@ -79,6 +81,7 @@ class Telemetry:
             v[Counter.WAIT_NS] / 1e9,
             v[Counter.COMPUTE_NS] / 1e9,
             v[Counter.TOTAL_NS] / 1e9,
+            v[Counter.GPU_HITS],
         )
 
     def layers(self) -> list[dict[str, int]]:

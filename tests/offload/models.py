@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> P
     return write_deepseek4(folder / "model.gguf", model, **options)[0]
 
 
-def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: Literal["f16", "f32"] = "f16") -> F32:
+def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: str = "f16") -> F32:
     """(T, n_vocab) logits of a fresh context, `batch` tokens at a time.
 
     Raises:

@@ -1,0 +1,115 @@
+"""ggml's GPU devices: which there are, how much memory they have, and RPC devices on other machines.
+
+Whatever llama.cpp was built for counts: CUDA, ROCm, Vulkan, Metal, or a `rpc-server` that the user names, which is a GPU as far as
+ggml is concerned.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localrun.errors import LocalrunError, UsageError
+from localrun.offload import ggml
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDevice:
+    """One device. Handles are valid for the life of the process.
+
+    Attributes:
+        address: ggml_backend_dev_t.
+        name: ggml's, e.g. `CUDA0`, `Vulkan1`, `RPC0`.
+        description: for people, e.g. the card's name or the server's address.
+        free_bytes, total_bytes: at the time of the query.
+    """
+
+    address: int
+    name: str
+    description: str
+    free_bytes: int
+    total_bytes: int
+
+
+def gpu_devices() -> list[GpuDevice]:
+    """All devices of type GPU, integrated ones too, in ggml's order."""
+    lib = ggml.library()
+    devices = []
+    for index in range(lib.ggml_backend_dev_count()):
+        address = lib.ggml_backend_dev_get(index)
+        if lib.ggml_backend_dev_type(address) not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
+            continue
+        free, total = C.c_size_t(), C.c_size_t()
+        lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
+        name = lib.ggml_backend_dev_name(address).decode()
+        description = lib.ggml_backend_dev_description(address).decode()
+        devices.append(GpuDevice(address, name, description, free.value, total.value))
+    return devices
+
+
+def add_rpc_server(endpoint: str) -> None:
+    """Makes the devices of a llama.cpp `rpc-server` available in this process.
+
+    Args:
+        endpoint: `HOST:PORT`. The connection is neither encrypted nor authenticated.
+
+    Raises:
+        UsageError: not an endpoint.
+        LocalrunError: nobody answers there, or this llama.cpp has no RPC backend.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"--rpc {endpoint}: expected HOST:PORT")
+    # llama.cpp aborts the process when it can't connect, so somebody else has to try first.
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LocalrunError(
+            f"--rpc {endpoint}: {error.strerror or error}",
+            hint="start llama.cpp's `rpc-server -H ADDRESS -p PORT` there, or leave out --rpc",
+        ) from error
+    lib = ggml.library()
+    registry = lib.ggml_backend_reg_by_name(b"RPC")
+    function = registry and lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    if not function:
+        raise LocalrunError("this llama.cpp was built without its RPC backend", hint="make clean setup")
+    known = {device.description for device in gpu_devices()}
+    if endpoint in known:
+        return
+    server = C.CFUNCTYPE(C.c_void_p, C.c_char_p)(function)(endpoint.encode())
+    if not server:
+        raise LocalrunError(f"--rpc {endpoint}: the server has no devices")
+    lib.ggml_backend_register(server)
+
+
+def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
+    """The devices that the user's words mean.
+
+    Args:
+        choice: `auto` (all), `none`, or names separated by commas.
+        rpc: servers to add first.
+
+    Raises:
+        UsageError: a name that no device has; says which there are.
+        LocalrunError: see `add_rpc_server`.
+    """
+    for endpoint in rpc:
+        add_rpc_server(endpoint)
+    if choice == "none":
+        return []
+    devices = gpu_devices()
+    if choice == "auto":
+        return devices
+    by_name = {device.name.lower(): device for device in devices}
+    chosen = []
+    for name in choice.split(","):
+        device = by_name.get(name.strip().lower())
+        if device is None:
+            there = ", ".join(f"{d.name} ({d.description})" for d in devices) or "none"
+            raise UsageError(f"--gpu {name.strip()}: no such GPU", hint=f"GPUs that this llama.cpp can use: {there}")
+        chosen.append(device)
+    return chosen

@@ -1,0 +1,282 @@
+"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and the graphs that multiply with them.
+
+A bank is the slots of one layer in one format: three stacked tensors, as llama.cpp's own expert tensors are, with slots in the
+place of experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started without waiting, so that the CPU computes its
+share meanwhile. Which expert is in which slot is `gpu_tier.py`'s business.
+
+Everything that is allocated counts towards the budget: slots and the buffer of intermediate results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import BudgetError, DecodeError, LocalrunError
+from localrun.offload import ggml
+from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.kernels import FfnSpec
+from localrun.offload.view import F32, I32
+from localrun.units import format_size
+
+MAX_PAIRS = 512
+"""(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
+
+_SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
+"""Pairs for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
+
+_GRAPH_NODES = 16
+_F32, _I32 = 0, 26  # enum ggml_type
+_SPARE_BYTES = 1 << 20
+_UPLOAD_BYTES = 4 << 20
+"""Piece of an upload: what a graph may have to wait for."""
+
+BankKey = tuple[int, int]
+"""(layer, variant)."""
+
+
+@dataclass(slots=True)
+class _Graph:
+    graph: int
+    x: int
+    ids: int
+    out: int
+
+
+@dataclass(slots=True)
+class Bank:
+    """Slots of one layer in one format.
+
+    Attributes:
+        spec: shapes and types.
+        n_slots: how many.
+        free: slots that hold nothing.
+        tensors: gate, up and down, each (n_in, n_out, n_slots).
+        row_bytes: size of one expert's gate, up and down.
+    """
+
+    spec: FfnSpec
+    n_slots: int
+    free: list[int]
+    tensors: tuple[int, int, int]
+    row_bytes: tuple[int, int, int]
+    graphs: dict[int, _Graph] = field(default_factory=dict)
+
+
+def scratch_bytes(spec: FfnSpec) -> int:
+    """Bound for the intermediate results of `MAX_PAIRS` pairs."""
+    return (2 * spec.n_embd + 3 * spec.n_ff + 1) * 4 * MAX_PAIRS + _SPARE_BYTES
+
+
+class GpuSlots:
+    """All banks of one device. Owns a backend, its buffers and contexts until `close`.
+
+    For the decoding thread; `upload` may run on another one meanwhile (ggml's devices order their own work).
+
+    Args:
+        device: where.
+        counts: slots by (layer, variant); none may be 0.
+        specs: shape and types by (layer, variant).
+        budget_bytes: most memory to take.
+
+    Raises:
+        BudgetError: more than the budget, or than the device has.
+        LocalrunError: the device can't multiply one of the formats.
+    """
+
+    def __init__(
+        self, device: GpuDevice, counts: Mapping[BankKey, int], specs: Mapping[BankKey, FfnSpec], budget_bytes: int
+    ) -> None:
+        self.device = device
+        self.banks: dict[BankKey, Bank] = {}
+        self._lib = ggml.library()
+        self._contexts: list[int] = []
+        self._buffers: list[int] = []
+        self._gallocr = 0
+        self._in_use: list[npt.NDArray[Any]] = []  # memory that the device still reads or writes
+        self._backend = self._lib.ggml_backend_dev_init(device.address, None)
+        if not self._backend:
+            raise LocalrunError(f"{device.name}: ggml can't open this device")
+        self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
+        try:
+            for key, n_slots in counts.items():
+                self.banks[key] = self._make_bank(specs[key], n_slots)
+            self._reserve(specs)
+            if self.used_bytes > budget_bytes:
+                raise BudgetError(
+                    f"{device.name}: {format_size(self.used_bytes)} allocated, the budget is {format_size(budget_bytes)}"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def used_bytes(self) -> int:
+        """What is allocated on the device."""
+        slots = sum(self._lib.ggml_backend_buffer_get_size(buffer) for buffer in self._buffers)
+        return int(slots + (self._lib.ggml_gallocr_get_buffer_size(self._gallocr, 0) if self._gallocr else 0))
+
+    def upload(self, key: BankKey, slot: int, rows: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copies an expert's gate, up and down (ggml rows) into a slot; any thread, not the same slot twice at once."""
+        bank = self.banks[key]
+        for tensor, size, data in zip(bank.tensors, bank.row_bytes, rows, strict=True):
+            assert data.nbytes == size
+            for at in range(0, size, _UPLOAD_BYTES):
+                n = min(_UPLOAD_BYTES, size - at)
+                self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
+
+    def start(self, key: BankKey, slots: I32, x: F32) -> F32:
+        """Starts multiplying pair i, row `x[i]`, with the expert in `slots[i]`.
+
+        Args:
+            slots: (N,) int32.
+            x: (N, D) f32, contiguous.
+
+        Returns:
+            (N, D) array that is filled when `finish` returns.
+
+        Raises:
+            DecodeError: the device reports a failure.
+        """
+        bank, lib = self.banks[key], self._lib
+        out = np.empty(
+            (-(-slots.size // MAX_PAIRS) * MAX_PAIRS if slots.size > MAX_PAIRS else _size(slots.size), x.shape[1]),
+            np.float32,
+        )
+        for at in range(0, slots.size, MAX_PAIRS):
+            part = slots[at : at + MAX_PAIRS]
+            size = _size(part.size)
+            graph = bank.graphs.get(size) or self._make_graph(bank, size)
+            if not lib.ggml_gallocr_alloc_graph(self._gallocr, graph.graph):
+                raise DecodeError(f"{self.device.name}: out of memory")
+            ids = np.zeros(size, np.int32)
+            ids[: part.size] = part
+            rows = x[at : at + part.size]
+            self._in_use += [ids, rows]
+            # Ordered behind the graph before, which reads the same memory.
+            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, ids.ctypes.data, 0, ids.nbytes)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.x, rows.ctypes.data, 0, rows.nbytes)
+            if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
+                raise DecodeError(f"{self.device.name}: computing experts failed")
+            result = out[at : at + size]
+            lib.ggml_backend_tensor_get_async(self._backend, graph.out, result.ctypes.data, 0, result.nbytes)
+            self._in_use.append(result)
+        return out
+
+    def finish(self) -> None:
+        """Waits for everything that was started."""
+        self._lib.ggml_backend_synchronize(self._backend)
+        self._in_use.clear()
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        lib = self._lib
+        if self._backend:
+            lib.ggml_backend_synchronize(self._backend)
+        if self._gallocr:
+            lib.ggml_gallocr_free(self._gallocr)
+        for buffer in self._buffers:
+            lib.ggml_backend_buffer_free(buffer)
+        for context in self._contexts:
+            lib.ggml_free(context)
+        if self._backend:
+            lib.ggml_backend_free(self._backend)
+        self._gallocr, self._backend = 0, 0
+        self._buffers, self._contexts = [], []
+        self.banks.clear()
+
+    def _context(self, n_tensors: int, *, graph: bool) -> int:
+        lib = self._lib
+        size = n_tensors * lib.ggml_tensor_overhead()
+        if graph:
+            size += lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        context = int(lib.ggml_init(ggml.InitParams(size + 1024, None, True)))
+        self._contexts.append(context)
+        return context
+
+    def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank:
+        lib, context = self._lib, self._context(3, graph=False)
+        shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
+        gate, up, down = (
+            int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
+            for kind, shape in zip(spec.types, shapes, strict=True)
+        )
+        sizes = [int(lib.ggml_nbytes(tensor)) // n_slots for tensor in (gate, up, down)]
+        buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
+        if not buffer:
+            raise BudgetError(
+                f"{self.device.name}: no memory for {n_slots} experts of {format_size(sum(sizes))}",
+                hint="give a smaller --vram",
+            )
+        self._buffers.append(buffer)
+        bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), (sizes[0], sizes[1], sizes[2]))
+        self._check_support(bank)
+        return bank
+
+    def _check_support(self, bank: Bank) -> None:
+        graph = self._make_graph(bank, 1)
+        for index in range(self._lib.ggml_graph_n_nodes(graph.graph)):
+            node = self._lib.ggml_graph_node(graph.graph, index)
+            if not self._lib.ggml_backend_dev_supports_op(self.device.address, node):
+                kinds = "/".join(dict.fromkeys(kind.name for kind in bank.spec.types))
+                raise LocalrunError(f"{self.device.name} can't multiply experts in {kinds}", hint="--gpu none")
+
+    def _make_graph(self, bank: Bank, n_pairs: int) -> _Graph:
+        lib, spec = self._lib, bank.spec
+        context = self._context(8, graph=True)
+        x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_pairs)
+        ids = lib.ggml_new_tensor_2d(context, _I32, 1, n_pairs)
+        gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in bank.tensors[:2])
+        if math.isinf(spec.limit):
+            active = lib.ggml_swiglu_split(context, gate, up)
+        else:
+            active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
+        out = lib.ggml_mul_mat_id(context, bank.tensors[2], active, ids)
+        lib.ggml_set_input(x)
+        lib.ggml_set_input(ids)
+        lib.ggml_set_output(out)
+        graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
+        lib.ggml_build_forward_expand(graph, out)
+        made = bank.graphs[n_pairs] = _Graph(graph, x, ids, out)
+        return made
+
+    def _reserve(self, specs: Mapping[BankKey, FfnSpec]) -> None:
+        """Memory for the largest call, once: it never grows afterwards."""
+        if not self.banks:
+            return
+        self._gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
+        largest = max(self.banks, key=lambda key: scratch_bytes(specs[key]))
+        graph = self._make_graph(self.banks[largest], MAX_PAIRS)
+        if not self._lib.ggml_gallocr_reserve(self._gallocr, graph.graph):
+            raise BudgetError(f"{self.device.name}: no memory for intermediate results", hint="give a smaller --vram")
+
+
+def _size(n_pairs: int) -> int:
+    return next(size for size in _SIZES if size >= n_pairs)
+
+
+def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
+    """What `n_slots` experts take on the device, its padding included; nothing is allocated."""
+    lib = ggml.library()
+    context = lib.ggml_init(ggml.InitParams(3 * lib.ggml_tensor_overhead() + 1024, None, True))
+    try:
+        buffer_type = lib.ggml_backend_dev_buffer_type(device.address)
+        shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
+        sizes = [
+            lib.ggml_backend_buft_get_alloc_size(
+                buffer_type, lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots)
+            )
+            for kind, shape in zip(spec.types, shapes, strict=True)
+        ]
+        return int(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    finally:
+        lib.ggml_free(context)
+
+
+_ALIGNMENT: int = 1024
+"""More than any backend aligns tensors to; a bank has three."""

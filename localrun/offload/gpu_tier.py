@@ -1,0 +1,318 @@
+"""Which experts live on GPUs: placed by the routing profile at load, exchanged by use while running.
+
+An expert on a GPU is in no RAM slot. Its rows are read by the store like any other expert's, kept as they are (GPUs know ggml's
+layouts, not ours) and copied by a thread of this module, so decoding never waits for an upload. What has arrived is put to use
+between two decodes. An expert that leaves a GPU is on the drive again and comes back through RAM when it is asked for.
+
+Threads: the filling thread owns the staging buffer and uploads; everything else happens on the decoding thread, under the pool's
+lock where it touches residency.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import BudgetError, StoppedError
+from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
+from localrun.offload.kernels import FfnSpec
+from localrun.offload.routing import Routing
+from localrun.offload.slots import Slot
+from localrun.offload.view import F32, I32
+from localrun.units import format_size
+
+if TYPE_CHECKING:
+    from localrun.offload.experts import ExpertPool
+
+log = logging.getLogger(__name__)
+
+EXCHANGE_EVERY = 16
+"""Decodes between two looks at whether an expert in RAM has become hotter than one on a GPU; at most one is exchanged each time."""
+EXCHANGE_GAIN = 1.5
+"""How much hotter it must be, so that experts of similar use don't change places for ever."""
+_LEAST_HEAT = 4.0
+_POLL_S = 0.002
+
+Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
+"""(n_experts,) how much each expert of a layer was used, recent uses counting more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    gpu: int
+    key: BankKey
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    layer: int
+    expert: int
+    place: _Place
+
+
+class GpuTier:
+    """Experts on one or several GPUs.
+
+    Args:
+        gpus: (device, most bytes to take) of each.
+        specs: shape and types by (layer, variant).
+        wanted: by layer the variant of each expert.
+        ranking: (layer, expert), the likeliest first; all experts.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[tuple[GpuDevice, int]],
+        specs: Mapping[BankKey, FfnSpec],
+        wanted: Mapping[int, I32],
+        ranking: Sequence[tuple[int, int]],
+    ) -> None:
+        n_layers, n_experts = max(wanted) + 1, max(variants.size for variants in wanted.values())
+        self._wanted = wanted
+        self.where: npt.NDArray[np.int16] = np.full((n_layers, n_experts), -1, np.int16)
+        """GPU by (layer, expert), -1: none."""
+        self._places: dict[tuple[int, int], _Place] = {}
+        self._uploads: queue.SimpleQueue[_Upload | None] = queue.SimpleQueue()
+        self._under_way: set[tuple[int, int]] = set()
+        self._uploaded: queue.SimpleQueue[tuple[_Upload, BaseException | None]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._read = threading.Event()
+        self._read_error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._staging: mmap.mmap | None = None
+        self._n_decodes = 0
+        self.n_exchanged = 0
+        self.slots: list[GpuSlots] = []
+        try:
+            for counts, (device, budget) in zip(share_out(gpus, specs, wanted, ranking), gpus, strict=True):
+                self.slots.append(GpuSlots(device, counts, specs, budget))
+        except BaseException:
+            self.close()
+            raise
+        for layer, expert in ranking:
+            place = self._free_place(layer, int(wanted[layer][expert]))
+            if place is not None:
+                self._queue(layer, expert, place)
+
+    @property
+    def staging_bytes(self) -> int:
+        """RAM through which experts go on their way to a GPU."""
+        sizes = [sum(bank.row_bytes) for slots in self.slots for bank in slots.banks.values()]
+        return -(-max(sizes, default=0) // 4096) * 4096
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory taken on all GPUs."""
+        return sum(slots.used_bytes for slots in self.slots)
+
+    @property
+    def n_resident(self) -> int:
+        """Experts that are computed on a GPU now."""
+        return int((self.where >= 0).sum())
+
+    @property
+    def n_under_way(self) -> int:
+        """Experts that wait for their upload, or for the next decode to begin."""
+        return len(self._under_way)
+
+    def has_place(self, layer: int, expert: int) -> bool:
+        """The expert is on a GPU, or on its way to one; any thread."""
+        return bool(self.where[layer, expert] >= 0) or (layer, expert) in self._under_way
+
+    # -- computing -----------------------------------------------------------------------------------------------------
+
+    def start(self, layer: int, part: Routing, x: F32, out: F32) -> Callable[[], None]:
+        """Starts the pairs of experts that are all on GPUs.
+
+        Returns:
+            A function that waits for them and writes their rows of `out`; to be called once.
+        """
+        running: list[tuple[GpuSlots, F32, I32]] = []
+        groups: dict[tuple[int, BankKey], list[int]] = {}
+        for index, expert in enumerate(part.experts):
+            place = self._places[layer, int(expert)]
+            groups.setdefault((place.gpu, place.key), []).append(index)
+        counts = np.diff(part.starts)
+        for (gpu, key), indices in groups.items():
+            pairs = np.concatenate([np.arange(part.starts[i], part.starts[i + 1]) for i in indices])
+            slots = np.array([self._places[layer, int(part.experts[i])].slot for i in indices], np.int32)
+            rows = np.ascontiguousarray(x[part.x_rows[pairs]])
+            result = self.slots[gpu].start(key, np.repeat(slots, counts[indices]), rows)
+            running.append((self.slots[gpu], result, part.out_rows[pairs]))
+
+        def finish() -> None:
+            for slots in {id(slots): slots for slots, _, _ in running}.values():
+                slots.finish()
+            for _, result, out_rows in running:
+                out[out_rows] = result[: out_rows.size]
+
+        return finish
+
+    # -- residency -----------------------------------------------------------------------------------------------------
+
+    def begin(self, pool: ExpertPool) -> None:
+        """Starts the filling thread."""
+        self._staging = mmap.mmap(-1, max(self.staging_bytes, 4096))
+        self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
+        self._thread.start()
+
+    def step(self, pool: ExpertPool, heat: Heat) -> None:
+        """Between two decodes, on the decoding thread, which holds the pool's lock: takes in what was uploaded, and now and then
+        gives the place of an expert that is little used to one that is used more."""
+        while not self._uploaded.empty():
+            upload, error = self._uploaded.get()
+            self._settle(pool, upload, error)
+        self._n_decodes += 1
+        if self._n_decodes % EXCHANGE_EVERY == 0 and not self._under_way:
+            self._exchange(heat)
+
+    def _settle(self, pool: ExpertPool, upload: _Upload, error: BaseException | None) -> None:
+        at = (upload.layer, upload.expert)
+        self._under_way.discard(at)
+        if error is not None:
+            log.warning("blk.%d: expert %d was not put on the GPU: %s", *at, error)
+            self._bank(upload.place).free.append(upload.place.slot)
+            return
+        self._places[at] = upload.place
+        self.where[at] = upload.place.gpu
+        slot = pool.table.peek(*at)
+        if slot is not None and slot.pins == 0:
+            pool.drop(slot)
+
+    def _exchange(self, heat: Heat) -> None:
+        best: tuple[float, int, int, int] | None = None
+        for layer, variants in self._wanted.items():
+            here = self.where[layer, : variants.size] >= 0
+            if not here.any() or here.all():
+                continue
+            values = heat(layer)
+            for variant in np.unique(variants[here]):
+                same = variants == variant
+                if not (same & ~here).any():
+                    continue
+                hot = int(np.where(same & ~here, values, -1.0).argmax())
+                cold = int(np.where(same & here, values, np.inf).argmin())
+                gain = float(values[hot]) - EXCHANGE_GAIN * float(values[cold])
+                if gain >= _LEAST_HEAT and (best is None or gain > best[0]):
+                    best = (gain, layer, hot, cold)
+        if best is None:
+            return
+        _, layer, hot, cold = best
+        place = self._places.pop((layer, cold))
+        self.where[layer, cold] = -1
+        self.n_exchanged += 1
+        self._queue(layer, hot, place)
+
+    def _queue(self, layer: int, expert: int, place: _Place) -> None:
+        self._under_way.add((layer, expert))
+        self._uploads.put(_Upload(layer, expert, place))
+
+    def _free_place(self, layer: int, variant: int) -> _Place | None:
+        for gpu, slots in enumerate(self.slots):
+            bank = slots.banks.get((layer, variant))
+            if bank is not None and bank.free:
+                return _Place(gpu, (layer, variant), bank.free.pop(0))
+        return None
+
+    def _bank(self, place: _Place) -> Any:
+        return self.slots[place.gpu].banks[place.key]
+
+    # -- the filling thread --------------------------------------------------------------------------------------------
+
+    def arrived(self, error: BaseException | None) -> None:
+        """The read that the filling thread waits for has ended; any thread."""
+        self._read_error = error
+        self._read.set()
+
+    def _fill(self, pool: ExpertPool) -> None:
+        assert self._staging is not None
+        memory = np.frombuffer(self._staging, np.uint8)
+        while not self._closing.is_set():
+            upload = self._uploads.get()
+            if upload is None:
+                return
+            try:
+                self._copy(pool, upload, memory)
+            except BaseException as error:  # whatever it is: the expert stays where it was
+                self._uploaded.put((upload, error))
+            else:
+                self._uploaded.put((upload, None))
+
+    def _copy(self, pool: ExpertPool, upload: _Upload, memory: npt.NDArray[np.uint8]) -> None:
+        slots = self.slots[upload.place.gpu]
+        sizes = slots.banks[upload.place.key].row_bytes
+        variant = upload.place.key[1]
+        self._read.clear()
+        target = Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant)
+        pool.read_raw(target)
+        while not self._read.wait(_POLL_S):
+            if self._closing.is_set():
+                raise StoppedError("closing")
+            pool.settle()
+        if self._read_error is not None:
+            raise self._read_error
+        ends = np.cumsum((0, *sizes))
+        slots.upload(upload.place.key, upload.place.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
+
+    def close(self) -> None:
+        """Ends the filling thread, then frees the GPUs' memory; before the store is closed."""
+        self._closing.set()
+        self._uploads.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        for slots in self.slots:
+            slots.close()
+        self.slots = []
+
+
+def share_out(
+    gpus: Sequence[tuple[GpuDevice, int]],
+    specs: Mapping[BankKey, FfnSpec],
+    wanted: Mapping[int, I32],
+    ranking: Sequence[tuple[int, int]],
+) -> list[dict[BankKey, int]]:
+    """How many slots each GPU gives to each layer and format: the likeliest experts, each to the GPU with most room left.
+
+    Raises:
+        BudgetError: a budget too small for the intermediate results and a single expert.
+    """
+    scratch = max(scratch_bytes(spec) for spec in specs.values())
+    result: list[dict[BankKey, int]] = [{} for _ in gpus]
+    left = [budget - scratch for _, budget in gpus]
+    for (device, budget), rest in zip(gpus, left, strict=True):
+        smallest = min(slot_bytes(spec, 1, device) for spec in specs.values())
+        if rest < smallest:
+            raise BudgetError(
+                f"{device.name}: {format_size(budget)} is too little for experts: intermediate results take "
+                f"{format_size(scratch)} and one expert {format_size(smallest)}",
+                hint="give more --vram, or --gpu none",
+            )
+    size_of: dict[tuple[int, BankKey, int], int] = {}
+
+    def grown(gpu: int, key: BankKey, count: int) -> int:
+        at = (gpu, key, count)
+        if at not in size_of:
+            size_of[at] = slot_bytes(specs[key], count, gpus[gpu][0]) if count else 0
+        return size_of[at]
+
+    for layer, expert in ranking:
+        key = (layer, int(wanted[layer][expert]))
+        for gpu in sorted(range(len(gpus)), key=lambda gpu: -left[gpu]):
+            count = result[gpu].get(key, 0)
+            cost = grown(gpu, key, count + 1) - grown(gpu, key, count)
+            if cost <= left[gpu]:
+                result[gpu][key] = count + 1
+                left[gpu] -= cost
+                break
+    return result

@@ -1,0 +1,161 @@
+"""Experts on a GPU, which is llama.cpp's RPC device on loopback: the same ggml interface as CUDA's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QT
+
+from localrun.engine.llama import StockModel
+from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.offload.gpu_device import GpuDevice, choose_gpus
+from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.quant.source import open_model
+from tests.offload.models import MODEL, logits, mean_kl, write_model
+from tests.rpc_server import rpc_server
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[GpuDevice]:
+    with rpc_server() as (endpoint, _):
+        devices = choose_gpus("auto", [endpoint])
+        yield next(device for device in devices if device.description == endpoint)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def filled(model: OffloadedModel) -> int:
+    """Waits until every expert that was to be uploaded is on the GPU; how many there are."""
+    tier = model.pool.gpu
+    assert tier is not None
+    deadline = time.monotonic() + 60
+    while tier.n_under_way:
+        assert time.monotonic() < deadline
+        with model.decoding([]):
+            pass
+        time.sleep(0.002)
+    return tier.n_resident
+
+
+def exact_and_allowed(path: Path) -> tuple[Any, float]:
+    """Logits with exact experts, and the KL to them that 8-bit experts on the CPU have, ours or llama.cpp's, in any batch size."""
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2, math="f32")) as model:
+        exact = logits(model)
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2)) as model:
+        ours = max(mean_kl(exact, logits(model, batch=batch)) for batch in (64, 1))
+    stock = StockModel(path)
+    theirs = max(mean_kl(exact, logits(stock, batch=batch)) for batch in (64, 1))
+    stock.close()
+    return exact, 1.2 * max(ours, theirs)
+
+
+def budget_for(path: Path, device: GpuDevice, n_experts: int) -> int:
+    """Bytes that hold about so many experts."""
+    with open_offloaded(open_model(path), OffloadOptions()) as model:
+        spec = model.pool.kernels(0)[0].spec
+    return scratch_bytes(spec) + n_experts * slot_bytes(spec, 1, device)
+
+
+@pytest.mark.parametrize("n_experts", [20, 10_000])
+def test_experts_on_a_gpu_give_the_same_answers(model_path: Path, gpu: GpuDevice, n_experts: int) -> None:
+    source = open_model(model_path)
+    exact, allowed = exact_and_allowed(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        total = sum(moe.n_experts for moe in source.moe_layers.values())
+    budget = budget_for(model_path, gpu, n_experts)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        before = logits(model)  # while experts are on their way
+        n_resident = filled(model)
+        assert min(n_experts, total) <= n_resident <= total
+        found, one_by_one = logits(model), logits(model, batch=1)
+        tier, table = model.pool.gpu, model.pool.table
+        assert tier is not None
+        assert tier.used_bytes <= budget
+        # An expert is in one place only.
+        assert not (tier.where >= 0)[table.resident[: len(tier.where)] != 0].any()
+        totals = model.telemetry.totals()
+        assert totals.gpu_hits > 0
+        assert "g" in model.expert_map()["layers"][0]["where"]
+    assert max(mean_kl(exact, other) for other in (before, found, one_by_one)) <= allowed
+
+
+def test_dense_model_and_cache_on_the_gpu_too(model_path: Path, gpu: GpuDevice) -> None:
+    source = open_model(model_path)
+    exact, allowed = exact_and_allowed(model_path)
+    budget = budget_for(model_path, gpu, 30)
+    with open_offloaded(source, OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, budget)])) as model:
+        filled(model)
+        found = {kv: logits(model, kv_type=kv) for kv in ("f16", "q8_0")}
+    assert mean_kl(exact, found["f16"]) <= allowed
+    assert mean_kl(exact, found["q8_0"]) <= 2 * allowed  # the cache is rounded more coarsely
+
+
+def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, gpu: GpuDevice) -> None:
+    """Only 20 of 64 experts fit; a text that keeps using the same few must bring those in."""
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = logits(model, [3] * 20, batch=1)
+    budget = budget_for(model_path, gpu, 20)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        filled(model)
+        tier = model.pool.gpu
+        assert tier is not None
+        at_first = tier.n_resident
+        for _ in range(8):
+            found = decode_with_steps(model, [3] * 20)
+        filled(model)
+        assert tier.n_exchanged > 0
+        assert tier.n_resident == at_first
+        assert tier.used_bytes <= budget
+        hot = model.learner.heat(1)
+        assert tier.where[1, int(hot.argmax())] >= 0
+        model.pool.table.check()
+    assert mean_kl(expected, found) < 0.02
+
+
+def decode_with_steps(model: OffloadedModel, tokens: list[int]) -> Any:
+    """As a session does: between two tokens the tier may change."""
+    for _ in range(16):
+        with model.decoding([]):
+            pass
+    return logits(model, tokens, batch=1)
+
+
+def test_several_formats_and_two_gpus(tmp_path: Path, gpu: GpuDevice) -> None:
+    path = write_model(tmp_path, replace(MODEL, expert_type=QT.Q8_0))
+    source = open_model(path)
+    exact, allowed = exact_and_allowed(path)
+    budget = budget_for(path, gpu, 15)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget), (gpu, budget)])) as model:
+        filled(model)
+        tier = model.pool.gpu
+        assert tier is not None
+        assert set(np.unique(tier.where)) == {-1, 0, 1}
+        found = logits(model)
+    assert mean_kl(exact, found) <= allowed
+
+
+def test_budget_too_small_for_one_expert_is_refused_with_numbers(model_path: Path, gpu: GpuDevice) -> None:
+    with pytest.raises(BudgetError, match=r"intermediate results take .* and one expert"):
+        open_offloaded(open_model(model_path), OffloadOptions(gpus=[(gpu, 100_000)]))
+
+
+def test_unknown_gpus_and_dead_servers_are_named(gpu: GpuDevice) -> None:
+    with pytest.raises(UsageError, match="CUDA7") as caught:
+        choose_gpus("CUDA7")
+    assert caught.value.hint is not None
+    assert gpu.name in caught.value.hint
+    with pytest.raises(LocalrunError, match=r"--rpc 127\.0\.0\.1:9"):
+        choose_gpus("auto", ["127.0.0.1:9"])
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        choose_gpus("auto", ["nonsense"])

@@ -94,13 +94,13 @@ def test_damaged_expert_is_found_by_its_checksum_on_first_read(tmp_path: Path) -
     from dataclasses import replace
 
     source = open_model(write_model(tmp_path))
-    real = source.expert
+    real = source.base_expert
 
     def wrong(layer: int, expert: int) -> Any:
         gate, up, down = real(layer, expert)
         return gate, replace(up, checksum="0" * 16), down
 
-    source.expert = wrong  # type: ignore[method-assign]
+    source.base_expert = wrong  # type: ignore[method-assign]
     with (
         open_offloaded(source, OffloadOptions(n_threads=2)) as model,
         pytest.raises(ChecksumError, match=r"ffn_up_exps\.weight: expert \d+ differs"),

@@ -69,7 +69,7 @@ def write_imatrix(importance: Importance, path: Path) -> None:
             file.write(build_header(metadata, [_info(name, array) for name, array in tensors], _ALIGNMENT))
             for _, array in tensors:
                 for row in array:
-                    file.write(np.ascontiguousarray(row, "<f4"))
+                    file.write(row.astype("<f4").tobytes())
                 file.write(bytes(align_up(array.size * 4, _ALIGNMENT) - array.size * 4))
             file.flush()
             os.fsync(file.fileno())
@@ -248,7 +248,8 @@ def _read_dat(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
         wanted = {_name(n, p): (moe.n_embd if p == "gate" else moe.n_ff) * moe.n_experts
                   for n, moe in moe_layers.items() for p in ("gate", "down")}  # fmt: skip
         found = dict(_dat_entries(path, file, take, integer, wanted))
-        n_chunks, datasets = 0, ()
+        n_chunks = 0
+        datasets: tuple[str, ...] = ()
         if file.tell() < size:
             n_chunks = integer("the number of chunks")
             name = take(integer("the text's name"), "the text's name").decode("utf-8", "replace")
@@ -282,8 +283,8 @@ def _dat_entries(
                 f"{path}: importance of another model: {name} has {n_values} values, the model {wanted[name]}",
                 hint="give an imatrix that was made from this model, or calibrate again",
             )
-        values = np.frombuffer(take(n_values * 4, name), "<f4") / np.float32(max(1, n_calls))
-        yield name, _checked(path, name, values)
+        values = np.frombuffer(take(n_values * 4, name), "<f4")
+        yield name, _checked(path, name, (values / np.float32(max(1, n_calls))).astype(np.float32))
 
 
 def _dat_layer(path: Path, found: Mapping[str, F32], moe: MoeLayer) -> LayerImportance:

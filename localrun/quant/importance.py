@@ -104,10 +104,10 @@ class Importance:
         state = xxhash.xxh3_128()
         for number, layer in self.layers.items():
             state.update(f"{number} {layer.x.shape} {layer.activated.shape}\n".encode())
-            state.update(np.ascontiguousarray(layer.counts, np.float64))
+            state.update(layer.counts.astype(np.float64).tobytes())
             for array in (layer.x, layer.activated):
                 for row in array:
-                    state.update(np.ascontiguousarray(row))
+                    state.update(row.tobytes())
         return state.hexdigest()
 
     def weights(self, layer: int, expert: int, projection: int) -> F32 | None:

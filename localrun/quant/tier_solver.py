@@ -179,14 +179,19 @@ class ExpertCosts:
         types: Iterable[GGMLQuantizationType],
         route_weights: Callable[[int], F64],
         errors: Callable[[int, GGMLQuantizationType], F64],
+        layer_weights: Mapping[int, float] | None = None,
     ) -> ExpertCosts:
-        """From a layer's route weights (E,), summing to 1, and its relative errors (E,) in a format."""
+        """From a layer's route weights (E,), summing to 1, and its relative errors (E,) in a format.
+
+        Args:
+            layer_weights: how much an error in each layer counts, on average 1; None: all layers alike.
+        """
         kinds = tuple(types)
         keys: list[Key] = []
         error, sizes = [], []
         for layer, moe in sorted(moe_layers.items()):
             keys += [(layer, expert) for expert in range(moe.n_experts)]
-            weights = route_weights(layer) / len(moe_layers)
+            weights = route_weights(layer) * ((layer_weights or {}).get(layer, 1.0) / len(moe_layers))
             error.append(np.stack([weights * errors(layer, kind) for kind in kinds], 1))
             sizes.append(np.tile([expert_bytes(moe, kind) for kind in kinds], (moe.n_experts, 1)))
         return cls(tuple(keys), kinds, np.concatenate(error), np.concatenate(sizes).astype(np.int64))

@@ -75,10 +75,17 @@ def run(args: argparse.Namespace) -> int:
 def _run_ui(args: argparse.Namespace, settings: config.Settings) -> int:
     """Opens the terminal UI; the demo model is prepared while it is up."""
     named = settings.engine.model
+    with EngineProcess() as engine:
+        engine.start()  # it imports its libraries while the interface imports its own
+        return _open_ui(args, settings, named, engine)
+
+
+def _open_ui(args: argparse.Namespace, settings: config.Settings, named: str | None, engine: EngineProcess) -> int:
     return int(
         args.open_ui(
             Path(named).expanduser() if named is not None else None,
             common.engine_options(settings),
+            engine=engine,
             prepare=None if named is not None else demo.converted,
             sampling=common.sampling_options(settings, args.seed),
             think=settings.sampling.think,

@@ -121,6 +121,7 @@ def model_path(settings: config.Settings, out: Output) -> Path:
 def engine_process(args: argparse.Namespace, out: Output) -> Iterator[EngineProcess]:
     """An engine process for the command's time; with `--debug` its log is shown at the end."""
     with EngineProcess() as engine:
+        engine.start()  # it imports its libraries while we look for the model
         try:
             yield engine
         finally:

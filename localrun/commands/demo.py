@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shutil
 import uuid
 from pathlib import Path
@@ -31,10 +33,18 @@ def converted() -> Path:
         UsageError: this installation has no demo model.
         LocalrunError: it can't be converted.
     """
+    source = checkpoint()
+    # Looking into the checkpoint needs imports of half a second: what it is converted to is remembered by its files' names,
+    # sizes and times.
+    stamp = paths.cache_dir() / f"demo-{_files_digest(source)}.stamp"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = paths.cache_dir() / Path(stamp.read_text().strip()).name
+        if known.name.startswith("demo-") and known.is_dir():
+            return known
+
     from localrun.quant.convert import convert
     from localrun.quant.source import open_model
 
-    source = checkpoint()
     target = paths.cache_dir() / f"demo-{open_model(source).identity[:16]}"
     if not target.is_dir():
         # Converted beside the target and renamed: two first starts at once both end well.
@@ -47,4 +57,13 @@ def converted() -> Path:
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # next time it takes longer
+        stamp.write_text(target.name)
     return target
+
+
+def _files_digest(folder: Path) -> str:
+    """Changes with any file's name, size or time."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    text = repr([str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

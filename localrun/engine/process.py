@@ -101,7 +101,7 @@ class EngineProcess:
         Args:
             on_death: called once per death, from a reader thread, also when no command was running.
         """
-        self._on_death = on_death
+        self.on_death = on_death
         self._requests = itertools.count(1)
         self._lock = threading.RLock()  # guards everything below
         self._process: subprocess.Popen[bytes] | None = None
@@ -133,6 +133,12 @@ class EngineProcess:
         return list(self._log)
 
     # --- commands
+
+    def start(self) -> None:
+        """Starts the process now, so that its imports are done by the time of the first command. Not needed otherwise."""
+        with self._lock:
+            if self._process is None:
+                self._start()
 
     def load(self, path: Path | str, options: EngineOptions | None = None) -> Iterator[LoadEvent]:
         """Loads a model in place of the present one; the last event is Ready.
@@ -355,8 +361,8 @@ class EngineProcess:
             self._running.clear()
         for inbox in inboxes.values():
             inbox.put(death)
-        if not expected and self._on_death is not None:
-            self._on_death(death)
+        if not expected and self.on_death is not None:
+            self.on_death(death)
 
 
 def _garbage_error(error: ProtocolError) -> EngineDiedError:

@@ -24,13 +24,14 @@ from localrun.engine.conversations import (
     DamagedConversationsError,
     salvage,
 )
+from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import EngineOptions, SamplingOptions
 from localrun.errors import UsageError
 from localrun.textsafe import visible
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.chat_state import WIDE_COLUMNS
 from localrun.tui.commands import COMMANDS
-from localrun.tui.engine_link import EngineFactory, start_engine
+from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
 from localrun.tui.model_finder import default_folders
 from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
@@ -182,6 +183,7 @@ def run_app(
     model: Path | None,
     options: EngineOptions | None = None,
     *,
+    engine: EngineProcess | None = None,
     prepare: Callable[[], Path] | None = None,
     sampling: SamplingOptions | None = None,
     think: str = "off",
@@ -195,6 +197,7 @@ def run_app(
         model: what to load; None: what `prepare` gives (called in a thread while the interface is up already), or, without
             one, the chooser opens.
         options: how to load it.
+        engine: an engine process that was started already; None: one is started when it is needed.
         sampling, think, system, max_tokens: settings of new conversations.
         model_folders: where the chooser looks for models; None: `default_folders()`.
 
@@ -213,6 +216,13 @@ def run_app(
         chat=ChatOptions(sampling or SamplingOptions(), think, system, max_tokens),
         model_folders=default_folders() if model_folders is None else model_folders,
     )
-    app = LocalrunApp(launch)
+
+    def adopt(on_death: OnDeath) -> EngineLike:
+        if engine is None:
+            return start_engine(on_death)
+        engine.on_death = on_death
+        return engine
+
+    app = LocalrunApp(launch, engine_factory=adopt)
     app.run()
     return app.return_code or 0

@@ -74,8 +74,9 @@ class ModelsScreen(Dialog[Path]):
     @on(DataTable.RowHighlighted)
     def show_path(self, event: DataTable.RowHighlighted) -> None:
         if event.row_key.value:
-            path = visible_line(str(event.row_key.value), max_chars=70)
-            self.query_one("#dialog").border_subtitle = Content(path)
+            path = visible_line(str(event.row_key.value))
+            # Of a long path the end tells models apart.
+            self.query_one("#dialog").border_subtitle = Content(path if len(path) <= 70 else f"…{path[-69:]}")
 
     @on(DataTable.RowSelected)
     def choose(self, event: DataTable.RowSelected) -> None:

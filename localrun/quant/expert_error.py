@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.errors import StoreError
+from localrun.errors import FormatError, StoreError
 from localrun.quant.formats import decode_projection
 from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
 from localrun.quant.importance import F32, F64, Importance
@@ -71,6 +71,34 @@ class ErrorTable:
     def n_experts(self) -> int:
         return sum(layer.measured.size for layer in self.layers.values())
 
+    def to_json(self) -> dict[str, Any]:
+        """All measured values, for the report and for a conversion that goes on after a kill."""
+        return {
+            "real_rows": self.real_rows,
+            "layers": {
+                str(number): {
+                    "n_experts": layer.measured.size,
+                    "power": layer.power,
+                    "measured": np.flatnonzero(layer.measured).tolist(),
+                    "n_own_rows": layer.n_own_rows[layer.measured].tolist(),
+                    "relative": {
+                        kind.name.lower(): values[layer.measured].tolist() for kind, values in layer.relative.items()
+                    },
+                }
+                for number, layer in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> ErrorTable:
+        """Reads what `to_json` wrote. Raises FormatError if it is something else."""
+        try:
+            return cls(
+                {int(n): _layer_from_json(layer) for n, layer in value["layers"].items()}, bool(value["real_rows"])
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise FormatError(f"no table of output errors: {error}") from None
+
     def errors(self, layer: int, kind: GGMLQuantizationType) -> F64:
         """(E,) for `ExpertCosts.build`."""
         return self.layers[layer].relative[kind]
@@ -79,6 +107,24 @@ class ErrorTable:
         """Mean over the measured experts of a layer."""
         row = self.layers[layer]
         return float(row.relative[kind][row.measured].mean())
+
+
+def _layer_from_json(value: Any) -> LayerErrors:
+    measured, n_own = np.zeros(value["n_experts"], bool), np.zeros(value["n_experts"], np.int64)
+    measured[value["measured"]] = True
+    n_own[measured] = value["n_own_rows"]
+    relative = {
+        GGMLQuantizationType[name.upper()]: _spread(measured, np.array(errors, np.float64))
+        for name, errors in value["relative"].items()
+    }
+    return LayerErrors(relative, measured, n_own, float(value["power"]))
+
+
+def _spread(measured: npt.NDArray[np.bool_], errors: F64) -> F64:
+    """Errors of all experts: the measured ones' in ascending order, their mean for the others."""
+    result = np.full(measured.size, errors.mean())
+    result[measured] = errors
+    return result
 
 
 def measure_errors(
@@ -146,14 +192,12 @@ def _layer_errors(
     measured[list(results)] = True
     power = float(np.mean([own for _, own, _ in results.values()]))
     n_own = np.zeros(n_experts, np.int64)
-    relative = {}
-    for kind in types:
-        values = {expert: errors[kind] / power if power > 0 else 0.0 for expert, (errors, _, _) in results.items()}
-        row = np.full(n_experts, np.mean(list(values.values())))
-        row[list(values)] = list(values.values())
-        relative[kind] = row
-    for expert, (_, _, n) in results.items():
-        n_own[expert] = n
+    experts = sorted(results)
+    n_own[experts] = [results[expert][2] for expert in experts]
+    relative = {
+        kind: _spread(measured, np.array([results[e][0][kind] / power if power > 0 else 0.0 for e in experts]))
+        for kind in types
+    }
     return LayerErrors(relative, measured, n_own, power)
 
 

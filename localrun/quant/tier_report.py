@@ -78,7 +78,7 @@ class TierReport:
         if self.importance is not None:
             value["importance"] = asdict(self.importance)
         if self.errors is not None:
-            value["errors"] = _errors_json(self.errors)
+            value["errors"] = self.errors.to_json()
         if self.solution is not None:
             value["tiers"] = _solution_json(self.solution)
         if self.evaluations:
@@ -256,26 +256,6 @@ def _evaluation(report: TierReport) -> list[str]:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-
-
-def _errors_json(table: ErrorTable) -> dict[str, Any]:
-    return {
-        "real_rows": table.real_rows,
-        "n_measured": table.n_measured,
-        "n_experts": table.n_experts,
-        "layers": {
-            str(number): {
-                "power": layer.power,
-                "measured": [int(e) for e in layer.measured.nonzero()[0]],
-                "n_own_rows": layer.n_own_rows[layer.measured].tolist(),
-                "relative": {
-                    kind.name.lower(): [float(f"{v:.6g}") for v in values[layer.measured]]
-                    for kind, values in layer.relative.items()
-                },
-            }
-            for number, layer in table.layers.items()
-        },
-    }
 
 
 def _solution_json(solution: TierSolution) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import pytest
 
 from localrun.engine.calibrate import Router, calibrate
 from localrun.engine.calibration_text import CalibrationText, default_text, read_calibration_text
+from localrun.engine.choose_tiers import TierRequest, check_tier_request, choose_tiers
 from localrun.engine.engine import Engine
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.expert_error import clamp_limits, exact_weights, measure_errors, rounded, swiglu
 from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
 from localrun.quant.samples import drawn_samples
 from localrun.quant.source import open_model
-from localrun.quant.tier_solver import TYPES_BY_NAME
+from localrun.quant.tier_solver import TYPES_BY_NAME, HotBudget, Target, expert_bytes
 from tests.engine.conftest import OPTIONS
 
 CHAT = [{"role": "user", "content": "Hello there, how are you?"}, {"role": "assistant", "content": "Fine." * 100}]
@@ -49,6 +50,7 @@ def test_sums_samples_and_routing_are_those_of_the_model(chat_model_path: Path) 
         agreed = np.take_along_axis(sampled.chosen, best, 1)
         assert agreed.mean() > 0.99, "the router's arithmetic is llama.cpp's"
         power = np.square(router.weights(probabilities, sampled.chosen)).sum(0)
+        assert layer.route_power is not None
         np.testing.assert_allclose(layer.route_power, power, rtol=1e-3)
         for expert in np.flatnonzero(layer.counts)[:3]:
             rows = sampled.rows[sampled.chosen[:, expert]]
@@ -129,3 +131,33 @@ def test_prose_in_brackets_is_no_conversation(tmp_path: Path) -> None:
     path.write_text("[1] A footnote.\n" + "Text. " * 200)
     assert read_calibration_text(path).text.startswith("[1]")
     assert len(default_text().text) > 30_000
+
+
+def test_tiers_are_chosen_and_a_second_run_decides_the_same_without_the_text(
+    chat_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(chat_model_path)
+    one = expert_bytes(source.moe_layers[0], TYPES_BY_NAME["q8_0"])
+    request = TierRequest(hot=(HotBudget(TYPES_BY_NAME["q8_0"], 5 * one),), max_tokens=300)
+    seen: list[str] = []
+    first = choose_tiers(
+        chat_model_path, request, OPTIONS, work_folder=tmp_path, report=lambda what, done, total: seen.append(what)
+    )
+    assert {"calibrating", "measuring formats"} <= set(seen)
+    assert first.solution is not None
+    assert first.solution.base == TYPES_BY_NAME["mxfp4"], "the source's own"
+    assert first.solution.plan.n_experts == 0, "nothing is better than exact"
+
+    request = replace(request, base=TYPES_BY_NAME["mxfp4"], hot=(), target=Target(ram_bytes=1 << 30))
+    target = choose_tiers(chat_model_path, request, OPTIONS, work_folder=tmp_path)
+    assert target.solution is not None
+    assert target.solution.chosen.error == 0
+    monkeypatch.setattr("localrun.engine.choose_tiers.calibrate", None)
+    again = choose_tiers(chat_model_path, request, OPTIONS, work_folder=tmp_path)
+    assert again.solution == target.solution
+    assert again.importance.digest == target.importance.digest
+    from_file = choose_tiers(chat_model_path, replace(request, imatrix=tmp_path / "imatrix.gguf"), OPTIONS)
+    assert from_file.errors is not None
+    assert not from_file.errors.real_rows
+    with pytest.raises(UsageError, match="exclude each other"):
+        check_tier_request(source, replace(request, imatrix=tmp_path / "imatrix.gguf", text=default_text()))

@@ -58,7 +58,9 @@ def test_whole_report_is_complete_and_well_formed(tmp_path: Path) -> None:
         assert wanted in text
     data = json.loads((tmp_path / "report.json").read_text())
     assert TierPlan.from_json(data["tiers"]["better"]).formats == solution.plan.formats
-    assert data["errors"]["layers"]["1"]["measured"] == [0, 1, 3]
+    again = ErrorTable.from_json(data["errors"])
+    assert (again.n_measured, again.n_experts, again.real_rows) == (6, 8, True)
+    np.testing.assert_allclose(again.errors(1, QT.Q2_K), [0.08, 0.04, 0.06, 0.06])
     for name in REPORT_NAMES[2:]:
         root = ET.parse(tmp_path / name).getroot()
         assert root.findtext("{http://www.w3.org/2000/svg}title", "").startswith("A <b>model</b> | & more")

@@ -1,4 +1,4 @@
-"""ggml's own quantizers: F32 rows to any block type, and back.
+"""F32 rows to any block type and back: by our quantizers where there are some (`k_quantize`), by ggml's for all other types.
 
 A thin binding of `ggml_quantize_chunk` (ggml.h) in the library that llama-cpp-python bundles, with the checks that the C code
 lacks: it aborts the process on NaN, on rows that are no whole blocks, on missing importance weights, and where squares of tiny
@@ -20,6 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.errors import FormatError, IncompatibleLibraryError
 from localrun.quant import format_kernels as kernels
+from localrun.quant import k_quantize
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -132,8 +133,10 @@ def quantize_rows(
     weights: Floats | None = None,
     out: Bytes | None = None,
     where: str = "tensor",
+    *,
+    ours: bool = True,
 ) -> Bytes:
-    """Quantizes rows as llama.cpp does.
+    """Quantizes rows: by `k_quantize` the types that it has, the others as llama.cpp does.
 
     Args:
         values: `(n_out, n_in)`, contiguous.
@@ -141,6 +144,7 @@ def quantize_rows(
         weights: importance of the columns, `(n_in,)`; what a squared error there counts. Use `prepare_weights` once for many calls.
         out: where the rows go; allocated if None.
         where: what to call the tensor in an error message.
+        ours: False: by ggml's quantizer in any case, for comparison.
 
     Returns:
         The rows' bytes, flat.
@@ -159,6 +163,9 @@ def quantize_rows(
     assert out.size == size
     assert out.flags.c_contiguous
     assert values.flags.c_contiguous
+    if kind in k_quantize.TYPES and ours:
+        k_quantize.quantize(values, kind, weights, out)
+        return out
     if kind in _GRID_TYPES:
         flushed = np.empty_like(values)
         kernels.flush_tiny(values.reshape(-1), _TINY, flushed.reshape(-1))

@@ -195,4 +195,4 @@ def _put(target: Path, manifest: Manifest) -> None:
 
 def _describe(tiers: TierPlan) -> str:
     """For people, and different for different plans."""
-    return f"{tiers.n_experts} experts ({xxhash.xxh3_64_hexdigest(repr(tiers.to_json()))})"
+    return f"{tiers.n_experts} experts ({xxhash.xxh3_64_hexdigest(repr(tiers.to_json()).encode())})"

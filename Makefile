@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup chat test check format bundle test-bundle clean
+.PHONY: help setup cuda vulkan rocm cpu chat test check format bundle test-bundle clean
 
 help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
+	@echo "make cuda    the same, llama.cpp for NVIDIA's GPUs; also: make vulkan, make rocm; make cpu: back"
 	@echo "make chat    talk to the demo model"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import directions"
@@ -17,6 +18,9 @@ help:
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
+
+cuda vulkan rocm cpu:
+	@$(PYTHON) tools/bootstrap.py $@
 
 chat: setup
 	@$(BIN)/localrun chat

@@ -61,7 +61,8 @@ class EngineSettings:
         model: model to use when none is named; a path. Default: the demo model.
         ram: bytes for expert slots in RAM, e.g. `"16GiB"`. Default: what is available less some headroom.
         vram: bytes on the GPU. Default: what is free.
-        gpu: `auto`, `none` or a device's name.
+        gpu: `auto`, `none` or devices' names, separated by commas.
+        rpc: `HOST:PORT` of llama.cpp's rpc-server on other machines, separated by commas.
         context: tokens of context; 0: as the model allows, at most 32768.
         threads: CPU threads; 0: one per physical core.
         kv: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
@@ -73,6 +74,7 @@ class EngineSettings:
     ram: int | None = _setting(None, _size)
     vram: int | None = _setting(None, _size)
     gpu: str = _setting("auto", _text)
+    rpc: str | None = _setting(None, _text)
     context: int = _setting(0, _count)
     threads: int = _setting(0, _count)
     kv: str = _setting("f16", _text)

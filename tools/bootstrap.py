@@ -1,5 +1,9 @@
 """Set-up: makes `.venv` with everything that localrun needs, llama.cpp compiled with its RPC backend. Run by `make`.
 
+    python tools/bootstrap.py [cuda|vulkan|rocm|cpu]
+
+With a name llama.cpp is compiled for that kind of GPU, too (`cpu`: for none), and later runs keep to it.
+
 Runs on any Python 3.7+ so that it can say what is wrong with an old one; imports the standard library only. Does
 nothing when `.venv` was made from the present constraints.txt and pyproject.toml.
 """
@@ -26,15 +30,38 @@ CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 used."""
 
 NEEDED_BYTES = 3 * 10**9
+GPU_CHOICE = VENV / "localrun-gpu"
+INSTALLED_BUILD = VENV / "localrun-llama-build"
+
+GPU_BACKENDS = {
+    "cuda": (
+        "-DGGML_CUDA=ON",
+        {"nvcc": ("/usr/local/cuda/bin", "/opt/cuda/bin")},
+        "install NVIDIA's CUDA toolkit (Debian, Ubuntu: apt install nvidia-cuda-toolkit), or put its nvcc into PATH",
+    ),
+    "vulkan": (
+        "-DGGML_VULKAN=ON",
+        {"glslc": (), "vulkan/vulkan.h": ("/usr/include", "/usr/local/include")},
+        "Debian, Ubuntu: apt install libvulkan-dev glslc; Fedora: dnf install vulkan-loader-devel vulkan-headers glslc",
+    ),
+    "rocm": (
+        "-DGGML_HIP=ON",
+        {"hipcc": ("/opt/rocm/bin",)},
+        "install AMD's ROCm with its HIP SDK, or put hipcc into PATH",
+    ),
+}
+"""CMake's switch, what compiling needs and where that may lie besides PATH, and how to get it."""
 
 
 class SetupError(Exception):
     """Something that the user has to mend; the second argument says how."""
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     try:
         check_python()
+        if arguments:
+            choose_gpu(arguments[0])
         if not up_to_date():
             set_up()
     except SetupError as error:
@@ -56,7 +83,7 @@ def set_up() -> None:
     make_venv()
     pip = pinned("pip")
     step(f"pip {pip}", ["install", "--upgrade", f"pip=={pip}"])
-    if not has_llama_cpp():
+    if not has_llama_cpp() or installed_build() != cmake_args():
         build_llama_cpp()
     # Build requirements of our own package are pinned in pyproject.toml.
     step("other packages", ["install", "--editable", f"{ROOT}[dev]", "--constraint", str(CONSTRAINTS)])
@@ -72,12 +99,52 @@ def set_up() -> None:
     say(f"ready after {round(time.monotonic() - start)} s")
 
 
+def choose_gpu(name: str) -> None:
+    """Remembers for which GPU llama.cpp is to be compiled, after a look at what compiling needs."""
+    if name not in GPU_BACKENDS and name != "cpu":
+        raise SetupError(f"no GPU backend '{name}'", f"one of {', '.join(GPU_BACKENDS)}, or cpu")
+    if name != "cpu":
+        _, tools, hint = GPU_BACKENDS[name]
+        missing = [tool for tool, places in tools.items() if not find_tool(tool, places)]
+        if missing:
+            raise SetupError(f"llama.cpp can't be compiled for {name}: {', '.join(missing)} not found", hint)
+    make_venv()
+    GPU_CHOICE.write_text(name)
+
+
+def find_tool(name: str, places: tuple[str, ...]) -> str | None:
+    """Path of a program, or of a header (a name with a slash) in one of the places."""
+    if "/" not in name and shutil.which(name):
+        return shutil.which(name)
+    return next((str(Path(place) / name) for place in places if (Path(place) / name).exists()), None)
+
+
+def gpu_choice() -> str:
+    """What `choose_gpu` remembered."""
+    name = GPU_CHOICE.read_text().strip() if GPU_CHOICE.is_file() else "cpu"
+    return name if name in GPU_BACKENDS else "cpu"
+
+
+def cmake_args() -> str:
+    """For llama.cpp's build."""
+    gpu = gpu_choice()
+    parts = [CMAKE_ARGS, GPU_BACKENDS[gpu][0] if gpu != "cpu" else "", os.environ.get("CMAKE_ARGS", "")]
+    return " ".join(part for part in parts if part)
+
+
+def build_path() -> str:
+    """PATH with the folders in which the chosen GPU's compiler lies."""
+    gpu = gpu_choice()
+    places = [place for places in GPU_BACKENDS[gpu][1].values() for place in places] if gpu != "cpu" else []
+    return os.pathsep.join([os.environ.get("PATH", ""), *(place for place in places if Path(place).is_dir())])
+
+
 def fingerprint() -> str:
     """Changes when set-up has to run again."""
     digest = hashlib.sha256()
     for path in (CONSTRAINTS, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
-    digest.update(f"{sys.version_info[:2]} {ROOT} {os.environ.get('CMAKE_ARGS', '')}".encode())
+    digest.update(f"{sys.version_info[:2]} {ROOT} {cmake_args()}".encode())
     return digest.hexdigest()
 
 
@@ -138,12 +205,16 @@ def build_llama_cpp() -> None:
     """
     name = "llama-cpp-python"
     requirement = f"{name}=={pinned(name)}"
-    cmake_args = f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip()
-    build = hashlib.sha256(f"{requirement} {cmake_args} {sys.version_info[:2]}".encode()).hexdigest()[:12]
+    build = hashlib.sha256(f"{requirement} {cmake_args()} {sys.version_info[:2]}".encode()).hexdigest()[:12]
     folder = VENV / "wheels" / build
     if not list(folder.glob("*.whl")):
         n_jobs = str(os.cpu_count() or 1)
-        environment = {"CMAKE_BUILD_PARALLEL_LEVEL": n_jobs, **os.environ, "CMAKE_ARGS": cmake_args}
+        environment = {
+            "CMAKE_BUILD_PARALLEL_LEVEL": n_jobs,
+            **os.environ,
+            "CMAKE_ARGS": cmake_args(),
+            "PATH": build_path(),
+        }
         partial = folder.with_name(f"{build}.partial")
         arguments = [
             "wheel",
@@ -160,6 +231,7 @@ def build_llama_cpp() -> None:
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    INSTALLED_BUILD.unlink() if INSTALLED_BUILD.exists() else None
     (wheel,) = folder.glob("*.whl")
     arguments = ["install", "--force-reinstall", "--constraint", str(CONSTRAINTS), str(wheel)]
     step("llama-cpp-python", arguments)
@@ -168,6 +240,12 @@ def build_llama_cpp() -> None:
         raise SetupError(
             f"{requirement} was built without ggml_backend_rpc_start_server", f"see {LOG}, then make setup"
         )
+    INSTALLED_BUILD.write_text(cmake_args())
+
+
+def installed_build() -> str:
+    """CMake's arguments of the llama.cpp that is installed."""
+    return INSTALLED_BUILD.read_text() if INSTALLED_BUILD.is_file() else CMAKE_ARGS
 
 
 CHECK_LLAMA_CPP = """
@@ -233,4 +311,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

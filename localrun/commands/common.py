@@ -42,7 +42,8 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--ram", type=size, metavar="SIZE", help="memory for experts, e.g. 16GiB (default: what is free)"
     )
     group.add_argument("--vram", type=size, metavar="SIZE", help="memory on the GPU (default: what is free)")
-    group.add_argument("--gpu", metavar="auto|none|NAME", help="which GPU")
+    group.add_argument("--gpu", metavar="auto|none|NAME,...", help="which GPUs")
+    group.add_argument("--rpc", metavar="HOST:PORT,...", help="GPUs of other machines: their llama.cpp rpc-server")
     group.add_argument("--context", type=int, metavar="N", help="tokens of context")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
     group.add_argument("--mirror", metavar="MODEL", help="a second copy on another drive, read in parallel")
@@ -82,6 +83,7 @@ def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = 
         ram_bytes=engine.ram,
         vram_bytes=engine.vram,
         gpu=engine.gpu,
+        rpc=engine.rpc,
         n_ctx=engine.context,
         n_threads=engine.threads,
         kv_type=engine.kv,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -82,6 +83,7 @@ def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
     if library.verdict != "FAIL":
         yield check_rpc()
         yield check_devices()
+        yield check_gpus()
     yield check_processor()
     yield check_memory()
     yield check_folder("cache", paths.cache_dir())
@@ -137,6 +139,32 @@ def check_devices() -> Check:
     if code:
         return Check("devices", "warn", f"can't be listed: {_last_line(output, code)}")
     return Check("devices", "ok", output.strip())
+
+
+def check_gpus() -> Check:
+    """Cards that the machine has, beside what llama.cpp was compiled for."""
+    code, output = _probe(
+        "import json; from localrun.offload.gpu_device import gpu_devices\n"
+        "print(json.dumps([(d.name, d.description, d.free_bytes, d.total_bytes) for d in gpu_devices()]))"
+    )
+    if code:
+        return Check("GPU", "warn", f"can't be listed: {_last_line(output, code)}", "--gpu none")
+    usable = json.loads(output.strip().splitlines()[-1])
+    if usable:
+        listed = (
+            f"{name} ({what}), {format_size(free)} of {format_size(all_)} free" for name, what, free, all_ in usable
+        )
+        return Check("GPU", "ok", "; ".join(listed))
+    makers = {
+        "0x10de": ("NVIDIA", "make cuda"),
+        "0x1002": ("AMD", "make rocm, or make vulkan"),
+        "0x8086": ("Intel", "make vulkan"),
+    }
+    found = [makers[vendor] for vendor in _display_vendors() if vendor in makers]
+    if not found:
+        return Check("GPU", "ok", "none found; localrun computes on the CPU")
+    names, fixes = (", ".join(dict.fromkeys(column)) for column in zip(*found, strict=True))
+    return Check("GPU", "warn", f"{names}, but llama.cpp was compiled without support for it", fixes)
 
 
 def check_processor() -> Check:
@@ -223,6 +251,19 @@ def _probe(code: str) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         return 1, f"no answer within {PROBE_TIMEOUT_S} s"
     return done.returncode, done.stdout
+
+
+def _display_vendors() -> list[str]:
+    """PCI vendor numbers of the machine's display and compute cards (Linux)."""
+    vendors = []
+    for device in sorted(Path("/sys/bus/pci/devices").glob("*")):
+        try:
+            kind, vendor = (device / "class").read_text().strip(), (device / "vendor").read_text().strip()
+        except OSError:
+            continue
+        if kind.startswith(("0x03", "0x12")):  # display controllers, processing accelerators
+            vendors.append(vendor)
+    return vendors
 
 
 def _last_line(output: str, code: int) -> str:

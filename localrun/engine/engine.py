@@ -18,12 +18,13 @@ import xxhash
 
 from localrun.engine import memory
 from localrun.engine.chat_format import ChatEncoder, encoder_for
+from localrun.engine.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
 from localrun.engine.protocol import EngineOptions, Json, ModelFacts
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.errors import BudgetError, UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
@@ -62,14 +63,21 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, options: EngineOptions, *, path: Path, identity: str, file_bytes: int
+        self,
+        loaded: LoadedModel,
+        options: EngineOptions,
+        *,
+        path: Path,
+        identity: str,
+        file_bytes: int,
+        dense_on_gpu: bool = False,
     ) -> None:
         self._loaded = loaded
         self._sessions: list[Session] = []
         self.options = options
         self.vocab = Vocab(loaded.model)
         self._metadata = loaded.source.metadata if isinstance(loaded, OffloadedModel) else {}
-        facts = _facts(loaded, options, path, identity, file_bytes)
+        facts = _facts(loaded, options, path, identity, file_bytes, dense_on_gpu)
         self.facts = replace(facts, think_modes=self.chat_encoder.modes)
 
     @classmethod
@@ -88,16 +96,22 @@ class Engine:
         report = progress or (lambda fraction, text: None)
         report(0.0, "reading the model's headers")
         source = open_model(Path(path))
+        placement = (
+            place_on_gpus(source, options, _context_length(source, options)) if source.moe_layers else GpuPlacement()
+        )
+        dense_in_ram = 0 if placement.n_gpu_layers else dense_bytes(source)
         ram_bytes = options.ram_bytes
         if ram_bytes is None and source.moe_layers:
-            ram_bytes = memory.default_ram_bytes(dense_bytes(source))
+            ram_bytes = memory.default_ram_bytes(dense_in_ram)
         elif ram_bytes is not None:
-            _check_ram(source, ram_bytes)
+            _check_ram(source, ram_bytes, dense_in_ram)
         offload = OffloadOptions(
             ram_bytes=ram_bytes,
             ram_is_advice=options.ram_bytes is None,
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
+            n_gpu_layers=placement.n_gpu_layers,
+            gpus=placement.experts,
             mirror=Path(options.mirror).expanduser() if options.mirror else None,
             adaptive=options.adaptive,
             probe=True,
@@ -108,7 +122,14 @@ class Engine:
         )
         loaded = open_offloaded(source, offload)
         file_bytes = sum(file.stat().st_size for file in source.files)
-        return cls._checked(loaded, options, path=Path(path), identity=source.identity, file_bytes=file_bytes)
+        return cls._checked(
+            loaded,
+            options,
+            path=Path(path),
+            identity=source.identity,
+            file_bytes=file_bytes,
+            dense_on_gpu=placement.n_gpu_layers > 0,
+        )
 
     @classmethod
     def open_stock(cls, path: Path | str, options: EngineOptions) -> Engine:
@@ -162,7 +183,13 @@ class Engine:
             return {}
         telemetry = self._loaded.telemetry
         totals = telemetry.totals()
-        return {**asdict(totals), "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
+        tier = self._loaded.pool.gpu
+        gpu = (
+            {"gpu_bytes": tier.used_bytes, "gpu_experts": tier.n_resident, "gpu_exchanges": tier.n_exchanged}
+            if tier
+            else {}
+        )
+        return {**asdict(totals), **gpu, "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
 
     def expert_map(self) -> Mapping[str, Json] | None:
         """Where every expert is; None for a model without our device; any thread."""
@@ -227,19 +254,20 @@ def check_options(options: EngineOptions) -> None:
         raise UsageError("context, threads and batch must be positive")
     if options.kv_type not in KV_TYPES:
         raise UsageError(f"unknown KV cache type {options.kv_type}", hint=f"one of {', '.join(KV_TYPES)}")
-    if options.vram_bytes:
-        raise LocalrunError("--vram: this version computes on the CPU", hint="leave out --vram")
-    if options.gpu not in ("auto", "none"):
-        raise LocalrunError(f"no GPU named {options.gpu}: this version computes on the CPU", hint="leave out --gpu")
 
 
-def _check_ram(source: ModelSource, ram_bytes: int) -> None:
+def _context_length(source: ModelSource, options: EngineOptions) -> int:
+    trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
+    return options.n_ctx or min(trained if isinstance(trained, int) else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def _check_ram(source: ModelSource, ram_bytes: int, dense_in_ram: int) -> None:
     """Raises BudgetError for a budget that would be used and that the machine does not have."""
     experts = sum(layer.n_experts * layer.expert_bytes for layer in source.moe_layers.values())
-    needed, available = min(ram_bytes, experts) + dense_bytes(source), memory.available_memory()
+    needed, available = min(ram_bytes, experts) + dense_in_ram, memory.available_memory()
     if available is not None and needed > available:
         raise BudgetError(
-            f"--ram {format_size(ram_bytes)} and the dense model's {format_size(dense_bytes(source))} are more than the "
+            f"--ram {format_size(ram_bytes)} and the dense model's {format_size(dense_in_ram)} are more than the "
             f"{format_size(available)} that are free",
             hint="close other programs, or leave out --ram to take what fits",
         )
@@ -250,12 +278,15 @@ def dense_bytes(source: ModelSource) -> int:
     return sum(info.n_bytes for name, info in source.tensors.items() if "_exps." not in name)
 
 
-def _facts(loaded: LoadedModel, options: EngineOptions, path: Path, identity: str, file_bytes: int) -> ModelFacts:
+def _facts(
+    loaded: LoadedModel, options: EngineOptions, path: Path, identity: str, file_bytes: int, dense_on_gpu: bool
+) -> ModelFacts:
     model = loaded.model
     n_ctx_train = int(L.llama_model_n_ctx_train(model))
     vocab = Vocab(model)
     offloaded = loaded if isinstance(loaded, OffloadedModel) else None
     moe_layers = offloaded.source.moe_layers if offloaded else {}
+    tier = offloaded.pool.gpu if offloaded else None
     return ModelFacts(
         path=str(path),
         name=metadata_str(model, "general.name") or path.stem,
@@ -275,4 +306,6 @@ def _facts(loaded: LoadedModel, options: EngineOptions, path: Path, identity: st
         expert_bytes=max((layer.expert_bytes for layer in moe_layers.values()), default=0),
         ram_bytes=offloaded.ram_bytes if offloaded else 0,
         has_tokenizer=vocab.has_tokenizer,
+        gpus=tuple(slots.device.name for slots in tier.slots) if tier is not None else (),
+        dense_on_gpu=dense_on_gpu,
     )

@@ -226,6 +226,8 @@ class StockModel:
         L.llama_backend_init()
         params = L.llama_model_default_params()
         params.n_gpu_layers = 0
+        devices = (C.c_void_p * 1)(None)  # none, whatever llama.cpp was built for
+        params.devices = C.cast(devices, C.c_void_p)
         params.use_extra_bufts = False  # no repacked copy of the experts
         llama_log.clear()
         self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)

@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +64,7 @@ LOG_LINES = 200
 """Lines of the C library's output that are kept to explain a crash."""
 
 CLOSE_TIMEOUT_S = 5.0
+RPC_TIMEOUT_S = 2.0
 
 # How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
 _LAST_WORDS = re.compile(r"\.(?:c|cc|cpp|cu|h|m):\d+: |^\s*what\(\): ")
@@ -153,10 +155,11 @@ class EngineProcess:
         return self._load_events(command)
 
     def reload(self) -> Iterator[LoadEvent]:
-        """Starts a new process if the engine is dead and loads the last model again."""
+        """Starts a new process if the engine is dead and loads the last model again; GPUs of other machines that no longer
+        answer are left out."""
         if self._load is None:
             raise LocalrunError("no model was loaded")
-        return self._load_events(self._load)
+        return self._load_events(_without_lost_servers(self._load))
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
         """One answer; the last event is Finished. `command.request` is assigned here.
@@ -397,3 +400,22 @@ def _as_error(event: Failed) -> LocalrunError:
     if event.trace:
         error.add_note(event.trace)
     return error
+
+
+def _without_lost_servers(command: Load) -> Load:
+    """The same command with those RPC servers only that answer: llama.cpp ends the process when it loses one."""
+    servers = [endpoint.strip() for endpoint in (command.options.rpc or "").split(",") if endpoint.strip()]
+    there = [endpoint for endpoint in servers if _answers(endpoint)]
+    if len(there) == len(servers):
+        return command
+    # The memory that was asked for is not there any more.
+    return replace(command, options=replace(command.options, rpc=",".join(there) or None, vram_bytes=None))
+
+
+def _answers(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), RPC_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -48,6 +48,7 @@ class EngineOptions:
         ram_bytes: budget of the expert slots in RAM; None: chosen from the memory that is available.
         vram_bytes: budget on the GPU; None: chosen from the free GPU memory.
         gpu: `auto`, `none` or the name of a ggml device.
+        rpc: `HOST:PORT` of llama.cpp's rpc-server on other machines, separated by commas; their devices count as GPUs.
         n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
         n_threads: CPU threads; 0: one per physical core.
         n_batch: most tokens per forward pass during prefill.
@@ -60,6 +61,7 @@ class EngineOptions:
     ram_bytes: int | None = None
     vram_bytes: int | None = None
     gpu: Gpu = "auto"
+    rpc: str | None = None
     n_ctx: int = 0
     n_threads: int = 0
     n_batch: int = 512
@@ -112,6 +114,8 @@ class ModelFacts:
     has_tokenizer: bool
     think_modes: tuple[str, ...] = ("off",)
     n_expert_slots: int = 0
+    gpus: tuple[str, ...] = ()
+    dense_on_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

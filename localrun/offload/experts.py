@@ -35,6 +35,11 @@ from localrun.units import format_size
 
 log = logging.getLogger(__name__)
 
+PROMPT_TOKENS = 64
+"""Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
+CERTAIN = 0.9
+"""Least probability with which an expert must be needed to be read ahead."""
+
 
 class Collector(Protocol):
     """Sees the inputs of routed experts while a text runs; for calibration."""
@@ -81,6 +86,7 @@ class ExpertPool:
         self._layers = layers
         self._kernels = kernels
         self._wanted = wanted
+        self._n_used = n_used
         self.store = store
         floor = floor_bytes(kernels, n_used)
         if budget_bytes < floor:
@@ -107,6 +113,7 @@ class ExpertPool:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._n_ahead = 0
+        self.guessed: set[Slot] = set()  # being read for the next layer's call, or just read
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
@@ -288,11 +295,42 @@ class ExpertPool:
                 started += 1
             return started
 
-    def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
+    def reserve(self, layer: int, expert: int, *, evict: bool = True, chilled_only: bool = False) -> Slot | None:
         """A slot for the copy that this expert is read in; when somebody waits (`evict`) in adaptive mode, the base's."""
         variant = 0 if evict and self._upgrades is not None else int(self._wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
-        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
+        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict, chilled_only=chilled_only)
+
+    def read_ahead_for_prompt(self, layer: int, n_tokens: int, share_used: float) -> None:
+        """After a long batch's call of `layer`: starts reading what the next layer will almost certainly ask for, so that the drive
+        works while llama.cpp computes attention. Displaces only experts that this batch is done with. On the decoding thread.
+
+        Args:
+            n_tokens: of the batch.
+            share_used: of the layer's experts, by this batch: where it was nearly all, the next layer's will be.
+        """
+        following = self._layers.get(layer + 1)
+        if following is None or n_tokens < PROMPT_TOKENS:
+            return
+        uses = self.table.uses[layer + 1, : following.n_experts]
+        seen = int(uses.sum()) // self._n_used
+        if share_used >= CERTAIN:
+            certain = np.arange(following.n_experts)
+        elif seen >= PROMPT_TOKENS:
+            certain = np.flatnonzero(1 - (1 - np.minimum(uses / seen, 1.0)) ** n_tokens >= CERTAIN)
+        else:
+            return
+        for expert in certain:
+            if self.table.peek(layer + 1, int(expert)) is not None or self.on_gpu(layer + 1, int(expert)):
+                continue
+            slot = self.reserve(layer + 1, int(expert), chilled_only=True)
+            if slot is None:
+                return
+            self._n_ahead += 1
+            self.guessed.add(slot)
+            row = self.telemetry.values[layer + 1]
+            row[Counter.PREFETCHED] += 1
+            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
 
     def upgrade(self) -> None:
         """Between two decodes, on the decoding thread: puts better copies that have arrived into place and starts the next read."""
@@ -378,6 +416,7 @@ class ExpertPool:
             self.table.ready(ticket.slot)
             return
         self.table.discard(ticket.slot)
+        self.guessed.discard(ticket.slot)
         if ticket.ahead:
             log.warning("reading ahead failed: %s", ticket.error)
 
@@ -395,6 +434,7 @@ class ExpertPool:
                 call.run()
             finally:
                 call.release()
+            self.read_ahead_for_prompt(layer, ids.shape[0], call.n_distinct / self._layers[layer].n_experts)
             self.last_call = time.monotonic()
             row = self.telemetry.values[layer]
             row[Counter.CALLS] += 1

@@ -56,6 +56,11 @@ class LayerCall:
         self._todo: deque[int] = deque()
         self.n_gpu = self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
 
+    @property
+    def n_distinct(self) -> int:
+        """Distinct experts."""
+        return len(self._routing.experts)
+
     def run(self) -> None:
         """1. Find what is there. 2. Start GPUs and reads. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
         the GPUs' results."""
@@ -72,6 +77,8 @@ class LayerCall:
             self._pin(i, slot)
             if self._in_tail(expert):
                 self._pool.table.touch(slot)
+            elif slot in self._pool.guessed:
+                self._pool.table.chill(slot)
             if slot.state is SlotState.READY:
                 ready.append(i)
             else:
@@ -88,6 +95,13 @@ class LayerCall:
             self._run_kernel(self._collect())
             self._pool.check_stop()
         self._wait_for_gpu()
+        self._chill_wrong_guesses()
+
+    def _chill_wrong_guesses(self) -> None:
+        for slot in [slot for slot in self._pool.guessed if slot.layer == self._layer]:
+            self._pool.guessed.discard(slot)
+            if slot.expert not in self._routing.experts:
+                self._pool.table.chill(slot)
 
     def _wait_for_gpu(self) -> None:
         finish, self._finish_gpu = self._finish_gpu, None

@@ -177,23 +177,33 @@ class SlotTable:
 
     def chill(self, slot: Slot) -> None:
         """Makes a READY slot the next one to go."""
-        if slot.state is SlotState.READY:
+        if slot.state is SlotState.READY and self._slots.get((slot.layer, slot.expert)) is slot:
             self.stamps[slot.layer, slot.expert] = 0
 
     def peek(self, layer: int, expert: int) -> Slot | None:
         """The expert's slot without touching the order."""
         return self._slots.get((layer, expert))
 
-    def reserve(self, layer: int, expert: int, size_bytes: int, *, variant: int = 0, evict: bool = True) -> Slot | None:
+    def reserve(
+        self,
+        layer: int,
+        expert: int,
+        size_bytes: int,
+        *,
+        variant: int = 0,
+        evict: bool = True,
+        chilled_only: bool = False,
+    ) -> Slot | None:
         """A LOADING slot for an expert that has none, evicting unpinned READY slots, coldest first.
 
         Args:
             evict: False: only free memory (guesses must not displace what was used).
+            chilled_only: evict only slots that were chilled.
 
         Returns:
             The slot, or None if everything that is left is pinned or loading.
         """
-        address = self._allocate(size_bytes, evict=evict)
+        address = self._allocate(size_bytes, evict=evict, most=0 if chilled_only else _PINNED - 1)
         if address is None:
             return None
         slot = Slot(layer, expert, address, size_bytes, variant)
@@ -201,9 +211,9 @@ class SlotTable:
         self._place(slot)
         return slot
 
-    def _allocate(self, size_bytes: int, *, evict: bool) -> int | None:
+    def _allocate(self, size_bytes: int, *, evict: bool, most: int = _PINNED - 1) -> int | None:
         address = self.arena.allocate(size_bytes)
-        if address is None and evict and self._make_room(size_bytes):
+        if address is None and evict and self._make_room(size_bytes, most):
             address = self.arena.allocate(size_bytes)
             assert address is not None
         return address
@@ -279,8 +289,8 @@ class SlotTable:
         del self._addresses[bisect.bisect_left(self._addresses, slot.address)]
         self.arena.release(slot.address, slot.size_bytes)
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evicts until one hole is large enough; False if it can't be.
+    def _make_room(self, size_bytes: int, most: int) -> bool:
+        """Evicts until one hole is large enough; False if it can't be, or only by evicting somebody more recent than `most`.
 
         Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours
         around the coldest slots goes, a run costing what its most recently used slot is worth.
@@ -289,7 +299,7 @@ class SlotTable:
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
         order = self.stamps + self._protection + self._kept
         coldest = int(order.argmin())
-        if order.flat[coldest] >= _PINNED:
+        if order.flat[coldest] > most:
             return False
         run = self._run_around(self._slots[divmod(coldest, order.shape[1])], need, order)
         if run is None or len(run) > 1:
@@ -306,10 +316,12 @@ class SlotTable:
                 cost = max(int(order[s.layer, s.expert]) for s in found)
                 if run is None or cost < best:
                     run, best = found, cost
-        for slot in run or []:
+        if run is None or any(order[slot.layer, slot.expert] > most for slot in run):
+            return False
+        for slot in run:
             self.discard(slot)
             self.n_evictions += 1
-        return run is not None
+        return True
 
     def _run_around(self, slot: Slot, need: int, order: npt.NDArray[np.int64]) -> list[Slot] | None:
         """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in

@@ -120,3 +120,17 @@ def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Pa
         calls = list(Trace(tmp_path / "trace"))
         assert len(calls) == 4 * 30
         assert sum(call.ids.size for call in calls) == 4 * 150 * MODEL.n_used
+
+
+def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(tmp_path: Path) -> None:
+    """A batch that uses all experts of a layer will use all of the next one's: each is still read once."""
+    path = write_model(tmp_path)
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2)) as model:
+        expected, everything = logits(model, batch=150), model.ram_bytes
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2, ram_bytes=everything // 2)) as model:
+        np.testing.assert_array_equal(logits(model, batch=150), expected)
+        rows = model.telemetry.layers()
+        assert sum(row["prefetched"] for row in rows[1:]) > 0
+        expert_bytes = model.source.moe_layers[0].expert_bytes
+        assert sum(row["bytes_read"] for row in rows) <= len(rows) * MODEL.n_experts * expert_bytes
+        model.pool.table.check()

@@ -1,0 +1,105 @@
+"""What goes to GPUs: the dense model and its cache first, on one device, then as many experts as fit on all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localrun.engine.protocol import EngineOptions
+from localrun.engine.sizes import sizes_of_source
+from localrun.errors import BudgetError, LocalrunError
+from localrun.offload.gpu_device import GpuDevice, choose_gpus
+from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
+from localrun.offload.kernels import FfnSpec
+from localrun.quant.source import ModelSource
+from localrun.units import format_size
+
+log = logging.getLogger(__name__)
+
+HEADROOM_BYTES = 512 << 20
+"""Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""
+COMPUTE_BYTES = 1 << 30
+"""Set aside for llama.cpp's compute buffers where the dense model is on the GPU. Not measured on a real GPU."""
+
+ALL_LAYERS = 999
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlacement:
+    """Attributes:
+    n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
+    experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
+    """
+
+    n_gpu_layers: int = 0
+    experts: tuple[tuple[GpuDevice, int], ...] = ()
+
+
+def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> GpuPlacement:
+    """Chooses devices and shares out their memory.
+
+    Args:
+        n_ctx: tokens of context that the cache must hold.
+
+    Raises:
+        UsageError: `--gpu` names a device that is not there.
+        BudgetError: `--vram` is too little for anything.
+        LocalrunError: `--vram` without a GPU; an RPC server that does not answer.
+    """
+    rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
+    devices = choose_gpus(options.gpu, rpc)
+    if not devices:
+        if options.vram_bytes:
+            raise LocalrunError(
+                "--vram: there is no GPU that this llama.cpp can use",
+                hint="run `localrun doctor`, or leave out --vram",
+            )
+        return GpuPlacement()
+    budgets = _budgets(devices, options.vram_bytes)
+    cache_bytes = sizes_of_source(source).kv_bytes(n_ctx, options.kv_type, options.n_batch) + COMPUTE_BYTES
+    dense_bytes = sum(info.n_bytes for name, info in source.tensors.items() if "_exps." not in name)
+    needed = dense_bytes + cache_bytes
+    n_gpu_layers = 0
+    if budgets[0] >= needed:
+        n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
+    else:
+        log.warning(
+            "%s: the dense model and its cache need %s, more than the %s there: they stay on the CPU",
+            devices[0].name,
+            format_size(needed),
+            format_size(budgets[0]),
+        )
+    for index, device in enumerate(devices):
+        least = _least_for_experts(source, device)
+        if budgets[index] < least:
+            budgets[index] = 0
+    if not n_gpu_layers and not any(budgets):
+        if options.vram_bytes:
+            raise BudgetError(
+                f"--vram {format_size(options.vram_bytes)} is too little: experts need at least "
+                f"{format_size(_least_for_experts(source, devices[0]))}, the dense model and its cache {format_size(needed)}",
+                hint="give more, or --gpu none",
+            )
+        return GpuPlacement()
+    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)))
+
+
+def _budgets(devices: Sequence[GpuDevice], vram_bytes: int | None) -> list[int]:
+    """Bytes to use of each device; a given total is shared out by what is free."""
+    free = [max(0, device.free_bytes - HEADROOM_BYTES) for device in devices]
+    if vram_bytes is None:
+        return free
+    if vram_bytes > sum(device.free_bytes for device in devices):
+        raise BudgetError(
+            f"--vram {format_size(vram_bytes)}: "
+            + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
+            hint="give less, or leave out --vram to take what fits",
+        )
+    total = sum(device.free_bytes for device in devices)
+    return [vram_bytes * device.free_bytes // total for device in devices]
+
+
+def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:
+    specs = [FfnSpec(types, moe.n_embd, moe.n_ff, 0.0) for moe in source.moe_layers.values() for types in moe.variants]
+    return max(scratch_bytes(spec) for spec in specs) + min(slot_bytes(spec, 1, device) for spec in set(specs))

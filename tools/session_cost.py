@@ -135,7 +135,7 @@ async def live_map(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for number in range(-1, args.pairs):  # the first pair only warms up
             for panel in ("off", "side") if number % 2 else ("side", "off"):
                 await screen.do_new("")
-                screen.set_panels(engine=panel)  # type: ignore[arg-type]
+                screen.set_panels(engine=panel)
                 await screen.ask("Tell me everything you know.")
                 while screen.answering.running or screen.pending_parent is not None:
                     await asyncio.sleep(0.1)

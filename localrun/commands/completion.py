@@ -67,7 +67,9 @@ class CommandLine:
 
 def describe(parser: argparse.ArgumentParser, name: str = "", summary: str = "") -> CommandLine:
     """What a parser takes. Reads argparse's own lists, which have no public names but are the same in all supported versions."""
-    options, positionals, commands = [], [], []
+    options: list[Option] = []
+    positionals: list[Option] = []
+    commands: list[CommandLine] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             helps = {choice.dest: choice.help or "" for choice in action._choices_actions}

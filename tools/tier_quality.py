@@ -1,11 +1,11 @@
 """Do solved tiers beat uniform formats at equal size? Measured on the demo model, by KL from the exact model on held-out text.
 
-Usage: python -m tools.tier_quality [MODEL] [--tokens N] [--default] [--json OUT.json]
+Usage: python -m tools.tier_quality [MODEL] [--tokens N] [--calibrate own|default|both] [--json OUT.json]
 
 MODEL is an official checkpoint small enough to hold its experts in F32. Every variant's experts are quantized, dequantized and
 written to a scratch file as F32, which the engine runs with exact arithmetic: differences are the weights' alone, and any mixture
 of formats can be measured without converting. Calibration: the first two fifths of the model's evaluation text, as somebody would
-who knows what the model is for, or with --default the text that ships with localrun; held-out text: the rest.
+who knows what the model is for, the text that ships with localrun, or both; held-out text: the rest.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Variant:
 class Experiment:
     """One checkpoint, one calibration, one held-out text."""
 
-    def __init__(self, model: Path, folder: Path, n_tokens: int, n_threads: int, use_default: bool) -> None:
+    def __init__(self, model: Path, folder: Path, n_tokens: int, n_threads: int, calibrate_with: str) -> None:
         self._folder, self._n_threads = folder, n_threads
         checkpoint = Checkpoint.open(model)
         self.exact = CheckpointSource.open(model)
@@ -115,7 +115,8 @@ class Experiment:
         text = (model / "evaluation.txt").read_text("utf-8")
         cut = len(text) * 2 // 5
         own = CalibrationText("evaluation.txt, first part", "", text[:cut])
-        calibration_text = default_text() if use_default else own
+        both = CalibrationText("both", "", own.text + default_text().text)
+        calibration_text = {"own": own, "default": default_text(), "both": both}[calibrate_with]
         self._held_out, self._n_tokens = text[cut:], n_tokens
         with self._open(self.exact, n_batch=512) as engine:
             self.calibration = calibrate(engine, calibration_text)
@@ -162,11 +163,11 @@ class Experiment:
         return variant
 
 
-def run(model: Path, n_tokens: int, n_threads: int, use_default: bool) -> dict[str, Any]:
+def run(model: Path, n_tokens: int, n_threads: int, calibrate_with: str) -> dict[str, Any]:
     """All variants; returns what the JSON holds."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tier-quality-") as name:
-        experiment = Experiment(model, Path(name), n_tokens, n_threads, use_default)
+        experiment = Experiment(model, Path(name), n_tokens, n_threads, calibrate_with)
         moe = experiment.exact.moe_layers
         importance = experiment.calibration.importance
         errors = measure_errors(
@@ -249,10 +250,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).parents[1] / "localrun" / "demo")
     parser.add_argument("--tokens", type=int, default=6144, help="held-out tokens (6144)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--default", action="store_true", help="calibrate with the text that ships")
+    parser.add_argument(
+        "--calibrate",
+        choices=("own", "default", "both"),
+        default="own",
+        help="with the evaluation text's first part, the text that ships, both",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT.json")
     args = parser.parse_args()
-    result = run(args.model, args.tokens, args.threads, args.default)
+    result = run(args.model, args.tokens, args.threads, args.calibrate)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['n_tokens']} tokens, measured errors in {result['measuring_s']:.1f} s", file=sys.stderr)

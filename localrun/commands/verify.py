@@ -1,5 +1,6 @@
-"""`localrun verify MODEL`: every checksum of a converted model, read from the disk.
+"""`localrun verify MODEL`: every checksum of a converted model, read from the disk; `--repair` makes what is damaged again.
 
+An interrupted run goes on where it was, as long as the files are the same.
 A model without a manifest (somebody else's GGUF, an official checkpoint) has no checksums: its structure is checked and said so.
 """
 
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localrun import paths
 from localrun.commands.output import Output
+from localrun.errors import UsageError
 from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ EXAMPLES = """\
 examples:
   localrun verify ~/models/v4-flash
   localrun verify ~/models/v4-flash --json
+  localrun verify /media/usb/v4-flash --repair ~/downloads/DeepSeek-V4-Flash
 """
 
 _SHOWN = 20
@@ -31,21 +35,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun verify`."""
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", type=Path, help="a converted directory, a GGUF, or a checkpoint")
+    parser.add_argument(
+        "--repair",
+        type=Path,
+        metavar="SOURCE",
+        help="make what is damaged or missing again, from the checkpoint directory that the model was made from",
+    )
+    parser.add_argument("--restart", action="store_true", help="do not go on where an interrupted run was")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 1 when something is damaged."""
+    """Runs the command; returns the exit code: 1 when something is damaged and stays so."""
     from localrun.quant.gguf_source import GgufSource
     from localrun.quant.source import open_model
 
     out = Output()
+    model = args.model.expanduser()
+    restored = _restore(model, args.repair.expanduser(), out) if args.repair is not None else False
     out.status("checking the structure")
-    source = open_model(args.model.expanduser())
+    source = open_model(model)
     out.clear_status()
     if not isinstance(source, GgufSource) or source.manifest is None:
+        if args.repair is not None:
+            raise UsageError(f"{source.path} has no checksums", hint="--repair is for models that localrun converted")
         return _without_checksums(source, out, as_json=args.json)
-    return _with_checksums(source, out, as_json=args.json)
+    return _with_checksums(source, args, out, restored=restored)
+
+
+def _restore(model: Path, checkpoint: Path, out: Output) -> bool:
+    """Makes files openable that are missing, short, or have a damaged header; True if there were any."""
+    from localrun.quant.convert import open_checkpoint
+    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
+    from localrun.quant.repair import restore_files
+
+    if not (model / MANIFEST_NAME).is_file():
+        raise UsageError(f"{model} holds no converted model", hint="give the folder that localrun convert wrote")
+    out.status("checking the files")
+    restored = restore_files(model, read_manifest(model / MANIFEST_NAME), open_checkpoint(checkpoint))
+    out.clear_status()
+    for path in restored:
+        out.note(f"restored: {path}: size and header; its contents follow")
+    return bool(restored)
 
 
 def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> int:
@@ -59,26 +90,38 @@ def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> in
     return 0
 
 
-def _with_checksums(source: Any, out: Output, *, as_json: bool) -> int:
+def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, restored: bool) -> int:
     from localrun.quant.integrity import planned_checks, verify
+    from localrun.quant.manifest import checksum
+    from localrun.quant.verify_journal import VerifyJournal
 
     checks = planned_checks(source, source.manifest)
     n_bytes = sum(check.n_bytes for check in checks)
+    journal = VerifyJournal(
+        paths.cache_dir() / "verify", source.files, checksum(source.manifest.to_json().encode("utf-8", "surrogatepass"))
+    )
+    if args.restart or restored:
+        journal.restart()
+    skipped = sum(check.n_bytes for check in checks[: journal.next_check])
+    if skipped:
+        out.note(f"going on after {format_size(skipped)} that an interrupted run has read (--restart reads all)")
     started = time.monotonic()
-    damages = verify(source, source.manifest, _Progress(out, started))
+    damages = verify(source, source.manifest, Progress(out, started, skipped), journal)
     seconds = time.monotonic() - started
     out.clear_status()
-    for damage in damages[:_SHOWN]:
-        out.note(f"damaged: {damage}")
-    if len(damages) > _SHOWN:
-        out.note(f"and {len(damages) - _SHOWN} more")
-    speed = f"{format_size(n_bytes)} in {format_duration(seconds)}, {n_bytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+    n_damaged = len(damages)
+    _describe(damages, source, out)
+    if damages and args.repair is not None:
+        damages = _repair(source, damages, args.repair.expanduser(), out)
+    speed = f"{format_size(n_bytes - skipped)} in {format_duration(seconds)}"
+    speed += f", {(n_bytes - skipped) / max(seconds, 1e-9) / 1e9:.2f} GB/s"
     if damages:
         out.note(f"{source.path}: {len(damages)} of {len(checks)} checksums differ ({speed})")
-        out.note("hint: convert the model again, or copy the named files again from where they are whole")
+        out.note("hint: copy the named files again from where they are whole, or --repair SOURCE, or convert again")
     else:
-        out.note(f"{source.path}: all {len(checks)} checksums are right ({speed})")
-    if as_json:
+        repaired = f", {n_damaged} after repair" if n_damaged else ""
+        out.note(f"{source.path}: all {len(checks)} checksums are right{repaired} ({speed})")
+    if args.json:
         out.json(
             {
                 "model": str(source.path),
@@ -86,11 +129,45 @@ def _with_checksums(source: Any, out: Output, *, as_json: bool) -> int:
                 "checksums": True,
                 "checked": len(checks),
                 "bytes": n_bytes,
+                "bytes_read": n_bytes - skipped,
                 "seconds": round(seconds, 3),
+                "repaired": n_damaged - len(damages),
                 "damaged": [_as_json(damage) for damage in damages],
             }
         )
     return 1 if damages else 0
+
+
+def _describe(damages: list[Damage], source: Any, out: Output) -> None:
+    """What is damaged, and in which files."""
+    for damage in damages[:_SHOWN]:
+        out.note(f"damaged: {damage}")
+    if len(damages) > _SHOWN:
+        out.note(f"and {len(damages) - _SHOWN} more")
+    if len(source.files) > 1:
+        for path in source.files:
+            if n := sum(damage.path == path for damage in damages):
+                out.note(f"file to copy again: {path.name} ({n} damaged)")
+
+
+def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -> list[Damage]:
+    """Makes the damaged ranges again and reads them again; what is still bad."""
+    from localrun.quant.convert import open_checkpoint
+    from localrun.quant.integrity import recheck
+    from localrun.quant.repair import repair
+
+    left = repair(
+        source,
+        source.manifest,
+        open_checkpoint(checkpoint),
+        damages,
+        progress=lambda done, total: out.status(f"repairing {done} of {total}"),
+    )
+    out.clear_status()
+    for damage in left[:_SHOWN]:
+        out.note(f"not repaired: {damage}")
+    impossible = {damage.check: damage for damage in left}
+    return [impossible.get(damage.check, damage) for damage in recheck(source, damages)]
 
 
 def _as_json(damage: Damage) -> dict[str, object]:
@@ -107,20 +184,25 @@ def _as_json(damage: Damage) -> dict[str, object]:
     }
 
 
-class _Progress:
-    """Share, speed and time left: a transient line on a terminal, else a line every ten seconds."""
+class Progress:
+    """Share, speed and time left: a transient line on a terminal, else a line every ten seconds.
 
-    def __init__(self, out: Output, started: float) -> None:
+    Args:
+        skipped: bytes that count as done but were not read by this run.
+    """
+
+    def __init__(self, out: Output, started: float, skipped: int = 0) -> None:
         self._out = out
         self._started = started
         self._shown = started
+        self._skipped = skipped
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._shown < (0.1 if self._out.err_is_terminal else _LINE_SECONDS):
             return
         self._shown = now
-        rate = done / max(now - self._started, 1e-9)
+        rate = (done - self._skipped) / max(now - self._started, 1e-9)
         left = format_duration((total - done) / max(rate, 1.0))
         text = f"{done / total:4.0%}  {format_size(done)} of {format_size(total)}  {rate / 1e9:.2f} GB/s, {left} left"
         if self._out.err_is_terminal:

@@ -24,6 +24,7 @@ from localrun.quant.gguf_source import GgufSource
 from localrun.quant.manifest import Manifest, Overlay
 from localrun.quant.overlay_index import stack_name
 from localrun.quant.source import PROJECTIONS
+from localrun.quant.verify_journal import VerifyJournal
 
 READS_IN_FLIGHT = 8
 _PIECE_BYTES = 8 << 20
@@ -100,28 +101,55 @@ def _overlay_stacks(overlay: Overlay) -> dict[str, tuple[Sequence[int], Sequence
 
 
 def verify(
-    source: GgufSource, manifest: Manifest, progress: Callable[[int, int], None] = lambda done, total: None
+    source: GgufSource,
+    manifest: Manifest,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    journal: VerifyJournal | None = None,
 ) -> list[Damage]:
     """Reads everything once and returns what is damaged, in file order.
 
     Args:
         progress: called with bytes done and bytes in all, from this thread.
+        journal: what an interrupted run has done is not read again; its state is written down for the next one.
     """
     checks = planned_checks(source, manifest)
-    total, done = sum(check.n_bytes for check in checks), 0
+    first = min(journal.next_check, len(checks)) if journal is not None else 0
+    total, done = sum(check.n_bytes for check in checks), sum(check.n_bytes for check in checks[:first])
     damages = []
+    if journal is not None:
+        known = [(checks[i], found, problem) for i, found, problem in journal.damaged if i < first]
+        damages = [Damage(check, source.files[check.file], found, problem) for check, found, problem in known]
+    with ExitStack() as opened:
+        if journal is not None:
+            opened.callback(journal.save)
+        readers = []
+        for part in source.parts:
+            readers.append(_reader(part.path, part.size_bytes))
+            opened.callback(readers[-1].close)
+        pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))
+        for number, (check, damage) in enumerate(_in_order(pool, checks[first:], readers), first):
+            if damage is not None:
+                damages.append(damage)
+            if journal is not None:
+                journal.done(number + 1, None if damage is None else (number, damage.found, damage.problem))
+            done += check.n_bytes
+            progress(done, total)
+        if journal is not None:
+            opened.pop_all().close()
+            journal.clear()
+    return damages
+
+
+def recheck(source: GgufSource, damages: Sequence[Damage]) -> list[Damage]:
+    """Those of the damaged ranges that still are."""
     with ExitStack() as opened:
         readers = []
         for part in source.parts:
             readers.append(_reader(part.path, part.size_bytes))
             opened.callback(readers[-1].close)
         pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))
-        for check, damage in _in_order(pool, checks, readers):
-            if damage is not None:
-                damages.append(damage)
-            done += check.n_bytes
-            progress(done, total)
-    return damages
+        results = _in_order(pool, [damage.check for damage in damages], readers)
+        return [damage for _, damage in results if damage is not None]
 
 
 def _reader(path: Path, size: int) -> DirectReader:

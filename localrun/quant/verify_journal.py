@@ -37,7 +37,7 @@ class VerifyJournal:
             manifest_digest: names what the files should contain.
         """
         self._key = _key(files, manifest_digest)
-        self._path = folder / f"{xxhash.xxh3_64_hexdigest(str(files[0].resolve()))}.json"
+        self._path = folder / f"{xxhash.xxh3_64_hexdigest(os.fsencode(files[0].resolve()))}.json"
         self._saved_at = time.monotonic()
         self.next_check, self.damaged = _read(self._path, self._key)
 
@@ -48,6 +48,10 @@ class VerifyJournal:
             self.damaged.append(damage)
         if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
             self.save()
+
+    def restart(self) -> None:
+        """Forgets what an earlier run did."""
+        self.next_check, self.damaged = 0, []
 
     def save(self) -> None:
         """Writes the state down."""
@@ -72,7 +76,8 @@ def _key(files: Sequence[Path], manifest_digest: str) -> str:
     digest = xxhash.xxh3_128(manifest_digest.encode())
     for path in files:
         status = os.stat(path)
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_dev} {status.st_ino}\n".encode())
+        digest.update(os.fsencode(path.name))
+        digest.update(f" {status.st_size} {status.st_mtime_ns} {status.st_dev} {status.st_ino}\n".encode())
     return digest.hexdigest()
 
 

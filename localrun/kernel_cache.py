@@ -30,7 +30,7 @@ import llvmlite
 import numba
 from numba.core import caching, config
 
-from localrun.paths import kernel_dir
+from localrun.paths import has_room, kernel_dir
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,13 @@ def _folder(package: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.touch()
         _remove_old(folder)
-    if is_private(folder):
+    is_ours = is_private(folder)
+    # Code that is there can be used, even if nothing can be added.
+    if is_ours and (has_room(folder) or any(folder.rglob("*.nbi"))):
         return folder
     own = Path(tempfile.gettempdir()) / f"localrun-{os.getuid()}"
-    reason = "other users can write to it" if folder.exists() else "it can't be made"
-    log.warning("%s: %s; compiled kernels are kept in %s", folder, reason, own)
+    if folder.exists() and not is_ours:
+        log.warning("%s: other users can write to it; compiled kernels are kept in %s", folder, own)
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)
         if is_private(own):
@@ -119,7 +121,7 @@ def _forgiving(method: Any) -> Any:
         try:
             return method(self, *args)
         except Exception as error:  # reading a damaged pickle may raise anything
-            log.warning("%s: the compiled code can't be kept or read: %s", self.cache_path, error)
+            log.info("%s: the compiled code can't be kept or read: %s", self.cache_path, error)
             return None
 
     return guarded

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,11 +38,24 @@ def cache_problem() -> str | None:
     folder = cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(_PROBE_BYTES))
+        _try_writing(folder)
     except OSError as error:
         return f"{folder}: {error.strerror}"
     return None
+
+
+def has_room(folder: Path) -> bool:
+    """Something can be kept in an existing folder."""
+    try:
+        _try_writing(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _try_writing(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(_PROBE_BYTES))
 
 
 def kernel_dir() -> Path:
@@ -58,3 +72,10 @@ def data_dir() -> Path:
 def config_dir() -> Path:
     """The user's settings file."""
     return _xdg("LOCALRUN_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
+
+
+def how_to_reinstall() -> str:
+    """What mends this installation: it came from a bundle for machines without a network, or from a checkout."""
+    # Written by the bundle's installer (tools/bundle/install.py).
+    from_bundle = Path(sys.prefix, "share", "localrun", "bundle.json").is_file()
+    return f"run the bundle's install.sh again: sh install.sh {sys.prefix}" if from_bundle else "make clean setup"

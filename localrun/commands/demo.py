@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import shutil
 import uuid
 from pathlib import Path
 
 from localrun import paths
 from localrun.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint() -> Path:
@@ -28,6 +31,8 @@ def checkpoint() -> Path:
 
 def converted() -> Path:
     """The folder of the converted demo model in the cache; converts it if it is not there.
+
+    Where the cache can't be written, the checkpoint itself: it runs as it lies, only loading takes longer.
 
     Raises:
         UsageError: this installation has no demo model.
@@ -52,9 +57,10 @@ def converted() -> Path:
         try:
             convert(source, partial)
             partial.rename(target)
-        except OSError:
+        except OSError as error:
             if not target.is_dir():
-                raise
+                log.info("%s: the demo model can't be kept: %s", target, error)
+                return source
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     with contextlib.suppress(OSError):  # next time it takes longer

@@ -112,10 +112,12 @@ def check_library() -> Check:
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
-        return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", "make setup")
+        return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
     code, output = _probe("from localrun.offload import ggml; print(ggml.library().ggml_version().decode())")
     if code:
-        return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", "make clean setup")
+        return Check(
+            "llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", paths.how_to_reinstall()
+        )
     return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {output.strip()}, structures fit")
 
 
@@ -126,7 +128,7 @@ def check_rpc() -> Check:
         "ctypes.CDLL(os.path.join(folder, name), ctypes.RTLD_GLOBAL).ggml_backend_rpc_start_server"
     )
     if code:
-        return Check("RPC backend", "warn", f"not compiled in ({_last_line(output, code)})", "make clean setup")
+        return Check("RPC backend", "warn", f"not compiled in ({_last_line(output, code)})", paths.how_to_reinstall())
     return Check("RPC backend", "ok", "compiled in")
 
 

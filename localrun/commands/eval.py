@@ -75,25 +75,37 @@ def _logits(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
     return 0
 
 
-def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> int:
+def read_text(path: Path) -> str:
+    """A text to measure on. Raises UsageError: not UTF-8, or nothing in it."""
     try:
-        text = args.text.read_text("utf-8")
+        text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{args.text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     if not text.strip():
-        raise UsageError(f"{args.text}: the text is empty")
+        raise UsageError(f"{path}: the text is empty")
+    return text
+
+
+def compare(
+    args: argparse.Namespace, model: Path, reference: Path, options: EngineOptions, command: EvalText, out: Output
+) -> EvalTextResult:
+    """Both models on one text, one after the other: both may want all the memory there is."""
+    with _scratch_folder() as folder:
+        with _loaded(args, reference, options, out) as engine:
+            _check_space(engine, command, folder)
+            _last(engine, replace(command, save_folder=str(folder)), out)
+        return _measure(args, model, options, replace(command, reference_folder=str(folder)), out)
+
+
+def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> int:
     options = replace(options, n_ctx=options.n_ctx or args.window)
-    command = EvalText(text=text, window=args.window, max_tokens=args.max_tokens)
+    command = EvalText(text=read_text(args.text), window=args.window, max_tokens=args.max_tokens)
     if args.reference is None:
         result = _measure(args, model, options, command, out)
     else:
-        with _scratch_folder() as folder:
-            # One model after the other: both may want all the memory there is.
-            reference = Path(args.reference).expanduser()
-            with _loaded(args, reference, options, out) as engine:
-                _check_space(engine, command, folder)
-                _last(engine, replace(command, save_folder=str(folder)), out)
-            result = _measure(args, model, options, replace(command, reference_folder=str(folder)), out)
+        result = compare(args, model, Path(args.reference).expanduser(), options, command, out)
     values = {key: value for key, value in asdict(result).items() if key != "request" and value is not None}
     if args.json:
         out.json({"model": str(model), "window": args.window, **values})
@@ -134,9 +146,9 @@ def _loaded(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    parent = paths.cache_dir()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="eval-", dir=parent) as folder:
+    # The system's temporary folder, where the cache can't be written, is often in memory: second choice.
+    parent = paths.cache_dir() if paths.cache_problem() is None else None
+    with tempfile.TemporaryDirectory(prefix="localrun-eval-" if parent is None else "eval-", dir=parent) as folder:
         yield Path(folder)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from localrun.errors import IncompatibleLibraryError
+from localrun.paths import how_to_reinstall
 
 LLAMA_CPP_PYTHON_VERSION: Final = "0.3.36"
 GGML_VERSION: Final = "0.25.3"
@@ -352,7 +353,7 @@ def _load_backends(lib: Library, folder: Path) -> None:
 def _misfit(what: str) -> IncompatibleLibraryError:
     return IncompatibleLibraryError(
         f"the installed llama.cpp does not fit localrun: {what}",
-        hint=f"install exactly llama-cpp-python=={LLAMA_CPP_PYTHON_VERSION} (make setup)",
+        hint=f"install exactly llama-cpp-python=={LLAMA_CPP_PYTHON_VERSION}: {how_to_reinstall()}",
     )
 
 

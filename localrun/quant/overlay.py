@@ -6,6 +6,7 @@ the old one goes. So a reader finds one or the other whole, wherever the writer 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,9 @@ def write_overlay(
 
     if base.overlay is not None and base.overlay.files[0].name == name and (target / name).is_file():
         _put(target, replace(base, **added))  # type: ignore[arg-type]
+        # What a run leaves that was killed after the manifest; another overlay that is half done stays.
+        if not any((target / WORK_NAME).glob("*.partial")):
+            shutil.rmtree(target / WORK_NAME, ignore_errors=True)
         return ConversionResult(target, plan.file_size, 0.0, 0, 0, {})
     missing = [file for file in checkpoint.files if not file.is_file()]
     if missing:

@@ -296,7 +296,7 @@ def test_overlays_of_another_base_or_shape_are_refused(source: Path, model: Path
             [dataclasses.replace(infos[0], shape=(128, 512, 2)), *infos[1:]],
             r"expected shape \(256, 256, 2\)",
         ),
-        (part.metadata, [dataclasses.replace(infos[0], type=QT.Q4_0), *infos[1:]], "Q4_0"),
+        (part.metadata, [dataclasses.replace(infos[0], type=QT.Q2_K), *infos[1:]], "Q2_K"),
         (part.metadata, [dataclasses.replace(infos[0], name="blk.0.x.weight"), *infos[1:]], "in the file but not"),
     ):
         header = build_header(metadata, changed, 4096)

@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "convert an official checkpoint",
     "verify": "check every checksum of a converted model",
     "eval": "logits, perplexity, comparison with a reference",
+    "plan": "what fits where on a machine, and how fast it will be",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
     "completion": "print a script that completes commands and options in a shell",

@@ -218,21 +218,28 @@ def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int 
 
 def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, warm_up: int = 0) -> Outcome:
     """As `replay`, through the code that the engine runs (`localrun.offload.slots`), whose invariants are checked at the end."""
+    hits = misses = n_tokens = 0
+    for index, (step, missing) in enumerate(zip(steps, engine_misses(steps, header, n_slots), strict=True)):
+        if index >= warm_up:
+            hits += len(step.keys) - len(missing)
+            misses += len(missing)
+            n_tokens += step.n_tokens
+    return Outcome(hits, misses, n_tokens)
+
+
+def engine_misses(steps: Iterable[Step], header: TraceHeader, n_slots: int) -> Iterator[list[Key]]:
+    """What each step had to read, with the engine's slot table of `n_slots` equal experts."""
     n_layers, n_experts = max(header.layers) + 1, max(n for n, _ in header.layers.values())
     table = SlotTable(n_slots * ALIGNMENT, n_layers, n_experts)
-    hits = misses = n_tokens = 0
-    for index, step in enumerate(steps):
+    for step in steps:
         found = [table.peek(*key) for key in step.keys]
         pinned = [slot for slot in found if slot is not None]
         for slot in pinned:
             table.pin(slot)
             if step.tail is None or (slot.layer, slot.expert) in step.tail:
                 table.touch(slot)
-        if index >= warm_up:
-            hits += len(pinned)
-            misses += len(step.keys) - len(pinned)
-            n_tokens += step.n_tokens
-        for key in (key for key, slot in zip(step.keys, found, strict=True) if slot is None):
+        missing = [key for key, slot in zip(step.keys, found, strict=True) if slot is None]
+        for key in missing:
             new = table.reserve(*key, ALIGNMENT)
             if new is None:  # what was computed makes room
                 while pinned:
@@ -246,9 +253,9 @@ def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, w
             pinned.append(new)
         for slot in pinned:
             table.unpin(slot)
+        yield missing
     table.check()
     table.close()
-    return Outcome(hits, misses, n_tokens)
 
 
 def replay_per_layer(steps: Sequence[Step], n_slots: int, *, warm_up: int = 0) -> Outcome:

@@ -38,4 +38,4 @@ def compute_bytes(sizes: ModelSizes, n_ctx: int, n_batch: int) -> int:
     # and the choice made of them, twice where CSA layers follow each other, and window and rows side by side in F16.
     few_rows = 4 * tokens * csa_rows
     many_rows = (8 if at.count(CSA) == 1 else 10) * tokens * csa_rows + 2 * csa_rows * at.head_dim
-    return 4 * tokens * values + (many_rows if csa_rows > q else few_rows) + masks + head
+    return 4 * tokens * values + (many_rows if csa_rows > max(q, index) else few_rows) + masks + head

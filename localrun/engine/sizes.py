@@ -401,7 +401,7 @@ def format_of(name: str) -> GGMLQuantizationType:
 def row_bytes(kv_type: str, n: int) -> int:
     """A row of n values of the KV cache."""
     block, size = GGML_QUANT_SIZES[KV_BITS[kv_type]]
-    return -(-n // block) * size
+    return int(-(-n // block) * size)
 
 
 def padded(n: int) -> int:
@@ -433,7 +433,7 @@ def _part(name: str) -> str:
 
 def _rows(source: ModelSource, name: str) -> int:
     info = source.tensors.get(name)
-    return info.shape[1] if info is not None else 0
+    return int(info.shape[1]) if info is not None else 0
 
 
 def _tensor_bytes(spec: TensorSpec, options: PlanOptions) -> int:

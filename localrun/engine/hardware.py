@@ -1,0 +1,216 @@
+"""What a machine has for a model: memory, bandwidths, cores, GPUs; measured here, or given for a machine that is elsewhere.
+
+Every value knows where it comes from ("measured", "given", "assumed"), because a prediction from an assumed bandwidth is no
+better than the assumption. Nothing here may fail a start: what can't be found out is assumed, and said so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from localrun.engine import memory
+from localrun.paths import cache_dir
+
+log = logging.getLogger(__name__)
+
+ASSUMED_DISK = 3.0e9
+"""Bytes per second of a PCIe 3.0 NVMe drive, where there is nothing to measure."""
+
+ASSUMED_MEMORY = 40.0e9
+"""Two channels of DDR4-3200 give 51.2 GB/s on paper; a reader gets about four fifths."""
+
+ASSUMED_GPU_MEMORY = 500.0e9
+"""A middle-class card of recent years."""
+
+ASSUMED_PCIE = 12.0e9
+"""PCIe 3.0 x16 or 4.0 x8 after overhead."""
+
+_PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
+"""GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
+
+_MEMORY_MAX_AGE_S = 30 * 86400.0
+
+SYS_PCI = Path("/sys/bus/pci/devices")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One graphics card, or an RPC device.
+
+    Attributes:
+        vram_bytes: free memory.
+        bytes_per_s: of its memory.
+        pcie_bytes_per_s: between it and RAM.
+    """
+
+    name: str = "GPU"
+    vram_bytes: int
+    bytes_per_s: float = ASSUMED_GPU_MEMORY
+    pcie_bytes_per_s: float = ASSUMED_PCIE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A machine. Rates in bytes per second.
+
+    Attributes:
+        ram_bytes: free for a whole program, what this process holds already included; None: nobody knows, and a plan assumes that
+            everything fits.
+        total_ram_bytes: of the machine, or of its cgroup.
+        disk: of the model's drive, several reads in flight, past the page cache.
+        n_drives: 2: a mirror on a second one.
+        memory: of RAM, all cores reading.
+        n_threads: that compute.
+        origin: name of a value -> "measured", "given" or "assumed".
+    """
+
+    ram_bytes: int | None
+    total_ram_bytes: int | None
+    disk: float = ASSUMED_DISK
+    n_drives: int = 1
+    memory: float = ASSUMED_MEMORY
+    n_threads: int = 1
+    gpus: tuple[Gpu, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def vram_bytes(self) -> int:
+        """Of all GPUs."""
+        return sum(gpu.vram_bytes for gpu in self.gpus)
+
+    def given(self, **values: object) -> Hardware:
+        """With these values instead, and marked as given; None leaves a value as it is."""
+        named = {name: value for name, value in values.items() if value is not None}
+        origin = {**self.origin, **dict.fromkeys(named, "given")}
+        return replace(self, **named, origin=origin)  # type: ignore[arg-type]
+
+
+def detect(
+    files: Sequence[Path] = (), *, n_threads: int = 0, probe: bool = True, n_drives: int = 1, gpus: bool = False
+) -> Hardware:
+    """This machine.
+
+    Args:
+        files: of the model: the drive that holds them is measured (once a month, about a second); without any, a figure
+            remembered of the cache folder's drive is taken.
+        n_threads: that will compute; 0: one per physical core.
+        probe: measure bandwidths; else only what costs nothing, the rest assumed.
+        gpus: look for those that llama.cpp can use.
+    """
+    origin = {"ram_bytes": "measured", "n_threads": "measured", "disk": "assumed", "memory": "assumed"}
+    disk, memory_rate = ASSUMED_DISK, ASSUMED_MEMORY
+    if probe:
+        from localrun.offload.probe import disk_profiles_path, probe_disk, probe_memory
+
+        drive = probe_disk(list(files) or [disk_profiles_path()])
+        if drive.bytes_per_s is not None:
+            disk, origin["disk"] = drive.bytes_per_s, "measured"
+        memory_rate, origin["memory"] = best_memory_rate(probe_memory()), "measured"
+    available = memory.available_memory()
+    return Hardware(
+        ram_bytes=None if available is None else available + memory.resident_bytes(),
+        total_ram_bytes=memory.total_memory(),
+        disk=disk,
+        n_drives=n_drives,
+        memory=memory_rate,
+        n_threads=n_threads or memory.physical_cores(),
+        gpus=local_gpus() if gpus else (),
+        origin=origin,
+    )
+
+
+def best_memory_rate(measured: float) -> float:
+    """The best figure of the last month, this one included: a busy machine's RAM is no slower, there is less of it for us."""
+    path, now = cache_dir() / "memory.json", time.time()
+    best, when = measured, now
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(path.read_text())
+        if measured < float(known["bytes_per_s"]) < 1e13 and 0 <= now - float(known["measured_at"]) < _MEMORY_MAX_AGE_S:
+            best, when = float(known["bytes_per_s"]), float(known["measured_at"])
+    if best == measured:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text(json.dumps({"bytes_per_s": best, "measured_at": when}) + "\n")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: the memory's rate could not be remembered: %s", path, error.strerror)
+    return best
+
+
+def local_gpus() -> tuple[Gpu, ...]:
+    """GPUs that llama.cpp was built for and that are there; nobody knows how fast their memory is without measuring."""
+    from localrun.offload.gpu_device import gpu_devices
+
+    devices = gpu_devices()
+    links = display_links()
+    known = len(links) == len(devices)  # else nobody knows which is which
+    return tuple(
+        Gpu(
+            name=device.description or device.name,
+            vram_bytes=device.free_bytes,
+            pcie_bytes_per_s=links[number] if known else ASSUMED_PCIE,
+        )
+        for number, device in enumerate(devices)
+    )
+
+
+def display_links() -> list[float]:
+    """Rates of the links of all graphics cards, by address."""
+    links = []
+    with contextlib.suppress(OSError):
+        for folder in sorted(SYS_PCI.iterdir()):
+            with contextlib.suppress(OSError):
+                rate = pcie_rate(folder.name)
+                # PCI class 0x03: display controllers.
+                if rate is not None and (folder / "class").read_text().startswith("0x03"):
+                    links.append(rate)
+    return links
+
+
+def described(*, ram_bytes: int, n_threads: int, gpus: Sequence[Gpu] = (), **rates: float) -> Hardware:
+    """A machine that somebody describes; all of its RAM but what a system takes is free."""
+    origin = {
+        **{"disk": "assumed", "memory": "assumed"},
+        **dict.fromkeys(("ram_bytes", "n_threads", "gpus", *rates), "given"),
+    }
+    free = max(0, ram_bytes - SYSTEM_BYTES)
+    n_drives = int(rates.pop("n_drives", 1))
+    return Hardware(
+        ram_bytes=free,
+        total_ram_bytes=ram_bytes,
+        n_threads=n_threads,
+        gpus=tuple(gpus),
+        n_drives=n_drives,
+        origin=origin,
+        **rates,
+    )
+
+
+SYSTEM_BYTES = 2 * 2**30
+"""What an operating system and a desktop hold of a machine that is only described."""
+
+
+def pcie_rate(address: str) -> float | None:
+    """Bytes per second of a PCI device's link at its best (idle cards slow theirs down); None if the system doesn't say.
+
+    Args:
+        address: `0000:01:00.0`.
+    """
+    folder = SYS_PCI / address.lower()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        speed = float((folder / "max_link_speed").read_text().split()[0])
+        lanes = int((folder / "max_link_width").read_text())
+        per_lane = _PCIE_GT.get(speed)
+        return per_lane * lanes if per_lane and lanes else None
+    return None

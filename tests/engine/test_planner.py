@@ -1,0 +1,327 @@
+"""The planner: sizes that llama.cpp really allocates, plans that fit and say so, and more of anything that is never slower."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localrun import cli
+from localrun.engine import hardware, sizes
+from localrun.engine.compute_buffers import compute_bytes
+from localrun.engine.engine import Engine
+from localrun.engine.hardware import Gpu, Hardware
+from localrun.engine.hit_rates import Curve, Learned
+from localrun.engine.llama import Context
+from localrun.engine.planner import GpuShare, Plan, Settings, make_plan
+from localrun.engine.protocol import EngineOptions
+from localrun.engine.sizes import ModelSizes, format_of, sizes_of
+from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.offload.profile import RoutingProfile
+from localrun.quant.source import open_model
+from tools.synthetic_config import FLASH, PRO
+
+GIB = 1 << 30
+BOX = Hardware(ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk=3e9, memory=50e9, n_threads=8)
+
+
+@pytest.fixture(scope="module")
+def flash() -> ModelSizes:
+    return sizes_of("flash")
+
+
+def plan_of(model: ModelSizes, ram_gib: float = 62, **values: Any) -> Plan:
+    machine = replace(BOX, ram_bytes=int(ram_gib * GIB), total_ram_bytes=int((ram_gib + 2) * GIB))
+    options = {name: values.pop(name) for name in ("n_ctx", "kv_type", "ram_bytes") if name in values}
+    return make_plan(model, replace(machine, **values), Settings(**options), suggest=False)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "experts", "expert", "params"),
+    [
+        ("flash", FLASH, 147_169_738_752, 13_369_344, 284.33e9),
+        ("pro", PRO, 822_054_223_872, 35_094_528, 1573.0e9),
+    ],
+)
+def test_built_in_models_have_the_official_sizes(
+    name: str, official: dict[str, Any], experts: int, expert: int, params: float, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    built_in, from_file = sizes_of(name), sizes_of(tmp_path)
+    assert replace(from_file, name=built_in.name) == built_in
+    assert built_in.expert_file_bytes == experts
+    assert built_in.experts[0].file_bytes == expert
+    embedding = built_in.n_vocab * built_in.n_embd
+    all_weights = built_in.n_copies * 3 * built_in.n_embd * built_in.n_ff + built_in.dense_weights + embedding
+    assert all_weights == pytest.approx(params, rel=2e-4)
+
+
+def test_cache_of_official_models_matches_the_published_figures() -> None:
+    """128K and 1M tokens in f16, rings included: 0.845 and 6.72 GiB, 1.210 and 9.63 GiB; llama.cpp pads and keeps a batch."""
+    for name, n_ctx, gib in (
+        ("flash", 1 << 17, 0.845),
+        ("flash", 1 << 20, 6.72),
+        ("pro", 1 << 17, 1.210),
+        ("pro", 1 << 20, 9.63),
+    ):
+        model = sizes_of(name)
+        kv = model.kv(n_ctx, "f16", 512)
+        rows = sum(kv[part] for part in ("CSA rows", "HCA rows", "indexer rows"))
+        ring = model.n_layers * 128 * 512 * 2
+        assert (rows + ring) / GIB == pytest.approx(gib, rel=0.005), (name, n_ctx)
+        assert kv["window"] == model.n_layers * 768 * 512 * 2, "128 rows and a batch of 512, padded"
+    assert sizes_of("flash").kv(4096, "f16", 512)["frontiers"] == pytest.approx(11.6 * 2**20, rel=0.01)
+    assert sizes_of("pro").kv(4096, "f16", 512)["frontiers"] == pytest.approx(17.8 * 2**20, rel=0.01)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.parametrize(("n_ctx", "n_batch", "kv_type"), [(4096, 256, "f16"), (40000, 64, "q8_0"), (512, 512, "f32")])
+def test_llama_allocates_what_was_said(
+    engine: Engine, model_path: Path, n_ctx: int, n_batch: int, kv_type: str
+) -> None:
+    model = sizes_of(model_path)
+    log, handler = logging.getLogger("llama.cpp"), _Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        options = EngineOptions(n_batch=n_batch, kv_type=kv_type)
+        Context(engine._loaded.model, options, n_ctx=n_ctx, n_threads=1, all_logits=False).close()
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    text = "\n".join(handler.lines)
+    rows = [float(mib) for mib in re.findall(r"KV buffer size = +([0-9.]+) MiB", text)]
+    states = [float(mib) for mib in re.findall(r"state buffer size = +([0-9.]+) MiB", text)]
+    buffers = [float(mib) for mib in re.findall(r"compute buffer size = +([0-9.]+) MiB", text)]
+    assert rows
+    assert states
+    assert buffers
+    assert model.kv_bytes(n_ctx, kv_type, n_batch) / 2**20 == pytest.approx(
+        sum(rows + states), abs=0.02 * len(rows + states)
+    )
+    # The formula knows llama.cpp's tensors, not how its allocator fits them into each other: never less, at most a third more.
+    assert 0.98 * sum(buffers) <= compute_bytes(model, n_ctx, n_batch) / 2**20 <= 1.35 * sum(buffers) + 0.5
+
+
+def test_sizes_of_a_file_are_its_bytes(model_path: Path) -> None:
+    source, model = open_model(model_path), sizes_of(model_path)
+    assert model.dense_bytes + model.expert_file_bytes == sum(info.n_bytes for info in source.tensors.values())
+    assert model.n_copies == sum(moe.n_experts for moe in source.moe_layers.values())
+    assert 0 < model.dense_token_bytes < model.dense_bytes
+
+
+def test_another_format_is_a_matter_of_converting_only_for_checkpoints(model_path: Path) -> None:
+    smaller = sizes_of("flash", base=format_of("q2_k"))
+    assert smaller.expert_file_bytes < 0.65 * sizes_of("flash").expert_file_bytes
+    with pytest.raises(UsageError, match="converted already"):
+        sizes_of(model_path, base=format_of("q2_k"))
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_stays_within_the_machine(flash: ModelSizes) -> None:
+    for ram_gib in (16, 30, 62, 126, 254):
+        at = plan_of(flash, ram_gib).placement
+        assert at.ram_bytes is not None
+        experts = at.ram_experts * flash.mean_slot_bytes + flash.staging_bytes
+        assert experts <= at.ram_bytes + 1
+        assert at.fixed_bytes + at.ram_bytes + at.headroom_bytes <= ram_gib * GIB
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ram=st.integers(20, 300),
+    more=st.integers(0, 200),
+    disk=st.floats(0.3, 14),
+    context=st.sampled_from([4096, 32768, 262144]),
+    change=st.sampled_from(["ram", "disk", "memory", "threads", "drive", "context", "vram", "bits"]),
+)
+def test_more_of_anything_is_never_slower(ram: int, more: int, disk: float, context: int, change: str) -> None:
+    model = sizes_of_flash()
+    factor = 1 + more / 100
+    machine = replace(BOX, ram_bytes=ram * GIB, total_ram_bytes=(ram + 2) * GIB, disk=disk * 1e9)
+    options, better, other = Settings(n_ctx=context, position=1024), machine, model
+    after = options
+    if change == "ram":
+        better = replace(machine, ram_bytes=(ram + more) * GIB)
+    elif change == "disk":
+        better = replace(machine, disk=machine.disk * factor)
+    elif change == "memory":
+        better = replace(machine, memory=machine.memory * factor)
+    elif change == "threads":
+        better = replace(machine, n_threads=8 + more)
+    elif change == "drive":
+        better = replace(machine, n_drives=2)
+    elif change == "context":
+        after = replace(options, n_ctx=context // 2)
+    elif change == "vram":
+        machine = replace(machine, gpus=(Gpu(vram_bytes=16 * GIB),))
+        better = replace(machine, gpus=(Gpu(vram_bytes=(16 + more) * GIB),))
+    else:
+        other = sizes_of_flash("q2_k")
+    first, second = make_plan(model, machine, options, suggest=False), make_plan(other, better, after, suggest=False)
+    assert first.decode is not None
+    assert second.decode is not None
+    assert first.prefill is not None
+    assert second.prefill is not None
+    for a, b in ((first.decode, second.decode), (first.prefill, second.prefill)):
+        assert b.likely.tokens_per_s >= a.likely.tokens_per_s * (1 - 1e-9)
+        assert a.low.tokens_per_s <= a.likely.tokens_per_s <= a.high.tokens_per_s
+
+
+_SIZES: dict[str, ModelSizes] = {}
+
+
+def sizes_of_flash(base: str = "mxfp4") -> ModelSizes:
+    if base not in _SIZES:
+        _SIZES[base] = sizes_of("flash", base=format_of(base))
+    return _SIZES[base]
+
+
+def test_what_can_not_fit_is_refused_with_numbers_and_a_setting_that_fits(flash: ModelSizes) -> None:
+    with pytest.raises(BudgetError, match=r"does not fit: dense model .* GiB, KV cache of 1048576 tokens") as refused:
+        plan_of(flash, 12, n_ctx=1 << 20)
+    assert refused.value.hint is not None
+    found = re.match(r"it fits with --context (\d+)( --kv q8_0)?", refused.value.hint)
+    assert found is not None, refused.value.hint
+    plan_of(flash, 12, n_ctx=int(found[1]), kv_type="q8_0" if found[2] else "f16")
+    with pytest.raises(BudgetError) as hopeless:
+        plan_of(flash, 4)
+    assert "must be free" in str(hopeless.value.hint)
+    with pytest.raises(BudgetError, match=r"are more than the 62\.00 GiB that are free") as too_much:
+        plan_of(flash, 62, ram_bytes=60 * GIB)
+    hint = re.search(r"--ram ([0-9.]+)GiB", str(too_much.value.hint))
+    assert hint is not None
+    plan_of(flash, 62, ram_bytes=int((float(hint[1]) - 0.1) * GIB))
+
+
+def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None:
+    plan = make_plan(flash, BOX)
+    assert plan.decode is not None
+    gains = {suggestion.text: suggestion for suggestion in plan.suggestions}
+    assert list(gains.values()) == sorted(gains.values(), key=lambda suggestion: -suggestion.gain)
+    bits = gains["experts in Q2_K"]
+    again = make_plan(flash.with_experts(format_of("q2_k")), BOX, suggest=False)
+    assert again.decode is not None
+    assert bits.tokens_per_s == pytest.approx(again.decode.likely.tokens_per_s)
+    assert bits.gain == pytest.approx(bits.tokens_per_s / plan.decode.likely.tokens_per_s)
+    assert "96 GiB of RAM" in gains
+    resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
+    assert not any("RAM" in suggestion.text or "drive" in suggestion.text for suggestion in resident.suggestions)
+
+
+def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:
+    small = plan_of(flash, gpus=(Gpu(vram_bytes=8 * GIB),)).placement
+    assert not small.dense_on_gpu
+    assert small.gpu_experts > 0
+    large = plan_of(flash, gpus=(Gpu(vram_bytes=24 * GIB), Gpu(vram_bytes=24 * GIB)))
+    at = large.placement
+    assert at.dense_on_gpu
+    assert at.fixed_bytes + at.gpu_expert_bytes <= 47 * GIB
+    assert large.resident_share > plan_of(flash).resident_share + 0.2
+    told = make_plan(flash, replace(BOX, gpus=(Gpu(vram_bytes=24 * GIB),)), gpu=GpuShare(), suggest=False)
+    assert not told.placement.gpu_experts
+
+
+def test_hit_rates_rise_with_what_is_resident() -> None:
+    profile = RoutingProfile("x", {0: 64, 1: 64})
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        for layer in (0, 1):
+            experts = np.unique(np.minimum(63, rng.geometric(0.1, 6))).astype(np.int32)
+            profile.record(layer, experts, np.arange(experts.size + 1, dtype=np.int32), 1)
+    for rates in (Curve(), Learned(profile, [0, 1])):
+        shares = np.linspace(0, 1, 41)
+        steady, unsteady = [rates.steady(s) for s in shares], [rates.unsteady(s) for s in shares]
+        assert np.all(np.diff(steady) >= 0)
+        assert np.all(np.diff(unsteady) >= -1e-12)
+        assert all(a >= b for a, b in zip(steady, unsteady, strict=True))
+        assert steady[-1] == pytest.approx(1)
+        assert unsteady[-1] == pytest.approx(1)
+    assert Curve().steady(0.25) == pytest.approx(0.77)
+
+
+def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "0000:01:00.0"
+    card.mkdir()
+    (card / "max_link_speed").write_text("16.0 GT/s PCIe\n")
+    (card / "max_link_width").write_text("16\n")
+    monkeypatch.setattr(hardware, "SYS_PCI", tmp_path)
+    assert hardware.pcie_rate("0000:01:00.0") == pytest.approx(31.5e9, rel=0.01)
+    assert hardware.pcie_rate("0000:02:00.0") is None
+    assert hardware.display_links() == []
+    (card / "class").write_text("0x030000\n")
+    assert hardware.display_links() == [hardware.pcie_rate("0000:01:00.0")]
+
+
+def test_a_busy_moment_does_not_make_memory_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    assert [hardware.best_memory_rate(rate) for rate in (20e9, 25e9, 5e9)] == [20e9, 25e9, 25e9]
+    (tmp_path / "memory.json").write_text('{"bytes_per_s": "many"}')
+    assert hardware.best_memory_rate(5e9) == 5e9
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+GIVEN = ["--no-probe", "--ram", "64GiB", "--disk-gbps", "3", "--memory-gbps", "50", "--threads", "8"]
+
+
+def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pro", *GIVEN, "--vram", "24GiB", "--json"]) == 0
+    value = json.load(io.StringIO(capsys.readouterr().out))
+    assert value["model"]["n_experts"] == 61 * 384
+    assert value["machine"]["origin"]["disk"] == "given"
+    assert value["decode"]["low"]["tokens_per_s"] <= value["decode"]["likely"]["tokens_per_s"]
+    assert sum(value["placement"]["kv"].values()) == value["placement"]["kv_bytes"]
+    for part in (
+        "format",
+        "model",
+        "machine",
+        "settings",
+        "placement",
+        "hit_rates",
+        "decode",
+        "prefill",
+        "suggestions",
+    ):
+        assert part in value
+    assert cli.main(["plan", "flash", *GIVEN]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["model", "machine", "memory", "experts", "speed", "faster"]
+
+
+def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pro", "--no-probe", "--ram", "16GiB"]) == 1
+    error = capsys.readouterr().err
+    assert "does not fit" in error
+    assert "hint:" in error
+    assert cli.main(["plan", "flash", "--kv", "q9"]) == 2
+    assert cli.main(["plan", "nowhere"]) == 1
+
+
+def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(LocalrunError, match=r"config\.json"):
+        sizes.sizes_of(tmp_path)

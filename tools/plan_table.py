@@ -1,0 +1,123 @@
+"""Predictions for Flash and Pro on boxes that people have, as the table of docs/planner.md.
+
+    python -m tools.plan_table > table.md
+    python -m tools.plan_table --context 131072 --kv q8_0
+
+These are predictions from the published hit rates and the bandwidths in the table, not measurements; nothing about GPUs has been
+measured at all. Bandwidths are what such machines give in practice, not what is printed on the box.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localrun.engine.hardware import Gpu, Hardware, described
+from localrun.engine.hit_rates import Curve
+from localrun.engine.planner import Plan, Settings, make_plan
+from localrun.engine.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.speed import Range
+from localrun.errors import BudgetError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A machine. Rates in GB/s."""
+
+    name: str
+    ram_gib: int
+    memory: float
+    threads: int
+    disk: float
+    n_drives: int = 1
+    vram_gib: tuple[int, ...] = ()
+    gpu: float = 0.0
+
+    @property
+    def hardware(self) -> Hardware:
+        """For the planner."""
+        return described(
+            ram_bytes=self.ram_gib * GIB,
+            n_threads=self.threads,
+            gpus=[Gpu(vram_bytes=size * GIB, bytes_per_s=self.gpu * 1e9) for size in self.vram_gib],
+            disk=self.disk * 1e9,
+            memory=self.memory * 1e9,
+            n_drives=self.n_drives,
+        )
+
+
+BOXES = (
+    Box("no GPU, 32 GB", 32, 45, 8, 3.5),
+    Box("no GPU, 128 GB", 128, 65, 16, 6.0),
+    Box("12 GB GPU, 32 GB", 32, 45, 8, 3.5, vram_gib=(12,), gpu=360),
+    Box("16 GB GPU, 64 GB", 64, 70, 8, 6.0, vram_gib=(16,), gpu=670),
+    Box("24 GB GPU, 64 GB", 64, 70, 12, 6.0, vram_gib=(24,), gpu=930),
+    Box("32 GB GPU, 64 GB", 64, 80, 16, 10.0, vram_gib=(32,), gpu=1700),
+    Box("24 GB GPU, 128 GB", 128, 70, 16, 6.0, vram_gib=(24,), gpu=930),
+    Box("2 x 24 GB GPU, 256 GB, 2 drives", 256, 180, 24, 6.0, n_drives=2, vram_gib=(24, 24), gpu=930),
+)
+
+
+def cell(plan: Plan) -> tuple[str, str, str, str]:
+    """Resident share, answers, prompts, limit."""
+    assert plan.decode is not None
+    assert plan.prefill is not None
+    return (
+        f"{plan.resident_share:.0%}",
+        _span(plan.decode),
+        _span(plan.prefill),
+        plan.decode.likely.limit + (" (GPU)" if plan.placement.dense_on_gpu else ""),
+    )
+
+
+def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], settings: Settings) -> list[tuple[str, ...]]:
+    """One row per box and model."""
+    result: list[tuple[str, ...]] = []
+    for box in boxes:
+        rates = f"{box.memory:g} / {box.disk:g}" + (f" x {box.n_drives}" if box.n_drives > 1 else "")
+        rates += f" / {box.gpu:g}" if box.vram_gib else " / -"
+        for model in models:
+            name = f"{model.name.removeprefix('DeepSeek-V4-')} {model.experts[0].name}"
+            try:
+                plan = make_plan(model, box.hardware, settings, suggest=False, rates=Curve())
+            except BudgetError as error:
+                result.append((box.name, rates, name, "does not fit", "-", "-", str(error.hint)))
+                continue
+            result.append((box.name, rates, name, *cell(plan)))
+    return result
+
+
+def table(lines: Sequence[tuple[str, ...]]) -> str:
+    """Markdown."""
+    head = ("box", "RAM / drive / GPU, GB/s", "model", "in memory", "answers, tokens/s", "prompts, tokens/s", "limit")
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *lines))
+
+
+def _span(span: Range) -> str:
+    return " - ".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in _ends(span))
+
+
+def _ends(span: Range) -> tuple[float, float]:
+    return span.low.tokens_per_s, span.high.tokens_per_s
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="flash:mxfp4,flash:q2_k,pro:mxfp4,pro:q2_k", help="NAME:TYPE,...")
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--kv", default="f16")
+    args = parser.parse_args(argv)
+    models = [
+        sizes_of(name, base=format_of(kind))
+        for name, _, kind in (part.partition(":") for part in args.models.split(","))
+    ]
+    print(table(rows(models, BOXES, Settings(n_ctx=args.context, kv_type=args.kv))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

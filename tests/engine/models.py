@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,15 @@ VOCAB_SIZE = 129280
 _CONFIG: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=1, pad_token_id=None)
 
 
+@cache
+def _tokenizer_values() -> dict[str, Any]:
+    """Read once per run: tokenizer.json has 6 MB."""
+    return {key: value.value for key, value in tokenizer_metadata(TOKENIZER_FOLDER, _CONFIG).values.items()}
+
+
 def add_tokenizer_keys(writer: gguf.GGUFWriter, *, token_type: int | None = None) -> None:
     """The keys that our converter writes. `token_type` overrides every added token's type."""
-    values = {key: value.value for key, value in tokenizer_metadata(TOKENIZER_FOLDER, _CONFIG).values.items()}
+    values = _tokenizer_values()
     types = list(values["tokenizer.ggml.token_type"])
     if token_type is not None:
         types = [token_type if kind != gguf.TokenType.NORMAL else kind for kind in types]

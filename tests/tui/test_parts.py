@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from localrun.engine.conversations import Attachment, Message
 from localrun.engine.protocol import Delta, PromptProgress, SamplingOptions, Stats
 from localrun.errors import UsageError
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
+from localrun.tui.answering import Answering
 from localrun.tui.engine_link import AnswerFeed, estimate_tokens
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
 from localrun.tui.model_finder import FoundModel, find_models, fit
@@ -155,6 +157,18 @@ def test_a_feed_announces_itself_once_until_it_is_read() -> None:
     assert feed.end()
     assert feed.ended
     assert feed.take() == []
+
+
+def test_an_answer_is_drawn_less_often_where_drawing_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    intervals: list[float] = []
+    host: Any = SimpleNamespace(set_timer=lambda delay, callback: intervals.append(delay))
+    nothing: Any = None
+    used = iter((0.0, 0.001, 0.031, 1.031))  # processor time: 1 ms, then 30 ms, then 1 s between two draws
+    monkeypatch.setattr("localrun.tui.answering.time.process_time", lambda: next(used))
+    answering = Answering(host, nothing, nothing, nothing, ended=nothing, failed_to_save=nothing)
+    for _ in range(3):
+        answering._draw_later()
+    assert intervals == [0.1, pytest.approx(0.3), 0.5], "a tenth of the time, within bounds"
 
 
 def test_token_estimate_is_never_zero_for_text() -> None:

@@ -39,6 +39,8 @@ PROMPT_TOKENS = 64
 """Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
 CERTAIN = 0.9
 """Least probability with which an expert must be needed to be read ahead."""
+PROMPT_SHARE = 1 / 3
+"""Of the slots; [m] three Flash layers, 5 GB, a prompt that uses every expert: docs/benchmarks.md."""
 
 
 class Collector(Protocol):
@@ -295,15 +297,18 @@ class ExpertPool:
                 started += 1
             return started
 
-    def reserve(self, layer: int, expert: int, *, evict: bool = True, chilled_only: bool = False) -> Slot | None:
+    def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
         """A slot for the copy that this expert is read in; when somebody waits (`evict`) in adaptive mode, the base's."""
         variant = 0 if evict and self._upgrades is not None else int(self._wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
-        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict, chilled_only=chilled_only)
+        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
 
     def read_ahead_for_prompt(self, layer: int, n_tokens: int, share_used: float) -> None:
         """After a long batch's call of `layer`: starts reading what the next layer will almost certainly ask for, so that the drive
-        works while llama.cpp computes attention. Displaces only experts that this batch is done with. On the decoding thread.
+        works while llama.cpp computes attention. On the decoding thread.
+
+        Up to `PROMPT_SHARE` of the slots serve this, layer after layer: a slot that is filled again for each layer hides one read
+        per layer, one that keeps its expert saves one read per batch.
 
         Args:
             n_tokens: of the batch.
@@ -312,25 +317,36 @@ class ExpertPool:
         following = self._layers.get(layer + 1)
         if following is None or n_tokens < PROMPT_TOKENS:
             return
-        uses = self.table.uses[layer + 1, : following.n_experts]
-        seen = int(uses.sum()) // self._n_used
-        if share_used >= CERTAIN:
-            certain = np.arange(following.n_experts)
-        elif seen >= PROMPT_TOKENS:
-            certain = np.flatnonzero(1 - (1 - np.minimum(uses / seen, 1.0)) ** n_tokens >= CERTAIN)
-        else:
+        missing = [e for e in self._certain(layer + 1, n_tokens, share_used) if not self._is_here(layer + 1, e)]
+        if not missing:
             return
-        for expert in certain:
-            if self.table.peek(layer + 1, int(expert)) is not None or self.on_gpu(layer + 1, int(expert)):
-                continue
-            slot = self.reserve(layer + 1, int(expert), chilled_only=True)
+        there = [slot for slot in self.table if slot.layer == layer + 1]
+        for slot in there:  # they will be asked for as certainly
+            self.table.pin(slot)
+        for expert in missing[: int(self.n_slots * PROMPT_SHARE)]:
+            slot = self.reserve(layer + 1, expert)
             if slot is None:
-                return
+                break
             self._n_ahead += 1
             self.guessed.add(slot)
             row = self.telemetry.values[layer + 1]
             row[Counter.PREFETCHED] += 1
             row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
+        for slot in there:
+            self.table.unpin(slot)
+
+    def _certain(self, layer: int, n_tokens: int, share_used: float) -> list[int]:
+        """Experts that a batch of so many tokens will almost certainly use, in file order."""
+        uses = self.table.uses[layer, : self._layers[layer].n_experts]
+        seen = int(uses.sum()) // self._n_used
+        if share_used >= CERTAIN:
+            return list(range(uses.size))
+        if seen < PROMPT_TOKENS:
+            return []
+        return [int(e) for e in np.flatnonzero(1 - (1 - np.minimum(uses / seen, 1.0)) ** n_tokens >= CERTAIN)]
+
+    def _is_here(self, layer: int, expert: int) -> bool:
+        return self.table.peek(layer, expert) is not None or self.on_gpu(layer, expert)
 
     def upgrade(self) -> None:
         """Between two decodes, on the decoding thread: puts better copies that have arrived into place and starts the next read."""

@@ -192,18 +192,16 @@ class SlotTable:
         *,
         variant: int = 0,
         evict: bool = True,
-        chilled_only: bool = False,
     ) -> Slot | None:
         """A LOADING slot for an expert that has none, evicting unpinned READY slots, coldest first.
 
         Args:
             evict: False: only free memory (guesses must not displace what was used).
-            chilled_only: evict only slots that were chilled.
 
         Returns:
             The slot, or None if everything that is left is pinned or loading.
         """
-        address = self._allocate(size_bytes, evict=evict, most=0 if chilled_only else _PINNED - 1)
+        address = self._allocate(size_bytes, evict=evict)
         if address is None:
             return None
         slot = Slot(layer, expert, address, size_bytes, variant)
@@ -211,9 +209,9 @@ class SlotTable:
         self._place(slot)
         return slot
 
-    def _allocate(self, size_bytes: int, *, evict: bool, most: int = _PINNED - 1) -> int | None:
+    def _allocate(self, size_bytes: int, *, evict: bool) -> int | None:
         address = self.arena.allocate(size_bytes)
-        if address is None and evict and self._make_room(size_bytes, most):
+        if address is None and evict and self._make_room(size_bytes):
             address = self.arena.allocate(size_bytes)
             assert address is not None
         return address
@@ -289,8 +287,8 @@ class SlotTable:
         del self._addresses[bisect.bisect_left(self._addresses, slot.address)]
         self.arena.release(slot.address, slot.size_bytes)
 
-    def _make_room(self, size_bytes: int, most: int) -> bool:
-        """Evicts until one hole is large enough; False if it can't be, or only by evicting somebody more recent than `most`.
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evicts until one hole is large enough; False if it can't be.
 
         Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours
         around the coldest slots goes, a run costing what its most recently used slot is worth.
@@ -299,7 +297,7 @@ class SlotTable:
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
         order = self.stamps + self._protection + self._kept
         coldest = int(order.argmin())
-        if order.flat[coldest] > most:
+        if order.flat[coldest] >= _PINNED:
             return False
         run = self._run_around(self._slots[divmod(coldest, order.shape[1])], need, order)
         if run is None or len(run) > 1:
@@ -316,7 +314,7 @@ class SlotTable:
                 cost = max(int(order[s.layer, s.expert]) for s in found)
                 if run is None or cost < best:
                     run, best = found, cost
-        if run is None or any(order[slot.layer, slot.expert] > most for slot in run):
+        if run is None:
             return False
         for slot in run:
             self.discard(slot)

@@ -32,19 +32,21 @@ def _spread_signs(s: Simd, word: Any) -> Any:
 
 
 @intrinsic
-def _pack_quads(_typing: Any, change: Any, source: Any, row_bytes: Any, n_quads: Any, target: Any) -> Any:
-    """16 whole rows: 4 * n_quads adjacent dwords each become vectors of one dword per row. `change` is a constant."""
+def _pack_quads(_typing: Any, change: Any, source: Any, row_bytes: Any, n_quads: Any, stride: Any, target: Any) -> Any:
+    """16 whole rows: `n_quads` times four dwords, `stride` bytes apart, become vectors of one dword per row. `change` is a
+    constant."""
     if not isinstance(change, types.IntegerLiteral):
         return None
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
-        source, row_bytes, n_quads, target = args[1:]
+        source, row_bytes, n_quads, stride, target = args[1:]
         source, target = s.pointer(source), s.pointer(target)
         rows = [builder.gep(source, [builder.mul(row_bytes, I64(r))]) for r in range(16)]
 
         def quad(i: Any, _carried: list[Any]) -> list[Any]:
-            parts = [s.load(s.at(row, i, 16), 0, ir.VectorType(I32, 4)) for row in rows]
+            offset = builder.mul(i, stride)
+            parts = [s.load(builder.gep(row, [offset]), 0, ir.VectorType(I32, 4)) for row in rows]
             while len(parts) > 4:
                 parts = [
                     _shuffle(s, a, b, range(2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)
@@ -64,7 +66,7 @@ def _pack_quads(_typing: Any, change: Any, source: Any, row_bytes: Any, n_quads:
         s.loop(n_quads, [], quad)
         return context.get_dummy_value()
 
-    return types.void(change, *[types.intp] * 4), codegen
+    return types.void(change, *[types.intp] * 5), codegen
 
 
 def _shuffle(s: Simd, a: Any, b: Any, lanes: Any) -> Any:
@@ -105,18 +107,58 @@ def _pack_items(source: int, row_bytes: int, n_rows: int, width: int, count: int
 
 
 @nb.njit
+def _quads(source: int, row_bytes: int, n_quads: int, stride: int, target: int, change: int) -> None:
+    if change == COPY:
+        _pack_quads(COPY, source, row_bytes, n_quads, stride, target)
+    elif change == FLIP:
+        _pack_quads(FLIP, source, row_bytes, n_quads, stride, target)
+    elif change == SIGNS:
+        _pack_quads(SIGNS, source, row_bytes, n_quads, stride, target)
+    else:
+        _pack_quads(ODD_SIGNS, source, row_bytes, n_quads, stride, target)
+
+
+@nb.njit
+def _pack_small_blocks(layout: int, raw: int, row_bytes: int, n_units: int, metas: int, bodies: int) -> bool:
+    """16 whole rows of a format whose blocks are four dwords and some bytes (MXFP4, Q4_0): field by field instead of block by
+    block, which would be a call for every 17 bytes. False for another format."""
+    block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
+    n_fields = load_i64(layout + 24)
+    if body_bytes != 256 or row_bytes != n_units * block_bytes:
+        return False
+    for f in range(n_fields):
+        field = layout + 32 + f * 48
+        width, count = load_i64(field + 8), load_i64(field + 16)
+        if (load_i64(field + 32) and (width > 2 or count != 1)) or (
+            not load_i64(field + 32) and (width != 4 or count != 4)
+        ):
+            return False
+    for f in range(n_fields):
+        field = layout + 32 + f * 48
+        source, width, place = raw + load_i64(field), load_i64(field + 8), load_i64(field + 24)
+        if not load_i64(field + 32):
+            _quads(source, row_bytes, n_units, block_bytes, bodies + place, load_i64(field + 40))
+        elif width == 1:
+            for r in range(16):
+                for unit in range(n_units):
+                    store_u8(
+                        metas + place + unit * meta_bytes + r, load_u8(source + r * row_bytes + unit * block_bytes)
+                    )
+        else:
+            for r in range(16):
+                for unit in range(n_units):
+                    store_u16(
+                        metas + place + unit * meta_bytes + r * 2, load_u16(source + r * row_bytes + unit * block_bytes)
+                    )
+    return True
+
+
+@nb.njit
 def _pack_field(source: int, row_bytes: int, n_rows: int, width: int, count: int, target: int, change: int) -> None:
     if n_rows < 16 or width != 4 or count < 4:
         _pack_items(source, row_bytes, n_rows, width, count, target, change)
         return
-    if change == COPY:
-        _pack_quads(COPY, source, row_bytes, count // 4, target)
-    elif change == FLIP:
-        _pack_quads(FLIP, source, row_bytes, count // 4, target)
-    elif change == SIGNS:
-        _pack_quads(SIGNS, source, row_bytes, count // 4, target)
-    else:
-        _pack_quads(ODD_SIGNS, source, row_bytes, count // 4, target)
+    _quads(source, row_bytes, count // 4, 16, target, change)
     done = count // 4 * 4
     _pack_items(source + done * 4, row_bytes, n_rows, width, count - done, target + done * 64, change)
 
@@ -130,6 +172,10 @@ def _pack_matrix(layout: int, raw: int, row_bytes: int, n_out: int, target: int)
     metas = (n_units * meta_bytes + 63) // 64 * 64
     for row in range(0, n_out, 16):
         group = target + row // 16 * (metas + n_units * body_bytes)
+        if row + 16 <= n_out and _pack_small_blocks(
+            layout, raw + row * row_bytes, row_bytes, n_units, group, group + metas
+        ):
+            continue
         for unit in range(n_units):
             block = raw + row * row_bytes + unit * block_bytes
             left = row_bytes - unit * block_bytes  # less than a block at the end of a float row

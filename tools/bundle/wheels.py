@@ -73,12 +73,8 @@ def runtime_packages(python: str) -> list[str]:
 
 
 def _requirements_of(name: str, python: str, extra: str) -> list[Requirement]:
-    environment = {
-        **default_environment(),
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "extra": extra,
-    }
+    environment = {key: str(value) for key, value in default_environment().items()}
+    environment |= {"python_version": python, "python_full_version": f"{python}.0", "extra": extra}
     try:
         texts = importlib.metadata.requires(name) or []
     except importlib.metadata.PackageNotFoundError:

@@ -91,18 +91,20 @@ def run(args: argparse.Namespace) -> int:
         load_s = time.perf_counter() - started
         with engine.recording(args.record) if args.record is not None else contextlib.nullcontext():
             result = benchmark.measure(engine, _tokens(args, engine, options), options, out.status)
-        facts = engine.facts
+        facts, plan = engine.facts, engine.plan
     out.clear_status()
     if args.record is not None:
         out.note(f"{args.record}: routing recorded; these times include the recording")
     if args.svg is not None:
         args.svg.write_text(bench_report.svg(result, facts, machine), "utf-8")
     if args.json:
-        out.json(bench_report.to_json(result, facts, machine, load_s))
+        out.json(bench_report.to_json(result, facts, machine, load_s, plan))
         return 0
     for line in bench_report.headline(facts, machine):
         out.note(line)
     for line in bench_report.table(result):
+        out.line(line)
+    for line in bench_report.prediction_lines(result, plan):
         out.line(line)
     for phase in result.phases if args.layers else ():
         out.line("")

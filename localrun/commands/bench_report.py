@@ -11,7 +11,9 @@ from html import escape
 from typing import Any
 
 from localrun.engine.benchmark import FORMAT, Benchmark, Machine, Phase
+from localrun.engine.planner import Plan
 from localrun.engine.protocol import ModelFacts
+from localrun.engine.speed import Range
 from localrun.units import format_size
 
 PARTS = (
@@ -74,6 +76,26 @@ def table(result: Benchmark) -> list[str]:
     return lines
 
 
+def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
+    """What the load's plan says of each phase, and how wrong it is; nothing for models too small to predict."""
+    lines = []
+    for phase, expected in _predictions(result, plan):
+        error = expected.error(phase.tokens_per_s)
+        verdict = f"{abs(error):.0%} too {'fast' if error > 0 else 'slow'}"
+        inside = "in" if expected.covers(phase.tokens_per_s) else "outside"
+        lines.append(
+            f"predicted for {phase.kind} at {phase.context}: {expected.likely.tokens_per_s:.2f} tokens/s, {verdict}; "
+            f"measured is {inside} the range of {expected.low.tokens_per_s:.2f} to {expected.high.tokens_per_s:.2f}"
+        )
+    return lines
+
+
+def _predictions(result: Benchmark, plan: Plan | None) -> Iterator[tuple[Phase, Range]]:
+    for phase in result.phases if plan is not None and plan.decode is not None else ():
+        assert plan is not None
+        yield phase, plan.decode_at(phase.context) if phase.kind == "decode" else plan.prefill_of(phase.n_tokens)
+
+
 def layer_table(phase: Phase) -> list[str]:
     """One line per layer of a phase."""
     lines = [
@@ -117,8 +139,10 @@ def _percent(part: int, whole: int) -> str:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def to_json(result: Benchmark, facts: ModelFacts, machine: Machine, load_s: float) -> dict[str, Any]:
-    """Everything that was measured."""
+def to_json(
+    result: Benchmark, facts: ModelFacts, machine: Machine, load_s: float, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Everything that was measured, and what the load's plan had said."""
     return {
         "format": FORMAT,
         "model": asdict(facts),
@@ -130,6 +154,19 @@ def to_json(result: Benchmark, facts: ModelFacts, machine: Machine, load_s: floa
         "rss_start_bytes": result.rss_start_bytes,
         "rss_end_bytes": result.phases[-1].rss_bytes if result.phases else 0,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "plan": plan.to_json() if plan is not None else None,
+        "predictions": [
+            {
+                "kind": phase.kind,
+                "context": phase.context,
+                "tokens_per_s": phase.tokens_per_s,
+                "low": expected.low.tokens_per_s,
+                "likely": expected.likely.tokens_per_s,
+                "high": expected.high.tokens_per_s,
+                "error": expected.error(phase.tokens_per_s),
+            }
+            for phase, expected in _predictions(result, plan)
+        ],
     }
 
 

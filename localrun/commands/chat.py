@@ -16,7 +16,7 @@ from localrun import config
 from localrun.commands import common, demo
 from localrun.commands.output import Output
 from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import Delta, Finished, Generate
+from localrun.engine.protocol import Delta, Finished, Generate, Loading, Ready
 from localrun.errors import LocalrunError
 from localrun.textsafe import visible_line
 from localrun.units import format_size
@@ -53,13 +53,19 @@ def run(args: argparse.Namespace) -> int:
     if interactive and not args.plain:
         return _run_ui(args, settings)
     with common.engine_process(args, out) as engine:
-        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out)
+        plan: dict[str, Any] = {}
+
+        def keep(event: Loading | Ready) -> None:
+            if isinstance(event, Ready):
+                plan.update(event.plan)
+
+        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out, each=keep)
         template = Generate(
             think=settings.sampling.think,
             sampling=common.sampling_options(settings, args.seed),
             max_tokens=args.max_tokens,
         )
-        chat = _Chat(engine, template, args.system, out)
+        chat = _Chat(engine, template, args.system, out, plan)
         if not interactive:
             out.note(f"{facts.name} is asked: {QUESTION}")
             chat.ask(QUESTION)
@@ -98,8 +104,10 @@ def _open_ui(args: argparse.Namespace, settings: config.Settings, named: str | N
 class _Chat:
     """The conversation so far; a failed answer leaves it as it was."""
 
-    def __init__(self, engine: EngineProcess, template: Generate, system: str | None, out: Output) -> None:
-        self._engine, self._template, self._out = engine, template, out
+    def __init__(
+        self, engine: EngineProcess, template: Generate, system: str | None, out: Output, plan: dict[str, Any]
+    ) -> None:
+        self._engine, self._template, self._out, self._plan = engine, template, out, plan
         self._system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._system)
 
@@ -120,7 +128,7 @@ class _Chat:
                     self._out.answer(event.text)
                 elif isinstance(event, Finished):
                     self._out.end_line()
-                    self._out.note(f"({common.speed(event.timings)})")
+                    self._out.note(f"({common.speed(event.timings, self._plan)})")
         finally:
             self._out.end_line()
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]

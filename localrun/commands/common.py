@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -143,6 +143,9 @@ def load(
 ) -> ModelFacts:
     """Loads a model and shows how far it is; `each` is handed every event, too."""
     for event in engine.load(path, options):
+        if isinstance(event, Loading) and out.err_is_terminal:
+            for line in event.plan:
+                out.note(line)
         show_progress(event, out)
         if each is not None:
             each(event)
@@ -163,14 +166,20 @@ def show_progress(event: Event, out: Output) -> None:
         out.clear_status()
 
 
-def speed(timings: Timings) -> str:
-    """One line about the cost of an answer."""
+def speed(timings: Timings, plan: Mapping[str, Any] | None = None) -> str:
+    """One line about the cost of an answer, beside what the load's plan said."""
     parts = [f"{timings.new_tokens} tokens"]
     if (rate := timings.decode_tokens_per_s) is not None:
-        parts.append(f"{rate:.1f} tokens/s")
+        said = (plan or {}).get("decode")
+        expected = f" (planned: {_rate(said['low'])} to {_rate(said['high'])})" if said else ""
+        parts.append(f"{rate:.1f} tokens/s{expected}")
     if (rate := timings.prompt_tokens_per_s) is not None:
         parts.append(f"prompt {timings.prompt_tokens - timings.reused_tokens} tokens at {rate:.1f} tokens/s")
     return ", ".join(parts)
+
+
+def _rate(estimate: Mapping[str, Any]) -> str:
+    return f"{estimate['tokens_per_s']:.2g}"
 
 
 def _override(table: Any, args: argparse.Namespace) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,9 +128,11 @@ class _Text:
     def __init__(self, out: Output) -> None:
         self._out = out
         self._was_thinking = False
+        self._plan: Mapping[str, Any] = {}
 
     def load(self, event: Loading | Ready) -> None:
-        pass  # the status line shows it
+        if isinstance(event, Ready):
+            self._plan = event.plan
 
     def event(self, event: GenerateEvent) -> None:
         if isinstance(event, ToolCall):
@@ -154,7 +157,7 @@ class _Text:
             if finished.reason in ("length", "context"):
                 why = "--max-tokens" if finished.reason == "length" else "the context is full"
                 self._out.note(f"note: the answer was cut off ({why})")
-            self._out.note(f"({common.speed(finished.timings)})")
+            self._out.note(f"({common.speed(finished.timings, self._plan)})")
 
     def failed(self, error: LocalrunError) -> None:
         pass  # the command line prints it

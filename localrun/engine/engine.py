@@ -16,23 +16,20 @@ from typing import Any, Protocol
 import llama_cpp as L
 import xxhash
 
-from localrun.engine import memory
+from localrun.engine import hardware, memory
 from localrun.engine.chat_format import ChatEncoder, encoder_for
 from localrun.engine.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
+from localrun.engine.planner import DEFAULT_CONTEXT, SMALL_BYTES, GpuShare, Plan, plan_load
 from localrun.engine.protocol import EngineOptions, Json, ModelFacts
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import BudgetError, UsageError
+from localrun.errors import UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
-from localrun.units import format_size
-
-DEFAULT_CONTEXT = 32768
-"""Tokens, when the user says nothing and the model was trained for more."""
 
 LoadProgress = Callable[[float, str], None]
 """Called with (0 to 1, what is being done)."""
@@ -71,10 +68,12 @@ class Engine:
         identity: str,
         file_bytes: int,
         dense_on_gpu: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         self._loaded = loaded
         self._sessions: list[Session] = []
         self.options = options
+        self.plan = plan
         self.vocab = Vocab(loaded.model)
         self._metadata = loaded.source.metadata if isinstance(loaded, OffloadedModel) else {}
         facts = _facts(loaded, options, path, identity, file_bytes, dense_on_gpu)
@@ -82,11 +81,18 @@ class Engine:
 
     @classmethod
     def open(
-        cls, path: Path | str, options: EngineOptions, progress: LoadProgress | None = None, *, learn: bool = True
+        cls,
+        path: Path | str,
+        options: EngineOptions,
+        progress: LoadProgress | None = None,
+        *,
+        announce: Callable[[Plan], None] | None = None,
+        learn: bool = True,
     ) -> Engine:
         """Loads a converted directory, a llama.cpp GGUF or an official checkpoint, experts on our device.
 
         Args:
+            announce: called with the plan of this load before any weight is read.
             learn: use the model's routing profile and go on with it; measurements on made-up tokens must not.
 
         Raises:
@@ -99,14 +105,11 @@ class Engine:
         placement = (
             place_on_gpus(source, options, _context_length(source, options)) if source.moe_layers else GpuPlacement()
         )
-        dense_in_ram = 0 if placement.n_gpu_layers else dense_bytes(source)
-        ram_bytes = options.ram_bytes
-        if ram_bytes is None and source.moe_layers:
-            ram_bytes = memory.default_ram_bytes(dense_in_ram)
-        elif ram_bytes is not None:
-            _check_ram(source, ram_bytes, dense_in_ram)
+        plan = _plan(source, options, placement)
+        if announce is not None:
+            announce(plan)
         offload = OffloadOptions(
-            ram_bytes=ram_bytes,
+            ram_bytes=plan.placement.ram_bytes,
             ram_is_advice=options.ram_bytes is None,
             n_threads=options.n_threads or memory.physical_cores(),
             math=options.math,
@@ -129,6 +132,7 @@ class Engine:
             identity=source.identity,
             file_bytes=file_bytes,
             dense_on_gpu=placement.n_gpu_layers > 0,
+            plan=plan,
         )
 
     @classmethod
@@ -261,16 +265,14 @@ def _context_length(source: ModelSource, options: EngineOptions) -> int:
     return options.n_ctx or min(trained if isinstance(trained, int) else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
-def _check_ram(source: ModelSource, ram_bytes: int, dense_in_ram: int) -> None:
-    """Raises BudgetError for a budget that would be used and that the machine does not have."""
-    experts = sum(layer.n_experts * layer.expert_bytes for layer in source.moe_layers.values())
-    needed, available = min(ram_bytes, experts) + dense_in_ram, memory.available_memory()
-    if available is not None and needed > available:
-        raise BudgetError(
-            f"--ram {format_size(ram_bytes)} and the dense model's {format_size(dense_in_ram)} are more than the "
-            f"{format_size(available)} that are free",
-            hint="close other programs, or leave out --ram to take what fits",
-        )
+def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement) -> Plan:
+    """Budgets and expectations of a load. A model that is small enough not to matter costs no measurement."""
+    is_large = sum(info.n_bytes for info in source.tensors.values()) >= SMALL_BYTES
+    n_drives = 2 if options.mirror else 1
+    machine = hardware.detect(source.files, n_threads=options.n_threads, probe=is_large, n_drives=n_drives)
+    gpus = tuple(hardware.Gpu(name=device.name, vram_bytes=device.free_bytes) for device, _ in placement.experts)
+    share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
+    return plan_load(source, options, replace(machine, gpus=gpus), share, suggest=is_large)
 
 
 def dense_bytes(source: ModelSource) -> int:

@@ -19,6 +19,7 @@ from localrun.engine import memory
 from localrun.engine.engine import Engine
 from localrun.engine.evaluate import evaluate
 from localrun.engine.messages import messages_from_json, tools_from_json
+from localrun.engine.planner import Plan
 from localrun.engine.prompt_parts import Special
 from localrun.engine.prompt_writer import Prompt
 from localrun.engine.protocol import (
@@ -116,7 +117,12 @@ class Host:
                 last = now
                 self._send(Loading(request=command.request, progress=fraction, text=text))
 
-        engine = Engine.open(command.path, command.options, progress)
+        def announce(plan: Plan) -> None:
+            if plan.decode is not None:  # a small model's plan interests nobody
+                lines = tuple(plan.lines())
+                self._send(Loading(request=command.request, progress=0.0, text="reading the model", plan=lines))
+
+        engine = Engine.open(command.path, command.options, progress, announce=announce)
         try:
             self._send(Loading(request=command.request, progress=0.97, text="preparing the context"))
             snapshots = SnapshotStore(cache_dir() / "snapshots", engine.state_key)
@@ -128,7 +134,8 @@ class Host:
             raise
         self._engine, self._session, self._snapshots = engine, session, snapshots
         facts = replace(engine.facts, n_ctx=session.n_ctx)
-        self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start))
+        plan = engine.plan.to_json() if engine.plan is not None else {}
+        self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start, plan=plan))
 
     def generate(self, command: Generate) -> None:
         """See `protocol.Generate`."""

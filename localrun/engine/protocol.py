@@ -283,18 +283,20 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading(Event):
-    """Progress of a load, 0 to 1, and what is being done."""
+    """Progress of a load, 0 to 1, and what is being done; once, where there is something to say, the lines of its plan."""
 
     progress: float
     text: str
+    plan: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready(Event):
-    """The model is loaded."""
+    """The model is loaded; `plan` is what was planned (`planner.Plan.to_json`)."""
 
     facts: ModelFacts
     load_s: float
+    plan: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,18 +6,26 @@ Talks to people (stderr) and programs (`--json`, stdout); the work is `localrun.
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localrun.commands import convert_tiers
 from localrun.commands.output import Output
-from localrun.errors import UsageError
+from localrun.errors import DiskSpaceError, UsageError
 from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from localrun.commands.convert_tiers import FormatOptions
+    from localrun.engine.choose_tiers import TierChoice
     from localrun.quant.conversion_report import PlanLine
     from localrun.quant.convert import ConversionResult, Progress
     from localrun.quant.plan import ConversionPlan
+    from localrun.quant.tier_solver import TierSolution
 
+DENSE_DEFAULT = "q8_0"
 DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
 BASE_CHOICES = (
     *("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs"),
@@ -29,6 +37,9 @@ EXAMPLES = """\
 examples:
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-flash
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-flash --dense bf16 --dry-run
+  localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-small --base q2_k --hot mxfp4:12GiB
+  localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-small --hot mxfp4:20GiB     (another overlay, same base)
+  localrun convert ~/downloads/DeepSeek-V4-Pro ~/models/v4-pro --target 24GiB-vram,128GiB-ram
 """
 
 _BAR_WIDTH = 30
@@ -40,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint directory: config.json and safetensors")
     parser.add_argument(
-        "target", metavar="DST", type=Path, help="directory to write; a killed run goes on where it was"
+        "target_folder", metavar="DST", type=Path, help="directory to write; a killed run goes on where it was"
     )
     parser.add_argument(
         "--dense",
         choices=DENSE_CHOICES,
-        default="q8_0",
+        default=None,
         metavar="TYPE",
         help="type of FP8 attention and shared-expert matrices: q8_0 (default), smaller: q6_k, q5_k, q4_k, exact: bf16, f32",
     )
@@ -64,44 +75,192 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check the source, print sizes and the plan, write nothing"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    convert_tiers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.quant.convert import DEFAULT_JOBS, check_space, check_target, open_checkpoint, write_plan
-    from localrun.quant.plan import BASE_TYPES, DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert import DEFAULT_JOBS
+    from localrun.quant.manifest import MANIFEST_NAME
 
     out = Output()
     jobs = DEFAULT_JOBS if args.jobs is None else args.jobs
     if not 1 <= jobs <= 256:
         raise UsageError(f"--jobs {jobs}: expected 1 to 256")
-    check_target(args.source, args.target)
+    options = convert_tiers.format_options(args, DENSE_DEFAULT)
+    try:
+        if (args.target_folder / MANIFEST_NAME).is_file():
+            return _change_overlay(args, options, jobs, out)
+        return _convert(args, options, jobs, out)
+    except KeyboardInterrupt:
+        out.note("interrupted; the same command goes on from here")
+        raise
+
+
+def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+    """Everything from a checkpoint."""
+    from localrun.commands.eval import read_text
+    from localrun.engine.choose_tiers import check_tier_request
+    from localrun.quant.convert import check_space, check_target, open_checkpoint, write_plan
+    from localrun.quant.overlay import write_overlay
+    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.source import open_model
+
+    if options.remove_overlay:
+        raise UsageError(f"{args.target_folder} holds no converted model, so it has no overlay")
+    check_target(args.source, args.target_folder)
     out.status("checking the source")
     checkpoint = open_checkpoint(args.source)
-    options = PlanOptions(DENSE_TYPES[args.dense], None if args.base is None else BASE_TYPES[args.base])
-    plan = make_plan(checkpoint, options)
-    for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan)):
+    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    request = convert_tiers.tier_request(args, options)
+    if convert_tiers.needs_learning(options, args):
+        check_tier_request(open_model(args.source), request)
+    for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan, options)):
         out.note(line)
+    if args.evaluate is not None:
+        read_text(args.evaluate)
     if args.dry_run:
         # The plan first: it is what was asked for, also where the disk turns out to be too small.
         if args.json:
             out.json(plan_as_json(plan))
-        needed = check_space(plan, args.target)
+        needed = check_space(plan, args.target_folder)
         out.note(f"dry run: nothing written; the disk has room for the {format_size(needed)} that are needed")
         return 0
-    try:
-        result = write_plan(plan, args.target, jobs=jobs, progress=ProgressPrinter(out))
-    except KeyboardInterrupt:
-        out.note("interrupted; the same command goes on from here")
-        raise
-    for line in _describe_result(result):
-        out.note(line)
+    if options.target is None:
+        check_space(plan, args.target_folder)
+    choice = None
+    if convert_tiers.needs_learning(options, args):
+        dense_bytes = sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
+        choice = convert_tiers.learn(args, checkpoint, options, jobs, dense_bytes, out)
+    solution = choice.solution if choice is not None else None
+    base = solution.base if solution is not None else options.base
+    importance = choice.importance if choice is not None else None
+    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, importance))
+    _check_space_for_both(plan, solution, args.target_folder)
+    _describe_choice(choice, out)
+    result = write_plan(plan, args.target_folder, jobs=jobs, progress=ProgressPrinter(out))
+    _say_result(result, out)
+    if choice is not None:
+        sections = {"profile": convert_tiers.profile_section(choice)}
+        _add_to_manifest(args.target_folder, sections)
+        if solution is not None and solution.plan.n_experts:
+            overlay = write_overlay(
+                checkpoint,
+                solution.plan,
+                args.target_folder,
+                importance,
+                jobs=jobs,
+                progress=ProgressPrinter(out),
+                sections=sections,
+            )
+            _say_result(overlay, out)
+    return _finish(args, options, choice, result, out)
+
+
+def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+    """Another overlay, or none, for a model that was converted before; the base stays as it is."""
+    from localrun.engine.choose_tiers import check_tier_request
+    from localrun.quant.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
+    from localrun.quant.plan import BASE_TYPES
+    from localrun.quant.source import open_model
+
+    folder = args.target_folder
+    if options.remove_overlay:
+        remove_overlay(folder)
+        out.note(f"{folder}: the overlay is gone")
+        return 0
+    manifest = read_base(folder)
+    has = next(iter(open_model(folder).moe_layers.values())).types[0]
+    if not options.hot or options.target is not None:
+        raise UsageError(
+            f"{folder} holds a finished model with a base in {has.name.lower()}",
+            hint="--hot TYPE:SIZE gives it another overlay; for anything else choose another directory",
+        )
+    if options.base is not None and options.base != has:
+        raise UsageError(
+            f"{folder} has a base in {has.name.lower()}, not {options.base.name.lower()}",
+            hint="leave out --base, or choose another directory",
+        )
+    if args.dense is not None and args.dense != manifest.options.get("dense"):
+        raise UsageError(
+            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {args.dense}",
+            hint="leave out --dense, or choose another directory",
+        )
+    checkpoint = open_overlay_source(args.source, folder)
+    options = replace(options, base=BASE_TYPES[has.name.lower()])
+    check_tier_request(open_model(args.source), convert_tiers.tier_request(args, options))
+    if args.dry_run:
+        out.note("dry run: nothing written")
+        return 0
+    choice = convert_tiers.learn(args, checkpoint, options, jobs, 0, out)
+    assert choice is not None
+    assert choice.solution is not None
+    _describe_choice(choice, out)
+    result = write_overlay(
+        checkpoint,
+        choice.solution.plan,
+        folder,
+        choice.importance,
+        jobs=jobs,
+        progress=ProgressPrinter(out),
+        sections={"profile": convert_tiers.profile_section(choice)},
+    )
+    _say_result(result, out)
+    return _finish(args, options, choice, result, out)
+
+
+def _finish(
+    args: argparse.Namespace, options: FormatOptions, choice: TierChoice | None, result: ConversionResult, out: Output
+) -> int:
+    """Comparison with the source, report, JSON."""
+    evaluation = convert_tiers.evaluate(args, args.source, out)
+    if choice is not None or evaluation is not None:
+        convert_tiers.write_report(args, options, choice, args.source.resolve().name, evaluation)
+        out.note(f"report: {args.target_folder / 'report.md'}")
     if args.json:
         out.json(_result_as_json(result))
     return 0
 
 
-def describe(plan: ConversionPlan) -> list[str]:
+def _add_to_manifest(folder: Path, sections: Mapping[str, Mapping[str, object]]) -> None:
+    from localrun.quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
+
+    write_manifest(replace(read_manifest(folder / MANIFEST_NAME), **sections), folder)  # type: ignore[arg-type]
+
+
+def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, folder: Path) -> None:
+    from localrun.quant.convert import check_space
+
+    needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder}: base and overlay need {format_size(needed)}, the disk has {format_size(free)} free",
+            hint=f"free {format_size(needed - free)}, or ask for less",
+        )
+
+
+def _describe_choice(choice: TierChoice | None, out: Output) -> None:
+    from localrun.quant.tier_report import tier_lines
+
+    if choice is None:
+        return
+    summary = choice.importance.summary()
+    out.note(
+        f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and are"
+        f" taken as their layer's average, {summary.n_rare} rarely"
+    )
+    for line in tier_lines(choice.solution) if choice.solution is not None else []:
+        out.note(line)
+
+
+def _say_result(result: ConversionResult, out: Output) -> None:
+    for line in _describe_result(result):
+        out.note(line)
+
+
+def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list[str]:
     """The plan for people: what is there, what becomes of it, how large it gets."""
     from localrun.quant.conversion_report import summarize
 
@@ -119,7 +278,12 @@ def describe(plan: ConversionPlan) -> list[str]:
             f"  {mtp.kind} (mtp.*): {mtp.n_tensors} tensors, {format_size(mtp.n_bytes)}: left out;"
             " llama.cpp takes drafting blocks from a GGUF of their own"
         )
+    if options is not None and options.target is not None:
+        lines.append("output: base and better copies are chosen for the target after a look at the experts")
+        return lines
     lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
+    for budget in options.hot if options is not None else ():
+        lines.append(f"  and better copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
     return lines
 
 

@@ -37,6 +37,8 @@ from localrun.units import format_size
 
 MODEL_NAME = "model.gguf"
 WORK_NAME = ".convert"
+LEARNED_NAME = ".tiers"
+"""Folder in the target in which the choice of formats keeps what it learned (see `localrun.engine.choose_tiers`)."""
 
 SLICE_BYTES = 8 << 20
 """Upper bound for what a thread reads, and for what it writes, at a time: 2-4 MiB pieces reach an NVMe's full speed."""
@@ -124,7 +126,7 @@ def check_target(source: Path, target: Path) -> None:
         raise UsageError(f"{target} is a file", hint="give a directory that does not exist yet")
     if (target / MANIFEST_NAME).exists():
         raise UsageError(f"{target} holds a finished model", hint="choose another directory, or delete this one")
-    if not (target / WORK_NAME).is_dir() and any(target.iterdir()):
+    if not (target / WORK_NAME).is_dir() and any(path.name != LEARNED_NAME for path in target.iterdir()):
         raise UsageError(f"{target} is not empty", hint="give a directory that does not exist yet")
 
 

@@ -49,6 +49,9 @@ BASE_TYPES: Mapping[str, GGMLQuantizationType] = {
 }
 """What experts may become, in the base and in an overlay; mxfp4 is exact for FP4 checkpoints."""
 
+EXACT_OR_EIGHT_BIT = frozenset({_T.MXFP4, _T.Q8_0, _T.BF16, _T.F32})
+"""Types of experts that lose nothing, or too little for importance to matter."""
+
 _DEFAULT_BASE = {"I8": _T.MXFP4, "F8_E4M3": _T.Q8_0, "BF16": _T.BF16, "F32": _T.F32}
 _FILE_TYPES = {
     _T.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,

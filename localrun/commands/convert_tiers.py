@@ -1,0 +1,267 @@
+"""The parts of `localrun convert` that choose formats: what experts need, which get better copies, and the report.
+
+The order: learn (a calibration text runs through the source as it lies, or an imatrix is read), measure each format's output error,
+solve, write the base, write the overlay, report. What was learned is kept in the target until the end, so a conversion that goes on
+after a kill decides the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localrun.commands import common
+from localrun.commands.output import Output
+from localrun.errors import UsageError
+from localrun.units import format_size
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+    from localrun.engine.choose_tiers import TierChoice, TierRequest
+    from localrun.quant.checkpoint import Checkpoint
+    from localrun.quant.tier_report import Evaluation
+    from localrun.quant.tier_solver import HotBudget, Target
+
+NO_OVERLAY = "none"
+EVAL_WINDOW = 512
+"""Tokens of context in which the finished model is compared with its source."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options about formats and what decides them."""
+    tiers = parser.add_argument_group(
+        "tiers: better copies of the experts that matter most, in an overlay beside the base"
+    )
+    tiers.add_argument(
+        "--hot",
+        action="append",
+        metavar="TYPE:SIZE",
+        help="so many bytes of better copies in this type, e.g. mxfp4:12GiB; may be repeated; none: take the overlay away",
+    )
+    tiers.add_argument(
+        "--target",
+        metavar="SIZE-vram,SIZE-ram",
+        help="choose base and copies for a box with this memory, e.g. 24GiB-vram,64GiB-ram",
+    )
+    tiers.add_argument("--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64")
+    learn = parser.add_argument_group("what decides (default: a text that ships, where a type rounds)")
+    learn.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="run this text (UTF-8, or JSONL of conversations) instead"
+    )
+    learn.add_argument("--calibrate-tokens", type=int, default=0, metavar="N", help="only its first N tokens")
+    learn.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="take importance from llama.cpp's imatrix file instead"
+    )
+    learn.add_argument("--no-calibrate", action="store_true", help="round without knowing what matters")
+    learn.add_argument(
+        "--ram", type=common.size, metavar="SIZE", help="memory for experts while the text runs (default: what is free)"
+    )
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="at the end, compare with the source on this held-out text (runs both) and put it into the report",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FormatOptions:
+    """What was asked for, recipe and options together. `base` and `dense` as `PlanOptions` has them."""
+
+    base: GGMLQuantizationType | None
+    dense: str
+    hot: tuple[HotBudget, ...]
+    target: Target | None
+    remove_overlay: bool = False
+
+    @property
+    def wants_tiers(self) -> bool:
+        """There is something for the solver to do."""
+        return bool(self.hot) or self.target is not None
+
+
+def format_options(args: argparse.Namespace, dense_default: str) -> FormatOptions:
+    """Puts recipe and options together; what was typed wins.
+
+    Raises:
+        UsageError, FormatError: unknown types or recipes, impossible budgets, options that exclude each other.
+    """
+    from localrun.quant.plan import BASE_TYPES
+    from localrun.quant.recipes import Recipe, read_recipe
+    from localrun.quant.tier_solver import HotBudget, Target
+
+    recipe = read_recipe(args.recipe) if args.recipe else Recipe("")
+    if args.target and (args.base or args.hot):
+        raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
+    if args.calibrate is not None and args.imatrix is not None:
+        raise UsageError(
+            "--calibrate and --imatrix exclude each other", hint="an imatrix holds what a calibration finds"
+        )
+    if args.no_calibrate and (args.calibrate is not None or args.imatrix is not None):
+        raise UsageError("--no-calibrate excludes --calibrate and --imatrix")
+    words = args.hot or []
+    remove = words == [NO_OVERLAY]
+    if NO_OVERLAY in words and not remove:
+        raise UsageError("--hot none stands alone", hint="leave out none, or the others")
+    typed_formats = bool(args.base or words)
+    hot = tuple(HotBudget.parse(text) for text in words) if words and not remove else ()
+    target = Target.parse(args.target) if args.target else None
+    if not remove and not words and target is None:
+        hot = recipe.hot
+    if target is None and not typed_formats:
+        target = recipe.target
+    base = BASE_TYPES[args.base] if args.base else (recipe.base if target is None else None)
+    return FormatOptions(base, args.dense or recipe.dense or dense_default, hot, target, remove)
+
+
+def needs_learning(options: FormatOptions, args: argparse.Namespace) -> bool:
+    """True where importance or routing decides something."""
+    from localrun.quant.plan import EXACT_OR_EIGHT_BIT
+
+    if options.wants_tiers or args.calibrate is not None or args.imatrix is not None:
+        return True
+    return options.base is not None and options.base not in EXACT_OR_EIGHT_BIT and not args.no_calibrate
+
+
+def learn(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: FormatOptions, jobs: int, dense_bytes: int, out: Output
+) -> TierChoice | None:
+    """Calibrates or reads, measures, solves; None where nothing can be learned and nothing was asked for.
+
+    Raises:
+        UsageError: tiers of a checkpoint without a tokenizer, and no imatrix.
+        LocalrunError: see `choose_tiers`.
+    """
+    from localrun.engine.choose_tiers import choose_tiers
+    from localrun.engine.protocol import EngineOptions
+    from localrun.quant.convert import LEARNED_NAME
+
+    request = tier_request(args, options)
+    if request.imatrix is None and not (checkpoint.path / "tokenizer.json").is_file():
+        if options.wants_tiers or args.calibrate is not None:
+            raise UsageError(
+                f"{checkpoint.path} has no tokenizer.json, so no text can be run to see which experts matter",
+                hint="put the release's tokenizer.json there, or give --imatrix FILE",
+            )
+        out.note("warning: no tokenizer.json, so no text can be run: the base is rounded without knowing what matters")
+        return None
+
+    def tell(what: str, done: int, total: int) -> None:
+        out.status(f"{what}: {done / max(1, total):4.0%}")
+
+    threads = min(jobs, 256) if args.jobs is not None else 0
+    choice = choose_tiers(
+        checkpoint.path,
+        request,
+        EngineOptions(ram_bytes=args.ram, n_threads=threads, gpu="none"),
+        work_folder=args.target_folder / LEARNED_NAME,
+        dense_bytes=dense_bytes,
+        report=tell,
+    )
+    out.clear_status()
+    return choice
+
+
+def tier_request(args: argparse.Namespace, options: FormatOptions) -> TierRequest:
+    """For `choose_tiers`; reads the calibration text.
+
+    Raises:
+        UsageError, FormatError: a text that is empty, not UTF-8, or no conversation.
+    """
+    from localrun.engine.calibration_text import read_calibration_text
+    from localrun.engine.choose_tiers import TierRequest
+
+    if args.calibrate_tokens < 0:
+        raise UsageError(f"--calibrate-tokens {args.calibrate_tokens}: expected a positive number")
+    return TierRequest(
+        base=options.base,
+        hot=options.hot,
+        target=options.target,
+        text=read_calibration_text(args.calibrate) if args.calibrate is not None else None,
+        imatrix=args.imatrix,
+        max_tokens=args.calibrate_tokens,
+    )
+
+
+def write_report(
+    args: argparse.Namespace,
+    options: FormatOptions,
+    choice: TierChoice | None,
+    name: str,
+    evaluation: Evaluation | None,
+) -> None:
+    """`report.md`, `report.json` and pictures into the target; the imatrix beside them."""
+    from localrun.engine.choose_tiers import IMATRIX_NAME
+    from localrun.quant.convert import LEARNED_NAME
+    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
+    from localrun.quant.tier_report import TierReport
+
+    folder = args.target_folder
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    sizes = {"base": sum(file.size_bytes for file in manifest.files)}
+    if manifest.overlay is not None:
+        sizes["overlay"] = sum(file.size_bytes for file in manifest.overlay.files)
+    learned = "an imatrix file" if args.imatrix is not None else str(args.calibrate or "the text that ships")
+    asked = {
+        "base": str(manifest.options.get("base", "")),
+        "dense": str(manifest.options.get("dense", "")),
+        "hot": ", ".join(f"{budget.type.name.lower()}:{format_size(budget.n_bytes)}" for budget in options.hot),
+        "target": args.target or "",
+        "recipe": args.recipe or "",
+        "learned from": learned if choice is not None else "",
+    }
+    TierReport(
+        model=name,
+        sizes=sizes,
+        options={key: value for key, value in asked.items() if value},
+        importance=choice.importance.summary() if choice is not None else None,
+        errors=choice.errors if choice is not None else None,
+        solution=choice.solution if choice is not None else None,
+        evaluations=[evaluation] if evaluation is not None else [],
+        text=args.evaluate.name if args.evaluate is not None else "",
+    ).write(folder)
+    kept = folder / LEARNED_NAME
+    if (kept / IMATRIX_NAME).is_file():
+        (kept / IMATRIX_NAME).replace(folder / IMATRIX_NAME)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def profile_section(choice: TierChoice) -> dict[str, object]:
+    """How often the calibration used each expert, for the manifest: `{"tokens": n, "counts": {"0": [...]}}`."""
+    layers = choice.importance.layers
+    return {
+        "tokens": choice.importance.n_tokens,
+        "counts": {str(layer): [round(float(n)) for n in layers[layer].counts] for layer in sorted(layers)},
+    }
+
+
+def evaluate(args: argparse.Namespace, source: Path, out: Output) -> Evaluation | None:
+    """The finished model against its source on the held-out text; None if there is none."""
+    from localrun.commands.eval import compare, read_text
+    from localrun.engine.protocol import EngineOptions, EvalText
+    from localrun.quant.tier_report import Evaluation
+
+    if args.evaluate is None:
+        return None
+    options = EngineOptions(ram_bytes=args.ram, gpu="none", n_ctx=EVAL_WINDOW)
+    command = EvalText(text=read_text(args.evaluate), window=EVAL_WINDOW)
+    result = compare(args, args.target_folder, source, options, command, out)
+    assert result.kl_mean is not None
+    out.note(
+        f"against the source on {args.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token {result.top1_agreement:.2%}, "
+        f"perplexity {result.perplexity:.4f} ({result.reference_perplexity:.4f})"
+    )
+    return Evaluation(
+        name="this model",
+        n_tokens=result.n_tokens,
+        perplexity=result.perplexity,
+        reference_perplexity=result.reference_perplexity or 0.0,
+        kl_mean=result.kl_mean,
+        kl_median=result.kl_median or 0.0,
+        kl_p99=result.kl_p99 or 0.0,
+        top1_agreement=result.top1_agreement or 0.0,
+    )

@@ -463,12 +463,12 @@ def pack_q3(b: int, s: Any, at: Any, out: Any) -> None:
     for j in range(4):
         out[_U(at + 104 + j)] = np.uint8(0)
     for g in range(16):
-        k = np.int32(s[_U(INT_D * PITCH + g * 16 + b)]) + 32
+        step = np.int32(s[_U(INT_D * PITCH + g * 16 + b)]) + 32
         if g < 8:
-            out[_U(at + 96 + g)] = np.uint8(k & 15)
+            out[_U(at + 96 + g)] = np.uint8(step & 15)
         else:
-            out[_U(at + 96 + g - 8)] |= np.uint8((k & 15) << 4)
-        out[_U(at + 104 + g % 4)] |= np.uint8(k >> 4 << (2 * (g // 4)))
+            out[_U(at + 96 + g - 8)] |= np.uint8((step & 15) << 4)
+        out[_U(at + 104 + g % 4)] |= np.uint8(step >> 4 << (2 * (g // 4)))
 
 
 @njit(nogil=True, cache=True)

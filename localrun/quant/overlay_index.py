@@ -118,9 +118,12 @@ class OverlayIndex:
         odd = self._part.tensors.keys() ^ expected.keys()
         if odd:
             name = min(odd)
-            raise self._error(
-                f"{name}: {'not in the file' if name in expected else 'in the file but not'} in {MANIFEST_NAME}"
+            where = (
+                f"in {MANIFEST_NAME} but not in the file"
+                if name in expected
+                else f"in the file but not in {MANIFEST_NAME}"
             )
+            raise self._error(f"{name}: {where}")
         for name, shape in expected.items():
             info = self._part.tensors[name].info
             if info.shape != shape or f".{info.type.name.lower()}.weight" not in name:

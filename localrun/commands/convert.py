@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localrun.commands import convert_tiers
+from localrun.commands import split as splitting
 from localrun.commands.output import Output
 from localrun.errors import DiskSpaceError, UsageError
 from localrun.units import format_duration, format_size
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the source, print sizes and the plan, write nothing"
     )
+    splitting.add_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     convert_tiers.add_arguments(parser)
 
@@ -90,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     options = convert_tiers.format_options(args, DENSE_DEFAULT)
     try:
         if (args.target_folder / MANIFEST_NAME).is_file():
+            if args.split is not None and splitting.is_waiting(args.source, args.target_folder) and not args.dry_run:
+                splitting.split(args.target_folder, args.split, out)
+                if not options.hot:
+                    return 0
             return _change_overlay(args, options, jobs, out)
         return _convert(args, options, jobs, out)
     except KeyboardInterrupt:
@@ -117,6 +123,8 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
         check_tier_request(open_model(args.source), request)
     for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan, options)):
         out.note(line)
+    if args.split is not None:
+        splitting.check(plan, args.split, out)
     if args.evaluate is not None:
         read_text(args.evaluate)
     if args.dry_run:
@@ -140,6 +148,8 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
     _describe_choice(choice, out)
     result = write_plan(plan, args.target_folder, jobs=jobs, progress=ProgressPrinter(out))
     _say_result(result, out)
+    if args.split is not None:
+        splitting.split(args.target_folder, args.split, out)  # before the overlay, which names the base's files
     if choice is not None:
         sections = {"profile": convert_tiers.profile_section(choice)}
         _add_to_manifest(args.target_folder, sections)

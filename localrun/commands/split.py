@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.commands.output import Output
 from localrun.errors import UsageError
-from localrun.units import format_size
+from localrun.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from localrun.quant.plan import ConversionPlan
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option; None: one file, however large."""
+    parser.add_argument(
+        "--split",
+        type=_size,
+        metavar="SIZE",
+        help="files of at most this size, e.g. 4GB for FAT32 (llama.cpp reads them too)",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
 
 
 def check(plan: ConversionPlan, size: int, out: Output) -> None:
@@ -31,25 +49,27 @@ def check(plan: ConversionPlan, size: int, out: Output) -> None:
     out.note(f"split:  {len(parts)} files of at most {largest}; takes as much space again while it is done")
 
 
-def is_waiting(target: Path, plan: ConversionPlan) -> bool:
-    """An earlier run converted this very plan into `target` and was ended before it split the model.
+def is_waiting(source: Path, target: Path) -> bool:
+    """The finished model in `target` was made from the checkpoint `source`, is one file, and may still be split.
 
     Raises:
-        UsageError: the target holds another model.
+        UsageError: it was made from another checkpoint.
     """
-    from localrun.quant.manifest import MANIFEST_NAME, checksum, read_manifest
+    from localrun.quant.convert import open_checkpoint
+    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
+    from localrun.quant.repair import check_source
 
-    if not (target / MANIFEST_NAME).is_file():
-        return False
     manifest = read_manifest(target / MANIFEST_NAME)
-    same = manifest.source.get("identity") == plan.checkpoint.identity
-    if not same or len(manifest.files) != 1 or manifest.files[0].header_checksum != checksum(plan.header):
-        raise UsageError(f"{target} holds a finished model", hint="choose another directory, or delete this one")
-    return True
+    check_source(manifest, open_checkpoint(source))
+    return len(manifest.files) == 1 and manifest.overlay is None
 
 
 def split(target: Path, size: int, out: Output) -> None:
-    """Splits the finished model in `target`."""
+    """Splits the finished model in `target`.
+
+    Raises:
+        DiskSpaceError, StoreError: the disk; the model stays as it is.
+    """
     from localrun.quant.split import split_model
 
     def progress(done: int, total: int) -> None:

@@ -109,6 +109,20 @@ def test_a_small_model_stays_whole_and_a_split_one_is_not_split_again(whole: Pat
         split_model(finished, PART_BYTES)
 
 
+def test_the_command_splits_what_it_converts_and_what_an_earlier_run_converted(
+    checkpoint: Path, whole: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = Path(shutil.copytree(whole, tmp_path / "earlier"))
+    for target in (tmp_path / "new", earlier):
+        assert cli.main(["convert", str(checkpoint), str(target), "--split", str(PART_BYTES)]) == 0
+        assert "split into" in capsys.readouterr().err
+        parts = {path.name: path.read_bytes() for path in target.glob("*.gguf")}
+        assert parts == {path.name: path.read_bytes() for path in finished.glob("model-*.gguf")}
+        assert cli.main(["verify", str(target)]) == 0
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "no"), "--split", "10kB"]) == 2
+    assert not (tmp_path / "no").exists(), "refused before anything is converted"
+
+
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 

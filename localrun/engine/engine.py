@@ -270,7 +270,7 @@ def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement) 
     is_large = sum(info.n_bytes for info in source.tensors.values()) >= SMALL_BYTES
     n_drives = 2 if options.mirror else 1
     machine = hardware.detect(source.files, n_threads=options.n_threads, probe=is_large, n_drives=n_drives)
-    gpus = tuple(hardware.Gpu(name=device.name, vram_bytes=device.free_bytes) for device, _ in placement.experts)
+    gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
     share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
     return plan_load(source, options, replace(machine, gpus=gpus), share, suggest=is_large)
 

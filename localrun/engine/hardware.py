@@ -14,9 +14,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localrun.engine import memory
 from localrun.paths import cache_dir
+
+if TYPE_CHECKING:
+    from localrun.offload.gpu_device import GpuDevice
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,9 @@ ASSUMED_MEMORY = 40.0e9
 
 ASSUMED_GPU_MEMORY = 500.0e9
 """A middle-class card of recent years."""
+
+GPU_SHARE = 0.6
+"""Of a GPU's memory bandwidth that products reach. Assumed, where the products themselves are not measured."""
 
 ASSUMED_PCIE = 12.0e9
 """PCIe 3.0 x16 or 4.0 x8 after overhead."""
@@ -149,20 +156,32 @@ def best_memory_rate(measured: float) -> float:
 
 
 def local_gpus() -> tuple[Gpu, ...]:
-    """GPUs that llama.cpp was built for and that are there; nobody knows how fast their memory is without measuring."""
+    """GPUs that llama.cpp was built for and that are there, measured."""
     from localrun.offload.gpu_device import gpu_devices
 
-    devices = gpu_devices()
+    return measured_gpus(gpu_devices())
+
+
+def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
+    """These devices with their rates; with assumed ones where `probe` is False or fails, and the link's as the system tells it."""
+    from localrun.offload.gpu_probe import probe_gpu
+
     links = display_links()
     known = len(links) == len(devices)  # else nobody knows which is which
-    return tuple(
-        Gpu(
-            name=device.description or device.name,
-            vram_bytes=device.free_bytes,
-            pcie_bytes_per_s=links[number] if known else ASSUMED_PCIE,
+    result = []
+    for number, device in enumerate(devices):
+        rates = probe_gpu(device) if probe else None
+        link = links[number] if known else ASSUMED_PCIE
+        result.append(
+            Gpu(
+                name=device.description or device.name,
+                vram_bytes=device.free_bytes,
+                # The planner takes a share of a GPU's bandwidth for what products reach, which is what was measured.
+                bytes_per_s=rates.decode / GPU_SHARE if rates else ASSUMED_GPU_MEMORY,
+                pcie_bytes_per_s=rates.upload if rates else link,
+            )
         )
-        for number, device in enumerate(devices)
-    )
+    return tuple(result)
 
 
 def display_links() -> list[float]:

@@ -311,6 +311,7 @@ def _place(
         _check(sizes, machine, settings, n_ctx, left, min(ram, rest_bytes))
         if settings.ram_bytes is None and sizes.n_copies:
             ram = max(ram, sizes.floor_bytes)
+            spare = max(0, min(spare, left - ram))
     arena = (rest_bytes if ram is None else min(ram, rest_bytes)) - sizes.staging_bytes
     return Placement(
         dense_on_gpu=gpu.dense,

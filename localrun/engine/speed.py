@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
 
-from localrun.engine.hardware import Hardware
+from localrun.engine.hardware import GPU_SHARE, Hardware
 from localrun.engine.hit_rates import HitRates
 from localrun.engine.sizes import ModelSizes
 
@@ -55,11 +55,9 @@ WEIGHTS_PER_CORE: Mapping[GGMLQuantizationType, float] = {
 """Weights per second of one core in decode, measured with ggml's kernels on two threads, halved: formats with tables are bound by
 computing, not by memory. Those not named are taken as Q4_K."""
 
-GPU_SHARE = 0.6
 GPU_LAYER_S = 0.15e-3
 GPU_MACS_PER_BYTE = 60.0
-"""Of a GPU's memory bandwidth that products reach; per layer, two hand-overs included; prefill multiplications per second as a
-multiple of bandwidth. Assumptions, not measured."""
+"""Per layer, two hand-overs included; prefill multiplications per second as a multiple of bandwidth. Assumptions, not measured."""
 
 DISTINCT_SHARE = (1.0, 0.85, 0.7)
 """Distinct experts of a batch, relative to evenly drawn ones: real routing repeats itself."""

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localrun import cli
+from localrun.commands import bench_report, common
 from localrun.engine import hardware, sizes
+from localrun.engine.benchmark import Benchmark, Phase
 from localrun.engine.compute_buffers import compute_bytes
 from localrun.engine.engine import Engine
 from localrun.engine.hardware import Gpu, Hardware
 from localrun.engine.hit_rates import Curve, Learned
 from localrun.engine.llama import Context
 from localrun.engine.planner import GpuShare, Plan, Settings, make_plan
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.protocol import EngineOptions, Timings
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.offload.profile import RoutingProfile
 from localrun.quant.source import open_model
+from tests.rpc_server import rpc_server
 from tools.synthetic_config import FLASH, PRO
 
 GIB = 1 << 30
@@ -283,6 +288,27 @@ def test_a_busy_moment_does_not_make_memory_slow(tmp_path: Path, monkeypatch: py
     assert hardware.best_memory_rate(5e9) == 5e9
 
 
+PROBE = """
+import math, sys
+from gguf import GGMLQuantizationType as T
+from localrun.engine import hardware
+from localrun.offload.gpu_device import add_rpc_server, gpu_devices
+from localrun.offload.gpu_probe import probe_gpu
+from localrun.offload.kernels import FfnSpec
+add_rpc_server(sys.argv[1])
+(device,) = [device for device in gpu_devices() if device.name.startswith("RPC")]
+rates = probe_gpu(device, FfnSpec((T.MXFP4,) * 3, 256, 128, math.inf))
+assert rates.upload > 0 and rates.decode > 0, rates
+(assumed,) = hardware.measured_gpus([device], probe=False)
+assert assumed.vram_bytes == device.free_bytes and assumed.bytes_per_s == hardware.ASSUMED_GPU_MEMORY
+"""
+
+
+def test_gpus_are_measured_with_the_expert_path_s_own_work() -> None:
+    with rpc_server() as (endpoint, _):  # in a process of its own: ggml can't forget a device, nor bear that it is gone
+        subprocess.run([sys.executable, "-c", PROBE, endpoint], check=True, timeout=120)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 GIVEN = ["--no-probe", "--ram", "64GiB", "--disk-gbps", "3", "--memory-gbps", "50", "--threads", "8"]
@@ -325,3 +351,34 @@ def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(LocalrunError, match=r"config\.json"):
         sizes.sizes_of(tmp_path)
+
+
+# --- loads and measurements -------------------------------------------------------------------------------------------
+
+
+def test_a_load_announces_its_plan_and_follows_it(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[Plan] = []
+    options = EngineOptions(n_ctx=512, n_batch=64, n_threads=1, ram_bytes=8 << 20)
+    with Engine.open(model_path, options, announce=announced.append, learn=False) as engine:
+        assert announced == [engine.plan]
+        assert announced[0].placement.ram_bytes == options.ram_bytes
+        assert announced[0].n_ctx == engine.facts.n_ctx
+        assert len(announced[0].lines()) == 6
+    tiny = Hardware(ram_bytes=100 << 20, total_ram_bytes=1 << 30)
+    monkeypatch.setattr(hardware, "detect", lambda *args, **values: tiny)
+    with pytest.raises(BudgetError, match="does not fit"):
+        Engine.open(model_path, options, learn=False)
+
+
+def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
+    plan = plan_of(flash)
+    expected = plan.decode_at(100).likely.tokens_per_s
+    phase = Phase(kind="decode", context=100, n_tokens=10, seconds=20 / expected, step_ms=(1.0,) * 10, split=None)
+    result = Benchmark(phases=(phase,), skipped=(), rss_start_bytes=0, peak_rss_bytes=0)
+    (line,) = bench_report.prediction_lines(result, plan)
+    assert "100% too fast" in line
+    assert "outside the range" in line
+    assert bench_report.prediction_lines(result, None) == []
+    timings = Timings(new_tokens=10, decode_s=1.0)
+    assert "(planned: " in common.speed(timings, plan.to_json())
+    assert "planned" not in common.speed(timings, {})

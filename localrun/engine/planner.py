@@ -458,7 +458,7 @@ def _lines(plan: Plan) -> list[str]:
         f"{plan.decode.likely.limit}"
     )
     best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions[:3]]
-    lines.append(f"faster   {'; '.join(best) or 'localrun plan MODEL says what would help'}")
+    lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
     return lines
 
 

@@ -129,6 +129,10 @@ def _runtime_libraries(folder: Path) -> list[str]:
         texts.mkdir(exist_ok=True)
         (texts / "README").write_text(notices.GCC_NOTE)
         (texts / f"{package}.copyright").write_bytes(licence)
+        with (folder / "licenses" / "INDEX.md").open("a") as index:
+            index.write(
+                f"| GCC: {name} | {compiler()} | GPL-3.0 with GCC exception | gcc-runtime/{package}.copyright |\n"
+            )
         found.append(name)
     return found
 

@@ -118,24 +118,37 @@ def run_pip(prefix: Path, pip: Path, arguments: list[str]) -> None:
         raise InstallError(f"pip {arguments[0]} failed (see above)", "send this to whoever made the bundle")
 
 
-LOAD = "from localrun.offload import ggml; ggml.library(); import ctypes; ctypes.CDLL('libgomp.so.1')"
+LOAD = "import numpy; from localrun.offload import ggml; ggml.library(); import ctypes; ctypes.CDLL('libgomp.so.1')"
+
+PRELOAD = """\
+import ctypes
+import os
+
+_FOLDER = os.path.join(os.path.dirname(__file__), "gcc_runtime")
+for _name in ("libgcc_s.so.1", "libstdc++.so.6", "libgomp.so.1"):
+    if os.path.exists(os.path.join(_FOLDER, _name)):
+        ctypes.CDLL(os.path.join(_FOLDER, _name), ctypes.RTLD_GLOBAL)
+"""
+"""Loads the libraries when Python starts: whatever needs one of these names later, numpy first of all, gets them."""
 
 
 def provide_libraries(bundle: Path, prefix: Path) -> None:
-    """Puts GCC's libraries beside llama.cpp's where the system has none, or too old ones."""
+    """Uses the bundle's copies of GCC's libraries where the system has none, or too old ones."""
     command = [str(prefix / "bin" / "python"), "-I", "-c", LOAD]
     first = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if first.returncode == 0:
         return
-    (folder,) = prefix.glob("lib/python*/site-packages/llama_cpp/lib")
-    libraries = sorted((bundle / "runtime").glob("*.so.*"))
-    for library in libraries:
-        shutil.copyfile(library, folder / library.name)
+    (packages,) = prefix.glob("lib/python*/site-packages")
+    shutil.copytree(bundle / "runtime", packages / "gcc_runtime")
+    (packages / "_gcc_runtime.py").write_text(PRELOAD)
+    (packages / "_gcc_runtime.pth").write_text("import _gcc_runtime\n")
     second = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if second.returncode:
         print(second.stdout, file=sys.stderr)
-        raise InstallError("llama.cpp can't be loaded (see above)", "install libstdc++ and libgomp of this system")
-    say(f"this system lacks some of {', '.join(p.name for p in libraries)}: the bundle's are used")
+        raise InstallError(
+            "numpy or llama.cpp can't be loaded (see above)", "install this system's libstdc++ and libgomp"
+        )
+    say("this system lacks libstdc++ or libgomp, or has old ones: the bundle's are used")
 
 
 def self_test(prefix: Path) -> None:

@@ -21,6 +21,7 @@ from localrun.units import format_duration, format_size
 if TYPE_CHECKING:
     from localrun.commands.convert_tiers import FormatOptions
     from localrun.engine.choose_tiers import TierChoice
+    from localrun.quant.checkpoint import Checkpoint
     from localrun.quant.conversion_report import PlanLine
     from localrun.quant.convert import ConversionResult, Progress
     from localrun.quant.plan import ConversionPlan
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.quant.convert import DEFAULT_JOBS
+    from localrun.quant.convert import DEFAULT_JOBS, LEARNED_NAME
     from localrun.quant.manifest import MANIFEST_NAME
 
     out = Output()
@@ -92,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
     options = convert_tiers.format_options(args, DENSE_DEFAULT)
     try:
         if (args.target_folder / MANIFEST_NAME).is_file():
+            # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
+            if (args.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
+                return _complete(args, options, jobs, out)
             if args.split is not None and splitting.is_waiting(args.source, args.target_folder) and not args.dry_run:
                 splitting.split(args.target_folder, args.split, out)
                 if not options.hot:
@@ -108,7 +112,6 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
     from localrun.commands.eval import read_text
     from localrun.engine.choose_tiers import check_tier_request
     from localrun.quant.convert import check_space, check_target, open_checkpoint, write_plan
-    from localrun.quant.overlay import write_overlay
     from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
     from localrun.quant.source import open_model
 
@@ -136,35 +139,90 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
         return 0
     if options.target is None:
         check_space(plan, args.target_folder)
-    choice = None
-    if convert_tiers.needs_learning(options, args):
-        dense_bytes = sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
-        choice = convert_tiers.learn(args, checkpoint, options, jobs, dense_bytes, out)
-    solution = choice.solution if choice is not None else None
-    base = solution.base if solution is not None else options.base
-    importance = choice.importance if choice is not None else None
-    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, importance))
-    _check_space_for_both(plan, solution, args.target_folder)
+    choice, plan = _choose(args, checkpoint, options, jobs, plan, out)
+    _check_space_for_both(plan, choice.solution if choice is not None else None, args.target_folder)
     _describe_choice(choice, out)
     result = write_plan(plan, args.target_folder, jobs=jobs, progress=ProgressPrinter(out))
     _say_result(result, out)
-    if args.split is not None:
+    return _after_base(args, options, checkpoint, choice, result, jobs, out)
+
+
+def _choose(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    options: FormatOptions,
+    jobs: int,
+    plan: ConversionPlan,
+    out: Output,
+) -> tuple[TierChoice | None, ConversionPlan]:
+    """What is learned where something must be, and the plan of the base that follows from it."""
+    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
+
+    if not convert_tiers.needs_learning(options, args):
+        return None, plan
+    dense_bytes = sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
+    choice = convert_tiers.learn(args, checkpoint, options, jobs, dense_bytes, out)
+    if choice is None:
+        return None, plan
+    base = choice.solution.base if choice.solution is not None else options.base
+    return choice, make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, choice.importance))
+
+
+def _after_base(
+    args: argparse.Namespace,
+    options: FormatOptions,
+    checkpoint: Checkpoint,
+    choice: TierChoice | None,
+    result: ConversionResult,
+    jobs: int,
+    out: Output,
+) -> int:
+    """Everything that follows once the base is finished; each step finds out whether it is done already."""
+    from localrun.quant.overlay import write_overlay
+
+    if args.split is not None and splitting.is_waiting(args.source, args.target_folder):
         splitting.split(args.target_folder, args.split, out)  # before the overlay, which names the base's files
     if choice is not None:
         sections = {"profile": convert_tiers.profile_section(choice)}
         _add_to_manifest(args.target_folder, sections)
-        if solution is not None and solution.plan.n_experts:
+        if choice.solution is not None and choice.solution.plan.n_experts:
             overlay = write_overlay(
                 checkpoint,
-                solution.plan,
+                choice.solution.plan,
                 args.target_folder,
-                importance,
+                choice.importance,
                 jobs=jobs,
                 progress=ProgressPrinter(out),
                 sections=sections,
             )
             _say_result(overlay, out)
     return _finish(args, options, choice, result, out)
+
+
+def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+    """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
+    from localrun.quant.convert import ConversionResult, described_options
+    from localrun.quant.journal import describe_changes
+    from localrun.quant.overlay import open_overlay_source, read_base
+    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
+
+    folder, manifest = args.target_folder, read_base(args.target_folder)
+    checkpoint = open_overlay_source(args.source, folder)
+    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    choice, plan = _choose(args, checkpoint, options, jobs, plan, out)
+    changes = describe_changes(
+        {"options": manifest.options, "identity": manifest.source.get("identity"), "source": str(checkpoint.path)},
+        {"options": described_options(plan), "identity": checkpoint.identity, "source": str(checkpoint.path)},
+    )
+    if changes:
+        raise UsageError(
+            f"{folder}: an unfinished conversion can't go on: {'; '.join(changes)}",
+            hint=f"use the same options; delete {folder} to start again; or give its base better copies by --hot",
+        )
+    out.note("the base is finished; going on with what comes after it")
+    _describe_choice(choice, out)
+    size = sum(file.size_bytes for file in manifest.files)
+    return _after_base(args, options, checkpoint, choice, ConversionResult(folder, size, 0.0, 0, 0, {}), jobs, out)
 
 
 def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
@@ -177,7 +235,8 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
     folder = args.target_folder
     if options.remove_overlay:
         remove_overlay(folder)
-        out.note(f"{folder}: the overlay is gone")
+        convert_tiers.remove_report(folder)
+        out.note(f"{folder}: the overlay is gone, and the report about it")
         return 0
     manifest = read_base(folder)
     has = next(iter(open_model(folder).moe_layers.values())).types[0]

@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     learn.add_argument("--no-calibrate", action="store_true", help="round without knowing what matters")
     learn.add_argument(
-        "--ram", type=common.size, metavar="SIZE", help="memory for experts while the text runs (default: what is free)"
+        "--ram",
+        type=common.size,
+        metavar="SIZE",
+        help="memory for experts while the text runs (default: what is free); the conversion itself needs about 1 GiB",
     )
     parser.add_argument(
         "--evaluate",
@@ -228,6 +231,19 @@ def write_report(
     if (kept / IMATRIX_NAME).is_file():
         (kept / IMATRIX_NAME).replace(folder / IMATRIX_NAME)
     shutil.rmtree(kept, ignore_errors=True)
+
+
+def remove_report(folder: Path) -> None:
+    """Takes away what `write_report` wrote about an overlay that is gone, and what an unfinished choice of one kept.
+
+    The imatrix stays: the base may have been rounded with it.
+    """
+    from localrun.quant.convert import LEARNED_NAME
+    from localrun.quant.tier_report import REPORT_NAMES
+
+    for name in REPORT_NAMES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / LEARNED_NAME, ignore_errors=True)
 
 
 def profile_section(choice: TierChoice) -> dict[str, object]:

@@ -1,15 +1,18 @@
-"""Compiles the kernels of this processor and keeps them on disk, so that no chat waits for the compiler."""
+"""Compiles the kernels of this processor and keeps them on disk, so that no chat and no conversion waits for the compiler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from localrun.commands import demo
 from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import EngineOptions, Finished, Generate, Timings
 from localrun.offload.kernels import warm_up
+from localrun.quant import k_quantize
+from localrun.quant.ggml_quantize import quantize_rows
 
 TYPES = (
     *(Type.MXFP4, Type.Q8_0, Type.BF16, Type.F16, Type.F32),
@@ -20,10 +23,18 @@ TYPES = (
 
 
 def warm_kernels(status: Callable[[str], None]) -> int:
-    """Compiles the kernels of all usual types, or finds them compiled. Returns how many types these are."""
+    """Compiles the kernels of all usual types, and what converting to K types needs; or finds them compiled.
+
+    Returns:
+        How many types models may be stored in.
+    """
     for number, type_ in enumerate(TYPES):
         status(f"compiling kernels: {type_.name} ({number + 1} of {len(TYPES)})")
         warm_up([type_])
+    quantizers = sorted(k_quantize.TYPES)
+    for number, type_ in enumerate(quantizers):
+        status(f"compiling quantizers: {type_.name} ({number + 1} of {len(quantizers)})")
+        quantize_rows(np.zeros((1, 256), np.float32), type_, np.ones(256, np.float32))
     return len(TYPES)
 
 

@@ -128,6 +128,8 @@ def choose_tiers(
         importance, errors = kept
     else:
         importance, samples = _learn(model, source, request, text, options, tell)
+        if work_folder is not None:
+            importance = _keep_importance(work_folder, importance, source)
         errors = None
         if kinds:
             errors = measure_errors(
@@ -171,14 +173,22 @@ def _learn(
 # --- kept results -----------------------------------------------------------------------------------------------------
 
 
+def _keep_importance(folder: Path, importance: Importance, source: ModelSource) -> Importance:
+    """Writes the sums and reads them back: mapped (those of a big model are a gigabyte), and rounded as a later run sees them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TIERS_NAME).unlink(missing_ok=True)  # it says that the sums beside it are those that it was made with
+    except OSError as error:
+        raise StoreError(f"{folder}: can't be written: {error.strerror}") from error
+    write_imatrix(importance, folder / IMATRIX_NAME)
+    return read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
+
+
 def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None) -> None:
-    """The JSON last: it says that both are there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Last: it says that the sums are complete, and what was measured with them."""
     path = folder / TIERS_NAME
     value = {"key": key, "importance": importance.digest, "errors": errors.to_json() if errors is not None else None}
     try:
-        path.unlink(missing_ok=True)
-        write_imatrix(importance, folder / IMATRIX_NAME)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(value), "utf-8")
         partial.replace(path)

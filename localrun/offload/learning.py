@@ -1,10 +1,12 @@
 """What a model's runs teach about its experts: the profile that warms the next start and keeps a small set in RAM, and traces.
+A model's first start has the routing counts of its conversion's calibration, where the manifest holds them.
 
 The compiled path counts uses per expert in the slot table's array; here the counts since the last look are handed to the profile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy.typing as npt
 
 from localrun.offload.experts import ExpertPool
 from localrun.offload.profile import RoutingProfile
+from localrun.quant.gguf_source import GgufSource
 from localrun.quant.source import ModelSource
 
 PINNED_SHARE = 0.1
@@ -38,6 +41,12 @@ class Learner:
             self.profile = RoutingProfile(source.identity, shapes)
         else:
             self.profile = RoutingProfile.load(source.identity, shapes, path=self._path)
+            # Until there is experience, what the conversion's calibration text used is the best guess.
+            if self.profile.is_empty and isinstance(source, GgufSource) and source.manifest is not None:
+                counted = source.manifest.profile
+                counts = counted.get("counts")
+                if isinstance(counts, Mapping):
+                    self.profile.seed(counts, counted.get("tokens"))
 
     def keep_hottest(self) -> int:
         """Protects the profile's hottest experts from eviction where others can go; how many."""

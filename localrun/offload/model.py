@@ -12,7 +12,7 @@ import ctypes as C
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,7 @@ from localrun.offload.readahead import ReadAhead
 from localrun.offload.slots import SlotState
 from localrun.offload.store import ExpertStore
 from localrun.offload.telemetry import Telemetry
-from localrun.quant.source import PROJECTIONS, ModelSource, open_model
+from localrun.quant.source import PROJECTIONS, ModelSource, clamp_limits, open_model
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:
     """By layer a kernel for each variant; one per distinct shape, shared by the layers that have it."""
-    limits = _clamp_limits(source)
+    limits = clamp_limits(source)
     made: dict[FfnSpec, FfnKernel] = {}
     kernels: dict[int, list[FfnKernel]] = {}
     for layer, moe in source.moe_layers.items():
@@ -333,15 +333,6 @@ def _wanted_variants(source: ModelSource, layer: int) -> npt.NDArray[np.int32]:
             gate, up, down = source.expert(layer, expert)
             wanted[expert] = moe.variants.index((gate.type, up.type, down.type))
     return wanted
-
-
-def _clamp_limits(source: ModelSource) -> Mapping[int, float]:
-    """llama.cpp clamps where the metadata's limit exceeds 1e-6 (llama-graph.cpp, build_moe_ffn)."""
-    values: Any = source.metadata.get(f"{source.metadata['general.architecture']}.swiglu_clamp_exp")
-    if values is None:
-        return {}
-    limits = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * (max(source.moe_layers) + 1)
-    return {layer: float(limit) for layer, limit in enumerate(limits) if float(limit) > 1e-6}
 
 
 def _metadata_int(source: ModelSource, key: str) -> int:

@@ -101,6 +101,28 @@ class RoutingProfile:
                 counts /= self._weight
             self._weight = 1.0
 
+    def seed(self, counts: Mapping[str, object], n_tokens: object) -> None:
+        """Starts an empty profile with uses that another counted, as a calibration does; what does not fit is a warning.
+
+        Args:
+            counts: (n_experts,) pairs by block number, which is text as in JSON.
+            n_tokens: that they were counted over.
+        """
+        try:
+            if type(n_tokens) is not int or n_tokens <= 0:
+                raise ValueError(f"{n_tokens!r} tokens")
+            arrays = {layer: np.array(counts[str(layer)], np.float64) for layer in self._shapes}
+            for layer, n in self._shapes.items():
+                if arrays[layer].shape != (n,) or not ((arrays[layer] >= 0) & (arrays[layer] < 2.0**53)).all():
+                    raise ValueError(f"layer {layer}: not {n} numbers of uses")
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the routing counts of the model's manifest are not used: %s", error)
+            return
+        for layer, array in arrays.items():
+            self._counts[layer][:] = array * self._weight
+            self._last[layer][array > 0] = 0
+        self.clock = n_tokens
+
     @property
     def is_empty(self) -> bool:
         """Nothing was recorded or loaded yet."""

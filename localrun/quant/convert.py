@@ -216,9 +216,7 @@ def write_plan(
         FormatError: a weight that the target type can't hold (NaN); what is done so far stays and is used again.
     """
     check_target(plan.checkpoint.path, target)
-    options = {"dense": plan.options.dense.name.lower(), "base": _base_name(plan)}
-    if plan.options.importance is not None:
-        options["imatrix"] = plan.options.importance.digest
+    options = described_options(plan)
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
         write_manifest(build_manifest(plan, MODEL_NAME, done, options, losses), target)
@@ -271,9 +269,11 @@ def write_file(
     return replace(result, path=place.final.parent)
 
 
-def _base_name(plan: ConversionPlan) -> str:
-    base = plan.options.base
-    return "default" if base is None else base.name.lower()
+def described_options(plan: ConversionPlan) -> dict[str, str]:
+    """The user's choices by option name, as the manifest has them and as an unfinished run is compared by."""
+    base, importance = plan.options.base, plan.options.importance
+    options = {"dense": plan.options.dense.name.lower(), "base": "default" if base is None else base.name.lower()}
+    return options if importance is None else options | {"imatrix": importance.digest}
 
 
 class _Run:

@@ -26,7 +26,7 @@ from localrun.quant.formats import decode_projection
 from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
 from localrun.quant.importance import F32, F64, Importance
 from localrun.quant.samples import ActivationSamples
-from localrun.quant.source import Encoding, ModelSource, Projection
+from localrun.quant.source import Encoding, ModelSource, Projection, clamp_limits
 
 ROWS = 32
 """Rows that an expert is measured on."""
@@ -286,15 +286,6 @@ def _read(source: ModelSource, file: int, offset: int, n_bytes: int) -> npt.NDAr
     if len(data) != n_bytes:
         raise StoreError(f"{path}: ends before byte {offset + n_bytes}")
     return np.frombuffer(data, np.uint8)
-
-
-def clamp_limits(source: ModelSource) -> dict[int, float]:
-    """SwiGLU's clamp limit by block number, for layers that have one: llama.cpp clamps where the key's value exceeds 1e-6."""
-    values: Any = source.metadata.get(f"{source.metadata['general.architecture']}.swiglu_clamp_exp")
-    if values is None:
-        return {}
-    limits = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * (max(source.moe_layers) + 1)
-    return {layer: float(limits[layer]) for layer in source.moe_layers if float(limits[layer]) > 1e-6}
 
 
 def swiglu(gate: F32, up: F32, limit: float) -> F32:

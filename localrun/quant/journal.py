@@ -23,6 +23,9 @@ from localrun.quant.formats import Loss
 
 STATE_VERSION = 1
 
+_TYPED_AS = {"imatrix": "calibrate or --imatrix", "tiers": "hot or --target"}
+"""What users type for options that are compared by what follows from them."""
+
 
 @dataclass(frozen=True, slots=True)
 class PartResult:
@@ -141,7 +144,7 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     """What differs between two states, in the user's words."""
     was, now = before["options"], after["options"]
     changes = [
-        f"--{name} was {was.get(name, 'not given')} and is {now.get(name, 'not given')} now"
+        f"--{_TYPED_AS.get(name, name)} was {was.get(name, 'not given')} and is {now.get(name, 'not given')} now"
         for name in (*now, *(name for name in was if name not in now))
         if was.get(name) != now.get(name)
     ]

@@ -29,6 +29,7 @@ from localrun.quant.gguf_file import GgufValue, align_up, build_header, tensor_b
 from localrun.quant.model_config import FP4_BLOCK, FP8_BLOCK, ModelConfig
 from localrun.quant.schema import Role, TensorSpec
 from localrun.quant.source import PROJECTIONS, Extent, TensorInfo
+from localrun.quant.tiers import EXPERT_TYPES
 from localrun.quant.tokenizer_json import tokenizer_metadata
 
 ALIGNMENT = 4096
@@ -40,14 +41,8 @@ DENSE_TYPES: Mapping[str, GGMLQuantizationType] = {
 }
 """What FP8 dense matrices may become; bf16 and f32 are exact."""
 
-BASE_TYPES: Mapping[str, GGMLQuantizationType] = {
-    kind.name.lower(): kind
-    for kind in (
-        *(_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.IQ4_XS, _T.Q3_K, _T.IQ3_S, _T.IQ3_XXS),
-        *(_T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.BF16, _T.F32),
-    )
-}
-"""What experts may become, in the base and in an overlay; mxfp4 is exact for FP4 checkpoints."""
+BASE_TYPES = EXPERT_TYPES
+"""What `PlanOptions.base` may be, by name."""
 
 EXACT_OR_EIGHT_BIT = frozenset({_T.MXFP4, _T.Q8_0, _T.BF16, _T.F32})
 """Types of experts that lose nothing, or too little for importance to matter."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -195,3 +195,15 @@ def open_model(path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType
     from localrun.quant.gguf_source import GgufSource
 
     return GgufSource.open(path)
+
+
+def clamp_limits(source: ModelSource) -> dict[int, float]:
+    """SwiGLU's clamp limit by block number, for layers that have one: llama.cpp clamps where the key's value exceeds 1e-6
+    (llama-graph.cpp, build_moe_ffn)."""
+    values: Any = source.metadata.get(f"{source.metadata['general.architecture']}.swiglu_clamp_exp")
+    if values is None:
+        return {}
+    limits = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * (max(source.moe_layers) + 1)
+    return {
+        layer: float(limit) for layer, limit in enumerate(limits) if layer in source.moe_layers and float(limit) > 1e-6
+    }

@@ -26,7 +26,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.errors import UsageError
 from localrun.quant.source import MoeLayer
-from localrun.quant.tiers import TierPlan
+from localrun.quant.tiers import EXPERT_TYPES, TierPlan
 from localrun.units import format_size, parse_size
 
 F64 = npt.NDArray[np.float64]
@@ -37,15 +37,6 @@ CPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.Q2_K, _T.Q3_K, _T.MXFP4, _T.Q4
 """Formats that a CPU multiplies at memory speed (design.md, section 2: IQ formats reach half of it)."""
 GPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ2_XXS, _T.IQ3_XXS, *CPU_TYPES)
 """Formats where nothing but a GPU computes."""
-
-TYPES_BY_NAME: Mapping[str, GGMLQuantizationType] = {
-    kind.name.lower(): kind
-    for kind in (
-        *(_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.IQ4_XS, _T.Q3_K, _T.IQ3_S, _T.IQ3_XXS),
-        *(_T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.BF16, _T.F32),
-    )
-}
-"""What experts may become."""
 
 
 # --- what users write -------------------------------------------------------------------------------------------------
@@ -90,9 +81,9 @@ class Target:
 
 def parse_type(name: str) -> GGMLQuantizationType:
     """An expert format by name. Raises UsageError naming the known ones."""
-    kind = TYPES_BY_NAME.get(name.strip().lower())
+    kind = EXPERT_TYPES.get(name.strip().lower())
     if kind is None:
-        raise UsageError(f"unknown expert format '{name}'", hint=f"known formats: {', '.join(TYPES_BY_NAME)}")
+        raise UsageError(f"unknown expert format '{name}'", hint=f"known formats: {', '.join(EXPERT_TYPES)}")
     return kind
 
 

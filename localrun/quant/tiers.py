@@ -13,6 +13,17 @@ from gguf import GGMLQuantizationType
 
 from localrun.errors import FormatError
 
+_T = GGMLQuantizationType
+
+EXPERT_TYPES: Mapping[str, GGMLQuantizationType] = {
+    kind.name.lower(): kind
+    for kind in (
+        *(_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.IQ4_XS, _T.Q3_K, _T.IQ3_S, _T.IQ3_XXS),
+        *(_T.Q2_K, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.BF16, _T.F32),
+    )
+}
+"""What experts may become, in the base and in an overlay, by the name that users write; mxfp4 is exact for FP4 checkpoints."""
+
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:

@@ -14,11 +14,12 @@ from localrun.engine.calibration_text import CalibrationText, default_text, read
 from localrun.engine.choose_tiers import TierRequest, check_tier_request, choose_tiers
 from localrun.engine.engine import Engine
 from localrun.errors import LocalrunError, UsageError
-from localrun.quant.expert_error import clamp_limits, exact_weights, measure_errors, rounded, swiglu
+from localrun.quant.expert_error import exact_weights, measure_errors, rounded, swiglu
 from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
 from localrun.quant.samples import drawn_samples
-from localrun.quant.source import open_model
-from localrun.quant.tier_solver import TYPES_BY_NAME, HotBudget, Target, expert_bytes
+from localrun.quant.source import clamp_limits, open_model
+from localrun.quant.tier_solver import HotBudget, Target, expert_bytes
+from localrun.quant.tiers import EXPERT_TYPES
 from tests.engine.conftest import OPTIONS
 
 CHAT = [{"role": "user", "content": "Hello there, how are you?"}, {"role": "assistant", "content": "Fine." * 100}]
@@ -64,7 +65,7 @@ def test_output_errors_are_those_of_quantized_experts(chat_model_path: Path) -> 
     source = open_model(chat_model_path)
     with Engine.open(chat_model_path, OPTIONS, learn=False) as engine:
         result = calibrate(engine, default_text(), max_tokens=300)
-    q8, mx = TYPES_BY_NAME["q8_0"], TYPES_BY_NAME["mxfp4"]
+    q8, mx = EXPERT_TYPES["q8_0"], EXPERT_TYPES["mxfp4"]
     table = measure_errors(source, (mx, q8), result.importance, result.samples, n_threads=2, n_rows=16)
     assert table.n_measured == table.n_experts
     layer, expert = 1, int(np.argmax(result.importance.layers[1].counts))
@@ -89,7 +90,7 @@ def test_output_errors_are_those_of_quantized_experts(chat_model_path: Path) -> 
 
 def test_bf16_rounds_to_the_nearest_even() -> None:
     values = np.array([[1.0, 1.00390625, 1.01171875, -3.14159265]], np.float32)
-    kept = rounded(values, TYPES_BY_NAME["bf16"], None)
+    kept = rounded(values, EXPERT_TYPES["bf16"], None)
     np.testing.assert_array_equal(kept, np.array([[1.0, 1.0, 1.015625, -3.140625]], np.float32))
 
 
@@ -137,18 +138,18 @@ def test_tiers_are_chosen_and_a_second_run_decides_the_same_without_the_text(
     chat_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_model(chat_model_path)
-    one = expert_bytes(source.moe_layers[0], TYPES_BY_NAME["q8_0"])
-    request = TierRequest(hot=(HotBudget(TYPES_BY_NAME["q8_0"], 5 * one),), max_tokens=300)
+    one = expert_bytes(source.moe_layers[0], EXPERT_TYPES["q8_0"])
+    request = TierRequest(hot=(HotBudget(EXPERT_TYPES["q8_0"], 5 * one),), max_tokens=300)
     seen: list[str] = []
     first = choose_tiers(
         chat_model_path, request, OPTIONS, work_folder=tmp_path, report=lambda what, done, total: seen.append(what)
     )
     assert {"calibrating", "measuring formats"} <= set(seen)
     assert first.solution is not None
-    assert first.solution.base == TYPES_BY_NAME["mxfp4"], "the source's own"
+    assert first.solution.base == EXPERT_TYPES["mxfp4"], "the source's own"
     assert first.solution.plan.n_experts == 0, "nothing is better than exact"
 
-    request = replace(request, base=TYPES_BY_NAME["mxfp4"], hot=(), target=Target(ram_bytes=1 << 30))
+    request = replace(request, base=EXPERT_TYPES["mxfp4"], hot=(), target=Target(ram_bytes=1 << 30))
     target = choose_tiers(chat_model_path, request, OPTIONS, work_folder=tmp_path)
     assert target.solution is not None
     assert target.solution.chosen.error == 0

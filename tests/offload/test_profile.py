@@ -128,3 +128,30 @@ def test_model_without_experts_has_an_empty_profile() -> None:
     assert profile.ranking() == []
     profile.save()
     assert RoutingProfile.load("id", {}).ranking() == []
+
+
+def test_counts_of_a_calibration_start_an_empty_profile_and_one_s_own_use_outweighs_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counts = {"3": [0, 9, 0, 0, 0, 0, 0, 1], "4": [0] * 8, "7": [2] * 16}
+    profile = RoutingProfile("id", SHAPES)
+    profile.seed(counts, 5000)
+    assert profile.hottest(1) == [(3, 1)]
+    assert len(profile.ranking()) == 18
+    assert not profile.is_empty
+    use(profile, 4, *[5] * 20)
+    assert profile.hottest(2) == [(4, 5), (3, 1)]
+    assert not caplog.records
+    for damaged in (
+        {**counts, "3": [1]},
+        {"3": counts["3"]},
+        {**counts, "4": ["many"] * 8},
+        {**counts, "7": [-1] * 16},
+    ):
+        other = RoutingProfile("id", SHAPES)
+        other.seed(damaged, 5000)
+        assert other.is_empty
+        assert other.ranking() == []
+    other.seed(counts, "5000")
+    assert other.is_empty
+    assert caplog.text.count("routing counts of the model's manifest are not used") == 5

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.offload import llama_log
+from localrun.offload.gpu_device import without_gpus
 
 FIXTURES = Path(__file__).parent / "fixtures" / "oracle"
 NAMES = tuple(sorted(path.name.removesuffix(".tar.xz") for path in FIXTURES.glob("*.tar.xz")))
@@ -131,7 +132,7 @@ def stock_logits(path: Path, tokens: list[int], *, kv_type: str = "f32", n_threa
     llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
     L.llama_backend_init()
     model_params = L.llama_model_default_params()
-    model_params.n_gpu_layers = 0
+    without_gpus(model_params)  # tests of GPUs leave dead ones behind
     model_params.use_mmap = False
     # Repacking into AMX tiles aborts for deepseek4's three-dimensional attn_output_a.
     model_params.use_extra_bufts = False

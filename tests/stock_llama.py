@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.offload import llama_log
+from localrun.offload.gpu_device import without_gpus
 
 
 class _InitParams(ctypes.Structure):
@@ -61,6 +62,7 @@ def stock_logits(path: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
     llama_log.install()
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
+    without_gpus(params)  # tests of GPUs leave dead ones behind
     # Repacked and AMX buffers can't hold a three-dimensional attn_output_a and need rights that containers may lack.
     params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

@@ -164,11 +164,12 @@ class _Stock:
         import llama_cpp as L
 
         from localrun.offload import ggml, llama_log
+        from localrun.offload.gpu_device import without_gpus
 
         llama_log.install()
         L.llama_backend_init()
         params = L.llama_model_default_params()
-        params.n_gpu_layers = 0
+        without_gpus(params)
         params.use_extra_bufts = variant == "default"
         overrides = (ggml.TensorBuftOverride * 2)()
         if variant == "experts":

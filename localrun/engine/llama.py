@@ -18,6 +18,7 @@ import numpy.typing as npt
 from localrun.engine.protocol import EngineOptions
 from localrun.errors import FormatError, LocalrunError
 from localrun.offload import ggml, llama_log
+from localrun.offload.gpu_device import without_gpus
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 """Our names -> enum ggml_type (ggml.h)."""
@@ -225,9 +226,7 @@ class StockModel:
         ggml.library()  # loads the backends of a portable build
         L.llama_backend_init()
         params = L.llama_model_default_params()
-        params.n_gpu_layers = 0
-        devices = (C.c_void_p * 1)(None)  # none, whatever llama.cpp was built for
-        params.devices = C.cast(devices, C.c_void_p)
+        without_gpus(params)
         params.use_extra_bufts = False  # no repacked copy of the experts
         llama_log.clear()
         self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)

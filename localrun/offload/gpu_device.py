@@ -10,6 +10,7 @@ import ctypes as C
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.offload import ggml
@@ -84,6 +85,15 @@ def add_rpc_server(endpoint: str) -> None:
     if not server:
         raise LocalrunError(f"--rpc {endpoint}: the server has no devices")
     lib.ggml_backend_register(server)
+
+
+_NO_DEVICES = (C.c_void_p * 1)(None)
+
+
+def without_gpus(params: Any) -> None:
+    """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
+    params.n_gpu_layers = 0
+    params.devices = C.cast(_NO_DEVICES, C.c_void_p)
 
 
 def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:

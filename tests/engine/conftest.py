@@ -14,6 +14,7 @@ from localrun.engine.llama import Vocab
 from localrun.engine.protocol import EngineOptions
 from localrun.engine.tokenizer import Tokenizer
 from localrun.offload import llama_log
+from localrun.offload.gpu_device import without_gpus
 from tests.engine.models import write_chat_model, write_vocab_only
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 
@@ -44,6 +45,7 @@ def load_vocab(path: Path) -> tuple[Any, Vocab]:
     """A GGUF's vocabulary alone; the model is to be freed by the caller."""
     llama_log.install()
     params = L.llama_model_default_params()
+    without_gpus(params)  # tests of GPUs leave dead ones behind
     params.vocab_only = True
     model = L.llama_model_load_from_file(str(path).encode(), params)
     assert model, llama_log.recent_errors()

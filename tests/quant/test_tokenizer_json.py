@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from localrun.errors import FormatError
 from localrun.offload import llama_log
+from localrun.offload.gpu_device import without_gpus
 from localrun.quant.gguf_file import GgufValue, build_header
 from localrun.quant.model_config import ModelConfig, parse_config
 from localrun.quant.tokenizer_json import CHAT_TEMPLATE, tokenizer_metadata
@@ -69,6 +70,7 @@ class StockVocabulary:
         path.write_bytes(build_header(metadata, [], 32))
         llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
         params = L.llama_model_default_params()
+        without_gpus(params)  # tests of GPUs leave dead ones behind
         params.vocab_only = True
         self.model = L.llama_model_load_from_file(str(path).encode(), params)
         assert self.model

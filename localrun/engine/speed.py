@@ -5,8 +5,8 @@ memory, experts through the memory that they are in, misses through the drive, a
 (mHC, routing, norms, graph overhead). The three estimates differ in what nobody can know beforehand: `low` has changing topics and
 reads that nothing hides, `high` a steady topic and reads hidden behind computing, `likely` lies between.
 
-Shares of bandwidth that kernels reach and times per layer are measurements on two cores with AVX-512 (docs/planner.md says how far
-predictions were off there). Everything about GPUs is an assumption: not measured.
+Rates of the CPU were measured or fitted on two cores with AVX-512; docs/planner.md says how far predictions were off there. Rates
+of GPUs are assumptions, except what `hardware.measured_gpus` finds out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from localrun.engine.sizes import ModelSizes
 _T = GGMLQuantizationType
 
 DENSE_SHARE = 0.75
-"""Of RAM bandwidth that the dense matrices reach in decode."""
+"""Of RAM bandwidth that the dense matrices reach in decode. This and `LAYER_S` are fits: a slice of Flash was 13 % faster."""
 
 EXPERT_SHARE = 0.89
 """Of RAM bandwidth that the experts reach in decode: 26.7 of 29.9 GB/s on two cores."""

@@ -1,0 +1,66 @@
+"""How well the next layer's router, fed with this layer's input, foretells which experts the next layer will use.
+
+    python -m tools.guess_next_layer [MODEL] [--text FILE] [--max-tokens N]
+
+MODEL defaults to the demo model. Printed per layer: the share of the experts really used that are among the 6, 9 and 12 guessed
+ones, and the same for a guess that ignores the token and takes the layer's most used experts. Whether a guess is worth a read is
+another question: it must not displace anything, so it needs memory that is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from localrun.commands import demo
+from localrun.engine.calibrate import Router, calibrate
+from localrun.engine.calibration_text import default_text, read_calibration_text
+from localrun.engine.engine import Engine
+from localrun.engine.protocol import EngineOptions
+from localrun.quant.source import ModelSource, open_model
+
+FACTORS = (1.0, 1.5, 2.0)
+"""Guessed experts, as multiples of those that a token uses."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    args = parser.parse_args()
+    path = args.model or demo.converted()
+    text = read_calibration_text(args.text) if args.text else default_text()
+    with Engine.open(path, EngineOptions(n_ctx=512, gpu="none"), learn=False) as engine:
+        samples = calibrate(engine, text, max_tokens=args.max_tokens).samples
+    source = open_model(path)
+    for layer in sorted(source.moe_layers):
+        following = samples.layers.get(layer + 1)
+        router = Router.of(source, layer + 1) if following is not None else None
+        if following is None or router is None or f"blk.{layer + 1}.exp_probs_b.bias" not in source.tensors:
+            continue  # the last layer, or one that is routed by token id
+        scores = router.probabilities(samples.layers[layer].rows) + _bias(source, layer + 1)
+        popular = np.broadcast_to(following.chosen.mean(0), scores.shape)
+        n_used = int(following.chosen[0].sum())
+        for factor in FACTORS:
+            n = round(factor * n_used)
+            print(
+                f"layer {layer} -> {layer + 1}: {n:2} of {scores.shape[1]} guessed: router "
+                f"{_recall(scores, following.chosen, n):.1%}, most used {_recall(popular, following.chosen, n):.1%} "
+                f"({len(scores)} positions)"
+            )
+
+
+def _bias(source: ModelSource, layer: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return source.read_tensor(f"blk.{layer}.exp_probs_b.bias").view(np.float32)
+
+
+def _recall(scores: np.ndarray, chosen: np.ndarray, n: int) -> float:  # type: ignore[type-arg]
+    guessed = np.argpartition(-scores, n - 1, axis=1)[:, :n]
+    return float(np.take_along_axis(chosen, guessed, axis=1).sum() / chosen.sum())
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ NEEDED_BYTES = 3 * 10**9
 GPU_CHOICE = VENV / "localrun-gpu"
 INSTALLED_BUILD = VENV / "localrun-llama-build"
 
-GPU_BACKENDS = {
+GPU_BACKENDS: dict[str, tuple[str, dict[str, tuple[str, ...]], str]] = {
     "cuda": (
         "-DGGML_CUDA=ON",
         {"nvcc": ("/usr/local/cuda/bin", "/opt/cuda/bin")},

@@ -57,7 +57,7 @@ def _bias(source: ModelSource, layer: int) -> np.ndarray[tuple[int], np.dtype[np
     return source.read_tensor(f"blk.{layer}.exp_probs_b.bias").view(np.float32)
 
 
-def _recall(scores: np.ndarray, chosen: np.ndarray, n: int) -> float:  # type: ignore[type-arg]
+def _recall(scores: np.ndarray, chosen: np.ndarray, n: int) -> float:
     guessed = np.argpartition(-scores, n - 1, axis=1)[:, :n]
     return float(np.take_along_axis(chosen, guessed, axis=1).sum() / chosen.sum())
 

@@ -321,8 +321,8 @@ class ExpertPool:
         if not missing:
             return
         there = [slot for slot in self.table if slot.layer == layer + 1]
-        for slot in there:  # they will be asked for as certainly
-            self.table.pin(slot)
+        for present in there:  # they will be asked for as certainly
+            self.table.pin(present)
         for expert in missing[: int(self.n_slots * PROMPT_SHARE)]:
             slot = self.reserve(layer + 1, expert)
             if slot is None:
@@ -332,8 +332,8 @@ class ExpertPool:
             row = self.telemetry.values[layer + 1]
             row[Counter.PREFETCHED] += 1
             row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
-        for slot in there:
-            self.table.unpin(slot)
+        for present in there:
+            self.table.unpin(present)
 
     def _certain(self, layer: int, n_tokens: int, share_used: float) -> list[int]:
         """Experts that a batch of so many tokens will almost certainly use, in file order."""

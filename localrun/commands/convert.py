@@ -114,6 +114,7 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
     from localrun.quant.convert import check_space, check_target, open_checkpoint, write_plan
     from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
     from localrun.quant.source import open_model
+    from localrun.quant.tier_solver import bytes_for_experts
 
     if options.remove_overlay:
         raise UsageError(f"{args.target_folder} holds no converted model, so it has no overlay")
@@ -124,6 +125,8 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
     request = convert_tiers.tier_request(args, options)
     if convert_tiers.needs_learning(options, args):
         check_tier_request(open_model(args.source), request)
+        if options.target is not None:
+            bytes_for_experts(options.target, _dense_bytes(plan))
     for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan, options)):
         out.note(line)
     if args.split is not None:
@@ -160,12 +163,15 @@ def _choose(
 
     if not convert_tiers.needs_learning(options, args):
         return None, plan
-    dense_bytes = sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
-    choice = convert_tiers.learn(args, checkpoint, options, jobs, dense_bytes, out)
+    choice = convert_tiers.learn(args, checkpoint, options, jobs, _dense_bytes(plan), out)
     if choice is None:
         return None, plan
     base = choice.solution.base if choice.solution is not None else options.base
     return choice, make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, choice.importance))
+
+
+def _dense_bytes(plan: ConversionPlan) -> int:
+    return sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
 
 
 def _after_base(

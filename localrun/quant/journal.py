@@ -155,7 +155,7 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
             if moved
             else "the files of the source have changed"
         )
-    elif not changes and before.get("plan") != after["plan"]:
+    elif not changes and before.get("plan") != after.get("plan"):
         changes.append("the name, tokenizer or chat template of the source has changed, or localrun was updated")
     return changes
 

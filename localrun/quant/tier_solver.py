@@ -312,13 +312,7 @@ def solve_target(costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, re
     Raises:
         UsageError: nothing is left for experts.
     """
-    budget = target.vram_bytes + target.ram_bytes - dense_bytes - reserve_bytes
-    if budget <= 0:
-        raise UsageError(
-            f"the target's {format_size(target.vram_bytes + target.ram_bytes)} are less than the dense model and its context "
-            f"take ({format_size(dense_bytes + reserve_bytes)})",
-            hint="give a larger target",
-        )
+    budget = bytes_for_experts(target, dense_bytes + reserve_bytes)
     smallest = min(costs.types, key=bits_per_weight)
     best: TierSolution | None = None
     for base in sorted(costs.types, key=bits_per_weight):
@@ -333,6 +327,22 @@ def solve_target(costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, re
             best = solution
     assert best is not None
     return best
+
+
+def bytes_for_experts(target: Target, others_bytes: int) -> int:
+    """What a target has left for experts.
+
+    Raises:
+        UsageError: nothing.
+    """
+    budget = target.vram_bytes + target.ram_bytes - others_bytes
+    if budget <= 0:
+        raise UsageError(
+            f"the target's {format_size(target.vram_bytes + target.ram_bytes)} are less than the dense model and its context "
+            f"take ({format_size(others_bytes)})",
+            hint="give a larger target",
+        )
+    return budget
 
 
 def target_types(

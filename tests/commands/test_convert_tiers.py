@@ -1,0 +1,325 @@
+"""`localrun convert` with tiers: all of it, what it leaves behind, how it goes on after a kill, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as QT
+
+from localrun import cli
+from localrun.quant.convert import LEARNED_NAME, MODEL_NAME
+from localrun.quant.gguf_file import read_gguf
+from localrun.quant.gguf_source import GgufSource
+from localrun.quant.imatrix_file import read_imatrix
+from localrun.quant.manifest import MANIFEST_NAME, read_manifest
+from localrun.quant.source import open_model
+from localrun.quant.tier_report import REPORT_NAMES
+from tests.checkpoints import SMALL
+from tools.make_checkpoint import write_checkpoint
+from tools.synthetic_config import CheckpointSpec
+
+DEMO = Path(cli.__file__).parent / "demo"
+ONE = 3 * 256 * 256 // 32 * 17
+"""Bytes of an expert in MXFP4."""
+FORMATS = ("--base", "q2_k", "--hot", f"mxfp4:{5 * ONE}B")
+LEARN = ("--calibrate-tokens", "300", "--ram", "64MiB", "--jobs", "2")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers of eight experts whose rows fit every format, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "small"
+    config = SMALL | {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 8, "vocab_size": 3840}
+    write_checkpoint(folder, CheckpointSpec(config), tokenizer=DEMO / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out text, short."""
+    path = tmp_path_factory.mktemp("text") / "held-out.txt"
+    path.write_text((DEMO / "evaluation.txt").read_text("utf-8")[:1500], "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("finished") / "out"
+    assert convert(source, target, *FORMATS, *LEARN, "--evaluate", text) == 0
+    return target
+
+
+def convert(*arguments: object) -> int:
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def better(folder: Path) -> int:
+    """Experts with a better copy."""
+    opened = open_model(folder)
+    return sum(
+        opened.expert(n, e) != opened.base_expert(n, e)
+        for n, m in opened.moe_layers.items()
+        for e in range(m.n_experts)
+    )
+
+
+def test_base_and_better_copies_make_a_model_that_verifies_and_says_what_it_cost(finished: Path, source: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *(MODEL_NAME, MANIFEST_NAME, "imatrix.gguf", *REPORT_NAMES),
+        *(path.name for path in finished.glob("overlay-*.gguf")),
+    }
+    assert better(finished) == 5
+    assert cli.main(["verify", str(finished)]) == 0
+    opened = open_model(finished)
+    assert isinstance(opened, GgufSource)
+    manifest = opened.manifest
+    assert manifest is not None
+    assert manifest.overlay is not None
+    assert set(opened.moe_layers[0].types) == {QT.Q2_K}
+    importance = read_imatrix(finished / "imatrix.gguf", opened.moe_layers)
+    assert manifest.options == {"dense": "q8_0", "base": "q2_k", "imatrix": importance.digest}
+    assert manifest.source["identity"] == read_manifest(finished / MANIFEST_NAME).source["identity"]
+    counts = manifest.profile["counts"]
+    assert isinstance(counts, dict)
+    assert manifest.profile["tokens"] == 300
+    assert [sum(counts[layer]) for layer in "012"] == [600] * 3, "two experts a token"
+    kept = sum(t.info.n_bytes for t in read_gguf(next(finished.glob("overlay-*"))).tensors.values())
+    assert kept == 5 * ONE, "all of the budget, and not more"
+
+    report = json.loads((finished / "report.json").read_text())
+    (evaluated,) = report["evaluation"]["models"]
+    assert 0 < evaluated["kl_mean"] < 1
+    assert 0 < evaluated["top1_agreement"] < 1
+    assert evaluated["perplexity"] != evaluated["reference_perplexity"]
+    errors = [point["error"] for point in report["tiers"]["curve"]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+    assert 0 < report["tiers"]["chosen"]["error"] < report["tiers"]["uniform"][0]["error"]
+    assert report["errors"]["layers"]["1"]["relative"]["mxfp4"] == [0.0] * 8, "the source's own format"
+    assert report["sizes"]["base"] == (finished / MODEL_NAME).stat().st_size
+    assert report["importance"]["n_unused"] > 0
+    text = (finished / "report.md").read_text()
+    assert "were never used" in text
+    assert "| this model |" in text
+    for name in REPORT_NAMES[2:]:
+        assert f"]({name})" in text
+        assert (finished / name).read_text().startswith("<svg")
+
+
+def test_a_first_start_has_the_calibration_s_counts_and_the_second_its_own(finished: Path, tmp_path: Path) -> None:
+    from localrun.offload.model import OffloadOptions, open_offloaded
+
+    opened = open_model(finished)
+    assert isinstance(opened, GgufSource)
+    assert opened.manifest is not None
+    counts = opened.manifest.profile["counts"]
+    assert isinstance(counts, dict)
+    options = OffloadOptions(n_threads=1, profile_folder=tmp_path, probe=False)
+    for own_tokens in (0, 7):
+        with open_offloaded(opened, options) as model:
+            profile = model.learner.profile
+            assert profile.clock == 300 + own_tokens
+            if not own_tokens:
+                assert profile.counts(1).tolist() == counts["1"]
+            profile._advance(7)
+
+
+def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copies_away(
+    finished: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Path(shutil.copytree(finished, tmp_path / "out"))
+    base = (target / MODEL_NAME).stat()
+    assert convert(source, target, "--hot", f"mxfp4:{ONE}B", "--hot", f"q3_k:{3 * ONE}B", *LEARN) == 0
+    types = read_manifest(target / MANIFEST_NAME).tiers
+    assert sum(len(by_type.get("mxfp4", [])) for by_type in types.values()) == 1  # type: ignore[attr-defined]
+    assert better(target) > 1
+    assert len(list(target.glob("overlay-*.gguf"))) == 1
+    assert not (target / LEARNED_NAME).exists()
+    assert "q3_k:" in (target / "report.md").read_text()
+    assert cli.main(["verify", str(target)]) == 0
+    state = contents(target)
+    capsys.readouterr()
+    for arguments, message in (
+        ([tmp_path / "gone", "--hot", f"mxfp4:{ONE}B"], "can only be made from the source checkpoint"),
+        ([source, "--hot", f"mxfp4:{ONE}B", "--base", "q3_k"], "has a base in q2_k, not q3_k"),
+        ([source, "--hot", f"mxfp4:{ONE}B", "--dense", "bf16"], "has dense matrices in q8_0, not bf16"),
+        ([source, "--base", "q2_k"], "holds a finished model with a base in q2_k"),
+        ([source, "--target", "1GiB-ram"], "holds a finished model with a base in q2_k"),
+        ([source, "--hot", "q2_k:1MiB"], "copies would be no better"),
+    ):
+        assert convert(arguments[0], target, *arguments[1:], *LEARN) == 2
+        assert message in capsys.readouterr().err
+    assert contents(target) == state
+    assert convert(source, target, "--hot", "none") == 0
+    assert {path.name for path in target.iterdir()} == {MODEL_NAME, MANIFEST_NAME, "imatrix.gguf"}
+    assert better(target) == 0
+    assert cli.main(["verify", str(target)]) == 0
+    now = (target / MODEL_NAME).stat()
+    assert (now.st_ino, now.st_mtime_ns, now.st_size) == (base.st_ino, base.st_mtime_ns, base.st_size), "never written"
+
+
+CHILD = """
+import os, signal, sys, time
+from localrun import cli
+from localrun.commands import convert as command
+from localrun.engine.calibrate import ExpertSums
+from localrun.quant import convert
+from localrun.quant.journal import Journal
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_journal(folder):
+    append = Journal.append
+    def append_and_die(self, results):
+        append(self, results)
+        if self._folder.name == folder:
+            die()
+    Journal.append = append_and_die
+    convert._SYNC_SECONDS = 0.0
+    part = convert.Part.convert
+    convert.Part.convert = lambda *args: (time.sleep(0.02), part(*args))[1]
+
+point, *arguments = sys.argv[1:]
+if point == "calibrating":
+    ExpertSums.end = die
+elif point == "after the base":
+    command._add_to_manifest = die
+else:
+    die_in_journal(point)
+cli.main(["convert", *arguments])
+"""
+
+
+def kill_at(point: str, *arguments: object) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, point, *map(str, arguments)], capture_output=True, text=True, env=os.environ
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+def test_killed_again_and_again_the_same_command_ends_with_the_same_bytes(
+    source: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    command = (source, target, *FORMATS, *LEARN)
+    untouched = contents(source)
+    kill_at("calibrating", *command)
+    assert not target.exists()
+    kill_at(".convert", *command)
+    state = contents(target / ".convert")
+    assert convert(*command, "--dense", "bf16") == 2
+    assert "--dense was q8_0 and is bf16 now" in capsys.readouterr().err
+    assert contents(target / ".convert") == state
+    kill_at(".overlay", *command)
+    assert (target / MODEL_NAME).is_file()
+    assert better(target) == 0, "a reader meanwhile has the base"
+    assert convert(source, target, "--hot", f"mxfp4:{ONE}B", *LEARN) == 2
+    assert "--hot or --target was 5 experts" in capsys.readouterr().err
+    assert convert(*command) == 0
+    again, once = contents(target), contents(finished)
+    assert {name for name in once if once[name] != again[name]} == {"report.md", "report.json"}, "one was evaluated"
+    assert set(again) == set(once)
+    assert not any(path.is_dir() for path in target.iterdir())
+    assert contents(source) == untouched
+
+
+def test_what_a_target_chose_is_completed_after_a_kill_though_the_base_is_finished(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = 6 << 20  # and 1.7 MiB for experts, which take 1.5 MiB in q2_k and 2.4 in mxfp4
+    command = (source, "--target", f"{dense + (1700 << 10)}B-ram", *LEARN)
+    assert convert(command[0], tmp_path / "whole", *command[1:]) == 0
+    killed = tmp_path / "killed"
+    kill_at("after the base", command[0], killed, *command[1:])
+    assert (killed / MANIFEST_NAME).is_file()
+    capsys.readouterr()
+    assert convert(source, killed, "--target", "1GiB-ram", *LEARN) == 2
+    assert "--base was q2_k and is mxfp4 now" in capsys.readouterr().err
+    assert convert(command[0], killed, *command[1:]) == 0
+    assert better(killed) > 0
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_a_recipe_is_its_options(source: Path, finished: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'base = "q2_k"\nhot = ["mxfp4:{5 * ONE}B"]\ndense = "q8_0"\n')
+    imatrix = finished / "imatrix.gguf"
+    assert convert(source, tmp_path / "out", "--recipe", recipe, "--imatrix", imatrix, "--jobs", 2) == 0
+    # The same sums give the same base; errors were measured on drawn rows, so the copies may be others'.
+    assert (tmp_path / "out" / MODEL_NAME).read_bytes() == (finished / MODEL_NAME).read_bytes()
+    assert better(tmp_path / "out") == 5
+    assert "drawn rows" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def inputs(source: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are wrong in one way each, and checkpoints that they are wrong for."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes("Grüße. ".encode("latin-1") * 300)
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "noise.gguf").write_bytes(b"GGUF" + bytes(60))
+    (folder / "type.toml").write_text('base = "q2_x"\n')
+    (folder / "key.toml").write_text('bases = "q2_k"\n')
+    os.symlink(finished / "imatrix.gguf", folder / "imatrix.gguf")
+    write_checkpoint(folder / "narrow", CheckpointSpec(SMALL | {"vocab_size": 3840}), tokenizer=DEMO / "tokenizer.json")
+    config = SMALL | {"hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 3840}
+    write_checkpoint(folder / "mute", CheckpointSpec(config))
+    os.symlink(source, folder / "good")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "arguments", "message"),
+    [
+        ("good", "--base q2_k --hot mxfp4:1KiB", "one expert takes"),
+        ("good", "--base q2_k --hot mxfp4:1KiB --hot mxfp4:1KiB", "given twice|one expert takes"),
+        ("good", "--base q2_k --hot iq7:1MiB", "unknown expert format 'iq7'"),
+        ("good", "--base q2_k --hot mxfp4", "not TYPE:SIZE"),
+        ("good", "--base q4_k --hot q2_k:1MiB", "copies would be no better"),
+        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", "stands alone"),
+        ("good", "--hot none", "holds no converted model"),
+        ("good", "--target 1MiB-ram", "less than the dense model"),
+        ("good", "--target 1GiB-disk", "is no target"),
+        ("good", "--target 1GiB-ram --base q2_k", "chooses base and copies itself"),
+        ("good", "--recipe type.toml", "type.toml: unknown expert format 'q2_x'"),
+        ("good", "--recipe key.toml", "unknown key 'bases'"),
+        ("good", "--recipe no-such-box", "no recipe 'no-such-box'"),
+        ("good", "--base q2_k --calibrate empty.txt", "empty"),
+        ("good", "--base q2_k --calibrate latin.txt", "not UTF-8"),
+        ("good", "--base q2_k --calibrate gone.txt", "gone.txt"),
+        ("good", "--base q2_k --calibrate short.txt", "too little to calibrate with"),
+        ("good", "--base q2_k --evaluate empty.txt", "empty"),
+        ("good", "--base q2_k --imatrix noise.gguf", "noise.gguf"),
+        ("narrow", "--base mxfp4 --imatrix imatrix.gguf", "importance of another model"),
+        ("narrow", "--base mxfp4 --hot q6_k:1MiB", "no multiple of Q6_K|can't hold"),
+        ("mute", "--base q2_k --hot mxfp4:1MiB", "no tokenizer.json"),
+    ],
+)
+def test_bad_input_is_a_clear_error_and_leaves_nothing(
+    checkpoint: str,
+    arguments: str,
+    message: str,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(inputs)
+    assert convert(checkpoint, tmp_path / "out", *arguments.split()) in (1, 2)
+    error = capsys.readouterr().err
+    assert any(part in error for part in message.split("|")), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()

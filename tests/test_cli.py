@@ -175,6 +175,7 @@ def test_run_puts_reasoning_apart(model: str) -> None:
 def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "localrun.cli", "run", model, "-p", "Hello", "--temp", "0", *FAST],
+        bufsize=0,  # what a buffer has read ahead would be lost to `communicate`
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

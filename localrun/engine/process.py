@@ -63,7 +63,8 @@ from localrun.errors import EngineDiedError, LocalrunError
 LOG_LINES = 200
 """Lines of the C library's output that are kept to explain a crash."""
 
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 25.0
+"""More than the engine gives itself to save what it has learned (`worker.LAST_WORDS_S`)."""
 RPC_TIMEOUT_S = 2.0
 
 # How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
@@ -215,6 +216,10 @@ class EngineProcess:
         with self._lock:
             process, self._process = self._process, None
             self._load = self._facts = None
+            inboxes, self._inboxes = self._inboxes, {}
+            self._running.clear()
+        for inbox in inboxes.values():
+            inbox.put(EngineDiedError("the engine was closed"))
         if process is None:
             return
         assert process.stdin is not None
@@ -357,11 +362,12 @@ class EngineProcess:
         log_reader.join(timeout=1.0)
         death = _garbage_error(garbage) if garbage else _cause_of_death(code, self.log_tail())
         with self._lock:
-            expected = self._process is not process  # `close` was called
+            expected = self._process is not process  # `close` was called, and what is open now may be another process's
+            inboxes: dict[int, _Inbox] = {}
             if not expected:
                 self._process = self._facts = None
-            inboxes, self._inboxes = self._inboxes, {}
-            self._running.clear()
+                inboxes, self._inboxes = self._inboxes, {}
+                self._running.clear()
         for inbox in inboxes.values():
             inbox.put(death)
         if not expected and self.on_death is not None:
@@ -408,8 +414,10 @@ def _without_lost_servers(command: Load) -> Load:
     there = [endpoint for endpoint in servers if _answers(endpoint)]
     if len(there) == len(servers):
         return command
-    # The memory that was asked for is not there any more.
-    return replace(command, options=replace(command.options, rpc=",".join(there) or None, vram_bytes=None))
+    # The memory that was asked for is not there any more, nor is a device that was named.
+    gpu = "auto" if command.options.gpu != "none" else "none"
+    options = replace(command.options, rpc=",".join(there) or None, vram_bytes=None, gpu=gpu)
+    return replace(command, options=options)
 
 
 def _answers(endpoint: str) -> bool:

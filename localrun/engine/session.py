@@ -184,8 +184,12 @@ class Session:
 
     def save(self) -> None:
         """Keeps the present state, if there is a place for it and it is not kept already."""
-        if self._snapshots is not None and self._tokens and not self._snapshots.has(self._tokens):
+        if self._snapshots is None or not self._tokens or self._snapshots.has(self._tokens):
+            return
+        try:
             self._snapshots.put(self._tokens, self.snapshot())
+        except (LocalrunError, MemoryError) as error:  # it only saves time later: the answer must not end because of it
+            log.warning("the conversation's state is not saved: %s", error or "no memory")
 
     def _batches(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         self._check(tokens, room=self.n_ctx - self.position)

@@ -132,6 +132,8 @@ class SnapshotStore:
         """Forgets the state of `tokens[:n_tokens]`: it turned out to be damaged."""
         name = _name(tokens[:n_tokens])
         self._ram.pop(name, None)
+        with self._lock:
+            self._unwritten.pop(name, None)
         self._forget_file(name)
 
     def close(self) -> None:
@@ -178,7 +180,10 @@ class SnapshotStore:
     def _write_all(self) -> None:
         while (item := self._writes.get()) is not None:
             name, data = item
-            self._write(name, data)
+            with self._lock:
+                wanted = name in self._unwritten
+            if wanted:
+                self._write(name, data)
             del item, data  # else the last state stays in memory until the next one comes
             with self._written:
                 self._unwritten.pop(name, None)

@@ -115,7 +115,7 @@ class ExpertPool:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._n_ahead = 0
-        self.guessed: set[Slot] = set()  # being read for the next layer's call, or just read
+        self.guessed: dict[Slot, int] = {}  # read for the next layer's call -> recency at arrival, -1 before
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
         self._lock = threading.RLock()  # residency; held for a whole layer call, and for moments by read-ahead
@@ -323,17 +323,19 @@ class ExpertPool:
         there = [slot for slot in self.table if slot.layer == layer + 1]
         for present in there:  # they will be asked for as certainly
             self.table.pin(present)
-        for expert in missing[: int(self.n_slots * PROMPT_SHARE)]:
-            slot = self.reserve(layer + 1, expert)
-            if slot is None:
-                break
-            self._n_ahead += 1
-            self.guessed.add(slot)
-            row = self.telemetry.values[layer + 1]
-            row[Counter.PREFETCHED] += 1
-            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
-        for present in there:
-            self.table.unpin(present)
+        try:
+            for expert in missing[: int(self.n_slots * PROMPT_SHARE)]:
+                slot = self.reserve(layer + 1, expert)
+                if slot is None:
+                    break
+                self._n_ahead += 1
+                self.guessed[slot] = -1
+                row = self.telemetry.values[layer + 1]
+                row[Counter.PREFETCHED] += 1
+                row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
+        finally:
+            for present in there:
+                self.table.unpin(present)
 
     def _certain(self, layer: int, n_tokens: int, share_used: float) -> list[int]:
         """Experts that a batch of so many tokens will almost certainly use, in file order."""
@@ -365,6 +367,12 @@ class ExpertPool:
                 row = self.telemetry.values[old.layer]
                 row[Counter.PREFETCHED] += 1
                 row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
+
+    def has_room(self, layer: int, expert: int) -> bool:
+        """There is free memory for this expert; any thread."""
+        with self._lock:
+            size_bytes = self._kernels[layer][int(self._wanted[layer][expert])].slot_bytes
+            return self.table.arena.largest_hole >= size_bytes
 
     # -- experts on GPUs -----------------------------------------------------------------------------------------------
 
@@ -430,9 +438,11 @@ class ExpertPool:
             return
         if ticket.error is None:
             self.table.ready(ticket.slot)
+            if ticket.slot in self.guessed:
+                self.guessed[ticket.slot] = int(self.table.tick[0])
             return
         self.table.discard(ticket.slot)
-        self.guessed.discard(ticket.slot)
+        self.guessed.pop(ticket.slot, None)
         if ticket.ahead:
             log.warning("reading ahead failed: %s", ticket.error)
 

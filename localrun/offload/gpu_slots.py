@@ -10,9 +10,9 @@ Everything that is allocated counts towards the budget: slots and the buffer of 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,16 @@ class _Graph:
     x: int
     ids: int
     out: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """Pairs of one graph: `ids` filled up to the graph's size, `x` and `out` with the real ones only."""
+
+    bank: Bank
+    ids: I32
+    x: F32
+    out: F32
 
 
 @dataclass(slots=True)
@@ -98,7 +108,10 @@ class GpuSlots:
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._gallocr = 0
-        self._in_use: list[npt.NDArray[Any]] = []  # memory that the device still reads or writes
+        self._waiting: deque[_Part] = deque()
+        self._running: tuple[_Part, _Graph] | None = None  # its memory is read by the device
+        self.used_bytes = 0
+        """What is allocated on the device; it does not change."""
         self._backend = self._lib.ggml_backend_dev_init(device.address, None)
         if not self._backend:
             raise LocalrunError(f"{device.name}: ggml can't open this device")
@@ -107,6 +120,7 @@ class GpuSlots:
             for key, n_slots in counts.items():
                 self.banks[key] = self._make_bank(specs[key], n_slots)
             self._reserve(specs)
+            self.used_bytes = self._allocated()
             if self.used_bytes > budget_bytes:
                 raise BudgetError(
                     f"{device.name}: {format_size(self.used_bytes)} allocated, the budget is {format_size(budget_bytes)}"
@@ -115,9 +129,7 @@ class GpuSlots:
             self.close()
             raise
 
-    @property
-    def used_bytes(self) -> int:
-        """What is allocated on the device."""
+    def _allocated(self) -> int:
         slots = sum(self._lib.ggml_backend_buffer_get_size(buffer) for buffer in self._buffers)
         return int(slots + (self._lib.ggml_gallocr_get_buffer_size(self._gallocr, 0) if self._gallocr else 0))
 
@@ -131,7 +143,9 @@ class GpuSlots:
                 self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
 
     def start(self, key: BankKey, slots: I32, x: F32) -> F32:
-        """Starts multiplying pair i, row `x[i]`, with the expert in `slots[i]`.
+        """Starts multiplying pair i, row `x[i]`, with the expert in `slots[i]`; waits for nothing.
+
+        What does not fit into one graph, and what is started while another graph runs, follows in `finish`.
 
         Args:
             slots: (N,) int32.
@@ -143,51 +157,66 @@ class GpuSlots:
         Raises:
             DecodeError: the device reports a failure.
         """
-        bank, lib = self.banks[key], self._lib
-        out = np.empty(
-            (-(-slots.size // MAX_PAIRS) * MAX_PAIRS if slots.size > MAX_PAIRS else _size(slots.size), x.shape[1]),
-            np.float32,
-        )
+        out = np.empty((slots.size, x.shape[1]), np.float32)
         for at in range(0, slots.size, MAX_PAIRS):
-            part = slots[at : at + MAX_PAIRS]
-            size = _size(part.size)
-            graph = bank.graphs.get(size) or self._make_graph(bank, size)
-            if not lib.ggml_gallocr_alloc_graph(self._gallocr, graph.graph):
-                raise DecodeError(f"{self.device.name}: out of memory")
-            ids = np.zeros(size, np.int32)
-            ids[: part.size] = part
-            rows = x[at : at + part.size]
-            self._in_use += [ids, rows]
-            # Ordered behind the graph before, which reads the same memory.
-            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, ids.ctypes.data, 0, ids.nbytes)
-            lib.ggml_backend_tensor_set_async(self._backend, graph.x, rows.ctypes.data, 0, rows.nbytes)
-            if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
-                raise DecodeError(f"{self.device.name}: computing experts failed")
-            result = out[at : at + size]
-            lib.ggml_backend_tensor_get_async(self._backend, graph.out, result.ctypes.data, 0, result.nbytes)
-            self._in_use.append(result)
+            end = min(at + MAX_PAIRS, slots.size)
+            ids = np.zeros(_size(end - at), np.int32)
+            ids[: end - at] = slots[at:end]
+            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end]))
+        if self._running is None:
+            self._launch()
         return out
 
     def finish(self) -> None:
-        """Waits for everything that was started."""
-        self._lib.ggml_backend_synchronize(self._backend)
-        self._in_use.clear()
+        """Waits for everything that was started.
+
+        Raises:
+            DecodeError: the device reports a failure; nothing is under way any more.
+        """
+        while self._running is not None:
+            part, graph = self._running
+            # Asking for the result earlier would wait for it: into memory that is not pinned, most backends copy synchronously.
+            self._lib.ggml_backend_synchronize(self._backend)
+            self._lib.ggml_backend_tensor_get(graph.out, part.out.ctypes.data, 0, part.out.nbytes)
+            self._running = None
+            if self._waiting:
+                self._launch()
+
+    def _launch(self) -> None:
+        """The next part; the memory of intermediate results is free."""
+        lib, part = self._lib, self._waiting.popleft()
+        try:
+            graph = part.bank.graphs.get(part.ids.size) or self._make_graph(part.bank, part.ids.size)
+            if not lib.ggml_gallocr_alloc_graph(self._gallocr, graph.graph):
+                raise DecodeError(f"{self.device.name}: out of memory")
+            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, part.ids.ctypes.data, 0, part.ids.nbytes)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.x, part.x.ctypes.data, 0, part.x.nbytes)
+            if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
+                raise DecodeError(f"{self.device.name}: computing experts failed")
+        except BaseException:
+            self._waiting.clear()
+            lib.ggml_backend_synchronize(self._backend)  # it may still read the part's memory
+            raise
+        self._running = part, graph
 
     def close(self) -> None:
         """Frees the device's memory."""
         lib = self._lib
         if self._backend:
             lib.ggml_backend_synchronize(self._backend)
-        if self._gallocr:
-            lib.ggml_gallocr_free(self._gallocr)
-        for buffer in self._buffers:
+        buffers, self._buffers = self._buffers, []
+        contexts, self._contexts = self._contexts, []
+        gallocr, self._gallocr = self._gallocr, 0
+        if gallocr:
+            lib.ggml_gallocr_free(gallocr)
+        for buffer in buffers:
             lib.ggml_backend_buffer_free(buffer)
-        for context in self._contexts:
+        for context in contexts:
             lib.ggml_free(context)
         if self._backend:
             lib.ggml_backend_free(self._backend)
-        self._gallocr, self._backend = 0, 0
-        self._buffers, self._contexts = [], []
+        self._backend, self._running = 0, None
+        self._waiting.clear()
         self.banks.clear()
 
     def _context(self, n_tensors: int, *, graph: bool) -> int:

@@ -1,8 +1,9 @@
 """Which experts live on GPUs: placed by the routing profile at load, exchanged by use while running.
 
 An expert on a GPU is in no RAM slot. Its rows are read by the store like any other expert's, kept as they are (GPUs know ggml's
-layouts, not ours) and copied by a thread of this module, so decoding never waits for an upload. What has arrived is put to use
-between two decodes. An expert that leaves a GPU is on the drive again and comes back through RAM when it is asked for.
+layouts, not ours) and copied by a thread of this module, so decoding never waits for an upload; its reads share the drive with
+those that somebody waits for, and come second. What has arrived is put to use between two decodes. An expert that leaves a GPU is
+on the drive again and comes back through RAM when it is asked for.
 
 Threads: the filling thread owns the staging buffer and uploads; everything else happens on the decoding thread, under the pool's
 lock where it touches residency.
@@ -26,6 +27,7 @@ from localrun.errors import BudgetError, StoppedError
 from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
 from localrun.offload.kernels import FfnSpec
+from localrun.offload.native import MAX_VARIANTS
 from localrun.offload.routing import Routing
 from localrun.offload.slots import Slot
 from localrun.offload.view import F32, I32
@@ -59,6 +61,7 @@ class _Upload:
     layer: int
     expert: int
     place: _Place
+    is_exchange: bool = False
 
 
 class GpuTier:
@@ -82,7 +85,8 @@ class GpuTier:
         self._wanted = wanted
         self.where: npt.NDArray[np.int16] = np.full((n_layers, n_experts), -1, np.int16)
         """GPU by (layer, expert), -1: none."""
-        self._places: dict[tuple[int, int], _Place] = {}
+        self._slot: I32 = np.zeros((n_layers, n_experts), np.int32)  # on that GPU, in the bank of the expert's variant
+        self._refused: npt.NDArray[np.bool_] = np.zeros((n_layers, n_experts), bool)  # can't be read
         self._uploads: queue.SimpleQueue[_Upload | None] = queue.SimpleQueue()
         self._under_way: set[tuple[int, int]] = set()
         self._uploaded: queue.SimpleQueue[tuple[_Upload, BaseException | None]] = queue.SimpleQueue()
@@ -139,23 +143,21 @@ class GpuTier:
             A function that waits for them and writes their rows of `out`; to be called once.
         """
         running: list[tuple[GpuSlots, F32, I32]] = []
-        groups: dict[tuple[int, BankKey], list[int]] = {}
-        for index, expert in enumerate(part.experts):
-            place = self._places[layer, int(expert)]
-            groups.setdefault((place.gpu, place.key), []).append(index)
         counts = np.diff(part.starts)
-        for (gpu, key), indices in groups.items():
-            pairs = np.concatenate([np.arange(part.starts[i], part.starts[i + 1]) for i in indices])
-            slots = np.array([self._places[layer, int(part.experts[i])].slot for i in indices], np.int32)
-            rows = np.ascontiguousarray(x[part.x_rows[pairs]])
-            result = self.slots[gpu].start(key, np.repeat(slots, counts[indices]), rows)
+        gpus, variants = self.where[layer, part.experts], self._wanted[layer][part.experts]
+        slots = np.repeat(self._slot[layer, part.experts], counts)
+        groups = gpus.astype(np.int32) * MAX_VARIANTS + variants
+        for group in [groups[0]] if (groups == groups[0]).all() else np.unique(groups):
+            gpu, variant = divmod(int(group), MAX_VARIANTS)
+            pairs = np.flatnonzero(np.repeat(groups == group, counts))
+            result = self.slots[gpu].start((layer, variant), slots[pairs], x[part.x_rows[pairs]])
             running.append((self.slots[gpu], result, part.out_rows[pairs]))
 
         def finish() -> None:
             for slots in {id(slots): slots for slots, _, _ in running}.values():
                 slots.finish()
             for _, result, out_rows in running:
-                out[out_rows] = result[: out_rows.size]
+                out[out_rows] = result
 
         return finish
 
@@ -172,26 +174,30 @@ class GpuTier:
         gives the place of an expert that is little used to one that is used more."""
         while not self._uploaded.empty():
             upload, error = self._uploaded.get()
-            self._settle(pool, upload, error)
+            self._settle(upload, error)
+        # Also those that were being read into RAM when their upload was settled.
+        for layer, expert in np.argwhere((self.where >= 0) & (pool.table.resident[: len(self.where)] != 0)).tolist():
+            slot = pool.table.peek(layer, expert)
+            if slot is not None and slot.pins == 0:
+                pool.drop(slot)
         self._n_decodes += 1
         if self._n_decodes % EXCHANGE_EVERY == 0 and not self._under_way:
             self._exchange(heat)
 
-    def _settle(self, pool: ExpertPool, upload: _Upload, error: BaseException | None) -> None:
+    def _settle(self, upload: _Upload, error: BaseException | None) -> None:
         at = (upload.layer, upload.expert)
         self._under_way.discard(at)
         if error is not None:
             log.warning("blk.%d: expert %d was not put on the GPU: %s", *at, error)
             self._bank(upload.place).free.append(upload.place.slot)
+            self._refused[at] = True
             return
-        self._places[at] = upload.place
+        self._slot[at] = upload.place.slot
         self.where[at] = upload.place.gpu
-        slot = pool.table.peek(*at)
-        if slot is not None and slot.pins == 0:
-            pool.drop(slot)
+        self.n_exchanged += upload.is_exchange
 
     def _exchange(self, heat: Heat) -> None:
-        best: tuple[float, int, int, int] | None = None
+        best: tuple[float, int, int, int] | None = None  # gain, layer, who comes, who goes or -1
         for layer, variants in self._wanted.items():
             here = self.where[layer, : variants.size] >= 0
             if not here.any() or here.all():
@@ -199,30 +205,36 @@ class GpuTier:
             values = heat(layer)
             for variant in np.unique(variants[here]):
                 same = variants == variant
-                if not (same & ~here).any():
+                others = same & ~here & ~self._refused[layer, : variants.size]
+                if not others.any():
                     continue
-                hot = int(np.where(same & ~here, values, -1.0).argmax())
+                hot = int(np.where(others, values, -1.0).argmax())
                 cold = int(np.where(same & here, values, np.inf).argmin())
                 gain = float(values[hot]) - EXCHANGE_GAIN * float(values[cold])
+                if self._free_place(layer, int(variant), take=False) is not None:
+                    gain, cold = float(values[hot]), -1
                 if gain >= _LEAST_HEAT and (best is None or gain > best[0]):
                     best = (gain, layer, hot, cold)
         if best is None:
             return
         _, layer, hot, cold = best
-        place = self._places.pop((layer, cold))
-        self.where[layer, cold] = -1
-        self.n_exchanged += 1
-        self._queue(layer, hot, place)
+        variant = int(self._wanted[layer][hot])
+        place = self._free_place(layer, variant)
+        if cold >= 0:
+            place = _Place(int(self.where[layer, cold]), (layer, variant), int(self._slot[layer, cold]))
+            self.where[layer, cold] = -1
+        assert place is not None
+        self._queue(layer, hot, place, is_exchange=cold >= 0)
 
-    def _queue(self, layer: int, expert: int, place: _Place) -> None:
+    def _queue(self, layer: int, expert: int, place: _Place, *, is_exchange: bool = False) -> None:
         self._under_way.add((layer, expert))
-        self._uploads.put(_Upload(layer, expert, place))
+        self._uploads.put(_Upload(layer, expert, place, is_exchange))
 
-    def _free_place(self, layer: int, variant: int) -> _Place | None:
+    def _free_place(self, layer: int, variant: int, *, take: bool = True) -> _Place | None:
         for gpu, slots in enumerate(self.slots):
             bank = slots.banks.get((layer, variant))
             if bank is not None and bank.free:
-                return _Place(gpu, (layer, variant), bank.free.pop(0))
+                return _Place(gpu, (layer, variant), bank.free.pop(0) if take else bank.free[0])
         return None
 
     def _bank(self, place: _Place) -> Any:

@@ -65,7 +65,7 @@ class LayerCall:
         """1. Find what is there. 2. Start GPUs and reads. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
         the GPUs' results."""
         ready, on_gpu = [], []
-        np.add.at(self._pool.table.uses[self._layer], self._routing.experts, np.diff(self._routing.starts))
+        self._pool.table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
         for i, expert in enumerate(self._routing.experts):
             if self._start_on_gpu is not None and self._pool.on_gpu(self._layer, int(expert)):
                 on_gpu.append(i)
@@ -86,9 +86,11 @@ class LayerCall:
                 self._awaited[slot] = i
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
-        self._start_reads()
         if on_gpu and self._start_on_gpu is not None:
+            started = time.perf_counter_ns()
             self._finish_gpu = self._start_on_gpu(self._part(on_gpu))
+            self.compute_ns += time.perf_counter_ns() - started
+        self._start_reads()
         self._run_kernel(ready)
         while self._awaited or self._todo:
             self._start_reads()
@@ -98,10 +100,12 @@ class LayerCall:
         self._chill_wrong_guesses()
 
     def _chill_wrong_guesses(self) -> None:
-        for slot in [slot for slot in self._pool.guessed if slot.layer == self._layer]:
-            self._pool.guessed.discard(slot)
-            if slot.expert not in self._routing.experts:
-                self._pool.table.chill(slot)
+        guessed, table = self._pool.guessed, self._pool.table
+        for slot in [slot for slot in guessed if slot.layer == self._layer]:
+            stamp = guessed.pop(slot)
+            # Another stamp than its arrival's: the compiled path has used it since.
+            if slot.expert not in self._routing.experts and table.stamps[slot.layer, slot.expert] == stamp:
+                table.chill(slot)
 
     def _wait_for_gpu(self) -> None:
         finish, self._finish_gpu = self._finish_gpu, None

@@ -6,6 +6,7 @@ The compiled path counts uses per expert in the slot table's array; here the cou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from localrun.offload.profile import RoutingProfile
 from localrun.quant.gguf_source import GgufSource
 from localrun.quant.source import ModelSource
 
-PINNED_SHARE = 0.1
+PINNED_SHARE = 0.05
 """Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulate_cache.py compares shares."""
 
 PROFILE_MIN_TOKENS = 2000
@@ -53,7 +54,9 @@ class Learner:
         if self.profile.clock < PROFILE_MIN_TOKENS:
             return 0
         slots = self._pool.n_slots
-        hottest = self.profile.hottest(int(slots * PINNED_SHARE))
+        gpu = self._pool.gpu
+        ranking = (at for at in self.profile.ranking() if gpu is None or not gpu.has_place(*at))
+        hottest = list(itertools.islice(ranking, int(slots * PINNED_SHARE)))
         self._pool.table.keep(hottest)
         return len(hottest)
 

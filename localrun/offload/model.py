@@ -59,7 +59,8 @@ class OffloadOptions:
         n_threads: threads of the expert kernels.
         math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
         n_gpu_layers: layers of the dense model that llama.cpp puts on the first of `gpus`.
-        gpus: devices that may be used, and how many bytes of each experts may take (0: none).
+        gpus: devices that may be used, and how many bytes of each experts may take (0: none). Devices round experts' outputs in
+            their own way, so the same seed may give other tokens than without.
         verify: compare checksums on an expert's first read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
@@ -216,8 +217,8 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         )
         device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
         learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
-        learner.keep_hottest()
         _use_gpus(pool, options, learner.profile.ranking())
+        learner.keep_hottest()
         result = OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
         opened.pop_all()
     if options.profile_folder is not None:
@@ -279,7 +280,8 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
             arena_bytes = all_bytes
         else:
             arena_bytes = min(all_bytes, options.ram_bytes - store.staging_bytes - gpu_staging)
-            floor = floor_bytes(kernels, n_used)
+            # An upgrade holds two slots until the next token, so that they can't serve its neighbours.
+            floor = floor_bytes(kernels, n_used + (2 if options.adaptive else 0))
             if arena_bytes < floor and options.ram_is_advice:
                 log.warning("little memory is free: RAM for experts is the least that works, %s", format_size(floor))
                 arena_bytes = floor

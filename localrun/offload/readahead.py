@@ -85,9 +85,10 @@ class ReadAhead:
                 return
             elsewhere = self._pool.gpu is not None and self._pool.gpu.has_place(layer, expert)
             missing = not elsewhere and self._pool.table.peek(layer, expert) is None
-            started = missing and self._pool.read_ahead(layer, [expert], evict=False, limit=self._depth)
-            if missing and not started and self._pool.settle() < self._depth:
-                break  # no free memory is left
+            if missing and not self._pool.has_room(layer, expert):
+                break
+            if missing:
+                self._pool.read_ahead(layer, [expert], evict=False, limit=self._depth)
         while self._pool.settle() and not self._closing.is_set():
             self._closing.wait(_POLL_S)
 

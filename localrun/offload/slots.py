@@ -37,7 +37,13 @@ class Arena:
         self.size_bytes = size_bytes // ALIGNMENT * ALIGNMENT
         if self.size_bytes <= 0:
             raise BudgetError(f"{format_size(size_bytes)} of expert memory is less than one page")
-        self._map = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise BudgetError(
+                f"the system gives no {format_size(self.size_bytes)} of memory for experts: {error.strerror}",
+                hint="give less --ram",
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # 12 MiB slots read by streaming kernels: huge pages save TLB misses. A kernel without them says so by OSError.
             with contextlib.suppress(OSError):
@@ -50,6 +56,11 @@ class Arena:
     def free_bytes(self) -> int:
         """Bytes not allocated, possibly in several pieces."""
         return sum(size for _, size in self._free)
+
+    @property
+    def largest_hole(self) -> int:
+        """Bytes of the largest free range."""
+        return max((size for _, size in self._free), default=0)
 
     def allocate(self, size_bytes: int) -> int | None:
         """Address of a free range of at least that size, or None if no single hole is large enough."""
@@ -303,23 +314,29 @@ class SlotTable:
         if run is None or len(run) > 1:
             n_candidates = min(_CANDIDATES, len(self._slots))
             candidates = np.argpartition(order, n_candidates - 1, axis=None)[:n_candidates]
+            run = self._cheapest_run(candidates, need, order)
             if run is None:  # rarely: only slots further up have evictable neighbours
-                candidates = np.flatnonzero(order < _PINNED)
-            best = int(order.max())
-            for at in candidates:
-                slot = self._slots.get(divmod(int(at), order.shape[1]))
-                found = self._run_around(slot, need, order) if slot is not None else None
-                if found is None:
-                    continue
-                cost = max(int(order[s.layer, s.expert]) for s in found)
-                if run is None or cost < best:
-                    run, best = found, cost
+                run = self._cheapest_run(np.flatnonzero(order < _PINNED), need, order)
         if run is None:
             return False
         for slot in run:
             self.discard(slot)
             self.n_evictions += 1
         return True
+
+    def _cheapest_run(
+        self, candidates: npt.NDArray[np.intp], need: int, order: npt.NDArray[np.int64]
+    ) -> list[Slot] | None:
+        """The best of the runs around these slots (flat indices into `order`); None if none of them has one."""
+        best: tuple[int, list[Slot]] | None = None
+        for at in candidates:
+            slot = self._slots.get(divmod(int(at), order.shape[1]))
+            run = self._run_around(slot, need, order) if slot is not None else None
+            if run is not None:
+                cost = max(int(order[s.layer, s.expert]) for s in run)
+                if best is None or cost < best[0]:
+                    best = cost, run
+        return best[1] if best is not None else None
 
     def _run_around(self, slot: Slot, need: int, order: npt.NDArray[np.int64]) -> list[Slot] | None:
         """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in

@@ -83,7 +83,7 @@ class Ticket:
     """
 
     slot: Slot
-    projections: tuple[Projection, Projection, Projection]
+    projections: tuple[Projection, ...]
     ahead: bool = False
     raw: bool = False
     error: Exception | None = None
@@ -164,7 +164,13 @@ class ExpertStore:
             raw: as ggml rows, not in the kernel's layout.
         """
         recipe = self._source.expert if slot.variant else self._source.base_expert
-        ticket = Ticket(slot, recipe(slot.layer, slot.expert), ahead, raw)
+        ticket = Ticket(slot, (), ahead, raw)
+        try:
+            ticket.projections = recipe(slot.layer, slot.expert)
+        except Exception as error:  # whoever waits for this ticket must get it
+            ticket.error = error
+            self.completions.put(ticket)
+            return ticket
         with self._lock:
             (self._waiting_ahead if ahead else self._waiting).append(ticket)
         self._start_waiting()
@@ -204,7 +210,12 @@ class ExpertStore:
                     return
                 ticket, buffer = queue_.popleft(), self._buffers.pop()
             ticket._buffer = buffer
-            pieces = self._cut(ticket, buffer)
+            try:
+                pieces = self._cut(ticket, buffer)
+            except Exception as error:
+                ticket.error = error
+                self._finish(ticket)
+                continue
             ticket._left = len(pieces)
             for piece in pieces:
                 self._pieces.put(piece)

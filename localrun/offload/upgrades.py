@@ -23,7 +23,7 @@ class Upgrades:
 
     Args:
         table: residency.
-        wanted: (n_layers, n_experts) the variant that each expert should be in.
+        wanted: (n_layers, n_experts) the variant that each expert should be in; changed here where one can't be read.
     """
 
     def __init__(self, table: SlotTable, wanted: I32) -> None:
@@ -47,7 +47,8 @@ class Upgrades:
             ticket = self._arrived.popleft()
             self._under_way = False
             if ticket.error is not None:
-                log.warning("reading a better copy failed: %s", ticket.error)
+                log.warning("a better copy can't be read, the smaller one stays: %s", ticket.error)
+                self._wanted[ticket.slot.layer, ticket.slot.expert] = 0
             self._table.end_upgrade(ticket.slot, complete=ticket.error is None)
             self.n_done += ticket.error is None
         if self._under_way:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localrun.errors import ChecksumError, FormatError, StoreError
+from localrun.errors import CheckpointError, ChecksumError, FormatError, StoreError
 from localrun.offload import store as store_module
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.slots import SlotState
@@ -147,3 +147,23 @@ def test_mirror_of_another_model_is_refused(tmp_path: Path) -> None:
     other = write_model(tmp_path / "b", seed=9)
     with pytest.raises(FormatError, match="not a copy"):
         open_offloaded(open_model(write_model(tmp_path / "a")), OffloadOptions(n_threads=2, mirror=other))
+
+
+def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(tmp_path: Path) -> None:
+    """Recipes of official checkpoints are checked when they are used; an error there must reach whoever waits."""
+    source = open_model(write_model(tmp_path))
+    real, broken = source.base_expert, True
+
+    def refuse(layer: int, expert: int) -> Any:
+        if broken and (layer, expert) == (1, 3):
+            raise CheckpointError("no such recipe")
+        return real(layer, expert)
+
+    source.base_expert = refuse  # type: ignore[method-assign]
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        with pytest.raises(CheckpointError, match="no such recipe"):
+            logits(model)
+        model.pool.table.check()
+        assert all(slot.pins == 0 for slot in model.pool.table)
+        broken = False
+        assert np.isfinite(logits(model)).all()

@@ -159,3 +159,34 @@ def test_unknown_gpus_and_dead_servers_are_named(gpu: GpuDevice) -> None:
         choose_gpus("auto", ["127.0.0.1:9"])
     with pytest.raises(UsageError, match="HOST:PORT"):
         choose_gpus("auto", ["nonsense"])
+
+
+def test_an_expert_that_cannot_be_read_costs_no_place(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once; the place it was to get goes to another one."""
+    budget = budget_for(model_path, gpu, 20)
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        at_first = filled(model)
+        tier, store = model.pool.gpu, model.pool.store
+        assert tier is not None
+        fill = store._fill
+        failed = []
+
+        def fail(ticket: Any, buffer: Any) -> None:
+            if ticket.raw:
+                failed.append((ticket.slot.layer, ticket.slot.expert))
+                raise OSError("unreadable")
+            fill(ticket, buffer)
+
+        monkeypatch.setattr(store, "_fill", fail)
+        for _ in range(3):
+            decode_with_steps(model, [3] * 20)
+            filled(model)
+        assert failed
+        assert len(set(failed)) == len(failed)
+        monkeypatch.setattr(store, "_fill", fill)
+        for _ in range(2 * len(failed)):
+            decode_with_steps(model, [3] * 4)
+            filled(model)
+        assert tier.n_resident == at_first

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from localrun.quant.tier_solver import HotBudget, Target
 
 NO_OVERLAY = "none"
+OVERLAY_IMATRIX_NAME = "imatrix-overlay.gguf"
+"""What an overlay was made with, where that is not what the base was."""
 EVAL_WINDOW = 512
 """Tokens of context in which the finished model is compared with its source."""
 
@@ -228,8 +230,12 @@ def write_report(
         text=args.evaluate.name if args.evaluate is not None else "",
     ).write(folder)
     kept = folder / LEARNED_NAME
-    if (kept / IMATRIX_NAME).is_file():
-        (kept / IMATRIX_NAME).replace(folder / IMATRIX_NAME)
+    if choice is not None and (kept / IMATRIX_NAME).is_file():
+        # Repairing needs both: what the base was rounded with, and what a later overlay was.
+        is_base_s = manifest.options.get("imatrix", choice.importance.digest) == choice.importance.digest
+        (kept / IMATRIX_NAME).replace(folder / (IMATRIX_NAME if is_base_s else OVERLAY_IMATRIX_NAME))
+        if is_base_s:
+            (folder / OVERLAY_IMATRIX_NAME).unlink(missing_ok=True)
     shutil.rmtree(kept, ignore_errors=True)
 
 
@@ -241,7 +247,7 @@ def remove_report(folder: Path) -> None:
     from localrun.quant.convert import LEARNED_NAME
     from localrun.quant.tier_report import REPORT_NAMES
 
-    for name in REPORT_NAMES:
+    for name in (*REPORT_NAMES, OVERLAY_IMATRIX_NAME):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / LEARNED_NAME, ignore_errors=True)
 

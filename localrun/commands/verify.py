@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from localrun import paths
 from localrun.commands.output import Output
-from localrun.errors import UsageError
+from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.quant.integrity import Damage
+    from localrun.quant.plan import ImportanceLookup
     from localrun.quant.source import ModelSource
 
 EXAMPLES = """\
@@ -156,18 +157,36 @@ def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -
     from localrun.quant.integrity import recheck
     from localrun.quant.repair import repair
 
-    left = repair(
-        source,
-        source.manifest,
-        open_checkpoint(checkpoint),
-        damages,
-        progress=lambda done, total: out.status(f"repairing {done} of {total}"),
-    )
+    left, opened = damages, open_checkpoint(checkpoint)
+    for importance in _importances(source, out):
+        left = repair(
+            source,
+            source.manifest,
+            opened,
+            left,
+            importance=importance,
+            progress=lambda done, total: out.status(f"repairing {done} of {total}"),
+        )
+        if not left:
+            break
     out.clear_status()
     for damage in left[:_SHOWN]:
         out.note(f"not repaired: {damage}")
     impossible = {damage.check: damage for damage in left}
     return [impossible.get(damage.check, damage) for damage in recheck(source, damages)]
+
+
+def _importances(source: Any, out: Output) -> list[ImportanceLookup | None]:
+    """What the model's rounding types may have been made with: nothing, or the importance files that lie beside it."""
+    from localrun.quant.imatrix_file import read_imatrix
+
+    found: list[ImportanceLookup | None] = []
+    for path in sorted(source.path.glob("imatrix*.gguf")) if source.path.is_dir() else []:
+        try:
+            found.append(read_imatrix(path, source.moe_layers))
+        except LocalrunError as error:
+            out.note(f"not used: {error}")
+    return [*found, None]
 
 
 def _as_json(damage: Damage) -> dict[str, object]:

@@ -29,6 +29,7 @@ DEMO = Path(cli.__file__).parent / "demo"
 ONE = 3 * 256 * 256 // 32 * 17
 """Bytes of an expert in MXFP4."""
 FORMATS = ("--base", "q2_k", "--hot", f"mxfp4:{5 * ONE}B")
+OTHER_TEXT = ("--calibrate", str(DEMO / "evaluation.txt"))
 LEARN = ("--calibrate-tokens", "300", "--ram", "64MiB", "--jobs", "2")
 
 
@@ -139,8 +140,7 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
     finished: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = Path(shutil.copytree(finished, tmp_path / "out"))
-    base = (target / MODEL_NAME).stat()
-    assert convert(source, target, "--hot", f"mxfp4:{ONE}B", "--hot", f"q3_k:{3 * ONE}B", *LEARN) == 0
+    assert convert(source, target, "--hot", f"mxfp4:{ONE}B", "--hot", f"q3_k:{3 * ONE}B", *LEARN, *OTHER_TEXT) == 0
     types = read_manifest(target / MANIFEST_NAME).tiers
     assert sum(len(by_type.get("mxfp4", [])) for by_type in types.values()) == 1  # type: ignore[attr-defined]
     assert better(target) > 1
@@ -149,6 +149,13 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
     assert "q3_k:" in (target / "report.md").read_text()
     assert cli.main(["verify", str(target)]) == 0
     state = contents(target)
+    for path, kind in ((target / MODEL_NAME, QT.Q2_K), (next(target.glob("overlay-*.gguf")), QT.Q3_K)):
+        offset = next(t.offset for t in read_gguf(path).tensors.values() if t.info.type == kind)
+        with path.open("r+b") as file:
+            file.seek(offset + 1000)
+            file.write(b"damaged")
+    assert cli.main(["verify", str(target), "--repair", str(source)]) == 0
+    assert contents(target) == state, "each rounded with its own importance again"
     capsys.readouterr()
     for arguments, message in (
         ([tmp_path / "gone", "--hot", f"mxfp4:{ONE}B"], "can only be made from the source checkpoint"),
@@ -165,8 +172,7 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
     assert {path.name for path in target.iterdir()} == {MODEL_NAME, MANIFEST_NAME, "imatrix.gguf"}
     assert better(target) == 0
     assert cli.main(["verify", str(target)]) == 0
-    now = (target / MODEL_NAME).stat()
-    assert (now.st_ino, now.st_mtime_ns, now.st_size) == (base.st_ino, base.st_mtime_ns, base.st_size), "never written"
+    assert (target / MODEL_NAME).read_bytes() == (finished / MODEL_NAME).read_bytes()
 
 
 CHILD = """

@@ -30,6 +30,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from localrun.quant.convert import MODEL_NAME, convert
 from localrun.quant.expert_error import exact_weights
+from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
 from localrun.quant.plan import BASE_TYPES, PlanOptions
 from localrun.quant.source import open_model
 
@@ -89,18 +90,20 @@ def step(which: str, source: Path, target: Path, base: str, threads: int) -> dic
     }
 
 
-def relative_rms(exact: Path, result: Path, n: int = 8) -> float:
-    """Root of squared error over squared weights of `n` experts spread over the model."""
-    reference, rounded = open_model(exact), open_model(result)
-    places = [(layer, expert) for layer, moe in reference.moe_layers.items() for expert in range(moe.n_experts)]
-    error = power = 0.0
+def relative_rms(exact: Path, base: GGMLQuantizationType, n: int = 8) -> dict[str, float]:
+    """Root of squared error over squared weights of `n` experts spread over the model, by both quantizers."""
+    model = open_model(exact)
+    places = [(layer, expert) for layer, moe in model.moe_layers.items() for expert in range(moe.n_experts)]
+    error, power = {"ours": 0.0, "theirs": 0.0}, 0.0
     for layer, expert in places[:: max(1, len(places) // n)]:
-        both = zip(reference.base_expert(layer, expert), rounded.base_expert(layer, expert), strict=True)
-        for a, b in both:
-            x, y = exact_weights(reference, a), exact_weights(rounded, b)
-            error += float(np.square(x - y, dtype=np.float64).sum())
+        for recipe in model.base_expert(layer, expert):
+            x = exact_weights(model, recipe)
             power += float(np.square(x, dtype=np.float64).sum())
-    return float((error / power) ** 0.5)
+            for which in error:
+                rows = quantize_rows(x, base, ours=which == "ours")
+                kept = dequantize_rows(rows.reshape(recipe.n_out, -1), base).reshape(x.shape)
+                error[which] += float(np.square(x - kept, dtype=np.float64).sum())
+    return {which: float((value / power) ** 0.5) for which, value in error.items()}
 
 
 def main() -> int:
@@ -121,15 +124,14 @@ def main() -> int:
     exact = args.scratch / "exact"
     convert_ours(args.checkpoint, exact, None, args.threads)
     rows: dict[str, list[dict[str, float]]] = {"theirs": [], "ours": []}
-    errors = {}
     for _ in range(args.rounds):
         for which, source in (("theirs", exact), ("ours", args.checkpoint)):
             target = args.scratch / which
             row = step(which, source, target, args.base, args.threads)
             print(f"{which}: {row}", file=sys.stderr, flush=True)
             rows[which].append(row)
-            errors[which] = relative_rms(exact, target)
             shutil.rmtree(target)
+    errors = relative_rms(exact, BASE_TYPES[args.base])
     n_weights = sum(3 * moe.n_experts * moe.n_embd * moe.n_ff for moe in open_model(exact).moe_layers.values())
     shutil.rmtree(exact)
     seconds = {which: statistics.median(row["seconds"] for row in runs) for which, runs in rows.items()}

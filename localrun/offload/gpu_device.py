@@ -7,6 +7,7 @@ ggml is concerned.
 from __future__ import annotations
 
 import ctypes as C
+import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.offload import ggml
+
+log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -37,17 +40,20 @@ class GpuDevice:
 
 
 def gpu_devices() -> list[GpuDevice]:
-    """All devices of type GPU, integrated ones too, in ggml's order."""
+    """All devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out."""
     lib = ggml.library()
     devices = []
     for index in range(lib.ggml_backend_dev_count()):
         address = lib.ggml_backend_dev_get(index)
         if lib.ggml_backend_dev_type(address) not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
             continue
-        free, total = C.c_size_t(), C.c_size_t()
-        lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
         name = lib.ggml_backend_dev_name(address).decode()
         description = lib.ggml_backend_dev_description(address).decode()
+        if name.startswith("RPC") and not _answers(description):
+            log.warning("%s: the server %s does not answer any more", name, description)
+            continue
+        free, total = C.c_size_t(), C.c_size_t()
+        lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
         devices.append(GpuDevice(address, name, description, free.value, total.value))
     return devices
 
@@ -94,6 +100,16 @@ def without_gpus(params: Any) -> None:
     """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
     params.n_gpu_layers = 0
     params.devices = C.cast(_NO_DEVICES, C.c_void_p)
+
+
+def _answers(endpoint: str) -> bool:
+    """Somebody listens there. llama.cpp aborts the process when it asks a server that has gone."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:

@@ -16,6 +16,7 @@ from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.source import open_model
 from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
+from tools.make_moe_gguf import write_moe_gguf
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,18 @@ def test_routing_table_out_of_range_is_an_error_not_a_crash(tmp_path: Path) -> N
 
     with pytest.raises(DecodeError, match="outside"):
         route(np.array([[0, 99]], np.int32), 16)
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "qwen3moe"])
+def test_other_architectures_give_llama_cpps_answers(tmp_path: Path, architecture: str) -> None:
+    """Experts of any mixture-of-experts graph, here without clamps, and for one of them with another gating."""
+    path = tmp_path / "model.gguf"
+    write_moe_gguf(path, architecture, expert_type=QT.F16)
+    stock = StockModel(path)
+    expected = logits(stock)
+    stock.close()
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2, math="f32")) as model:
+        found = logits(model)
+        assert model.telemetry.totals().requests > 0
+    assert (expected.argmax(-1) == found.argmax(-1)).mean() >= 0.99
+    assert mean_kl(expected, found) < 1e-4

@@ -133,6 +133,7 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
         splitting.check(plan, args.split, out)
     if args.evaluate is not None:
         read_text(args.evaluate)
+    convert_tiers.evaluation_types(args, open_model(args.source).moe_layers if args.evaluate_types else {})
     if args.dry_run:
         # The plan first: it is what was asked for, also where the disk turns out to be too small.
         if args.json:
@@ -288,9 +289,14 @@ def _finish(
     args: argparse.Namespace, options: FormatOptions, choice: TierChoice | None, result: ConversionResult, out: Output
 ) -> int:
     """Comparison with the source, report, JSON."""
-    evaluation = convert_tiers.evaluate(args, args.source, out)
-    if choice is not None or evaluation is not None:
-        convert_tiers.write_report(args, options, choice, args.source.resolve().name, evaluation)
+    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
+    from localrun.quant.plan import DENSE_TYPES
+
+    dense = DENSE_TYPES[str(read_manifest(args.target_folder / MANIFEST_NAME).options.get("dense", DENSE_DEFAULT))]
+    importance = choice.importance if choice is not None else None
+    evaluations = convert_tiers.evaluate(args, args.source, dense, importance, out)
+    if choice is not None or evaluations:
+        convert_tiers.write_report(args, options, choice, args.source.resolve().name, evaluations)
         out.note(f"report: {args.target_folder / 'report.md'}")
     if args.json:
         out.json(_result_as_json(result))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 
     from localrun.engine.choose_tiers import TierChoice, TierRequest
     from localrun.quant.checkpoint import Checkpoint
+    from localrun.quant.plan import ImportanceLookup
+    from localrun.quant.source import MoeLayer
     from localrun.quant.tier_report import Evaluation
     from localrun.quant.tier_solver import HotBudget, Target
 
 NO_OVERLAY = "none"
 OVERLAY_IMATRIX_NAME = "imatrix-overlay.gguf"
 """What an overlay was made with, where that is not what the base was."""
+EVALUATION_FOLDER = ".evaluate"
+"""In the target while models are compared: one that is deleted again."""
 EVAL_WINDOW = 512
 """Tokens of context in which the finished model is compared with its source."""
 
@@ -70,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="at the end, compare with the source on this held-out text (runs both) and put it into the report",
+    )
+    parser.add_argument(
+        "--evaluate-types",
+        metavar="TYPE,...",
+        help="with --evaluate: also models with all experts in these types, converted for it and deleted again",
     )
 
 
@@ -197,7 +207,7 @@ def write_report(
     options: FormatOptions,
     choice: TierChoice | None,
     name: str,
-    evaluation: Evaluation | None,
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """`report.md`, `report.json` and pictures into the target; the imatrix beside them."""
     from localrun.engine.choose_tiers import IMATRIX_NAME
@@ -226,7 +236,7 @@ def write_report(
         importance=choice.importance.summary() if choice is not None else None,
         errors=choice.errors if choice is not None else None,
         solution=choice.solution if choice is not None else None,
-        evaluations=[evaluation] if evaluation is not None else [],
+        evaluations=evaluations,
         text=args.evaluate.name if args.evaluate is not None else "",
     ).write(folder)
     kept = folder / LEARNED_NAME
@@ -261,29 +271,74 @@ def profile_section(choice: TierChoice) -> dict[str, object]:
     }
 
 
-def evaluate(args: argparse.Namespace, source: Path, out: Output) -> Evaluation | None:
-    """The finished model against its source on the held-out text; None if there is none."""
-    from localrun.commands.eval import compare, read_text
-    from localrun.engine.protocol import EngineOptions, EvalText
-    from localrun.quant.tier_report import Evaluation
+def evaluation_types(args: argparse.Namespace, moe_layers: Mapping[int, MoeLayer]) -> list[GGMLQuantizationType]:
+    """Formats to compare the finished model with.
+
+    Raises:
+        UsageError: an unknown format, one that the rows don't fit, or no text to compare on.
+    """
+    from localrun.quant.tier_solver import expert_bytes, parse_type
+
+    words = [word for word in (args.evaluate_types or "").split(",") if word.strip()]
+    if words and args.evaluate is None:
+        raise UsageError("--evaluate-types needs a text", hint="give --evaluate FILE")
+    kinds = [parse_type(word) for word in words]
+    for kind in kinds:
+        for moe in moe_layers.values():
+            expert_bytes(moe, kind)
+    return kinds
+
+
+def evaluate(
+    args: argparse.Namespace,
+    source: Path,
+    dense: GGMLQuantizationType,
+    importance: ImportanceLookup | None,
+    out: Output,
+) -> list[Evaluation]:
+    """The finished model, and uniform ones in the formats that were asked for, against the source on the held-out text.
+
+    Uniform models are written into the target's folder one after the other and deleted when they have been measured.
+    """
+    from localrun.commands.eval import read_text
+    from localrun.engine.compare import compare_models
+    from localrun.engine.protocol import EngineOptions
+    from localrun.quant.convert import convert
+    from localrun.quant.plan import PlanOptions
+    from localrun.quant.source import open_model
+    from localrun.quant.tier_solver import expert_bytes
 
     if args.evaluate is None:
-        return None
-    options = EngineOptions(ram_bytes=args.ram, gpu="none", n_ctx=EVAL_WINDOW)
-    command = EvalText(text=read_text(args.evaluate), window=EVAL_WINDOW)
-    result = compare(args, args.target_folder, source, options, command, out)
-    assert result.kl_mean is not None
-    out.note(
-        f"against the source on {args.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token {result.top1_agreement:.2%}, "
-        f"perplexity {result.perplexity:.4f} ({result.reference_perplexity:.4f})"
-    )
-    return Evaluation(
-        name="this model",
-        n_tokens=result.n_tokens,
-        perplexity=result.perplexity,
-        reference_perplexity=result.reference_perplexity or 0.0,
-        kl_mean=result.kl_mean,
-        kl_median=result.kl_median or 0.0,
-        kl_p99=result.kl_p99 or 0.0,
-        top1_agreement=result.top1_agreement or 0.0,
-    )
+        return []
+    layers = open_model(source).moe_layers
+    kinds = evaluation_types(args, layers)
+    folder = args.target_folder / EVALUATION_FOLDER
+
+    def models() -> Iterator[tuple[str, Path]]:
+        yield "this model", args.target_folder
+        for kind in kinds:
+            shutil.rmtree(folder, ignore_errors=True)
+            out.status(f"converting to {kind.name.lower()} for comparison")
+            convert(source, folder, PlanOptions(dense, kind, importance))
+            yield f"all {kind.name.lower()}", folder
+
+    try:
+        results = compare_models(
+            source,
+            models(),
+            read_text(args.evaluate),
+            EngineOptions(ram_bytes=args.ram, gpu="none"),
+            window=EVAL_WINDOW,
+            progress=lambda name, done, total: out.status(f"comparing: {name}: {done} of {total} tokens"),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    out.clear_status()
+    sizes = [None, *(sum(moe.n_experts * expert_bytes(moe, kind) for moe in layers.values()) for kind in kinds)]
+    results = [replace(result, n_bytes=size) for result, size in zip(results, sizes, strict=True)]
+    for result in results:
+        out.note(
+            f"{result.name} against the source on {args.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token "
+            f"{result.top1_agreement:.2%}, perplexity {result.perplexity:.4f} ({result.reference_perplexity:.4f})"
+        )
+    return results

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 def compare_models(
     reference: Path,
-    models: Sequence[tuple[str, Path]],
+    models: Iterable[tuple[str, Path]],
     text: str,
     options: EngineOptions,
     *,
@@ -32,7 +32,8 @@ def compare_models(
     max_tokens: int = 0,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
-    """Perplexity, KL from the reference and agreement of each named model, in their order.
+    """Perplexity, KL from the reference and agreement of each named model, in their order; the next one is asked for when the one
+    before is closed.
 
     Args:
         options: how to load all of them; the context is as long as a window.

@@ -53,7 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("finished") / "out"
-    assert convert(source, target, *FORMATS, *LEARN, "--evaluate", text) == 0
+    assert convert(source, target, *FORMATS, *LEARN, "--evaluate", text, "--evaluate-types", "q2_k") == 0
     return target
 
 
@@ -99,7 +99,10 @@ def test_base_and_better_copies_make_a_model_that_verifies_and_says_what_it_cost
     assert kept == 5 * ONE, "all of the budget, and not more"
 
     report = json.loads((finished / "report.json").read_text())
-    (evaluated,) = report["evaluation"]["models"]
+    evaluated, uniform = report["evaluation"]["models"]
+    assert uniform["name"] == "all q2_k"
+    assert uniform["kl_mean"] != evaluated["kl_mean"]
+    assert uniform["n_bytes"] == 24 * 3 * 256 * 256 // 256 * 84
     assert 0 < evaluated["kl_mean"] < 1
     assert 0 < evaluated["top1_agreement"] < 1
     assert evaluated["perplexity"] != evaluated["reference_perplexity"]

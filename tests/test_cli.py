@@ -19,6 +19,20 @@ from localrun.commands.doctor import Check
 from localrun.errors import FormatError, LocalrunError, UsageError
 from tests.engine.models import CHAT_TOKENS, write_chat_model
 
+LONG_ANSWER = [
+    sys.executable,
+    "-m",
+    "localrun.cli",
+    "run",
+    "-p",
+    "Hello",
+    "--temp",
+    "0",
+    "--context",
+    "8192",
+    "--ram",
+    "64MiB",
+]
 FAST = ["--threads", "1", "--context", "512", "--ram", "64MiB"]
 
 
@@ -174,7 +188,7 @@ def test_run_puts_reasoning_apart(model: str) -> None:
 
 def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "localrun.cli", "run", model, "-p", "Hello", "--temp", "0", *FAST],
+        [*LONG_ANSWER, model],
         bufsize=0,  # what a buffer has read ahead would be lost to `communicate`
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -79,11 +79,12 @@ def held(*pieces: str) -> Script:
     """These pieces, then nothing until the answer is stopped."""
 
     def script(engine: FakeEngine, command: Generate) -> Iterator[GenerateEvent]:
+        n_deaths = len(engine.deaths)
         for number, piece in enumerate(pieces):
             yield Delta(request=1, kind="text", text=piece, tokens=(number,))
         engine.stopped.wait(30)
-        if engine.died is not None:
-            raise engine.died
+        if len(engine.deaths) > n_deaths:
+            raise engine.deaths[-1]
         yield finished("stopped", len(pieces))
 
     return script
@@ -120,7 +121,7 @@ class FakeEngine:
         self.load_error: LocalrunError | None = None
         self.load_gate: threading.Event | None = None
         self.stopped = threading.Event()
-        self.died: EngineDiedError | None = None
+        self.deaths: list[EngineDiedError] = []
         self.closed = False
         self.n_map_looks = 0
         self.telemetry: dict[str, Any] = {}
@@ -153,7 +154,6 @@ class FakeEngine:
 
     def reload(self) -> Iterator[LoadEvent]:
         self.n_reloads += 1
-        self.died = None
         return self._load(*self.loads[-1])
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
@@ -167,10 +167,10 @@ class FakeEngine:
 
     def die(self) -> None:
         """As if somebody had killed the process."""
-        self.died = EngineDiedError("the engine process was killed by SIGKILL", hint="probably out of memory")
+        self.deaths.append(EngineDiedError("the engine process was killed by SIGKILL", hint="probably out of memory"))
         self.facts = None
         self.stopped.set()
-        self._on_death(self.died)
+        self._on_death(self.deaths[-1])
 
     def stats(self, *, expert_map: bool = False, timeout_s: float = 5.0) -> Stats:
         self.n_map_looks += expert_map

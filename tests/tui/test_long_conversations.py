@@ -70,13 +70,14 @@ async def test_any_place_of_two_thousand_messages_is_reached_with_few_widgets(se
 
 
 async def test_memory_does_not_grow_with_time(setup: Setup) -> None:
-    """Goes through the conversation again and again while answers come in, and counts what is alive. A forgotten message view is
-    some hundreds of objects; a round makes and drops dozens of views. `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
+    """Goes through the conversation again and again while answers come in, and counts the message views that are alive and not on
+    the screen: a round makes and drops dozens of them. (All objects would count the toolkit's own caches, too, which fill up for the
+    first rounds.) `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
     n_rounds = int(os.environ.get("LOCALRUN_SOAK", "2"))
     fill(setup)
     async with setup.start() as talk:
         chat = talk.screen.chat
-        alive: list[int] = []
+        forgotten: list[int] = []
         for number in range(2 + n_rounds):
             talk.engine.scripts.put(text(*(f"word{n} " for n in range(20)), thinking="Hm."))
             await talk.ask("go on")
@@ -87,11 +88,11 @@ async def test_memory_does_not_grow_with_time(setup: Setup) -> None:
             await talk.press("ctrl+end")
             await settled(talk, holds=len(chat.entries) - 1)
             gc.collect()
-            alive.append(len(gc.get_objects()))
+            alive = sum(isinstance(thing, MessageView) for thing in gc.get_objects())
+            forgotten.append(alive - chat.n_mounted)
             if n_rounds > 10 and number % 10 == 0:
-                print(f"round {number}: {alive[-1]} objects, {memory.resident_bytes() / 1e6:.1f} MB")
-        growth = (alive[-1] - alive[1]) / n_rounds
-        assert growth < 300, f"{alive}: two messages are to be kept in each round, and nothing else"
+                print(f"round {number}: {alive} views, {memory.resident_bytes() / 1e6:.1f} MB")
+        assert forgotten[-1] <= forgotten[0], f"views that nobody shows, round by round: {forgotten}"
 
 
 async def test_paging_up_skips_nothing(setup: Setup) -> None:

@@ -71,8 +71,8 @@ async def test_any_place_of_two_thousand_messages_is_reached_with_few_widgets(se
 
 async def test_memory_does_not_grow_with_time(setup: Setup) -> None:
     """Goes through the conversation again and again while answers come in, and counts the message views that are alive and not on
-    the screen: a round makes and drops dozens of them. (All objects would count the toolkit's own caches, too, which fill up for the
-    first rounds.) `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
+    the screen: a round makes and drops dozens of them. (All objects would count the toolkit's own caches, too, which fill up
+    for the first rounds.) `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
     n_rounds = int(os.environ.get("LOCALRUN_SOAK", "2"))
     fill(setup)
     async with setup.start() as talk:

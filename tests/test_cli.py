@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -190,6 +191,8 @@ def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     process = subprocess.Popen(
         [*LONG_ANSWER, model],
         bufsize=0,  # what a buffer has read ahead would be lost to `communicate`
+        # Tests that were started in the background of a shell inherit that interrupts are ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

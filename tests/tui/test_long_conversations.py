@@ -73,7 +73,7 @@ async def test_memory_does_not_grow_with_time(setup: Setup) -> None:
     """Goes through the conversation again and again while answers come in, and counts the message views that are alive and not on
     the screen: a round makes and drops dozens of them. (All objects would count the toolkit's own caches, too, which fill up
     for the first rounds.) `LOCALRUN_SOAK=200` goes on for longer and prints memory."""
-    n_rounds = int(os.environ.get("LOCALRUN_SOAK", "2"))
+    n_rounds = int(os.environ.get("LOCALRUN_SOAK", "1"))
     fill(setup)
     async with setup.start() as talk:
         chat = talk.screen.chat

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from localrun.engine.planner import GPU_HEADROOM_BYTES
 from localrun.engine.protocol import EngineOptions
 from localrun.engine.sizes import sizes_of_source
 from localrun.errors import BudgetError, LocalrunError
@@ -17,8 +18,6 @@ from localrun.units import format_size
 
 log = logging.getLogger(__name__)
 
-HEADROOM_BYTES = 512 << 20
-"""Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""
 COMPUTE_BYTES = 1 << 30
 """Set aside for llama.cpp's compute buffers where the dense model is on the GPU. Not measured on a real GPU."""
 
@@ -87,7 +86,7 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
 
 def _budgets(devices: Sequence[GpuDevice], vram_bytes: int | None) -> list[int]:
     """Bytes to use of each device; a given total is shared out by what is free."""
-    free = [max(0, device.free_bytes - HEADROOM_BYTES) for device in devices]
+    free = [max(0, device.free_bytes - GPU_HEADROOM_BYTES) for device in devices]
     if vram_bytes is None:
         return free
     if vram_bytes > sum(device.free_bytes for device in devices):

@@ -18,7 +18,7 @@ HEADROOM_BYTES = 2 * 2**30
 """Left to the desktop and the page cache by the automatic choice; at least a tenth of the machine."""
 
 CONTEXT_BYTES = 2**30
-"""Set aside for KV cache and compute buffers by the automatic choice."""
+"""Set aside for KV cache and compute buffers where a model's own are not known: in the chooser's look at what would fit."""
 
 
 def total_memory() -> int | None:
@@ -31,21 +31,6 @@ def available_memory() -> int | None:
     """Bytes that can be allocated without swapping or being killed; None if unknown."""
     values = [v for v in (_meminfo("MemAvailable"), _cgroup_available()) if v is not None]
     return min(values, default=None)
-
-
-def default_ram_bytes(dense_bytes: int) -> int | None:
-    """Budget for expert slots when the user gives none: what is available, less the dense model, context and headroom.
-
-    None if the machine does not say what is available. May be less than a model needs; the loader refuses with numbers.
-    """
-    available, total = available_memory(), total_memory()
-    if available is None or total is None:
-        return None
-    # On a small machine headroom is a quarter of what is free: a model of a few MB must open anywhere.
-    headroom = min(
-        CONTEXT_BYTES + max(HEADROOM_BYTES, total // 10), available // 4 if available < 8 * 2**30 else available
-    )
-    return max(0, available - dense_bytes - headroom)
 
 
 def resident_bytes() -> int:

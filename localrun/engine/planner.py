@@ -38,7 +38,7 @@ PROCESS_BYTES = 350 << 20
 """Python, numba, llama.cpp and their code; 320 MiB resident before a model is loaded."""
 
 GPU_HEADROOM_BYTES = 512 << 20
-"""Left to a desktop on each GPU, and to its driver."""
+"""Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""
 
 PROMPT_TOKENS = 2048
 """Length of the prompt whose reading is predicted."""

@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -65,7 +64,6 @@ LOG_LINES = 200
 
 CLOSE_TIMEOUT_S = 25.0
 """More than the engine gives itself to save what it has learned (`worker.LAST_WORDS_S`)."""
-RPC_TIMEOUT_S = 2.0
 
 # How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
 _LAST_WORDS = re.compile(r"\.(?:c|cc|cpp|cu|h|m):\d+: |^\s*what\(\): ")
@@ -411,19 +409,16 @@ def _as_error(event: Failed) -> LocalrunError:
 def _without_lost_servers(command: Load) -> Load:
     """The same command with those RPC servers only that answer: llama.cpp ends the process when it loses one."""
     servers = [endpoint.strip() for endpoint in (command.options.rpc or "").split(",") if endpoint.strip()]
-    there = [endpoint for endpoint in servers if _answers(endpoint)]
+    if not servers:
+        return command
+    from localrun.offload.gpu_device import (
+        answers,  # numbers and libraries, which an interface without servers need not load
+    )
+
+    there = [endpoint for endpoint in servers if answers(endpoint)]
     if len(there) == len(servers):
         return command
     # The memory that was asked for is not there any more, nor is a device that was named.
     gpu = "auto" if command.options.gpu != "none" else "none"
     options = replace(command.options, rpc=",".join(there) or None, vram_bytes=None, gpu=gpu)
     return replace(command, options=options)
-
-
-def _answers(endpoint: str) -> bool:
-    host, _, port = endpoint.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), RPC_TIMEOUT_S).close()
-    except (OSError, ValueError):
-        return False
-    return True

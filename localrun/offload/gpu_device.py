@@ -49,7 +49,7 @@ def gpu_devices() -> list[GpuDevice]:
             continue
         name = lib.ggml_backend_dev_name(address).decode()
         description = lib.ggml_backend_dev_description(address).decode()
-        if name.startswith("RPC") and not _answers(description):
+        if name.startswith("RPC") and not answers(description):
             log.warning("%s: the server %s does not answer any more", name, description)
             continue
         free, total = C.c_size_t(), C.c_size_t()
@@ -102,8 +102,8 @@ def without_gpus(params: Any) -> None:
     params.devices = C.cast(_NO_DEVICES, C.c_void_p)
 
 
-def _answers(endpoint: str) -> bool:
-    """Somebody listens there. llama.cpp aborts the process when it asks a server that has gone."""
+def answers(endpoint: str) -> bool:
+    """Somebody listens at `HOST:PORT`. llama.cpp aborts the process when it asks a server that has gone."""
     host, _, port = endpoint.rpartition(":")
     try:
         socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()

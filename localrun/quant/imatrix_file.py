@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from localrun.atomic import replacing
 from localrun.errors import FormatError, StoreError
 from localrun.quant.gguf_file import GgufFile, GgufTensor, align_up, build_header, read_gguf
 from localrun.quant.gguf_value import GgufValue
@@ -63,21 +63,12 @@ def write_imatrix(importance: Importance, path: Path) -> None:
         _TOKENS_KEY: GgufValue.scalar(GGUFValueType.UINT64, importance.n_tokens),
     }
     tensors = list(_tensors(importance))
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(build_header(metadata, [_info(name, array) for name, array in tensors], _ALIGNMENT))
-            for _, array in tensors:
-                for row in array:
-                    file.write(row.astype("<f4").tobytes())
-                file.write(bytes(align_up(array.size * 4, _ALIGNMENT) - array.size * 4))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path}: can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(build_header(metadata, [_info(name, array) for name, array in tensors], _ALIGNMENT))
+        for _, array in tensors:
+            for row in array:
+                file.write(row.astype("<f4").tobytes())
+            file.write(bytes(align_up(array.size * 4, _ALIGNMENT) - array.size * 4))
 
 
 def _tensors(importance: Importance) -> Iterator[tuple[str, npt.NDArray[np.floating]]]:

@@ -7,14 +7,12 @@ there. Measures nothing.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from localrun.errors import StoreError
+from localrun.atomic import replacing
 from localrun.quant.expert_error import ErrorTable
 from localrun.quant.importance import PRIOR_ROWS, RARE_ROWS, ImportanceSummary
 from localrun.quant.tier_pictures import curve_picture, heat_map
@@ -114,17 +112,8 @@ class TierReport:
 
 
 def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path}: can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
     return path
 
 

@@ -54,17 +54,10 @@ def test_limits_of_the_first_cgroup_version_count_too(machine: Path) -> None:
     assert memory.available_memory() == 4 * GIB, "6 less 4 in use, of which 2 are file cache that can be given back"
 
 
-def test_automatic_budget_leaves_dense_model_context_and_headroom(machine: Path) -> None:
-    tenth = 32 * GIB // 10
-    assert memory.default_ram_bytes(4 * GIB) == 20 * GIB - 4 * GIB - memory.CONTEXT_BYTES - tenth
-    assert memory.default_ram_bytes(100 * GIB) == 0
-
-
 def test_unknown_machines_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PROC", tmp_path)
     monkeypatch.setattr(memory, "SYS", tmp_path)
     assert memory.total_memory() is None
-    assert memory.default_ram_bytes(0) is None
     assert memory.resident_bytes() == 0
     assert memory.describe() == "unknown"
     assert memory.physical_cores() >= 1

@@ -26,7 +26,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.hardware import Gpu, Hardware
 from localrun.engine.hit_rates import Curve, Learned
 from localrun.engine.llama import Context
-from localrun.engine.planner import GpuShare, Plan, Settings, make_plan
+from localrun.engine.planner import GpuShare, Plan, Settings, headroom, make_plan
 from localrun.engine.protocol import EngineOptions, Timings
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
 from localrun.errors import BudgetError, LocalrunError, UsageError
@@ -144,6 +144,12 @@ def test_another_format_is_a_matter_of_converting_only_for_checkpoints(model_pat
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_automatic_headroom_is_a_tenth_of_the_machine_and_a_quarter_of_what_little_is_free() -> None:
+    assert headroom(20 * GIB, 32 * GIB) == 32 * GIB // 10
+    assert headroom(12 * GIB, 16 * GIB) == 2 * GIB
+    assert headroom(4 * GIB, 32 * GIB) == GIB
 
 
 def test_a_plan_stays_within_the_machine(flash: ModelSizes) -> None:

@@ -26,7 +26,7 @@ chat: setup
 	@$(BIN)/localrun chat
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -4,11 +4,14 @@ Code is kept under `kernel_dir()/<package>-<digest>`, the digest being that of t
 numba itself notices changes of the file that holds a function, not of those whose functions and constants (offsets into C
 structures among them) went into the machine code. Folders of older sources are removed after a while.
 
-Two departures from numba's own habits:
+Three departures from numba's own habits:
 
 * The cache is made of pickles, which can run anything when they are read. So a folder is only used when nobody else can write to
   it; otherwise a private folder in the temporary directory takes its place.
 * A cache that can't be read or written (read-only, full, damaged) costs compiling again, never the command.
+* Each piece of code has a file name of its own. numba counts (`rows.7.nbc`), and all kernels that come out of one closure share
+  the count: two processes that compile different ones at the same time would take the same number, and from then on one kernel
+  would be found under the other's name.
 """
 
 from __future__ import annotations
@@ -127,12 +130,20 @@ def _forgiving(method: Any) -> Any:
     return guarded
 
 
+def _save(self: Any, key: Any, data: Any) -> None:
+    """`IndexDataCacheFile.save` with names that follow from the key. Of two indices written at once one is lost: compiled again."""
+    name = f"{self._index_name.removesuffix('.nbi')}.{hashlib.sha256(self._dump(key)).hexdigest()[:24]}.nbc"
+    self._save_data(name, data)  # before the index that names it
+    self._save_index({**self._load_index(), key: name})
+
+
 def _install() -> None:
     own = f"{KernelCacheLocator.__module__}.{KernelCacheLocator.__qualname__}"
     others = [locator.__name__ for locator in caching.CacheImpl._locator_classes]
     config.CACHE_LOCATOR_CLASSES = ",".join((own, *others))
     caching.Cache.load_overload = _forgiving(caching.Cache.load_overload)
     caching.Cache.save_overload = _forgiving(caching.Cache.save_overload)
+    caching.IndexDataCacheFile.save = _save
 
 
 _install()

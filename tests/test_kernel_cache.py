@@ -8,6 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from numba.core.caching import IndexDataCacheFile
+
+from localrun import kernel_cache
+
+assert kernel_cache, "changes numba's cache"
+
 CODE = """
 import sys
 from localrun import kernel_cache
@@ -63,3 +70,18 @@ def test_kernels_are_kept_in_a_private_folder_whose_files_may_be_damaged_but_are
 def test_without_a_writable_folder_kernels_are_compiled_all_the_same(tmp_path: Path) -> None:
     (tmp_path / f"localrun-{os.getuid()}").write_text("in the way")
     assert start(Path(os.devnull) / "kernels", tmp_path)[1] == 0
+
+
+def test_two_programs_that_compile_at_the_same_time_never_find_each_others_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, reader = (IndexDataCacheFile(str(tmp_path), "module.rows-80.py311", "stamp") for _ in range(3))
+    before = second._load_index()
+    first.save("a", "code of a")
+    of_a = reader._load_index()
+    monkeypatch.setattr(second, "_load_index", lambda: before)
+    second.save("b", "code of b")
+    assert reader.load("b") == "code of b"
+    assert reader.load("a") in (None, "code of a")
+    monkeypatch.setattr(reader, "_load_index", lambda: of_a)
+    assert reader.load("a") == "code of a"

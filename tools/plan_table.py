@@ -43,7 +43,7 @@ class Box:
         return described(
             ram_bytes=self.ram_gib * GIB,
             n_threads=self.threads,
-            gpus=[Gpu(vram_bytes=size * GIB, bytes_per_s=self.gpu * 1e9) for size in self.vram_gib],
+            gpus=[Gpu.described(size * GIB, bytes_per_s=self.gpu * 1e9) for size in self.vram_gib],
             disk=self.disk * 1e9,
             memory=self.memory * 1e9,
             n_drives=self.n_drives,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.engine import speed
-from localrun.engine.hardware import GPU_SHARE, Hardware, detect
+from localrun.engine.hardware import Hardware, detect
 from localrun.engine.planner import Plan, Settings, make_plan
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
 from localrun.errors import BudgetError, LocalrunError
@@ -117,12 +117,12 @@ class _Clock:
     def __init__(self, sizes: ModelSizes, plan: Plan) -> None:
         machine, at = plan.machine, plan.placement
         self._sizes, self._machine = sizes, machine
-        gpu = min((gpu.bytes_per_s for gpu in machine.gpus), default=0.0) * GPU_SHARE
+        gpu = min((gpu.rates.decode_bytes_per_s for gpu in machine.gpus), default=0.0)
         n_layers = max(1, len(sizes.moe_layers))
         dense, macs = sizes.dense_token_bytes / n_layers, speed.matrix_weights(sizes) / n_layers
         if at.dense_on_gpu:
             self._dense_s, self._layer_s = dense / gpu, speed.GPU_LAYER_S
-            self._dense_mac_s = macs / (gpu / GPU_SHARE * speed.GPU_MACS_PER_BYTE)
+            self._dense_mac_s = macs / (gpu * speed.GPU_MACS_PER_BYTE)
         else:
             self._dense_s, self._layer_s = dense / (speed.DENSE_SHARE * machine.memory), speed.LAYER_S
             self._dense_mac_s = macs / (machine.n_threads * speed.DENSE_MACS_PER_CORE)

@@ -136,9 +136,9 @@ def _machine(args: argparse.Namespace, files: list[Path]) -> Hardware:
     gpus = None
     if args.vram:
         gpus = tuple(
-            hardware.Gpu(
+            hardware.Gpu.described(
+                size,
                 name=f"GPU {number}",
-                vram_bytes=size,
                 bytes_per_s=args.gpu_gbps or hardware.ASSUMED_GPU_MEMORY,
                 pcie_bytes_per_s=args.pcie_gbps or hardware.ASSUMED_PCIE,
             )

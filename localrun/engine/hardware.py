@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
+from localrun.offload.gpu_rates import GpuRates, assumed_rates
 from localrun.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -33,11 +34,10 @@ ASSUMED_MEMORY = 40.0e9
 ASSUMED_GPU_MEMORY = 500.0e9
 """A middle-class card of recent years."""
 
-GPU_SHARE = 0.6
-"""Of a GPU's memory bandwidth that products reach. Assumed, where the products themselves are not measured."""
-
 ASSUMED_PCIE = 12.0e9
 """PCIe 3.0 x16 or 4.0 x8 after overhead."""
+
+ASSUMED_GPU = assumed_rates(ASSUMED_GPU_MEMORY, ASSUMED_PCIE)
 
 _PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
 """GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
@@ -53,14 +53,24 @@ class Gpu:
 
     Attributes:
         vram_bytes: free memory.
-        bytes_per_s: of its memory.
-        pcie_bytes_per_s: between it and RAM.
+        rates: what it does per second; `rates.measured` says whether that is known.
     """
 
     name: str = "GPU"
     vram_bytes: int
-    bytes_per_s: float = ASSUMED_GPU_MEMORY
-    pcie_bytes_per_s: float = ASSUMED_PCIE
+    rates: GpuRates = ASSUMED_GPU
+
+    @classmethod
+    def described(
+        cls,
+        vram_bytes: int,
+        *,
+        name: str = "GPU",
+        bytes_per_s: float = ASSUMED_GPU_MEMORY,
+        pcie_bytes_per_s: float = ASSUMED_PCIE,
+    ) -> Gpu:
+        """A card of which no more is known than its memory's bandwidth and its link's."""
+        return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s, pcie_bytes_per_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,17 +180,9 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
     known = len(links) == len(devices)  # else nobody knows which is which
     result = []
     for number, device in enumerate(devices):
-        rates = probe_gpu(device) if probe else None
         link = links[number] if known else ASSUMED_PCIE
-        result.append(
-            Gpu(
-                name=device.description or device.name,
-                vram_bytes=device.free_bytes,
-                # The planner takes a share of a GPU's bandwidth for what products reach, which is what was measured.
-                bytes_per_s=rates.decode / GPU_SHARE if rates else ASSUMED_GPU_MEMORY,
-                pcie_bytes_per_s=rates.upload if rates else link,
-            )
-        )
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_GPU_MEMORY, link)
+        result.append(Gpu(name=device.description or device.name, vram_bytes=device.free_bytes, rates=rates))
     return tuple(result)
 
 

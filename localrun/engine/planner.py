@@ -12,7 +12,7 @@ of the same model on a changed machine or with changed settings, never fixed sen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -265,7 +265,7 @@ def _residency(sizes: ModelSizes, machine: Hardware, placement: Placement) -> Re
         ram_share=placement.ram_experts / n_copies,
         gpu_share=placement.gpu_experts / n_copies,
         dense_on_gpu=placement.dense_on_gpu,
-        gpu=min((gpu.bytes_per_s for gpu in machine.gpus), default=0.0),
+        gpu=min((gpu.rates.decode_bytes_per_s for gpu in machine.gpus), default=0.0),
     )
 
 
@@ -538,8 +538,7 @@ def _json(plan: Plan) -> dict[str, Any]:
                 {
                     "name": gpu.name,
                     "vram_bytes": gpu.vram_bytes,
-                    "bytes_per_s": gpu.bytes_per_s,
-                    "pcie_bytes_per_s": gpu.pcie_bytes_per_s,
+                    **asdict(gpu.rates),
                 }
                 for gpu in machine.gpus
             ],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
 
-from localrun.engine.hardware import GPU_SHARE, Hardware
+from localrun.engine.hardware import Hardware
 from localrun.engine.hit_rates import HitRates
 from localrun.engine.sizes import ModelSizes
 
@@ -56,7 +56,7 @@ WEIGHTS_PER_CORE: Mapping[GGMLQuantizationType, float] = {
 computing, not by memory. Those not named are taken as Q4_K."""
 
 GPU_LAYER_S = 0.15e-3
-GPU_MACS_PER_BYTE = 60.0
+GPU_MACS_PER_BYTE = 100.0
 """Per layer, two hand-overs included; prefill multiplications per second as a multiple of bandwidth. Assumptions, not measured."""
 
 DISTINCT_SHARE = (1.0, 0.85, 0.7)
@@ -138,7 +138,7 @@ def predict_decode(
         on_gpu = hits(place.gpu_share) if place.gpu_share > 0 else 0.0
         if on_gpu or place.dense_on_gpu:
             gpu_bytes = (dense if place.dense_on_gpu else 0) + on_gpu * used * sizes.mean_file_bytes
-            parts["GPU memory"] = gpu_bytes / (GPU_SHARE * place.gpu)
+            parts["GPU memory"] = gpu_bytes / place.gpu
         if place.dense_on_gpu:
             parts["layers"] = sizes.n_layers * GPU_LAYER_S + TOKEN_S
         else:

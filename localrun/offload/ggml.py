@@ -265,7 +265,9 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "ggml_backend_dev_get": (_P, C.c_size_t),
     "ggml_backend_dev_by_type": (_P, C.c_int),
     # graphs of our own on GPU devices
+    "ggml_mul_mat": (_P, _P, _P, _P),
     "ggml_mul_mat_id": (_P, _P, _P, _P, _P),
+    "ggml_rms_norm": (_P, _P, _P, C.c_float),
     "ggml_swiglu_clamp": (_P, _P, _P, _P, C.c_float),
     "ggml_swiglu_split": (_P, _P, _P, _P),
     "ggml_set_input": (None, _P),
@@ -280,6 +282,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "ggml_gallocr_get_buffer_size": (C.c_size_t, _P, C.c_int),
     "ggml_backend_alloc_ctx_tensors_from_buft": (_P, _P, _P),
     "ggml_backend_buffer_free": (None, _P),
+    "ggml_backend_buffer_clear": (None, _P, C.c_uint8),
     "ggml_backend_buffer_get_size": (C.c_size_t, _P),
     "ggml_backend_buft_get_alloc_size": (C.c_size_t, _P, _P),
     "ggml_backend_dev_description": (C.c_char_p, _P),

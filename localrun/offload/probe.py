@@ -322,10 +322,12 @@ def _remember(memory: Path, profile: DiskProfile) -> None:
 
 
 @nb.njit(cache=True, nogil=True)
-def _sum(values: npt.NDArray[np.int64]) -> Any:
+def read_memory(values: npt.NDArray[np.int64], rounds: int) -> Any:
+    """Adds up an array, again and again, without the interpreter lock."""
     total = np.int64(0)
-    for i in range(values.size):
-        total += values[i]
+    for _ in range(rounds):
+        for i in range(values.size):
+            total += values[i]
     return total
 
 
@@ -345,11 +347,11 @@ def probe_memory(n_threads: int = 0, *, buffer_bytes: int = 256 << 20) -> float:
     values = np.frombuffer(memory, np.int64)
     values.fill(1)  # untouched pages would all be the same one
     slices = np.array_split(values, n_threads)
-    _sum(slices[0][:8])
+    read_memory(slices[0][:8], 1)
     best = 0.0
     end = time.perf_counter() + 0.15
     while best == 0.0 or time.perf_counter() < end:
-        threads = [threading.Thread(target=_sum, args=(part,)) for part in slices]
+        threads = [threading.Thread(target=read_memory, args=(part, 1)) for part in slices]
         start = time.perf_counter()
         for thread in threads:
             thread.start()

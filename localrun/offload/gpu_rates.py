@@ -1,0 +1,66 @@
+"""What a GPU does per second, measured by `gpu_probe.py` or assumed of a card that is only described. Numbers alone, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+MEMORY_SHARE: Final = 0.6
+"""Of a card's memory bandwidth that products with one row reach. Assumed."""
+
+MACS_PER_BYTE: Final = 60.0
+"""Multiplications per second of a batch, as a multiple of a card's memory bandwidth. Assumed."""
+
+LATENCY_S: Final = 50e-6
+"""Of a call of the expert path on a card in this machine. Assumed."""
+
+NODE_S: Final = 2e-6
+"""Of one small operation in a graph on a card. Assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRates:
+    """What one device does while nothing else runs, but where it says so. `docs/planner.md` has the method.
+
+    Attributes:
+        latency_s: seconds of one call of the expert path that has nothing to compute: hand-over there and back.
+        decode_bytes_per_s: bytes of experts per second, multiplied with one token each, eight in a call; without `latency_s`.
+        batch_macs_per_s: multiplications per second of 512 (token, expert) pairs over eight experts; without `latency_s`.
+        upload_bytes_per_s: bytes per second from RAM into slots, in the pieces that the expert path uses.
+        dense_bytes_per_s: bytes per second of 8-bit matrices multiplied with one row; without `latency_s`.
+        dense_macs_per_s: multiplications per second of such a matrix with 512 rows; without `latency_s`.
+        node_s: seconds of one operation of a graph that reads hardly any bytes (a row of 4096 values).
+        overlap: of the shorter of two works, the device's and that of CPU kernels which read memory, the part that disappears when
+            both run at once. 1: neither slows the other down; 0: one waits for the other, as where they share cores.
+        measured: False: assumed.
+    """
+
+    latency_s: float
+    decode_bytes_per_s: float
+    batch_macs_per_s: float
+    upload_bytes_per_s: float
+    dense_bytes_per_s: float
+    dense_macs_per_s: float
+    node_s: float
+    overlap: float
+    measured: bool = True
+
+
+def assumed_rates(memory_bytes_per_s: float, link_bytes_per_s: float) -> GpuRates:
+    """Of a card that nobody has measured.
+
+    Args:
+        memory_bytes_per_s: of its memory, as its maker says.
+        link_bytes_per_s: between RAM and the card.
+    """
+    return GpuRates(
+        latency_s=LATENCY_S,
+        decode_bytes_per_s=MEMORY_SHARE * memory_bytes_per_s,
+        batch_macs_per_s=MACS_PER_BYTE * memory_bytes_per_s,
+        upload_bytes_per_s=link_bytes_per_s,
+        dense_bytes_per_s=MEMORY_SHARE * memory_bytes_per_s,
+        dense_macs_per_s=MACS_PER_BYTE * memory_bytes_per_s,
+        node_s=NODE_S,
+        overlap=1.0,
+        measured=False,
+    )

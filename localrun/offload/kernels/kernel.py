@@ -16,6 +16,7 @@ from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
 from localrun.offload.kernels.interleaved.packing import pack_matrix
 from localrun.offload.kernels.interleaved.rows import rows_function
+from localrun.offload.kernels.interleaved.unpacking import unpack_matrix
 from localrun.offload.kernels.panels import FLOAT32, Panel
 from localrun.offload.kernels.spec import FfnSpec, Math
 from localrun.offload.kernels.tasks import Call, Matrix
@@ -75,6 +76,13 @@ class PackedMatrix:
         else:
             ctypes.memmove(target, raw, self.raw_bytes)
 
+    def unpack(self, packed: int, raw: int) -> None:
+        """The inverse of `pack`."""
+        if self.interleaved:
+            unpack_matrix(self.type, packed, self.raw_bytes // self.n_out, self.n_out, raw)
+        else:
+            ctypes.memmove(raw, packed, self.raw_bytes)
+
     def at(self, offset: int) -> Matrix:
         return Matrix(self.rows_address, self.extra, offset, self.n_in, self.n_out, self.panel)
 
@@ -109,6 +117,15 @@ class ExpertKernel:
         for matrix, offset in zip(self._matrices, self._offsets, strict=True):
             matrix.pack(source, slot + offset)
             source += matrix.raw_bytes
+
+    def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
+        assert raw.dtype == np.uint8
+        assert raw.flags.c_contiguous
+        assert raw.size == sum(m.raw_bytes for m in self._matrices)
+        target = raw.ctypes.data
+        for matrix, offset in zip(self._matrices, self._offsets, strict=True):
+            matrix.unpack(slot + offset, target)
+            target += matrix.raw_bytes
 
     def run(
         self,

@@ -52,6 +52,10 @@ class FfnKernel(Protocol):
         """Fills the slot at address `slot` (64-byte aligned) from gate|up|down ggml rows; releases the interpreter lock."""
         ...
 
+    def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
+        """The inverse of `pack`: gate|up|down ggml rows from the slot at address `slot`; releases the interpreter lock."""
+        ...
+
     def run(
         self,
         slots: npt.NDArray[np.uint64],

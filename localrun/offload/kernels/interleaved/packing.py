@@ -49,12 +49,12 @@ def _pack_quads(_typing: Any, change: Any, source: Any, row_bytes: Any, n_quads:
             parts = [s.load(builder.gep(row, [offset]), 0, ir.VectorType(I32, 4)) for row in rows]
             while len(parts) > 4:
                 parts = [
-                    _shuffle(s, a, b, range(2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)
+                    shuffle(s, a, b, range(2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2], strict=True)
                 ]
             for item in range(4):
                 places = [4 * row + item for row in range(8)]
-                vector = _shuffle(
-                    s, _shuffle(s, parts[0], parts[1], places), _shuffle(s, parts[2], parts[3], places), range(16)
+                vector = shuffle(
+                    s, shuffle(s, parts[0], parts[1], places), shuffle(s, parts[2], parts[3], places), range(16)
                 )
                 if change.literal_value == FLIP:
                     vector = builder.xor(vector, s.ints(-0x7F7F7F80))
@@ -69,7 +69,8 @@ def _pack_quads(_typing: Any, change: Any, source: Any, row_bytes: Any, n_quads:
     return types.void(change, *[types.intp] * 5), codegen
 
 
-def _shuffle(s: Simd, a: Any, b: Any, lanes: Any) -> Any:
+def shuffle(s: Simd, a: Any, b: Any, lanes: Any) -> Any:
+    """Dwords of `a` and `b`, numbered through, in another order."""
     indices = list(lanes)
     return s.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), indices))
 
@@ -194,7 +195,8 @@ _call_pack = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(_pack_matrix.address)
 
 
 @functools.cache
-def _layout(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
+def layout_numbers(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
+    """A format's layout for compiled code, see `_pack_matrix`."""
     f = FORMATS[type_]
     numbers = [f.block_bytes, f.meta_bytes, f.body_bytes, len(f.fields)]
     for field in f.fields:
@@ -204,4 +206,4 @@ def _layout(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
 
 def pack_matrix(type_: GGMLQuantizationType, raw: int, row_bytes: int, n_out: int, target: int) -> None:
     """Interleaves `n_out` ggml rows at address `raw` into `target`; releases the interpreter lock."""
-    _call_pack(_layout(type_).ctypes.data, raw, row_bytes, n_out, target)
+    _call_pack(layout_numbers(type_).ctypes.data, raw, row_bytes, n_out, target)

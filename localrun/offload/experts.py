@@ -19,13 +19,14 @@ import numpy.typing as npt
 
 from localrun.errors import BudgetError, DecodeError, StoppedError
 from localrun.offload.device import Weight, expert_device
-from localrun.offload.gpu_tier import GpuTier, Heat
+from localrun.offload.gpu_stream import LONG_TOKENS
+from localrun.offload.gpu_tier import GpuCall, GpuTier, Heat
 from localrun.offload.kernels import FfnKernel
-from localrun.offload.layer_call import Compute, LayerCall, StartOnGpu
+from localrun.offload.layer_call import Compute, LayerCall
 from localrun.offload.native import LayerRecord, expert_record
 from localrun.offload.routing import Routing, gated
 from localrun.offload.slots import Slot, SlotState, SlotTable
-from localrun.offload.store import ExpertStore, Ticket
+from localrun.offload.store import ExpertStore, Receiver, Ticket
 from localrun.offload.telemetry import Counter, Telemetry
 from localrun.offload.trace import TraceRecorder
 from localrun.offload.upgrades import Upgrades
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 64
 """Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
+_ANY_TOKENS = 1 << 60
 CERTAIN = 0.9
 """Least probability with which an expert must be needed to be read ahead."""
 PROMPT_SHARE = 1 / 3
@@ -110,7 +112,7 @@ class ExpertPool:
                 all_wanted[layer, : variants.size] = variants
             self._upgrades = Upgrades(self.table, all_wanted)
         self._path_lock = threading.Lock()
-        self._python_only: npt.NDArray[np.int64] = np.zeros(1, np.int64)
+        self._compiled_below: npt.NDArray[np.int64] = np.full(1, _ANY_TOKENS, np.int64)
         self._weights: dict[int, Weight] = {}
         self._records = {layer: self._record(layer) for layer in layers}
         self._error: BaseException | None = None
@@ -133,7 +135,7 @@ class ExpertPool:
             table.uses[layer],
             table.tick,
             self.telemetry.values[layer],
-            self._python_only,
+            self._compiled_below,
             [kernel.call for kernel in self._kernels[layer]],
         )
 
@@ -163,8 +165,7 @@ class ExpertPool:
                 kernel.run(addresses, part.starts, part.x_rows, part.out_rows, x_rows, out_rows)
 
         gpu = self._gpu if self._collector is None else None
-        start_on_gpu = None if gpu is None else lambda part: gpu.start(layer, part, x_rows, out_rows)
-        self._call(layer, ids_at(ids), compute, start_on_gpu)
+        self._call(layer, ids_at(ids), compute, gpu.call(layer, x_rows, out_rows) if gpu is not None else None)
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""
@@ -254,9 +255,12 @@ class ExpertPool:
         self._choose_path()
 
     def _choose_path(self) -> None:
-        """The compiled path can't stop, record or collect; the flag is set before anyone looks at the reasons again."""
+        """The compiled path can't stop, record, collect or stream; the number is set before anyone looks at the reasons again."""
         with self._path_lock:
-            self._python_only[0] = self._stop.is_set() or self._recorder is not None or self._collector is not None
+            if self._stop.is_set() or self._recorder is not None or self._collector is not None:
+                self._compiled_below[0] = 0
+            else:
+                self._compiled_below[0] = _ANY_TOKENS if self._gpu is None else LONG_TOKENS
 
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
@@ -300,9 +304,13 @@ class ExpertPool:
 
     def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
         """A slot for the copy that this expert is read in; when somebody waits (`evict`) in adaptive mode, the base's."""
-        variant = 0 if evict and self._upgrades is not None else int(self._wanted[layer][expert])
+        variant = self.variant_to_read(layer, expert) if evict else int(self._wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
         return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
+
+    def variant_to_read(self, layer: int, expert: int) -> int:
+        """The copy in which an expert is read that somebody waits for."""
+        return 0 if self._upgrades is not None else int(self._wanted[layer][expert])
 
     def read_ahead_for_prompt(self, layer: int, n_tokens: int, share_used: float) -> None:
         """After a long batch's call of `layer`: starts reading what the next layer will almost certainly ask for, so that the drive
@@ -377,10 +385,11 @@ class ExpertPool:
 
     # -- experts on GPUs -----------------------------------------------------------------------------------------------
 
-    def use_gpu(self, tier: GpuTier) -> None:
-        """From now on experts may live on GPUs; the pool closes the tier."""
+    def use_gpu(self, tier: GpuTier, *, n_unpackers: int = 1) -> None:
+        """From now on experts may live on GPUs, or pass through them; the pool closes the tier."""
         self._gpu = tier
-        tier.begin(self)
+        tier.begin(self, n_unpackers=n_unpackers)
+        self._choose_path()
 
     @property
     def gpu(self) -> GpuTier | None:
@@ -397,12 +406,26 @@ class ExpertPool:
             with self._lock:
                 self._gpu.step(self, heat)
 
-    def read_raw(self, slot: Slot) -> None:
-        """Starts reading ggml rows into memory outside the table, on behalf of the GPU tier; any thread."""
+    def read_rows(self, slot: Slot, receiver: Receiver) -> None:
+        """Starts reading ggml rows into memory outside the table, after what others wait for; any thread."""
         with self._lock:
-            self._n_ahead += 1
             row = self.telemetry.values[slot.layer]
-            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True, raw=True).read_bytes
+            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True, receiver=receiver).read_bytes
+
+    def copy_rows(self, layer: int, expert: int, variant: int, rows: npt.NDArray[np.uint8]) -> bool:
+        """Writes an expert's ggml rows from its copy in RAM; False if there is none in this variant. Any thread."""
+        with self._lock:
+            slot = self.table.peek(layer, expert)
+            # One pinned slot must not be the only one that there is.
+            if slot is None or slot.state is not SlotState.READY or slot.variant != variant or len(self.table) < 2:
+                return False
+            self.table.pin(slot)
+        try:
+            self._kernels[layer][variant].unpack(slot.address, rows)
+        finally:
+            with self._lock:
+                self.table.unpin(slot)
+        return True
 
     def drop(self, slot: Slot) -> None:
         """Frees the RAM copy of an expert that lives elsewhere now; between two decodes, with the pool's lock."""
@@ -429,10 +452,6 @@ class ExpertPool:
     def finished(self, ticket: Ticket) -> None:
         """Residency after a read: READY, or gone if it failed. The caller holds the lock."""
         self._n_ahead -= ticket.ahead
-        if ticket.raw:
-            assert self._gpu is not None
-            self._gpu.arrived(ticket.error)
-            return
         if ticket.slot.replaces is not None:
             assert self._upgrades is not None
             self._upgrades.arrived(ticket)
@@ -449,13 +468,13 @@ class ExpertPool:
 
     # -- one call ------------------------------------------------------------------------------------------------------
 
-    def _call(self, layer: int, ids: I32, compute: Compute, start_on_gpu: StartOnGpu | None = None) -> None:
+    def _call(self, layer: int, ids: I32, compute: Compute, gpu: GpuCall | None = None) -> None:
         started = time.perf_counter_ns()
         with self._lock:
             self._settle()
             if self._recorder is not None:
                 self._recorder.record(layer, ids)
-            call = LayerCall(self, layer, ids, compute, start_on_gpu)
+            call = LayerCall(self, layer, ids, compute, gpu)
             evictions = self.table.n_evictions
             try:
                 call.run()
@@ -469,6 +488,7 @@ class ExpertPool:
             row[Counter.REQUESTS] += ids.size
             row[Counter.HITS] += call.n_hits
             row[Counter.GPU_HITS] += call.n_gpu
+            row[Counter.STREAMED] += call.n_streamed
             row[Counter.MISSES] += call.n_misses
             row[Counter.BYTES_READ] += call.bytes_read
             row[Counter.EVICTIONS] += self.table.n_evictions - evictions

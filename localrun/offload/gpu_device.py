@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes as C
 import logging
+import mmap
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.offload import ggml
@@ -37,6 +41,33 @@ class GpuDevice:
     description: str
     free_bytes: int
     total_bytes: int
+
+
+class HostMemory:
+    """RAM from which uploads to a device go fastest: pinned where its backend has such, else plain pages. `close` frees it.
+
+    Attributes:
+        array: (n_bytes,) the memory; not to be used after `close`.
+    """
+
+    def __init__(self, device: GpuDevice, n_bytes: int) -> None:
+        lib = ggml.library()
+        buffer_type = lib.ggml_backend_dev_host_buffer_type(device.address)
+        self._buffer = lib.ggml_backend_buft_alloc_buffer(buffer_type, n_bytes) if buffer_type else None
+        self._pages: mmap.mmap | None = None
+        memory: Any
+        if self._buffer:
+            memory = (C.c_uint8 * n_bytes).from_address(lib.ggml_backend_buffer_get_base(self._buffer))
+        else:  # the backend has none, or no more of it
+            memory = self._pages = mmap.mmap(-1, n_bytes)
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, n_bytes)
+
+    def close(self) -> None:
+        """Frees the memory."""
+        self.array = np.zeros(0, np.uint8)
+        buffer, self._buffer, self._pages = self._buffer, None, None  # plain pages go with their last array
+        if buffer:
+            ggml.library().ggml_backend_buffer_free(buffer)
 
 
 def gpu_devices() -> list[GpuDevice]:

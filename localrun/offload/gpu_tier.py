@@ -1,12 +1,12 @@
 """Which experts live on GPUs: placed by the routing profile at load, exchanged by use while running.
 
-An expert on a GPU is in no RAM slot. Its rows are read by the store like any other expert's, kept as they are (GPUs know ggml's
-layouts, not ours) and copied by a thread of this module, so decoding never waits for an upload; its reads share the drive with
-those that somebody waits for, and come second. What has arrived is put to use between two decodes. An expert that leaves a GPU is
-on the drive again and comes back through RAM when it is asked for.
+An expert on a GPU is in no RAM slot. Its ggml rows (GPUs don't know our layouts) are made from its copy in RAM, or read by the
+store, whose reads for others come first, and copied by a thread of this module, so decoding never waits for an upload. What has
+arrived is put to use between two decodes. An expert that leaves a GPU is on the drive again and comes back through RAM when it is
+asked for.
 
-Threads: the filling thread owns the staging buffer and uploads; everything else happens on the decoding thread, under the pool's
-lock where it touches residency.
+Threads: the filling thread owns the staging buffer and uploads; calls of many tokens are driven by each GPU's own thread
+(`gpu_stream.py`); everything else happens on the decoding thread, under the pool's lock where it touches residency.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ import numpy.typing as npt
 from localrun.errors import BudgetError, StoppedError
 from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
+from localrun.offload.gpu_stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.offload.native import MAX_VARIANTS
 from localrun.offload.routing import Routing
 from localrun.offload.slots import Slot
+from localrun.offload.store import Ticket
 from localrun.offload.view import F32, I32
 from localrun.units import format_size
 
@@ -43,7 +45,7 @@ EXCHANGE_EVERY = 16
 EXCHANGE_GAIN = 1.5
 """How much hotter it must be, so that experts of similar use don't change places for ever."""
 _LEAST_HEAT = 4.0
-_POLL_S = 0.002
+_POLL_S = 0.1
 
 Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
 """(n_experts,) how much each expert of a layer was used, recent uses counting more."""
@@ -72,6 +74,7 @@ class GpuTier:
         specs: shape and types by (layer, variant).
         wanted: by layer the variant of each expert.
         ranking: (layer, expert), the likeliest first; all experts.
+        rings: what long prompts stream, and where; None: nothing.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class GpuTier:
         specs: Mapping[BankKey, FfnSpec],
         wanted: Mapping[int, I32],
         ranking: Sequence[tuple[int, int]],
+        rings: Rings | None = None,
     ) -> None:
         n_layers, n_experts = max(wanted) + 1, max(variants.size for variants in wanted.values())
         self._wanted = wanted
@@ -91,16 +95,28 @@ class GpuTier:
         self._under_way: set[tuple[int, int]] = set()
         self._uploaded: queue.SimpleQueue[tuple[_Upload, BaseException | None]] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._read = threading.Event()
-        self._read_error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._staging: mmap.mmap | None = None
         self._n_decodes = 0
         self.n_exchanged = 0
         self.slots: list[GpuSlots] = []
+        self.lanes: list[GpuLane] = []
+        self.rings = rings
+        self._ring_of: dict[BankKey, int] = {}
+        if rings is not None:
+            number = {kernel.spec: i for i, kernel in enumerate(rings.kernels)}
+            self._ring_of = {key: number[spec] for key, spec in specs.items() if spec in number}
         try:
-            for counts, (device, budget) in zip(share_out(gpus, specs, wanted, ranking), gpus, strict=True):
-                self.slots.append(GpuSlots(device, counts, specs, budget))
+            ring_bytes = [
+                rings.bytes_on(device) if rings is not None and i == rings.gpu else 0
+                for i, (device, _) in enumerate(gpus)
+            ]
+            left = [(device, budget - ring) for (device, budget), ring in zip(gpus, ring_bytes, strict=True)]
+            for i, counts in enumerate(share_out(left, specs, wanted, ranking)):
+                passing = rings.specs if rings is not None and i == rings.gpu else {}
+                counts.update(dict.fromkeys(passing, RING_SLOTS))
+                device, budget = gpus[i]
+                self.slots.append(GpuSlots(device, counts, {**specs, **passing}, budget))
         except BaseException:
             self.close()
             raise
@@ -136,35 +152,34 @@ class GpuTier:
 
     # -- computing -----------------------------------------------------------------------------------------------------
 
-    def start(self, layer: int, part: Routing, x: F32, out: F32) -> Callable[[], None]:
-        """Starts the pairs of experts that are all on GPUs.
+    def call(self, layer: int, x: F32, out: F32) -> GpuCall:
+        """For one layer call; see `GpuCall`."""
+        return GpuCall(self, layer, x, out)
 
-        Returns:
-            A function that waits for them and writes their rows of `out`; to be called once.
-        """
-        running: list[tuple[GpuSlots, F32, I32]] = []
+    def pairs(self, layer: int, part: Routing) -> list[tuple[int, Pairs]]:
+        """(GPU, pairs) by bank, of experts that are all on GPUs."""
         counts = np.diff(part.starts)
         gpus, variants = self.where[layer, part.experts], self._wanted[layer][part.experts]
         slots = np.repeat(self._slot[layer, part.experts], counts)
         groups = gpus.astype(np.int32) * MAX_VARIANTS + variants
+        result = []
         for group in [groups[0]] if (groups == groups[0]).all() else np.unique(groups):
             gpu, variant = divmod(int(group), MAX_VARIANTS)
-            pairs = np.flatnonzero(np.repeat(groups == group, counts))
-            result = self.slots[gpu].start((layer, variant), slots[pairs], x[part.x_rows[pairs]])
-            running.append((self.slots[gpu], result, part.out_rows[pairs]))
+            rows = np.flatnonzero(np.repeat(groups == group, counts))
+            result.append((gpu, Pairs((layer, variant), slots[rows], part.x_rows[rows], part.out_rows[rows])))
+        return result
 
-        def finish() -> None:
-            for slots in {id(slots): slots for slots, _, _ in running}.values():
-                slots.finish()
-            for _, result, out_rows in running:
-                out[out_rows] = result
-
-        return finish
+    def ring_of(self, layer: int, variant: int) -> int | None:
+        """Ring through which this layer's experts of a variant pass, if any does."""
+        return self._ring_of.get((layer, variant))
 
     # -- residency -----------------------------------------------------------------------------------------------------
 
-    def begin(self, pool: ExpertPool) -> None:
-        """Starts the filling thread."""
+    def begin(self, pool: ExpertPool, *, n_unpackers: int = 1) -> None:
+        """Starts the threads."""
+        for i, slots in enumerate(self.slots):
+            kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
+            self.lanes.append(GpuLane(slots, kernels, pool.store, n_unpackers=n_unpackers))
         self._staging = mmap.mmap(-1, max(self.staging_bytes, 4096))
         self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
         self._thread.start()
@@ -242,11 +257,6 @@ class GpuTier:
 
     # -- the filling thread --------------------------------------------------------------------------------------------
 
-    def arrived(self, error: BaseException | None) -> None:
-        """The read that the filling thread waits for has ended; any thread."""
-        self._read_error = error
-        self._read.set()
-
     def _fill(self, pool: ExpertPool) -> None:
         assert self._staging is not None
         memory = np.frombuffer(self._staging, np.uint8)
@@ -265,17 +275,24 @@ class GpuTier:
         slots = self.slots[upload.place.gpu]
         sizes = slots.banks[upload.place.key].row_bytes
         variant = upload.place.key[1]
-        self._read.clear()
-        target = Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant)
-        pool.read_raw(target)
-        while not self._read.wait(_POLL_S):
-            if self._closing.is_set():
-                raise StoppedError("closing")
-            pool.settle()
-        if self._read_error is not None:
-            raise self._read_error
+        rows = memory[: sum(sizes)]
+        if not pool.copy_rows(upload.layer, upload.expert, variant, rows):
+            self._read(pool, Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant))
         ends = np.cumsum((0, *sizes))
         slots.upload(upload.place.key, upload.place.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
+
+    def _read(self, pool: ExpertPool, target: Slot) -> None:
+        tickets: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        pool.read_rows(target, tickets.put)
+        while True:  # nobody hands over what was still waiting when the store was closed
+            try:
+                ticket = tickets.get(timeout=_POLL_S)
+                break
+            except queue.Empty:
+                if self._closing.is_set():
+                    raise StoppedError("closing") from None
+        if ticket.error is not None:
+            raise ticket.error
 
     def close(self) -> None:
         """Ends the filling thread, then frees the GPUs' memory; before the store is closed."""
@@ -283,9 +300,121 @@ class GpuTier:
         self._uploads.put(None)
         if self._thread is not None:
             self._thread.join()
+        for lane in self.lanes:
+            lane.close()
         for slots in self.slots:
             slots.close()
-        self.slots = []
+        self.lanes, self.slots = [], []
+
+
+class GpuCall:
+    """One layer call's work on GPUs: started, then waited for. For the decoding thread; `abandon` ends it in any case.
+
+    Few tokens are multiplied by graphs that this thread starts; for `LONG_TOKENS` and more each GPU's own thread does all, so that
+    the CPU's share never waits for it.
+
+    Args:
+        x, out: the call's inputs and outputs.
+    """
+
+    def __init__(self, tier: GpuTier, layer: int, x: F32, out: F32) -> None:
+        self._tier, self._layer, self._x, self._out = tier, layer, x, out
+        self._running: list[tuple[GpuSlots, F32, I32]] = []
+        self._jobs: list[Job] = []
+
+    def choose(
+        self, n_pairs: I32, variants: I32, in_ram: npt.NDArray[np.bool_], others: int, resident: int
+    ) -> npt.NDArray[np.int32]:
+        """Which experts to stream.
+
+        Args:
+            n_pairs: (n,) pairs of each candidate.
+            variants: (n,) the copy that would be used.
+            in_ram: (n,) whether that is in RAM.
+            others: pairs that the CPU has to do in any case.
+            resident: pairs of experts that live on GPUs.
+
+        Returns:
+            Indices of candidates, ascending; mostly none.
+        """
+        rings = self._tier.rings
+        nobody = np.zeros(0, np.int32)
+        if rings is None:
+            return nobody
+        cpu_s, gpu_s = np.zeros(n_pairs.size), np.full(n_pairs.size, np.inf)
+        used = []
+        for variant in np.unique(variants):
+            ring, same = self._tier.ring_of(self._layer, int(variant)), variants == variant
+            if ring is None:
+                cpu_s[same] = rings.costs[0].cpu.of(n_pairs[same])
+                continue
+            costs = rings.costs[ring]
+            used.append(costs)
+            cpu_s[same] = costs.cpu.of(n_pairs[same])
+            gpu_s[same] = np.maximum(costs.gpu.of(n_pairs[same]) - np.where(in_ram[same], 0.0, costs.unpack_s), 1e-9)
+        if not used:
+            return nobody
+        return choose(
+            cpu_s,
+            gpu_s,
+            others_s=others * used[0].cpu.pair_s,
+            busy_s=resident * used[0].gpu.pair_s,
+            slowdown=max(costs.slowdown for costs in used),
+        )
+
+    def ring_of(self, variant: int) -> int | None:
+        """Ring through which experts of a variant pass, if any does."""
+        return self._tier.ring_of(self._layer, variant)
+
+    def start(self, part: Routing | None) -> None:
+        """Starts the pairs of experts that are all on GPUs, few of them."""
+        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+            slots = self._tier.slots[gpu]
+            self._running.append((slots, slots.start(pairs.key, pairs.slots, self._x[pairs.x_rows]), pairs.out_rows))
+
+    def start_long(self, part: Routing | None, passing: Sequence[Passing]) -> None:
+        """Starts the pairs of experts that are all on GPUs, and streams others.
+
+        Args:
+            passing: in file order; what has an address stays there until `wait` or `abandon` returns.
+        """
+        jobs: dict[int, Job] = {}
+        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+            job = jobs.setdefault(gpu, Job(self._x, self._out))
+            job.resident = [*job.resident, pairs]
+        if passing and self._tier.rings is not None:
+            jobs.setdefault(self._tier.rings.gpu, Job(self._x, self._out)).passing = passing
+        for gpu, job in jobs.items():
+            self._jobs.append(job)
+            self._tier.lanes[gpu].submit(job)
+
+    def wait(self) -> int:
+        """Waits until all outputs are written; returns the bytes that were read.
+
+        Raises:
+            DecodeError, StoreError, ChecksumError: the first thing that failed.
+        """
+        running, self._running = self._running, []
+        for slots in {id(slots): slots for slots, _, _ in running}.values():
+            slots.finish()
+        for _, result, out_rows in running:
+            self._out[out_rows] = result
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.done.wait()
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return sum(job.bytes_read for job in jobs)
+
+    def abandon(self) -> None:
+        """After an error elsewhere: ends what runs, because it uses the call's memory."""
+        for job in self._jobs:
+            job.cancelled = True
+        try:
+            self.wait()
+        except Exception as error:  # the first one counts
+            log.debug("blk.%d: %s", self._layer, error)
 
 
 def share_out(

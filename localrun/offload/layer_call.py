@@ -2,7 +2,8 @@
 
 Experts in RAM are computed at once; reads of the others start first, and they are computed as they arrive. Experts of the running
 call are pinned; when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts
-are released and their memory takes the next ones. Each expert is read at most once per call, in file order.
+are released and their memory takes the next ones. Each expert is read at most once per call, in file order. Those of a long prompt
+may pass through a GPU instead (`gpu_stream.py`), whether they are in RAM or not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localrun.errors import BudgetError
+from localrun.offload.gpu_stream import LONG_TOKENS, Passing
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.policy import TAIL_TOKENS
 from localrun.offload.routing import Routing, route
@@ -24,12 +26,10 @@ from localrun.offload.view import I32
 
 if TYPE_CHECKING:
     from localrun.offload.experts import ExpertPool
+    from localrun.offload.gpu_tier import GpuCall
 
 Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""
-
-StartOnGpu = Callable[[Routing], Callable[[], None]]
-"""Starts experts that live on GPUs; what it returns waits for their results."""
 
 
 class LayerCall:
@@ -38,23 +38,23 @@ class LayerCall:
     Attributes:
         n_hits, n_misses: distinct experts that were in RAM or on a GPU, and the others.
         n_gpu: those on a GPU.
+        n_streamed: those that passed through a GPU.
         bytes_read: of reads that this call started.
         wait_ns, compute_ns: time without anything to compute, and in kernels.
     """
 
-    def __init__(
-        self, pool: ExpertPool, layer: int, ids: I32, compute: Compute, start_on_gpu: StartOnGpu | None
-    ) -> None:
-        self._pool, self._layer, self._compute = pool, layer, compute
-        self._start_on_gpu = start_on_gpu
-        self._finish_gpu: Callable[[], None] | None = None
+    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Compute, gpu: GpuCall | None) -> None:
+        self._pool, self._layer, self._compute, self._gpu = pool, layer, compute, gpu
+        self._is_long = len(ids) >= LONG_TOKENS
+        self._streamed: set[int] = set()  # indices whose slots in RAM are being unpacked
         self._routing = route(ids, pool.layers[layer].n_experts)
         # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
         self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
         self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
         self._awaited: dict[Slot, int] = {}
         self._todo: deque[int] = deque()
-        self.n_gpu = self.n_hits = self.n_misses = self.bytes_read = self.wait_ns = self.compute_ns = 0
+        self.n_gpu = self.n_hits = self.n_misses = self.n_streamed = 0
+        self.bytes_read = self.wait_ns = self.compute_ns = 0
 
     @property
     def n_distinct(self) -> int:
@@ -67,7 +67,7 @@ class LayerCall:
         ready, on_gpu = [], []
         self._pool.table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
         for i, expert in enumerate(self._routing.experts):
-            if self._start_on_gpu is not None and self._pool.on_gpu(self._layer, int(expert)):
+            if self._gpu is not None and self._pool.on_gpu(self._layer, int(expert)):
                 on_gpu.append(i)
                 continue
             slot = self._pool.table.peek(self._layer, int(expert))
@@ -86,9 +86,9 @@ class LayerCall:
                 self._awaited[slot] = i
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
-        if on_gpu and self._start_on_gpu is not None:
+        if self._gpu is not None and (on_gpu or self._is_long):
             started = time.perf_counter_ns()
-            self._finish_gpu = self._start_on_gpu(self._part(on_gpu))
+            ready = self._start_gpu(self._gpu, on_gpu, ready)
             self.compute_ns += time.perf_counter_ns() - started
         self._start_reads()
         self._run_kernel(ready)
@@ -99,6 +99,48 @@ class LayerCall:
         self._wait_for_gpu()
         self._chill_wrong_guesses()
 
+    def _start_gpu(self, gpu: GpuCall, on_gpu: list[int], ready: list[int]) -> list[int]:
+        """Starts what lives on GPUs and, in a long call, what passes through one; returns what is left of `ready`."""
+        part = self._part(on_gpu) if on_gpu else None
+        if not self._is_long:
+            gpu.start(part)
+            return ready
+        passing = self._choose_passing(gpu, on_gpu, ready)
+        gpu.start_long(part, [self._passing(i, ring) for i, ring in passing.items()])
+        self.n_streamed = len(passing)
+        self._streamed = {i for i in passing if i in self._pinned}
+        self._todo = deque(i for i in self._todo if i not in passing)
+        return [i for i in ready if i not in passing]
+
+    def _choose_passing(self, gpu: GpuCall, on_gpu: list[int], ready: list[int]) -> dict[int, int]:
+        """Index -> ring of the experts to stream, in file order."""
+        # What is not there and will be needed after the prompt has to come into RAM.
+        missing = [i for i in self._todo if not self._in_tail(self._routing.experts[i])]
+        indices = np.array(sorted([*ready, *missing]), np.int32)
+        if indices.size == 0:
+            return {}
+        counts = np.diff(self._routing.starts)
+        resident = int(counts[on_gpu].sum())
+        variants = np.array([self._variant(int(i)) for i in indices], np.int32)
+        in_ram = np.array([int(i) in self._pinned for i in indices])
+        others = int(counts.sum()) - resident - int(counts[indices].sum())
+        chosen = gpu.choose(counts[indices], variants, in_ram, others, resident)
+        rings = {int(indices[c]): gpu.ring_of(int(variants[c])) for c in chosen}
+        return {i: ring for i, ring in rings.items() if ring is not None}
+
+    def _variant(self, i: int) -> int:
+        """The copy of an expert that this call uses."""
+        slot = self._pinned.get(i)
+        return slot.variant if slot else self._pool.variant_to_read(self._layer, int(self._routing.experts[i]))
+
+    def _passing(self, i: int, ring: int) -> Passing:
+        slot, routing = self._pinned.get(i), self._routing
+        pairs = slice(routing.starts[i], routing.starts[i + 1])
+        expert, address = int(routing.experts[i]), slot.address if slot else 0
+        return Passing(
+            ring, self._layer, expert, self._variant(i), address, routing.x_rows[pairs], routing.out_rows[pairs]
+        )
+
     def _chill_wrong_guesses(self) -> None:
         guessed, table = self._pool.guessed, self._pool.table
         for slot in [slot for slot in guessed if slot.layer == self._layer]:
@@ -108,15 +150,23 @@ class LayerCall:
                 table.chill(slot)
 
     def _wait_for_gpu(self) -> None:
-        finish, self._finish_gpu = self._finish_gpu, None
-        if finish is not None:
-            started = time.perf_counter_ns()
-            finish()
-            self.compute_ns += time.perf_counter_ns() - started
+        gpu, self._gpu = self._gpu, None
+        if gpu is None:
+            return
+        started = time.perf_counter_ns()
+        try:
+            self.bytes_read += gpu.wait()
+        finally:
+            gpu.abandon()
+        self.compute_ns += time.perf_counter_ns() - started
+        streamed, self._streamed = self._streamed, set()
+        for i in streamed:
+            self._unpin(i)
 
     def release(self) -> None:
         """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
-        self._wait_for_gpu()  # also after an error: it writes into the caller's memory
+        if self._gpu is not None:  # after an error; it writes into the caller's memory
+            self._gpu.abandon()
         while self._awaited:
             self._take(self._pool.store.completions.get(), raising=False)
         for i in list(self._pinned):
@@ -143,6 +193,10 @@ class LayerCall:
             self._pin(i, slot)
             self._awaited[slot] = i
             self.bytes_read += store.submit(slot).read_bytes
+        if self._todo and not self._awaited and self._streamed and len(self._pinned) == len(self._streamed):
+            self._wait_for_gpu()  # the last slots are its
+            self._start_reads()
+            return
         if self._todo and not self._awaited and not self._pinned:
             if self._pool.wait_for_read_ahead():
                 self._start_reads()  # memory that guesses were being read into can be taken now

@@ -12,7 +12,8 @@ import ctypes as C
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.experts import ExpertPool, floor_bytes, largest_slot
 from localrun.offload.ggml import Tensor
 from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_stream import Rings, StreamCosts, measure, staging_bytes, unpackers
 from localrun.offload.gpu_tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
@@ -44,6 +46,9 @@ from localrun.units import format_size
 log = logging.getLogger(__name__)
 
 _DIGITS = np.array(list("0123456789abcdefghijklmnopqrstuvwxyz"))
+
+RING_SHARE = 0.25
+"""Most of a GPU's memory for experts that rings may take: what lives there serves every token, what passes only long prompts."""
 
 MAX_BATCH = 2048
 """Largest batch whose experts the compiled path takes at once; longer ones go through Python, dense matrices in pieces."""
@@ -65,6 +70,8 @@ class OffloadOptions:
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
         profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.
+        stream: how long prompts use the GPUs for experts that have no place there: None: as measured at load (some tenths of a
+            second), and not at all where that gains nothing; else by these times of any expert.
         mirror: a second copy of the model on another drive, read in parallel.
         adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give other tokens.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
@@ -80,6 +87,7 @@ class OffloadOptions:
     dense_on_device: bool = True
     probe: bool = False
     profile_folder: Path | None = None
+    stream: StreamCosts | None = None
     mirror: Path | None = None
     adaptive: bool = False
     progress: Callable[[int, int], None] | None = None
@@ -205,7 +213,9 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     llama_log.install()
     device = expert_device()
     with contextlib.ExitStack() as opened:  # closes what was opened if anything after it fails
-        pool, ram_bytes = _open_pool(source, options)
+        kernels = _make_kernels(source, options)
+        rings = _rings(source, kernels, options)
+        pool, ram_bytes = _open_pool(source, kernels, rings, options)
         opened.callback(pool.close)
         dense = DenseMatrices(n_threads=options.n_threads)
         opened.callback(dense.close)
@@ -217,7 +227,7 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         )
         device.process.grow(scratch, MAX_BATCH * _metadata_int(source, "expert_used_count"), MAX_BATCH)
         learner, ahead = Learner(source, pool, options.profile_folder), ReadAhead(source, pool, depth=pool.read_depth)
-        _use_gpus(pool, options, learner.profile.ranking())
+        _use_gpus(pool, rings, options, learner.profile.ranking())
         learner.keep_hottest()
         result = OffloadedModel(source, model, pool, dense, ahead, learner, ram_bytes)
         opened.pop_all()
@@ -226,8 +236,57 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     return result
 
 
-def _use_gpus(pool: ExpertPool, options: OffloadOptions, ranking: Sequence[tuple[int, int]]) -> None:
-    gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
+def _rings(source: ModelSource, kernels: Mapping[int, Sequence[FfnKernel]], options: OffloadOptions) -> Rings | None:
+    """What long prompts stream through which GPU, by measurement; None: nothing.
+
+    All formats of the model through the GPU on which its commonest format is fastest; rings take at most a quarter of what experts
+    may have there.
+    """
+    count: Counter[FfnSpec] = Counter()
+    by_spec: dict[FfnSpec, FfnKernel] = {}
+    for layer, variants in kernels.items():
+        for variant, n in zip(*np.unique(_wanted_variants(source, layer), return_counts=True), strict=True):
+            kernel = variants[int(variant)]
+            by_spec[kernel.spec] = kernel
+            count[kernel.spec] += int(n)
+    ordered = [by_spec[spec] for spec, _ in count.most_common()]
+    if not ordered:
+        return None
+    n_unpackers = unpackers(options.n_threads)
+
+    def times(device: GpuDevice, kernel: FfnKernel) -> StreamCosts | None:
+        return options.stream or measure(device, kernel, n_unpackers)
+
+    best: tuple[float, int, StreamCosts] | None = None
+    for gpu, (device, budget) in enumerate(_expert_gpus(options)):
+        if Rings(gpu, ordered[:1], ()).bytes_on(device) > budget * RING_SHARE:
+            continue
+        costs = times(device, ordered[0])
+        if costs is not None and (best is None or costs.gpu.expert_s < best[0]):
+            best = costs.gpu.expert_s, gpu, costs
+    if best is None:
+        return None
+    _, gpu, costs = best
+    device, budget = _expert_gpus(options)[gpu]
+    found = [(ordered[0], costs)]
+    for kernel in ordered[1:]:
+        if Rings(gpu, [k for k, _ in found] + [kernel], ()).bytes_on(device) > budget * RING_SHARE:
+            break
+        other = times(device, kernel)
+        if other is not None:
+            found.append((kernel, other))
+    log.info("%s: long prompts stream experts (%s)", device.name, costs)
+    return Rings(gpu, [kernel for kernel, _ in found], [costs for _, costs in found])
+
+
+def _expert_gpus(options: OffloadOptions) -> list[tuple[GpuDevice, int]]:
+    return [(device, budget) for device, budget in options.gpus if budget > 0]
+
+
+def _use_gpus(
+    pool: ExpertPool, rings: Rings | None, options: OffloadOptions, ranking: Sequence[tuple[int, int]]
+) -> None:
+    gpus = _expert_gpus(options)
     if not gpus:
         return
     specs = {
@@ -239,7 +298,7 @@ def _use_gpus(pool: ExpertPool, options: OffloadOptions, ranking: Sequence[tuple
         (layer, expert) for expert in range(n_experts) for layer, moe in pool.layers.items() if expert < moe.n_experts
     ]
     order = [*ranking, *(at for at in others if at not in ranked)]
-    pool.use_gpu(GpuTier(gpus, specs, pool.wanted, order))
+    pool.use_gpu(GpuTier(gpus, specs, pool.wanted, order, rings), n_unpackers=unpackers(options.n_threads))
 
 
 def _free_model(model: Any) -> None:
@@ -248,13 +307,14 @@ def _free_model(model: Any) -> None:
     llama_cpp.llama_model_free(model)
 
 
-def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool, int]:
+def _open_pool(
+    source: ModelSource, kernels: Mapping[int, Sequence[FfnKernel]], rings: Rings | None, options: OffloadOptions
+) -> tuple[ExpertPool, int]:
     if not source.moe_layers:
         raise UnsupportedModelError(
             f"{source.path}: no routed experts (blk.N.ffn_gate_exps)",
             hint="localrun runs mixture-of-experts models; dense ones run in llama.cpp itself",
         )
-    kernels = _make_kernels(source, options)
     drive = probe_disk(source.files) if options.probe else DiskProfile()
     store = ExpertStore(
         source,
@@ -274,8 +334,10 @@ def _open_pool(source: ModelSource, options: OffloadOptions) -> tuple[ExpertPool
         )
         if options.adaptive:
             all_bytes *= 2  # while copies change, experts have two, and copies of two sizes leave holes
-        # What goes to a GPU goes through one more buffer, as ggml rows, which are no larger than a slot.
-        gpu_staging = largest_slot(kernels) if any(budget for _, budget in options.gpus) else 0
+        # What goes to a GPU goes through more buffers, as ggml rows, which are no larger than a slot.
+        gpu_staging = largest_slot(kernels) if _expert_gpus(options) else 0
+        if rings is not None:
+            gpu_staging += staging_bytes(rings.kernels)
         if options.ram_bytes is None:
             arena_bytes = all_bytes
         else:

@@ -64,10 +64,10 @@ P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_PLACES, P_BOUNDS, P_IOTA, P
 # A weight: what it is, for experts its layer and projection, for dense matrices their call
 W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
 KIND_DENSE, KIND_EXPERTS = 1, 2
-# A layer: residency by expert (slot address or 0, which variant), recency and use, counters, whether all calls go to Python,
-# calls by variant (K_ fields each: address, bytes of its jobs and tasks)
+# A layer: residency by expert (slot address or 0, which variant), recency and use, counters, the number of
+# tokens from which calls go to Python, calls by variant (K_ fields each: address, bytes of its jobs and tasks)
 L_N_EXPERTS, L_RESIDENT, L_VARIANTS, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(7)
-L_PYTHON_ONLY, L_N_CALLS, L_CALLS, L_FIELDS = range(7, 11)
+L_COMPILED_BELOW, L_N_CALLS, L_CALLS, L_FIELDS = range(7, 11)
 K_CALL, K_JOBS_BYTES, K_TASKS_BYTES, K_FIELDS = 0, 1, 2, 3
 
 MAX_EXPERTS: Final = 4096
@@ -310,7 +310,8 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
     x, ids = load_i64(first + _SRC + 8), load_i64(first + _SRC + 16)
     n_used, n_tokens = load_i64(ids + _NE), load_i64(ids + _NE + 8)
     if (
-        n_used * n_tokens > _get(process, P_CAPACITY)
+        n_tokens >= load_i64(_get(_get(weight, W_LAYER), L_COMPILED_BELOW))
+        or n_used * n_tokens > _get(process, P_CAPACITY)
         or load_i64(x + _NB) != 4
         or load_i64(down + _NB + 16) != (load_i64(down + _NB + 8) * n_used)
     ):
@@ -355,8 +356,7 @@ def graph_compute(backend: int, graph: int) -> int:
             done = 1 if _glu(node) else 0
         elif op == _MUL_MAT_ID:
             weight = _chain(graph, process, index, n_nodes)
-            allowed = weight != 0 and load_i64(_get(_get(weight, W_LAYER), L_PYTHON_ONLY)) == 0
-            if allowed and _experts(process, graph, index, weight):
+            if weight != 0 and _experts(process, graph, index, weight):
                 done = 4
         if done == 0:
             answer = _call_i64(_get(process, P_PYTHON), graph, index)
@@ -443,12 +443,12 @@ class LayerRecord:
         uses: npt.NDArray[np.int64],
         tick: npt.NDArray[np.int64],
         telemetry: npt.NDArray[np.int64],
-        python_only: npt.NDArray[np.int64],
+        compiled_below: npt.NDArray[np.int64],
         calls: Sequence[Call],
     ) -> None:
         assert 1 <= len(calls) <= MAX_VARIANTS
         self._calls = np.array([(call.address, call.jobs_bytes, call.tasks_bytes) for call in calls], np.int64)
-        self._keep = (resident, variants, stamps, uses, tick, telemetry, python_only, calls)
+        self._keep = (resident, variants, stamps, uses, tick, telemetry, compiled_below, calls)
         addresses = [a.ctypes.data for a in self._keep[:7]]
         self.fields = np.array([n_experts, *addresses, len(calls), self._calls.ctypes.data], np.int64)
         assert self.fields.size == L_FIELDS

@@ -5,7 +5,7 @@ MiB which I/O threads ("lanes") fetch in parallel: one read in flight leaves abo
 finishes an expert's last piece decodes (official formats to ggml rows), verifies the checksum once per expert, and packs the
 rows into the slot in the kernel's layout. No mmap: the kernel's read-ahead knows nothing of experts.
 
-`submit` and `completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
+`completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import preadv
 from pathlib import Path
@@ -78,14 +78,14 @@ class Ticket:
         slot: what it fills.
         projections: where the bytes are.
         ahead: nobody waits for it yet.
-        raw: fill the slot with ggml rows as they are, for a device that knows no other layout.
+        receiver: gets the ticket instead of `completions`, and ggml rows as they are instead of the kernel's layout.
         error: why it failed.
     """
 
     slot: Slot
     projections: tuple[Projection, ...]
     ahead: bool = False
-    raw: bool = False
+    receiver: Receiver | None = None
     error: Exception | None = None
     _left: int = 0
     _buffer: _Buffer | None = None
@@ -96,6 +96,10 @@ class Ticket:
     def read_bytes(self) -> int:
         """Payload bytes in the files."""
         return sum(extent.n_bytes for projection in self.projections for extent in projection.extents)
+
+
+Receiver = Callable[[Ticket], None]
+"""Called on a lane's thread when a read has ended; must not fail or wait."""
 
 
 class ExpertStore:
@@ -156,20 +160,20 @@ class ExpertStore:
         """True if all files are read past the page cache."""
         return all(handle.direct for copies in self._files for handle in copies)
 
-    def submit(self, slot: Slot, *, ahead: bool = False, raw: bool = False) -> Ticket:
-        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
+    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not. Any thread.
 
         Args:
             ahead: nobody waits for it: every wanted expert goes first.
-            raw: as ggml rows, not in the kernel's layout.
+            receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
         """
         recipe = self._source.expert if slot.variant else self._source.base_expert
-        ticket = Ticket(slot, (), ahead, raw)
+        ticket = Ticket(slot, (), ahead, receiver)
         try:
             ticket.projections = recipe(slot.layer, slot.expert)
         except Exception as error:  # whoever waits for this ticket must get it
             ticket.error = error
-            self.completions.put(ticket)
+            self._hand_over(ticket)
             return ticket
         with self._lock:
             (self._waiting_ahead if ahead else self._waiting).append(ticket)
@@ -279,8 +283,14 @@ class ExpertStore:
         ticket._buffer = None
         with self._lock:
             self._buffers.append(buffer)
-        self.completions.put(ticket)
+        self._hand_over(ticket)
         self._start_waiting()
+
+    def _hand_over(self, ticket: Ticket) -> None:
+        if ticket.receiver is None:
+            self.completions.put(ticket)
+        else:
+            ticket.receiver(ticket)
 
     def _fill(self, ticket: Ticket, buffer: _Buffer) -> None:
         slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
@@ -295,7 +305,7 @@ class ExpertStore:
         if self._verify and key not in self._verified:
             self._check(ticket, rows)
             self._verified.add(key)
-        if packer.raw_is_packed or ticket.raw:
+        if packer.raw_is_packed or ticket.receiver is not None:
             memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
             target = np.frombuffer(memory, np.uint8)
             at = 0

@@ -28,6 +28,7 @@ class Counter(IntEnum):
     COMPUTE_NS = 9  # in kernels
     TOTAL_NS = 10  # whole calls
     GPU_HITS = 11  # part of HITS that a GPU computed
+    STREAMED = 12  # distinct experts of a call that passed through a GPU, whether hit or miss
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Totals:
     compute_s: float
     total_s: float
     gpu_hits: int
+    streamed: int
 
     @property
     def hit_rate(self) -> float:
@@ -82,6 +84,7 @@ class Telemetry:
             v[Counter.COMPUTE_NS] / 1e9,
             v[Counter.TOTAL_NS] / 1e9,
             v[Counter.GPU_HITS],
+            v[Counter.STREAMED],
         )
 
     def layers(self) -> list[dict[str, int]]:

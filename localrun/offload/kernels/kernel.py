@@ -96,6 +96,8 @@ class ExpertKernel:
         self._matrices = tuple(
             PackedMatrix.choose(t, *shape, math=math) for t, shape in zip(spec.types, shapes, strict=True)
         )
+        gate, up, down = self._matrices
+        self.raw_bytes = (gate.raw_bytes, up.raw_bytes, down.raw_bytes)
         self.raw_is_packed = not any(m.interleaved for m in self._matrices)
         self._offsets, end = [], 0
         for matrix in self._matrices:
@@ -112,7 +114,7 @@ class ExpertKernel:
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
         assert raw.dtype == np.uint8
         assert raw.flags.c_contiguous
-        assert raw.size == sum(m.raw_bytes for m in self._matrices)
+        assert raw.size == sum(self.raw_bytes)
         source = raw.ctypes.data
         for matrix, offset in zip(self._matrices, self._offsets, strict=True):
             matrix.pack(source, slot + offset)
@@ -121,7 +123,7 @@ class ExpertKernel:
     def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
         assert raw.dtype == np.uint8
         assert raw.flags.c_contiguous
-        assert raw.size == sum(m.raw_bytes for m in self._matrices)
+        assert raw.size == sum(self.raw_bytes)
         target = raw.ctypes.data
         for matrix, offset in zip(self._matrices, self._offsets, strict=True):
             matrix.unpack(slot + offset, target)

@@ -38,6 +38,7 @@ class FfnKernel(Protocol):
     Attributes:
         name: format and instruction set, e.g. `mxfp4-avx512`.
         slot_bytes: size of one packed expert, a multiple of 64.
+        raw_bytes: sizes of gate, up and down as ggml rows.
         raw_is_packed: the packed form is gate|up|down ggml rows back to back, so bytes may be read straight into the slot.
         call: arguments of `run` for compiled callers (`tasks.Call`).
     """
@@ -45,6 +46,7 @@ class FfnKernel(Protocol):
     spec: FfnSpec
     name: str
     slot_bytes: int
+    raw_bytes: tuple[int, int, int]
     raw_is_packed: bool
     call: Call
 

@@ -8,7 +8,6 @@ from typing import Any
 import numba as nb
 import numpy as np
 from gguf import GGMLQuantizationType
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -57,7 +56,7 @@ def _unpack_quads(
             offset = builder.mul(i, stride)
             for r, row in enumerate(rows):
                 places = [2 * r, 2 * r + 1, 32 + 2 * r, 33 + 2 * r]
-                s.store(shuffle(s, *pairs, places), builder.gep(row, [offset]))
+                s.store(shuffle(s, pairs[0], pairs[1], places), builder.gep(row, [offset]))
             return []
 
         s.loop(n_quads, [], quad)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from localrun.engine.conversation_export import fenced
 from localrun.engine.conversations import Attachment
+from localrun.engine.conversations.export import fenced
 from localrun.errors import LocalrunError
 from localrun.units import format_size
 

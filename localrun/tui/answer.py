@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from localrun.engine.attachments import with_attachments
-from localrun.engine.conversation_export import fenced
 from localrun.engine.conversations import Message, MessageState
+from localrun.engine.conversations.export import fenced
 from localrun.engine.process import GenerateEvent
 from localrun.engine.protocol import Delta, Finished, PromptProgress, ToolCall
 from localrun.errors import LocalrunError

@@ -7,8 +7,8 @@ from typing import cast
 
 from textual import on
 
-from localrun.engine.conversation_export import ExportFormat, write_export
 from localrun.engine.conversations import SearchHit
+from localrun.engine.conversations.export import ExportFormat, write_export
 from localrun.errors import UsageError
 from localrun.textsafe import visible, visible_line
 from localrun.tui.chat_state import ChatState

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from localrun.engine.conversation_export import export_json, export_markdown, slug, write_export
 from localrun.engine.conversations import (
     Attachment,
     ConversationError,
@@ -23,6 +22,7 @@ from localrun.engine.conversations import (
     DamagedConversationsError,
     salvage,
 )
+from localrun.engine.conversations.export import export_json, export_markdown, slug, write_export
 
 
 @pytest.fixture

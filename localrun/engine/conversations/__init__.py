@@ -1,0 +1,28 @@
+"""The user's conversations: a SQLite file that is written as things happen and survives a crash at any moment.
+
+A conversation is a tree of messages. `head` names the last message on view, the path from the first message to it is what
+the model sees. Editing, regenerating and branching only add messages and move the head; nothing is ever overwritten except
+the message that is being written. Knows nothing about the engine, prompts or terminals; texts are kept as they were written
+(`localrun.textsafe` makes them safe to show).
+"""
+
+from __future__ import annotations
+
+from localrun.engine.conversations.damaged import Salvage, salvage
+from localrun.engine.conversations.database import ConversationError, DamagedConversationsError
+from localrun.engine.conversations.records import Attachment, Conversation, Message, MessageState, Role, SearchHit
+from localrun.engine.conversations.store import ConversationStore
+
+__all__ = [
+    "Attachment",
+    "Conversation",
+    "ConversationError",
+    "ConversationStore",
+    "DamagedConversationsError",
+    "Message",
+    "MessageState",
+    "Role",
+    "Salvage",
+    "SearchHit",
+    "salvage",
+]

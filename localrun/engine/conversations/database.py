@@ -1,0 +1,116 @@
+"""The file: its tables, opening and checking it, and SQLite's errors in words that help."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from localrun.errors import LocalrunError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "conversations.sqlite3"
+APPLICATION_ID = 0x4C52434E
+"""SQLite's header field that says whose file it is ("LRCN")."""
+
+BUSY_TIMEOUT_S = 10.0
+"""Another localrun may be writing; its transactions take milliseconds."""
+
+_SCHEMA = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    title TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    head INTEGER,
+    settings TEXT NOT NULL
+);
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id INTEGER NOT NULL REFERENCES conversations(id) ON DELETE CASCADE,
+    parent_id INTEGER REFERENCES messages(id) ON DELETE CASCADE,
+    role TEXT NOT NULL,
+    content TEXT NOT NULL,
+    reasoning TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    active_child INTEGER,
+    details TEXT NOT NULL
+);
+CREATE INDEX messages_of_conversation ON messages(conversation_id, parent_id);
+CREATE INDEX messages_by_parent ON messages(parent_id);
+CREATE TABLE state (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class ConversationError(LocalrunError):
+    """The file of conversations can't be read or written."""
+
+
+class DamagedConversationsError(ConversationError):
+    """The file is no sound database; `salvage` rescues what can be read."""
+
+    def __init__(self, path: Path, cause: object) -> None:
+        super().__init__(
+            f"{path}: the conversations are damaged ({cause})",
+            hint="what can be read is copied into a new file when you choose so; the damaged one is kept",
+        )
+        self.path = path
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Conversations are private: SQLite gives its side files the mode of the main one.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise ConversationError(
+            f"{path}: conversations can't be kept there: {error.strerror}",
+            hint="set LOCALRUN_DATA_DIR to another folder",
+        ) from error
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None)
+
+
+def prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Checks what is there and makes what is not."""
+    db.execute("PRAGMA foreign_keys = ON")
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA_VERSION:
+        raise ConversationError(
+            f"{path}: written by a newer localrun (format {version}, this one knows {SCHEMA_VERSION})",
+            hint="update localrun, or set LOCALRUN_DATA_DIR to another folder",
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    if version:
+        problem = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+        if problem != "ok":
+            raise DamagedConversationsError(path, problem)
+        return
+    db.execute("BEGIN IMMEDIATE")
+    # A second program may have made the tables while we waited for the lock.
+    if not db.execute("PRAGMA user_version").fetchone()[0]:
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.execute("ROLLBACK")
+            raise ConversationError(
+                f"{path}: a database, but not one of localrun's", hint="move it away or set LOCALRUN_DATA_DIR"
+            )
+        for statement in _SCHEMA.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute("COMMIT")
+
+
+def as_our_error(path: Path, error: sqlite3.Error) -> ConversationError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return DamagedConversationsError(path, error)
+    hints = {
+        sqlite3.SQLITE_FULL: "the disk is full: free some space",
+        sqlite3.SQLITE_READONLY: "make the file and its folder writable, or set LOCALRUN_DATA_DIR",
+        sqlite3.SQLITE_CANTOPEN: "make the folder writable, or set LOCALRUN_DATA_DIR",
+        sqlite3.SQLITE_BUSY: "another program holds the file: close it and try again",
+        sqlite3.SQLITE_IOERR: "the disk reports an error: look at its health before anything else",
+    }
+    return ConversationError(f"{path}: {error}", hint=hints.get(code))

@@ -53,6 +53,10 @@ def _setting(default: Any, parse: Callable[[object], Any]) -> Any:
     return field(default=default, metadata={"parse": parse})
 
 
+DEFAULT_BATCH = 512
+"""llama.cpp's n_ubatch."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """Table `[engine]`: how models are loaded.
@@ -65,6 +69,7 @@ class EngineSettings:
         rpc: `HOST:PORT` of llama.cpp's rpc-server on other machines, separated by commas.
         context: tokens of context; 0: as the model allows, at most 32768.
         threads: CPU threads; 0: one per physical core.
+        batch: tokens of a prompt that are read in one step: more need more memory, and each expert less often from the drive.
         kv: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
         mirror: path of a second copy of the model on another drive, read in parallel.
         adaptive: answer a miss from the base's smaller copy and fetch the better one later.
@@ -77,6 +82,7 @@ class EngineSettings:
     rpc: str | None = _setting(None, _text)
     context: int = _setting(0, _count)
     threads: int = _setting(0, _count)
+    batch: int = _setting(DEFAULT_BATCH, _count)
     kv: str = _setting("f16", _text)
     mirror: str | None = _setting(None, _text)
     adaptive: bool = _setting(False, _switch)

@@ -45,6 +45,12 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="auto|none|NAME,...", help="which GPUs")
     group.add_argument("--rpc", metavar="HOST:PORT,...", help="GPUs of other machines: their llama.cpp rpc-server")
     group.add_argument("--context", type=int, metavar="N", help="tokens of context")
+    group.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt per step (512): more read long prompts faster, from the drive or through a GPU, and need memory",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
     group.add_argument("--mirror", metavar="MODEL", help="a second copy on another drive, read in parallel")
     group.add_argument(
@@ -86,6 +92,7 @@ def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = 
         rpc=engine.rpc,
         n_ctx=engine.context,
         n_threads=engine.threads,
+        n_batch=engine.batch,
         kv_type=engine.kv,
         mirror=engine.mirror,
         adaptive=engine.adaptive,

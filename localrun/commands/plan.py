@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--base", metavar="TYPE", help="format of all experts, for a model that is yet to be converted")
     how.add_argument("--position", type=int, metavar="N", help="tokens in the context whose answer is predicted")
     how.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="length of the prompt (2048)")
-    how.add_argument("--batch", type=int, default=512, metavar="N", help="tokens per step of a prompt (512)")
+    how.add_argument("--batch", type=int, metavar="N", help="tokens per step of a prompt (512)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -116,13 +116,14 @@ def _settings(args: argparse.Namespace) -> Settings:
     if kv_type not in KV_BITS:
         raise UsageError(f"unknown KV cache type {kv_type}", hint=f"one of {', '.join(KV_BITS)}")
     n_ctx = engine.context if args.context is None else args.context
-    if n_ctx < 0 or args.batch < 1 or args.prompt_tokens < 1 or (args.position or 0) < 0:
+    n_batch = engine.batch if args.batch is None else args.batch
+    if n_ctx < 0 or n_batch < 1 or args.prompt_tokens < 1 or (args.position or 0) < 0:
         raise UsageError("--context, --position, --prompt-tokens and --batch can't be negative")
     return Settings(
         ram_bytes=args.experts_ram,
         n_ctx=n_ctx,
         kv_type=kv_type,
-        n_batch=args.batch,
+        n_batch=n_batch,
         position=args.position,
         prompt_tokens=args.prompt_tokens,
     )

@@ -31,6 +31,9 @@ from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
 
+MAX_BATCH = 16384
+"""Tokens per step: llama.cpp's buffers for one of so many take gigabytes."""
+
 LoadProgress = Callable[[float, str], None]
 """Called with (0 to 1, what is being done)."""
 
@@ -254,8 +257,10 @@ class Engine:
 
 def check_options(options: EngineOptions) -> None:
     """Raises UsageError for values without a meaning."""
-    if options.n_ctx < 0 or options.n_threads < 0 or options.n_batch < 1:
-        raise UsageError("context, threads and batch must be positive")
+    if options.n_ctx < 0 or options.n_threads < 0:
+        raise UsageError("context and threads must be positive")
+    if not 1 <= options.n_batch <= MAX_BATCH:
+        raise UsageError(f"a batch has 1 to {MAX_BATCH} tokens", hint="--batch 512 is the default")
     if options.kv_type not in KV_TYPES:
         raise UsageError(f"unknown KV cache type {options.kv_type}", hint=f"one of {', '.join(KV_TYPES)}")
 

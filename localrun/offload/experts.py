@@ -326,6 +326,8 @@ class ExpertPool:
         following = self._layers.get(layer + 1)
         if following is None or n_tokens < PROMPT_TOKENS:
             return
+        if self._gpu is not None and self._gpu.rings is not None:
+            return  # what is missing passes through a GPU, and would displace something here
         missing = [e for e in self._certain(layer + 1, n_tokens, share_used) if not self._is_here(layer + 1, e)]
         if not missing:
             return

@@ -31,6 +31,12 @@ FAST = StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(0.0, 1e-3))
 EVEN = StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(2.0, 0.5), unpack_s=0.5)
 
 
+@pytest.fixture(autouse=True)
+def short_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 16 experts a prompt's last tokens use all of them, and what they use comes into RAM."""
+    monkeypatch.setattr("localrun.offload.layer_call.TAIL_TOKENS", 1)
+
+
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[GpuDevice]:
     with rpc_server() as (endpoint, _):
@@ -102,19 +108,21 @@ def test_streamed_experts_give_the_same_answers(
         tier, telemetry = model.pool.gpu, model.telemetry
         assert tier is not None
         assert tier.used_bytes <= budget
+        cold = logits(model, batch=150)  # while there is room, what is read comes into RAM and nothing passes
+        telemetry.reset()
         first = logits(model, batch=150)
         passed, read = telemetry.totals().streamed, telemetry.totals().bytes_read
         assert passed > 0
         again = logits(model, batch=150)
         assert telemetry.totals().streamed >= 2 * passed
-        if in_ram and costs is EVEN:  # what passes does not push anything out
-            assert telemetry.totals().bytes_read == read
+        if in_ram:
+            assert telemetry.totals().bytes_read == read == 0
         assert tier.n_resident == n_resident
         model.pool.table.check()
         assert all(slot.pins == 0 for slot in model.pool.table)
         one_by_one = logits(model, batch=1)
         assert telemetry.totals().streamed < 3 * passed + 1
-    assert max(mean_kl(exact, other) for other in (first, again, one_by_one)) <= allowed
+    assert max(mean_kl(exact, other) for other in (cold, first, again, one_by_one)) <= allowed
 
 
 def test_formats_of_a_layer_pass_through_rings_of_their_own(
@@ -142,6 +150,7 @@ def test_formats_of_a_layer_pass_through_rings_of_their_own(
             submit(job)
 
         monkeypatch.setattr(lane, "submit", watch)
+        logits(model)  # into RAM
         found = logits(model, batch=150)
         assert rings == {0, 1}
     assert mean_kl(exact, found) <= 1.2 * ours
@@ -154,6 +163,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
         least = floor_ram(model)
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST, ram_bytes=3 * least) as model:
         filled(model)
+        logits(model, batch=150)
         store = model.pool.store
         fill, failed = store._fill, threading.Event()
 
@@ -176,6 +186,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
 def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice) -> None:
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST) as model:
         filled(model)
+        logits(model)
         model.request_stop()
         with pytest.raises((StoppedError, AssertionError)):
             logits(model, batch=150)

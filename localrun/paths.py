@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PROBE_BYTES = 1 << 20
@@ -42,6 +44,15 @@ def cache_problem() -> str | None:
     except OSError as error:
         return f"{folder}: {error.strerror}"
     return None
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A folder for large temporary files, removed at the end."""
+    # The system's temporary folder, where the cache can't be written, is often in memory: second choice.
+    parent = cache_dir() if cache_problem() is None else None
+    with tempfile.TemporaryDirectory(prefix=prefix if parent else f"localrun-{prefix}", dir=parent) as folder:
+        yield Path(folder)
 
 
 def has_room(folder: Path) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,8 +15,7 @@ from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import EngineOptions, EvalText, EvalTextResult
-from localrun.errors import DiskSpaceError, UsageError
-from localrun.units import format_size
+from localrun.errors import UsageError
 
 EXAMPLES = """\
 examples:
@@ -92,10 +89,8 @@ def compare(
     args: argparse.Namespace, model: Path, reference: Path, options: EngineOptions, command: EvalText, out: Output
 ) -> EvalTextResult:
     """Both models on one text, one after the other: both may want all the memory there is."""
-    with _scratch_folder() as folder:
-        with _loaded(args, reference, options, out) as engine:
-            _check_space(engine, command, folder)
-            _last(engine, replace(command, save_folder=str(folder)), out)
+    with paths.scratch_folder("eval-") as folder:
+        _measure(args, reference, options, replace(command, save_folder=str(folder)), out)
         return _measure(args, model, options, replace(command, reference_folder=str(folder)), out)
 
 
@@ -125,15 +120,11 @@ def _measure(
     args: argparse.Namespace, model: Path, options: EngineOptions, command: EvalText, out: Output
 ) -> EvalTextResult:
     with _loaded(args, model, options, out) as engine:
-        return _last(engine, command, out)
-
-
-def _last(engine: EngineProcess, command: EvalText, out: Output) -> EvalTextResult:
-    for event in engine.evaluate_text(command):
-        if isinstance(event, EvalTextResult):
-            out.clear_status()
-            return event
-        out.status(f"{event.done} of {event.total} tokens")
+        for event in engine.evaluate_text(command):
+            if isinstance(event, EvalTextResult):
+                out.clear_status()
+                return event
+            out.status(f"{event.done} of {event.total} tokens")
     raise AssertionError("the iterator ends with EvalTextResult")
 
 
@@ -142,27 +133,6 @@ def _loaded(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
     with common.engine_process(args, out) as engine:
         common.load(engine, model, options, out)
         yield engine
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    # The system's temporary folder, where the cache can't be written, is often in memory: second choice.
-    parent = paths.cache_dir() if paths.cache_problem() is None else None
-    with tempfile.TemporaryDirectory(prefix="localrun-eval-" if parent is None else "eval-", dir=parent) as folder:
-        yield Path(folder)
-
-
-def _check_space(engine: EngineProcess, command: EvalText, folder: Path) -> None:
-    """The reference's logits wait on the disk: four bytes per token and vocabulary entry."""
-    assert engine.facts is not None
-    n_tokens = engine.count_tokens(command.text)
-    n_tokens = min(n_tokens, command.max_tokens) if command.max_tokens else n_tokens
-    needed, free = 4 * n_tokens * engine.facts.n_vocab, shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, {format_size(free)} are free",
-            hint="give --max-tokens N, or another LOCALRUN_CACHE_DIR",
-        )
 
 
 def _read_tokens(path: Path) -> tuple[int, ...]:

@@ -1,23 +1,21 @@
-"""Models against an exact one on the same text, for conversion reports: one after the other, the reference's logits on the disk.
+"""Several models against an exact one on the same text, for conversion reports.
 
-`localrun eval --reference` does the same for one model in a process of its own; here it is one call.
+Runs in this process: the commands that use it run models in it anyway, to calibrate. `localrun eval --reference` does the same for
+one model in the engine process; what is measured, and how the logits wait, is `evaluate`'s for both.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from localrun import paths
 from localrun.engine.engine import Engine
-from localrun.engine.evaluate import Scores, evaluate
+from localrun.engine.evaluate import Scores, evaluate_text
 from localrun.engine.protocol import EngineOptions
-from localrun.errors import DiskSpaceError, UsageError
 from localrun.quant.tier_report import Evaluation
-from localrun.units import format_size
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,36 +42,18 @@ def compare_models(
     Raises:
         UsageError: the text is empty.
         FormatError: the models' vocabularies or tokenizers differ.
-        DiskSpaceError: no room for the reference's logits in the cache folder.
+        DiskSpaceError: no room for the reference's logits.
     """
     options = replace(options, n_ctx=window, n_batch=min(options.n_batch, window))
-    parent = paths.cache_dir()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="compare-", dir=parent) as name:
-        folder = Path(name)
+    with paths.scratch_folder("compare-") as folder:
 
-        def run(label: str, path: Path, *, save: bool) -> Scores:
+        def run(label: str, path: Path, **folders: Path) -> Scores:
+            tell = partial(progress, label) if progress else None
             with Engine.open(path, options, learn=False) as engine:
-                tokens = engine.tokenizer.encode(text)
-                tokens = tokens[:max_tokens] if max_tokens else tokens
-                begin = engine.vocab.begin
-                if begin is None:
-                    raise UsageError(f"{path}: the model has no begin token")
-                if save:
-                    _check_space(folder, len(tokens), engine.facts.n_vocab)
-                with engine.session(all_logits=True) as session:
-                    return evaluate(
-                        session,
-                        tokens,
-                        begin,
-                        window=min(window, session.n_ctx),
-                        save_folder=folder if save else None,
-                        reference_folder=None if save else folder,
-                        progress=(lambda done, total: progress(label, done, total)) if progress else None,
-                    )
+                return evaluate_text(engine, text, window=window, max_tokens=max_tokens, progress=tell, **folders)
 
-        run("reference", reference, save=True)
-        return [_evaluation(label, run(label, path, save=False)) for label, path in models]
+        run("reference", reference, save_folder=folder)
+        return [_evaluation(label, run(label, path, reference_folder=folder)) for label, path in models]
 
 
 def _evaluation(name: str, scores: Scores) -> Evaluation:
@@ -89,12 +69,3 @@ def _evaluation(name: str, scores: Scores) -> Evaluation:
         kl_p99=compared.kl_p99,
         top1_agreement=compared.top1_agreement,
     )
-
-
-def _check_space(folder: Path, n_tokens: int, n_vocab: int) -> None:
-    needed, free = 4 * n_tokens * n_vocab, shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, {format_size(free)} are free",
-            hint="compare fewer tokens, or set another LOCALRUN_CACHE_DIR",
-        )

@@ -2,11 +2,14 @@
 
 A text is cut into windows of equal length; each is predicted from an empty context that holds the begin token only, so every
 token of the text is predicted exactly once. Figures of different window lengths can't be compared.
+
+Two models are compared one after the other, because both may want all the memory there is; the reference's logits wait on the disk.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from localrun.engine.engine import Engine
 from localrun.engine.session import Session
-from localrun.errors import FormatError, UsageError
+from localrun.errors import DiskSpaceError, FormatError, UsageError
+from localrun.units import format_size
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -72,6 +77,51 @@ class Comparison:
     top1_agreement: float
 
 
+def evaluate_text(
+    engine: Engine,
+    text: str,
+    *,
+    window: int,
+    max_tokens: int = 0,
+    save_folder: Path | None = None,
+    reference_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """`evaluate` of a text in a session of its own; `window` is cut to the context, `max_tokens` 0 is the whole text.
+
+    Raises:
+        UsageError: the text is empty, or the model has no begin token.
+        DiskSpaceError: no room for the logits in `save_folder`.
+        FormatError: as `evaluate`.
+    """
+    tokens = engine.tokenizer.encode(text)
+    tokens = tokens[:max_tokens] if max_tokens else tokens
+    begin = engine.vocab.begin
+    if begin is None:
+        raise UsageError("the model has no begin token")
+    if save_folder is not None:
+        _check_space(save_folder, len(tokens), engine.facts.n_vocab)
+    with engine.session(all_logits=True) as session:
+        return evaluate(
+            session,
+            tokens,
+            begin,
+            window=min(window, session.n_ctx),
+            save_folder=save_folder,
+            reference_folder=reference_folder,
+            progress=progress,
+        )
+
+
+def _check_space(folder: Path, n_tokens: int, n_vocab: int) -> None:
+    needed, free = 4 * n_tokens * n_vocab, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, {format_size(free)} are free",
+            hint="compare fewer tokens (`eval` has --max-tokens), or set another LOCALRUN_CACHE_DIR",
+        )
+
+
 def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:
     """Consecutive pieces of `window` tokens, the last one shorter."""
     for start in range(0, len(tokens), window):
@@ -95,6 +145,7 @@ def evaluate(
         begin: id of the begin token.
         save_folder: gets one `window_N.npy` per window: logits, float32 (T, n_vocab), and their tokens.
         reference_folder: what another model's run saved for the same tokens and window length.
+        progress: called at the start and after each window with (tokens done, tokens in all).
 
     Raises:
         UsageError: no tokens, or a window that the context can't hold.
@@ -105,6 +156,8 @@ def evaluate(
     if not 1 <= window <= session.n_ctx:
         raise UsageError(f"a window of {window} tokens does not fit the context of {session.n_ctx}")
     scores = Scores(has_reference=reference_folder is not None)
+    if progress is not None:
+        progress(0, len(tokens))
     for number, piece in enumerate(windows(tokens, window)):
         session.reset()
         targets = np.asarray(piece)

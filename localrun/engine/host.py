@@ -17,7 +17,7 @@ import numpy as np
 
 from localrun.engine import memory
 from localrun.engine.engine import Engine
-from localrun.engine.evaluate import evaluate
+from localrun.engine.evaluate import evaluate_text
 from localrun.engine.messages import messages_from_json, tools_from_json
 from localrun.engine.planner import Plan
 from localrun.engine.prompt_parts import Special
@@ -229,29 +229,23 @@ class Host:
     def eval_text(self, command: EvalText) -> None:
         """See `protocol.EvalText`. Uses a session of its own, the conversation's stays."""
         engine, _ = self._loaded()
-        tokens = engine.tokenizer.encode(command.text)
-        tokens = tokens[: command.max_tokens] if command.max_tokens else tokens
-        begin = engine.vocab.begin
-        if begin is None:
-            raise UsageError("the model has no begin token")
-        progress = self._progress(command.request, tokens, None)
         start = time.perf_counter()
-        with engine.session(all_logits=True) as session:
 
-            def report(done: int, total: int) -> None:
-                if self._stopping:
-                    raise StoppedError("the evaluation was stopped")
-                progress(done, total)
+        def report(done: int, total: int) -> None:
+            if self._stopping:
+                raise StoppedError("the evaluation was stopped")
+            elapsed_s = time.perf_counter() - start
+            self._send(PromptProgress(request=command.request, done=done, total=total, reused=0, elapsed_s=elapsed_s))
 
-            scores = evaluate(
-                session,
-                tokens,
-                begin,
-                window=min(command.window, session.n_ctx),
-                save_folder=Path(command.save_folder) if command.save_folder else None,
-                reference_folder=Path(command.reference_folder) if command.reference_folder else None,
-                progress=report,
-            )
+        scores = evaluate_text(
+            engine,
+            command.text,
+            window=command.window,
+            max_tokens=command.max_tokens,
+            save_folder=Path(command.save_folder) if command.save_folder else None,
+            reference_folder=Path(command.reference_folder) if command.reference_folder else None,
+            progress=report,
+        )
         compared = scores.comparison
         self._send(
             EvalTextResult(

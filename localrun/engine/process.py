@@ -44,7 +44,6 @@ from localrun.engine.protocol import (
     Loading,
     ModelFacts,
     PromptProgress,
-    ProtocolError,
     Ready,
     Restore,
     Restored,
@@ -54,9 +53,8 @@ from localrun.engine.protocol import (
     Stop,
     TokenCount,
     ToolCall,
-    decode_event,
-    encode,
 )
+from localrun.engine.wire import ProtocolError, decode_event, encode
 from localrun.errors import EngineDiedError, LocalrunError
 
 LOG_LINES = 200

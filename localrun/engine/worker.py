@@ -38,9 +38,8 @@ from localrun.engine.protocol import (
     Stats,
     Stop,
     TokenCount,
-    decode_command,
-    encode,
 )
+from localrun.engine.wire import decode_command, encode
 from localrun.errors import LocalrunError, StoppedError
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""Compiled search for K types with a minimum (Q2_K, Q4_K, Q5_K): x = d q - m per group, d and m in a few bits each.
+"""Compiled search for K types with a minimum (Q2_K, Q4_K, Q5_K): x = d q - m per group, d and m in a few bits each; and what
+`q3_kernels`, for the one without, shares with it.
 
 ggml's own search is compiled for any x86-64 and works on one group at a time (5 to 11 million weights per second and core); here
 256 groups lie side by side, one per lane, so that LLVM turns each loop over the lanes into vector instructions. What is searched
@@ -19,7 +20,7 @@ from numba import njit
 
 from localrun.quant.format_kernels import _f16_bits, _f16_value
 
-_U = np.uintp
+U = np.uintp
 LANES = 256
 PITCH = 272
 """Floats from row to row: not a power of two, whose rows would share a few sets of the first-level cache."""
@@ -50,21 +51,15 @@ MOST = 114
 EXPLAINED = 115
 ROWS = 116
 
-_MAGIC = np.float32(12582912.0)
+MAGIC = np.float32(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds a float below 2^22 to the nearest integer."""
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def _f16(x: Any) -> Any:
+def f16(x: Any) -> Any:
     """Nearest F16, as F32."""
     magnitude = _f16_value(_f16_bits(abs(x)))
     return -magnitude if x < np.float32(0) else magnitude
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _signed_f16_bits(x: Any) -> Any:
-    bits = _f16_bits(abs(x))
-    return np.uint16(bits | np.uint16(0x8000)) if x < np.float32(0) else bits
 
 
 @njit(nogil=True, cache=True)
@@ -77,15 +72,15 @@ def load(x: Any, importance: Any, first: int, size: int, s: Any) -> None:
         for e in range(size):
             to, at = (X + e) * PITCH + g * S, first * 256 + g * size + e
             for b in range(n_inside):
-                s[_U(to + b)] = x[_U(at + 256 * b)]
+                s[U(to + b)] = x[U(at + 256 * b)]
             for b in range(n_inside, S):
-                s[_U(to + b)] = np.float32(0)
+                s[U(to + b)] = np.float32(0)
     n_in, column = importance.size, first * 256 % importance.size
     for b in range(S):
         for g in range(n_groups):
             for e in range(size):
-                w = importance[_U(column + g * size + e)]
-                s[_U((W + e) * PITCH + g * S + b)] = w if b < n_inside else np.float32(0)
+                w = importance[U(column + g * size + e)]
+                s[U((W + e) * PITCH + g * S + b)] = w if b < n_inside else np.float32(0)
         column = column + 256 if column + 256 < n_in else 0
 
 
@@ -94,34 +89,34 @@ def begin(size: int, s: Any) -> None:
     """Sums of each group, and the fit without a step: all elements -m."""
     zero, tiny = np.float32(0), np.float32(1e-20)
     for j in range(LANES):
-        s[_U(LOW * PITCH + j)] = s[_U(X * PITCH + j)]
-        s[_U(SPAN * PITCH + j)] = s[_U(X * PITCH + j)]
-        s[_U(SUM_W * PITCH + j)] = zero
-        s[_U(SUM_X * PITCH + j)] = zero
+        s[U(LOW * PITCH + j)] = s[U(X * PITCH + j)]
+        s[U(SPAN * PITCH + j)] = s[U(X * PITCH + j)]
+        s[U(SUM_W * PITCH + j)] = zero
+        s[U(SUM_X * PITCH + j)] = zero
     for e in range(size):
         for j in range(LANES):
-            v, w = s[_U((X + e) * PITCH + j)], s[_U((W + e) * PITCH + j)]
-            s[_U(LOW * PITCH + j)] = min(s[_U(LOW * PITCH + j)], v)
-            s[_U(SPAN * PITCH + j)] = max(s[_U(SPAN * PITCH + j)], v)
-            s[_U(SUM_W * PITCH + j)] += w
-            s[_U(SUM_X * PITCH + j)] += w * v
+            v, w = s[U((X + e) * PITCH + j)], s[U((W + e) * PITCH + j)]
+            s[U(LOW * PITCH + j)] = min(s[U(LOW * PITCH + j)], v)
+            s[U(SPAN * PITCH + j)] = max(s[U(SPAN * PITCH + j)], v)
+            s[U(SUM_W * PITCH + j)] += w
+            s[U(SUM_X * PITCH + j)] += w * v
     for j in range(LANES):
-        low = min(s[_U(LOW * PITCH + j)], zero)
-        s[_U(LOW * PITCH + j)] = low
-        s[_U(SPAN * PITCH + j)] = max(s[_U(SPAN * PITCH + j)] - low, tiny)
-        sum_x = s[_U(SUM_X * PITCH + j)]
-        mean = min(sum_x / max(s[_U(SUM_W * PITCH + j)], tiny), zero)
-        s[_U(BEST * PITCH + j)] = mean * sum_x
-        s[_U(D * PITCH + j)] = zero
-        s[_U(M * PITCH + j)] = -mean
-        s[_U(SUM_QQ * PITCH + j)] = zero
+        low = min(s[U(LOW * PITCH + j)], zero)
+        s[U(LOW * PITCH + j)] = low
+        s[U(SPAN * PITCH + j)] = max(s[U(SPAN * PITCH + j)] - low, tiny)
+        sum_x = s[U(SUM_X * PITCH + j)]
+        mean = min(sum_x / max(s[U(SUM_W * PITCH + j)], tiny), zero)
+        s[U(BEST * PITCH + j)] = mean * sum_x
+        s[U(D * PITCH + j)] = zero
+        s[U(M * PITCH + j)] = -mean
+        s[U(SUM_QQ * PITCH + j)] = zero
 
 
 @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def _keep_if_better(s: Any, j: Any, sum_q: Any, sum_qq: Any, sum_qx: Any) -> None:
     """Weighted least squares for one lane's integers; minima below zero only, which is what the format has."""
     zero = np.float32(0)
-    sum_w, sum_x = s[_U(SUM_W * PITCH + j)], s[_U(SUM_X * PITCH + j)]
+    sum_w, sum_x = s[U(SUM_W * PITCH + j)], s[U(SUM_X * PITCH + j)]
     determinant = sum_w * sum_qq - sum_q * sum_q
     sound = determinant > np.float32(1e-6) * sum_w * sum_qq
     inverse = np.float32(1) / (determinant if sound else np.float32(1))
@@ -131,24 +126,24 @@ def _keep_if_better(s: Any, j: Any, sum_q: Any, sum_qq: Any, sum_qx: Any) -> Non
     alone = sum_qx / (sum_qq if sum_qq > zero else np.float32(1))
     d, b = (d if free else alone), (b if free else zero)
     explained = d * sum_qx + b * sum_x
-    better = explained > s[_U(BEST * PITCH + j)] and d > zero
-    s[_U(BEST * PITCH + j)] = explained if better else s[_U(BEST * PITCH + j)]
-    s[_U(D * PITCH + j)] = d if better else s[_U(D * PITCH + j)]
-    s[_U(M * PITCH + j)] = -b if better else s[_U(M * PITCH + j)]
-    s[_U(SUM_QQ * PITCH + j)] = sum_qq if better else s[_U(SUM_QQ * PITCH + j)]
+    better = explained > s[U(BEST * PITCH + j)] and d > zero
+    s[U(BEST * PITCH + j)] = explained if better else s[U(BEST * PITCH + j)]
+    s[U(D * PITCH + j)] = d if better else s[U(D * PITCH + j)]
+    s[U(M * PITCH + j)] = -b if better else s[U(M * PITCH + j)]
+    s[U(SUM_QQ * PITCH + j)] = sum_qq if better else s[U(SUM_QQ * PITCH + j)]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_16(n_max: Any, s: Any) -> None:
     """One pass over groups of 16: rounds with LOW and INVERSE, fits, keeps what is better. The loop over elements is unrolled."""
     for j in range(LANES):
-        low, inverse = s[_U(LOW * PITCH + j)], s[_U(INVERSE * PITCH + j)]
+        low, inverse = s[U(LOW * PITCH + j)], s[U(INVERSE * PITCH + j)]
         sum_q = sum_qq = sum_qx = np.float32(0)
         for e in range(16):
-            v = s[_U((X + e) * PITCH + j)]
-            q = ((v - low) * inverse + _MAGIC) - _MAGIC
+            v = s[U((X + e) * PITCH + j)]
+            q = ((v - low) * inverse + MAGIC) - MAGIC
             q = min(max(q, np.float32(0)), n_max)
-            wq = s[_U((W + e) * PITCH + j)] * q
+            wq = s[U((W + e) * PITCH + j)] * q
             sum_q += wq
             sum_qq += wq * q
             sum_qx += wq * v
@@ -159,24 +154,24 @@ def fit_16(n_max: Any, s: Any) -> None:
 def fit_32(n_max: Any, s: Any) -> None:
     """The same for groups of 32, in two halves: LLVM does not unroll 32 elements, and then would not vectorise."""
     for j in range(LANES):
-        s[_U(UPPER * PITCH + j)] = s[_U(LOWER * PITCH + j)] = s[_U(FIT * PITCH + j)] = np.float32(0)
+        s[U(UPPER * PITCH + j)] = s[U(LOWER * PITCH + j)] = s[U(FIT * PITCH + j)] = np.float32(0)
     for half in range(0, 32, 16):
         for j in range(LANES):
-            low, inverse = s[_U(LOW * PITCH + j)], s[_U(INVERSE * PITCH + j)]
+            low, inverse = s[U(LOW * PITCH + j)], s[U(INVERSE * PITCH + j)]
             sum_q = sum_qq = sum_qx = np.float32(0)
             for e in range(16):
-                v = s[_U((X + half + e) * PITCH + j)]
-                q = ((v - low) * inverse + _MAGIC) - _MAGIC
+                v = s[U((X + half + e) * PITCH + j)]
+                q = ((v - low) * inverse + MAGIC) - MAGIC
                 q = min(max(q, np.float32(0)), n_max)
-                wq = s[_U((W + half + e) * PITCH + j)] * q
+                wq = s[U((W + half + e) * PITCH + j)] * q
                 sum_q += wq
                 sum_qq += wq * q
                 sum_qx += wq * v
-            s[_U(UPPER * PITCH + j)] += sum_q
-            s[_U(LOWER * PITCH + j)] += sum_qq
-            s[_U(FIT * PITCH + j)] += sum_qx
+            s[U(UPPER * PITCH + j)] += sum_q
+            s[U(LOWER * PITCH + j)] += sum_qq
+            s[U(FIT * PITCH + j)] += sum_qx
     for j in range(LANES):
-        _keep_if_better(s, j, s[_U(UPPER * PITCH + j)], s[_U(LOWER * PITCH + j)], s[_U(FIT * PITCH + j)])
+        _keep_if_better(s, j, s[U(UPPER * PITCH + j)], s[U(LOWER * PITCH + j)], s[U(FIT * PITCH + j)])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -185,16 +180,16 @@ def search(size: int, n_max: Any, first_step: Any, last_step: Any, n_steps: int,
     for i in range(n_steps):
         step = first_step + (last_step - first_step) * np.float32(i) / np.float32(max(1, n_steps - 1))
         for j in range(LANES):
-            s[_U(INVERSE * PITCH + j)] = (n_max + step) / s[_U(SPAN * PITCH + j)]
+            s[U(INVERSE * PITCH + j)] = (n_max + step) / s[U(SPAN * PITCH + j)]
         if size == 16:
             fit_16(n_max, s)
         else:
             fit_32(n_max, s)
     for _ in range(n_refine):
         for j in range(LANES):
-            d = s[_U(D * PITCH + j)]
-            s[_U(INVERSE * PITCH + j)] = np.float32(1) / d if d > np.float32(1e-30) else np.float32(0)
-            s[_U(LOW * PITCH + j)] = -s[_U(M * PITCH + j)]
+            d = s[U(D * PITCH + j)]
+            s[U(INVERSE * PITCH + j)] = np.float32(1) / d if d > np.float32(1e-30) else np.float32(0)
+            s[U(LOW * PITCH + j)] = -s[U(M * PITCH + j)]
         if size == 16:
             fit_16(n_max, s)
         else:
@@ -211,41 +206,41 @@ def fit_super(value: int, weight: int, target: int, n_groups: int, s_min: Any, s
     zero, one = np.float32(0), np.float32(1)
     extreme = s_max if s_min == zero else s_min
     for b in range(S):
-        s[_U(MOST * PITCH + b)] = zero
-        s[_U(SUPER * PITCH + b)] = zero
-        s[_U(EXPLAINED * PITCH + b)] = np.float32(-1)
+        s[U(MOST * PITCH + b)] = zero
+        s[U(SUPER * PITCH + b)] = zero
+        s[U(EXPLAINED * PITCH + b)] = np.float32(-1)
     for g in range(n_groups):
         for b in range(S):
-            v, most = s[_U(value * PITCH + g * S + b)], s[_U(MOST * PITCH + b)]
-            s[_U(MOST * PITCH + b)] = v if abs(v) > abs(most) else most
+            v, most = s[U(value * PITCH + g * S + b)], s[U(MOST * PITCH + b)]
+            s[U(MOST * PITCH + b)] = v if abs(v) > abs(most) else most
     for i in range(-6, 7):
         for b in range(S):
-            most = s[_U(MOST * PITCH + b)]
+            most = s[U(MOST * PITCH + b)]
             top = extreme * (one + np.float32(0.1) * np.float32(i) / abs(extreme))
-            s[_U(INVERSE * PITCH + b)] = top / most if abs(most) > np.float32(1e-30) else zero
-            s[_U(UPPER * PITCH + b)] = zero
-            s[_U(LOWER * PITCH + b)] = zero
+            s[U(INVERSE * PITCH + b)] = top / most if abs(most) > np.float32(1e-30) else zero
+            s[U(UPPER * PITCH + b)] = zero
+            s[U(LOWER * PITCH + b)] = zero
         for g in range(n_groups):
             for b in range(S):
-                v, w = s[_U(value * PITCH + g * S + b)], s[_U(weight * PITCH + g * S + b)]
-                k = min(max((v * s[_U(INVERSE * PITCH + b)] + _MAGIC) - _MAGIC, s_min), s_max)
-                s[_U(UPPER * PITCH + b)] += w * k * v
-                s[_U(LOWER * PITCH + b)] += w * k * k
+                v, w = s[U(value * PITCH + g * S + b)], s[U(weight * PITCH + g * S + b)]
+                k = min(max((v * s[U(INVERSE * PITCH + b)] + MAGIC) - MAGIC, s_min), s_max)
+                s[U(UPPER * PITCH + b)] += w * k * v
+                s[U(LOWER * PITCH + b)] += w * k * k
         for b in range(S):
-            upper, lower = s[_U(UPPER * PITCH + b)], s[_U(LOWER * PITCH + b)]
+            upper, lower = s[U(UPPER * PITCH + b)], s[U(LOWER * PITCH + b)]
             step = upper / (lower if lower > zero else one)
-            better = step * upper > s[_U(EXPLAINED * PITCH + b)]
-            s[_U(EXPLAINED * PITCH + b)] = step * upper if better else s[_U(EXPLAINED * PITCH + b)]
-            s[_U(SUPER * PITCH + b)] = step if better else s[_U(SUPER * PITCH + b)]
+            better = step * upper > s[U(EXPLAINED * PITCH + b)]
+            s[U(EXPLAINED * PITCH + b)] = step * upper if better else s[U(EXPLAINED * PITCH + b)]
+            s[U(SUPER * PITCH + b)] = step if better else s[U(SUPER * PITCH + b)]
     for b in range(S):
-        step = s[_U(SUPER * PITCH + b)]
-        step = _f16(step if step != zero else s[_U(MOST * PITCH + b)] / extreme)
-        s[_U(SUPER * PITCH + b)] = step
-        s[_U(INVERSE * PITCH + b)] = one / step if step != zero else zero
+        step = s[U(SUPER * PITCH + b)]
+        step = f16(step if step != zero else s[U(MOST * PITCH + b)] / extreme)
+        s[U(SUPER * PITCH + b)] = step
+        s[U(INVERSE * PITCH + b)] = one / step if step != zero else zero
     for g in range(n_groups):
         for b in range(S):
-            k = (s[_U(value * PITCH + g * S + b)] * s[_U(INVERSE * PITCH + b)] + _MAGIC) - _MAGIC
-            s[_U(target * PITCH + g * S + b)] = min(max(k, s_min), s_max)
+            k = (s[U(value * PITCH + g * S + b)] * s[U(INVERSE * PITCH + b)] + MAGIC) - MAGIC
+            s[U(target * PITCH + g * S + b)] = min(max(k, s_min), s_max)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -254,7 +249,7 @@ def spread(super_row: int, integers: int, target: int, n_groups: int, s: Any) ->
     S = LANES // n_groups
     for g in range(n_groups):
         for b in range(S):
-            s[_U(target * PITCH + g * S + b)] = s[_U(super_row * PITCH + b)] * s[_U(integers * PITCH + g * S + b)]
+            s[U(target * PITCH + g * S + b)] = s[U(super_row * PITCH + b)] * s[U(integers * PITCH + g * S + b)]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -262,12 +257,12 @@ def round_elements(size: int, n_max: Any, s: Any) -> None:
     """Integers of all elements for the quantized d and m of their groups."""
     zero = np.float32(0)
     for j in range(LANES):
-        d = s[_U(DQ * PITCH + j)]
-        s[_U(INVERSE * PITCH + j)] = np.float32(1) / d if d > zero else zero
+        d = s[U(DQ * PITCH + j)]
+        s[U(INVERSE * PITCH + j)] = np.float32(1) / d if d > zero else zero
     for e in range(size):
         for j in range(LANES):
-            q = ((s[_U((X + e) * PITCH + j)] + s[_U(MQ * PITCH + j)]) * s[_U(INVERSE * PITCH + j)] + _MAGIC) - _MAGIC
-            s[_U((Q + e) * PITCH + j)] = min(max(q, zero), n_max)
+            q = ((s[U((X + e) * PITCH + j)] + s[U(MQ * PITCH + j)]) * s[U(INVERSE * PITCH + j)] + MAGIC) - MAGIC
+            s[U((Q + e) * PITCH + j)] = min(max(q, zero), n_max)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -278,31 +273,31 @@ def refit_super(size: int, n_groups: int, steps_d: Any, steps_m: Any, s: Any) ->
     for j in range(LANES):
         sum_q = sum_qq = sum_qx = zero
         for e in range(size):
-            q, v = s[_U((Q + e) * PITCH + j)], s[_U((X + e) * PITCH + j)]
-            wq = s[_U((W + e) * PITCH + j)] * q
+            q, v = s[U((Q + e) * PITCH + j)], s[U((X + e) * PITCH + j)]
+            wq = s[U((W + e) * PITCH + j)] * q
             sum_q += wq
             sum_qq += wq * q
             sum_qx += wq * v
-        s[_U(LOW * PITCH + j)] = sum_q
-        s[_U(FIT * PITCH + j)] = sum_qq
-        s[_U(TRIAL * PITCH + j)] = sum_qx
+        s[U(LOW * PITCH + j)] = sum_q
+        s[U(FIT * PITCH + j)] = sum_qq
+        s[U(TRIAL * PITCH + j)] = sum_qx
     for b in range(S):
         a11 = a12 = a22 = b1 = b2 = 0.0
         for g in range(n_groups):
             j = g * S + b
-            k, t = np.float64(s[_U(INT_D * PITCH + j)]), np.float64(s[_U(INT_M * PITCH + j)])
-            a11 += k * k * s[_U(FIT * PITCH + j)]
-            a12 -= k * t * s[_U(LOW * PITCH + j)]
-            a22 += t * t * s[_U(SUM_W * PITCH + j)]
-            b1 += k * s[_U(TRIAL * PITCH + j)]
-            b2 -= t * s[_U(SUM_X * PITCH + j)]
+            k, t = np.float64(s[U(INT_D * PITCH + j)]), np.float64(s[U(INT_M * PITCH + j)])
+            a11 += k * k * s[U(FIT * PITCH + j)]
+            a12 -= k * t * s[U(LOW * PITCH + j)]
+            a22 += t * t * s[U(SUM_W * PITCH + j)]
+            b1 += k * s[U(TRIAL * PITCH + j)]
+            b2 -= t * s[U(SUM_X * PITCH + j)]
         determinant = a11 * a22 - a12 * a12
         if determinant > 1e-9 * a11 * a22:
             d, m = (a22 * b1 - a12 * b2) / determinant, (a11 * b2 - a12 * b1) / determinant
             if d > 0 and m > 0:
-                steps_d[_U(b)], steps_m[_U(b)] = np.float32(d), np.float32(m)
+                steps_d[U(b)], steps_m[U(b)] = np.float32(d), np.float32(m)
         elif a11 > 0 and b1 > 0 and a22 == 0:
-            steps_d[_U(b)] = np.float32(b1 / a11)
+            steps_d[U(b)] = np.float32(b1 / a11)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -335,152 +330,23 @@ def quantize_batch(
     search(size, n_max, steps[0], steps[1], int(steps[2]), int(steps[3]), s)
     fit_super(D, SUM_QQ, INT_D, n_groups, np.float32(0), s_max, s)
     for b in range(S):
-        steps_d[_U(b)] = s[_U(SUPER * PITCH + b)]
+        steps_d[U(b)] = s[U(SUPER * PITCH + b)]
     spread(SUPER, INT_D, DQ, n_groups, s)
     fit_super(M, SUM_W, INT_M, n_groups, np.float32(0), s_max, s)
     for b in range(S):
-        steps_m[_U(b)] = s[_U(SUPER * PITCH + b)]
+        steps_m[U(b)] = s[U(SUPER * PITCH + b)]
     spread(SUPER, INT_M, MQ, n_groups, s)
     round_elements(size, n_max, s)
     refit_super(size, n_groups, steps_d, steps_m, s)
     for b in range(S):
-        steps_d[_U(b)] = _f16(steps_d[_U(b)])
-        s[_U(SUPER * PITCH + b)] = steps_d[_U(b)]
+        steps_d[U(b)] = f16(steps_d[U(b)])
+        s[U(SUPER * PITCH + b)] = steps_d[U(b)]
     spread(SUPER, INT_D, DQ, n_groups, s)
     for b in range(S):
-        steps_m[_U(b)] = _f16(steps_m[_U(b)])
-        s[_U(SUPER * PITCH + b)] = steps_m[_U(b)]
+        steps_m[U(b)] = f16(steps_m[U(b)])
+        s[U(SUPER * PITCH + b)] = steps_m[U(b)]
     spread(SUPER, INT_M, MQ, n_groups, s)
     round_elements(size, n_max, s)
-
-
-# --- Q3_K: x = d q without a minimum ------------------------------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def fit_symmetric(s: Any) -> None:
-    """One pass over groups of 16 for integers -4 to 3 and the step 1 / INVERSE of either sign; keeps what is better."""
-    zero, one, low, high = np.float32(0), np.float32(1), np.float32(-4), np.float32(3)
-    for j in range(LANES):
-        inverse = s[_U(INVERSE * PITCH + j)]
-        sum_qq = sum_qx = np.float32(0)
-        for e in range(16):
-            v = s[_U((X + e) * PITCH + j)]
-            q = min(max((v * inverse + _MAGIC) - _MAGIC, low), high)
-            wq = s[_U((W + e) * PITCH + j)] * q
-            sum_qq += wq * q
-            sum_qx += wq * v
-        d = sum_qx / (sum_qq if sum_qq > zero else one)
-        better = d * sum_qx > s[_U(BEST * PITCH + j)]
-        s[_U(BEST * PITCH + j)] = d * sum_qx if better else s[_U(BEST * PITCH + j)]
-        s[_U(D * PITCH + j)] = d if better else s[_U(D * PITCH + j)]
-        s[_U(SUM_QQ * PITCH + j)] = sum_qq if better else s[_U(SUM_QQ * PITCH + j)]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def search_symmetric(s: Any) -> None:
-    """Best step of every group: the element of largest magnitude becomes about -4 or about 3; then two rounds of refining."""
-    zero, one = np.float32(0), np.float32(1)
-    for j in range(LANES):
-        s[_U(SPAN * PITCH + j)] = s[_U(BEST * PITCH + j)] = s[_U(D * PITCH + j)] = s[_U(SUM_QQ * PITCH + j)] = zero
-    for e in range(16):
-        for j in range(LANES):
-            v, most = s[_U((X + e) * PITCH + j)], s[_U(SPAN * PITCH + j)]
-            s[_U(SPAN * PITCH + j)] = v if abs(v) > abs(most) else most
-    for i in range(14):
-        # -4.8 to -3 in steps of 0.2, and 3 to 3.6
-        top = (
-            np.float32(-4.8) + np.float32(0.2) * np.float32(i)
-            if i < 10
-            else np.float32(1) + np.float32(0.2) * np.float32(i)
-        )
-        for j in range(LANES):
-            most = s[_U(SPAN * PITCH + j)]
-            s[_U(INVERSE * PITCH + j)] = top / (most if abs(most) > np.float32(1e-20) else one)
-        fit_symmetric(s)
-    for _ in range(2):
-        for j in range(LANES):
-            d = s[_U(D * PITCH + j)]
-            s[_U(INVERSE * PITCH + j)] = one / (d if abs(d) > np.float32(1e-30) else one)
-        fit_symmetric(s)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def round_symmetric(s: Any) -> None:
-    """Integers of all elements, -4 to 3, for the quantized steps of their groups."""
-    zero, low, high = np.float32(0), np.float32(-4), np.float32(3)
-    for j in range(LANES):
-        d = s[_U(DQ * PITCH + j)]
-        s[_U(INVERSE * PITCH + j)] = np.float32(1) / d if d != zero else zero
-    for e in range(16):
-        for j in range(LANES):
-            q = (s[_U((X + e) * PITCH + j)] * s[_U(INVERSE * PITCH + j)] + _MAGIC) - _MAGIC
-            s[_U((Q + e) * PITCH + j)] = min(max(q, low), high)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def quantize_batch_q3(x: Any, importance: Any, first: int, s: Any) -> None:
-    """A batch of 16 super-blocks: integers in rows Q and INT_D, the super-blocks' steps in row SUPER."""
-    load(x, importance, first, 16, s)
-    search_symmetric(s)
-    fit_super(D, SUM_QQ, INT_D, 16, np.float32(-32), np.float32(31), s)
-    spread(SUPER, INT_D, DQ, 16, s)
-    round_symmetric(s)
-    for b in range(16):
-        s[_U(UPPER * PITCH + b)] = s[_U(LOWER * PITCH + b)] = np.float32(0)
-    for e in range(16):
-        for g in range(16):
-            for b in range(16):
-                j = g * 16 + b
-                kq = s[_U(INT_D * PITCH + j)] * s[_U((Q + e) * PITCH + j)]
-                w = s[_U((W + e) * PITCH + j)] * kq
-                s[_U(UPPER * PITCH + b)] += w * s[_U((X + e) * PITCH + j)]
-                s[_U(LOWER * PITCH + b)] += w * kq
-    for b in range(16):
-        lower = s[_U(LOWER * PITCH + b)]
-        if lower > np.float32(0):
-            s[_U(SUPER * PITCH + b)] = _f16(s[_U(UPPER * PITCH + b)] / lower)
-    spread(SUPER, INT_D, DQ, 16, s)
-    round_symmetric(s)
-
-
-@njit(nogil=True, cache=True)
-def pack_q3(b: int, s: Any, at: Any, out: Any) -> None:
-    """block_q3_K (ggml-common.h), 110 bytes: 32 of third bits, 64 of 2 bits, 12 of 6-bit scales, then d by the caller."""
-    for j in range(32):
-        byte = np.int32(0)
-        for k in range(8):
-            i = k * 32 + j
-            byte |= (np.int32(s[_U((Q + i % 16) * PITCH + i // 16 * 16 + b)]) + 4) >> 2 << k
-        out[_U(at + j)] = np.uint8(byte)
-    for half in range(2):
-        for j in range(32):
-            byte = np.int32(0)
-            for k in range(4):
-                i = half * 128 + k * 32 + j
-                byte |= (np.int32(s[_U((Q + i % 16) * PITCH + i // 16 * 16 + b)]) + 4 & 3) << (2 * k)
-            out[_U(at + 32 + half * 32 + j)] = np.uint8(byte)
-    for j in range(4):
-        out[_U(at + 104 + j)] = np.uint8(0)
-    for g in range(16):
-        step = np.int32(s[_U(INT_D * PITCH + g * 16 + b)]) + 32
-        if g < 8:
-            out[_U(at + 96 + g)] = np.uint8(step & 15)
-        else:
-            out[_U(at + 96 + g - 8)] |= np.uint8((step & 15) << 4)
-        out[_U(at + 104 + g % 4)] |= np.uint8(step >> 4 << (2 * (g // 4)))
-
-
-@njit(nogil=True, cache=True)
-def quantize_q3_k(x: Any, importance: Any, s: Any, out: Any, out16: Any) -> None:
-    """All of `x` to block_q3_K."""
-    n_blocks = x.size // 256
-    for first in range(0, n_blocks, 16):
-        quantize_batch_q3(x, importance, first, s)
-        for b in range(min(16, n_blocks - first)):
-            at = 110 * (first + b)
-            pack_q3(b, s, at, out)
-            out16[_U(at // 2 + 54)] = _signed_f16_bits(s[_U(SUPER * PITCH + b)])
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------------------
@@ -490,27 +356,27 @@ def quantize_q3_k(x: Any, importance: Any, s: Any, out: Any, out16: Any) -> None
 def pack_q2(b: int, s: Any, at: Any, out: Any) -> None:
     """block_q2_K (ggml-common.h), 84 bytes: 16 x (d | m << 4), 64 bytes of 2 bits, then d and dmin by the caller."""
     for g in range(16):
-        k, t = s[_U(INT_D * PITCH + g * 16 + b)], s[_U(INT_M * PITCH + g * 16 + b)]
-        out[_U(at + g)] = np.uint8(np.int32(k) | np.int32(t) << 4)
+        k, t = s[U(INT_D * PITCH + g * 16 + b)], s[U(INT_M * PITCH + g * 16 + b)]
+        out[U(at + g)] = np.uint8(np.int32(k) | np.int32(t) << 4)
     for half in range(2):
         for j in range(32):
             byte = np.int32(0)
             for k in range(4):
                 i = half * 128 + k * 32 + j
-                byte |= np.int32(s[_U((Q + i % 16) * PITCH + i // 16 * 16 + b)]) << (2 * k)
-            out[_U(at + 16 + half * 32 + j)] = np.uint8(byte)
+                byte |= np.int32(s[U((Q + i % 16) * PITCH + i // 16 * 16 + b)]) << (2 * k)
+            out[U(at + 16 + half * 32 + j)] = np.uint8(byte)
 
 
 @njit(nogil=True, cache=True)
 def pack_scales_6(b: int, s: Any, at: Any, out: Any) -> None:
     """12 bytes for 8 pairs of 6 bits, as get_scale_min_k4 (ggml-quants.c) reads them."""
     for g in range(4):
-        k, t = np.int32(s[_U(INT_D * PITCH + g * 32 + b)]), np.int32(s[_U(INT_M * PITCH + g * 32 + b)])
-        high_k = np.int32(s[_U(INT_D * PITCH + (g + 4) * 32 + b)])
-        high_t = np.int32(s[_U(INT_M * PITCH + (g + 4) * 32 + b)])
-        out[_U(at + g)] = np.uint8(k | high_k >> 4 << 6)
-        out[_U(at + 4 + g)] = np.uint8(t | high_t >> 4 << 6)
-        out[_U(at + 8 + g)] = np.uint8(high_k & 15 | (high_t & 15) << 4)
+        k, t = np.int32(s[U(INT_D * PITCH + g * 32 + b)]), np.int32(s[U(INT_M * PITCH + g * 32 + b)])
+        high_k = np.int32(s[U(INT_D * PITCH + (g + 4) * 32 + b)])
+        high_t = np.int32(s[U(INT_M * PITCH + (g + 4) * 32 + b)])
+        out[U(at + g)] = np.uint8(k | high_k >> 4 << 6)
+        out[U(at + 4 + g)] = np.uint8(t | high_t >> 4 << 6)
+        out[U(at + 8 + g)] = np.uint8(high_k & 15 | (high_t & 15) << 4)
 
 
 @njit(nogil=True, cache=True)
@@ -518,9 +384,9 @@ def pack_nibbles(b: int, s: Any, at: Any, out: Any) -> None:
     """128 bytes: groups 2k (low) and 2k + 1 (high nibbles), without the fifth bit."""
     for k in range(4):
         for j in range(32):
-            low = np.int32(s[_U((Q + j) * PITCH + 2 * k * 32 + b)]) & 15
-            high = np.int32(s[_U((Q + j) * PITCH + (2 * k + 1) * 32 + b)]) & 15
-            out[_U(at + 32 * k + j)] = np.uint8(low | high << 4)
+            low = np.int32(s[U((Q + j) * PITCH + 2 * k * 32 + b)]) & 15
+            high = np.int32(s[U((Q + j) * PITCH + (2 * k + 1) * 32 + b)]) & 15
+            out[U(at + 32 * k + j)] = np.uint8(low | high << 4)
 
 
 @njit(nogil=True, cache=True)
@@ -529,8 +395,8 @@ def pack_fifth_bits(b: int, s: Any, at: Any, out: Any) -> None:
     for j in range(32):
         byte = np.int32(0)
         for g in range(8):
-            byte |= np.int32(s[_U((Q + j) * PITCH + g * 32 + b)]) >> 4 << g
-        out[_U(at + j)] = np.uint8(byte)
+            byte |= np.int32(s[U((Q + j) * PITCH + g * 32 + b)]) >> 4 << g
+        out[U(at + j)] = np.uint8(byte)
 
 
 @njit(nogil=True, cache=True)
@@ -542,8 +408,8 @@ def quantize_q2_k(x: Any, importance: Any, steps: Any, s: Any, step_d: Any, step
         for b in range(min(16, n_blocks - first)):
             at = 84 * (first + b)
             pack_q2(b, s, at, out)
-            out16[_U(at // 2 + 40)] = _f16_bits(step_d[_U(b)])
-            out16[_U(at // 2 + 41)] = _f16_bits(step_m[_U(b)])
+            out16[U(at // 2 + 40)] = _f16_bits(step_d[U(b)])
+            out16[U(at // 2 + 41)] = _f16_bits(step_m[U(b)])
 
 
 @njit(nogil=True, cache=True)
@@ -557,8 +423,8 @@ def quantize_q45_k(
         quantize_batch(x, importance, first, 32, n_max, np.float32(63), steps, s, step_d, step_m)
         for b in range(min(32, n_blocks - first)):
             at = size * (first + b)
-            out16[_U(at // 2)] = _f16_bits(step_d[_U(b)])
-            out16[_U(at // 2 + 1)] = _f16_bits(step_m[_U(b)])
+            out16[U(at // 2)] = _f16_bits(step_d[U(b)])
+            out16[U(at // 2 + 1)] = _f16_bits(step_m[U(b)])
             pack_scales_6(b, s, at + 4, out)
             if five:
                 pack_fifth_bits(b, s, at + 16, out)

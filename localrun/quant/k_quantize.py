@@ -1,4 +1,4 @@
-"""Our quantizers for Q2_K, Q3_K, Q4_K and Q5_K: 7 to 25 times ggml's speed at a lower error (`k_kernels` says how).
+"""Our quantizers for Q2_K, Q3_K, Q4_K and Q5_K: 7 to 25 times ggml's speed at a lower error (`k_kernels` and `q3_kernels` say how).
 
 Measured on 128 x 4096 Gaussian weights rounded to FP4, one core of an AVX-512 machine, million weights/s and relative RMS error
 weighed by the importance that the quantizer was given (log-normal, sigma 1.5); in brackets the errors without rounding to FP4:
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.quant import k_kernels as kernels
+from localrun.quant import q3_kernels
 
 _T = GGMLQuantizationType
 
@@ -57,7 +58,7 @@ def quantize(
     scratch = np.empty(kernels.ROWS * kernels.PITCH, np.float32)
     flat, out16, steps = values.reshape(-1), out.view(np.uint16), _STEPS[kind]
     if kind == _T.Q3_K:
-        kernels.quantize_q3_k(flat, importance, scratch, out, out16)
+        q3_kernels.quantize_q3_k(flat, importance, scratch, out, out16)
         return
     step_d, step_m = np.empty(32, np.float32), np.empty(32, np.float32)
     if kind == _T.Q2_K:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localrun.engine import protocol
+from localrun.engine import protocol, wire
 from localrun.engine.protocol import (
     CLOSING_EVENTS,
     Command,
@@ -22,14 +22,11 @@ from localrun.engine.protocol import (
     Generate,
     Load,
     ModelFacts,
-    ProtocolError,
     SamplingOptions,
     Stats,
     Timings,
-    decode_command,
-    decode_event,
-    encode,
 )
+from localrun.engine.wire import ProtocolError, decode_command, decode_event, encode
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=10),
@@ -73,7 +70,7 @@ def example(kind: type) -> Any:
     }
     values["facts"]["has_tokenizer"] = True
     body: dict[str, Any] = {"type": kind.__name__}
-    for name, (hint, required) in protocol._field_types(kind).items():
+    for name, (hint, required) in wire._field_types(kind).items():
         if required:
             simple = {int: 1, float: 0.5, str: "x", bool: True}
             body[name] = values[name] if name in values else simple[hint]

@@ -282,6 +282,22 @@ def test_doctor_fails_only_for_failures(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "FAIL  c: bad" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("vendors", "backends", "verdict", "words"),
+    [
+        ([], ["CPU"], "ok", "none found; localrun"),
+        ([], ["CPU", "Vulkan"], "ok", "none found that Vulkan can use"),
+        (["0x10de"], ["CPU", "RPC"], "warn", "make cuda"),
+        (["0x10de", "0x8086"], ["CUDA", "CPU"], "warn", "nvidia-smi"),
+        (["0x1002"], ["CUDA", "CPU"], "warn", "make rocm"),
+    ],
+)
+def test_doctor_says_why_a_card_is_not_used(vendors: list[str], backends: list[str], verdict: str, words: str) -> None:
+    check = doctor.check_unused_gpus(vendors, backends)
+    assert check.verdict == verdict
+    assert words in f"{check.detail} {check.fix}"
+
+
 def test_doctor_names_a_broken_settings_file(tmp_path: Path) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.toml").write_text("[engine]\nrom = '8GiB'\n")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -33,24 +34,78 @@ NEEDED_BYTES = 3 * 10**9
 GPU_CHOICE = VENV / "localrun-gpu"
 INSTALLED_BUILD = VENV / "localrun-llama-build"
 
-GPU_BACKENDS: dict[str, tuple[str, dict[str, tuple[str, ...]], str]] = {
-    "cuda": (
+
+class GpuBackend(NamedTuple):
+    """What compiling llama.cpp for one kind of GPU takes.
+
+    Attributes:
+        switch: CMake's.
+        programs: to be found in PATH or in `bin` of a prefix.
+        files: by the name that people know, glob patterns under the prefixes, one of which has to be there, and a word in it.
+        variables: of the environment, each naming a prefix.
+        prefixes: where things lie besides.
+        hint: how to get it all.
+    """
+
+    switch: str
+    programs: tuple[str, ...]
+    files: dict[str, tuple[tuple[str, ...], str]]
+    variables: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    hint: str
+
+
+GPU_BACKENDS: dict[str, GpuBackend] = {
+    "cuda": GpuBackend(
         "-DGGML_CUDA=ON",
-        {"nvcc": ("/usr/local/cuda/bin", "/opt/cuda/bin")},
-        "install NVIDIA's CUDA toolkit (Debian, Ubuntu: apt install nvidia-cuda-toolkit), or put its nvcc into PATH",
+        ("nvcc",),
+        {"cuBLAS (cublas_v2.h)": (("include/cublas_v2.h", "targets/*/include/cublas_v2.h"), "")},
+        ("CUDAToolkit_ROOT", "CUDA_PATH", "CUDA_HOME"),
+        ("/usr/local/cuda", "/opt/cuda"),
+        "install NVIDIA's CUDA toolkit with cuBLAS (Debian, Ubuntu: apt install nvidia-cuda-toolkit; NVIDIA's own packages: "
+        "cuda-toolkit), or put its nvcc into PATH",
     ),
-    "vulkan": (
+    # find_package(Vulkan COMPONENTS glslc) and find_package(SPIRV-Headers CONFIG) of ggml-vulkan/CMakeLists.txt
+    "vulkan": GpuBackend(
         "-DGGML_VULKAN=ON",
-        {"glslc": (), "vulkan/vulkan.h": ("/usr/include", "/usr/local/include")},
-        "Debian, Ubuntu: apt install libvulkan-dev glslc; Fedora: dnf install vulkan-loader-devel vulkan-headers glslc",
+        ("glslc",),
+        {
+            "Vulkan's C++ headers (vulkan/vulkan.hpp)": (("include/vulkan/vulkan.hpp",), ""),
+            # VK_EXT_layer_settings, which ggml-vulkan.cpp uses without asking. Debian 12's headers are 1.3.239.
+            "Vulkan's headers in version 1.3.272 or newer": (("include/vulkan/vulkan_core.h",), "VkLayerSettingEXT"),
+            "Vulkan's loader (libvulkan.so)": (
+                ("lib*/libvulkan.so", "lib/*/libvulkan.so", "lib/libvulkan*.dylib"),
+                "",
+            ),
+            "SPIRV-Headers": (
+                tuple(
+                    f"{folder}/cmake/SPIRV-Headers/SPIRV-HeadersConfig.cmake" for folder in ("share", "lib*", "lib/*")
+                ),
+                "",
+            ),
+        },
+        ("VULKAN_SDK",),
+        (),
+        "Debian, Ubuntu: apt install libvulkan-dev glslc spirv-headers; Fedora: dnf install vulkan-loader-devel "
+        "vulkan-headers glslc spirv-headers-devel; Arch: pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers; "
+        "where these are too old: LunarG's Vulkan SDK, named in VULKAN_SDK",
     ),
-    "rocm": (
+    # find_package of ggml-hip/CMakeLists.txt
+    "rocm": GpuBackend(
         "-DGGML_HIP=ON",
-        {"hipcc": ("/opt/rocm/bin",)},
-        "install AMD's ROCm with its HIP SDK, or put hipcc into PATH",
+        ("hipcc",),
+        {
+            f"{people} for developers": (
+                tuple(f"{folder}/cmake/{name}/{name}-config.cmake" for folder in ("lib*", "lib/*")),
+                "",
+            )
+            for people, name in (("hipBLAS", "hipblas"), ("rocBLAS", "rocblas"))
+        },
+        ("ROCM_PATH",),
+        ("/opt/rocm",),
+        "install AMD's ROCm 6.1 or newer with its HIP SDK (hipcc, hipBLAS, rocBLAS), or put hipcc into PATH",
     ),
 }
-"""CMake's switch, what compiling needs and where that may lie besides PATH, and how to get it."""
 
 
 class SetupError(Exception):
@@ -100,43 +155,82 @@ def set_up() -> None:
 
 
 def choose_gpu(name: str) -> None:
-    """Remembers for which GPU llama.cpp is to be compiled, after a look at what compiling needs."""
+    """Remembers for which GPU llama.cpp is to be compiled, and CMake's arguments, after a look at what compiling needs."""
     if name not in GPU_BACKENDS and name != "cpu":
         raise SetupError(f"no GPU backend '{name}'", f"one of {', '.join(GPU_BACKENDS)}, or cpu")
+    extra = os.environ.get("CMAKE_ARGS", "")
     if name != "cpu":
-        _, tools, hint = GPU_BACKENDS[name]
-        missing = [tool for tool, places in tools.items() if not find_tool(tool, places)]
+        missing = missing_for(GPU_BACKENDS[name])
         if missing:
-            raise SetupError(f"llama.cpp can't be compiled for {name}: {', '.join(missing)} not found", hint)
+            raise SetupError(
+                f"llama.cpp can't be compiled for {name}: {', '.join(missing)} not found", GPU_BACKENDS[name].hint
+            )
+    if name == "cuda" and "CMAKE_CUDA_ARCHITECTURES" not in extra and not has_nvidia_card():
+        raise SetupError(
+            "llama.cpp is compiled for the NVIDIA card in the machine, and none is found",
+            "install NVIDIA's driver (nvidia-smi must list the card), or name the cards, e.g. for RTX 30 and 40: "
+            "make cuda CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=86;89' (75: RTX 20, 120a: RTX 50)",
+        )
     make_venv()
-    GPU_CHOICE.write_text(name)
+    GPU_CHOICE.write_text(f"{name}\n{extra}\n")
 
 
-def find_tool(name: str, places: tuple[str, ...]) -> str | None:
-    """Path of a program, or of a header (a name with a slash) in one of the places."""
-    if "/" not in name and shutil.which(name):
-        return shutil.which(name)
-    return next((str(Path(place) / name) for place in places if (Path(place) / name).exists()), None)
+def missing_for(backend: GpuBackend) -> list[str]:
+    """What compiling needs and this machine lacks."""
+    prefixes = [Path(prefix) for prefix in gpu_prefixes(backend)]
+    missing = [
+        name
+        for name in backend.programs
+        if not shutil.which(name) and not any((prefix / "bin" / name).exists() for prefix in prefixes)
+    ]
+    for name, (patterns, word) in backend.files.items():
+        found = (path for prefix in prefixes for pattern in patterns for path in prefix.glob(pattern))
+        if not any(not word or word in path.read_text(errors="replace") for path in found):
+            missing.append(name)
+    return missing
 
 
-def gpu_choice() -> str:
-    """What `choose_gpu` remembered."""
-    name = GPU_CHOICE.read_text().strip() if GPU_CHOICE.is_file() else "cpu"
-    return name if name in GPU_BACKENDS else "cpu"
+def gpu_prefixes(backend: GpuBackend) -> list[str]:
+    """Folders with `bin`, `include` and `lib` in which a toolkit may lie; those that the user names come first."""
+    named = [os.environ.get(variable, "") for variable in backend.variables]
+    named += os.environ.get("CMAKE_PREFIX_PATH", "").split(os.pathsep)
+    # A toolkit that is in PATH only; the program may be a link into it.
+    paths = [shutil.which(program) for program in backend.programs]
+    beside = [
+        str(folder)
+        for path in paths
+        if path
+        for folder in (Path(path).parent.parent, Path(path).resolve().parent.parent)
+    ]
+    return [prefix for prefix in (*named, *beside, *backend.prefixes, "/usr/local", "/usr", "/opt/homebrew") if prefix]
+
+
+def has_nvidia_card() -> bool:
+    """The driver shows a card; CMake's `native` needs one."""
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/dxg").exists():  # dxg: Windows' Linux subsystem
+        return True
+    return bool(shutil.which("nvidia-smi")) and succeeds(["nvidia-smi", "-L"])
+
+
+def gpu_choice() -> tuple[str, str]:
+    """What `choose_gpu` remembered: backend, or cpu, and more arguments for CMake."""
+    name, _, extra = GPU_CHOICE.read_text().partition("\n") if GPU_CHOICE.is_file() else ("cpu", "", "")
+    return (name.strip() if name.strip() in GPU_BACKENDS else "cpu"), extra.strip()
 
 
 def cmake_args() -> str:
     """For llama.cpp's build."""
-    gpu = gpu_choice()
-    parts = [CMAKE_ARGS, GPU_BACKENDS[gpu][0] if gpu != "cpu" else "", os.environ.get("CMAKE_ARGS", "")]
+    gpu, extra = gpu_choice()
+    parts = [CMAKE_ARGS, GPU_BACKENDS[gpu].switch if gpu != "cpu" else "", os.environ.get("CMAKE_ARGS", extra)]
     return " ".join(part for part in parts if part)
 
 
 def build_path() -> str:
     """PATH with the folders in which the chosen GPU's compiler lies."""
-    gpu = gpu_choice()
-    places = [place for places in GPU_BACKENDS[gpu][1].values() for place in places] if gpu != "cpu" else []
-    return os.pathsep.join([os.environ.get("PATH", ""), *(place for place in places if Path(place).is_dir())])
+    gpu, _ = gpu_choice()
+    folders = [f"{prefix}/bin" for prefix in gpu_prefixes(GPU_BACKENDS[gpu])] if gpu != "cpu" else []
+    path = os.environ.get("PATH", "").split(os.pathsep)
+    return os.pathsep.join([*path, *(folder for folder in folders if folder not in path and Path(folder).is_dir())])
 
 
 def fingerprint() -> str:
@@ -274,13 +368,14 @@ def pinned(name: str) -> str:
 
 
 def step(what: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Runs pip with its output in the log; a failure shows the log's end.
+    """Runs pip with its output in the log; a failure shows CMake's first error, or the log's end.
 
     Args:
         environment: for pip; None: our own.
     """
     say(f"installing {what}")
     command = [str(python()), "-m", "pip", "--disable-pip-version-check", *arguments]
+    began = len(LOG.read_text(errors="replace").splitlines()) if LOG.exists() else 0
     with LOG.open("ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
@@ -288,18 +383,20 @@ def step(what: str, arguments: list[str], environment: dict[str, str] | None = N
     if done.returncode == 0:
         return
     lines = LOG.read_text(errors="replace").splitlines()
-    tail = "\n".join(f"  {line}" for line in lines[-15:])
-    print(tail, file=sys.stderr)
+    start = next((number for number, line in enumerate(lines[began:], began) if "CMake Error" in line), len(lines) - 15)
+    shown = lines[max(start, began) :][:15]
+    print("\n".join(f"  {line}" for line in shown), file=sys.stderr)
     if done.returncode < 0:
         raise SetupError(
             f"pip was killed by signal {-done.returncode} ({what})",
             "if memory was short, close programs; then make setup",
         )
-    recent = "\n".join(lines[-200:])
+    recent = "\n".join(lines[began:][-200:])
     offline = ("NewConnectionError", "NameResolutionError", "Network is unreachable", "No matching distribution found")
     if any(word in recent for word in offline):
         raise SetupError(f"can't download packages ({what})", "connect to the network, or set up pip's proxy or index")
-    raise SetupError(f"pip failed ({what})", f"the whole log is {LOG}")
+    back = "; make cpu: without the GPU" if gpu_choice()[0] != "cpu" else ""
+    raise SetupError(f"pip failed ({what})", f"the whole log is {LOG}{back}")
 
 
 def succeeds(command: list[str]) -> bool:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,30 @@ examples:
 LOW_MEMORY_BYTES = 8 * 2**30
 LOW_DISK_BYTES = 10 * 2**30
 PROBE_TIMEOUT_S = 120
+
+CARDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "0x10de": ("NVIDIA", ("CUDA", "Vulkan"), "make cuda"),
+    "0x1002": ("AMD", ("ROCm", "Vulkan"), "make rocm, or make vulkan"),
+    "0x8086": ("Intel", ("Vulkan",), "make vulkan"),
+}
+"""By PCI vendor: who made the card, ggml's backends for it, and how to get one."""
+
+GPU_DRIVERS = {
+    "CUDA": "install or load NVIDIA's driver: nvidia-smi must list the card",
+    "ROCm": "load the amdgpu driver and join the groups render and video: rocminfo must list the card",
+    "Vulkan": "install the card's Vulkan driver (Mesa's: apt install mesa-vulkan-drivers): vulkaninfo --summary must list the card",
+}
+"""By ggml backend: what is missing when it finds no card."""
+
+DRIVER_LIBRARIES = {
+    "libcuda.so": "install NVIDIA's driver, or, without NVIDIA's GPU, make cpu",
+    "libcudart": "name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "libcublas": "name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "libvulkan": "install Vulkan's loader (apt install libvulkan1), or make cpu",
+    "libamdhip64": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "blas.so": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+}
+"""By shared library that a build for a GPU needs: what mends its absence."""
 
 Verdict = Literal["ok", "warn", "FAIL"]
 
@@ -115,9 +139,8 @@ def check_library() -> Check:
         return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
     code, output = _probe("from localrun.offload import ggml; print(ggml.library().ggml_version().decode())")
     if code:
-        return Check(
-            "llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", paths.how_to_reinstall()
-        )
+        fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
+        return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
     return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {output.strip()}, structures fit")
 
 
@@ -136,37 +159,55 @@ def check_devices() -> Check:
     code, output = _probe(
         "import llama_cpp as L; from localrun.offload import ggml, llama_log; llama_log.install(); L.llama_backend_init()\n"
         "lib = ggml.library(); devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]\n"
-        "print(', '.join(lib.ggml_backend_dev_name(d).decode() for d in devices))"
+        "backends = [lib.ggml_backend_reg_get(i) for i in range(lib.ggml_backend_reg_count())]\n"
+        "print(', '.join(lib.ggml_backend_dev_name(d).decode() for d in devices), end='; compiled for ')\n"
+        "print(', '.join(lib.ggml_backend_reg_name(b).decode() for b in backends))"
     )
     if code:
         return Check("devices", "warn", f"can't be listed: {_last_line(output, code)}")
-    return Check("devices", "ok", output.strip())
+    return Check("devices", "ok", output.strip().splitlines()[-1])
 
 
 def check_gpus() -> Check:
     """Cards that the machine has, beside what llama.cpp was compiled for."""
     code, output = _probe(
-        "import json; from localrun.offload.gpu_device import gpu_devices\n"
-        "print(json.dumps([(d.name, d.description, d.free_bytes, d.total_bytes) for d in gpu_devices()]))"
+        "import json; from localrun.offload import ggml; from localrun.offload.gpu_device import gpu_devices\n"
+        "devices = [(d.name, d.description, d.free_bytes, d.total_bytes) for d in gpu_devices()]; lib = ggml.library()\n"
+        "backends = [lib.ggml_backend_reg_get(i) for i in range(lib.ggml_backend_reg_count())]\n"
+        "print(json.dumps([devices, [lib.ggml_backend_reg_name(b).decode() for b in backends]]))"
     )
     if code:
         return Check("GPU", "warn", f"can't be listed: {_last_line(output, code)}", "--gpu none")
-    usable = json.loads(output.strip().splitlines()[-1])
+    usable, backends = json.loads(output.strip().splitlines()[-1])
     if usable:
         listed = (
             f"{name} ({what}), {format_size(free)} of {format_size(all_)} free" for name, what, free, all_ in usable
         )
         return Check("GPU", "ok", "; ".join(listed))
-    makers = {
-        "0x10de": ("NVIDIA", "make cuda"),
-        "0x1002": ("AMD", "make rocm, or make vulkan"),
-        "0x8086": ("Intel", "make vulkan"),
-    }
-    found = [makers[vendor] for vendor in _display_vendors() if vendor in makers]
-    if not found:
-        return Check("GPU", "ok", "none found; localrun computes on the CPU")
-    names, fixes = (", ".join(dict.fromkeys(column)) for column in zip(*found, strict=True))
-    return Check("GPU", "warn", f"{names}, but llama.cpp was compiled without support for it", fixes)
+    return check_unused_gpus(_display_vendors(), backends)
+
+
+def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
+    """Why llama.cpp can use none of the machine's cards.
+
+    Args:
+        vendors: PCI numbers of their makers.
+        backends: what llama.cpp was compiled for, by ggml's names.
+    """
+    cards = [CARDS[vendor] for vendor in vendors if vendor in CARDS]
+    compiled = [name for name in GPU_DRIVERS if name in backends]
+    if not cards:
+        wanted = f" that {', '.join(compiled)} can use" if compiled else ""
+        return Check("GPU", "ok", f"none found{wanted}; localrun computes on the CPU")
+    makers = ", ".join(dict.fromkeys(maker for maker, _, _ in cards))
+    fitting = [name for _, names, _ in cards for name in names if name in compiled]
+    if fitting:
+        fixes = "; ".join(dict.fromkeys(GPU_DRIVERS[name] for name in fitting))
+        return Check(
+            "GPU", "warn", f"{makers}, but {', '.join(dict.fromkeys(fitting))} finds no card it can use", fixes
+        )
+    fixes = ", ".join(dict.fromkeys(fix for _, _, fix in cards))
+    return Check("GPU", "warn", f"{makers}, but llama.cpp was compiled without support for it", fixes)
 
 
 def check_processor() -> Check:

@@ -260,6 +260,8 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "ggml_backend_cpu_buffer_type": (_P,),
     "ggml_backend_register": (None, _P),
     "ggml_backend_reg_count": (C.c_size_t,),
+    "ggml_backend_reg_get": (_P, C.c_size_t),
+    "ggml_backend_reg_name": (C.c_char_p, _P),
     "ggml_backend_load_all_from_path": (None, C.c_char_p),
     "ggml_backend_dev_count": (C.c_size_t,),
     "ggml_backend_dev_get": (_P, C.c_size_t),

@@ -93,3 +93,57 @@ def test_the_script_can_be_read_by_an_old_python() -> None:
     import ast
 
     ast.parse(Path(bootstrap.__file__).read_text(), feature_version=(3, 7))
+
+
+MADE_UP = bootstrap.GpuBackend(
+    "-DGGML_MADE_UP=ON",
+    ("no-such-compiler",),
+    {
+        "its headers": (("include/no-such.hpp",), ""),
+        "its library": (("lib*/libnosuch.so", "lib/*/libnosuch.so"), ""),
+        "a newer library": (("lib/*/libnosuch.so",), "version 2"),
+    },
+    ("NO_SUCH_SDK",),
+    (),
+    "install it",
+)
+
+
+def test_gpu_choice_is_remembered_once_everything_for_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bootstrap.GPU_BACKENDS, "made-up", MADE_UP)
+    monkeypatch.setattr(bootstrap, "GPU_CHOICE", tmp_path / "choice")
+    monkeypatch.setattr(bootstrap, "make_venv", lambda: None)
+    monkeypatch.setenv("NO_SUCH_SDK", str(tmp_path))
+    monkeypatch.setenv("CMAKE_ARGS", "-DX=1;2")
+    for folder in ("bin", "include", "lib/x86"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, file in {"no-such-compiler": "bin/no-such-compiler", "its headers": "include/no-such.hpp"}.items():
+        with pytest.raises(SetupError, match=f"{name}, .*its library, a newer library not found"):
+            bootstrap.choose_gpu("made-up")
+        (tmp_path / file).touch()
+    (tmp_path / "lib/x86/libnosuch.so").write_text("version 1")
+    with pytest.raises(SetupError, match="made-up: a newer library not found"):
+        bootstrap.choose_gpu("made-up")
+    (tmp_path / "lib/x86/libnosuch.so").write_text("version 2")
+    bootstrap.choose_gpu("made-up")
+    monkeypatch.delenv("CMAKE_ARGS")
+    assert bootstrap.cmake_args().endswith("-DGGML_MADE_UP=ON -DX=1;2")
+    assert bootstrap.build_path().endswith(f"{tmp_path}/bin")
+    bootstrap.choose_gpu("cpu")
+    assert bootstrap.cmake_args() == bootstrap.CMAKE_ARGS
+
+
+def test_cuda_without_a_card_needs_the_cards_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "GPU_CHOICE", tmp_path / "choice")
+    monkeypatch.setattr(bootstrap, "missing_for", lambda backend: [])
+    monkeypatch.setattr(bootstrap, "has_nvidia_card", lambda: False)
+    monkeypatch.setattr(bootstrap, "make_venv", lambda: None)
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    with pytest.raises(SetupError) as caught:
+        bootstrap.choose_gpu("cuda")
+    assert "CMAKE_CUDA_ARCHITECTURES" in caught.value.args[1]
+    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_CUDA_ARCHITECTURES=89")
+    bootstrap.choose_gpu("cuda")
+    assert "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=89" in bootstrap.cmake_args()

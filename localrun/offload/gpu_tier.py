@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import mmap
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from localrun.errors import BudgetError, StoppedError
-from localrun.offload.gpu_device import GpuDevice
+from localrun.errors import BudgetError
+from localrun.offload.gpu_device import GpuDevice, HostMemory
 from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
 from localrun.offload.gpu_stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
@@ -45,7 +44,6 @@ EXCHANGE_EVERY = 16
 EXCHANGE_GAIN = 1.5
 """How much hotter it must be, so that experts of similar use don't change places for ever."""
 _LEAST_HEAT = 4.0
-_POLL_S = 0.1
 
 Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
 """(n_experts,) how much each expert of a layer was used, recent uses counting more."""
@@ -96,7 +94,7 @@ class GpuTier:
         self._uploaded: queue.SimpleQueue[tuple[_Upload, BaseException | None]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._staging: mmap.mmap | None = None
+        self._staging: HostMemory | None = None
         self._n_decodes = 0
         self.n_exchanged = 0
         self.slots: list[GpuSlots] = []
@@ -180,7 +178,7 @@ class GpuTier:
         for i, slots in enumerate(self.slots):
             kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
             self.lanes.append(GpuLane(slots, kernels, pool.store, n_unpackers=n_unpackers))
-        self._staging = mmap.mmap(-1, max(self.staging_bytes, 4096))
+        self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, 4096))
         self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
         self._thread.start()
 
@@ -259,7 +257,7 @@ class GpuTier:
 
     def _fill(self, pool: ExpertPool) -> None:
         assert self._staging is not None
-        memory = np.frombuffer(self._staging, np.uint8)
+        memory = self._staging.array
         while not self._closing.is_set():
             upload = self._uploads.get()
             if upload is None:
@@ -284,13 +282,7 @@ class GpuTier:
     def _read(self, pool: ExpertPool, target: Slot) -> None:
         tickets: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         pool.read_rows(target, tickets.put)
-        while True:  # nobody hands over what was still waiting when the store was closed
-            try:
-                ticket = tickets.get(timeout=_POLL_S)
-                break
-            except queue.Empty:
-                if self._closing.is_set():
-                    raise StoppedError("closing") from None
+        ticket = tickets.get()  # also when the tier is closing: it writes into our memory
         if ticket.error is not None:
             raise ticket.error
 
@@ -302,6 +294,8 @@ class GpuTier:
             self._thread.join()
         for lane in self.lanes:
             lane.close()
+        if self._staging is not None:
+            self._staging.close()
         for slots in self.slots:
             slots.close()
         self.lanes, self.slots = [], []

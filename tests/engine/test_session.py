@@ -259,6 +259,20 @@ def test_snapshot_brings_a_session_back(engine: Engine, session: Session) -> Non
         assert_close(other.logits, straight)
 
 
+@pytest.mark.parametrize(("saved", "restored"), [(256, 32), (32, 256)])
+def test_snapshot_fits_a_context_of_another_batch_size(model_path: Path, saved: int, restored: int) -> None:
+    """The window's cache has as many more rows as a batch has tokens."""
+    with Engine.open(model_path, replace(OPTIONS, n_batch=saved)) as engine, engine.session() as session:
+        session.prefill(TOKENS[:150])
+        snapshot = session.snapshot()
+        session.feed(TOKENS[150:160])
+        straight = session.logits.copy()
+    with Engine.open(model_path, replace(OPTIONS, n_batch=restored)) as engine, engine.session() as session:
+        session.restore(snapshot)
+        session.feed(TOKENS[150:160])
+        assert_close(session.logits, straight)
+
+
 def test_empty_session_can_be_saved(session: Session) -> None:
     snapshot = session.snapshot()
     session.feed(TOKENS[:10])

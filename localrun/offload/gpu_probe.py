@@ -44,6 +44,7 @@ DENSE_ROWS: Final = 512
 """Rows of the largest dense batch."""
 
 _NORMS: Final = 64
+_BATCH_NORMS: Final = 4
 _ROUND_S: Final = 0.06
 """Each figure is the best of as many rounds as fit into this; a slow device gets one or two."""
 
@@ -73,6 +74,7 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
                 dense_bytes_per_s=dense.n_bytes / _less(_best(dense.row), latency_s),
                 dense_macs_per_s=n_rows * spec.n_embd**2 / _less(rows_s, latency_s),
                 node_s=_less(_best(dense.norms), latency_s) / _NORMS,
+                value_s=_less(_best(dense.batch_norms), latency_s) / (_BATCH_NORMS * DENSE_ROWS * spec.n_embd),
                 overlap=_overlap(lambda: experts.call(_SLOTS), decode_s),
             )
     except LocalrunError as error:
@@ -183,8 +185,8 @@ class _Dense:
     def __init__(self, device: GpuDevice, n: int) -> None:
         self._device, self._lib = device, ggml.library()
         lib, f32 = self._lib, 0
-        n_tensors = 2 * _DENSE_MATRICES + _NORMS + 8
-        size = n_tensors * lib.ggml_tensor_overhead() + 4 * lib.ggml_graph_overhead_custom(n_tensors, False)
+        n_tensors = 2 * _DENSE_MATRICES + _NORMS + _BATCH_NORMS + 8
+        size = n_tensors * lib.ggml_tensor_overhead() + 5 * lib.ggml_graph_overhead_custom(n_tensors, False)
         self._buffer = 0
         self._backend = lib.ggml_backend_dev_init(device.address, None)
         self._context = int(lib.ggml_init(ggml.InitParams(size + 4096, None, True)))
@@ -200,9 +202,12 @@ class _Dense:
             norm = row
             for _ in range(_NORMS):
                 norm = lib.ggml_rms_norm(context, norm, 1e-6)
-            self._row, self._norms = self._graph(products), self._graph([norm])
+            many = lib.ggml_new_tensor_2d(context, f32, n, DENSE_ROWS)
+            for _ in range(_BATCH_NORMS):
+                many = lib.ggml_rms_norm(context, many, 1e-6)
+            self._row, self._norms, self._batch_norms = (self._graph(ends) for ends in (products, [norm], [many]))
             self._batches = {count: self._graph([product]) for count, product in batches.items()}
-            self._ends = {self._row: products[-1], self._norms: norm}
+            self._ends = {self._row: products[-1], self._norms: norm, self._batch_norms: many}
             self._ends.update((self._batches[count], product) for count, product in batches.items())
             self._result = np.empty(1024, np.float32)
             self.n_bytes = _DENSE_MATRICES * int(lib.ggml_nbytes(matrices[0]))
@@ -227,6 +232,10 @@ class _Dense:
     def norms(self) -> None:
         """A chain of small operations."""
         self._run(self._norms)
+
+    def batch_norms(self) -> None:
+        """The same with a batch of rows, fewer of them."""
+        self._run(self._batch_norms)
 
     def _graph(self, ends: list[int]) -> int:
         lib = self._lib

@@ -29,7 +29,8 @@ class GpuRates:
         upload_bytes_per_s: bytes per second from RAM into slots, in the pieces that the expert path uses.
         dense_bytes_per_s: bytes per second of 8-bit matrices multiplied with one row; without `latency_s`.
         dense_macs_per_s: multiplications per second of such a matrix with 512 rows; without `latency_s`.
-        node_s: seconds of one operation of a graph that reads hardly any bytes (a row of 4096 values).
+        node_s: seconds of one operation of a graph on a single row of 4096 values: what it costs to be an operation.
+        value_s: seconds of such an operation per value, in a batch of rows.
         overlap: of the shorter of two works, the device's and that of CPU kernels which read memory, the part that disappears when
             both run at once. 1: neither slows the other down; 0: one waits for the other, as where they share cores.
         measured: False: assumed.
@@ -42,6 +43,7 @@ class GpuRates:
     dense_bytes_per_s: float
     dense_macs_per_s: float
     node_s: float
+    value_s: float
     overlap: float
     measured: bool = True
 
@@ -61,6 +63,7 @@ def assumed_rates(memory_bytes_per_s: float, link_bytes_per_s: float) -> GpuRate
         dense_bytes_per_s=MEMORY_SHARE * memory_bytes_per_s,
         dense_macs_per_s=MACS_PER_BYTE * memory_bytes_per_s,
         node_s=NODE_S,
+        value_s=8 / (MEMORY_SHARE * memory_bytes_per_s),  # read once, written once
         overlap=1.0,
         measured=False,
     )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from localrun.engine.hardware import Gpu, Hardware, described
 from localrun.engine.hit_rates import Curve
-from localrun.engine.planner import Plan, Settings, make_plan
+from localrun.engine.plan import Plan, Settings
+from localrun.engine.planner import make_plan
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.speed import Range
 from localrun.errors import BudgetError

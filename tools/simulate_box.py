@@ -25,7 +25,8 @@ from typing import Any
 
 from localrun.engine import speed
 from localrun.engine.hardware import Hardware, detect
-from localrun.engine.planner import Plan, Settings, make_plan
+from localrun.engine.plan import Plan, Settings
+from localrun.engine.planner import make_plan
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
 from localrun.errors import BudgetError, LocalrunError
 from localrun.offload.policy import Key

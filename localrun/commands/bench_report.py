@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from localrun.engine.benchmark import FORMAT, Benchmark, Machine, Phase
-from localrun.engine.planner import Plan
+from localrun.engine.plan import Plan
 from localrun.engine.protocol import ModelFacts
 from localrun.engine.speed import Range
 from localrun.units import format_size

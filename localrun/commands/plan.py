@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
@@ -14,7 +13,8 @@ from localrun.units import format_size
 
 if TYPE_CHECKING:
     from localrun.engine.hardware import Hardware
-    from localrun.engine.planner import Plan, Settings
+    from localrun.engine.plan import Plan, Settings
+    from localrun.engine.sizes import ModelSizes
     from localrun.engine.speed import Range
 
 EXAMPLES = """\
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     sizes = sizes_of(args.model, base=format_of(args.base) if args.base else None)
     out.status("looking at the machine")
-    machine = _machine(args, list(sizes.files))
+    machine = _machine(args, sizes)
     out.clear_status()
     plan = make_plan(sizes, machine, settings)
     if args.json:
@@ -108,7 +108,7 @@ def _phase(name: str, span: Range) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from localrun.engine.planner import Settings
+    from localrun.engine.plan import Settings
     from localrun.engine.sizes import KV_BITS
 
     engine = config.load().engine
@@ -129,11 +129,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _machine(args: argparse.Namespace, files: list[Path]) -> Hardware:
+def _machine(args: argparse.Namespace, sizes: ModelSizes) -> Hardware:
     from localrun.engine import hardware
 
     elsewhere = args.ram is not None or args.vram
-    machine = hardware.detect(files, n_threads=args.threads or 0, probe=not args.no_probe, gpus=not elsewhere)
+    machine = hardware.detect(
+        sizes.files, n_threads=args.threads or 0, probe=not args.no_probe, gpus=not elsewhere, specs=sizes.specs
+    )
     gpus = None
     if args.vram:
         gpus = tuple(

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the JSON result; rises when a field changes its meaning."""
 
+_GPU_STEP_S, _GPU_WAIT_S = 1.0, 60.0
+"""While experts arrive on a GPU at least one per step."""
+
 Progress = Callable[[str], None]
 Counters = dict[int, dict[str, int]]
 """Layer -> counter (lower-case names of `telemetry.Counter`) -> value."""
@@ -283,6 +286,17 @@ class _Run:
         self._session.feed(some[: max(1, n - 2)])
         for token in some[max(1, n - 2) :]:
             self._session.feed([token])
+        self._session.reset()
+        self._wait_for_gpus()
+
+    def _wait_for_gpus(self) -> None:
+        """Experts are copied to GPUs while the program answers already; what is measured is how it goes afterwards."""
+        deadline, resident = time.monotonic() + _GPU_WAIT_S, -1
+        while resident != (now := int(self._engine.stats().get("gpu_experts", 0))) and time.monotonic() < deadline:
+            self._progress(f"copying experts to the GPU: {now}")
+            resident = now
+            time.sleep(_GPU_STEP_S if now else 0.0)
+            self._session.feed([self._tokens[0]])  # between two decodes they are put to use
         self._session.reset()
 
     def _affordable(self, frontier: int) -> bool:

@@ -20,9 +20,11 @@ from localrun.engine import hardware, memory
 from localrun.engine.chat_format import ChatEncoder, encoder_for
 from localrun.engine.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
-from localrun.engine.planner import DEFAULT_CONTEXT, SMALL_BYTES, GpuShare, Plan, plan_load
+from localrun.engine.plan import GpuShare, Plan
+from localrun.engine.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
 from localrun.engine.protocol import EngineOptions, Json, ModelFacts
 from localrun.engine.session import Session
+from localrun.engine.sizes import sizes_of_source
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import UsageError
@@ -108,7 +110,7 @@ class Engine:
         placement = (
             place_on_gpus(source, options, _context_length(source, options)) if source.moe_layers else GpuPlacement()
         )
-        plan = _plan(source, options, placement)
+        plan = _plan(source, options, placement, learn=learn)
         if announce is not None:
             announce(plan)
         offload = OffloadOptions(
@@ -270,14 +272,20 @@ def _context_length(source: ModelSource, options: EngineOptions) -> int:
     return options.n_ctx or min(trained if isinstance(trained, int) else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
-def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement) -> Plan:
+def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement, *, learn: bool) -> Plan:
     """Budgets and expectations of a load. A model that is small enough not to matter costs no measurement."""
     is_large = sum(info.n_bytes for info in source.tensors.values()) >= SMALL_BYTES
     n_drives = 2 if options.mirror else 1
-    machine = hardware.detect(source.files, n_threads=options.n_threads, probe=is_large, n_drives=n_drives)
+    machine = hardware.detect(
+        source.files,
+        n_threads=options.n_threads,
+        probe=is_large,
+        n_drives=n_drives,
+        specs=sizes_of_source(source).specs,
+    )
     gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
     share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
-    return plan_load(source, options, replace(machine, gpus=gpus), share, suggest=is_large)
+    return plan_load(source, options, replace(machine, gpus=gpus), share, suggest=is_large, learned=learn)
 
 
 def dense_bytes(source: ModelSource) -> int:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localrun.engine.planner import GPU_HEADROOM_BYTES
+from localrun.engine.compute_buffers import compute_bytes
+from localrun.engine.placement import GPU_HEADROOM_BYTES
 from localrun.engine.protocol import EngineOptions
 from localrun.engine.sizes import sizes_of_source
 from localrun.errors import BudgetError, LocalrunError
@@ -17,9 +18,6 @@ from localrun.quant.source import ModelSource
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
-
-COMPUTE_BYTES = 1 << 30
-"""Set aside for llama.cpp's compute buffers where the dense model is on the GPU. Not measured on a real GPU."""
 
 ALL_LAYERS = 999
 
@@ -56,9 +54,9 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
             )
         return GpuPlacement()
     budgets = _budgets(devices, options.vram_bytes)
-    cache_bytes = sizes_of_source(source).kv_bytes(n_ctx, options.kv_type, options.n_batch) + COMPUTE_BYTES
-    dense_bytes = sum(info.n_bytes for name, info in source.tensors.items() if "_exps." not in name)
-    needed = dense_bytes + cache_bytes
+    sizes = sizes_of_source(source)
+    cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
+    needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
     n_gpu_layers = 0
     if budgets[0] >= needed:
         n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed

@@ -7,21 +7,20 @@ better than the assumption. Nothing here may fail a start: what can't be found o
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
+from localrun.engine.usual_rates import usual_rates
+from localrun.offload.cpu_rates import CpuRates, ExpertRates
 from localrun.offload.gpu_rates import GpuRates, assumed_rates
-from localrun.paths import cache_dir
 
 if TYPE_CHECKING:
     from localrun.offload.gpu_device import GpuDevice
+    from localrun.offload.kernels import FfnSpec
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +40,6 @@ ASSUMED_GPU = assumed_rates(ASSUMED_GPU_MEMORY, ASSUMED_PCIE)
 
 _PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
 """GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
-
-_MEMORY_MAX_AGE_S = 30 * 86400.0
 
 SYS_PCI = Path("/sys/bus/pci/devices")
 
@@ -85,6 +82,7 @@ class Hardware:
         n_drives: 2: a mirror on a second one.
         memory: of RAM, all cores reading.
         n_threads: that compute.
+        cpu: what our kernels do here; None: assumed from memory and threads.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
@@ -94,6 +92,7 @@ class Hardware:
     n_drives: int = 1
     memory: float = ASSUMED_MEMORY
     n_threads: int = 1
+    cpu: CpuRates | None = None
     gpus: tuple[Gpu, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,11 +105,20 @@ class Hardware:
         """With these values instead, and marked as given; None leaves a value as it is."""
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
+        if named.keys() & {"memory", "n_threads"}:  # what was measured with others says nothing
+            named["cpu"] = None
+            origin.pop("cpu", None)
         return replace(self, **named, origin=origin)  # type: ignore[arg-type]
 
 
 def detect(
-    files: Sequence[Path] = (), *, n_threads: int = 0, probe: bool = True, n_drives: int = 1, gpus: bool = False
+    files: Sequence[Path] = (),
+    *,
+    n_threads: int = 0,
+    probe: bool = True,
+    n_drives: int = 1,
+    gpus: bool = False,
+    specs: Collection[FfnSpec] = (),
 ) -> Hardware:
     """This machine.
 
@@ -120,7 +128,10 @@ def detect(
         n_threads: that will compute; 0: one per physical core.
         probe: measure bandwidths; else only what costs nothing, the rest assumed.
         gpus: look for those that llama.cpp can use.
+        specs: experts to measure the kernels with.
     """
+    n_threads = n_threads or memory.physical_cores()
+    cpu = None
     origin = {"ram_bytes": "measured", "n_threads": "measured", "disk": "assumed", "memory": "assumed"}
     disk, memory_rate = ASSUMED_DISK, ASSUMED_MEMORY
     if probe:
@@ -129,7 +140,12 @@ def detect(
         drive = probe_disk(list(files) or [disk_profiles_path()])
         if drive.bytes_per_s is not None:
             disk, origin["disk"] = drive.bytes_per_s, "measured"
-        memory_rate, origin["memory"] = best_memory_rate(probe_memory()), "measured"
+        memory_rate, origin["memory"] = probe_memory(), "measured"
+        if specs:
+            from localrun.offload.cpu_probe import probe_cpu
+
+            cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
+        memory_rate, cpu = _usual(memory_rate, cpu, specs, n_threads)
     available = memory.available_memory()
     return Hardware(
         ram_bytes=None if available is None else available + memory.resident_bytes(),
@@ -137,32 +153,32 @@ def detect(
         disk=disk,
         n_drives=n_drives,
         memory=memory_rate,
-        n_threads=n_threads or memory.physical_cores(),
+        n_threads=n_threads,
+        cpu=cpu,
         gpus=local_gpus() if gpus else (),
         origin=origin,
     )
 
 
-def best_memory_rate(measured: float) -> float:
-    """The best figure of the last month, this one included: a busy machine's RAM is no slower, there is less of it for us."""
-    path, now = cache_dir() / "memory.json", time.time()
-    best, when = measured, now
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads(path.read_text())
-        if measured < float(known["bytes_per_s"]) < 1e13 and 0 <= now - float(known["measured_at"]) < _MEMORY_MAX_AGE_S:
-            best, when = float(known["bytes_per_s"]), float(known["measured_at"])
-    if best == measured:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_text(json.dumps({"bytes_per_s": best, "measured_at": when}) + "\n")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: the memory's rate could not be remembered: %s", path, error.strerror)
-    return best
+def _usual(
+    memory_rate: float, cpu: CpuRates | None, specs: Collection[FfnSpec], n_threads: int
+) -> tuple[float, CpuRates | None]:
+    """These rates as this machine usually has them (`usual_rates.py`)."""
+
+    def key(spec: FfnSpec, name: str) -> str:
+        kinds = "/".join(kind.name for kind in spec.types)
+        return f"{name} of {kinds} {spec.n_embd}x{spec.n_ff}, {n_threads} threads"
+
+    measured = {"memory": memory_rate}
+    if cpu is None:
+        return usual_rates(measured)["memory"], None
+    dense = {f.name: f"{f.name}, {n_threads} threads" for f in fields(cpu) if f.name != "experts"}
+    seconds = [f.name for f in fields(ExpertRates)]
+    measured |= {key: getattr(cpu, name) for name, key in dense.items()}
+    measured |= {key(spec, name): 1 / getattr(cpu.experts[spec.types], name) for spec in specs for name in seconds}
+    usual = usual_rates(measured)
+    experts = {spec.types: ExpertRates(**{name: 1 / usual[key(spec, name)] for name in seconds}) for spec in specs}
+    return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
 
 
 def local_gpus() -> tuple[Gpu, ...]:
@@ -199,22 +215,19 @@ def display_links() -> list[float]:
     return links
 
 
-def described(*, ram_bytes: int, n_threads: int, gpus: Sequence[Gpu] = (), **rates: float) -> Hardware:
+def described(
+    *, ram_bytes: int, n_threads: int, disk: float, memory: float, n_drives: int = 1, gpus: Sequence[Gpu] = ()
+) -> Hardware:
     """A machine that somebody describes; all of its RAM but what a system takes is free."""
-    origin = {
-        **{"disk": "assumed", "memory": "assumed"},
-        **dict.fromkeys(("ram_bytes", "n_threads", "gpus", *rates), "given"),
-    }
-    free = max(0, ram_bytes - SYSTEM_BYTES)
-    n_drives = int(rates.pop("n_drives", 1))
     return Hardware(
-        ram_bytes=free,
+        ram_bytes=max(0, ram_bytes - SYSTEM_BYTES),
         total_ram_bytes=ram_bytes,
+        disk=disk,
+        n_drives=n_drives,
+        memory=memory,
         n_threads=n_threads,
         gpus=tuple(gpus),
-        n_drives=n_drives,
-        origin=origin,
-        **rates,
+        origin=dict.fromkeys(("ram_bytes", "n_threads", "gpus", "disk", "memory", "n_drives"), "given"),
     )
 
 

@@ -1,16 +1,17 @@
 """How often an expert is found in fast memory when a given share of them fits there: published, or from the user's own profile.
 
 A rate here is the share of (token, expert) requests of steady decode. Two curves bound what a user meets: one topic for a long
-time, and short unrelated prompts.
+time, and short unrelated prompts. The same knowledge says how many experts a batch of a prompt touches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from localrun.offload.profile import RoutingProfile, profile_path
 
@@ -27,6 +28,8 @@ LRU_GAIN = 0.41
 """Part of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace
 of V4.1-Flash (0.670 -> 0.805, 0.748 -> 0.855, 0.780 -> 0.875, 0.810 -> 0.891, 0.859 -> 0.917)."""
 
+_GRID = 256
+
 
 class HitRates(Protocol):
     """Hit rate by resident share, rising."""
@@ -42,6 +45,14 @@ class HitRates(Protocol):
 
     def unsteady(self, share: float) -> float:
         """When topics change."""
+        ...
+
+    def hottest(self, share: float) -> float:
+        """Of a list that hardly changes, as on GPUs."""
+        ...
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """(n,) shares of all requests that equal parts of a layer's experts get, falling."""
         ...
 
 
@@ -62,12 +73,20 @@ class Curve:
         rate = self.steady(share)
         return max(0.0, rate - TOPIC_CHANGES * min(1.0, (1 - rate) / 0.2))
 
+    def hottest(self, share: float) -> float:
+        """See `HitRates`; `LRU_GAIN` taken back. Never less than chance."""
+        return max(share, 1 - (1 - self.steady(share)) / (1 - LRU_GAIN))
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """See `HitRates`."""
+        return _use(self.hottest)
+
 
 class Learned:
     """From the routing profile of the user's own model.
 
-    The hottest experts, kept for ever, would hit `static(share)`: that is what is left when topics change, for the profile has seen
-    many. LRU adds what is recent.
+    The hottest experts, kept for ever, would hit `hottest(share)`: that is what is left when topics change, for the profile has
+    seen many. LRU adds what is recent.
     """
 
     def __init__(self, profile: RoutingProfile, layers: Sequence[int]) -> None:
@@ -81,10 +100,78 @@ class Learned:
         at = min(max(share, 0.0), 1.0) * (self._static.size - 1)
         return float(np.interp(at, np.arange(self._static.size), self._static))
 
+    def hottest(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.unsteady(share)
+
     def steady(self, share: float) -> float:
         """See `HitRates`."""
         static = self.unsteady(share)
         return static + LRU_GAIN * (1 - static) * min(1.0, share / 0.05)
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """See `HitRates`."""
+        return _use(self.unsteady)
+
+
+@dataclass(frozen=True, slots=True)
+class Unlearned:
+    """`rates` of a run that knows no profile: what is on GPUs is any part of the experts."""
+
+    rates: HitRates
+
+    @property
+    def source(self) -> str:
+        """See `HitRates`."""
+        return self.rates.source
+
+    def steady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.rates.steady(share)
+
+    def unsteady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.rates.unsteady(share)
+
+    def hottest(self, share: float) -> float:
+        """See `HitRates`."""
+        return share
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """See `HitRates`."""
+        return self.rates.use()
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """Of a layer's experts, in one batch, as shares.
+
+    Attributes:
+        distinct: that the batch uses.
+        missing: of these, not in memory when the most used ones are there.
+    """
+
+    distinct: float
+    missing: float
+
+
+def touched(rates: HitRates | None, share: float, n_tokens: int, n_used: int, n_experts: int) -> Touched:
+    """Experts that a batch uses, its tokens choosing independently.
+
+    Args:
+        rates: None: all experts alike.
+        share: resident.
+    """
+    use = np.full(_GRID, 1 / _GRID) if rates is None else rates.use()
+    chance = np.minimum(1.0, n_used * use * (use.size / n_experts))
+    used = 1 - (1 - chance) ** n_tokens
+    absent = np.clip(np.arange(1, use.size + 1) - share * use.size, 0.0, 1.0)
+    return Touched(float(used.mean()), float((used * absent).mean()))
+
+
+def _use(hits: Callable[[float], float]) -> npt.NDArray[np.float64]:
+    """Differences of a curve, in falling order: a curve that was put together from measurements need not bend one way only."""
+    return np.sort(np.diff([hits(at) for at in np.linspace(0, 1, _GRID + 1)]))[::-1]
 
 
 MIN_PROFILE_TOKENS = 2000

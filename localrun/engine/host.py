@@ -19,7 +19,7 @@ from localrun.engine import memory
 from localrun.engine.engine import Engine
 from localrun.engine.evaluate import evaluate_text
 from localrun.engine.messages import messages_from_json, tools_from_json
-from localrun.engine.planner import Plan
+from localrun.engine.plan import Plan
 from localrun.engine.prompt_parts import Special
 from localrun.engine.prompt_writer import Prompt
 from localrun.engine.protocol import (

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -23,6 +23,9 @@ from localrun.quant.model_config import ModelConfig, parse_config
 from localrun.quant.plan import BASE_TYPES, PlanOptions, target_type
 from localrun.quant.schema import Role, TensorSpec, trunk_tensors
 from localrun.quant.source import ExpertTypes, ModelSource, open_model
+
+if TYPE_CHECKING:
+    from localrun.offload.kernels import FfnSpec
 
 _T = GGMLQuantizationType
 
@@ -111,6 +114,7 @@ class ModelSizes:
         dense: by part, see `_PARTS`.
         dense_weights: weights of all matrices that every token is multiplied with.
         experts: the copies that would be used, by format.
+        base_bytes: all experts in the base's copies, where an overlay has better ones; else 0.
         convertible: another format of the experts is a matter of converting again.
     """
 
@@ -130,6 +134,7 @@ class ModelSizes:
     dense: Mapping[str, int]
     dense_weights: int
     experts: tuple[ExpertGroup, ...]
+    base_bytes: int = 0
     convertible: bool = False
 
     @property
@@ -162,6 +167,10 @@ class ModelSizes:
         """A miss on average."""
         return self.expert_file_bytes / max(1, self.n_copies)
 
+    def miss_bytes(self, *, adaptive: bool) -> float:
+        """What a miss on average waits for; in adaptive mode the base's copy."""
+        return self.base_bytes / self.n_copies if adaptive and self.base_bytes else self.mean_file_bytes
+
     @property
     def mean_slot_bytes(self) -> float:
         """A slot on average."""
@@ -182,6 +191,13 @@ class ModelSizes:
     def used_weights(self) -> int:
         """Expert weights that a token is multiplied with."""
         return len(self.moe_layers) * self.n_used * 3 * self.n_embd * self.n_ff
+
+    @property
+    def specs(self) -> tuple[FfnSpec, ...]:
+        """Shapes of the experts, by format, for measuring kernels; the clamp costs nothing."""
+        from localrun.offload.kernels import FfnSpec
+
+        return tuple(FfnSpec(group.types, self.n_embd, self.n_ff, 10.0) for group in self.experts)
 
     def kv(self, n_ctx: int, kv_type: str, n_batch: int) -> dict[str, int]:
         """The KV cache as llama.cpp allocates it, by part: window, CSA rows, HCA rows, indexer rows, frontiers."""
@@ -364,6 +380,9 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
             ExpertGroup(types, count, size, slot_bytes(types, n_embd, n_ff))
             for (types, n_embd, n_ff, size), count in sorted(_expert_kinds(source).items(), key=str)
         ),
+        base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe.values())
+        if any(layer.better for layer in moe.values())
+        else 0,
         convertible=(source.path / "config.json").is_file(),
     )
 

@@ -1,66 +1,66 @@
 """Predicts tokens per second from the bytes and multiplications of a token, and says what limits them.
 
 A token's time on a machine is a sum over resources, each with its own rate: dense matrices and cache rows through RAM or GPU
-memory, experts through the memory that they are in, misses through the drive, and a fixed time per layer for what is neither
-(mHC, routing, norms, graph overhead). The three estimates differ in what nobody can know beforehand: `low` has changing topics and
-reads that nothing hides, `high` a steady topic and reads hidden behind computing, `likely` lies between.
+memory, experts through the memory that they are in, misses through the drive, and a time per layer for what is neither (mHC,
+attention, routing, norms, graph overhead). Where experts are on a GPU and in RAM, both compute at once, as far as they let each
+other. The three estimates differ in what nobody can know beforehand: `low` has changing topics and reads that nothing hides,
+`high` a steady topic and reads hidden behind computing, `likely` lies between.
 
-Rates of the CPU were measured or fitted on two cores with AVX-512; docs/planner.md says how far predictions were off there. Rates
-of GPUs are assumptions, except what `hardware.measured_gpus` finds out.
+Rates of kernels, memory, drive and GPUs come from the machine (`hardware.py`), measured or assumed. What is left is here as
+constants; docs/planner.md says how far predictions were off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from gguf import GGMLQuantizationType
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from localrun.engine.hardware import Hardware
-from localrun.engine.hit_rates import HitRates
-from localrun.engine.sizes import ModelSizes
+from localrun.engine.hit_rates import HitRates, touched
+from localrun.engine.sizes import CSA, HCA, ModelSizes, expert_group
+from localrun.offload.cpu_rates import ExpertRates, assumed_dense, assumed_expert
+from localrun.offload.gpu_rates import GpuRates
+from localrun.quant.source import ExpertTypes
 
-_T = GGMLQuantizationType
+LAYER_S = 0.5e-3
+LAYER_VALUE_S = 0.4e-6
+"""Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Two cores with
+AVX-512, what llama.cpp took outside our matrices: slices with 512, 4096 and 7168 values, 0.7, 2.3 to 3.0 and 3.4 to 3.7 ms. More
+cores: not measured."""
 
-DENSE_SHARE = 0.75
-"""Of RAM bandwidth that the dense matrices reach in decode. This and `LAYER_S` are fits: a slice of Flash was 13 % faster."""
+ATTENTION_MACS_PER_CORE = 5e9
+BATCH_ATTENTION_MACS_PER_CORE = 10e9
+"""Multiplications per second of attention and indexer in llama.cpp, one token and batches. [m] The slices at 0 to 2048 tokens."""
 
-EXPERT_SHARE = 0.89
-"""Of RAM bandwidth that the experts reach in decode: 26.7 of 29.9 GB/s on two cores."""
+BATCH_VALUE_S = 0.28e-6
+"""Per layer, token and value of the hidden state, of one core, in batches, besides matrices and attention. [m] The same slices:
+0.23 to 0.38."""
 
-LAYER_S = 0.9e-3
-"""Per layer and token on the CPU besides weights."""
+TOKEN_S = 0.5e-3
+"""Per token besides layers: embedding, logits, the call itself. [m] With `LAYER_S`, together."""
 
-TOKEN_S = 1.0e-3
-"""Per token besides layers: embedding, head's bookkeeping, logits, the call itself."""
+LAYER_NODES = 120
+"""Operations of a layer that a GPU has to start. llama.cpp's graph has 196 per layer, views included."""
+
+LAYER_VALUES = 19
+"""Passes over the hidden state that a layer's small operations come to in a batch, from `BATCH_VALUE_S` and what the GPU probe says
+of one pass on a core of the same machine."""
 
 DISK_SHARE = 0.85
-"""Of the drive's probed rate that single misses reach: one expert's three pieces keep fewer reads in flight."""
+"""Of the drive's probed rate that single misses reach: one expert's three pieces keep fewer reads in flight. [m] The slice under
+2 and 3 GiB: 26.5 and 16.9 MB per token cost 11.8 and 7.0 ms of waiting, besides what 10 ms of experts hid; drive 1.70 GB/s."""
 
-HIDDEN_READS = 0.5
-"""Part of the computing of a call's present experts behind which reads of the missing ones hide."""
+HIDDEN_READS = (0.0, 0.5, 1.0)
+"""Part of the computing of present experts behind which reads of the missing ones hide: low, likely, high. [m] See above."""
+
+PROMPT_HIDDEN_READS = (0.0, 0.9, 1.0)
+"""The same for a prompt, where the next layer is read ahead, too. [m] The slice under 2 and 3 GiB: 0.7 and 1.2 of it."""
 
 SECOND_DRIVE_GAIN = 0.375
 """A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
 
-EXPERT_MACS_PER_CORE = 105e9
-DENSE_MACS_PER_CORE = 42e9
-"""int8 multiplications per second of one core in prefill: experts, and dense matrices with attention and all else that llama.cpp
-computes. AVX-512 VNNI; processors without it are slower."""
-
-WEIGHTS_PER_CORE: Mapping[GGMLQuantizationType, float] = {
-    _T.MXFP4: 15e9, _T.Q4_K: 15e9, _T.Q2_K: 19.5e9, _T.Q3_K: 12e9, _T.Q8_0: 6.8e9,
-    _T.IQ2_XXS: 8.8e9, _T.IQ2_XS: 8.8e9, _T.IQ2_S: 8.8e9, _T.IQ3_XXS: 5.5e9, _T.IQ3_S: 5.5e9,
-}  # fmt: skip
-"""Weights per second of one core in decode, measured with ggml's kernels on two threads, halved: formats with tables are bound by
-computing, not by memory. Those not named are taken as Q4_K."""
-
-GPU_LAYER_S = 0.15e-3
-GPU_MACS_PER_BYTE = 100.0
-"""Per layer, two hand-overs included; prefill multiplications per second as a multiple of bandwidth. Assumptions, not measured."""
-
-DISTINCT_SHARE = (1.0, 0.85, 0.7)
-"""Distinct experts of a batch, relative to evenly drawn ones: real routing repeats itself."""
+MARGIN = 0.15
+"""Of the machine's own mood: the same run an hour later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +70,15 @@ class Residency:
     Attributes:
         dense_on_gpu: the dense model and the cache.
         gpu_share, ram_share: of all experts; what is on the GPU is not in RAM.
-        gpu: bytes per second of GPU memory, 0 without one.
+        gpu: what the slowest GPU does; None without one.
+        miss_bytes: that a miss waits for.
     """
 
     ram_share: float
     gpu_share: float = 0.0
     dense_on_gpu: bool = False
-    gpu: float = 0.0
+    gpu: GpuRates | None = None
+    miss_bytes: float
 
     @property
     def share(self) -> float:
@@ -92,7 +94,7 @@ class Rate:
         tokens_per_s: the rate.
         hit_rate: of expert requests that need no drive.
         disk_bytes: read per token.
-        parts: seconds per token by resource; reads that are hidden count less.
+        parts: seconds per token by resource; what is hidden behind something else counts less.
     """
 
     tokens_per_s: float
@@ -123,73 +125,130 @@ class Range:
         return self.likely.tokens_per_s / tokens_per_s - 1
 
 
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
 def predict_decode(
     sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
 ) -> Range:
     """Speed of answers with `position` tokens in the context."""
+    used = len(sizes.moe_layers) * sizes.n_used
+    dense_parts = _dense_token(sizes, place, machine, position, kv_type)
+    expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
 
-    def rate(share_of_steady: float, hidden: float) -> Rate:
-        def hits(share: float) -> float:
-            return share_of_steady * rates.steady(share) + (1 - share_of_steady) * rates.unsteady(share)
-
-        used = len(sizes.moe_layers) * sizes.n_used
-        dense = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
-        parts: dict[str, float] = {}
-        on_gpu = hits(place.gpu_share) if place.gpu_share > 0 else 0.0
-        if on_gpu or place.dense_on_gpu:
-            gpu_bytes = (dense if place.dense_on_gpu else 0) + on_gpu * used * sizes.mean_file_bytes
-            parts["GPU memory"] = gpu_bytes / place.gpu
-        if place.dense_on_gpu:
-            parts["layers"] = sizes.n_layers * GPU_LAYER_S + TOKEN_S
-        else:
-            parts["dense model in RAM"] = dense / (DENSE_SHARE * machine.memory)
-            parts["layers"] = sizes.n_layers * LAYER_S + TOKEN_S
-        experts_s = (1 - on_gpu) * _experts_s(sizes, machine)
-        parts["experts in RAM"] = experts_s
-        hit = max(hits(place.share), on_gpu) if sizes.n_copies else 1.0
-        disk_bytes = (1 - hit) * used * sizes.mean_file_bytes
+    def rate(hits: float, on_gpu: float, hidden: float) -> Rate:
+        parts = dict(dense_parts)
+        on_cpu_s, on_gpu_s = (1 - on_gpu) * expert_s, 0.0
+        if place.gpu is not None and on_gpu:
+            on_gpu_s = on_gpu * used * sizes.mean_file_bytes / place.gpu.decode_bytes_per_s
+            on_gpu_s += len(sizes.moe_layers) * place.gpu.latency_s
+        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
+        disk_bytes = (1 - hits) * used * place.miss_bytes
         read_s = disk_bytes / (DISK_SHARE * drive_rate(machine))
-        parts["drive"] = max(0.0, read_s - hidden * hit * experts_s)
-        return Rate(tokens_per_s=1 / sum(parts.values()), hit_rate=hit, disk_bytes=disk_bytes, parts=parts)
+        parts["drive"] = max(0.0, read_s - hidden * hits * on_cpu_s)
+        return Rate(tokens_per_s=1 / sum(parts.values()), hit_rate=hits, disk_bytes=disk_bytes, parts=parts)
 
-    return _widened(rate(0.0, 0.0), rate(1.0, 0.0), rate(1.0, HIDDEN_READS))
+    on_gpu = rates.hottest(place.gpu_share) if place.gpu_share > 0 else 0.0
+    unsteady, steady = (
+        max(curve(place.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
+    )
+    low, likely, high = HIDDEN_READS
+    return _widened(rate(unsteady, on_gpu, low), rate(steady, on_gpu, likely), rate(steady, on_gpu, high))
+
+
+def _dense_token(
+    sizes: ModelSizes, place: Residency, machine: Hardware, position: int, kv_type: str
+) -> dict[str, float]:
+    """All of a token but its experts."""
+    n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
+    attention = attention_macs(sizes, position)
+    if place.dense_on_gpu and place.gpu is not None:
+        gpu = place.gpu
+        return {
+            "dense model on the GPU": n_bytes / gpu.dense_bytes_per_s + attention / gpu.dense_macs_per_s,
+            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
+        }
+    layer_s = LAYER_S + LAYER_VALUE_S * sizes.n_embd
+    return {
+        "dense model in RAM": n_bytes / dense_on(machine)[0],
+        "layers": sizes.n_layers * layer_s + attention / (machine.n_threads * ATTENTION_MACS_PER_CORE) + TOKEN_S,
+    }
+
+
+def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, float]:
+    """Experts on the CPU and on a GPU at once: the longer of both, and of the shorter what does not disappear."""
+    parts = {"experts in RAM": on_cpu_s}
+    if gpu is not None and on_gpu_s:
+        hidden = gpu.overlap * min(on_cpu_s, on_gpu_s)
+        if on_cpu_s > on_gpu_s:
+            parts["experts on the GPU"] = on_gpu_s - hidden
+        else:
+            parts |= {"experts in RAM": on_cpu_s - hidden, "experts on the GPU": on_gpu_s}
+    return parts
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def predict_prefill(
-    sizes: ModelSizes, place: Residency, machine: Hardware, *, prompt_tokens: int, n_batch: int
+    sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
 ) -> Range:
-    """Speed of reading a prompt in an empty context, in batches, each expert that is missing read once per batch."""
+    """Speed of reading a prompt in an empty context, in batches, each expert that is missing read once per batch.
+
+    Experts that a GPU could compute of a long prompt besides those that live on it (`offload/gpu_stream.py`) are not counted.
+    """
     batch = max(1, min(n_batch, prompt_tokens))
     n_layers, n_experts = len(sizes.moe_layers), max(1, sizes.n_experts)
-    even = n_experts * (1 - (1 - sizes.n_used / n_experts) ** batch)
+    dense_parts = _dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
+    expert = experts_on(machine, sizes)
+    n_pairs = batch * n_layers * sizes.n_used
+    on_gpu = rates.hottest(place.gpu_share) if place.gpu is not None and place.gpu_share > 0 else 0.0
 
-    def rate(distinct_share: float, hidden: float) -> Rate:
-        distinct = max(min(even, float(sizes.n_used)), even * distinct_share)
-        parts: dict[str, float] = {}
-        on_gpu, dense = place.gpu_share, batch * matrix_weights(sizes)
-        if place.gpu > 0 and (on_gpu or place.dense_on_gpu):
-            macs = batch * on_gpu * sizes.used_weights + (dense if place.dense_on_gpu else 0)
-            parts["GPU computing"] = macs / (place.gpu * GPU_MACS_PER_BYTE)
-        if place.dense_on_gpu:
-            parts["layers"] = sizes.n_layers * GPU_LAYER_S
-        else:
-            parts["dense model on the CPU"] = dense / (machine.n_threads * DENSE_MACS_PER_CORE)
-        compute_s = batch * (1 - on_gpu) * sizes.used_weights / (machine.n_threads * EXPERT_MACS_PER_CORE)
-        touched = n_layers * distinct * (1 - on_gpu) * sizes.mean_file_bytes
-        parts["experts on the CPU"] = max(compute_s, touched / (EXPERT_SHARE * machine.memory))
-        disk_bytes = n_layers * distinct * (1 - place.share) * sizes.mean_file_bytes
-        read_s = disk_bytes / drive_rate(machine)
-        parts["drive"] = max(0.0, read_s - hidden * parts["experts on the CPU"])
+    def rate(distinct: float, missing: float, hidden: float) -> Rate:
+        parts = dict(dense_parts)
+        on_cpu = max(0.0, distinct - place.gpu_share) * n_layers * n_experts
+        on_cpu_s = on_cpu * expert.batch_s + (1 - on_gpu) * n_pairs * expert.pair_s if n_layers else 0.0
+        on_gpu_s = 0.0
+        if place.gpu is not None and on_gpu:
+            on_gpu_s = on_gpu * batch * sizes.used_weights / place.gpu.batch_macs_per_s + n_layers * place.gpu.latency_s
+        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
+        disk_bytes = missing * n_layers * n_experts * place.miss_bytes
+        parts["drive"] = max(0.0, disk_bytes / drive_rate(machine) - hidden * on_cpu_s)
         per_token = {name: seconds / batch for name, seconds in parts.items()}
         return Rate(
             tokens_per_s=1 / sum(per_token.values()),
-            hit_rate=place.share,
+            hit_rate=1 - missing / distinct if distinct else 1.0,
             disk_bytes=disk_bytes / batch,
             parts=per_token,
         )
 
-    low, likely, high = DISTINCT_SHARE
-    return _widened(rate(low, 0.0), rate(likely, HIDDEN_READS), rate(high, 0.9))
+    even = touched(None, place.share, batch, sizes.n_used, n_experts)
+    real = touched(rates, place.share, batch, sizes.n_used, n_experts)
+    low, likely, high = PROMPT_HIDDEN_READS
+    return _widened(
+        rate(even.distinct, even.distinct * (1 - place.share), low),
+        rate(real.distinct, real.missing, likely),
+        rate(real.distinct, 0.8 * real.missing, high),
+    )
+
+
+def _dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
+    """All of a batch but its experts."""
+    weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
+    values = batch * sizes.n_layers * sizes.n_embd
+    if place.dense_on_gpu and place.gpu is not None:
+        gpu = place.gpu
+        return {
+            "dense model on the GPU": (weights + attention) / gpu.dense_macs_per_s,
+            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + values * LAYER_VALUES * gpu.value_s,
+        }
+    return {
+        "dense model on the CPU": weights / dense_on(machine)[1],
+        "layers": (values * BATCH_VALUE_S + attention / BATCH_ATTENTION_MACS_PER_CORE) / machine.n_threads,
+    }
+
+
+# --- amounts and rates ------------------------------------------------------------------------------------------------
 
 
 def matrix_weights(sizes: ModelSizes) -> int:
@@ -197,36 +256,66 @@ def matrix_weights(sizes: ModelSizes) -> int:
     return max(0, sizes.dense_weights - sizes.n_vocab * sizes.n_embd)
 
 
+def attention_macs(sizes: ModelSizes, position: int) -> float:
+    """Multiplications of attention and indexer for one token: queries with keys, and values."""
+    at = sizes.attention
+    if not at.ratios:
+        return sizes.n_layers * at.n_heads * at.head_dim * 2.0 * position
+    csa = position // CSA
+    rows = sizes.n_layers * min(position, at.window) + at.count(CSA) * min(csa, at.index_top_k)
+    rows += at.count(HCA) * (position // HCA)
+    return rows * at.n_heads * at.head_dim * 2.0 + at.count(CSA) * csa * at.index_heads * at.index_dim
+
+
 def drive_rate(machine: Hardware) -> float:
     """Of all drives together."""
     return machine.disk * (1 + SECOND_DRIVE_GAIN * (machine.n_drives - 1))
 
 
-def _experts_s(sizes: ModelSizes, machine: Hardware) -> float:
-    """A token's experts, all of them computed by the CPU."""
-    return len(sizes.moe_layers) * sizes.n_used * expert_s(sizes, machine) if sizes.n_copies else 0.0
+def dense_on(machine: Hardware) -> tuple[float, float]:
+    """Bytes per second with one row, multiplications per second with a batch: measured, or assumed."""
+    if machine.cpu is not None:
+        return machine.cpu.dense_bytes_per_s, machine.cpu.dense_macs_per_s
+    return assumed_dense(machine.memory, machine.n_threads)
 
 
-def expert_s(sizes: ModelSizes, machine: Hardware) -> float:
-    """One expert for one token on the CPU, mean of the model's: bound by memory or by computing, whichever is slower."""
-    total = 0.0
-    for group in sizes.experts:
-        per_core = sum(1 / WEIGHTS_PER_CORE.get(kind, 15e9) for kind in group.types) / 3
+def slowest(gpus: Sequence[GpuRates]) -> GpuRates | None:
+    """All of several GPUs are taken for the slowest one; None without any."""
+    if not gpus:
+        return None
+    worst = {
+        field.name: (max if field.name.endswith("_s") and not field.name.endswith("_per_s") else min)(
+            getattr(gpu, field.name) for gpu in gpus
+        )
+        for field in fields(GpuRates)
+    }
+    return GpuRates(**worst)
+
+
+def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
+    """The model's mean expert on this CPU; formats that were not measured are assumed, and scaled by those that were."""
+
+    def assumed(types: ExpertTypes) -> ExpertRates:
+        group = expert_group(types, 1, sizes.n_embd, sizes.n_ff)
         weights = 3 * sizes.n_embd * sizes.n_ff
-        one = max(group.file_bytes / (EXPERT_SHARE * machine.memory), weights * per_core / machine.n_threads)
-        total += group.count / sizes.n_copies * one
-    return total
+        return assumed_expert(types, group.file_bytes, weights, machine.memory, machine.n_threads)
 
-
-MARGIN = 0.15
-"""Of the machine's own mood: the same run an hour later."""
+    known = machine.cpu.experts if machine.cpu is not None else {}
+    slower = [rates.decode_s / assumed(types).decode_s for types, rates in known.items()]
+    factor = sum(slower) / len(slower) if slower else 1.0
+    parts = [
+        (known.get(group.types) or assumed(group.types).times(factor)).times(group.count / sizes.n_copies)
+        for group in sizes.experts
+    ]
+    return ExpertRates(
+        decode_s=sum(part.decode_s for part in parts),
+        few_s=sum(part.few_s for part in parts),
+        many_s=sum(part.many_s for part in parts),
+    )
 
 
 def _widened(low: Rate, likely: Rate, high: Rate) -> Range:
-    from dataclasses import replace
-
-    ordered = sorted((low, likely, high), key=lambda rate: rate.tokens_per_s)
-    slow, middle, fast = ordered
+    slow, middle, fast = sorted((low, likely, high), key=lambda rate: rate.tokens_per_s)
     return Range(
         low=replace(slow, tokens_per_s=slow.tokens_per_s * (1 - MARGIN)),
         likely=middle,

@@ -14,17 +14,14 @@ from typing import Final
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from localrun.offload.cpu_rates import CpuRates, ExpertRates
+from localrun.offload.cpu_rates import FEW, MANY, CpuRates, ExpertRates
 from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
 
 _BUFFER_BYTES: Final = 256 << 20
 _EXPERTS: Final = 6
 """In a call, as many as a token of DeepSeek-V4 uses."""
 
-_FEW, _MANY = 8, 48
-"""Tokens per expert of two batches: their difference is what a token costs, the rest is what an expert costs."""
-
-_ROUND_S: Final = 0.03
+_ROUND_S: Final = 0.04
 _SLOW_S: Final = 0.1
 """A batch of few tokens that takes longer tells enough."""
 
@@ -44,7 +41,7 @@ def probe_cpu(specs: Iterable[FfnSpec], *, n_threads: int) -> CpuRates:
     n_bytes = _DENSE_SIZE * _DENSE_SIZE * 34 // 32  # Q8_0: blocks of 32 in 34 bytes
     return CpuRates(
         dense_bytes_per_s=n_bytes / row_s,
-        dense_macs_per_s=_MANY * _DENSE_SIZE * _DENSE_SIZE / batch_s,
+        dense_macs_per_s=MANY * _DENSE_SIZE * _DENSE_SIZE / batch_s,
         experts=experts,
     )
 
@@ -52,7 +49,7 @@ def probe_cpu(specs: Iterable[FfnSpec], *, n_threads: int) -> CpuRates:
 def _dense(base: int, n_threads: int) -> tuple[float, float]:
     """Seconds of one matrix with one row, and with a batch."""
     kernel = DenseKernel(GGMLQuantizationType.Q8_0, _DENSE_SIZE, _DENSE_SIZE, n_threads=n_threads)
-    x = np.ones((_MANY, _DENSE_SIZE), np.float32)
+    x = np.ones((MANY, _DENSE_SIZE), np.float32)
     out = np.empty_like(x)
     places = _places(base, kernel.packed_bytes)
     one = _best(lambda turn: kernel.run(places[turn % len(places)], x[:1], out[:1]))
@@ -62,8 +59,8 @@ def _dense(base: int, n_threads: int) -> tuple[float, float]:
 def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
     kernel = make_kernel(spec, n_threads=n_threads)
     places = np.array(_places(base, kernel.slot_bytes), np.uint64)
-    x = np.ones((_MANY, spec.n_embd), np.float32)
-    out = np.empty((_EXPERTS * _MANY, spec.n_embd), np.float32)
+    x = np.ones((MANY, spec.n_embd), np.float32)
+    out = np.empty((_EXPERTS * MANY, spec.n_embd), np.float32)
 
     def call(turn: int, n_tokens: int) -> None:
         slots = places[(np.arange(_EXPERTS) + turn * _EXPERTS) % places.size]
@@ -72,12 +69,9 @@ def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
         kernel.run(slots, starts, x_rows, np.arange(x_rows.size, dtype=np.int32), x, out)
 
     decode_s = _best(lambda turn: call(turn, 1)) / _EXPERTS
-    few_s = _best(lambda turn: call(turn, _FEW)) / _EXPERTS
-    if few_s * _EXPERTS > _SLOW_S:
-        return ExpertRates(decode_s=decode_s, batch_s=0.0, pair_s=few_s / _FEW)
-    many_s = _best(lambda turn: call(turn, _MANY)) / _EXPERTS
-    pair_s = max(many_s - few_s, 0.1 * many_s) / (_MANY - _FEW)
-    return ExpertRates(decode_s=decode_s, batch_s=max(0.0, few_s - _FEW * pair_s), pair_s=pair_s)
+    few_s = _best(lambda turn: call(turn, FEW)) / _EXPERTS
+    many_s = few_s * MANY / FEW if few_s * _EXPERTS > _SLOW_S else _best(lambda turn: call(turn, MANY)) / _EXPERTS
+    return ExpertRates(decode_s=decode_s, few_s=few_s, many_s=many_s)
 
 
 def _places(base: int, size: int) -> list[int]:

@@ -27,19 +27,37 @@ MACS_PER_CORE: Final = 92e9
 """int8 multiplications per second of one core in batches, where nothing is measured. [m] AVX-512 VNNI; others are slower."""
 
 
+FEW: Final = 8
+MANY: Final = 48
+"""Tokens per expert of two batches: their difference is what a token costs, the rest is what an expert costs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRates:
-    """Of experts in one mix of formats, one shape.
+    """Seconds of one expert, in one mix of formats and one shape, several in a call.
 
     Attributes:
-        decode_s: seconds of one expert for one token, several in a call.
-        batch_s: seconds of one expert in a batch, whatever the number of its tokens.
-        pair_s: seconds of one (token, expert) pair in a batch, on top.
+        decode_s: with one token.
+        few_s, many_s: with `FEW` and `MANY` tokens.
     """
 
     decode_s: float
-    batch_s: float
-    pair_s: float
+    few_s: float
+    many_s: float
+
+    @property
+    def pair_s(self) -> float:
+        """Of one (token, expert) pair in a batch."""
+        return max(self.many_s - self.few_s, 0.1 * self.many_s) / (MANY - FEW)
+
+    @property
+    def batch_s(self) -> float:
+        """Of one expert in a batch, on top, whatever the number of its tokens."""
+        return max(0.0, self.few_s - FEW * self.pair_s)
+
+    def times(self, factor: float) -> ExpertRates:
+        """So much slower."""
+        return ExpertRates(decode_s=self.decode_s * factor, few_s=self.few_s * factor, many_s=self.many_s * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +85,11 @@ def assumed_expert(
     """
     read_s = file_bytes / (MEMORY_SHARE * memory_bytes_per_s)
     weight_s = sum(1 / WEIGHTS_PER_CORE.get(kind, 15e9) for kind in types) / 3 / n_threads
+    pair_s = n_weights / (MACS_PER_CORE * n_threads)
     return ExpertRates(
         decode_s=max(read_s, n_weights * weight_s),
-        batch_s=read_s,
-        pair_s=n_weights / (MACS_PER_CORE * n_threads),
+        few_s=read_s + FEW * pair_s,
+        many_s=read_s + MANY * pair_s,
     )
 
 

@@ -46,6 +46,8 @@ class ChatState(Screen[None]):
         editing: the message that the input's text will replace.
         pending_parent: the question that is answered as soon as a model is loaded.
         model_loading: a load is under way.
+        plan_lines: of the present load; none for models too small for a plan.
+        planned: tokens per second of answers that the plan expects, from and to.
     """
 
     def init_state(self, store: ConversationStore, engine_factory: EngineFactory, launch: Launch) -> None:
@@ -59,6 +61,8 @@ class ChatState(Screen[None]):
         self.model_path: Path | None = launch.model
         self.model_loading = False
         self.load_text = ""
+        self.plan_lines: tuple[str, ...] = ()
+        self.planned: tuple[float, float] | None = None
         self.target_message: int | None = None
         self.editing: Message | None = None
         self.pending_parent: int | None = None

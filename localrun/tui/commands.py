@@ -275,6 +275,13 @@ COMMANDS: tuple[Command, ...] = (
         slash=("mapview",),
     ),
     Command(
+        name="plan",
+        group="Model",
+        title="What was planned",
+        help="Where the model's parts went, how fast it should be, what limits it and what would help; and what was measured.",
+        slash=("plan",),
+    ),
+    Command(
         name="reload",
         group="Model",
         title="Restart the engine",

@@ -21,6 +21,7 @@ from localrun.tui.messages import (
     StatsArrived,
 )
 from localrun.tui.screens.dialog import ChoiceDialog
+from localrun.tui.screens.plan import PlanScreen, planned
 from localrun.tui.widgets.engine_panel import ram_bytes
 from localrun.tui.widgets.notices import LoadingPanel
 from localrun.tui.widgets.status_bar import Status, StatusBar, short_count, time_left
@@ -48,13 +49,16 @@ class EngineEvents(ChatState):
         if not self.model_loading:
             self.model_loading = True
             self.facts = None
+            self.plan_lines = ()
             self.show_header()
         self.load_text = event.text
-        self.query_one(LoadingPanel).show(event.text, event.progress)
+        self.plan_lines = event.plan or self.plan_lines
+        self.query_one(LoadingPanel).show(event.text, event.progress, self.plan_lines)
 
     @on(EngineReady)
     async def model_ready(self, event: EngineReady) -> None:
         self.model_loading, self.facts = False, event.facts
+        self.planned = planned(event.plan)
         self.query_one(LoadingPanel).display = False
         self.show_header()
         self.link.ask_stats(expert_map=self.panel_engine != "off")
@@ -203,12 +207,19 @@ class EngineEvents(ChatState):
             prompt_tokens_per_s=None if answer is None else answer.prompt_tokens_per_s,
             context_used=used,
             n_ctx=facts.n_ctx if facts is not None else 0,
+            planned=self.planned if facts is not None else None,
             hit_rate=self.engine_panel.rates.hit_rate,
             ram_bytes=None if facts is None else ram_bytes(facts, self.engine_panel.grid, stats),
             ram_budget=None if facts is None else facts.ram_bytes,
             think=self.options.think,
             extra=self.conversion_status(),
         )
+
+    def do_plan(self, argument: str) -> None:
+        """The plan of the load, and what was measured since."""
+        answer = self.answering.answer
+        measured = None if answer is None or answer.finished is None else answer.finished.timings
+        self.app.push_screen(PlanScreen(self.plan_lines, measured, loaded=self.facts is not None))
 
     def _activity(self) -> str:
         if self.model_loading:

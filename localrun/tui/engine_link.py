@@ -187,9 +187,9 @@ class EngineLink:
 
     def _post_load_event(self, event: LoadEvent) -> None:
         if isinstance(event, Ready):
-            self._post(EngineReady(event.facts, event.load_s))
+            self._post(EngineReady(event.facts, event.load_s, event.plan))
         else:
-            self._post(EngineLoading(event.progress, event.text))
+            self._post(EngineLoading(event.progress, event.text, event.plan))
 
     def _start(self, name: str, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"tui-{name}", daemon=True).start()

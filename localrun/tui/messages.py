@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
@@ -16,18 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class EngineLoading(Message):
-    """A load is under way, 0 to 1."""
+    """A load is under way, 0 to 1; once, where there is something to say, with the lines of its plan."""
 
     progress: float
     text: str
+    plan: tuple[str, ...] = ()
 
 
 @dataclass
 class EngineReady(Message):
-    """The model is loaded."""
+    """The model is loaded; `plan` as in `protocol.Ready`."""
 
     facts: ModelFacts
     load_s: float
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

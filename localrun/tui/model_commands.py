@@ -56,7 +56,7 @@ class ModelCommands(ChatState):
         if self.answering.running:
             self.link.stop()
         self.model_path, self.engine_options = path, options
-        self.facts, self.model_loading = None, True
+        self.facts, self.model_loading, self.plan_lines, self.planned = None, True, (), None
         self.last_stats = None
         self.clear_errors()
         self.engine_panel.forget()

@@ -26,9 +26,12 @@ from localrun.engine.engine import Engine
 from localrun.engine.hardware import Gpu, Hardware
 from localrun.engine.hit_rates import Curve, Learned
 from localrun.engine.llama import Context
-from localrun.engine.planner import GpuShare, Plan, Settings, headroom, make_plan
+from localrun.engine.placement import headroom
+from localrun.engine.plan import GpuShare, Plan, Settings
+from localrun.engine.planner import make_plan
 from localrun.engine.protocol import EngineOptions, Timings
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.usual_rates import KEPT, usual_rates
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.offload.profile import RoutingProfile
 from localrun.quant.source import open_model
@@ -287,11 +290,16 @@ def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.Monk
     assert hardware.display_links() == [hardware.pcie_rate("0000:01:00.0")]
 
 
-def test_a_busy_moment_does_not_make_memory_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
-    assert [hardware.best_memory_rate(rate) for rate in (20e9, 25e9, 5e9)] == [20e9, 25e9, 25e9]
-    (tmp_path / "memory.json").write_text('{"bytes_per_s": "many"}')
-    assert hardware.best_memory_rate(5e9) == 5e9
+def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "rates.json"
+    for _ in range(3):
+        assert usual_rates({"memory": 20e9, "dense": 10e9}, path=path) == {"memory": 20e9, "dense": 10e9}
+    assert usual_rates({"memory": 5e9}, path=path) == {"memory": 20e9}
+    for _ in range(KEPT):
+        slower = usual_rates({"memory": 5e9}, path=path)
+    assert slower == {"memory": 5e9}, "what is always so is no moment"
+    path.write_text('{"version": 1, "rates": {"memory": "many"}}')
+    assert usual_rates({"memory": 5e9}, path=path) == {"memory": 5e9}
 
 
 PROBE = """

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from localrun.engine.hardware import Hardware
-from localrun.engine.planner import Settings, make_plan
+from localrun.engine.plan import Settings
+from localrun.engine.planner import make_plan
 from localrun.engine.sizes import ModelSizes, sizes_of
 from localrun.offload.trace import TraceHeader
 from tools import plan_table

@@ -109,6 +109,7 @@ class FakeEngine:
         commands: what was asked.
         loads: what was loaded.
         load_error: what the next load fails with.
+        plan, planned: lines of a load's plan, and the speed of answers that it expects.
     """
 
     def __init__(self, on_death: Callable[[EngineDiedError], None]) -> None:
@@ -127,6 +128,8 @@ class FakeEngine:
         self.telemetry: dict[str, Any] = {}
         self.experts: dict[str, Any] | None = None
         self.n_ctx = 4096
+        self.plan: list[str] = []
+        self.planned: dict[str, float] = {}
 
     @property
     def alive(self) -> bool:
@@ -143,6 +146,7 @@ class FakeEngine:
         return self._load(str(path), options)
 
     def _load(self, path: str, options: EngineOptions) -> Iterator[LoadEvent]:
+        yield Loading(request=1, progress=0.0, text="reading the model", plan=tuple(self.plan))
         yield Loading(request=1, progress=0.3, text="reading dense tensors")
         if self.load_gate is not None:
             self.load_gate.wait(30)
@@ -150,7 +154,8 @@ class FakeEngine:
             error, self.load_error = self.load_error, None
             raise error
         self.facts = facts(path, n_ctx=options.n_ctx or self.n_ctx)
-        yield Ready(request=1, facts=self.facts, load_s=0.1)
+        said = {"decode": {name: {"tokens_per_s": rate} for name, rate in self.planned.items()}} if self.planned else {}
+        yield Ready(request=1, facts=self.facts, load_s=0.1, plan=said)
 
     def reload(self) -> Iterator[LoadEvent]:
         self.n_reloads += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matc
 from localrun.tui.screens.dialog import ChoiceDialog, TextDialog
 from localrun.tui.screens.help import HelpScreen
 from localrun.tui.screens.models import ModelsScreen
+from localrun.tui.screens.plan import PlanScreen
 from localrun.tui.screens.search import SearchScreen
 from localrun.tui.screens.settings import SettingsScreen
 from localrun.tui.widgets.conversation_list import ConversationOptions
@@ -503,6 +506,7 @@ def test_the_status_line_drops_the_least_important_first() -> None:
     assert len(narrow) <= 60
     assert "decode 6.2" in narrow
     assert "think" not in narrow
+    assert "decode 6.2 t/s │ planned 5.0 to 7.5 │" in status_line(replace(status, planned=(5.0, 7.5)), 200)
     assert len(status_line(status, 10)) <= 10
 
 
@@ -513,6 +517,39 @@ async def test_the_status_line_is_always_there(setup: Setup) -> None:
         shown = str(talk.screen.query_one(StatusBar).render())
         for part in ("prefill 20.0 t/s", "ctx", "hit", "RAM"):
             assert part in shown
+
+
+async def test_the_plan_is_shown_while_loading_and_whole_by_a_command_beside_what_was_measured(setup: Setup) -> None:
+    machine = "machine  " + ", ".join(f"part {number} 12.3 GB/s" for number in range(12)) + ", no GPU"
+    plan = [
+        "model    Fake",
+        machine,
+        "memory   dense",
+        "experts  all",
+        "speed    answers 1 to 2 tokens/s",
+        "faster   -",
+    ]
+    async with setup.start() as talk:
+        assert "planned" not in str(talk.screen.query_one(StatusBar).render())
+        talk.engine.plan, talk.engine.planned = plan, {"low": 0.9, "likely": 1.2, "high": 1.5}
+        talk.engine.load_gate = threading.Event()
+        await talk.type("/reload")
+        lines = talk.screen.query_one("#loading-plan")
+        await talk.until(lambda: lines.display and lines.region.height == 6, "six lines at 80x24")
+        assert lines.region.right <= 80
+        assert talk.screen.query_one("#prompt").region.bottom < 24
+        talk.engine.load_gate.set()
+        await talk.until(lambda: talk.screen.facts is not None)
+        await talk.ask("q")
+        await talk.type("/plan")
+        await talk.until(lambda: isinstance(talk.app.screen, PlanScreen))
+        shown = {str(row.children[0].render()): row.children[1] for row in talk.app.screen.query(".plan-row")}
+        assert list(shown) == ["model", "machine", "memory", "experts", "speed", "faster", "measured"]
+        assert str(shown["machine"].render()) == machine.removeprefix("machine  ")
+        assert shown["machine"].region.height > 2, "wrapped, not cut"
+        assert "answers 1 tokens/s, prompts 20 tokens/s" in str(shown["measured"].render())
+        await talk.press("escape")
+        assert talk.screen.status().planned == (0.9, 1.5)
 
 
 # --- beginnings and ends

@@ -11,7 +11,7 @@ from textual.content import Content
 from textual.widgets import Button, Collapsible, ProgressBar, Static
 
 from localrun.errors import LocalrunError
-from localrun.textsafe import visible
+from localrun.textsafe import visible, visible_line
 from localrun.tui.messages import ErrorAction
 
 BUTTONS = {
@@ -62,16 +62,20 @@ class ErrorPanel(Vertical):
 
 
 class LoadingPanel(Vertical):
-    """What a load is doing."""
+    """What a load is doing, and the plan that it follows: a line each, cut where the screen ends (`/plan` shows all)."""
 
     def __init__(self) -> None:
         super().__init__(id="loading")
 
     def compose(self) -> ComposeResult:
+        yield Static("", id="loading-plan")
         yield Static("", id="loading-text")
         yield ProgressBar(total=1.0, show_eta=False, id="loading-bar")
 
-    def show(self, text: str, progress: float) -> None:
+    def show(self, text: str, progress: float, plan: Sequence[str] = ()) -> None:
         self.display = True
+        lines = self.query_one("#loading-plan", Static)
+        lines.display = bool(plan)
+        lines.update(Content("\n".join(visible_line(line) for line in plan)))
         self.query_one("#loading-text", Static).update(Content(visible(text)))
         self.query_one(ProgressBar).update(progress=progress)

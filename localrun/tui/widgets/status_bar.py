@@ -16,6 +16,7 @@ class Status:
 
     Attributes:
         activity: what the engine is doing (`loading 40 %`, `reading 512/2,048, 12s left`); empty: nothing.
+        planned: tokens per second of decode that the load's plan expects, from and to; None: nothing expected.
         hit_rate: share of experts found in memory, lately.
         ram_bytes, ram_budget: experts in RAM and the most there may be.
         extra: something else that goes on (a conversion).
@@ -23,6 +24,7 @@ class Status:
 
     activity: str = ""
     decode_tokens_per_s: float | None = None
+    planned: tuple[float, float] | None = None
     prompt_tokens_per_s: float | None = None
     context_used: int = 0
     n_ctx: int = 0
@@ -55,6 +57,7 @@ def status_line(status: Status, width: int) -> str:
     parts = [
         (0, status.activity),
         (1, f"decode {_rate(status.decode_tokens_per_s)}"),
+        (4, "" if status.planned is None else f"planned {_span(*status.planned)}"),
         (2, f"prefill {_rate(status.prompt_tokens_per_s)}"),
         (1, _context(status)),
         (1, f"hit {'–' if status.hit_rate is None else f'{100 * status.hit_rate:.0f}%'}"),
@@ -72,6 +75,11 @@ def _rate(rate: float | None) -> str:
     if rate is None:
         return "– t/s"
     return f"{rate:.0f} t/s" if rate >= 100 else f"{rate:.1f} t/s"
+
+
+def _span(low: float, high: float) -> str:
+    digits = 0 if low >= 20 else 1
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def _context(status: Status) -> str:

@@ -1,0 +1,68 @@
+"""What this machine usually does: rates of the last starts, so that a busy moment at a start does not make its plan slow.
+
+A rate that another program took its part of is too low, never too high; and a machine has better and worse hours. So the plan takes
+the upper quartile of the last measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localrun.atomic import replacing
+from localrun.errors import StoreError
+from localrun.paths import cache_dir
+
+log = logging.getLogger(__name__)
+
+KEPT = 8
+MAX_AGE_S = 30 * 86400.0
+_VERSION = 1
+
+
+def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> dict[str, float]:
+    """Remembers rates and returns the usual ones, by name; a file that can't be read or written is done without.
+
+    Args:
+        measured: rates, more is better. The name holds everything that they depend on.
+        path: `cache_dir()/rates.json`.
+    """
+    path, now = path or cache_dir() / "rates.json", time.time()
+    known = _read(path)
+    result = {}
+    for name, rate in measured.items():
+        fresh = [entry for entry in known.get(name, []) if 0 <= now - entry[0] < MAX_AGE_S and 0 < entry[1] < 1e18]
+        known[name] = [*fresh, (now, rate)][-KEPT:]
+        result[name] = float(np.quantile([entry[1] for entry in known[name]], 0.75))
+    _write(path, known)
+    return result
+
+
+def _read(path: Path) -> dict[str, list[tuple[float, float]]]:
+    try:
+        value: Any = json.loads(path.read_text())
+        if value["version"] != _VERSION:
+            return {}
+        return {
+            str(name): [(float(when), float(rate)) for when, rate in list_] for name, list_ in value["rates"].items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s: remembered rates are not used: %s", path, error)
+        return {}
+
+
+def _write(path: Path, rates: Mapping[str, list[tuple[float, float]]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write((json.dumps({"version": _VERSION, "rates": rates}, indent=1) + "\n").encode())
+    except (OSError, StoreError) as error:
+        log.warning("rates could not be remembered: %s", error)

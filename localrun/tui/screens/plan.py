@@ -1,0 +1,69 @@
+"""What the planner said of the load, in full, and beside it what the last answer measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from localrun.engine.protocol import Timings
+from localrun.textsafe import visible_line
+from localrun.tui.screens.dialog import Dialog
+
+
+class PlanScreen(Dialog[None]):
+    """The six lines, wrapped.
+
+    Args:
+        lines: of the plan; empty where there is none.
+        measured: of the last answer.
+        loaded: there is a model.
+    """
+
+    TITLE_TEXT = "Plan"
+
+    def __init__(self, lines: Sequence[str], measured: Timings | None, *, loaded: bool) -> None:
+        super().__init__()
+        self._lines, self._measured, self._loaded = lines, measured, loaded
+
+    def compose_content(self) -> ComposeResult:
+        with VerticalScroll(id="plan") as body:
+            body.can_focus = True
+            if not self._lines:
+                why = (
+                    "This model is too small for a plan: all of it is in memory."
+                    if self._loaded
+                    else "No model is loaded."
+                )
+                yield Static(Content(why))
+            for line in self._lines:
+                name, _, text = line.partition(" ")
+                yield from _row(name, text.strip())
+            if self._measured is not None:
+                yield from _row("measured", measured_line(self._measured))
+
+    def on_mount(self) -> None:
+        self.query_one("#plan").focus()
+
+
+def measured_line(timings: Timings) -> str:
+    """Of the last answer: `answers 4.12 tokens/s, prompts 80.1 tokens/s (the last answer)`."""
+    rates = (("answers", timings.decode_tokens_per_s), ("prompts", timings.prompt_tokens_per_s))
+    parts = [f"{name} {rate:.3g} tokens/s" for name, rate in rates if rate]
+    return f"{', '.join(parts) or 'nothing'} (the last answer)"
+
+
+def planned(plan: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Tokens per second of answers in a plan's JSON, from and to; None for models too small to predict."""
+    decode = plan.get("decode")
+    return (decode["low"]["tokens_per_s"], decode["high"]["tokens_per_s"]) if decode else None
+
+
+def _row(name: str, text: str) -> ComposeResult:
+    with Horizontal(classes="plan-row"):
+        yield Static(Content(name), classes="plan-name")
+        yield Static(Content(visible_line(text)), classes="plan-text")

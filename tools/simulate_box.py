@@ -25,9 +25,10 @@ from typing import Any
 
 from localrun.engine import speed
 from localrun.engine.hardware import Hardware, detect
-from localrun.engine.plan import Plan, Settings
+from localrun.engine.plan import Plan, Settings, residency
 from localrun.engine.planner import make_plan
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.speed import slowest
 from localrun.errors import BudgetError, LocalrunError
 from localrun.offload.policy import Key
 from localrun.offload.trace import Call, Trace, TraceHeader
@@ -97,7 +98,6 @@ def simulate(
         sums.tokens += step.n_tokens
         sums.hits += len(step.keys) - len(missing)
         sums.misses += len(missing)
-    decode.seconds += decode.tokens * speed.TOKEN_S
     return Result(
         box=name,
         slots=at.ram_experts,
@@ -117,33 +117,44 @@ class _Clock:
 
     def __init__(self, sizes: ModelSizes, plan: Plan) -> None:
         machine, at = plan.machine, plan.placement
-        self._sizes, self._machine = sizes, machine
-        gpu = min((gpu.rates.decode_bytes_per_s for gpu in machine.gpus), default=0.0)
+        self._gpu = slowest([gpu.rates for gpu in machine.gpus])
+        place = residency(sizes, machine, at)
         n_layers = max(1, len(sizes.moe_layers))
-        dense, macs = sizes.dense_token_bytes / n_layers, speed.matrix_weights(sizes) / n_layers
-        if at.dense_on_gpu:
-            self._dense_s, self._layer_s = dense / gpu, speed.GPU_LAYER_S
-            self._dense_mac_s = macs / (gpu * speed.GPU_MACS_PER_BYTE)
-        else:
-            self._dense_s, self._layer_s = dense / (speed.DENSE_SHARE * machine.memory), speed.LAYER_S
-            self._dense_mac_s = macs / (machine.n_threads * speed.DENSE_MACS_PER_CORE)
-        self._cpu_s = speed.expert_s(sizes, machine)
-        self._gpu_s = sizes.mean_file_bytes / gpu if gpu else 0.0
+        self._token_s = (
+            sum(speed.dense_token(sizes, place, machine, plan.settings.position or 0, "f16").values()) / n_layers
+        )
+        batch = plan.settings.n_batch
+        position = plan.settings.prompt_tokens // 2
+        self._prompt_token_s = (
+            sum(speed.dense_batch(sizes, place, machine, batch, position).values()) / n_layers / batch
+        )
+        self._expert = speed.experts_on(machine, sizes)
+        self._file_bytes, self._weights = sizes.mean_file_bytes, 3 * sizes.n_embd * sizes.n_ff
         self._read_s = sizes.mean_file_bytes / speed.drive_rate(machine)
-        self._mac_s = 3 * sizes.n_embd * sizes.n_ff / (machine.n_threads * speed.EXPERT_MACS_PER_CORE)
 
     def call(self, step: Step, in_ram: Step, missing: Sequence[Key], call: Call) -> float:
         """One layer call of one token or a batch."""
         n_tokens, n_missing = len(call.ids), len(missing)
         n_gpu = len(step.keys) - len(in_ram.keys)
         read = n_missing * self._read_s / speed.DISK_SHARE + (READ_START_S if n_missing else 0.0)
+        hidden = speed.HIDDEN_READS[1]
         if n_tokens == 1:
-            present = (len(in_ram.keys) - n_missing) * self._cpu_s
-            cpu = max(read, present * speed.HIDDEN_READS) + present * (1 - speed.HIDDEN_READS) + n_missing * self._cpu_s
-            return self._dense_s + self._layer_s + max(cpu, n_gpu * self._gpu_s)
-        pairs = call.ids.size * len(in_ram.keys) / max(1, len(step.keys))
-        compute = max(pairs * self._mac_s, len(in_ram.keys) * self._cpu_s)
-        return max(self._dense_s, n_tokens * self._dense_mac_s) + self._layer_s + max(read, compute)
+            present = (len(in_ram.keys) - n_missing) * self._expert.decode_s
+            cpu = max(read, present * hidden) + present * (1 - hidden) + n_missing * self._expert.decode_s
+            return self._token_s + self._both(cpu, n_gpu * self._file_bytes, n_gpu * self._weights, batch=False)
+        share = len(in_ram.keys) / max(1, len(step.keys))
+        pairs = call.ids.size * share
+        compute = len(in_ram.keys) * self._expert.batch_s + pairs * self._expert.pair_s
+        on_gpu = (call.ids.size - pairs) * self._weights
+        return n_tokens * self._prompt_token_s + max(read, self._both(compute, 0.0, on_gpu, batch=True))
+
+    def _both(self, cpu_s: float, gpu_bytes: float, gpu_macs: float, *, batch: bool) -> float:
+        """Experts on the CPU and on a GPU at once."""
+        if self._gpu is None or not gpu_macs:
+            return cpu_s
+        gpu = self._gpu
+        gpu_s = gpu.latency_s + (gpu_macs / gpu.batch_macs_per_s if batch else gpu_bytes / gpu.decode_bytes_per_s)
+        return max(cpu_s, gpu_s) + (1 - gpu.overlap) * min(cpu_s, gpu_s)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -152,7 +163,9 @@ class _Clock:
 def boxes(args: argparse.Namespace, sizes: ModelSizes) -> Iterator[tuple[str, Hardware]]:
     """Those of `plan_table`, or the one that the options describe."""
     if args.disk_gbps or args.memory_gbps or args.ram:
-        machine = detect(sizes.files, n_threads=args.threads, probe=not (args.disk_gbps and args.memory_gbps))
+        machine = detect(
+            sizes.files, n_threads=args.threads, probe=not (args.disk_gbps and args.memory_gbps), specs=sizes.specs
+        )
         disk = args.disk_gbps * 1e9 if args.disk_gbps else None
         memory = args.memory_gbps * 1e9 if args.memory_gbps else None
         yield "given", machine.given(disk=disk, memory=memory)

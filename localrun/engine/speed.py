@@ -133,7 +133,7 @@ def predict_decode(
 ) -> Range:
     """Speed of answers with `position` tokens in the context."""
     used = len(sizes.moe_layers) * sizes.n_used
-    dense_parts = _dense_token(sizes, place, machine, position, kv_type)
+    dense_parts = dense_token(sizes, place, machine, position, kv_type)
     expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
 
     def rate(hits: float, on_gpu: float, hidden: float) -> Rate:
@@ -156,10 +156,10 @@ def predict_decode(
     return _widened(rate(unsteady, on_gpu, low), rate(steady, on_gpu, likely), rate(steady, on_gpu, high))
 
 
-def _dense_token(
+def dense_token(
     sizes: ModelSizes, place: Residency, machine: Hardware, position: int, kv_type: str
 ) -> dict[str, float]:
-    """All of a token but its experts."""
+    """Seconds of a token by resource, all but its experts."""
     n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
     attention = attention_macs(sizes, position)
     if place.dense_on_gpu and place.gpu is not None:
@@ -199,7 +199,7 @@ def predict_prefill(
     """
     batch = max(1, min(n_batch, prompt_tokens))
     n_layers, n_experts = len(sizes.moe_layers), max(1, sizes.n_experts)
-    dense_parts = _dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
+    dense_parts = dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
     expert = experts_on(machine, sizes)
     n_pairs = batch * n_layers * sizes.n_used
     on_gpu = rates.hottest(place.gpu_share) if place.gpu is not None and place.gpu_share > 0 else 0.0
@@ -232,8 +232,8 @@ def predict_prefill(
     )
 
 
-def _dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
-    """All of a batch but its experts."""
+def dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
+    """Seconds of a batch by resource, all but its experts."""
     weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
     values = batch * sizes.n_layers * sizes.n_embd
     if place.dense_on_gpu and place.gpu is not None:

@@ -92,7 +92,7 @@ def table(plan: Plan) -> list[str]:
         lines += ["", *_phase(name, span)]
     if plan.suggestions:
         lines += ["", f"{'what would be faster':<40}{'tokens/s':>10}{'gain':>8}"]
-        lines += [f"  {s.text:<38}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x" for s in plan.suggestions]
+        lines += [f"  {s.text:<38}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x  {s.phase}" for s in plan.suggestions]
     return lines
 
 

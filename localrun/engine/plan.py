@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from localrun.engine.hardware import Hardware
 from localrun.engine.hit_rates import HitRates
@@ -97,13 +97,15 @@ class Suggestion:
 
     Attributes:
         text: the change.
-        gain: of likely decode speed, 1.5 is half as fast again.
-        tokens_per_s: likely decode.
+        gain: of the likely speed of its phase, 1.5 is half as fast again.
+        tokens_per_s: that speed.
+        phase: what gets faster.
     """
 
     text: str
     gain: float
     tokens_per_s: float
+    phase: Literal["answers", "prompts"] = "answers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction); most of the time: "
         f"{plan.decode.likely.limit}"
     )
-    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions[:3]]
+    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "answers"][:3]
+    best += [f"{s.text}: prompts {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "prompts"]
     lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
     return lines
 
@@ -155,7 +156,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "decode": _range_json(plan.decode),
         "prefill": _range_json(plan.prefill),
         "suggestions": [
-            {"change": s.text, "gain": s.gain, "decode_tokens_per_s": s.tokens_per_s} for s in plan.suggestions
+            {
+                "change": s.text,
+                "gain": s.gain,
+                {"answers": "decode_tokens_per_s", "prompts": "prefill_tokens_per_s"}[s.phase]: s.tokens_per_s,
+            }
+            for s in plan.suggestions
         ],
     }
 

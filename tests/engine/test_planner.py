@@ -235,7 +235,7 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     plan = make_plan(flash, BOX)
     assert plan.decode is not None
     gains = {suggestion.text: suggestion for suggestion in plan.suggestions}
-    assert list(gains.values()) == sorted(gains.values(), key=lambda suggestion: -suggestion.gain)
+    assert list(gains.values()) == sorted(gains.values(), key=lambda it: (it.phase == "prompts", -it.gain))
     bits = gains["experts in Q2_K"]
     again = make_plan(flash.with_experts(format_of("q2_k")), BOX, suggest=False)
     assert again.decode is not None
@@ -244,6 +244,10 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert "96 GiB of RAM" in gains
     resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
     assert not any("RAM" in suggestion.text or "drive" in suggestion.text for suggestion in resident.suggestions)
+    # Larger steps read what is missing less often; where nothing is missing they gain nothing.
+    assert gains["--batch 2048"].phase == "prompts"
+    assert gains["--batch 2048"].gain > 1.2
+    assert not any(suggestion.phase == "prompts" for suggestion in resident.suggestions)
 
 
 def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:

@@ -244,10 +244,12 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert "96 GiB of RAM" in gains
     resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
     assert not any("RAM" in suggestion.text or "drive" in suggestion.text for suggestion in resident.suggestions)
-    # Larger steps read what is missing less often; where nothing is missing they gain nothing.
+    # Larger steps read each expert less often, which matters most where that is from the drive.
     assert gains["--batch 2048"].phase == "prompts"
-    assert gains["--batch 2048"].gain > 1.2
-    assert not any(suggestion.phase == "prompts" for suggestion in resident.suggestions)
+    in_ram = max([s.gain for s in resident.suggestions if s.phase == "prompts"], default=1.0)
+    assert gains["--batch 2048"].gain > 1.2 * in_ram
+    settings = Settings(n_batch=2048)
+    assert not any(s.phase == "prompts" for s in make_plan(flash, BOX, settings).suggestions)
 
 
 def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:

@@ -53,6 +53,7 @@ class Output:
         if not text:
             return
         self.clear_status()
+        self._at_line_start = False  # before: an interrupt may come as soon as a reader has seen the text
         self._out.write(visible(text) if self.out_is_terminal else text)
         self._out.flush()
         self._at_line_start = text.endswith("\n")

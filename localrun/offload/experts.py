@@ -265,6 +265,8 @@ class ExpertPool:
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
         if self._gpu is not None:
+            for record in self._records.values():
+                record.use_gpu(None)
             self._gpu.close()
         self.store.close()
         self.table.close()
@@ -390,6 +392,8 @@ class ExpertPool:
     def use_gpu(self, tier: GpuTier, *, n_unpackers: int = 1) -> None:
         """From now on experts may live on GPUs, or pass through them; the pool closes the tier."""
         self._gpu = tier
+        for layer, record in self._records.items():
+            record.use_gpu(tier.layers[layer])
         tier.begin(self, n_unpackers=n_unpackers)
         self._choose_path()
 

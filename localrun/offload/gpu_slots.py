@@ -2,7 +2,8 @@
 
 A bank is the slots of one layer in one format: three stacked tensors, as llama.cpp's own expert tensors are, with slots in the
 place of experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started without waiting, so that the CPU computes its
-share meanwhile. Which expert is in which slot is `gpu_tier.py`'s business.
+share meanwhile. Which expert is in which slot is `gpu_tier.py`'s business. Calls of few tokens use the same graphs without coming
+here, see `gpu_native.py`.
 
 Everything that is allocated counts towards the budget: slots and the buffer of intermediate results.
 """
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from localrun.errors import BudgetError, DecodeError, LocalrunError
 from localrun.offload import ggml
 from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_native import BankRecord, DeviceRecord
 from localrun.offload.kernels import FfnSpec
 from localrun.offload.view import F32, I32
 from localrun.units import format_size
@@ -28,7 +30,7 @@ MAX_PAIRS = 512
 """(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
 
 _SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
-"""Pairs for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
+"""Pairs of several tokens for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
 
 _GRAPH_NODES = 16
 _F32, _I32 = 0, 26  # enum ggml_type
@@ -50,7 +52,8 @@ class _Graph:
 
 @dataclass(slots=True)
 class _Part:
-    """Pairs of one graph: `ids` filled up to the graph's size, `x` and `out` with the real ones only."""
+    """Pairs of one graph: `ids` filled up to the graph's size, `x` (one row if all pairs are one token's) and `out` with the real
+    ones only."""
 
     bank: Bank
     ids: I32
@@ -68,6 +71,7 @@ class Bank:
         free: slots that hold nothing.
         tensors: gate, up and down, each (n_in, n_out, n_slots).
         row_bytes: size of one expert's gate, up and down.
+        record: its graphs, for compiled calls.
     """
 
     spec: FfnSpec
@@ -75,7 +79,8 @@ class Bank:
     free: list[int]
     tensors: tuple[int, int, int]
     row_bytes: tuple[int, int, int]
-    graphs: dict[int, _Graph] = field(default_factory=dict)
+    record: BankRecord
+    graphs: dict[tuple[int, bool], _Graph] = field(default_factory=dict)  # by pairs, and whether they are one token's
 
 
 def scratch_bytes(spec: FfnSpec) -> int:
@@ -116,6 +121,7 @@ class GpuSlots:
         if not self._backend:
             raise LocalrunError(f"{device.name}: ggml can't open this device")
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
+        self._record = DeviceRecord(device.address, self._backend, max(spec.n_embd for spec in specs.values()))
         try:
             for key, n_slots in counts.items():
                 self.banks[key] = self._make_bank(specs[key], n_slots)
@@ -143,13 +149,13 @@ class GpuSlots:
                 self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
 
     def start(self, key: BankKey, slots: I32, x: F32) -> F32:
-        """Starts multiplying pair i, row `x[i]`, with the expert in `slots[i]`; waits for nothing.
+        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; waits for nothing.
 
         What does not fit into one graph, and what is started while another graph runs, follows in `finish`.
 
         Args:
             slots: (N,) int32.
-            x: (N, D) f32, contiguous.
+            x: (N, D) or, if all pairs are one token's, (1, D) f32, contiguous.
 
         Returns:
             (N, D) array that is filled when `finish` returns.
@@ -160,9 +166,9 @@ class GpuSlots:
         out = np.empty((slots.size, x.shape[1]), np.float32)
         for at in range(0, slots.size, MAX_PAIRS):
             end = min(at + MAX_PAIRS, slots.size)
-            ids = np.zeros(_size(end - at), np.int32)
+            ids = np.zeros(end - at if len(x) == 1 else _size(end - at), np.int32)
             ids[: end - at] = slots[at:end]
-            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end]))
+            self._waiting.append(_Part(self.banks[key], ids, x if len(x) == 1 else x[at:end], out[at:end]))
         if self._running is None:
             self._launch()
         return out
@@ -186,9 +192,7 @@ class GpuSlots:
         """The next part; the memory of intermediate results is free."""
         lib, part = self._lib, self._waiting.popleft()
         try:
-            graph = part.bank.graphs.get(part.ids.size) or self._make_graph(part.bank, part.ids.size)
-            if not lib.ggml_gallocr_alloc_graph(self._gallocr, graph.graph):
-                raise DecodeError(f"{self.device.name}: out of memory")
+            graph = self._graph(part.bank, part.ids.size, one_token=len(part.x) == 1)
             lib.ggml_backend_tensor_set_async(self._backend, graph.ids, part.ids.ctypes.data, 0, part.ids.nbytes)
             lib.ggml_backend_tensor_set_async(self._backend, graph.x, part.x.ctypes.data, 0, part.x.nbytes)
             if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
@@ -204,6 +208,7 @@ class GpuSlots:
         lib = self._lib
         if self._backend:
             lib.ggml_backend_synchronize(self._backend)
+            self._record.close()
         buffers, self._buffers = self._buffers, []
         contexts, self._contexts = self._contexts, []
         gallocr, self._gallocr = self._gallocr, 0
@@ -243,23 +248,47 @@ class GpuSlots:
                 hint="give a smaller --vram",
             )
         self._buffers.append(buffer)
-        bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), (sizes[0], sizes[1], sizes[2]))
+        row_bytes = (sizes[0], sizes[1], sizes[2])
+        bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), row_bytes, BankRecord(self._record))
         self._check_support(bank)
         return bank
 
     def _check_support(self, bank: Bank) -> None:
-        graph = self._make_graph(bank, 1)
+        graph = self._make_graph(bank, 2, one_token=False)
         for index in range(self._lib.ggml_graph_n_nodes(graph.graph)):
             node = self._lib.ggml_graph_node(graph.graph, index)
             if not self._lib.ggml_backend_dev_supports_op(self.device.address, node):
                 kinds = "/".join(dict.fromkeys(kind.name for kind in bank.spec.types))
                 raise LocalrunError(f"{self.device.name} can't multiply experts in {kinds}", hint="--gpu none")
 
-    def _make_graph(self, bank: Bank, n_pairs: int) -> _Graph:
+    def _graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
+        """The graph for so many pairs, made on first use; compiled calls find it from then on."""
+        made = bank.graphs.get((n_pairs, one_token))
+        if made is None:
+            made = self._make_graph(bank, n_pairs, one_token=one_token)
+            # Once is enough: the memory of intermediate results stays where it is.
+            if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
+                raise DecodeError(f"{self.device.name}: out of memory")
+            bank.graphs[n_pairs, one_token] = made
+            fewest = n_pairs if one_token else max((size for size in _SIZES if size < n_pairs), default=0) + 1
+            bank.record.add(
+                range(fewest, n_pairs + 1),
+                one_token=one_token,
+                graph=made.graph,
+                x=made.x,
+                ids=made.ids,
+                out=made.out,
+            )
+        return made
+
+    def _make_graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
+        """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
+        fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
         lib, spec = self._lib, bank.spec
         context = self._context(8, graph=True)
-        x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_pairs)
-        ids = lib.ggml_new_tensor_2d(context, _I32, 1, n_pairs)
+        n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
+        x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_columns)
+        ids = lib.ggml_new_tensor_2d(context, _I32, n_rows, n_columns)
         gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in bank.tensors[:2])
         if math.isinf(spec.limit):
             active = lib.ggml_swiglu_split(context, gate, up)
@@ -271,8 +300,7 @@ class GpuSlots:
         lib.ggml_set_output(out)
         graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
         lib.ggml_build_forward_expand(graph, out)
-        made = bank.graphs[n_pairs] = _Graph(graph, x, ids, out)
-        return made
+        return _Graph(graph, x, ids, out)
 
     def _reserve(self, specs: Mapping[BankKey, FfnSpec]) -> None:
         """Memory for the largest call, once: it never grows afterwards."""
@@ -280,7 +308,7 @@ class GpuSlots:
             return
         self._gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
         largest = max(self.banks, key=lambda key: scratch_bytes(specs[key]))
-        graph = self._make_graph(self.banks[largest], MAX_PAIRS)
+        graph = self._make_graph(self.banks[largest], MAX_PAIRS, one_token=False)
         if not self._lib.ggml_gallocr_reserve(self._gallocr, graph.graph):
             raise BudgetError(f"{self.device.name}: no memory for intermediate results", hint="give a smaller --vram")
 

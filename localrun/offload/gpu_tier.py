@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from localrun.errors import BudgetError
 from localrun.offload.gpu_device import GpuDevice, HostMemory
+from localrun.offload.gpu_native import LayerOnGpu
 from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
 from localrun.offload.gpu_stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
@@ -118,6 +119,8 @@ class GpuTier:
         except BaseException:
             self.close()
             raise
+        self.layers = {layer: self._record(layer) for layer in wanted}
+        """For compiled layer calls."""
         for layer, expert in ranking:
             place = self._free_place(layer, int(wanted[layer][expert]))
             if place is not None:
@@ -147,6 +150,17 @@ class GpuTier:
     def has_place(self, layer: int, expert: int) -> bool:
         """The expert is on a GPU, or on its way to one; any thread."""
         return bool(self.where[layer, expert] >= 0) or (layer, expert) in self._under_way
+
+    def _record(self, layer: int) -> LayerOnGpu:
+        variants = self._wanted[layer]
+        banks = [
+            [
+                slots.banks[at].record if (at := (layer, variant)) in slots.banks else None
+                for variant in range(int(variants.max()) + 1)
+            ]
+            for slots in self.slots
+        ]
+        return LayerOnGpu(self.where[layer], self._slot[layer], variants, banks)
 
     # -- computing -----------------------------------------------------------------------------------------------------
 
@@ -364,7 +378,8 @@ class GpuCall:
         """Starts the pairs of experts that are all on GPUs, few of them."""
         for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
             slots = self._tier.slots[gpu]
-            self._running.append((slots, slots.start(pairs.key, pairs.slots, self._x[pairs.x_rows]), pairs.out_rows))
+            rows = self._x if len(self._x) == 1 else self._x[pairs.x_rows]
+            self._running.append((slots, slots.start(pairs.key, pairs.slots, rows), pairs.out_rows))
 
     def start_long(self, part: Routing | None, passing: Sequence[Passing]) -> None:
         """Starts the pairs of experts that are all on GPUs, and streams others.

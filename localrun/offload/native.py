@@ -2,8 +2,8 @@
 
 A layer enters our device once per token, and with the dense matrices on it (see `dense.py`) about ten times. So the callback that
 ggml calls is a compiled C function: it walks the split's nodes, multiplies with dense matrices, and runs an expert chain whose
-experts are all in RAM. Whatever it does not know (an expert to be read, a graph of another architecture, a stop request) it
-gives to Python, which takes the interpreter lock.
+experts are all in RAM or, in calls of few tokens, on GPUs (`gpu_native.py`). Whatever it does not know (an expert to be read, a
+graph of another architecture, a stop request) it gives to Python, which takes the interpreter lock.
 
 All structures are arrays of int64, the same for both sides; `P_` are the process's fields, `W_` a weight's, `L_` a layer's. A
 weight's record hangs on its tensor's `extra`. Everything is written by the decoding thread, except that read-ahead may add
@@ -19,13 +19,12 @@ from typing import Any, Final
 import numba as nb
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from localrun.offload import ggml
+from localrun.offload import ggml, gpu_native
 from localrun.offload.kernels.lowlevel import (
     call_1,
+    call_i32,
+    call_i64,
     float_of_bits,
     load_f32,
     load_i32,
@@ -65,9 +64,10 @@ P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_PLACES, P_BOUNDS, P_IOTA, P
 W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
 KIND_DENSE, KIND_EXPERTS = 1, 2
 # A layer: residency by expert (slot address or 0, which variant), recency and use, counters, the number of
-# tokens from which calls go to Python, calls by variant (K_ fields each: address, bytes of its jobs and tasks)
+# tokens from which calls go to Python, calls by variant (K_ fields each: address, bytes of its jobs and tasks), experts on GPUs
+# (see gpu_native.py, 0: none)
 L_N_EXPERTS, L_RESIDENT, L_VARIANTS, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(7)
-L_COMPILED_BELOW, L_N_CALLS, L_CALLS, L_FIELDS = range(7, 11)
+L_COMPILED_BELOW, L_N_CALLS, L_CALLS, L_GPU, L_FIELDS = range(7, 12)
 K_CALL, K_JOBS_BYTES, K_TASKS_BYTES, K_FIELDS = 0, 1, 2, 3
 
 MAX_EXPERTS: Final = 4096
@@ -89,31 +89,7 @@ _CALLS, _TOKENS, _REQUESTS, _HITS = (
     Counter.REQUESTS.value,
     Counter.HITS.value,
 )
-_COMPUTE_NS, _TOTAL_NS = Counter.COMPUTE_NS.value, Counter.TOTAL_NS.value
-
-
-@intrinsic
-def _call_i32(_typing: Any, function: Any, a: Any, b: Any) -> Any:
-    """Calls `int32 f(int64, int64)` by address; a C function of fewer arguments ignores the rest."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        i64 = ir.IntType(64)
-        kind = ir.FunctionType(ir.IntType(32), [i64, i64]).as_pointer()
-        return builder.call(builder.inttoptr(args[0], kind), args[1:])
-
-    return types.int32(types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def _call_i64(_typing: Any, function: Any, a: Any, b: Any) -> Any:
-    """Calls `int64 f(int64, int64)` by address."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        i64 = ir.IntType(64)
-        kind = ir.FunctionType(i64, [i64, i64]).as_pointer()
-        return builder.call(builder.inttoptr(args[0], kind), args[1:])
-
-    return types.int64(types.intp, types.intp, types.intp), codegen
+_GPU_HITS, _COMPUTE_NS, _TOTAL_NS = Counter.GPU_HITS.value, Counter.COMPUTE_NS.value, Counter.TOTAL_NS.value
 
 
 @nb.njit(inline="always")
@@ -131,7 +107,7 @@ def _now_ns(process: int) -> int:
     clock_monotonic = (
         1  # <time.h>, Linux; macOS has 6, where the field is only a duration of unknown origin all the same
     )
-    _call_i32(_get(process, P_CLOCK), clock_monotonic, _get(process, P_TIMESPEC))
+    call_i32(_get(process, P_CLOCK), clock_monotonic, _get(process, P_TIMESPEC))
     timespec = _get(process, P_TIMESPEC)
     return load_i64(timespec) * 1_000_000_000 + load_i64(timespec + 8)
 
@@ -207,8 +183,8 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
     if index + 4 > n_nodes:
         return 0
     node_at = _get(process, P_NODE_AT)
-    first, second = _call_i64(node_at, graph, index), _call_i64(node_at, graph, index + 1)
-    glu, down = _call_i64(node_at, graph, index + 2), _call_i64(node_at, graph, index + 3)
+    first, second = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 1)
+    glu, down = call_i64(node_at, graph, index + 2), call_i64(node_at, graph, index + 3)
     if load_i32(second + _OP) != _MUL_MAT_ID or load_i32(glu + _OP) != _GLU or load_i32(down + _OP) != _MUL_MAT_ID:
         return 0
     gate, up = load_i64(glu + _SRC), load_i64(glu + _SRC + 8)
@@ -233,20 +209,32 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
 
 
 @nb.njit
-def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
-    """Groups (token, choice) pairs by expert, experts by variant, into the process's arrays; the number of distinct experts, -1 if
-    one is not there. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
-    n_experts, resident, variants = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_VARIANTS)
-    counts, places = _get(process, P_COUNTS), _get(process, P_PLACES)
-    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
+def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
+    """Counts pairs by expert into the process's array; how many of them are on GPUs, -1 if an expert is nowhere."""
+    n_experts, resident, gpu = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_GPU)
+    counts, n_on_gpu = _get(process, P_COUNTS), 0
     for e in range(n_experts):
         store_i32(counts + e * 4, 0)
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
-            if e < 0 or e >= n_experts or load_i64(resident + e * 8) == 0:
+            if e < 0 or e >= n_experts:
+                return -1
+            if gpu_native.is_on_gpu(gpu, e):
+                n_on_gpu += 1
+            elif load_i64(resident + e * 8) == 0:
                 return -1
             store_i32(counts + e * 4, load_i32(counts + e * 4) + 1)
+    return n_on_gpu
+
+
+@nb.njit
+def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
+    """Groups the counted pairs of experts in RAM by expert, experts by variant, into the process's arrays; the number of distinct
+    experts. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
+    n_experts, resident, variants = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_VARIANTS)
+    counts, places, gpu = _get(process, P_COUNTS), _get(process, P_PLACES), _get(layer, L_GPU)
+    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
     n_distinct, at, n_variants = 0, 0, _get(layer, L_N_CALLS)
     stamps, uses = _get(layer, L_STAMPS), _get(layer, L_USES)
     tick = load_i64(_get(layer, L_TICK)) + 1
@@ -255,7 +243,7 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
         store_i32(bounds + v * 4, n_distinct)
         for e in range(n_experts):
             n = load_i32(counts + e * 4)
-            if n > 0 and (n_variants == 1 or load_i32(variants + e * 4) == v):
+            if n > 0 and (n_variants == 1 or load_i32(variants + e * 4) == v) and not gpu_native.is_on_gpu(gpu, e):
                 store_i32(places + e * 4, at)  # where the expert's next pair goes
                 store_i64(slots + n_distinct * 8, load_i64(resident + e * 8))
                 store_i32(starts + n_distinct * 4, at)
@@ -268,12 +256,26 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
+            if gpu_native.is_on_gpu(gpu, e):
+                continue
             if t >= n_tokens - TAIL_TOKENS:
                 store_i64(stamps + e * 8, tick)
             place = load_i32(places + e * 4)
             store_i32(places + e * 4, place + 1)
             store_i32(x_rows + place * 4, t)
             store_i32(out_rows + place * 4, t * n_used + k)
+    return n_distinct
+
+
+@nb.njit
+def _note_gpu_uses(process: int, layer: int) -> int:
+    """Counts the uses of the counted experts on GPUs; how many there are."""
+    counts, uses, gpu, n_distinct = _get(process, P_COUNTS), _get(layer, L_USES), _get(layer, L_GPU), 0
+    for e in range(_get(layer, L_N_EXPERTS)):
+        n = load_i32(counts + e * 4)
+        if n > 0 and gpu_native.is_on_gpu(gpu, e):
+            store_i64(uses + e * 8, load_i64(uses + e * 8) + n)
+            n_distinct += 1
     return n_distinct
 
 
@@ -303,10 +305,10 @@ def _run_experts(process: int, layer: int, x: int, down: int) -> None:
 
 @nb.njit
 def _experts(process: int, graph: int, index: int, weight: int) -> bool:
-    """An expert chain whose experts are all in RAM; False: somebody must be read first."""
+    """An expert chain whose experts are all in RAM or on GPUs; False: somebody must be read first, or Python has to see it."""
     started = _now_ns(process)
     node_at = _get(process, P_NODE_AT)
-    first, down = _call_i64(node_at, graph, index), _call_i64(node_at, graph, index + 3)
+    first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
     x, ids = load_i64(first + _SRC + 8), load_i64(first + _SRC + 16)
     n_used, n_tokens = load_i64(ids + _NE), load_i64(ids + _NE + 8)
     if (
@@ -316,18 +318,31 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
         or load_i64(down + _NB + 16) != (load_i64(down + _NB + 8) * n_used)
     ):
         return False
-    layer = _get(weight, W_LAYER)
-    n_distinct = _sort_pairs(process, layer, load_i64(ids + _DATA), load_i64(ids + _NB + 8), n_tokens, n_used)
-    if n_distinct < 0:
+    layer, chosen, ids_stride = _get(weight, W_LAYER), load_i64(ids + _DATA), load_i64(ids + _NB + 8)
+    n_gpu_pairs, n_parts = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
+    if n_gpu_pairs < 0:
         return False
+    gpu, n_gpu, x_data, x_stride = _get(layer, L_GPU), 0, load_i64(x + _DATA), load_i64(x + _NB + 16)
     begun = _now_ns(process)
-    _run_experts(process, layer, x, down)
+    if n_gpu_pairs > 0:
+        n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs)
+        if n_parts < 0 or not gpu_native.start(gpu, n_parts, x_data, x_stride):
+            return False
+    n_in_ram = 0
+    if n_gpu_pairs < n_tokens * n_used:
+        n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
+        _run_experts(process, layer, x, down)
+    if n_parts > 0:
+        if not gpu_native.finish(gpu, n_parts, x_data, x_stride, load_i64(down + _DATA), load_i64(down + _NB + 8)):
+            return False
+        n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
     row = _get(layer, L_TELEMETRY)
     _add(row, _CALLS, 1)
     _add(row, _TOKENS, n_tokens)
     _add(row, _REQUESTS, n_tokens * n_used)
-    _add(row, _HITS, n_distinct)
+    _add(row, _HITS, n_in_ram + n_gpu)
+    _add(row, _GPU_HITS, n_gpu)
     _add(row, _COMPUTE_NS, ended - begun)
     _add(row, _TOTAL_NS, ended - started)
     return True
@@ -337,10 +352,10 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
 def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)
-    n_nodes = _call_i32(_get(process, P_N_NODES), graph, 0)
+    n_nodes = call_i32(_get(process, P_N_NODES), graph, 0)
     index = 0
     while index < n_nodes:
-        node = _call_i64(_get(process, P_NODE_AT), graph, index)
+        node = call_i64(_get(process, P_NODE_AT), graph, index)
         op = load_i32(node + _OP)
         if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
             index += 1
@@ -359,7 +374,7 @@ def graph_compute(backend: int, graph: int) -> int:
             if weight != 0 and _experts(process, graph, index, weight):
                 done = 4
         if done == 0:
-            answer = _call_i64(_get(process, P_PYTHON), graph, index)
+            answer = call_i64(_get(process, P_PYTHON), graph, index)
             if answer <= 0:
                 return int(-answer - 2)  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
             done = answer
@@ -450,13 +465,17 @@ class LayerRecord:
         self._calls = np.array([(call.address, call.jobs_bytes, call.tasks_bytes) for call in calls], np.int64)
         self._keep = (resident, variants, stamps, uses, tick, telemetry, compiled_below, calls)
         addresses = [a.ctypes.data for a in self._keep[:7]]
-        self.fields = np.array([n_experts, *addresses, len(calls), self._calls.ctypes.data], np.int64)
+        self.fields = np.array([n_experts, *addresses, len(calls), self._calls.ctypes.data, 0], np.int64)
         assert self.fields.size == L_FIELDS
         assert self._calls.shape[1] == K_FIELDS
 
     @property
     def address(self) -> int:
         return int(self.fields.ctypes.data)
+
+    def use_gpu(self, experts: gpu_native.LayerOnGpu | None) -> None:
+        """From now on these experts of the layer are on GPUs (None: none); between two decodes. The caller keeps them alive."""
+        self.fields[L_GPU] = 0 if experts is None else experts.address
 
 
 def expert_record(projection: int, layer: LayerRecord) -> npt.NDArray[np.int64]:

@@ -109,9 +109,37 @@ def call_4(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 @intrinsic
+def call_5(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    """Calls a C function of five int64 by address."""
+    return types.void(*[types.intp] * 6), _make_call(5)
+
+
+@intrinsic
 def call_9(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
     """Calls a C function of nine int64 by address."""
     return types.void(*[types.intp] * 10), _make_call(9)
+
+
+@intrinsic
+def call_i32(_typing: Any, function: Any, a: Any, b: Any) -> Any:
+    """Calls `int32 f(int64, int64)` by address; a C function of fewer arguments ignores the rest."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        return builder.call(_pointer(builder, args[0], ir.FunctionType(ir.IntType(32), [i64, i64])), args[1:])
+
+    return types.int32(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def call_i64(_typing: Any, function: Any, a: Any, b: Any) -> Any:
+    """Calls `int64 f(int64, int64)` by address."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        return builder.call(_pointer(builder, args[0], ir.FunctionType(i64, [i64, i64])), args[1:])
+
+    return types.int64(types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic

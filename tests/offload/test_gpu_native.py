@@ -1,0 +1,116 @@
+"""Layer calls with experts on GPUs in compiled code: the same answers and counters as through Python. The GPU is an RPC device."""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localrun.errors import DecodeError
+from localrun.offload import gpu_native
+from localrun.offload.gpu_device import GpuDevice, choose_gpus
+from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.telemetry import Totals
+from localrun.quant.source import ModelSource
+from tests.offload.models import MODEL, logits
+from tests.offload.test_gpu import filled
+from tests.offload.test_variants import sources as sources  # the fixture
+from tests.rpc_server import rpc_server
+
+ALL = sum((MODEL.n_experts,) * len(MODEL.ratios))
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[GpuDevice]:
+    with rpc_server() as (endpoint, _):
+        yield next(device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+
+
+class Everything:
+    """A recorder sends all calls through Python."""
+
+    def record(self, layer: int, ids: Any) -> None:
+        pass
+
+
+def counts(totals: Totals) -> tuple[int, ...]:
+    return totals.calls, totals.tokens, totals.requests, totals.hits, totals.gpu_hits, totals.misses
+
+
+def run(model: OffloadedModel, batch: int, *, python: bool) -> tuple[Any, tuple[int, ...], Any, int]:
+    """Logits, counters, uses, and how many layer calls came to Python."""
+    pool = model.pool
+    came, ffn = [], pool.ffn
+
+    def counted(*args: Any) -> None:
+        came.append(args[0])
+        ffn(*args)
+
+    pool.ffn = counted  # type: ignore[method-assign]
+    pool.record(Everything() if python else None)  # type: ignore[arg-type]
+    model.telemetry.reset()
+    uses = pool.table.uses.copy()
+    try:
+        found = logits(model, batch=batch)
+    finally:
+        pool.ffn = ffn  # type: ignore[method-assign]
+        pool.record(None)
+    return found, counts(model.telemetry.totals()), pool.table.uses - uses, len(came)
+
+
+@pytest.mark.parametrize(("n_gpus", "n_experts"), [(1, 10_000), (1, ALL // 2), (2, ALL // 3)])
+def test_compiled_calls_give_what_python_gives_bit_for_bit(
+    sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice, n_gpus: int, n_experts: int
+) -> None:
+    """Experts in two formats: up to four parts of a call, two of which wait for others."""
+    _, mixed, _ = sources
+    with open_offloaded(mixed, OffloadOptions()) as model:
+        specs = [kernel.spec for kernel in model.pool.kernels(0)]
+    budget = max(map(scratch_bytes, specs)) + n_experts * max(slot_bytes(spec, 1, gpu) for spec in specs)
+    with open_offloaded(mixed, OffloadOptions(n_threads=2, gpus=[(gpu, budget)] * n_gpus)) as model:
+        n_resident = filled(model)
+        assert (n_resident == ALL) == (n_experts >= ALL)
+        for batch in (1, 6):
+            logits(model, batch=batch)  # reads what is not on the GPU; makes the graphs
+            fast, fast_counts, fast_uses, n_python = run(model, batch, python=False)
+            slow, slow_counts, slow_uses, n_calls = run(model, batch, python=True)
+            assert n_python == 0
+            assert n_calls == slow_counts[0] > 0
+            np.testing.assert_array_equal(fast, slow)
+            assert fast_counts == slow_counts
+            np.testing.assert_array_equal(fast_uses, slow_uses)
+            assert fast_counts[4] > 0
+        if n_experts >= ALL:
+            fast, fast_counts, _, n_python = run(model, 50, python=False)
+            assert n_python == fast_counts[0]  # too many pairs for the compiled way
+        model.pool.table.check()
+
+
+def test_a_device_that_fails_is_reported_and_can_be_used_again(
+    sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, _ = sources
+    calls: list[str] = []
+
+    def failing(who: str) -> Any:
+        return C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_void_p)(lambda backend, graph: calls.append(who) or -1)
+
+    with open_offloaded(base, OffloadOptions(n_threads=2, gpus=[(gpu, 1 << 30)])) as model:
+        filled(model)
+        expected = logits(model, batch=1)
+        tier = model.pool.gpu
+        assert tier is not None
+        slots, compiled, python = tier.slots[0], failing("compiled"), failing("Python")
+        fields = slots._record.fields
+        with monkeypatch.context() as patch:
+            patch.setattr(slots._lib, "ggml_backend_graph_compute_async", python)
+            patch.setitem(fields, gpu_native.D_COMPUTE, C.cast(compiled, C.c_void_p).value)  # type: ignore[misc]
+            with pytest.raises(DecodeError, match="computing experts failed"):
+                logits(model, batch=1)
+        assert calls == ["compiled", "Python"]
+        np.testing.assert_array_equal(logits(model, batch=1), expected)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.offload import ggml
+from localrun.offload.gpu_device import GpuDevice, HostMemory
 from localrun.offload.kernels.lowlevel import (
     call_1,
     call_5,
@@ -44,7 +45,8 @@ through Python does not matter."""
 # A device: its backend, pinned host memory for ids, inputs and outputs (MOST_PAIRS of each; a part has its range), row length,
 # addresses of ggml's functions
 D_BACKEND, D_IDS, D_X, D_OUT, D_N_EMBD, D_SET, D_COMPUTE, D_GET, D_SYNCHRONIZE, D_FIELDS = range(10)
-# A bank: its device, then MOST_PAIRS + 1 graphs for 0, 1, ... pairs of one token, and as many for pairs of several tokens
+# A bank: its device, then MOST_PAIRS + 1 graphs for 0, 1, ... pairs of one token, and as many for pairs of several tokens (a
+# single pair is one token's)
 B_DEVICE, B_GRAPHS = 0, 1
 # A graph: ggml_cgraph (0: not made), its inputs and output, how many pairs it computes
 T_GRAPH, T_X, T_IDS, T_OUT, T_SIZE, T_FIELDS = range(6)
@@ -95,7 +97,7 @@ def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pair
                     end += 1
         if end == first:
             continue
-        form = 0 if n_tokens == 1 else MOST_PAIRS + 1
+        form = 0 if n_tokens == 1 or end - first == 1 else MOST_PAIRS + 1
         graph = bank + (B_GRAPHS + (form + end - first) * T_FIELDS) * 8
         if _get(graph, T_GRAPH) == 0:
             return -1
@@ -177,33 +179,14 @@ def finish(gpu: int, n_parts: int, x: int, x_stride: int, out: int, out_stride: 
     return True
 
 
-class HostMemory:
-    """Memory that a device has pinned, or ordinary memory if it can't; freed by `close`."""
-
-    def __init__(self, device: int, n_bytes: int) -> None:
-        self._lib = ggml.library()
-        kind = self._lib.ggml_backend_dev_host_buffer_type(device)
-        self._buffer = self._lib.ggml_backend_buft_alloc_buffer(kind, n_bytes) if kind else None
-        self._array = np.zeros(0 if self._buffer else n_bytes, np.uint8)
-        base = self._lib.ggml_backend_buffer_get_base(self._buffer) if self._buffer else self._array.ctypes.data
-        self.address = int(base)
-
-    def close(self) -> None:
-        """Gives it back; nobody may use it any more."""
-        buffer, self._buffer = self._buffer, None
-        if buffer:
-            self._lib.ggml_backend_buffer_free(buffer)
-
-
 class DeviceRecord:
-    """A device's fields and host memory. `device` and `backend` are ggml's."""
+    """A device's fields and host memory; `close` when nothing is under way."""
 
-    def __init__(self, device: int, backend: int, n_embd: int) -> None:
+    def __init__(self, device: GpuDevice, backend: int, n_embd: int) -> None:
         lib = ggml.library()
         sizes = MOST_PAIRS * MOST_PAIRS * 4, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
         self._memory = HostMemory(device, sum(sizes))
-        self.n_embd = n_embd
-        ids = self._memory.address
+        ids = int(self._memory.array.ctypes.data)
         functions = (
             lib.ggml_backend_tensor_set_async,
             lib.ggml_backend_graph_compute_async,

@@ -121,7 +121,7 @@ class GpuSlots:
         if not self._backend:
             raise LocalrunError(f"{device.name}: ggml can't open this device")
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
-        self._record = DeviceRecord(device.address, self._backend, max(spec.n_embd for spec in specs.values()))
+        self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
         try:
             for key, n_slots in counts.items():
                 self.banks[key] = self._make_bank(specs[key], n_slots)

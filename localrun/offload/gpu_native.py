@@ -115,7 +115,7 @@ def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pair
 
 @nb.njit(inline="always")
 def _part(gpu: int, index: int) -> int:
-    return _get(gpu, G_PARTS) + index * A_FIELDS * 8
+    return int(_get(gpu, G_PARTS) + index * A_FIELDS * 8)
 
 
 @nb.njit
@@ -135,7 +135,7 @@ def _launch(gpu: int, index: int, x: int, x_stride: int) -> bool:
     call_5(_get(device, D_SET), backend, _get(graph, T_IDS), ids, 0, _get(graph, T_SIZE) * 4)
     call_5(_get(device, D_SET), backend, _get(graph, T_X), staged, 0, n_rows * row_bytes)
     _set(part, A_RUNS, 1)
-    return call_i32(_get(device, D_COMPUTE), backend, _get(graph, T_GRAPH)) == 0
+    return bool(call_i32(_get(device, D_COMPUTE), backend, _get(graph, T_GRAPH)) == 0)
 
 
 @nb.njit
@@ -237,7 +237,8 @@ class LayerOnGpu:
         self._banks = np.array(addresses, np.int64)
         self._parts, self._rows = np.zeros((MOST_PAIRS, A_FIELDS), np.int64), np.zeros(MOST_PAIRS, np.int32)
         self._keep: tuple[Any, ...] = (where, slots, variants, banks)
-        assert (where.dtype, slots.dtype, variants.dtype) == (np.int16, np.int32, np.int32)
+        assert where.dtype == np.int16
+        assert slots.dtype == variants.dtype == np.int32
         assert where.strides == (2,)
         assert slots.strides == variants.strides == (4,)
         self.fields = np.zeros(G_FIELDS, np.int64)

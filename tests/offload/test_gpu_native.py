@@ -23,7 +23,7 @@ from tests.offload.test_variants import sources as sources  # the fixture
 from tests.rpc_server import rpc_server
 
 ALL = MODEL.n_experts * len(MODEL.ratios)
-SOME = TOKENS[:60]
+SOME = TOKENS[:24]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def run(model: OffloadedModel, batch: int, *, python: bool) -> tuple[Any, tuple[
         came.append(args[0])
         ffn(*args)
 
-    pool.ffn = counted  # type: ignore[method-assign]
+    pool.ffn = counted  # type: ignore[method-assign,assignment]
     pool.record(Everything() if python else None)  # type: ignore[arg-type]
     model.telemetry.reset()
     uses = pool.table.uses.copy()
@@ -64,7 +64,7 @@ def run(model: OffloadedModel, batch: int, *, python: bool) -> tuple[Any, tuple[
     return found, counts(model.telemetry.totals()), pool.table.uses - uses, len(came)
 
 
-@pytest.mark.parametrize(("n_gpus", "n_experts"), [(1, 10_000), (1, ALL // 2), (2, ALL // 3)])
+@pytest.mark.parametrize(("n_gpus", "n_experts"), [(1, 10_000), (1, ALL // 2), (2, ALL // 4)])
 def test_compiled_calls_give_what_python_gives_bit_for_bit(
     sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice, n_gpus: int, n_experts: int
 ) -> None:
@@ -87,7 +87,7 @@ def test_compiled_calls_give_what_python_gives_bit_for_bit(
             np.testing.assert_array_equal(fast_uses, slow_uses)
             assert fast_counts[4] > 0
         if n_experts >= ALL:
-            _, fast_counts, _, n_python = run(model, 30, python=False)
+            _, fast_counts, _, n_python = run(model, 24, python=False)
             assert n_python == fast_counts[0]  # too many pairs for the compiled way
         model.pool.table.check()
 
@@ -99,7 +99,11 @@ def test_a_device_that_fails_is_reported_and_can_be_used_again(
     calls: list[str] = []
 
     def failing(who: str) -> Any:
-        return C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_void_p)(lambda backend, graph: calls.append(who) or -1)
+        def refuse(backend: int, graph: int) -> int:
+            calls.append(who)
+            return -1
+
+        return C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_void_p)(refuse)
 
     with open_offloaded(base, OffloadOptions(n_threads=2, gpus=[(gpu, 1 << 30)])) as model:
         filled(model)
@@ -111,7 +115,7 @@ def test_a_device_that_fails_is_reported_and_can_be_used_again(
         working = fields.copy()
         with monkeypatch.context() as patch:
             patch.setattr(slots._lib, "ggml_backend_graph_compute_async", python)
-            fields[gpu_native.D_COMPUTE] = C.cast(compiled, C.c_void_p).value
+            fields[gpu_native.D_COMPUTE] = C.cast(compiled, C.c_void_p).value or 0
             with pytest.raises(DecodeError, match="computing experts failed"):
                 logits(model, SOME, batch=1)
         fields[:] = working

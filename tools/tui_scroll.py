@@ -3,8 +3,9 @@
     python -m tools.tui_scroll [--messages 20 2000] [--keys 200] [--pieces 200] [--json]
 
 Drives the real interface without a terminal (the bytes that one would get are made, and dropped) and with a scripted engine,
-so that nothing but the interface is measured. A key's time ends with the first painting of what the conversation then stays at,
-so it includes messages that had to be made first. A key comes when all is done for the one before, pieces 30 times a second.
+so that nothing but the interface is measured. A key's screen is finished with the first painting of what the conversation then
+stays at, which includes messages that had to be made first. A key comes when all is done for the one before; pieces come 30
+times a second.
 """
 
 from __future__ import annotations
@@ -92,34 +93,35 @@ async def settle(app: TimedApp, chat: ChatView) -> None:
     )
 
 
-async def key_time(app: TimedApp, pilot: Pilot[None], chat: ChatView, key: str) -> float:
-    """Seconds from a key to the screen that it leads to."""
+async def key_times(app: TimedApp, pilot: Pilot[None], chat: ChatView, key: str) -> tuple[float, float]:
+    """Seconds from a key to the first painting that shows something else, and to the one that shows what stays."""
     app.paintings.clear()
-    start = time.perf_counter()
+    before, start = visible(chat), time.perf_counter()
     await pilot.press(key)
     await settle(app, chat)
     final = visible(chat)
-    return next(done for done, shown in app.paintings if shown == final) - start
+    first = next(done for done, shown in app.paintings if shown != before)
+    return first - start, next(done for done, shown in app.paintings if shown == final) - start
 
 
-async def page_times(app: TimedApp, pilot: Pilot[None], chat: ChatView, n_keys: int) -> list[float]:
+async def page_times(app: TimedApp, pilot: Pilot[None], chat: ChatView, n_keys: int) -> list[tuple[float, float]]:
     """Page after page, up to the beginning, down to the end, and so on."""
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     key = "pageup"
     while len(times) < n_keys:
         if chat.scroll_y <= 0:
             key = "pagedown"
         elif chat.scroll_y >= chat.max_scroll_y:
             key = "pageup"
-        times.append(await key_time(app, pilot, chat, key))
+        times.append(await key_times(app, pilot, chat, key))
     return times
 
 
-async def jump_times(app: TimedApp, pilot: Pilot[None], chat: ChatView, n_keys: int) -> list[float]:
+async def jump_times(app: TimedApp, pilot: Pilot[None], chat: ChatView, n_keys: int) -> list[tuple[float, float]]:
     """From one end to the other."""
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     for number in range(n_keys):
-        times.append(await key_time(app, pilot, chat, "ctrl+end" if number % 2 else "ctrl+home"))
+        times.append(await key_times(app, pilot, chat, "ctrl+end" if number % 2 else "ctrl+home"))
     return times
 
 
@@ -167,9 +169,13 @@ async def measure(n_messages: int, args: argparse.Namespace) -> dict[str, dict[s
             await until(lambda: chat.is_vertical_scroll_end and chat.max_scroll_y > 0)
             await settle(app, chat)
             await jump_times(app, pilot, chat, 2)  # fills the toolkit's caches
+            pages = await page_times(app, pilot, chat, args.keys)
+            jumps = await jump_times(app, pilot, chat, args.keys // 10 * 2)
             return {
-                "page": summary(await page_times(app, pilot, chat, args.keys)),
-                "jump": summary(await jump_times(app, pilot, chat, args.keys // 10 * 2)),
+                "page, first change": summary([first for first, _ in pages]),
+                "page, finished": summary([final for _, final in pages]),
+                "jump, first change": summary([first for first, _ in jumps]),
+                "jump, finished": summary([final for _, final in jumps]),
                 "piece": summary(await piece_times(app, pilot, engines[0], chat, args.pieces)),
             }
 
@@ -199,7 +205,7 @@ def main() -> None:
     for n, result in results.items():
         for what, of in result.items():
             print(
-                f"{n:6} messages, {what:5}: median {of['median']:.0f} ms, p95 {of['p95']:.0f}, max {of['max']:.0f} ({of['n']})"
+                f"{n:6} messages, {what:18}: median {of['median']:.0f} ms, p95 {of['p95']:.0f}, max {of['max']:.0f} ({of['n']})"
             )
 
 

@@ -136,7 +136,7 @@ class _Clock:
         """One layer call of one token or a batch."""
         n_tokens, n_missing = len(call.ids), len(missing)
         n_gpu = len(step.keys) - len(in_ram.keys)
-        read = n_missing * self._read_s / speed.DISK_SHARE + (READ_START_S if n_missing else 0.0)
+        read = n_missing * self._read_s / speed.DISK_SHARE[1] + (READ_START_S if n_missing else 0.0)
         hidden = speed.HIDDEN_READS[1]
         if n_tokens == 1:
             present = (len(in_ram.keys) - n_missing) * self._expert.decode_s

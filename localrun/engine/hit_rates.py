@@ -116,7 +116,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True)
 class Unlearned:
-    """`rates` of a run that knows no profile: what is on GPUs is any part of the experts."""
+    """`rates` of a measurement: its tokens are made up and have no topic, and as no profile is used, any experts are on GPUs."""
 
     rates: HitRates
 
@@ -127,7 +127,7 @@ class Unlearned:
 
     def steady(self, share: float) -> float:
         """See `HitRates`."""
-        return self.rates.steady(share)
+        return self.rates.unsteady(share)
 
     def unsteady(self, share: float) -> float:
         """See `HitRates`."""

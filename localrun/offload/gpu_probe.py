@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ DENSE_ROWS: Final = 512
 _NORMS: Final = 64
 _BATCH_NORMS: Final = 4
 _ROUND_S: Final = 0.06
-"""Each figure is the best of as many rounds as fit into this; a slow device gets one or two."""
+"""As many rounds as fit into this make a figure; a slow device gets one or two."""
 
 _FILL: Final = 0x11
 """Byte that weights consist of: no special value in any format. Memory that was never written may not be there at all."""
@@ -61,8 +62,8 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
     try:
         with _Experts(device, spec) as experts, _Dense(device, spec.n_embd) as dense:
             upload_s = experts.upload_s()
-            latency_s = _best(lambda: experts.call(1, small=True))
-            decode_s = _best(lambda: experts.call(_SLOTS))
+            latency_s = _seconds(lambda: experts.call(1, small=True))
+            decode_s = _seconds(lambda: experts.call(_SLOTS))
             n_pairs, batch_s = _largest(experts.call, MAX_PAIRS)
             n_rows, rows_s = _largest(dense.batch, DENSE_ROWS)
             call_bytes = _SLOTS * experts.expert_bytes
@@ -71,10 +72,10 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
                 decode_bytes_per_s=call_bytes / _less(decode_s, latency_s),
                 batch_macs_per_s=n_pairs * 3 * spec.n_embd * spec.n_ff / _less(batch_s, latency_s),
                 upload_bytes_per_s=experts.expert_bytes / upload_s,
-                dense_bytes_per_s=dense.n_bytes / _less(_best(dense.row), latency_s),
+                dense_bytes_per_s=dense.n_bytes / _less(_seconds(dense.row), latency_s),
                 dense_macs_per_s=n_rows * spec.n_embd**2 / _less(rows_s, latency_s),
-                node_s=_less(_best(dense.norms), latency_s) / _NORMS,
-                value_s=_less(_best(dense.batch_norms), latency_s) / (_BATCH_NORMS * DENSE_ROWS * spec.n_embd),
+                node_s=_less(_seconds(dense.norms), latency_s) / _NORMS,
+                value_s=_less(_seconds(dense.batch_norms), latency_s) / (_BATCH_NORMS * DENSE_ROWS * spec.n_embd),
                 overlap=_overlap(lambda: experts.call(_SLOTS), decode_s),
             )
     except LocalrunError as error:
@@ -82,24 +83,21 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
         return None
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest round. The first one, which may compile and allocate, counts only if it used up the time."""
-    best, end = math.inf, time.perf_counter() + _ROUND_S
-    for number in range(1 << 20):
+def _seconds(work: Callable[[], object]) -> float:
+    """Of a usual round: the median of the later half of them. The first ones compile, allocate and find the device asleep."""
+    times: list[float] = []
+    end = time.perf_counter() + _ROUND_S
+    while not times or time.perf_counter() < end:
         started = time.perf_counter()
         work()
-        now = time.perf_counter()
-        if number or now >= end:
-            best = min(best, now - started)
-        if now >= end:
-            break
-    return best
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[len(times) // 2 :])
 
 
 def _largest(work: Callable[[int], object], most: int) -> tuple[int, float]:
     """Items of the largest batch that a slow device does in time, an eighth of `most` or all, and its seconds."""
-    few, few_s = most // 8, _best(lambda: work(most // 8))
-    return (few, few_s) if few_s > _ROUND_S / 4 else (most, _best(lambda: work(most)))
+    few, few_s = most // 8, _seconds(lambda: work(most // 8))
+    return (few, few_s) if few_s > _ROUND_S / 4 else (most, _seconds(lambda: work(most)))
 
 
 def _less(total_s: float, latency_s: float) -> float:
@@ -137,7 +135,7 @@ def _overlap(call: Callable[[], object], call_s: float) -> float:
         [seconds(device=True, reading=False), seconds(device=False, reading=True), seconds(device=True, reading=True)]
         for _ in range(3)
     ]
-    alone, reading, together = (min(times) for times in zip(*runs, strict=True))
+    alone, reading, together = (statistics.median(times) for times in zip(*runs, strict=True))
     return float(min(1.0, max(0.0, (alone + reading - together) / min(alone, reading))))
 
 
@@ -159,7 +157,7 @@ class _Experts:
         """Seconds of one expert; a slow link carries two of them."""
         expert = [np.full(size, _FILL, np.uint8) for size in self._row_bytes]
         slots = iter(range(1 << 20))
-        return _best(lambda: self._slots.upload((0, 0), next(slots) % _SLOTS, expert))
+        return _seconds(lambda: self._slots.upload((0, 0), next(slots) % _SLOTS, expert))
 
     def call(self, n_pairs: int, *, small: bool = False) -> None:
         """As many (token, expert) pairs, evenly over the slots, there and back."""

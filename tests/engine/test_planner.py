@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ from localrun.engine import hardware, sizes
 from localrun.engine.benchmark import Benchmark, Phase
 from localrun.engine.compute_buffers import compute_bytes
 from localrun.engine.engine import Engine
-from localrun.engine.hardware import Gpu, Hardware
-from localrun.engine.hit_rates import Curve, Learned
+from localrun.engine.hardware import ASSUMED_GPU, Gpu, Hardware
+from localrun.engine.hit_rates import Curve, Learned, touched
 from localrun.engine.llama import Context
 from localrun.engine.placement import headroom
 from localrun.engine.plan import GpuShare, Plan, Settings
 from localrun.engine.planner import make_plan
 from localrun.engine.protocol import EngineOptions, Timings
 from localrun.engine.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.speed import experts_on
 from localrun.engine.usual_rates import KEPT, usual_rates
 from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.offload.cpu_probe import probe_cpu
+from localrun.offload.cpu_rates import CpuRates, ExpertRates
+from localrun.offload.kernels import FfnSpec
 from localrun.offload.profile import RoutingProfile
 from localrun.quant.source import open_model
 from tests.rpc_server import rpc_server
@@ -281,6 +286,48 @@ def test_hit_rates_rise_with_what_is_resident() -> None:
         assert steady[-1] == pytest.approx(1)
         assert unsteady[-1] == pytest.approx(1)
     assert Curve().steady(0.25) == pytest.approx(0.77)
+
+
+def test_a_batch_touches_more_experts_the_longer_it_is_and_misses_fewer_the_more_there_are() -> None:
+    for rates in (None, Curve()):
+        by_length = [touched(rates, 0.3, n_tokens, 6, 256) for n_tokens in (1, 8, 64, 512)]
+        assert by_length[0].distinct == pytest.approx(6 / 256, rel=0.01)
+        assert all(a.distinct < b.distinct for a, b in pairwise(by_length))
+        by_share = [touched(rates, share, 64, 6, 256).missing for share in (0.0, 0.3, 0.7, 1.0)]
+        assert all(a > b for a, b in pairwise(by_share))
+        assert by_share[-1] == 0
+    assert touched(Curve(), 0.0, 64, 6, 256).distinct < touched(None, 0.0, 64, 6, 256).distinct
+
+
+def test_measured_rates_decide_and_a_gpu_that_shares_the_cores_is_no_second_processor(flash: ModelSizes) -> None:
+    def likely(**values: Any) -> tuple[float, float]:
+        plan = plan_of(flash, 200, **values)
+        assert plan.decode is not None
+        assert plan.prefill is not None
+        return plan.decode.likely.tokens_per_s, plan.prefill.likely.tokens_per_s
+
+    (types,) = {group.types for group in flash.experts}
+    slow = ExpertRates(decode_s=10e-3, few_s=20e-3, many_s=60e-3)
+    cpu = CpuRates(dense_bytes_per_s=10e9, dense_macs_per_s=50e9, experts={types: slow})
+    faster = replace(cpu, experts={types: slow.times(0.5)})
+    assert all(a < b for a, b in zip(likely(cpu=cpu), likely(cpu=faster), strict=True))
+    rates = replace(ASSUMED_GPU, decode_bytes_per_s=5e9, batch_macs_per_s=20e9, overlap=0.0)
+    gpu = Gpu(vram_bytes=60 * GIB, rates=rates)
+    alone = likely(cpu=cpu, gpus=(replace(gpu, rates=replace(rates, overlap=1.0)),))
+    assert all(a < b for a, b in zip(likely(cpu=cpu, gpus=(gpu,)), alone, strict=True))
+    # Formats that nobody measured are as much slower than assumed as those that somebody did.
+    other = flash.with_experts(format_of("q2_k"))
+    machine = replace(BOX, cpu=cpu)
+    assert experts_on(machine, other).decode_s > 3 * experts_on(BOX, other).decode_s
+
+
+def test_kernels_are_measured_on_the_model_s_own_formats() -> None:
+    spec = FfnSpec((format_of("mxfp4"),) * 3, 256, 128, 10.0)
+    rates = probe_cpu([spec, spec], n_threads=1)
+    assert list(rates.experts) == [spec.types]
+    assert 0 < rates.experts[spec.types].decode_s < rates.experts[spec.types].many_s
+    assert rates.dense_bytes_per_s > 0
+    assert rates.dense_macs_per_s > 0
 
 
 def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ _SLOW_S: Final = 0.1
 """A batch of few tokens that takes longer tells enough."""
 
 _DENSE_SIZE: Final = 4096
-_FILL: Final = 0x11
+_FILL: Final = 0x77
 
 
 def probe_cpu(specs: Iterable[FfnSpec], *, n_threads: int) -> CpuRates:

@@ -49,8 +49,9 @@ _BATCH_NORMS: Final = 4
 _ROUND_S: Final = 0.06
 """As many rounds as fit into this make a figure; a slow device gets one or two."""
 
-_FILL: Final = 0x11
-"""Byte that weights consist of: no special value in any format. Memory that was never written may not be there at all."""
+_FILL: Final = 0x77
+"""Byte that weights consist of: in every format ordinary numbers, whose products are neither denormal nor infinite. Memory that was
+never written may not be there at all."""
 
 
 def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:

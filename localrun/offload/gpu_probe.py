@@ -50,7 +50,7 @@ _ROUND_S: Final = 0.06
 """As many rounds as fit into this make a figure; a slow device gets one or two."""
 
 _FILL: Final = 0x77
-"""Byte that weights consist of: in every format ordinary numbers, whose products are neither denormal nor infinite. Memory that was
+"""Byte that weights consist of: in all quantized formats ordinary numbers, with ordinary products. Memory that was
 never written may not be there at all."""
 
 

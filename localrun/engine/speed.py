@@ -42,7 +42,7 @@ TOKEN_S = 0.5e-3
 LAYER_NODES = 120
 """Operations of a layer that a GPU has to start. llama.cpp's graph has 196 per layer, views included."""
 
-LAYER_VALUES = 19
+LAYER_VALUES = 190
 """Passes over the hidden state that a layer's small operations come to in a batch, from `BATCH_VALUE_S` and what the GPU probe says
 of one pass on a core of the same machine."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from localrun.engine.hardware import Hardware
 from localrun.engine.speed import Range
+from localrun.offload.cpu_rates import CpuRates
 from localrun.units import format_size
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "n_drives": machine.n_drives,
             "memory_bytes_per_s": machine.memory,
             "n_threads": machine.n_threads,
+            "cpu": _cpu_json(machine.cpu),
             "gpus": [
                 {
                     "name": gpu.name,
@@ -164,6 +166,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for s in plan.suggestions
         ],
     }
+
+
+def _cpu_json(cpu: CpuRates | None) -> dict[str, Any] | None:
+    if cpu is None:
+        return None
+    experts = {"/".join(kind.name for kind in types): asdict(rates) for types, rates in cpu.experts.items()}
+    return {"dense_bytes_per_s": cpu.dense_bytes_per_s, "dense_macs_per_s": cpu.dense_macs_per_s, "experts": experts}
 
 
 def _range_json(span: Range | None) -> dict[str, Any] | None:

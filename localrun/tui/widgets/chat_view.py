@@ -241,7 +241,9 @@ class ChatView(VerticalScroll, can_focus=False):
     def _update_soon(self) -> None:
         if not self._update_pending and self.is_attached:
             self._update_pending = True
-            self.call_after_refresh(self._update_window)  # making messages takes longer than showing those that are there
+            self.call_after_refresh(
+                self._update_window
+            )  # making messages takes longer than showing those that are there
 
     async def _update_window(self) -> None:
         """Moves the window if the viewport has come near its end."""

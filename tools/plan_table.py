@@ -67,11 +67,12 @@ def cell(plan: Plan) -> tuple[str, str, str, str]:
     """Resident share, answers, prompts, limit."""
     assert plan.decode is not None
     assert plan.prefill is not None
+    limit = plan.decode.likely.limit
     return (
         f"{plan.resident_share:.0%}",
         _span(plan.decode),
         _span(plan.prefill),
-        plan.decode.likely.limit + (" (GPU)" if plan.placement.dense_on_gpu else ""),
+        limit + (" (dense on GPU)" if plan.placement.dense_on_gpu and "GPU" not in limit else ""),
     )
 
 

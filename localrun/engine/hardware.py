@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from localrun.engine import memory
 from localrun.engine.usual_rates import usual_rates
+from localrun.errors import LocalrunError
 from localrun.offload.cpu_rates import CpuRates, ExpertRates
 from localrun.offload.gpu_rates import GpuRates, assumed_rates
 
@@ -144,7 +145,10 @@ def detect(
         if specs:
             from localrun.offload.cpu_probe import probe_cpu
 
-            cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
+            try:
+                cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
+            except LocalrunError as error:  # loading says what it thinks of such a model
+                log.warning("the processor was not measured: %s", error)
         memory_rate, cpu = _usual(memory_rate, cpu, specs, n_threads)
     available = memory.available_memory()
     return Hardware(

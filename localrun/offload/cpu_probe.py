@@ -23,7 +23,7 @@ _EXPERTS: Final = 6
 
 _ROUND_S: Final = 0.04
 _SLOW_S: Final = 0.1
-"""A batch of few tokens that takes longer tells enough."""
+"""A call that takes longer tells enough."""
 
 _DENSE_SIZE: Final = 4096
 _FILL: Final = 0x77
@@ -69,6 +69,8 @@ def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
         kernel.run(slots, starts, x_rows, np.arange(x_rows.size, dtype=np.int32), x, out)
 
     decode_s = _best(lambda turn: call(turn, 1)) / _EXPERTS
+    if decode_s * _EXPERTS > _SLOW_S:  # bound by computing: a batch costs as much per token
+        return ExpertRates(decode_s=decode_s, few_s=FEW * decode_s, many_s=MANY * decode_s)
     few_s = _best(lambda turn: call(turn, FEW)) / _EXPERTS
     many_s = few_s * MANY / FEW if few_s * _EXPERTS > _SLOW_S else _best(lambda turn: call(turn, MANY)) / _EXPERTS
     return ExpertRates(decode_s=decode_s, few_s=few_s, many_s=many_s)

@@ -9,7 +9,7 @@ help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
 	@echo "make cuda    the same, llama.cpp for NVIDIA's GPUs; also: make vulkan, make rocm; make cpu: back"
 	@echo "make chat    talk to the demo model"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests in two processes; with PYTEST_ARGS=\"-n 0 tests/engine\" some of them in one"
 	@echo "make check   formatting, lint, types, import directions"
 	@echo "make format  format the code"
 	@echo "make bundle  a folder and a tar under dist/ for machines without a network"

@@ -36,6 +36,10 @@ class BudgetError(LocalrunError, ValueError):
     """A memory budget is below what one layer's experts need, or above what the machine has."""
 
 
+class GpuMemoryError(BudgetError):
+    """A GPU has less memory than it said."""
+
+
 class DiskSpaceError(LocalrunError, OSError):
     """The target disk can't hold the result."""
 

@@ -1,13 +1,25 @@
-"""A GPU for machines without one: llama.cpp's RPC device on loopback, a process of its own with memory of its own."""
+"""A GPU for machines without one: llama.cpp's RPC device on loopback, a process of its own with memory of its own.
+
+With `LOCALRUN_TEST_GPU=CUDA0` in the environment, tests that ask for `a_gpu` run on that device.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localrun.offload.gpu_device import GpuDevice, choose_gpus, gpu_devices
+
+TEST_GPU = os.environ.get("LOCALRUN_TEST_GPU", "")
 
 _SERVE = """
 import ctypes as C, sys
@@ -50,3 +62,27 @@ def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     finally:
         process.kill()
         process.wait()
+
+
+def limit_memory(server: subprocess.Popen[bytes], n_bytes: int) -> None:
+    """The server can take only so much more, whatever it says is free."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("limits of other processes need Linux")
+    (size,) = re.findall(r"VmSize:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+    limit = int(size) * 1024 + n_bytes
+    resource.prlimit(server.pid, resource.RLIMIT_AS, (limit, limit))
+
+
+@contextlib.contextmanager
+def a_gpu() -> Iterator[GpuDevice]:
+    """The device that the environment names, or else one of a server of its own."""
+    if TEST_GPU:
+        device = next((device for device in gpu_devices() if device.name == TEST_GPU), None)
+        if device is None:
+            pytest.skip(f"no {TEST_GPU} here")
+        yield device
+        return
+    with rpc_server() as (endpoint, _):
+        devices = choose_gpus("auto", [endpoint])
+        yield next(device for device in devices if device.description == endpoint)

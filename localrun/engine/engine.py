@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -27,11 +28,13 @@ from localrun.engine.session import Session
 from localrun.engine.sizes import sizes_of_source
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import UsageError
+from localrun.errors import GpuMemoryError, UsageError
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
 from localrun.quant.source import ModelSource, open_model
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH = 16384
 """Tokens per step: llama.cpp's buffers for one of so many take gigabytes."""
@@ -110,6 +113,33 @@ class Engine:
         placement = (
             place_on_gpus(source, options, _context_length(source, options)) if source.moe_layers else GpuPlacement()
         )
+        try:
+            plan, loaded = cls._load(source, options, placement, report, announce, learn=learn)
+        except GpuMemoryError as error:
+            log.warning("%s; it stays on the CPU", error)
+            placement = replace(placement, n_gpu_layers=0)
+            plan, loaded = cls._load(source, options, placement, report, announce, learn=learn)
+        file_bytes = sum(file.stat().st_size for file in source.files)
+        return cls._checked(
+            loaded,
+            options,
+            path=Path(path),
+            identity=source.identity,
+            file_bytes=file_bytes,
+            dense_on_gpu=placement.n_gpu_layers > 0,
+            plan=plan,
+        )
+
+    @staticmethod
+    def _load(
+        source: ModelSource,
+        options: EngineOptions,
+        placement: GpuPlacement,
+        report: Callable[[float, str], None],
+        announce: Callable[[Plan], None] | None,
+        *,
+        learn: bool,
+    ) -> tuple[Plan, OffloadedModel]:
         plan = _plan(source, options, placement, learn=learn)
         if announce is not None:
             announce(plan)
@@ -128,17 +158,7 @@ class Engine:
                 0.95 * done / max(1, total), f"reading dense tensors ({done} of {total})"
             ),
         )
-        loaded = open_offloaded(source, offload)
-        file_bytes = sum(file.stat().st_size for file in source.files)
-        return cls._checked(
-            loaded,
-            options,
-            path=Path(path),
-            identity=source.identity,
-            file_bytes=file_bytes,
-            dense_on_gpu=placement.n_gpu_layers > 0,
-            plan=plan,
-        )
+        return plan, open_offloaded(source, offload)
 
     @classmethod
     def open_stock(cls, path: Path | str, options: EngineOptions) -> Engine:
@@ -285,7 +305,9 @@ def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement, 
     )
     gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
     share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
-    return plan_load(source, options, replace(machine, gpus=gpus), share, suggest=is_large, learned=learn)
+    ram_bytes = None if machine.ram_bytes is None else max(0, machine.ram_bytes - placement.ram_bytes)
+    machine = replace(machine, gpus=gpus, ram_bytes=ram_bytes)
+    return plan_load(source, options, machine, share, suggest=is_large, learned=learn)
 
 
 def dense_bytes(source: ModelSource) -> int:
@@ -321,6 +343,6 @@ def _facts(
         expert_bytes=max((layer.expert_bytes for layer in moe_layers.values()), default=0),
         ram_bytes=offloaded.ram_bytes if offloaded else 0,
         has_tokenizer=vocab.has_tokenizer,
-        gpus=tuple(slots.device.name for slots in tier.slots) if tier is not None else (),
+        gpus=tuple(slots.device.name for slots in tier.slots if slots.banks) if tier is not None else (),
         dense_on_gpu=dense_on_gpu,
     )

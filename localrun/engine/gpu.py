@@ -10,7 +10,7 @@ from localrun.engine.compute_buffers import compute_bytes
 from localrun.engine.placement import GPU_HEADROOM_BYTES
 from localrun.engine.protocol import EngineOptions
 from localrun.engine.sizes import sizes_of_source
-from localrun.errors import BudgetError, LocalrunError
+from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.offload.gpu_device import GpuDevice, choose_gpus
 from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
 from localrun.offload.kernels import FfnSpec
@@ -27,10 +27,12 @@ class GpuPlacement:
     """Attributes:
     n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
     experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
+    ram_bytes: RAM that integrated GPUs may take of all this.
     """
 
     n_gpu_layers: int = 0
     experts: tuple[tuple[GpuDevice, int], ...] = ()
+    ram_bytes: int = 0
 
 
 def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> GpuPlacement:
@@ -40,7 +42,7 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
         n_ctx: tokens of context that the cache must hold.
 
     Raises:
-        UsageError: `--gpu` names a device that is not there.
+        UsageError: `--gpu` names a device that is not there, or one without memory of its own, and no `--vram`.
         BudgetError: `--vram` is too little for anything.
         LocalrunError: `--vram` without a GPU; an RPC server that does not answer.
     """
@@ -53,7 +55,14 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
                 hint="run `localrun doctor`, or leave out --vram",
             )
         return GpuPlacement()
+    integrated = [device.name for device in devices if device.is_integrated]
+    if integrated and options.vram_bytes is None:
+        raise UsageError(
+            f"--gpu {options.gpu}: {', '.join(integrated)} has no memory of its own",
+            hint="say how much of the RAM it may take, e.g. --vram 8GiB",
+        )
     budgets = _budgets(devices, options.vram_bytes)
+    ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
     sizes = sizes_of_source(source)
     cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
     needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
@@ -79,7 +88,7 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
                 hint="give more, or --gpu none",
             )
         return GpuPlacement()
-    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)))
+    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes)
 
 
 def _budgets(devices: Sequence[GpuDevice], vram_bytes: int | None) -> list[int]:

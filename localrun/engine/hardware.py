@@ -186,10 +186,10 @@ def _usual(
 
 
 def local_gpus() -> tuple[Gpu, ...]:
-    """GPUs that llama.cpp was built for and that are there, measured."""
-    from localrun.offload.gpu_device import gpu_devices
+    """GPUs that llama.cpp was built for and that a load would use unasked, measured."""
+    from localrun.offload.gpu_device import choose_gpus
 
-    return measured_gpus(gpu_devices())
+    return measured_gpus(choose_gpus("auto"))
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:

@@ -147,7 +147,7 @@ class Context:
         if not self._ctx:
             raise LocalrunError(
                 f"llama.cpp can't make a context of {n_ctx} tokens: {llama_log.recent_errors()}",
-                hint="give a smaller --context or another KV type",
+                hint="give a smaller --context or another KV type, or a smaller --vram where experts fill a GPU",
             )
         self.n_ctx: int = L.llama_n_ctx(self._ctx)
         self.n_batch: int = L.llama_n_batch(self._ctx)

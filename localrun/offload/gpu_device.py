@@ -34,6 +34,7 @@ class GpuDevice:
         name: ggml's, e.g. `CUDA0`, `Vulkan1`, `RPC0`.
         description: for people, e.g. the card's name or the server's address.
         free_bytes, total_bytes: at the time of the query.
+        is_integrated: part of the processor; its memory is the machine's RAM.
     """
 
     address: int
@@ -41,6 +42,7 @@ class GpuDevice:
     description: str
     free_bytes: int
     total_bytes: int
+    is_integrated: bool = False
 
 
 class HostMemory:
@@ -76,7 +78,8 @@ def gpu_devices() -> list[GpuDevice]:
     devices = []
     for index in range(lib.ggml_backend_dev_count()):
         address = lib.ggml_backend_dev_get(index)
-        if lib.ggml_backend_dev_type(address) not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
+        kind = lib.ggml_backend_dev_type(address)
+        if kind not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
             continue
         name = lib.ggml_backend_dev_name(address).decode()
         description = lib.ggml_backend_dev_description(address).decode()
@@ -85,7 +88,10 @@ def gpu_devices() -> list[GpuDevice]:
             continue
         free, total = C.c_size_t(), C.c_size_t()
         lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
-        devices.append(GpuDevice(address, name, description, free.value, total.value))
+        # Vulkan subtracts what is used from what the driver would like us to use, which may be less: a huge number.
+        free_bytes = free.value if free.value <= total.value else 0
+        is_integrated = kind == ggml.DEVICE_TYPE_IGPU
+        devices.append(GpuDevice(address, name, description, free_bytes, total.value, is_integrated))
     return devices
 
 
@@ -147,7 +153,7 @@ def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
     """The devices that the user's words mean.
 
     Args:
-        choice: `auto` (all), `none`, or names separated by commas.
+        choice: `auto` (all that have memory of their own), `none`, or names separated by commas.
         rpc: servers to add first.
 
     Raises:
@@ -160,7 +166,7 @@ def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
         return []
     devices = gpu_devices()
     if choice == "auto":
-        return devices
+        return [device for device in devices if not device.is_integrated]
     by_name = {device.name.lower(): device for device in devices}
     chosen = []
     for name in choice.split(","):

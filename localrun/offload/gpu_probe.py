@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from localrun.errors import LocalrunError
+from localrun.errors import GpuMemoryError, LocalrunError
 from localrun.offload import ggml
 from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_rates import GpuRates
@@ -147,6 +147,9 @@ class _Experts:
         specs = {(0, 0): spec, (1, 0): _SMALL}
         self._spec = spec
         self._slots = GpuSlots(device, {(0, 0): _SLOTS, (1, 0): 1}, specs, (1 << 30) + scratch_bytes(spec))
+        if len(self._slots.banks) < len(specs):
+            self._slots.close()
+            raise GpuMemoryError(f"{device.name}: no memory to measure with")
         lib = ggml.library()
         for bank in self._slots.banks.values():
             lib.ggml_backend_buffer_clear(ggml.Tensor.from_address(bank.tensors[0]).buffer, _FILL)

@@ -10,6 +10,8 @@ Everything that is allocated counts towards the budget: slots and the buffer of 
 
 from __future__ import annotations
 
+import bisect
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,11 +28,16 @@ from localrun.offload.kernels import FfnSpec
 from localrun.offload.view import F32, I32
 from localrun.units import format_size
 
+log = logging.getLogger(__name__)
+
 MAX_PAIRS = 512
 """(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
 
 _SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
 """Pairs of several tokens for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
+
+MAX_SLOTS = 1024
+"""Of a bank: more than any model has experts in a layer."""
 
 _GRAPH_NODES = 16
 _F32, _I32 = 0, 26  # enum ggml_type
@@ -93,6 +100,8 @@ class GpuSlots:
 
     For the decoding thread; `upload` may run on another one meanwhile (ggml's devices order their own work).
 
+    A device that has less memory than it said gets the banks that fit, the first ones, possibly none, with a warning.
+
     Args:
         device: where.
         counts: slots by (layer, variant); none may be 0.
@@ -100,8 +109,8 @@ class GpuSlots:
         budget_bytes: most memory to take.
 
     Raises:
-        BudgetError: more than the budget, or than the device has.
-        LocalrunError: the device can't multiply one of the formats.
+        BudgetError: more than the budget.
+        LocalrunError: the device can't be opened, or can't multiply one of the formats.
     """
 
     def __init__(
@@ -123,9 +132,7 @@ class GpuSlots:
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
         self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
         try:
-            for key, n_slots in counts.items():
-                self.banks[key] = self._make_bank(specs[key], n_slots)
-            self._reserve(specs)
+            self._make_banks(counts, specs)
             self.used_bytes = self._allocated()
             if self.used_bytes > budget_bytes:
                 raise BudgetError(
@@ -233,20 +240,41 @@ class GpuSlots:
         self._contexts.append(context)
         return context
 
-    def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank:
+    def _make_banks(self, counts: Mapping[BankKey, int], specs: Mapping[BankKey, FfnSpec]) -> None:
+        """Banks, and memory for the largest call, once: it never grows afterwards. It comes before all banks but its own."""
+        largest = max(counts, key=lambda key: scratch_bytes(specs[key]), default=None)
+        for key in [] if largest is None else [largest, *(key for key in counts if key != largest)]:
+            bank = self._make_bank(specs[key], counts[key])
+            if bank is not None:
+                self.banks[key] = bank
+            if bank is None or (key == largest and not self._reserve(bank)):
+                self._give_back()
+                log.warning(
+                    "%s: out of memory: room for %d experts, not for %d; the others stay in RAM and on the drive",
+                    self.device.name,
+                    sum(bank.n_slots for bank in self.banks.values()),
+                    sum(counts.values()),
+                )
+                return
+
+    def _give_back(self) -> None:
+        """The device is full to the brim, and its driver wants some memory when it computes: at least a sixteenth of ours."""
+        full = self._allocated()
+        while self.banks and (self._allocated() > full * 15 // 16 or not self._gallocr):
+            self.banks.popitem()
+            self._lib.ggml_backend_buffer_free(self._buffers.pop())
+        if not self.banks and self._gallocr:
+            self._lib.ggml_gallocr_free(self._gallocr)
+            self._gallocr = 0
+
+    def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank | None:
+        """None: no memory."""
         lib, context = self._lib, self._context(3, graph=False)
-        shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
-        gate, up, down = (
-            int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
-            for kind, shape in zip(spec.types, shapes, strict=True)
-        )
+        gate, up, down = _stacked(context, spec, n_slots)
         sizes = [int(lib.ggml_nbytes(tensor)) // n_slots for tensor in (gate, up, down)]
         buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
         if not buffer:
-            raise BudgetError(
-                f"{self.device.name}: no memory for {n_slots} experts of {format_size(sum(sizes))}",
-                hint="give a smaller --vram",
-            )
+            return None
         self._buffers.append(buffer)
         row_bytes = (sizes[0], sizes[1], sizes[2])
         bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), row_bytes, BankRecord(self._record))
@@ -254,12 +282,8 @@ class GpuSlots:
         return bank
 
     def _check_support(self, bank: Bank) -> None:
-        graph = self._make_graph(bank, 2, one_token=False)
-        for index in range(self._lib.ggml_graph_n_nodes(graph.graph)):
-            node = self._lib.ggml_graph_node(graph.graph, index)
-            if not self._lib.ggml_backend_dev_supports_op(self.device.address, node):
-                kinds = "/".join(dict.fromkeys(kind.name for kind in bank.spec.types))
-                raise LocalrunError(f"{self.device.name} can't multiply experts in {kinds}", hint="--gpu none")
+        if not _supports(self.device, self._make_graph(bank, 2, one_token=False).graph):
+            raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
 
     def _graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
         """The graph for so many pairs, made on first use; compiled calls find it from then on."""
@@ -282,39 +306,87 @@ class GpuSlots:
         return made
 
     def _make_graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
-        """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
-        fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
-        lib, spec = self._lib, bank.spec
-        context = self._context(8, graph=True)
-        n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
-        x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_columns)
-        ids = lib.ggml_new_tensor_2d(context, _I32, n_rows, n_columns)
-        gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in bank.tensors[:2])
-        if math.isinf(spec.limit):
-            active = lib.ggml_swiglu_split(context, gate, up)
-        else:
-            active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
-        out = lib.ggml_mul_mat_id(context, bank.tensors[2], active, ids)
-        lib.ggml_set_input(x)
-        lib.ggml_set_input(ids)
-        lib.ggml_set_output(out)
-        graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
-        lib.ggml_build_forward_expand(graph, out)
-        return _Graph(graph, x, ids, out)
+        return _build(self._context(8, graph=True), bank.spec, bank.tensors, n_pairs, one_token=one_token)
 
-    def _reserve(self, specs: Mapping[BankKey, FfnSpec]) -> None:
-        """Memory for the largest call, once: it never grows afterwards."""
-        if not self.banks:
-            return
-        self._gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
-        largest = max(self.banks, key=lambda key: scratch_bytes(specs[key]))
-        graph = self._make_graph(self.banks[largest], MAX_PAIRS, one_token=False)
-        if not self._lib.ggml_gallocr_reserve(self._gallocr, graph.graph):
-            raise BudgetError(f"{self.device.name}: no memory for intermediate results", hint="give a smaller --vram")
+    def _reserve(self, bank: Bank) -> bool:
+        """False: no memory."""
+        graph = self._make_graph(bank, MAX_PAIRS, one_token=False)
+        gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
+        if self._lib.ggml_gallocr_reserve(gallocr, graph.graph):
+            self._gallocr = gallocr
+            return True
+        self._lib.ggml_gallocr_free(gallocr)
+        return False
+
+
+def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, one_token: bool) -> _Graph:
+    """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
+    fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
+    lib = ggml.library()
+    n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
+    x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_columns)
+    ids = lib.ggml_new_tensor_2d(context, _I32, n_rows, n_columns)
+    gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
+    if math.isinf(spec.limit):
+        active = lib.ggml_swiglu_split(context, gate, up)
+    else:
+        active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
+    out = lib.ggml_mul_mat_id(context, tensors[2], active, ids)
+    lib.ggml_set_input(x)
+    lib.ggml_set_input(ids)
+    lib.ggml_set_output(out)
+    graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
+    lib.ggml_build_forward_expand(graph, out)
+    return _Graph(graph, x, ids, out)
 
 
 def _size(n_pairs: int) -> int:
     return next(size for size in _SIZES if size >= n_pairs)
+
+
+def _supports(device: GpuDevice, graph: int) -> bool:
+    lib = ggml.library()
+    nodes = (lib.ggml_graph_node(graph, index) for index in range(lib.ggml_graph_n_nodes(graph)))
+    return all(lib.ggml_backend_dev_supports_op(device.address, node) for node in nodes)
+
+
+def _kinds(spec: FfnSpec) -> str:
+    return "/".join(dict.fromkeys(kind.name for kind in spec.types))
+
+
+def _stacked(context: int, spec: FfnSpec, n_slots: int) -> tuple[int, int, int]:
+    """Gate, up and down of a bank; nothing is allocated."""
+    lib = ggml.library()
+    shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
+    gate, up, down = (
+        int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
+        for kind, shape in zip(spec.types, shapes, strict=True)
+    )
+    return gate, up, down
+
+
+def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
+    """How many experts one bank may have: Vulkan devices can't address tensors beyond a few GiB, some not beyond 128 MiB.
+
+    Returns:
+        0 if the device can't multiply with such experts at all, with a warning; `MAX_SLOTS` without a limit.
+    """
+    lib = ggml.library()
+
+    def fits(n_slots: int) -> bool:
+        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        context = lib.ggml_init(ggml.InitParams(size + 1024, None, True))
+        try:
+            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, one_token=False).graph)
+        finally:
+            lib.ggml_free(context)
+
+    if fits(MAX_SLOTS):
+        return MAX_SLOTS
+    if not fits(1):
+        log.warning("%s can't multiply experts in %s: they stay in RAM and on the drive", device.name, _kinds(spec))
+        return 0
+    return bisect.bisect_left(range(1, MAX_SLOTS), True, key=lambda n_slots: not fits(n_slots))
 
 
 def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
@@ -323,12 +395,8 @@ def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
     context = lib.ggml_init(ggml.InitParams(3 * lib.ggml_tensor_overhead() + 1024, None, True))
     try:
         buffer_type = lib.ggml_backend_dev_buffer_type(device.address)
-        shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
         sizes = [
-            lib.ggml_backend_buft_get_alloc_size(
-                buffer_type, lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots)
-            )
-            for kind, shape in zip(spec.types, shapes, strict=True)
+            lib.ggml_backend_buft_get_alloc_size(buffer_type, tensor) for tensor in _stacked(context, spec, n_slots)
         ]
         return int(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
     finally:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from localrun.errors import LocalrunError, StoppedError
+from localrun.errors import GpuMemoryError, LocalrunError, StoppedError
 from localrun.offload.gpu_device import GpuDevice, HostMemory
 from localrun.offload.gpu_slots import MAX_PAIRS, BankKey, GpuSlots, slot_bytes
 from localrun.offload.kernels import FfnKernel, FfnSpec
@@ -363,6 +363,8 @@ def measure(device: GpuDevice, kernel: FfnKernel, n_unpackers: int) -> StreamCos
     key = ring_key(0)
     try:
         slots = GpuSlots(device, {key: RING_SLOTS}, {key: kernel.spec}, 1 << 62)
+        if not slots.banks:
+            raise GpuMemoryError("no memory")
         lane = GpuLane(slots, [kernel], None, n_unpackers=n_unpackers)
         return _costs(_Bench(kernel, lane))
     except LocalrunError as error:

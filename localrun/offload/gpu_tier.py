@@ -25,7 +25,7 @@ import numpy.typing as npt
 from localrun.errors import BudgetError
 from localrun.offload.gpu_device import GpuDevice, HostMemory
 from localrun.offload.gpu_native import LayerOnGpu
-from localrun.offload.gpu_slots import BankKey, GpuSlots, scratch_bytes, slot_bytes
+from localrun.offload.gpu_slots import BankKey, GpuSlots, most_slots, scratch_bytes, slot_bytes
 from localrun.offload.gpu_stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.offload.native import MAX_VARIANTS
@@ -113,9 +113,12 @@ class GpuTier:
             left = [(device, budget - ring) for (device, budget), ring in zip(gpus, ring_bytes, strict=True)]
             for i, counts in enumerate(share_out(left, specs, wanted, ranking)):
                 passing = rings.specs if rings is not None and i == rings.gpu else {}
-                counts.update(dict.fromkeys(passing, RING_SLOTS))
                 device, budget = gpus[i]
+                # Rings first: what comes last is left out by a device with less memory than it said.
+                counts = {**dict.fromkeys(passing, RING_SLOTS), **counts}
                 self.slots.append(GpuSlots(device, counts, {**specs, **passing}, budget))
+                if any(key not in self.slots[i].banks for key in passing):
+                    self.rings, self._ring_of = None, {}
         except BaseException:
             self.close()
             raise
@@ -448,6 +451,7 @@ def share_out(
                 f"{format_size(scratch)} and one expert {format_size(smallest)}",
                 hint="give more --vram, or --gpu none",
             )
+    limits = [{spec: most_slots(spec, device) for spec in set(specs.values())} for device, _ in gpus]
     size_of: dict[tuple[int, BankKey, int], int] = {}
 
     def grown(gpu: int, key: BankKey, count: int) -> int:
@@ -460,6 +464,8 @@ def share_out(
         key = (layer, int(wanted[layer][expert]))
         for gpu in sorted(range(len(gpus)), key=lambda gpu: -left[gpu]):
             count = result[gpu].get(key, 0)
+            if count >= limits[gpu][specs[key]]:
+                continue
             cost = grown(gpu, key, count + 1) - grown(gpu, key, count)
             if cost <= left[gpu]:
                 result[gpu][key] = count + 1

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.errors import BudgetError, FormatError, LocalrunError, UnsupportedModelError
+from localrun.errors import BudgetError, FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
 from localrun.offload import ggml, llama_log
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
@@ -208,6 +208,7 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     Raises:
         BudgetError: `ram_bytes` is below one layer's experts.
         FormatError, UnsupportedModelError: llama.cpp does not accept the model.
+        GpuMemoryError: it does not accept it with the dense model on a GPU, as `n_gpu_layers` asks.
         StoreError: a file can't be read.
     """
     llama_log.install()
@@ -440,6 +441,10 @@ def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool, dense:
         if model:
             llama_cpp.llama_model_free(model)
         raise filler.error
+    if not model and options.n_gpu_layers:
+        raise GpuMemoryError(
+            f"{options.gpus[0][0].name} does not take the dense model: {llama_log.recent_errors()}", hint="--gpu none"
+        )
     if not model:
         raise UnsupportedModelError(f"{source.path}: llama.cpp can't load this model: {llama_log.recent_errors()}")
     return model

@@ -1,4 +1,7 @@
-"""The engine with a GPU, which is llama.cpp's RPC device on loopback: placed, reported, lost in the middle of an answer."""
+"""The engine with a GPU: placed, reported, lost in the middle of an answer.
+
+It is llama.cpp's RPC device on loopback, or for what does not need a device that can be lost, the one in LOCALRUN_TEST_GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,31 @@ from typing import Any
 
 import pytest
 
+from localrun.engine.engine import Engine
+from localrun.engine.gpu import place_on_gpus
 from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import Delta, Finished, Generate, Ready, SamplingOptions
 from localrun.errors import BudgetError, EngineDiedError, LocalrunError, UsageError
+from localrun.offload.gpu_device import GpuDevice
+from localrun.quant.source import open_model
 from tests.engine.conftest import OPTIONS
-from tests.rpc_server import rpc_server
+from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
 
 QUESTION: dict[str, Any] = {
     "messages": ({"role": "user", "content": "Hello"},),
     "sampling": SamplingOptions(temperature=0),
 }
+
+
+@pytest.mark.skipif(not TEST_GPU, reason="LOCALRUN_TEST_GPU names no device; the next test has all of this")
+def test_answers_from_the_gpu_that_the_environment_names(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        *_, ready = engine.load(chat_model_path, replace(OPTIONS, gpu=TEST_GPU, vram_bytes=2 << 30))
+        assert isinstance(ready, Ready)
+        assert ready.facts.dense_on_gpu
+        *_, done = engine.generate(Generate(**QUESTION, max_tokens=8))
+        assert isinstance(done, Finished)
+        assert engine.stats().telemetry["gpu_hits"] > 0  # type: ignore[operator]
 
 
 def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> None:
@@ -44,6 +62,27 @@ def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> No
         (again,) = (event for event in events if isinstance(event, Ready))
         assert again.facts.gpus == ()
         assert isinstance(events[-1], Finished)
+
+
+def test_dense_model_stays_on_the_cpu_when_the_gpu_is_full_before_it_said(
+    chat_model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rpc_server() as (endpoint, server):
+        limit_memory(server, 1 << 18)
+        with Engine.open(chat_model_path, replace(OPTIONS, rpc=endpoint, vram_bytes=2 << 30)) as engine:
+            assert not engine.facts.dense_on_gpu
+            assert engine.facts.gpus == ()
+            engine.session().feed([1, 2, 3])
+    assert "does not take the dense model" in caplog.text
+    assert "out of memory" in caplog.text
+
+
+def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path: Path) -> None:
+    device = GpuDevice(0, "iGPU", "", 4 << 30, 8 << 30, is_integrated=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("localrun.engine.gpu.choose_gpus", lambda choice, rpc: [device])
+        with pytest.raises(UsageError, match="no memory of its own"):
+            place_on_gpus(open_model(chat_model_path), replace(OPTIONS, gpu="iGPU"), 256)
 
 
 def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -> None:

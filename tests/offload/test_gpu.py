@@ -1,4 +1,4 @@
-"""Experts on a GPU, which is llama.cpp's RPC device on loopback: the same ggml interface as CUDA's."""
+"""Experts on a GPU: llama.cpp's RPC device on loopback, the same ggml interface as CUDA's, or the device in LOCALRUN_TEST_GPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from gguf import GGMLQuantizationType as QT
 
 from localrun.engine.llama import StockModel
 from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.offload import ggml, gpu_slots
+from localrun.offload.ggml import Tensor
 from localrun.offload.gpu_device import GpuDevice, choose_gpus
-from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu_slots import MAX_SLOTS, most_slots, scratch_bytes, slot_bytes
+from localrun.offload.gpu_tier import share_out
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.source import open_model
+from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, logits, mean_kl, write_model
-from tests.rpc_server import rpc_server
+from tests.rpc_server import TEST_GPU, a_gpu, limit_memory, rpc_server
 
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[GpuDevice]:
-    with rpc_server() as (endpoint, _):
-        devices = choose_gpus("auto", [endpoint])
-        yield next(device for device in devices if device.description == endpoint)
+    with a_gpu() as device:
+        yield device
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,37 @@ def test_several_formats_and_two_gpus(tmp_path: Path, gpu: GpuDevice) -> None:
 def test_budget_too_small_for_one_expert_is_refused_with_numbers(model_path: Path, gpu: GpuDevice) -> None:
     with pytest.raises(BudgetError, match=r"intermediate results take .* and one expert"):
         open_offloaded(open_model(model_path), OffloadOptions(gpus=[(gpu, 100_000)]))
+
+
+def test_a_gpu_that_is_full_before_it_said_keeps_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # 13 MB of experts in a layer: more than a process has in reserve without asking the system.
+    wide = TinyDeepseek4(ratios=(0, 4, 128), n_embd=256, n_ff=1024, n_experts=16, expert_type=QT.Q8_0)
+    source = open_model(write_model(tmp_path, wide))
+    with rpc_server() as (endpoint, server):
+        (device,) = (device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+        limit_memory(server, 40_000_000)
+        with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(device, 1 << 30)])) as model:
+            assert 0 < filled(model) < 3 * 16
+            logits(model, [1, 2, 3])
+            assert model.telemetry.totals().gpu_hits > 0
+    assert "out of memory: room for " in caplog.text
+
+
+def test_a_bank_is_no_larger_than_the_device_can_address(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions()) as model:
+        spec = model.pool.kernels(0)[0].spec
+    assert most_slots(spec, gpu) == MAX_SLOTS or TEST_GPU
+    monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= 13)
+    assert most_slots(spec, gpu) == 13
+    tier = share_out([(gpu, 1 << 30)], {(0, 0): spec}, {0: np.zeros(64, np.int32)}, [(0, e) for e in range(64)])
+    assert tier == [{(0, 0): 13}]
+
+
+def first_tensor(graph: int) -> Tensor:
+    """The weights of a graph's first product."""
+    return Tensor.from_address(Tensor.from_address(ggml.library().ggml_graph_node(graph, 0)).src[0])
 
 
 def test_unknown_gpus_and_dead_servers_are_named(gpu: GpuDevice) -> None:

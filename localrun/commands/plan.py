@@ -117,8 +117,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UsageError(f"unknown KV cache type {kv_type}", hint=f"one of {', '.join(KV_BITS)}")
     n_ctx = engine.context if args.context is None else args.context
     n_batch = engine.batch if args.batch is None else args.batch
-    if n_ctx < 0 or n_batch < 1 or args.prompt_tokens < 1 or (args.position or 0) < 0:
-        raise UsageError("--context, --position, --prompt-tokens and --batch can't be negative")
+    if n_ctx < 0 or n_batch < 1 or args.prompt_tokens < 1 or min(args.position or 0, args.threads or 0) < 0:
+        raise UsageError("--context, --position, --prompt-tokens, --batch and --threads can't be negative")
     return Settings(
         ram_bytes=args.experts_ram,
         n_ctx=n_ctx,
@@ -155,7 +155,7 @@ def _machine(args: argparse.Namespace, sizes: ModelSizes) -> Hardware:
         disk=args.disk_gbps,
         n_drives=args.drives,
         memory=args.memory_gbps,
-        n_threads=args.threads,
+        n_threads=args.threads or None,
         gpus=gpus,
     )
 

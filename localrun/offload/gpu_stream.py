@@ -289,8 +289,8 @@ class GpuLane:
                 while waiting and free:
                     if job.cancelled:
                         raise StoppedError("stopped")
-                    under_way += 1
                     self._fetch(job, waiting.popleft(), free.pop(), arrived)
+                    under_way += 1
                 item, memory, error = arrived.get()
                 under_way -= 1
                 if error is not None:

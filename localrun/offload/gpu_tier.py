@@ -46,6 +46,8 @@ EXCHANGE_GAIN = 1.5
 """How much hotter it must be, so that experts of similar use don't change places for ever."""
 _LEAST_HEAT = 4.0
 
+_STOP_POLL_S = 0.05
+
 Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
 """(n_experts,) how much each expert of a layer was used, recent uses counting more."""
 
@@ -400,8 +402,11 @@ class GpuCall:
             self._jobs.append(job)
             self._tier.lanes[gpu].submit(job)
 
-    def wait(self) -> int:
+    def wait(self, check_stop: Callable[[], None] = lambda: None) -> int:
         """Waits until all outputs are written; returns the bytes that were read.
+
+        Args:
+            check_stop: called now and then during a long call; what it raises ends the waiting, and `abandon` has to follow.
 
         Raises:
             DecodeError, StoreError, ChecksumError: the first thing that failed.
@@ -411,9 +416,10 @@ class GpuCall:
             slots.finish()
         for _, result, out_rows in running:
             self._out[out_rows] = result
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job.done.wait()
+        for job in self._jobs:
+            while not job.done.wait(_STOP_POLL_S):
+                check_stop()
+        jobs, self._jobs = self._jobs, []  # not before: whatever interrupts the waiting, `abandon` must know what runs
         for job in jobs:
             if job.error is not None:
                 raise job.error

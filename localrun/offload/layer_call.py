@@ -160,7 +160,7 @@ class LayerCall:
             return
         started = time.perf_counter_ns()
         try:
-            self.bytes_read += gpu.wait()
+            self.bytes_read += gpu.wait(self._pool.check_stop)
         finally:
             gpu.abandon()
         self.compute_ns += time.perf_counter_ns() - started

@@ -414,6 +414,10 @@ def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]
     assert "does not fit" in error
     assert "hint:" in error
     assert cli.main(["plan", "flash", "--kv", "q9"]) == 2
+    assert cli.main(["plan", "flash", "--threads", "-1"]) == 2
+    assert cli.main(["plan", "flash", "--no-probe", "--ram", "64GiB", "--threads", "0"]) == 0, (
+        "as in the commands that load"
+    )
     assert cli.main(["plan", "nowhere"]) == 1
 
 

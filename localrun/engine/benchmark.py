@@ -291,13 +291,9 @@ class _Run:
 
     def _wait_for_gpus(self) -> None:
         """Experts are copied to GPUs while the program answers already; what is measured is how it goes afterwards."""
-        deadline, resident = time.monotonic() + _GPU_WAIT_S, -1
-        while self._engine.facts.gpus and time.monotonic() < deadline:
-            now = int(self._engine.stats().get("gpu_experts", 0))
-            if now == resident:
-                break
-            self._progress(f"copying experts to the GPU: {now}")
-            resident = now
+        deadline = time.monotonic() + _GPU_WAIT_S
+        while self._engine.stats().get("gpu_under_way") and time.monotonic() < deadline:
+            self._progress(f"copying experts to the GPU: {self._engine.stats()['gpu_experts']}")
             time.sleep(_GPU_STEP_S)
             self._session.feed([self._tokens[0]])  # between two decodes they are put to use
         self._session.reset()

@@ -214,7 +214,12 @@ class Engine:
         totals = telemetry.totals()
         tier = self._loaded.pool.gpu
         gpu = (
-            {"gpu_bytes": tier.used_bytes, "gpu_experts": tier.n_resident, "gpu_exchanges": tier.n_exchanged}
+            {
+                "gpu_bytes": tier.used_bytes,
+                "gpu_experts": tier.n_resident,
+                "gpu_under_way": tier.n_under_way,
+                "gpu_exchanges": tier.n_exchanged,
+            }
             if tier
             else {}
         )

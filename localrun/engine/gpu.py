@@ -1,13 +1,12 @@
-"""What goes to GPUs: the dense model and its cache first, on one device, then as many experts as fit on all of them."""
+"""What goes to GPUs: the dense model and its cache first, on the device with most room, then experts on all of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localrun.engine.compute_buffers import compute_bytes
-from localrun.engine.placement import GPU_HEADROOM_BYTES
+from localrun.engine.placement import gpu_budgets
 from localrun.engine.protocol import EngineOptions
 from localrun.engine.sizes import sizes_of_source
 from localrun.errors import BudgetError, LocalrunError, UsageError
@@ -48,6 +47,8 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
     """
     rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
     devices = choose_gpus(options.gpu, rpc)
+    if options.gpu == "auto":  # who names them says which comes first
+        devices.sort(key=lambda device: -device.free_bytes)
     if not devices:
         if options.vram_bytes:
             raise LocalrunError(
@@ -61,11 +62,18 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
             f"--gpu {options.gpu}: {', '.join(integrated)} has no memory of its own",
             hint="say how much of the RAM it may take, e.g. --vram 8GiB",
         )
-    budgets = _budgets(devices, options.vram_bytes)
-    ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
+    free = [device.free_bytes for device in devices]
+    if options.vram_bytes is not None and options.vram_bytes > sum(free):
+        raise BudgetError(
+            f"--vram {format_size(options.vram_bytes)}: "
+            + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
+            hint="give less, or leave out --vram to take what fits",
+        )
     sizes = sizes_of_source(source)
     cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
     needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
+    budgets = gpu_budgets(free, options.vram_bytes, needed)
+    ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
     n_gpu_layers = 0
     if budgets[0] >= needed:
         n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
@@ -89,21 +97,6 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
             )
         return GpuPlacement()
     return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes)
-
-
-def _budgets(devices: Sequence[GpuDevice], vram_bytes: int | None) -> list[int]:
-    """Bytes to use of each device; a given total is shared out by what is free."""
-    free = [max(0, device.free_bytes - GPU_HEADROOM_BYTES) for device in devices]
-    if vram_bytes is None:
-        return free
-    if vram_bytes > sum(device.free_bytes for device in devices):
-        raise BudgetError(
-            f"--vram {format_size(vram_bytes)}: "
-            + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
-            hint="give less, or leave out --vram to take what fits",
-        )
-    total = sum(device.free_bytes for device in devices)
-    return [vram_bytes * device.free_bytes // total for device in devices]
 
 
 def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:

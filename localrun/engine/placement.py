@@ -6,7 +6,7 @@ together to the first GPU or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from localrun.engine import memory
 from localrun.engine.compute_buffers import compute_bytes
@@ -33,17 +33,35 @@ def headroom(available: int, total: int) -> int:
 
 
 def gpu_share(machine: Hardware, vram_bytes: int | None, dense_bytes: int) -> GpuShare:
-    """As much as fits: the dense model and what belongs to it on the first GPU, experts in what is left on all.
+    """As much as fits: the dense model and what belongs to it on the largest GPU, experts in what is left on all.
 
     Args:
         vram_bytes: to use, of all GPUs together; None: all but some headroom on each.
         dense_bytes: cache and buffers included.
     """
-    budgets = [max(0, gpu.vram_bytes - GPU_HEADROOM_BYTES) for gpu in machine.gpus]
-    if vram_bytes is not None and machine.vram_bytes:
-        budgets = [min(vram_bytes, machine.vram_bytes) * gpu.vram_bytes // machine.vram_bytes for gpu in machine.gpus]
+    free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
+    budgets = gpu_budgets(free, vram_bytes, dense_bytes)
     dense = bool(budgets) and budgets[0] >= dense_bytes
     return GpuShare(dense=dense, expert_bytes=sum(budgets) - (dense_bytes if dense else 0))
+
+
+def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -> list[int]:
+    """Bytes to use of each GPU, of which the first is meant for the dense model.
+
+    Args:
+        free: bytes of each.
+        vram_bytes: to use, of all together: shared out by what is free, but enough for the dense model on the first one, if it has
+            that; None: all but some headroom on each.
+        dense_bytes: cache and buffers included.
+    """
+    if vram_bytes is None or not free:
+        return [max(0, size - GPU_HEADROOM_BYTES) for size in free]
+    total = min(vram_bytes, sum(free))
+    first = total * free[0] // max(1, sum(free))
+    if first < dense_bytes <= min(free[0], total):
+        first = dense_bytes
+    others = sum(free[1:])
+    return [first, *((total - first) * size // max(1, others) for size in free[1:])]
 
 
 def place(

@@ -328,8 +328,8 @@ class ExpertPool:
         following = self._layers.get(layer + 1)
         if following is None or n_tokens < PROMPT_TOKENS:
             return
-        if self._gpu is not None and self._gpu.rings is not None:
-            return  # what is missing passes through a GPU, and would displace something here
+        # Where long prompts stream, what is missing passes through a GPU and displaces nothing.
+        evict = self._gpu is None or self._gpu.rings is None
         missing = [e for e in self._certain(layer + 1, n_tokens, share_used) if not self._is_here(layer + 1, e)]
         if not missing:
             return
@@ -338,7 +338,7 @@ class ExpertPool:
             self.table.pin(present)
         try:
             for expert in missing[: int(self.n_slots * PROMPT_SHARE)]:
-                slot = self.reserve(layer + 1, expert)
+                slot = self.reserve(layer + 1, expert, evict=evict)
                 if slot is None:
                     break
                 self._n_ahead += 1
@@ -381,6 +381,11 @@ class ExpertPool:
                 row[Counter.PREFETCHED] += 1
                 row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
 
+    def room(self, layer: int) -> int:
+        """How many more of a layer's experts there is free memory for; any thread."""
+        with self._lock:
+            return self.table.arena.free_bytes // max(kernel.slot_bytes for kernel in self._kernels[layer])
+
     def has_room(self, layer: int, expert: int) -> bool:
         """There is free memory for this expert; any thread."""
         with self._lock:
@@ -422,8 +427,10 @@ class ExpertPool:
         """Writes an expert's ggml rows from its copy in RAM; False if there is none in this variant. Any thread."""
         with self._lock:
             slot = self.table.peek(layer, expert)
-            # One pinned slot must not be the only one that there is.
-            if slot is None or slot.state is not SlotState.READY or slot.variant != variant or len(self.table) < 2:
+            if slot is None or slot.state is not SlotState.READY or slot.variant != variant:
+                return False
+            # A pinned slot in the middle of little memory could leave no hole for what a token needs.
+            if self.table.arena.size_bytes < 2 * self.floor_bytes:
                 return False
             self.table.pin(slot)
         try:

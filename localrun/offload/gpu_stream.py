@@ -70,7 +70,7 @@ class Cost:
     expert_s: float
     pair_s: float
 
-    def of(self, n_pairs: I32) -> F64:
+    def of(self, n_pairs: I32 | np.int32) -> F64:
         """(n,) seconds of experts with so many pairs."""
         return np.asarray(self.expert_s + self.pair_s * n_pairs, np.float64)
 
@@ -90,6 +90,11 @@ class StreamCosts:
     gpu: Cost
     unpack_s: float = 0.0
     slowdown: float = 1.0
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds that the GPU takes for an expert with many pairs."""
+        return float(self.gpu.of(np.int32(_MEASURED_PAIRS[-1])))
 
 
 def choose(cpu_s: F64, gpu_s: F64, *, others_s: float = 0.0, busy_s: float = 0.0, slowdown: float = 1.0) -> I32:

@@ -11,6 +11,7 @@ Threads: the filling thread owns the staging buffer and uploads; calls of many t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -412,8 +413,9 @@ class GpuCall:
             DecodeError, StoreError, ChecksumError: the first thing that failed.
         """
         running, self._running = self._running, []
-        for slots in {id(slots): slots for slots, _, _ in running}.values():
-            slots.finish()
+        with contextlib.ExitStack() as all_of_them:  # whatever one of them reports
+            for slots in {id(slots): slots for slots, _, _ in running}.values():
+                all_of_them.callback(slots.finish)
         for _, result, out_rows in running:
             self._out[out_rows] = result
         for job in self._jobs:

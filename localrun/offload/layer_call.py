@@ -114,13 +114,9 @@ class LayerCall:
 
     def _choose_passing(self, gpu: GpuCall, on_gpu: list[int], ready: list[int]) -> dict[int, int]:
         """Index -> ring of the experts to stream, in file order."""
-        # What is not there and will be needed after the prompt has to come into RAM; while there is room, everything may.
-        missing = [
-            i
-            for i in self._todo
-            if not self._in_tail(expert := int(self._routing.experts[i]))
-            and not self._pool.has_room(self._layer, expert)
-        ]
+        # What is not there and will be needed after the prompt has to come into RAM; while there is room, others may, too.
+        missing = [i for i in self._todo if not self._in_tail(self._routing.experts[i])]
+        missing = missing[max(0, self._pool.room(self._layer) - (len(self._todo) - len(missing))) :]
         indices = np.array(sorted([*ready, *missing]), np.int32)
         if indices.size == 0:
             return {}

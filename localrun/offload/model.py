@@ -30,6 +30,7 @@ from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.experts import ExpertPool, floor_bytes, largest_slot
 from localrun.offload.ggml import Tensor
 from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_slots import scratch_bytes
 from localrun.offload.gpu_stream import Rings, StreamCosts, measure, staging_bytes, unpackers
 from localrun.offload.gpu_tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
@@ -259,19 +260,20 @@ def _rings(source: ModelSource, kernels: Mapping[int, Sequence[FfnKernel]], opti
         return options.stream or measure(device, kernel, n_unpackers)
 
     best: tuple[float, int, StreamCosts] | None = None
+    scratch = max(scratch_bytes(kernel.spec) for kernel in ordered)  # else what is left could hold no expert
     for gpu, (device, budget) in enumerate(_expert_gpus(options)):
-        if Rings(gpu, ordered[:1], ()).bytes_on(device) > budget * RING_SHARE:
+        if Rings(gpu, ordered[:1], ()).bytes_on(device) > (budget - scratch) * RING_SHARE:
             continue
         costs = times(device, ordered[0])
-        if costs is not None and (best is None or costs.gpu.expert_s < best[0]):
-            best = costs.gpu.expert_s, gpu, costs
+        if costs is not None and (best is None or costs.expert_s < best[0]):
+            best = costs.expert_s, gpu, costs
     if best is None:
         return None
     _, gpu, costs = best
     device, budget = _expert_gpus(options)[gpu]
     found = [(ordered[0], costs)]
     for kernel in ordered[1:]:
-        if Rings(gpu, [k for k, _ in found] + [kernel], ()).bytes_on(device) > budget * RING_SHARE:
+        if Rings(gpu, [k for k, _ in found] + [kernel], ()).bytes_on(device) > (budget - scratch) * RING_SHARE:
             break
         other = times(device, kernel)
         if other is not None:

@@ -27,7 +27,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.hardware import ASSUMED_GPU, Gpu, Hardware
 from localrun.engine.hit_rates import Curve, Learned, touched
 from localrun.engine.llama import Context
-from localrun.engine.placement import headroom
+from localrun.engine.placement import gpu_budgets, headroom
 from localrun.engine.plan import GpuShare, Plan, Settings
 from localrun.engine.planner import make_plan
 from localrun.engine.protocol import EngineOptions, Timings
@@ -255,6 +255,15 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert gains["--batch 2048"].gain > 1.2 * in_ram
     settings = Settings(n_batch=2048)
     assert not any(s.phase == "prompts" for s in make_plan(flash, BOX, settings).suggestions)
+
+
+def test_memory_of_several_gpus_serves_the_dense_model_first() -> None:
+    free = [24 * GIB, 24 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 12 * GIB) == [12 * GIB, 8 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 8 * GIB) == [10 * GIB, 10 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 30 * GIB) == [10 * GIB, 10 * GIB]  # it can't go there
+    assert gpu_budgets([24 * GIB], 12 * GIB, GIB) == [12 * GIB]
+    assert gpu_budgets([], GIB, GIB) == []
 
 
 def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:

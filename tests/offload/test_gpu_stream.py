@@ -59,7 +59,7 @@ def budget_for(path: Path, device: GpuDevice, n_experts: int) -> int:
     """Bytes that hold about so many experts and the ring, which may take a quarter of them."""
     with open_offloaded(open_model(path), OffloadOptions()) as model:
         spec = model.pool.kernels(0)[0].spec
-    return max(4 * slot_bytes(spec, RING_SLOTS, device), scratch_bytes(spec) + n_experts * slot_bytes(spec, 1, device))
+    return scratch_bytes(spec) + max(4 * slot_bytes(spec, RING_SLOTS, device), n_experts * slot_bytes(spec, 1, device))
 
 
 def opened(path: Path, gpu: GpuDevice, budget: int, costs: StreamCosts, **options: Any) -> OffloadedModel:

@@ -12,7 +12,7 @@ import pytest
 
 from localrun.errors import DecodeError
 from localrun.offload import gpu_native
-from localrun.offload.gpu_device import GpuDevice, choose_gpus
+from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.telemetry import Totals
@@ -20,7 +20,7 @@ from localrun.quant.source import ModelSource
 from tests.offload.models import MODEL, TOKENS, logits
 from tests.offload.test_gpu import filled
 from tests.offload.test_variants import sources as sources  # the fixture
-from tests.rpc_server import rpc_server
+from tests.rpc_server import a_gpu
 
 ALL = MODEL.n_experts * len(MODEL.ratios)
 SOME = TOKENS[:24]
@@ -28,8 +28,8 @@ SOME = TOKENS[:24]
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[GpuDevice]:
-    with rpc_server() as (endpoint, _):
-        yield next(device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+    with a_gpu() as device:
+        yield device
 
 
 class Everything:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localrun.errors import ChecksumError, StoppedError, StoreError
-from localrun.offload.gpu_device import GpuDevice, choose_gpus
+from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
 from localrun.offload.gpu_stream import LEAST_GAIN, RING_SLOTS, Cost, Job, StreamCosts, _costs, choose, measure
 from localrun.offload.kernels import FfnSpec, make_kernel
@@ -25,7 +25,7 @@ from localrun.quant.source import ModelSource, open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, mean_kl, write_model
 from tests.offload.test_gpu import exact_and_allowed, filled
 from tests.offload.test_variants import TwoCopies
-from tests.rpc_server import rpc_server
+from tests.rpc_server import a_gpu
 
 FAST = StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(0.0, 1e-3))
 """Of a GPU that is worth nearly everything."""
@@ -40,8 +40,8 @@ def short_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[GpuDevice]:
-    with rpc_server() as (endpoint, _):
-        yield next(device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+    with a_gpu() as device:
+        yield device
 
 
 @pytest.fixture(scope="module")

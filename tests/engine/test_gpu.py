@@ -16,7 +16,7 @@ from localrun.engine.gpu import place_on_gpus
 from localrun.engine.process import EngineProcess
 from localrun.engine.protocol import Delta, Finished, Generate, Ready, SamplingOptions
 from localrun.errors import BudgetError, EngineDiedError, LocalrunError, UsageError
-from localrun.offload.gpu_device import GpuDevice
+from localrun.offload.gpu_device import GpuDevice, choose_gpus
 from localrun.quant.source import open_model
 from tests.engine.conftest import OPTIONS
 from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
@@ -38,6 +38,7 @@ def test_answers_from_the_gpu_that_the_environment_names(chat_model_path: Path) 
         assert engine.stats().telemetry["gpu_hits"] > 0  # type: ignore[operator]
 
 
+@pytest.mark.skipif(bool(TEST_GPU), reason="the GPU that is left would be used")
 def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> None:
     with rpc_server() as (endpoint, server), EngineProcess() as engine:
         *_, ready = engine.load(chat_model_path, replace(OPTIONS, rpc=endpoint, vram_bytes=2 << 30))
@@ -68,13 +69,12 @@ def test_dense_model_stays_on_the_cpu_when_the_gpu_is_full_before_it_said(
     chat_model_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with rpc_server() as (endpoint, server):
+        (name,) = (device.name for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
         limit_memory(server, 1 << 18)
-        with Engine.open(chat_model_path, replace(OPTIONS, rpc=endpoint, vram_bytes=2 << 30)) as engine:
+        with Engine.open(chat_model_path, replace(OPTIONS, gpu=name, vram_bytes=2 << 30)) as engine:
             assert not engine.facts.dense_on_gpu
-            assert engine.facts.gpus == ()
             engine.session().feed([1, 2, 3])
     assert "does not take the dense model" in caplog.text
-    assert "out of memory" in caplog.text
 
 
 def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path: Path) -> None:
@@ -88,11 +88,11 @@ def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path:
 def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -> None:
     with rpc_server() as (endpoint, _), EngineProcess() as engine:
         for options, error, message in (
-            ({"vram_bytes": 1 << 30}, LocalrunError, "no GPU"),
+            ({"gpu": "none", "vram_bytes": 1 << 30}, LocalrunError, "no GPU"),
             ({"gpu": "CUDA9"}, UsageError, "CUDA9"),
             ({"rpc": "127.0.0.1:9"}, LocalrunError, "127.0.0.1:9"),
-            ({"rpc": endpoint, "vram_bytes": 1 << 50}, BudgetError, "free"),
-            ({"rpc": endpoint, "vram_bytes": 1 << 12}, BudgetError, "too little"),
+            ({"gpu": "RPC0", "rpc": endpoint, "vram_bytes": 1 << 50}, BudgetError, "free"),
+            ({"gpu": "RPC0", "rpc": endpoint, "vram_bytes": 1 << 12}, BudgetError, "too little"),
         ):
             with pytest.raises(error, match=message) as caught:
                 list(engine.load(chat_model_path, replace(OPTIONS, **options)))

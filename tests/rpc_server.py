@@ -45,8 +45,12 @@ def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     endpoint = f"127.0.0.1:{port}"
+    # Each buffer is asked of the system, not taken from what glibc has in reserve: `limit_memory` is exact.
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, endpoint], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", _SERVE, endpoint],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     try:
         deadline = time.monotonic() + 30

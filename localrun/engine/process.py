@@ -391,6 +391,8 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
     reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
     if code > 0:
         reasons = log[-1:]  # the last line of a traceback
+    if any(word in reason for reason in reasons for word in ("shared object", "shared library")):
+        hint = "run `localrun doctor`: it says what is missing"  # e.g. the driver that llama.cpp was compiled for
     last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
     return EngineDiedError(f"the engine process {how}{last}", hint=hint)
 

@@ -334,6 +334,8 @@ def test_the_cause_of_an_abort_is_what_the_library_said_last() -> None:
     assert str(_cause_of_death(3, [])) == "the engine process ended with exit code 3"
     traceback = ["Traceback (most recent call last):", "ImportError: no module"]
     assert str(_cause_of_death(1, traceback)) == f"the engine process ended with exit code 1: {traceback[1]}"
+    driver = "RuntimeError: Failed to load shared library 'libllama.so': libcuda.so.1: cannot open shared object file"
+    assert "localrun doctor" in str(_cause_of_death(1, [driver]).hint)
 
 
 def test_what_c_code_prints_goes_to_the_log_not_into_the_protocol(chat_model_path: Path) -> None:

@@ -84,7 +84,7 @@ def a_gpu() -> Iterator[GpuDevice]:
     if TEST_GPU:
         device = next((device for device in gpu_devices() if device.name == TEST_GPU), None)
         if device is None:
-            pytest.skip(f"no {TEST_GPU} here")
+            pytest.fail(f"LOCALRUN_TEST_GPU: no {TEST_GPU} here")  # a skip would look like success
         yield device
         return
     with rpc_server() as (endpoint, _):

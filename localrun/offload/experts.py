@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 PROMPT_TOKENS = 64
 """Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
 _ANY_TOKENS = 1 << 60
+"""More than any call has: nothing but a read sends it to Python."""
 CERTAIN = 0.9
 """Least probability with which an expert must be needed to be read ahead."""
 PROMPT_SHARE = 1 / 3

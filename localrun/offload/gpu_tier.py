@@ -48,6 +48,7 @@ EXCHANGE_GAIN = 1.5
 _LEAST_HEAT = 4.0
 
 _STOP_POLL_S = 0.05
+"""A stop request ends a long call so soon."""
 
 Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
 """(n_experts,) how much each expert of a layer was used, recent uses counting more."""

@@ -31,7 +31,7 @@ from localrun.offload.experts import ExpertPool, floor_bytes, largest_slot
 from localrun.offload.ggml import Tensor
 from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import scratch_bytes
-from localrun.offload.gpu_stream import Rings, StreamCosts, measure, staging_bytes, unpackers
+from localrun.offload.gpu_stream import Rings, StreamCosts, staging_bytes
 from localrun.offload.gpu_tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
@@ -40,6 +40,7 @@ from localrun.offload.probe import DiskProfile, probe_disk
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.slots import SlotState
 from localrun.offload.store import ExpertStore
+from localrun.offload.stream_probe import measure, unpackers
 from localrun.offload.telemetry import Telemetry
 from localrun.quant.source import PROJECTIONS, ModelSource, clamp_limits, open_model
 from localrun.units import format_size

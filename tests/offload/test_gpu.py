@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,7 @@ from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloade
 from localrun.quant.source import open_model
 from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, logits, mean_kl, write_model
-from tests.rpc_server import TEST_GPU, a_gpu, limit_memory, rpc_server
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[GpuDevice]:
-    with a_gpu() as device:
-        yield device
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
+from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
 
 
 def filled(model: OffloadedModel) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from localrun.quant.source import ModelSource
 from tests.offload.models import MODEL, TOKENS, logits
 from tests.offload.test_gpu import filled
 from tests.offload.test_variants import sources as sources  # the fixture
-from tests.rpc_server import a_gpu
 
 ALL = MODEL.n_experts * len(MODEL.ratios)
 SOME = TOKENS[:24]
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[GpuDevice]:
-    with a_gpu() as device:
-        yield device
 
 
 class Everything:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,14 @@ from hypothesis import strategies as st
 from localrun.errors import ChecksumError, StoppedError, StoreError
 from localrun.offload.gpu_device import GpuDevice
 from localrun.offload.gpu_slots import scratch_bytes, slot_bytes
-from localrun.offload.gpu_stream import LEAST_GAIN, RING_SLOTS, Cost, Job, StreamCosts, _costs, choose, measure
+from localrun.offload.gpu_stream import LEAST_GAIN, RING_SLOTS, Cost, Job, StreamCosts, choose
 from localrun.offload.kernels import FfnSpec, make_kernel
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.stream_probe import _costs, measure
 from localrun.quant.source import ModelSource, open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, mean_kl, write_model
 from tests.offload.test_gpu import exact_and_allowed, filled
 from tests.offload.test_variants import TwoCopies
-from tests.rpc_server import a_gpu
 
 FAST = StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(0.0, 1e-3))
 """Of a GPU that is worth nearly everything."""
@@ -36,17 +35,6 @@ EVEN = StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(2.0, 0.5), unpack_s=0.5)
 def short_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16 experts a prompt's last tokens use all of them, and what they use comes into RAM."""
     monkeypatch.setattr("localrun.offload.layer_call.TAIL_TOKENS", 1)
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[GpuDevice]:
-    with a_gpu() as device:
-        yield device
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,6 @@ from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
 from tools.make_moe_gguf import write_moe_gguf
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 def test_f32_experts_agree_with_llama_cpp_to_rounding(tmp_path: Path) -> None:
     path = write_model(tmp_path, TinyDeepseek4(ratios=(0, 4, 128), expert_type=QT.F32, dense_type=QT.F32))
     stock = StockModel(path)

@@ -1,0 +1,25 @@
+"""Fixtures that several test files of the expert path share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localrun.offload.gpu_device import GpuDevice
+from tests.offload.models import write_model
+from tests.rpc_server import a_gpu
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[GpuDevice]:
+    """llama.cpp's RPC device on loopback, or what `LOCALRUN_TEST_GPU` names."""
+    with a_gpu() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`models.MODEL` as a file."""
+    return write_model(tmp_path_factory.mktemp("model"))

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload import llama_log
-from localrun.offload.gpu_device import without_gpus
+from localrun.ggml import log as llama_log
+from localrun.ggml.devices import without_gpus
 
 FIXTURES = Path(__file__).parent / "fixtures" / "oracle"
 NAMES = tuple(sorted(path.name.removesuffix(".tar.xz") for path in FIXTURES.glob("*.tar.xz")))

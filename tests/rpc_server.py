@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from localrun.offload.gpu_device import GpuDevice, choose_gpus, gpu_devices
+from localrun.ggml.devices import GpuDevice, choose_gpus, gpu_devices
 
 TEST_GPU = os.environ.get("LOCALRUN_TEST_GPU", "")
 
 _SERVE = """
 import ctypes as C, sys
 import llama_cpp
-from localrun.offload import ggml
+from localrun.ggml import library as ggml
 lib = ggml.library()
 registry = lib.ggml_backend_reg_by_name(b"RPC")
 start = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_start_server")

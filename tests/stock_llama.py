@@ -12,8 +12,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload import llama_log
-from localrun.offload.gpu_device import without_gpus
+from localrun.ggml import log as llama_log
+from localrun.ggml.devices import without_gpus
 
 
 class _InitParams(ctypes.Structure):

@@ -36,11 +36,15 @@ def test_help_of_file_commands_imports_no_engine(command: str) -> None:
 
 
 def test_the_parent_side_of_the_engine_imports_nothing_heavy() -> None:
-    loaded = loaded_after("import localrun.engine.process, localrun.engine.protocol, localrun.commands.common")
+    loaded = loaded_after(
+        "import localrun.engine.process.process, localrun.engine.process.protocol, localrun.commands.common"
+    )
     assert loaded.isdisjoint(HEAVY), loaded & set(HEAVY)
 
 
 def test_the_engine_never_imports_the_user_interface() -> None:
-    loaded = loaded_after("import localrun.engine.host, localrun.engine.worker, localrun.engine.evaluate")
+    loaded = loaded_after(
+        "import localrun.engine.process.host, localrun.engine.process.worker, localrun.engine.measure.evaluate"
+    )
     assert "llama_cpp" in loaded
     assert loaded.isdisjoint({"textual", "rich"})

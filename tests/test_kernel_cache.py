@@ -18,7 +18,7 @@ assert kernel_cache, "changes numba's cache"
 CODE = """
 import sys
 from localrun import kernel_cache
-from localrun.quant.format_kernels import f32_to_bf16
+from localrun.quant.formats.kernels import f32_to_bf16
 import numpy as np
 folder = kernel_cache.folder_of(kernel_cache._PACKAGE / "quant" / "format_kernels.py")
 out = np.zeros(2, np.uint16)

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.ggml.types import block_type
 from localrun.offload.kernels import FfnSpec, make_kernel
-from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.lowlevel import atomic_add, load_i64, pointer, store_i64
 from localrun.units import parse_size
 
@@ -127,7 +127,7 @@ class Ggml:
 
 
 def _set_data(tensor: Any, address: int) -> None:
-    from localrun.offload.ggml import Tensor
+    from localrun.ggml.library import Tensor
 
     Tensor.from_address(tensor.value).data = address
 

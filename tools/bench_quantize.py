@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from localrun.quant.convert import MODEL_NAME, convert
-from localrun.quant.expert_error import exact_weights
-from localrun.quant.ggml_quantize import dequantize_rows, quantize_rows
-from localrun.quant.plan import BASE_TYPES, PlanOptions
-from localrun.quant.source import open_model
+from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions
+from localrun.quant.convert.converter import MODEL_NAME, convert
+from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
+from localrun.quant.open import open_model
+from localrun.quant.precision.error import exact_weights
 
 
 def convert_ours(source: Path, target: Path, base: GGMLQuantizationType | None, threads: int) -> None:

@@ -105,7 +105,7 @@ def child(task: Task, logits_path: Path) -> Measured:
     import numpy as np
 
     from localrun.engine import memory
-    from localrun.engine.benchmark import peak_resident_bytes, random_tokens
+    from localrun.engine.measure.benchmark import peak_resident_bytes, random_tokens
 
     started = time.perf_counter()
     with _open(task) as engine:
@@ -147,7 +147,7 @@ def child(task: Task, logits_path: Path) -> Measured:
 
 def _open(task: Task) -> Any:
     from localrun.engine.engine import Engine
-    from localrun.engine.protocol import EngineOptions
+    from localrun.engine.options import EngineOptions
 
     n_ctx = max(1024, task.prompt_tokens + task.new_tokens)
     options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
@@ -163,8 +163,9 @@ class _Stock:
     def __init__(self, path: Path, variant: str) -> None:
         import llama_cpp as L
 
-        from localrun.offload import ggml, llama_log
-        from localrun.offload.gpu_device import without_gpus
+        from localrun.ggml import library as ggml
+        from localrun.ggml import log as llama_log
+        from localrun.ggml.devices import without_gpus
 
         llama_log.install()
         L.llama_backend_init()
@@ -223,7 +224,7 @@ def _repack_buffer_type() -> int:
 
 def _warm_up(engine: Any, session: Any, task: Task) -> None:
     """A few tokens, so that code is compiled; then, where all fits into RAM, whole prefills until nothing is read any more."""
-    from localrun.engine.benchmark import random_tokens
+    from localrun.engine.measure.benchmark import random_tokens
 
     some = random_tokens(12, engine.facts.n_vocab, task.seed + 1)
     session.feed(some[:8])
@@ -387,7 +388,7 @@ class Comparison:
 def _model_files(model: Path) -> tuple[Path, list[Path], int]:
     """The GGUF that llama.cpp opens, all files, and the size of everything that is no expert."""
     from localrun.engine.engine import dense_bytes
-    from localrun.quant.source import open_model
+    from localrun.quant.open import open_model
 
     source = open_model(model)
     files = [Path(path) for path in source.files]
@@ -494,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _result(args: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
-    from localrun.engine.benchmark import machine
+    from localrun.engine.measure.benchmark import machine
 
     return {
         "model": str(args.model),

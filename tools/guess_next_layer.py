@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from localrun.commands import demo
-from localrun.engine.calibrate import Router, calibrate
-from localrun.engine.calibration_text import default_text, read_calibration_text
 from localrun.engine.engine import Engine
-from localrun.engine.protocol import EngineOptions
-from localrun.quant.source import ModelSource, open_model
+from localrun.engine.measure.calibrate import Router, calibrate
+from localrun.engine.measure.calibration_text import default_text, read_calibration_text
+from localrun.engine.options import EngineOptions
+from localrun.quant.model.source import ModelSource
+from localrun.quant.open import open_model
 
 FACTORS = (1.0, 1.5, 2.0)
 """Guessed experts, as multiples of those that a token uses."""

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.quant.direct_io import AlignedBuffer, DirectWriter
+from localrun.quant.convert.direct_io import AlignedBuffer, DirectWriter
 from localrun.units import format_duration, format_size, parse_size
 from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
 from tools.synthetic_weights import Tensor, Weights, shards

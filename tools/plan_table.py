@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localrun.engine.hardware import Gpu, Hardware, described
-from localrun.engine.hit_rates import Curve
-from localrun.engine.plan import Plan, Settings
-from localrun.engine.planner import make_plan
-from localrun.engine.sizes import ModelSizes, format_of, sizes_of
-from localrun.engine.speed import Range
+from localrun.engine.planner.hardware import Gpu, Hardware, described
+from localrun.engine.planner.hit_rates import Curve
+from localrun.engine.planner.plan import Plan, Settings
+from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.planner.speed import Range
 from localrun.errors import BudgetError
 
 GIB = 1 << 30

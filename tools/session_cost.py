@@ -21,8 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from localrun.engine.process import EngineProcess, GenerateEvent
-from localrun.engine.protocol import Delta, EngineOptions, Finished, Generate, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.process.process import EngineProcess, GenerateEvent
+from localrun.engine.process.protocol import Delta, Finished, Generate
 from localrun.paths import cache_dir, kernel_dir
 
 GREEDY = SamplingOptions(temperature=0.0)

@@ -4,10 +4,10 @@
     python -m tools.simulate_box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"
     python -m tools.simulate_box --model slice.lr --trace run.trace --ram 3GiB --disk-gbps 1.7 --memory-gbps 25 --threads 2
 
-Every layer call of the trace goes through `localrun.offload.slots` with as many slots as the planner finds room for, at the model's
-full number of experts. A call then takes what its parts take: reads of what was missing run while the experts that are there are
-computed, those read are computed afterwards, a GPU computes its experts beside the CPU. The rates are the planner's (`speed.py`);
-the hit rate is not, it comes out of the replay. What the planner itself predicts stands beside it.
+Every layer call of the trace goes through `localrun.offload.cache.slots` with as many slots as the planner finds room for, at
+the model's full number of experts. A call then takes what its parts take: reads of what was missing run while the experts that
+are there are computed, those read are computed afterwards, a GPU computes its experts beside the CPU. The rates are the
+planner's (`speed.py`); the hit rate is not, it comes out of the replay. What the planner itself predicts stands beside it.
 
 The GPU's experts are the hottest of the trace's first part, for the whole rest: a bound from below on what exchanging them gives.
 """
@@ -23,15 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from localrun.engine import speed
-from localrun.engine.hardware import Hardware, detect
-from localrun.engine.plan import Plan, Settings, residency
-from localrun.engine.planner import make_plan
-from localrun.engine.sizes import ModelSizes, format_of, sizes_of
-from localrun.engine.speed import slowest
+from localrun.engine.planner import speed
+from localrun.engine.planner.hardware import Hardware, detect
+from localrun.engine.planner.plan import Plan, Settings, residency
+from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.planner.speed import slowest
 from localrun.errors import BudgetError, LocalrunError
-from localrun.offload.policy import Key
-from localrun.offload.trace import Call, Trace, TraceHeader
+from localrun.offload.cache.policy import Key
+from localrun.offload.cache.trace import Call, Trace, TraceHeader
 from localrun.units import parse_size
 from tools.plan_table import BOXES
 from tools.simulate_cache import Step, Workload, engine_misses, learn, steps_of, synthetic_calls

@@ -1,7 +1,7 @@
 """Replays routing traces through the engine's replacement policies: what a cache of so many experts would hit.
 
-Traces are recorded by the engine (`localrun.offload.trace`) or synthetic. The synthetic router draws each token's experts from
-logits of three parts: popularity (falling with the logarithm of the rank), a part that changes slowly from token to token, and
+Traces are recorded by the engine (`localrun.offload.cache.trace`) or synthetic. The synthetic router draws each token's experts
+from logits of three parts: popularity (falling with the logarithm of the rank), a part that changes slowly from token to token, and
 noise. Its two shares and its time scale were fitted to the hit rates published for V4-Flash (one LRU per layer, steady decode of
 one topic); got / published at 10, 15, 25 and 30 % resident: 0.583/0.58, 0.670/0.68, 0.768/0.77, 0.800/0.80.
 
@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import LocalrunError
-from localrun.offload.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, PinnedLru, Policy
-from localrun.offload.profile import RoutingProfile
-from localrun.offload.slots import ALIGNMENT, SlotTable
-from localrun.offload.trace import Call, Trace, TraceHeader, TraceRecorder
+from localrun.offload.cache.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, PinnedLru, Policy
+from localrun.offload.cache.profile import RoutingProfile
+from localrun.offload.cache.slots import ALIGNMENT, SlotTable
+from localrun.offload.cache.trace import Call, Trace, TraceHeader, TraceRecorder
 from localrun.units import parse_size
 
 SKEW = 0.48
@@ -217,7 +217,7 @@ def replay(steps: Sequence[Step], policy: Policy, n_slots: int, *, warm_up: int 
 
 
 def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, warm_up: int = 0) -> Outcome:
-    """As `replay`, through the code that the engine runs (`localrun.offload.slots`), whose invariants are checked at the end."""
+    """As `replay`, through the engine's own code (`localrun.offload.cache.slots`), whose invariants are checked at the end."""
     hits = misses = n_tokens = 0
     for index, (step, missing) in enumerate(zip(steps, engine_misses(steps, header, n_slots), strict=True)):
         if index >= warm_up:

@@ -23,15 +23,16 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from localrun import cli
-from localrun.engine.compare import compare_models
-from localrun.engine.protocol import EngineOptions
-from localrun.quant.checkpoint import Checkpoint
-from localrun.quant.imatrix_file import read_imatrix
-from localrun.quant.overlay import write_overlay
-from localrun.quant.plan import PlanOptions, make_plan
-from localrun.quant.source import ModelSource, open_model
-from localrun.quant.tier_solver import bits_per_weight, expert_bytes
-from localrun.quant.tiers import TierPlan
+from localrun.engine.measure.compare import compare_models
+from localrun.engine.options import EngineOptions
+from localrun.quant.checkpoint.directory import Checkpoint
+from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
+from localrun.quant.convert.overlay import write_overlay
+from localrun.quant.model.source import ModelSource
+from localrun.quant.open import open_model
+from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.imatrix import read_imatrix
+from localrun.quant.precision.solver import bits_per_weight, expert_bytes
 
 _T = GGMLQuantizationType
 UNIFORM = (_T.Q2_K, _T.Q3_K, _T.MXFP4)

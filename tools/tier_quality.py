@@ -24,18 +24,18 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.engine.calibrate import Calibration, calibrate
-from localrun.engine.calibration_text import CalibrationText, default_text
 from localrun.engine.engine import Engine
-from localrun.engine.evaluate import Scores, evaluate
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.measure.calibrate import Calibration, calibrate
+from localrun.engine.measure.calibration_text import CalibrationText, default_text
+from localrun.engine.measure.evaluate import Scores, evaluate
+from localrun.engine.options import EngineOptions
 from localrun.offload.model import OffloadOptions, open_offloaded
-from localrun.quant.checkpoint import Checkpoint
-from localrun.quant.checkpoint_source import CheckpointSource
-from localrun.quant.expert_error import exact_weights, measure_errors, rounded
-from localrun.quant.plan import PlanOptions, make_plan
-from localrun.quant.source import Encoding, Extent, Projection
-from localrun.quant.tier_solver import (
+from localrun.quant.checkpoint.directory import Checkpoint
+from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
+from localrun.quant.checkpoint.source import CheckpointSource
+from localrun.quant.model.source import Encoding, Extent, Projection
+from localrun.quant.precision.error import exact_weights, measure_errors, rounded
+from localrun.quant.precision.solver import (
     ExpertCosts,
     HotBudget,
     Target,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.commands import demo
-from localrun.engine.protocol import EngineOptions, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.options import ChatOptions

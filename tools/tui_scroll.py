@@ -27,8 +27,8 @@ from textual._compositor import CompositorUpdate
 from textual.pilot import Pilot
 
 from localrun.engine.conversations import ConversationStore
-from localrun.engine.process import GenerateEvent
-from localrun.engine.protocol import Delta, Generate
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import Delta, Generate
 from localrun.tui import app as app_module
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.widgets.chat_view import ChatView

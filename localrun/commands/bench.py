@@ -19,8 +19,8 @@ from localrun.commands.output import Output
 from localrun.errors import UsageError
 
 if TYPE_CHECKING:
-    from localrun.engine.benchmark import BenchOptions
     from localrun.engine.engine import Engine
+    from localrun.engine.measure.benchmark import BenchOptions
 
 EXAMPLES = """\
 examples:
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("llama.cpp").setLevel(logging.ERROR)
 
     from localrun.commands import bench_report
-    from localrun.engine import benchmark
     from localrun.engine.engine import Engine
+    from localrun.engine.measure import benchmark
 
     out.status("looking at the machine")
     machine = benchmark.machine(path, probe=not args.no_probe)
@@ -122,7 +122,7 @@ def bench_options(args: argparse.Namespace) -> BenchOptions:
     Raises:
         UsageError: values without a meaning.
     """
-    from localrun.engine.benchmark import BenchOptions, default_frontiers
+    from localrun.engine.measure.benchmark import BenchOptions, default_frontiers
 
     if args.frontiers is None:
         frontiers = default_frontiers(max(0, args.prompt_tokens))
@@ -144,7 +144,7 @@ def bench_options(args: argparse.Namespace) -> BenchOptions:
 
 
 def _tokens(args: argparse.Namespace, engine: Engine, options: BenchOptions) -> list[int]:
-    from localrun.engine.benchmark import random_tokens
+    from localrun.engine.measure.benchmark import random_tokens
 
     if args.text is None:
         return random_tokens(options.n_tokens, engine.facts.n_vocab, args.seed)

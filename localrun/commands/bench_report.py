@@ -10,10 +10,10 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from localrun.engine.benchmark import FORMAT, Benchmark, Machine, Phase
-from localrun.engine.plan import Plan
-from localrun.engine.protocol import ModelFacts
-from localrun.engine.speed import Range
+from localrun.engine.facts import ModelFacts
+from localrun.engine.measure.benchmark import FORMAT, Benchmark, Machine, Phase
+from localrun.engine.planner.plan import Plan
+from localrun.engine.planner.speed import Range
 from localrun.units import format_size
 
 PARTS = (

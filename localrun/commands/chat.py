@@ -15,8 +15,8 @@ from typing import Any
 from localrun import config
 from localrun.commands import common, demo
 from localrun.commands.output import Output
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import Delta, Finished, Generate, Loading, Ready
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import Delta, Finished, Generate, Loading, Ready
 from localrun.errors import LocalrunError
 from localrun.textsafe import visible_line
 from localrun.units import format_size

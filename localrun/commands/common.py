@@ -12,17 +12,10 @@ from typing import Any, Literal
 from localrun import config
 from localrun.commands import demo
 from localrun.commands.output import Output
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import (
-    EngineOptions,
-    Event,
-    Loading,
-    ModelFacts,
-    PromptProgress,
-    Ready,
-    SamplingOptions,
-    Timings,
-)
+from localrun.engine.facts import ModelFacts, Timings
+from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
 from localrun.units import format_duration, parse_size
 

@@ -1,6 +1,6 @@
 """`localrun convert SRC DST`: an official checkpoint becomes a directory that localrun and llama.cpp run.
 
-Talks to people (stderr) and programs (`--json`, stdout); the work is `localrun.quant.convert`'s.
+Talks to people (stderr) and programs (`--json`, stdout); the work is `localrun.quant.convert.converter`'s.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.commands.convert_tiers import FormatOptions
-    from localrun.engine.choose_tiers import TierChoice
-    from localrun.quant.checkpoint import Checkpoint
-    from localrun.quant.conversion_report import PlanLine
-    from localrun.quant.convert import ConversionResult, Progress
-    from localrun.quant.plan import ConversionPlan
-    from localrun.quant.tier_solver import TierSolution
+    from localrun.engine.measure.choose import TierChoice
+    from localrun.quant.checkpoint.directory import Checkpoint
+    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.convert.report import PlanLine
+    from localrun.quant.precision.solver import TierSolution
 
 DENSE_DEFAULT = "q8_0"
 DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.quant.convert import DEFAULT_JOBS, LEARNED_NAME
-    from localrun.quant.manifest import MANIFEST_NAME
+    from localrun.quant.convert.converter import DEFAULT_JOBS, LEARNED_NAME
+    from localrun.quant.model.manifest import MANIFEST_NAME
 
     out = Output()
     jobs = DEFAULT_JOBS if args.jobs is None else args.jobs
@@ -110,11 +110,11 @@ def run(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
     """Everything from a checkpoint."""
     from localrun.commands.eval import read_text
-    from localrun.engine.choose_tiers import check_tier_request
-    from localrun.quant.convert import check_space, check_target, open_checkpoint, write_plan
-    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
-    from localrun.quant.source import open_model
-    from localrun.quant.tier_solver import bytes_for_experts
+    from localrun.engine.measure.choose import check_tier_request
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
+    from localrun.quant.open import open_model
+    from localrun.quant.precision.solver import bytes_for_experts
 
     if options.remove_overlay:
         raise UsageError(f"{args.target_folder} holds no converted model, so it has no overlay")
@@ -160,7 +160,7 @@ def _choose(
     out: Output,
 ) -> tuple[TierChoice | None, ConversionPlan]:
     """What is learned where something must be, and the plan of the base that follows from it."""
-    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
 
     if not convert_tiers.needs_learning(options, args):
         return None, plan
@@ -185,7 +185,7 @@ def _after_base(
     out: Output,
 ) -> int:
     """Everything that follows once the base is finished; each step finds out whether it is done already."""
-    from localrun.quant.overlay import write_overlay
+    from localrun.quant.convert.overlay import write_overlay
 
     if args.split is not None and splitting.is_waiting(args.source, args.target_folder):
         splitting.split(args.target_folder, args.split, out)  # before the overlay, which names the base's files
@@ -208,10 +208,10 @@ def _after_base(
 
 def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
     """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
-    from localrun.quant.convert import ConversionResult, described_options
-    from localrun.quant.journal import describe_changes
-    from localrun.quant.overlay import open_overlay_source, read_base
-    from localrun.quant.plan import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert.converter import ConversionResult, described_options
+    from localrun.quant.convert.journal import describe_changes
+    from localrun.quant.convert.overlay import open_overlay_source, read_base
 
     folder, manifest = args.target_folder, read_base(args.target_folder)
     checkpoint = open_overlay_source(args.source, folder)
@@ -234,10 +234,10 @@ def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: 
 
 def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
     """Another overlay, or none, for a model that was converted before; the base stays as it is."""
-    from localrun.engine.choose_tiers import check_tier_request
-    from localrun.quant.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
-    from localrun.quant.plan import BASE_TYPES
-    from localrun.quant.source import open_model
+    from localrun.engine.measure.choose import check_tier_request
+    from localrun.quant.checkpoint.mapping import BASE_TYPES
+    from localrun.quant.convert.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
+    from localrun.quant.open import open_model
 
     folder = args.target_folder
     if options.remove_overlay:
@@ -289,8 +289,8 @@ def _finish(
     args: argparse.Namespace, options: FormatOptions, choice: TierChoice | None, result: ConversionResult, out: Output
 ) -> int:
     """Comparison with the source, report, JSON."""
-    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.plan import DENSE_TYPES
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 
     dense = DENSE_TYPES[str(read_manifest(args.target_folder / MANIFEST_NAME).options.get("dense", DENSE_DEFAULT))]
     importance = choice.importance if choice is not None else None
@@ -304,13 +304,13 @@ def _finish(
 
 
 def _add_to_manifest(folder: Path, sections: Mapping[str, Mapping[str, object]]) -> None:
-    from localrun.quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest, write_manifest
 
     write_manifest(replace(read_manifest(folder / MANIFEST_NAME), **sections), folder)  # type: ignore[arg-type]
 
 
 def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, folder: Path) -> None:
-    from localrun.quant.convert import check_space
+    from localrun.quant.convert.converter import check_space
 
     needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
@@ -323,7 +323,7 @@ def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, f
 
 
 def _describe_choice(choice: TierChoice | None, out: Output) -> None:
-    from localrun.quant.tier_report import tier_lines
+    from localrun.quant.precision.report import tier_lines
 
     if choice is None:
         return
@@ -343,7 +343,7 @@ def _say_result(result: ConversionResult, out: Output) -> None:
 
 def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list[str]:
     """The plan for people: what is there, what becomes of it, how large it gets."""
-    from localrun.quant.conversion_report import summarize
+    from localrun.quant.convert.report import summarize
 
     checkpoint, config = plan.checkpoint, plan.checkpoint.config
     lines = [
@@ -378,7 +378,7 @@ def _describe_line(line: PlanLine) -> str:
 
 def plan_as_json(plan: ConversionPlan) -> dict[str, Any]:
     """The plan for programs."""
-    from localrun.quant.conversion_report import summarize
+    from localrun.quant.convert.report import summarize
 
     mtp = plan.checkpoint.mtp
     return {

@@ -22,12 +22,12 @@ from localrun.units import format_size
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-    from localrun.engine.choose_tiers import TierChoice, TierRequest
-    from localrun.quant.checkpoint import Checkpoint
-    from localrun.quant.plan import ImportanceLookup
-    from localrun.quant.source import MoeLayer
-    from localrun.quant.tier_report import Evaluation
-    from localrun.quant.tier_solver import HotBudget, Target
+    from localrun.engine.measure.choose import TierChoice, TierRequest
+    from localrun.quant.checkpoint.directory import Checkpoint
+    from localrun.quant.checkpoint.mapping import ImportanceLookup
+    from localrun.quant.model.source import MoeLayer
+    from localrun.quant.precision.report import Evaluation
+    from localrun.quant.precision.solver import HotBudget, Target
 
 NO_OVERLAY = "none"
 OVERLAY_IMATRIX_NAME = "imatrix-overlay.gguf"
@@ -105,9 +105,9 @@ def format_options(args: argparse.Namespace, dense_default: str) -> FormatOption
     Raises:
         UsageError, FormatError: unknown types or recipes, impossible budgets, options that exclude each other.
     """
-    from localrun.quant.plan import BASE_TYPES
-    from localrun.quant.recipes import Recipe, read_recipe
-    from localrun.quant.tier_solver import HotBudget, Target
+    from localrun.quant.checkpoint.mapping import BASE_TYPES
+    from localrun.quant.precision.recipes import Recipe, read_recipe
+    from localrun.quant.precision.solver import HotBudget, Target
 
     recipe = read_recipe(args.recipe) if args.recipe else Recipe("")
     if args.target and (args.base or args.hot):
@@ -135,7 +135,7 @@ def format_options(args: argparse.Namespace, dense_default: str) -> FormatOption
 
 def needs_learning(options: FormatOptions, args: argparse.Namespace) -> bool:
     """True where importance or routing decides something."""
-    from localrun.quant.plan import EXACT_OR_EIGHT_BIT
+    from localrun.quant.checkpoint.mapping import EXACT_OR_EIGHT_BIT
 
     if options.wants_tiers or args.calibrate is not None or args.imatrix is not None:
         return True
@@ -151,9 +151,9 @@ def learn(
         UsageError: tiers of a checkpoint without a tokenizer, and no imatrix.
         LocalrunError: see `choose_tiers`.
     """
-    from localrun.engine.choose_tiers import choose_tiers
-    from localrun.engine.protocol import EngineOptions
-    from localrun.quant.convert import LEARNED_NAME
+    from localrun.engine.measure.choose import choose_tiers
+    from localrun.engine.options import EngineOptions
+    from localrun.quant.convert.converter import LEARNED_NAME
 
     request = tier_request(args, options)
     if request.imatrix is None and not (checkpoint.path / "tokenizer.json").is_file():
@@ -187,8 +187,8 @@ def tier_request(args: argparse.Namespace, options: FormatOptions) -> TierReques
     Raises:
         UsageError, FormatError: a text that is empty, not UTF-8, or no conversation.
     """
-    from localrun.engine.calibration_text import read_calibration_text
-    from localrun.engine.choose_tiers import TierRequest
+    from localrun.engine.measure.calibration_text import read_calibration_text
+    from localrun.engine.measure.choose import TierRequest
 
     if args.calibrate_tokens < 0:
         raise UsageError(f"--calibrate-tokens {args.calibrate_tokens}: expected a positive number")
@@ -210,10 +210,10 @@ def write_report(
     evaluations: Sequence[Evaluation],
 ) -> None:
     """`report.md`, `report.json` and pictures into the target; the imatrix beside them."""
-    from localrun.engine.choose_tiers import IMATRIX_NAME
-    from localrun.quant.convert import LEARNED_NAME
-    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.tier_report import TierReport
+    from localrun.engine.measure.choose import IMATRIX_NAME
+    from localrun.quant.convert.converter import LEARNED_NAME
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
+    from localrun.quant.precision.report import TierReport
 
     folder = args.target_folder
     manifest = read_manifest(folder / MANIFEST_NAME)
@@ -254,8 +254,8 @@ def remove_report(folder: Path) -> None:
 
     The imatrix stays: the base may have been rounded with it.
     """
-    from localrun.quant.convert import LEARNED_NAME
-    from localrun.quant.tier_report import REPORT_NAMES
+    from localrun.quant.convert.converter import LEARNED_NAME
+    from localrun.quant.precision.report import REPORT_NAMES
 
     for name in (*REPORT_NAMES, OVERLAY_IMATRIX_NAME):
         (folder / name).unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def evaluation_types(args: argparse.Namespace, moe_layers: Mapping[int, MoeLayer
     Raises:
         UsageError: an unknown format, one that the rows don't fit, or no text to compare on.
     """
-    from localrun.quant.tier_solver import expert_bytes, parse_type
+    from localrun.quant.precision.solver import expert_bytes, parse_type
 
     words = [word for word in (args.evaluate_types or "").split(",") if word.strip()]
     if words and args.evaluate is None:
@@ -301,12 +301,12 @@ def evaluate(
     Uniform models are written into the target's folder one after the other and deleted when they have been measured.
     """
     from localrun.commands.eval import read_text
-    from localrun.engine.compare import compare_models
-    from localrun.engine.protocol import EngineOptions
-    from localrun.quant.convert import convert
-    from localrun.quant.plan import PlanOptions
-    from localrun.quant.source import open_model
-    from localrun.quant.tier_solver import expert_bytes
+    from localrun.engine.measure.compare import compare_models
+    from localrun.engine.options import EngineOptions
+    from localrun.quant.checkpoint.mapping import PlanOptions
+    from localrun.quant.convert.converter import convert
+    from localrun.quant.open import open_model
+    from localrun.quant.precision.solver import expert_bytes
 
     if args.evaluate is None:
         return []

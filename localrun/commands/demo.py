@@ -47,8 +47,8 @@ def converted() -> Path:
         if known.name.startswith("demo-") and known.is_dir():
             return known
 
-    from localrun.quant.convert import convert
-    from localrun.quant.source import open_model
+    from localrun.quant.convert.converter import convert
+    from localrun.quant.open import open_model
 
     target = paths.cache_dir() / f"demo-{open_model(source).identity[:16]}"
     if not target.is_dir():

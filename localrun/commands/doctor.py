@@ -137,7 +137,7 @@ def check_library() -> Check:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
-    code, output = _probe("from localrun.offload import ggml; print(ggml.library().ggml_version().decode())")
+    code, output = _probe("from localrun.ggml import library; print(library.library().ggml_version().decode())")
     if code:
         fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
         return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
@@ -157,7 +157,7 @@ def check_rpc() -> Check:
 
 def check_devices() -> Check:
     code, output = _probe(
-        "import llama_cpp as L; from localrun.offload import ggml, llama_log; llama_log.install(); L.llama_backend_init()\n"
+        "import llama_cpp as L; from localrun.ggml import library as ggml, log; log.install(); L.llama_backend_init()\n"
         "lib = ggml.library(); devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]\n"
         "backends = [lib.ggml_backend_reg_get(i) for i in range(lib.ggml_backend_reg_count())]\n"
         "print(', '.join(lib.ggml_backend_dev_name(d).decode() for d in devices), end='; compiled for ')\n"
@@ -171,7 +171,7 @@ def check_devices() -> Check:
 def check_gpus() -> Check:
     """Cards that the machine has, beside what llama.cpp was compiled for."""
     code, output = _probe(
-        "import json; from localrun.offload import ggml; from localrun.offload.gpu_device import gpu_devices\n"
+        "import json; from localrun.ggml import library as ggml; from localrun.ggml.devices import gpu_devices\n"
         "devices = [(d.name, d.description, d.free_bytes, d.total_bytes) for d in gpu_devices()]; lib = ggml.library()\n"
         "backends = [lib.ggml_backend_reg_get(i) for i in range(lib.ggml_backend_reg_count())]\n"
         "print(json.dumps([devices, [lib.ggml_backend_reg_name(b).decode() for b in backends]]))"

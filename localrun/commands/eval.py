@@ -13,8 +13,9 @@ from typing import Any
 from localrun import paths
 from localrun.commands import common
 from localrun.commands.output import Output
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import EngineOptions, EvalText, EvalTextResult
+from localrun.engine.options import EngineOptions
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import EvalText, EvalTextResult
 from localrun.errors import UsageError
 
 EXAMPLES = """\

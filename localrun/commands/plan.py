@@ -12,10 +12,10 @@ from localrun.errors import UsageError
 from localrun.units import format_size
 
 if TYPE_CHECKING:
-    from localrun.engine.hardware import Hardware
-    from localrun.engine.plan import Plan, Settings
-    from localrun.engine.sizes import ModelSizes
-    from localrun.engine.speed import Range
+    from localrun.engine.planner.hardware import Hardware
+    from localrun.engine.planner.plan import Plan, Settings
+    from localrun.engine.planner.sizes import ModelSizes
+    from localrun.engine.planner.speed import Range
 
 EXAMPLES = """\
 examples:
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.engine.planner import make_plan
-    from localrun.engine.sizes import format_of, sizes_of
+    from localrun.engine.planner.planner import make_plan
+    from localrun.engine.planner.sizes import format_of, sizes_of
 
     out = Output()
     settings = _settings(args)
@@ -108,8 +108,8 @@ def _phase(name: str, span: Range) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from localrun.engine.plan import Settings
-    from localrun.engine.sizes import KV_BITS
+    from localrun.engine.planner.plan import Settings
+    from localrun.engine.planner.sizes import KV_BITS
 
     engine = config.load().engine
     kv_type = args.kv or engine.kv
@@ -130,7 +130,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _machine(args: argparse.Namespace, sizes: ModelSizes) -> Hardware:
-    from localrun.engine import hardware
+    from localrun.engine.planner import hardware
 
     elsewhere = args.ram is not None or args.vram
     machine = hardware.detect(

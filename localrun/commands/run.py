@@ -11,18 +11,10 @@ from typing import Any, Protocol
 
 from localrun.commands import common
 from localrun.commands.output import Output
-from localrun.engine.attachments import read_attachment, with_attachments
-from localrun.engine.process import EngineProcess, GenerateEvent
-from localrun.engine.protocol import (
-    Delta,
-    Finished,
-    Generate,
-    Loading,
-    ModelFacts,
-    PromptProgress,
-    Ready,
-    ToolCall,
-)
+from localrun.engine.conversations.attachments import read_attachment, with_attachments
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.process import EngineProcess, GenerateEvent
+from localrun.engine.process.protocol import Delta, Finished, Generate, Loading, PromptProgress, Ready, ToolCall
 from localrun.errors import LocalrunError, UsageError
 
 EXAMPLES = """\
@@ -97,7 +89,7 @@ def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
     """The file's tools; checked before a model is loaded for them."""
     if path is None:
         return ()
-    from localrun.engine.messages import MessageError, tool_to_json, tools_from_json
+    from localrun.engine.chat.messages import MessageError, tool_to_json, tools_from_json
 
     try:
         return tuple(tool_to_json(tool) for tool in tools_from_json(path.expanduser().read_bytes(), where=str(path)))

@@ -11,7 +11,7 @@ from localrun.errors import UsageError
 from localrun.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from localrun.quant.plan import ConversionPlan
+    from localrun.quant.checkpoint.mapping import ConversionPlan
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def check(plan: ConversionPlan, size: int, out: Output) -> None:
     Raises:
         UsageError: a tensor alone is larger.
     """
-    from localrun.quant.plan import ALIGNMENT
-    from localrun.quant.split import plan_split
+    from localrun.quant.checkpoint.mapping import ALIGNMENT
+    from localrun.quant.convert.split import plan_split
 
     if plan.file_size <= size:
         out.note(f"split:  not needed, the model takes {format_size(plan.file_size)}")
@@ -55,9 +55,9 @@ def is_waiting(source: Path, target: Path) -> bool:
     Raises:
         UsageError: it was made from another checkpoint.
     """
-    from localrun.quant.convert import open_checkpoint
-    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.repair import check_source
+    from localrun.quant.convert.converter import open_checkpoint
+    from localrun.quant.convert.repair import check_source
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 
     manifest = read_manifest(target / MANIFEST_NAME)
     check_source(manifest, open_checkpoint(source))
@@ -70,7 +70,7 @@ def split(target: Path, size: int, out: Output) -> None:
     Raises:
         DiskSpaceError, StoreError: the disk; the model stays as it is.
     """
-    from localrun.quant.split import split_model
+    from localrun.quant.convert.split import split_model
 
     def progress(done: int, total: int) -> None:
         out.status(f"splitting {done / total:4.0%}  {format_size(done)} of {format_size(total)}")

@@ -17,9 +17,9 @@ from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from localrun.quant.integrity import Damage
-    from localrun.quant.plan import ImportanceLookup
-    from localrun.quant.source import ModelSource
+    from localrun.quant.checkpoint.mapping import ImportanceLookup
+    from localrun.quant.convert.integrity import Damage
+    from localrun.quant.model.source import ModelSource
 
 EXAMPLES = """\
 examples:
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code: 1 when something is damaged and stays so."""
-    from localrun.quant.gguf_source import GgufSource
-    from localrun.quant.source import open_model
+    from localrun.quant.gguf.source import GgufSource
+    from localrun.quant.open import open_model
 
     out = Output()
     model = args.model.expanduser()
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _restore(model: Path, checkpoint: Path, out: Output) -> bool:
     """Makes files openable that are missing, short, or have a damaged header; True if there were any."""
-    from localrun.quant.convert import open_checkpoint
-    from localrun.quant.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.repair import restore_files
+    from localrun.quant.convert.converter import open_checkpoint
+    from localrun.quant.convert.repair import restore_files
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 
     if not (model / MANIFEST_NAME).is_file():
         raise UsageError(f"{model} holds no converted model", hint="give the folder that localrun convert wrote")
@@ -92,9 +92,9 @@ def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> in
 
 
 def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, restored: bool) -> int:
-    from localrun.quant.integrity import planned_checks, verify
-    from localrun.quant.manifest import checksum
-    from localrun.quant.verify_journal import VerifyJournal
+    from localrun.quant.convert.integrity import planned_checks, verify
+    from localrun.quant.convert.verify_journal import VerifyJournal
+    from localrun.quant.model.manifest import checksum
 
     checks = planned_checks(source, source.manifest)
     n_bytes = sum(check.n_bytes for check in checks)
@@ -153,9 +153,9 @@ def _describe(damages: list[Damage], source: Any, out: Output) -> None:
 
 def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -> list[Damage]:
     """Makes the damaged ranges again and reads them again; what is still bad."""
-    from localrun.quant.convert import open_checkpoint
-    from localrun.quant.integrity import recheck
-    from localrun.quant.repair import repair
+    from localrun.quant.convert.converter import open_checkpoint
+    from localrun.quant.convert.integrity import recheck
+    from localrun.quant.convert.repair import repair
 
     left, opened = damages, open_checkpoint(checkpoint)
     for importance in _importances(source, out):
@@ -178,7 +178,7 @@ def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -
 
 def _importances(source: Any, out: Output) -> list[ImportanceLookup | None]:
     """What the model's rounding types may have been made with: nothing, or the importance files that lie beside it."""
-    from localrun.quant.imatrix_file import read_imatrix
+    from localrun.quant.precision.imatrix import read_imatrix
 
     found: list[ImportanceLookup | None] = []
     for path in sorted(source.path.glob("imatrix*.gguf")) if source.path.is_dir() else []:

@@ -8,11 +8,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from localrun.commands import demo
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import EngineOptions, Finished, Generate, Timings
+from localrun.engine.facts import Timings
+from localrun.engine.options import EngineOptions
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import Finished, Generate
 from localrun.offload.kernels import warm_up
-from localrun.quant import k_quantize
-from localrun.quant.ggml_quantize import quantize_rows
+from localrun.quant.formats import k_quantize
+from localrun.quant.formats.quantize import quantize_rows
 
 TYPES = (
     *(Type.MXFP4, Type.Q8_0, Type.BF16, Type.F16, Type.F32),

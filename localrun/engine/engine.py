@@ -17,22 +17,25 @@ from typing import Any, Protocol
 import llama_cpp as L
 import xxhash
 
-from localrun.engine import hardware, memory
-from localrun.engine.chat_format import ChatEncoder, encoder_for
-from localrun.engine.gpu import GpuPlacement, place_on_gpus
+from localrun.engine import memory
+from localrun.engine.chat.format import ChatEncoder, encoder_for
+from localrun.engine.facts import Json, ModelFacts
 from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
-from localrun.engine.plan import GpuShare, Plan
-from localrun.engine.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
-from localrun.engine.protocol import EngineOptions, Json, ModelFacts
+from localrun.engine.options import EngineOptions
+from localrun.engine.planner import hardware
+from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
+from localrun.engine.planner.plan import GpuShare, Plan
+from localrun.engine.planner.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
+from localrun.engine.planner.sizes import sizes_of_source
 from localrun.engine.session import Session
-from localrun.engine.sizes import sizes_of_source
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import GpuMemoryError, UsageError
+from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.offload.trace import TraceHeader, TraceRecorder
 from localrun.paths import cache_dir
-from localrun.quant.source import ModelSource, open_model
+from localrun.quant.model.source import ModelSource
+from localrun.quant.open import open_model
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +238,7 @@ class Engine:
 
     @contextmanager
     def recording(self, path: Path) -> Iterator[None]:
-        """Adds the routing of all that runs meanwhile to a trace file (`localrun.offload.trace`); nothing without our device.
+        """Adds the routing of all that runs meanwhile to a trace file (`localrun.offload.cache.trace`); nothing without our device.
 
         Raises:
             FormatError, StoreError: the file is something else, or can't be written.

@@ -15,10 +15,11 @@ import llama_cpp as L
 import numpy as np
 import numpy.typing as npt
 
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.options import EngineOptions
 from localrun.errors import FormatError, LocalrunError
-from localrun.offload import ggml, llama_log
-from localrun.offload.gpu_device import without_gpus
+from localrun.ggml import library as ggml
+from localrun.ggml import log as llama_log
+from localrun.ggml.devices import without_gpus
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 """Our names -> enum ggml_type (ggml.h)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import llama_cpp as L
 
-from localrun.engine.protocol import SamplingOptions
+from localrun.engine.options import SamplingOptions
 from localrun.errors import UsageError
 
 MAX_SEED = 2**32 - 2

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from localrun.engine.facts import FinishReason, Timings
 from localrun.engine.llama import DECODE_ABORTED, DECODE_NO_SLOT, Context
-from localrun.engine.protocol import FinishReason, SamplingOptions, Timings
+from localrun.engine.options import SamplingOptions
 from localrun.engine.sampling import Sampler
 from localrun.engine.snapshots import SnapshotStore
 from localrun.errors import (

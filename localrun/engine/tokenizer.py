@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from localrun.engine.chat.parts import PROTOCOL_TOKENS, Part, Special, Text, merge_texts
 from localrun.engine.llama import ATTR_CONTROL, ATTR_UNKNOWN, ATTR_USER_DEFINED, Vocab
-from localrun.engine.prompt_parts import PROTOCOL_TOKENS, Part, Special, Text, merge_texts
 from localrun.errors import LocalrunError
 
 MAX_RUN = 2000

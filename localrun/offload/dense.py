@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.offload.device.compiled import dense_record
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
-from localrun.offload.native import dense_record
-from localrun.quant.source import ModelSource, TensorInfo
+from localrun.quant.model.source import ModelSource, TensorInfo
 
 _ELIGIBLE = re.compile(
     r"blk\.\d+\.(attn_q_a|attn_q_b|attn_kv|attn_output_a|attn_output_b|ffn_gate_shexp|ffn_up_shexp|ffn_down_shexp"

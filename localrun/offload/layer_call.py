@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localrun.errors import BudgetError
-from localrun.offload.gpu_stream import LONG_TOKENS, Passing
+from localrun.offload.cache.policy import TAIL_TOKENS
+from localrun.offload.cache.slots import Slot, SlotState
+from localrun.offload.cache.store import Ticket
+from localrun.offload.device.routing import Routing, route
+from localrun.offload.device.view import I32
+from localrun.offload.gpu.stream import LONG_TOKENS, Passing
 from localrun.offload.kernels import FfnKernel
-from localrun.offload.policy import TAIL_TOKENS
-from localrun.offload.routing import Routing, route
-from localrun.offload.slots import Slot, SlotState
-from localrun.offload.store import Ticket
-from localrun.offload.view import I32
 
 if TYPE_CHECKING:
-    from localrun.offload.experts import ExpertPool
-    from localrun.offload.gpu_tier import GpuCall
+    from localrun.offload.gpu.tier import GpuCall
+    from localrun.offload.pool import ExpertPool
 
 Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload.experts import ExpertPool
-from localrun.offload.profile import RoutingProfile
-from localrun.quant.gguf_source import GgufSource
-from localrun.quant.source import ModelSource
+from localrun.offload.cache.profile import RoutingProfile
+from localrun.offload.pool import ExpertPool
+from localrun.quant.gguf.source import GgufSource
+from localrun.quant.model.source import ModelSource
 
 PINNED_SHARE = 0.05
 """Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulate_cache.py compares shares."""

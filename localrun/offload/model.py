@@ -24,25 +24,27 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.errors import BudgetError, FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
-from localrun.offload import ggml, llama_log
+from localrun.ggml import library as ggml
+from localrun.ggml import log as llama_log
+from localrun.ggml.devices import GpuDevice
+from localrun.ggml.library import Tensor
+from localrun.offload.cache.drive_probe import DiskProfile, probe_disk
+from localrun.offload.cache.slots import SlotState
+from localrun.offload.cache.store import ExpertStore
+from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
-from localrun.offload.device import EXPERT_TENSORS, Weight, expert_device
-from localrun.offload.experts import ExpertPool, floor_bytes, largest_slot
-from localrun.offload.ggml import Tensor
-from localrun.offload.gpu_device import GpuDevice
-from localrun.offload.gpu_slots import scratch_bytes
-from localrun.offload.gpu_stream import Rings, StreamCosts, staging_bytes
-from localrun.offload.gpu_tier import GpuTier
+from localrun.offload.device.compiled import MAX_VARIANTS
+from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
+from localrun.offload.gpu.slots import scratch_bytes
+from localrun.offload.gpu.stream import Rings, StreamCosts, staging_bytes
+from localrun.offload.gpu.stream_probe import measure, unpackers
+from localrun.offload.gpu.tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.learning import Learner
-from localrun.offload.native import MAX_VARIANTS
-from localrun.offload.probe import DiskProfile, probe_disk
+from localrun.offload.pool import ExpertPool, floor_bytes, largest_slot
 from localrun.offload.readahead import ReadAhead
-from localrun.offload.slots import SlotState
-from localrun.offload.store import ExpertStore
-from localrun.offload.stream_probe import measure, unpackers
-from localrun.offload.telemetry import Telemetry
-from localrun.quant.source import PROJECTIONS, ModelSource, clamp_limits, open_model
+from localrun.quant.model.source import PROJECTIONS, ModelSource, clamp_limits
+from localrun.quant.open import open_model
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload.experts import ExpertPool
-from localrun.quant.source import ModelSource
+from localrun.offload.pool import ExpertPool
+from localrun.quant.model.source import ModelSource
 
 log = logging.getLogger(__name__)
 

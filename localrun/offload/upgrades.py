@@ -11,9 +11,9 @@ from collections import deque
 
 import numpy as np
 
-from localrun.offload.slots import Slot, SlotTable
-from localrun.offload.store import Ticket
-from localrun.offload.view import I32
+from localrun.offload.cache.slots import Slot, SlotTable
+from localrun.offload.cache.store import Ticket
+from localrun.offload.device.view import I32
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from localrun.engine.attachments import with_attachments
 from localrun.engine.conversations import Message, MessageState
+from localrun.engine.conversations.attachments import with_attachments
 from localrun.engine.conversations.export import fenced
-from localrun.engine.process import GenerateEvent
-from localrun.engine.protocol import Delta, Finished, PromptProgress, ToolCall
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import Delta, Finished, PromptProgress, ToolCall
 from localrun.errors import LocalrunError
 
 _STATES: Mapping[str, MessageState] = {

@@ -13,7 +13,7 @@ from textual.timer import Timer
 from textual.widget import Widget
 
 from localrun.engine.conversations import ConversationError, ConversationStore, Message
-from localrun.engine.protocol import Generate, PromptProgress
+from localrun.engine.process.protocol import Generate, PromptProgress
 from localrun.errors import LocalrunError
 from localrun.tui.answer import Answer, prompt_rate, prompt_time_left
 from localrun.tui.engine_link import AnswerFeed, EngineLink

@@ -24,8 +24,8 @@ from localrun.engine.conversations import (
     DamagedConversationsError,
     salvage,
 )
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import EngineOptions, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.process.process import EngineProcess
 from localrun.errors import UsageError
 from localrun.textsafe import visible
 from localrun.tui.chat_screen import ChatScreen

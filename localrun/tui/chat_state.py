@@ -11,7 +11,8 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 
 from localrun.engine.conversations import Conversation, ConversationStore, Message
-from localrun.engine.protocol import Generate, ModelFacts, Stats
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.protocol import Generate, Stats
 from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible, visible_line
 from localrun.tui.answer import Answer, prompt_messages

@@ -119,8 +119,8 @@ def main() -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     from localrun.commands.convert import describe
-    from localrun.quant.convert import Progress, check_space, check_target, open_checkpoint, write_plan
-    from localrun.quant.plan import BASE_TYPES, DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert.converter import Progress, check_space, check_target, open_checkpoint, write_plan
 
     check_target(args.source, args.target)
     _say(note=f"checking {args.source}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from textual import on, work
 
 from localrun.engine.conversations import Message
-from localrun.engine.protocol import ModelFacts
+from localrun.engine.facts import ModelFacts
 from localrun.errors import ContextFullError, EngineDiedError, StoppedError
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_time_left
 from localrun.tui.chat_state import ChatState

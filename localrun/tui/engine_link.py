@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 from textual.message import Message
 
-from localrun.engine.process import EngineProcess, GenerateEvent, LoadEvent
-from localrun.engine.protocol import EngineOptions, Generate, Loading, ModelFacts, Ready, Stats
+from localrun.engine.facts import ModelFacts
+from localrun.engine.options import EngineOptions
+from localrun.engine.process.process import EngineProcess, GenerateEvent, LoadEvent
+from localrun.engine.process.protocol import Generate, Loading, Ready, Stats
 from localrun.errors import EngineDiedError, LocalrunError
 from localrun.tui.messages import AnswerEvents, EngineDied, EngineFailed, EngineLoading, EngineReady, StatsArrived
 

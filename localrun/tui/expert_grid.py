@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localrun.engine.protocol import ModelFacts, Stats
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.protocol import Stats
 
 GPU, RAM, LOADING, DISK = "g", "r", "l", "d"
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
-from localrun.engine.protocol import ModelFacts, Stats
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.protocol import Stats
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:

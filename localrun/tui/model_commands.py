@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible
 from localrun.tui.chat_state import ChatState

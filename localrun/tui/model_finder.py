@@ -106,7 +106,7 @@ def look_at(path: Path, kind: Kind) -> FoundModel:
 
 
 def _look_at_gguf(path: Path, kind: Kind) -> FoundModel:
-    from localrun.quant.gguf_file import read_gguf
+    from localrun.quant.gguf.file import read_gguf
 
     files = sorted(path.glob("*.gguf")) if path.is_dir() else _parts(path)
     if not files:
@@ -142,7 +142,7 @@ def _escape(name: str) -> str:
 
 
 def _look_at_checkpoint(path: Path) -> FoundModel:
-    from localrun.quant.safetensors_file import parse_json_object
+    from localrun.quant.checkpoint.safetensors import parse_json_object
 
     config_path = path / "config.json"
     config = parse_json_object(config_path, config_path.read_bytes())

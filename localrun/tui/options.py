@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from localrun.engine.protocol import SamplingOptions
+from localrun.engine.options import SamplingOptions
 from localrun.errors import UsageError
 
 

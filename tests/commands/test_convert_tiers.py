@@ -14,13 +14,13 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun import cli
-from localrun.quant.convert import LEARNED_NAME, MODEL_NAME
-from localrun.quant.gguf_file import read_gguf
-from localrun.quant.gguf_source import GgufSource
-from localrun.quant.imatrix_file import read_imatrix
-from localrun.quant.manifest import MANIFEST_NAME, read_manifest
-from localrun.quant.source import open_model
-from localrun.quant.tier_report import REPORT_NAMES
+from localrun.quant.convert.converter import LEARNED_NAME, MODEL_NAME
+from localrun.quant.gguf.file import read_gguf
+from localrun.quant.gguf.source import GgufSource
+from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
+from localrun.quant.open import open_model
+from localrun.quant.precision.imatrix import read_imatrix
+from localrun.quant.precision.report import REPORT_NAMES
 from tests.checkpoints import SMALL
 from tools.make_checkpoint import write_checkpoint
 from tools.synthetic_config import CheckpointSpec
@@ -182,9 +182,9 @@ CHILD = """
 import os, signal, sys, time
 from localrun import cli
 from localrun.commands import convert as command
-from localrun.engine.calibrate import ExpertSums
-from localrun.quant import convert
-from localrun.quant.journal import Journal
+from localrun.engine.measure.calibrate import ExpertSums
+from localrun.quant.convert import converter as convert
+from localrun.quant.convert.journal import Journal
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

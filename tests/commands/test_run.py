@@ -15,7 +15,8 @@ import pytest
 from localrun import cli
 from localrun.commands import run
 from localrun.commands.output import Output
-from localrun.engine.protocol import Delta, Finished, Timings, ToolCall
+from localrun.engine.facts import Timings
+from localrun.engine.process.protocol import Delta, Finished, ToolCall
 from tests.engine.models import write_chat_model
 
 FAST = ["--threads", "1", "--context", "2048", "--ram", "64MiB", "--temp", "0", "--max-tokens", "3"]

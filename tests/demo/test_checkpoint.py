@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from localrun.demo import checkpoint_dir, evaluation_text
-from localrun.quant.tokenizer_json import PRE_TOKENIZERS
+from localrun.quant.checkpoint.tokenizer_json import PRE_TOKENIZERS
 
 MAX_BYTES = 24_000_000
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}

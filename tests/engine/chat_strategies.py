@@ -7,7 +7,7 @@ import json
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from localrun.engine.messages import (
+from localrun.engine.chat.messages import (
     AssistantMessage,
     DeveloperMessage,
     LatestReminderMessage,
@@ -18,7 +18,7 @@ from localrun.engine.messages import (
     ToolSchema,
     UserMessage,
 )
-from localrun.engine.prompt_parts import DSML, EOS, PROTOCOL_TOKENS
+from localrun.engine.chat.parts import DSML, EOS, PROTOCOL_TOKENS
 
 any_speed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For all tests with these strategies: a busy machine is no reason to fail."""

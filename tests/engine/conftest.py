@@ -11,10 +11,10 @@ import pytest
 
 from localrun.engine.engine import Engine
 from localrun.engine.llama import Vocab
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.options import EngineOptions
 from localrun.engine.tokenizer import Tokenizer
-from localrun.offload import llama_log
-from localrun.offload.gpu_device import without_gpus
+from localrun.ggml import log as llama_log
+from localrun.ggml.devices import without_gpus
 from tests.engine.models import write_chat_model, write_vocab_only
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 

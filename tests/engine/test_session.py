@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localrun.engine.engine import Engine
-from localrun.engine.protocol import SamplingOptions
+from localrun.engine.options import SamplingOptions
 from localrun.engine.session import Session
 from localrun.errors import (
     ChecksumError,

@@ -12,7 +12,7 @@ import pytest
 
 from localrun.engine import snapshots
 from localrun.engine.engine import Engine
-from localrun.engine.protocol import EngineOptions, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from tests.reference import kl

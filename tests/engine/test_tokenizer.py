@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localrun.engine.chat_format import ENCODERS
-from localrun.engine.messages import messages_from_json
-from localrun.engine.prompt_parts import PROTOCOL_TOKENS, Special, Text
+from localrun.engine.chat.format import ENCODERS
+from localrun.engine.chat.messages import messages_from_json
+from localrun.engine.chat.parts import PROTOCOL_TOKENS, Special, Text
 from localrun.engine.tokenizer import MAX_RUN, StreamDecoder, Tokenizer, _short_runs, _trie_regex
 from localrun.errors import LocalrunError
 from tests.engine.conftest import load_vocab

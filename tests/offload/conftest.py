@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from localrun.offload.gpu_device import GpuDevice
+from localrun.ggml.devices import GpuDevice
 from tests.offload.models import write_model
 from tests.rpc_server import a_gpu
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.engine.llama import Context
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.options import EngineOptions
 from localrun.offload.model import OffloadedModel
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 

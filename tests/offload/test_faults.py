@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from localrun.errors import CheckpointError, ChecksumError, FormatError, StoreError
-from localrun.offload import store as store_module
+from localrun.offload.cache import store as store_module
+from localrun.offload.cache.slots import SlotState
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.offload.slots import SlotState
-from localrun.quant.source import open_model
+from localrun.quant.open import open_model
 from tests.offload.models import floor_ram, logits, write_model
 
 

@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType as QT
 
 from localrun.engine.llama import StockModel
 from localrun.errors import BudgetError, DecodeError
-from localrun.offload.device import StoppedError, expert_device
+from localrun.offload.device.device import StoppedError, expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
-from localrun.quant.source import open_model
+from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
 from tools.make_moe_gguf import write_moe_gguf
@@ -161,7 +161,7 @@ def test_two_open_models_do_not_mix_up_their_experts(model_path: Path, tmp_path:
 
 
 def test_routing_table_out_of_range_is_an_error_not_a_crash(tmp_path: Path) -> None:
-    from localrun.offload.routing import route
+    from localrun.offload.device.routing import route
 
     with pytest.raises(DecodeError, match="outside"):
         route(np.array([[0, 99]], np.int32), 16)

@@ -10,7 +10,7 @@ import pytest
 
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.offload.readahead import ReadAhead
-from localrun.quant.source import open_model
+from localrun.quant.open import open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, write_model
 
 
@@ -107,7 +107,7 @@ def test_profile_counts_each_use_once_on_both_paths(model_path: Path) -> None:
 
 
 def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Path) -> None:
-    from localrun.offload.trace import Trace, TraceHeader, TraceRecorder
+    from localrun.offload.cache.trace import Trace, TraceHeader, TraceRecorder
 
     source = open_model(model_path)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:

@@ -9,9 +9,9 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.offload.model import OffloadOptions, open_offloaded
-from localrun.quant.convert import MODEL_NAME, convert
-from localrun.quant.plan import PlanOptions
-from localrun.quant.source import open_model
+from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.convert.converter import MODEL_NAME, convert
+from localrun.quant.open import open_model
 from tests.offload.models import F32, logits
 from tests.reference import (
     NAMES,

@@ -12,7 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.offload.model import OffloadOptions, open_offloaded
-from localrun.quant.source import ModelSource, Projection, open_model
+from localrun.quant.model.source import ModelSource, Projection
+from localrun.quant.open import open_model
 from tests.gguf_models import deepseek4_tensors, write_deepseek4
 from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from localrun.quant.convert import convert
+from localrun.quant.convert.converter import convert
 from tests.stock_llama import stock_logits
 from tools import make_checkpoint
 from tools.make_checkpoint import INDEX_NAME, write_checkpoint

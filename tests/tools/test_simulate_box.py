@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from localrun.engine.hardware import Hardware
-from localrun.engine.plan import Settings
-from localrun.engine.planner import make_plan
-from localrun.engine.sizes import ModelSizes, sizes_of
-from localrun.offload.trace import TraceHeader
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.plan import Settings
+from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.sizes import ModelSizes, sizes_of
+from localrun.offload.cache.trace import TraceHeader
 from tools import plan_table
 from tools.simulate_box import simulate
 from tools.simulate_cache import Workload, replay_engine, steps_of, synthetic_calls

@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from localrun.engine.process import GenerateEvent, LoadEvent
-from localrun.engine.protocol import (
+from localrun.engine.facts import ModelFacts, Timings
+from localrun.engine.options import EngineOptions
+from localrun.engine.process.process import GenerateEvent, LoadEvent
+from localrun.engine.process.protocol import (
     Delta,
-    EngineOptions,
     Finished,
     FinishReason,
     Generate,
     Loading,
-    ModelFacts,
     PromptProgress,
     Ready,
     Stats,
-    Timings,
 )
 from localrun.errors import EngineDiedError, LocalrunError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from textual.widgets import Markdown, Static
 
 from localrun.engine.conversations import Attachment, ConversationStore
-from localrun.engine.process import GenerateEvent
-from localrun.engine.protocol import Delta, Generate, PromptProgress, ToolCall
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import Delta, Generate, PromptProgress, ToolCall
 from localrun.errors import ContextFullError, DecodeError
 from localrun.tui.answering import _progress_line
 from localrun.tui.screens.dialog import ChoiceDialog

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from textual.widgets import Button, Input, RichLog
 
-from localrun.quant.source import open_model
+from localrun.quant.open import open_model
 from localrun.tui.conversion import Conversion, ConversionNews
 from localrun.tui.screens.convert import ConvertScreen
 from tests.checkpoints import write_small

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 
-from localrun.engine.attachments import AttachmentError, read_attachment
 from localrun.engine.conversations import Attachment, Message
-from localrun.engine.protocol import Delta, PromptProgress, SamplingOptions, Stats
+from localrun.engine.conversations.attachments import AttachmentError, read_attachment
+from localrun.engine.options import SamplingOptions
+from localrun.engine.process.protocol import Delta, PromptProgress, Stats
 from localrun.errors import UsageError
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
 from localrun.tui.answering import Answering

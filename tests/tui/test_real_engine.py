@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from localrun.engine.protocol import EngineOptions
+from localrun.engine.options import EngineOptions
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.options import ChatOptions
 from tests.engine.models import write_chat_model

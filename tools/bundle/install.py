@@ -118,7 +118,7 @@ def run_pip(prefix: Path, pip: Path, arguments: list[str]) -> None:
         raise InstallError(f"pip {arguments[0]} failed (see above)", "send this to whoever made the bundle")
 
 
-LOAD = "import numpy; from localrun.offload import ggml; ggml.library(); import ctypes; ctypes.CDLL('libgomp.so.1')"
+LOAD = "import numpy; from localrun.ggml import library; library.library(); import ctypes; ctypes.CDLL('libgomp.so.1')"
 
 PRELOAD = """\
 import ctypes

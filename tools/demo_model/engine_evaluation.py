@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from localrun.engine.process import EngineProcess
-from localrun.engine.protocol import Delta, EngineOptions, Generate, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import Delta, Generate
 from tools.demo_model.dialogue import Dialogue
 from tools.demo_model.evaluate import MAX_ANSWER_TOKENS, SAMPLE_CHATS, Question, ask, chat, core_score
 from tools.demo_model.tokenizer import END_THINK

@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType
 from numba import types
 from numba.extending import intrinsic
 
+from localrun.ggml.types import block_type
 from localrun.offload.kernels.compiled import ROWS
-from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.lowlevel import call_3, load_f32, load_i64, stack, store_f32
 from localrun.offload.kernels.simd import FLOATS, Simd
 

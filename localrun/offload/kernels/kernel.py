@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.ggml.types import block_type
 from localrun.offload.kernels import generic
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.exact import exact_rows
-from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
 from localrun.offload.kernels.interleaved.packing import pack_matrix
 from localrun.offload.kernels.interleaved.rows import rows_function

@@ -13,8 +13,8 @@ from textual.message import Message
 from textual.suggester import Suggester
 from textual.widgets import Button, Input, Static
 
-from localrun.engine.attachments import AttachmentError, read_attachment
 from localrun.engine.conversations import Attachment
+from localrun.engine.conversations.attachments import AttachmentError, read_attachment
 from localrun.textsafe import visible, visible_line
 from localrun.tui.engine_link import EngineLink
 from localrun.tui.screens.dialog import Dialog

@@ -10,7 +10,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from localrun.engine.protocol import Timings
+from localrun.engine.facts import Timings
 from localrun.textsafe import visible_line
 from localrun.tui.screens.dialog import Dialog
 

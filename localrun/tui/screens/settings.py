@@ -12,7 +12,8 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Button, Input, Select, Static, TextArea
 
-from localrun.engine.protocol import EngineOptions, ModelFacts
+from localrun.engine.facts import ModelFacts
+from localrun.engine.options import EngineOptions
 from localrun.errors import UsageError
 from localrun.textsafe import visible, visible_line
 from localrun.tui.options import NAMES, ChatOptions, describe, value_of, with_value

@@ -10,7 +10,8 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Sparkline, Static
 
-from localrun.engine.protocol import ModelFacts, Stats
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.protocol import Stats
 from localrun.tui.expert_grid import GPU, RAM, ExpertGrid, TierRates, read_grid, tier_rates
 from localrun.tui.widgets.expert_map import ExpertMap
 from localrun.units import format_size

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as T
 
+from localrun.ggml.types import block_type
 from localrun.offload.kernels import FfnKernel, FfnSpec
-from localrun.offload.kernels.ggml_types import block_type
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

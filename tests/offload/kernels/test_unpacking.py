@@ -7,9 +7,9 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from localrun.errors import UsageError
+from localrun.ggml.types import block_type
 from localrun.offload.kernels import FfnSpec, make_kernel
 from localrun.offload.kernels.cpu import Level, level
-from localrun.offload.kernels.ggml_types import block_type
 from localrun.offload.kernels.interleaved.formats import FORMATS
 
 

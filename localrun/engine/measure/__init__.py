@@ -1,0 +1,1 @@
+"""Measurements of a loaded model: speed, quality, expert use."""

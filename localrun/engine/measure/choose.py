@@ -1,0 +1,218 @@
+"""From what the user asked for to tiers: calibrate (or read an imatrix), measure output errors, solve.
+
+What was learned is kept in a work folder, so that a conversion that goes on after a kill decides the same without running the
+text again: `imatrix.gguf` and `tiers.json`. Both are thrown away when the model, the text or the formats are others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from localrun.engine import memory
+from localrun.engine.engine import Engine
+from localrun.engine.measure.calibrate import calibrate
+from localrun.engine.measure.calibration_text import CalibrationText, default_text
+from localrun.engine.options import EngineOptions
+from localrun.errors import FormatError, LocalrunError, StoreError, UsageError
+from localrun.quant.model.source import ModelSource
+from localrun.quant.open import open_model
+from localrun.quant.precision.error import ErrorTable, measure_errors
+from localrun.quant.precision.imatrix import read_imatrix, write_imatrix
+from localrun.quant.precision.importance import Importance
+from localrun.quant.precision.samples import ActivationSamples, drawn_samples
+from localrun.quant.precision.solver import (
+    ExpertCosts,
+    HotBudget,
+    Target,
+    TierSolution,
+    check_request,
+    solve_hot,
+    solve_target,
+    target_types,
+)
+
+log = logging.getLogger(__name__)
+
+IMATRIX_NAME, TIERS_NAME = "imatrix.gguf", "tiers.json"
+Report = Callable[[str, int, int], None]
+"""Called with (what is being done, done, in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierRequest:
+    """What the user asked for.
+
+    Attributes:
+        base: format of the base; None: the source's own. Of no meaning with a target.
+        hot, target: see `tier_solver`; neither: importance only.
+        text: calibration text; None: the one that ships.
+        imatrix: sums from a file in place of a calibration.
+        max_tokens: run only the first ones of the text; 0: all.
+        reserve_bytes: of a target's memory, for the context.
+    """
+
+    base: GGMLQuantizationType | None = None
+    hot: tuple[HotBudget, ...] = ()
+    target: Target | None = None
+    text: CalibrationText | None = None
+    imatrix: Path | None = None
+    max_tokens: int = 0
+    reserve_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierChoice:
+    """What was decided, and on which grounds; `errors` and `solution` are None if only importance was asked for."""
+
+    importance: Importance
+    errors: ErrorTable | None = None
+    solution: TierSolution | None = None
+
+
+def check_tier_request(source: ModelSource, request: TierRequest) -> tuple[GGMLQuantizationType, ...]:
+    """Everything that can be wrong before any work; the formats that will be measured.
+
+    Raises:
+        UsageError, FormatError: see `tier_solver.check_request` and `read_imatrix`.
+    """
+    if request.text is not None and request.imatrix is not None:
+        raise UsageError(
+            "--calibrate and --imatrix exclude each other", hint="an imatrix holds what a calibration finds"
+        )
+    own = next(iter(source.moe_layers.values())).types[0]
+    base = request.base or own
+    check_request(source.moe_layers, base, request.hot, request.target)
+    if request.imatrix is not None:
+        read_imatrix(request.imatrix, source.moe_layers)
+    if request.target is not None:
+        kinds = target_types(source.moe_layers, request.target, [own])
+        if not kinds:
+            raise UsageError("no format fits this model's experts", hint="give --base")
+        return kinds
+    return tuple(dict.fromkeys([base, *(budget.type for budget in request.hot)])) if request.hot else ()
+
+
+def choose_tiers(
+    model: Path,
+    request: TierRequest,
+    options: EngineOptions,
+    *,
+    work_folder: Path | None = None,
+    dense_bytes: int = 0,
+    report: Report | None = None,
+) -> TierChoice:
+    """Decides which expert gets which format.
+
+    Args:
+        model: any source; best the official checkpoint.
+        options: how to load it for the calibration; context and batch are chosen here.
+        work_folder: where results are kept and found; None: nowhere.
+        dense_bytes: of the dense model in the target.
+
+    Raises:
+        LocalrunError: any reason, with message and hint.
+    """
+    tell = report or (lambda what, done, total: None)
+    source = open_model(model)
+    kinds = check_tier_request(source, request)
+    text = request.text or default_text()
+    learned_from = text.digest if request.imatrix is None else read_imatrix(request.imatrix, source.moe_layers).digest
+    key = "\n".join([source.identity, learned_from, str(request.max_tokens), *(kind.name for kind in kinds)])
+    kept = _kept(work_folder, key, source) if work_folder is not None else None
+    if kept is not None:
+        importance, errors = kept
+    else:
+        importance, samples = _learn(model, source, request, text, options, tell)
+        if work_folder is not None:
+            importance = _keep_importance(work_folder, importance, source)
+        errors = None
+        if kinds:
+            errors = measure_errors(
+                source,
+                kinds,
+                importance,
+                samples,
+                n_threads=options.n_threads or memory.physical_cores(),
+                progress=lambda done, total: tell("measuring formats", done, total),
+            )
+        if work_folder is not None:
+            _keep(work_folder, key, importance, errors)
+    if errors is None:
+        return TierChoice(importance)
+    costs = ExpertCosts.build(source.moe_layers, kinds, importance.route_weights, errors.errors)
+    if request.target is not None:
+        solution = solve_target(costs, request.target, dense_bytes=dense_bytes, reserve_bytes=request.reserve_bytes)
+    else:
+        solution = solve_hot(costs, kinds[0], request.hot)
+    return TierChoice(importance, errors, solution)
+
+
+def _learn(
+    model: Path, source: ModelSource, request: TierRequest, text: CalibrationText, options: EngineOptions, tell: Report
+) -> tuple[Importance, ActivationSamples]:
+    if request.imatrix is not None:
+        importance = read_imatrix(request.imatrix, source.moe_layers)
+        return importance, drawn_samples(importance)
+    # 512 rows of logits of DeepSeek-V4 are 250 MiB; shorter windows would show the router less context.
+    options = replace(options, n_ctx=512, n_batch=512)
+    with Engine.open(model, options, lambda part, what: tell(what, round(1000 * part), 1000), learn=False) as engine:
+        result = calibrate(
+            engine,
+            text,
+            max_tokens=request.max_tokens,
+            progress=lambda done, total: tell("calibrating", done, total),
+        )
+    return result.importance, result.samples
+
+
+# --- kept results -----------------------------------------------------------------------------------------------------
+
+
+def _keep_importance(folder: Path, importance: Importance, source: ModelSource) -> Importance:
+    """Writes the sums and reads them back: mapped (those of a big model are a gigabyte), and rounded as a later run sees them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TIERS_NAME).unlink(missing_ok=True)  # it says that the sums beside it are those that it was made with
+    except OSError as error:
+        raise StoreError(f"{folder}: can't be written: {error.strerror}") from error
+    write_imatrix(importance, folder / IMATRIX_NAME)
+    return read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
+
+
+def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None) -> None:
+    """Last: it says that the sums are complete, and what was measured with them."""
+    path = folder / TIERS_NAME
+    value = {"key": key, "importance": importance.digest, "errors": errors.to_json() if errors is not None else None}
+    try:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(value), "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, ErrorTable | None] | None:
+    """What an earlier run kept; None if there is nothing that fits."""
+    path = folder / TIERS_NAME
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict) or value.get("key") != key:
+            return None
+        importance = read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
+        if importance.digest != value.get("importance"):
+            raise FormatError(f"{folder / IMATRIX_NAME}: not the one that {TIERS_NAME} was made with")
+        errors = ErrorTable.from_json(value["errors"]) if value.get("errors") is not None else None
+        if errors is not None and set(errors.layers) != set(source.moe_layers):
+            raise FormatError(f"{path}: errors of other layers")
+        return importance, errors
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LocalrunError) as error:
+        log.warning("kept results are not used: %s", error)
+        return None

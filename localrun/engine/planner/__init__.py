@@ -1,0 +1,1 @@
+"""What fits where on a machine, and how fast that will be."""

@@ -1,0 +1,41 @@
+"""How much memory llama.cpp's graph of one batch takes besides weights and cache.
+
+llama.cpp plans one buffer in which tensors follow each other; its size is the largest sum that lives at a time. For deepseek4 three
+moments compete, found by varying every dimension of small models and reading llama.cpp's log: mHC with its streams and the queries
+beside them, the indexer's queries, and the experts' activations; over many compressed rows their masks come on top, which grow with
+context times batch. The terms are in values of 4 bytes per token. docs/planner.md has what the formula was compared with: within
+1 % up to 131072 tokens of context, up to a fifth too high beyond that where several CSA layers follow each other.
+"""
+
+from __future__ import annotations
+
+from localrun.engine.planner.sizes import CSA, HCA, ModelSizes, padded
+
+_OTHER = 271
+"""Values per token for ids, positions, norms and indices."""
+
+
+def compute_bytes(sizes: ModelSizes, n_ctx: int, n_batch: int) -> int:
+    """Of a context with room for the logits of one token."""
+    at, n_ctx = sizes.attention, padded(n_ctx)
+    tokens = min(n_batch, n_ctx)
+    D, q, index = sizes.n_embd, at.n_heads * at.head_dim, at.index_heads * at.index_dim
+    head = 4 * sizes.n_vocab
+    if not at.ratios:
+        # Streams, queries, keys and values, gate and up of the experts in use, an attention mask in F16.
+        values = 6 * D + 2 * q + at.kv_row + 2 * sizes.n_used * max(sizes.n_ff, D)
+        return 4 * tokens * values + 2 * tokens * n_ctx + head
+    window = padded(min(n_ctx, at.window + tokens))
+    csa_rows = padded(-(-n_ctx // CSA)) if at.count(CSA) else 0
+    hca_rows = padded(-(-n_ctx // HCA)) if at.count(HCA) else 0
+    masks = 2 * tokens * (window + hca_rows)
+    # Four streams and their copies; queries that fit into a stream's place take no room of their own.
+    mixing = 15 * D + (2 * q if q > 4 * D else 0)
+    indexing = 7 * D + 2 * index + 16 * at.head_dim + (q if q >= index else 0)
+    routing = 11 * D + sizes.n_used * max(D, 3 * sizes.n_ff)
+    values = max(mixing, indexing, routing) + _OTHER
+    # Two masks of the compressed rows in F16. Attention over so many of them that their tensors fit into no query's place: scores
+    # and the choice made of them, twice where CSA layers follow each other, and window and rows side by side in F16.
+    few_rows = 4 * tokens * csa_rows
+    many_rows = (8 if at.count(CSA) == 1 else 10) * tokens * csa_rows + 2 * csa_rows * at.head_dim
+    return 4 * tokens * values + (many_rows if csa_rows > max(q, index) else few_rows) + masks + head

@@ -1,0 +1,104 @@
+"""What goes to GPUs: the dense model and its cache first, on the device with most room, then experts on all of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from localrun.engine.options import EngineOptions
+from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.placement import gpu_budgets
+from localrun.engine.planner.sizes import sizes_of_source
+from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.kernels import FfnSpec
+from localrun.quant.model.source import ModelSource
+from localrun.units import format_size
+
+log = logging.getLogger(__name__)
+
+ALL_LAYERS = 999
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlacement:
+    """Attributes:
+    n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
+    experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
+    ram_bytes: RAM that integrated GPUs may take of all this.
+    """
+
+    n_gpu_layers: int = 0
+    experts: tuple[tuple[GpuDevice, int], ...] = ()
+    ram_bytes: int = 0
+
+
+def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> GpuPlacement:
+    """Chooses devices and shares out their memory.
+
+    Args:
+        n_ctx: tokens of context that the cache must hold.
+
+    Raises:
+        UsageError: `--gpu` names a device that is not there, or one without memory of its own, and no `--vram`.
+        BudgetError: `--vram` is too little for anything.
+        LocalrunError: `--vram` without a GPU; an RPC server that does not answer.
+    """
+    rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
+    devices = choose_gpus(options.gpu, rpc)
+    if options.gpu == "auto":  # who names them says which comes first
+        devices.sort(key=lambda device: -device.free_bytes)
+    if not devices:
+        if options.vram_bytes:
+            raise LocalrunError(
+                "--vram: there is no GPU that this llama.cpp can use",
+                hint="run `localrun doctor`, or leave out --vram",
+            )
+        return GpuPlacement()
+    integrated = [device.name for device in devices if device.is_integrated]
+    if integrated and options.vram_bytes is None:
+        raise UsageError(
+            f"--gpu {options.gpu}: {', '.join(integrated)} has no memory of its own",
+            hint="say how much of the RAM it may take, e.g. --vram 8GiB",
+        )
+    free = [device.free_bytes for device in devices]
+    if options.vram_bytes is not None and options.vram_bytes > sum(free):
+        raise BudgetError(
+            f"--vram {format_size(options.vram_bytes)}: "
+            + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
+            hint="give less, or leave out --vram to take what fits",
+        )
+    sizes = sizes_of_source(source)
+    cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
+    needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
+    budgets = gpu_budgets(free, options.vram_bytes, needed)
+    ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
+    n_gpu_layers = 0
+    if budgets[0] >= needed:
+        n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
+    else:
+        log.warning(
+            "%s: the dense model and its cache need %s, more than the %s there: they stay on the CPU",
+            devices[0].name,
+            format_size(needed),
+            format_size(budgets[0]),
+        )
+    for index, device in enumerate(devices):
+        least = _least_for_experts(source, device)
+        if budgets[index] < least:
+            budgets[index] = 0
+    if not n_gpu_layers and not any(budgets):
+        if options.vram_bytes:
+            raise BudgetError(
+                f"--vram {format_size(options.vram_bytes)} is too little: experts need at least "
+                f"{format_size(_least_for_experts(source, devices[0]))}, the dense model and its cache {format_size(needed)}",
+                hint="give more, or --gpu none",
+            )
+        return GpuPlacement()
+    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes)
+
+
+def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:
+    specs = [FfnSpec(types, moe.n_embd, moe.n_ff, 0.0) for moe in source.moe_layers.values() for types in moe.variants]
+    return max(scratch_bytes(spec) for spec in specs) + min(slot_bytes(spec, 1, device) for spec in set(specs))

@@ -1,0 +1,254 @@
+"""What a machine has for a model: memory, bandwidths, cores, GPUs; measured here, or given for a machine that is elsewhere.
+
+Every value knows where it comes from ("measured", "given", "assumed"), because a prediction from an assumed bandwidth is no
+better than the assumption. Nothing here may fail a start: what can't be found out is assumed, and said so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localrun.engine import memory
+from localrun.engine.planner.usual_rates import usual_rates
+from localrun.errors import LocalrunError
+from localrun.offload.gpu.rates import GpuRates, assumed_rates
+from localrun.offload.kernels.rates import CpuRates, ExpertRates
+
+if TYPE_CHECKING:
+    from localrun.ggml.devices import GpuDevice
+    from localrun.offload.kernels import FfnSpec
+
+log = logging.getLogger(__name__)
+
+ASSUMED_DISK = 3.0e9
+"""Bytes per second of a PCIe 3.0 NVMe drive, where there is nothing to measure."""
+
+ASSUMED_MEMORY = 40.0e9
+"""Two channels of DDR4-3200 give 51.2 GB/s on paper; a reader gets about four fifths."""
+
+ASSUMED_GPU_MEMORY = 500.0e9
+"""A middle-class card of recent years."""
+
+ASSUMED_PCIE = 12.0e9
+"""PCIe 3.0 x16 or 4.0 x8 after overhead."""
+
+ASSUMED_GPU = assumed_rates(ASSUMED_GPU_MEMORY, ASSUMED_PCIE)
+
+_PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
+"""GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
+
+SYS_PCI = Path("/sys/bus/pci/devices")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One graphics card, or an RPC device.
+
+    Attributes:
+        vram_bytes: free memory.
+        rates: what it does per second; `rates.measured` says whether that is known.
+    """
+
+    name: str = "GPU"
+    vram_bytes: int
+    rates: GpuRates = ASSUMED_GPU
+
+    @classmethod
+    def described(
+        cls,
+        vram_bytes: int,
+        *,
+        name: str = "GPU",
+        bytes_per_s: float = ASSUMED_GPU_MEMORY,
+        pcie_bytes_per_s: float = ASSUMED_PCIE,
+    ) -> Gpu:
+        """A card of which no more is known than its memory's bandwidth and its link's."""
+        return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s, pcie_bytes_per_s))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A machine. Rates in bytes per second.
+
+    Attributes:
+        ram_bytes: free for a whole program, what this process holds already included; None: nobody knows, and a plan assumes that
+            everything fits.
+        total_ram_bytes: of the machine, or of its cgroup.
+        disk: of the model's drive, several reads in flight, past the page cache.
+        n_drives: 2: a mirror on a second one.
+        memory: of RAM, all cores reading.
+        n_threads: that compute.
+        cpu: what our kernels do here; None: assumed from memory and threads.
+        origin: name of a value -> "measured", "given" or "assumed".
+    """
+
+    ram_bytes: int | None
+    total_ram_bytes: int | None
+    disk: float = ASSUMED_DISK
+    n_drives: int = 1
+    memory: float = ASSUMED_MEMORY
+    n_threads: int = 1
+    cpu: CpuRates | None = None
+    gpus: tuple[Gpu, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def vram_bytes(self) -> int:
+        """Of all GPUs."""
+        return sum(gpu.vram_bytes for gpu in self.gpus)
+
+    def given(self, **values: object) -> Hardware:
+        """With these values instead, and marked as given; None leaves a value as it is."""
+        named = {name: value for name, value in values.items() if value is not None}
+        origin = {**self.origin, **dict.fromkeys(named, "given")}
+        if named.keys() & {"memory", "n_threads"}:  # what was measured with others says nothing
+            named["cpu"] = None
+            origin.pop("cpu", None)
+        return replace(self, **named, origin=origin)  # type: ignore[arg-type]
+
+
+def detect(
+    files: Sequence[Path] = (),
+    *,
+    n_threads: int = 0,
+    probe: bool = True,
+    n_drives: int = 1,
+    gpus: bool = False,
+    specs: Collection[FfnSpec] = (),
+) -> Hardware:
+    """This machine.
+
+    Args:
+        files: of the model: the drive that holds them is measured (once a month, about a second); without any, a figure
+            remembered of the cache folder's drive is taken.
+        n_threads: that will compute; 0: one per physical core.
+        probe: measure bandwidths; else only what costs nothing, the rest assumed.
+        gpus: look for those that llama.cpp can use.
+        specs: experts to measure the kernels with.
+    """
+    n_threads = n_threads or memory.physical_cores()
+    cpu = None
+    origin = {"ram_bytes": "measured", "n_threads": "measured", "disk": "assumed", "memory": "assumed"}
+    disk, memory_rate = ASSUMED_DISK, ASSUMED_MEMORY
+    if probe:
+        from localrun.offload.cache.drive_probe import disk_profiles_path, probe_disk, probe_memory
+
+        drive = probe_disk(list(files) or [disk_profiles_path()])
+        if drive.bytes_per_s is not None:
+            disk, origin["disk"] = drive.bytes_per_s, "measured"
+        memory_rate, origin["memory"] = probe_memory(), "measured"
+        if specs:
+            from localrun.offload.kernels.probe import probe_cpu
+
+            try:
+                cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
+            except LocalrunError as error:  # loading says what it thinks of such a model
+                log.warning("the processor was not measured: %s", error)
+        memory_rate, cpu = _usual(memory_rate, cpu, specs, n_threads)
+    available = memory.available_memory()
+    return Hardware(
+        ram_bytes=None if available is None else available + memory.resident_bytes(),
+        total_ram_bytes=memory.total_memory(),
+        disk=disk,
+        n_drives=n_drives,
+        memory=memory_rate,
+        n_threads=n_threads,
+        cpu=cpu,
+        gpus=local_gpus() if gpus else (),
+        origin=origin,
+    )
+
+
+def _usual(
+    memory_rate: float, cpu: CpuRates | None, specs: Collection[FfnSpec], n_threads: int
+) -> tuple[float, CpuRates | None]:
+    """These rates as this machine usually has them (`usual_rates.py`)."""
+
+    def key(spec: FfnSpec, name: str) -> str:
+        kinds = "/".join(kind.name for kind in spec.types)
+        return f"{name} of {kinds} {spec.n_embd}x{spec.n_ff}, {n_threads} threads"
+
+    measured = {"memory": memory_rate}
+    if cpu is None:
+        return usual_rates(measured)["memory"], None
+    dense = {f.name: f"{f.name}, {n_threads} threads" for f in fields(cpu) if f.name != "experts"}
+    seconds = [f.name for f in fields(ExpertRates)]
+    measured |= {key: getattr(cpu, name) for name, key in dense.items()}
+    measured |= {key(spec, name): 1 / getattr(cpu.experts[spec.types], name) for spec in specs for name in seconds}
+    usual = usual_rates(measured)
+    experts = {spec.types: ExpertRates(**{name: 1 / usual[key(spec, name)] for name in seconds}) for spec in specs}
+    return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
+
+
+def local_gpus() -> tuple[Gpu, ...]:
+    """GPUs that llama.cpp was built for and that a load would use unasked, measured."""
+    from localrun.ggml.devices import choose_gpus
+
+    return measured_gpus(choose_gpus("auto"))
+
+
+def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
+    """These devices with their rates; with assumed ones where `probe` is False or fails, and the link's as the system tells it."""
+    from localrun.offload.gpu.probe import probe_gpu
+
+    links = display_links()
+    known = len(links) == len(devices)  # else nobody knows which is which
+    result = []
+    for number, device in enumerate(devices):
+        link = links[number] if known else ASSUMED_PCIE
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_GPU_MEMORY, link)
+        result.append(Gpu(name=device.description or device.name, vram_bytes=device.free_bytes, rates=rates))
+    return tuple(result)
+
+
+def display_links() -> list[float]:
+    """Rates of the links of all graphics cards, by address."""
+    links = []
+    with contextlib.suppress(OSError):
+        for folder in sorted(SYS_PCI.iterdir()):
+            with contextlib.suppress(OSError):
+                rate = pcie_rate(folder.name)
+                # PCI class 0x03: display controllers.
+                if rate is not None and (folder / "class").read_text().startswith("0x03"):
+                    links.append(rate)
+    return links
+
+
+def described(
+    *, ram_bytes: int, n_threads: int, disk: float, memory: float, n_drives: int = 1, gpus: Sequence[Gpu] = ()
+) -> Hardware:
+    """A machine that somebody describes; all of its RAM but what a system takes is free."""
+    return Hardware(
+        ram_bytes=max(0, ram_bytes - SYSTEM_BYTES),
+        total_ram_bytes=ram_bytes,
+        disk=disk,
+        n_drives=n_drives,
+        memory=memory,
+        n_threads=n_threads,
+        gpus=tuple(gpus),
+        origin=dict.fromkeys(("ram_bytes", "n_threads", "gpus", "disk", "memory", "n_drives"), "given"),
+    )
+
+
+SYSTEM_BYTES = 2 * 2**30
+"""What an operating system and a desktop hold of a machine that is only described."""
+
+
+def pcie_rate(address: str) -> float | None:
+    """Bytes per second of a PCI device's link at its best (idle cards slow theirs down); None if the system doesn't say.
+
+    Args:
+        address: `0000:01:00.0`.
+    """
+    folder = SYS_PCI / address.lower()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        speed = float((folder / "max_link_speed").read_text().split()[0])
+        lanes = int((folder / "max_link_width").read_text())
+        per_lane = _PCIE_GT.get(speed)
+        return per_lane * lanes if per_lane and lanes else None
+    return None

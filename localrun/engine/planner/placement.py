@@ -1,0 +1,166 @@
+"""Where the parts of a model go on a machine, in bytes; what can't fit is refused with numbers and the nearest setting that fits.
+
+Order of claims on memory: dense model, KV cache and llama.cpp's buffers first, then headroom, then experts; the first three go
+together to the first GPU or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from localrun.engine import memory
+from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.plan import GpuShare, Placement, Settings
+from localrun.engine.planner.sizes import ModelSizes, padded
+from localrun.errors import BudgetError
+from localrun.units import format_size
+
+PROCESS_BYTES = 350 << 20
+"""Python, numba, llama.cpp and their code; 320 MiB resident before a model is loaded."""
+
+GPU_HEADROOM_BYTES = 512 << 20
+"""Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""
+
+MIN_CONTEXT = 4096
+"""Tokens; nobody wants fewer."""
+
+
+def headroom(available: int, total: int) -> int:
+    """RAM that the automatic choice leaves: 2 GiB or a tenth of the machine, on a small one at most a quarter of what is free."""
+    wanted = max(memory.HEADROOM_BYTES, total // 10)
+    return min(wanted, available // 4) if available < 8 * 2**30 else wanted
+
+
+def gpu_share(machine: Hardware, vram_bytes: int | None, dense_bytes: int) -> GpuShare:
+    """As much as fits: the dense model and what belongs to it on the largest GPU, experts in what is left on all.
+
+    Args:
+        vram_bytes: to use, of all GPUs together; None: all but some headroom on each.
+        dense_bytes: cache and buffers included.
+    """
+    free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
+    budgets = gpu_budgets(free, vram_bytes, dense_bytes)
+    dense = bool(budgets) and budgets[0] >= dense_bytes
+    return GpuShare(dense=dense, expert_bytes=sum(budgets) - (dense_bytes if dense else 0))
+
+
+def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -> list[int]:
+    """Bytes to use of each GPU, of which the first is meant for the dense model.
+
+    Args:
+        free: bytes of each.
+        vram_bytes: to use, of all together: shared out by what is free, but enough for the dense model on the first one, if it has
+            that; None: all but some headroom on each.
+        dense_bytes: cache and buffers included.
+    """
+    if vram_bytes is None or not free:
+        return [max(0, size - GPU_HEADROOM_BYTES) for size in free]
+    total = min(vram_bytes, sum(free))
+    first = total * free[0] // max(1, sum(free))
+    if first < dense_bytes <= min(free[0], total):
+        first = dense_bytes
+    others = sum(free[1:])
+    return [first, *((total - first) * size // max(1, others) for size in free[1:])]
+
+
+def place(
+    sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int, gpu: GpuShare | None = None
+) -> Placement:
+    """Shares out the memory.
+
+    Args:
+        gpu: what goes to GPUs, decided already; None: as much as fits.
+
+    Raises:
+        BudgetError: it does not fit.
+    """
+    dense = sizes.dense_bytes
+    kv = sizes.kv_bytes(n_ctx, settings.kv_type, settings.n_batch)
+    compute = compute_bytes(sizes, n_ctx, settings.n_batch)
+    fixed = dense + kv + compute
+    if gpu is None:
+        gpu = gpu_share(machine, settings.vram_bytes, fixed)
+    slot = max(1.0, sizes.mean_slot_bytes)
+    gpu_experts = min(sizes.n_copies, int(gpu.expert_bytes / slot))
+    rest = sizes.n_copies - gpu_experts
+    rest_bytes = int(rest * slot + sizes.staging_bytes) if rest else 0
+    spare, ram = 0, settings.ram_bytes
+    if machine.ram_bytes is not None:
+        left = machine.ram_bytes - PROCESS_BYTES - (0 if gpu.dense else fixed)
+        if ram is None:
+            spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
+            ram = max(0, left - spare)
+        _check(sizes, machine, settings, n_ctx, left, min(ram, rest_bytes))
+        if settings.ram_bytes is None and sizes.n_copies:
+            ram = max(ram, sizes.floor_bytes)
+            spare = max(0, min(spare, left - ram))
+    arena = (rest_bytes if ram is None else min(ram, rest_bytes)) - sizes.staging_bytes
+    return Placement(
+        dense_on_gpu=gpu.dense,
+        dense_bytes=dense,
+        kv_bytes=kv,
+        compute_bytes=compute,
+        ram_bytes=ram,
+        headroom_bytes=spare,
+        gpu_expert_bytes=int(gpu_experts * slot),
+        ram_experts=max(0, min(rest, int(arena / slot + 1e-6))),
+        gpu_experts=gpu_experts,
+    )
+
+
+def _check(sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int, left: int, ram: int) -> None:
+    """Refuses what can't fit.
+
+    Args:
+        left: RAM less everything but the experts.
+        ram: the experts' budget.
+    """
+    floor = sizes.floor_bytes if sizes.n_copies else 0
+    assert machine.ram_bytes is not None
+    free = format_size(machine.ram_bytes)
+    if settings.ram_bytes is not None and ram > left >= floor:
+        raise BudgetError(
+            f"--ram {format_size(settings.ram_bytes)} and {format_size(machine.ram_bytes - left)} for the dense model, "
+            f"its context and buffers are more than the {free} that are free",
+            hint=f"give --ram {_gib(left)} at most, or leave it out",
+        )
+    if left < floor:
+        raise BudgetError(
+            f"{sizes.name} does not fit: dense model {format_size(sizes.dense_bytes)}, KV cache of {n_ctx} tokens "
+            f"{format_size(sizes.kv_bytes(n_ctx, settings.kv_type, settings.n_batch))}, buffers "
+            f"{format_size(compute_bytes(sizes, n_ctx, settings.n_batch))}, process {format_size(PROCESS_BYTES)}, "
+            f"experts of one layer {format_size(floor)}; free are {free}",
+            hint=_nearest(sizes, machine, settings, n_ctx),
+        )
+
+
+def _nearest(sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int) -> str:
+    """The mildest change with which it fits."""
+    assert machine.ram_bytes is not None
+
+    def needed(n_ctx: int, kv_type: str) -> int:
+        context = sizes.kv_bytes(n_ctx, kv_type, settings.n_batch) + compute_bytes(sizes, n_ctx, settings.n_batch)
+        return sizes.dense_bytes + context + PROCESS_BYTES + (sizes.floor_bytes if sizes.n_copies else 0)
+
+    for changed, kv_type in _milder(n_ctx, settings.kv_type):
+        if needed(changed, kv_type) <= machine.ram_bytes:
+            return f"it fits with --context {changed}" + (f" --kv {kv_type}" if kv_type != settings.kv_type else "")
+    least = min(
+        needed(changed, kv_type) for changed, kv_type in [(n_ctx, settings.kv_type), *_milder(n_ctx, settings.kv_type)]
+    )
+    return f"{format_size(least)} must be free even with the smallest context: close other programs, or use a larger machine"
+
+
+def _milder(n_ctx: int, kv_type: str) -> Iterator[tuple[int, str]]:
+    if kv_type in ("f16", "bf16", "f32"):
+        yield n_ctx, "q8_0"
+    while n_ctx > MIN_CONTEXT:
+        n_ctx = max(MIN_CONTEXT, padded(n_ctx // 2))
+        yield n_ctx, kv_type
+    if kv_type in ("f16", "bf16", "f32"):
+        yield n_ctx, "q8_0"
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{max(0, n_bytes) / 2**30:.1f}GiB"

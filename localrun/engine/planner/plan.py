@@ -1,0 +1,168 @@
+"""A plan and what it is made of: settings, places, estimates, suggestions. Numbers, no handles; made by `planner.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from localrun.engine.options import EngineOptions
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hit_rates import HitRates
+from localrun.engine.planner.sizes import ModelSizes
+from localrun.engine.planner.speed import Range, Residency, predict_decode, predict_prefill, slowest
+from localrun.engine.planner.text import plan_json, plan_lines
+
+PROMPT_TOKENS = 2048
+"""Length of the prompt whose reading is predicted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a user may choose. None and 0: the planner chooses.
+
+    Attributes:
+        ram_bytes: for experts in RAM, reads under way included.
+        vram_bytes: of GPU memory to use, all GPUs together.
+        n_ctx: tokens of context.
+        adaptive: misses are served from the base's copies.
+        position: tokens in the context whose decode is predicted; None: a quarter of the context, at most 8192.
+    """
+
+    ram_bytes: int | None = None
+    vram_bytes: int | None = None
+    n_ctx: int = 0
+    kv_type: str = "f16"
+    n_batch: int = 512
+    position: int | None = None
+    adaptive: bool = False
+    prompt_tokens: int = PROMPT_TOKENS
+
+    @classmethod
+    def of(cls, options: EngineOptions) -> Settings:
+        """Of an engine that is about to load."""
+        return cls(
+            ram_bytes=options.ram_bytes,
+            vram_bytes=options.vram_bytes,
+            n_ctx=options.n_ctx,
+            kv_type=options.kv_type,
+            n_batch=options.n_batch,
+            adaptive=options.adaptive,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuShare:
+    """What goes to GPUs.
+
+    Attributes:
+        dense: the dense model, its cache and buffers, on the first one.
+        expert_bytes: for experts, on all of them.
+    """
+
+    dense: bool = False
+    expert_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Bytes by place.
+
+    Attributes:
+        dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers; on the GPU or in RAM, all three.
+        ram_bytes: budget of the experts in RAM, reads under way included; None: nobody knows what is free, and all experts fit.
+        headroom_bytes: of RAM, left to the desktop and the page cache.
+        gpu_expert_bytes: of experts on GPUs.
+        ram_experts, gpu_experts: how many have a place there.
+    """
+
+    dense_on_gpu: bool
+    dense_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    ram_bytes: int | None
+    headroom_bytes: int
+    gpu_expert_bytes: int
+    ram_experts: int
+    gpu_experts: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What must be there whole."""
+        return self.dense_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A change and what it would give.
+
+    Attributes:
+        text: the change.
+        gain: of the likely speed of its phase, 1.5 is half as fast again.
+        tokens_per_s: that speed.
+        phase: what gets faster.
+    """
+
+    text: str
+    gain: float
+    tokens_per_s: float
+    phase: Literal["answers", "prompts"] = "answers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where a model goes and how fast it will be. Immutable.
+
+    Attributes:
+        decode, prefill: None for models too small to predict.
+        rates: hit rates that were used.
+    """
+
+    sizes: ModelSizes
+    machine: Hardware
+    settings: Settings
+    n_ctx: int
+    placement: Placement
+    decode: Range | None
+    prefill: Range | None
+    rates: HitRates = field(repr=False)
+    suggestions: tuple[Suggestion, ...] = ()
+
+    @property
+    def resident_share(self) -> float:
+        """Of experts that need no drive."""
+        at = self.placement
+        return min(1.0, (at.ram_experts + at.gpu_experts) / max(1, self.sizes.n_copies))
+
+    def lines(self) -> list[str]:
+        """Six lines for people."""
+        return plan_lines(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return plan_json(self)
+
+    def decode_at(self, position: int) -> Range:
+        """Answers with so many tokens in the context."""
+        place = residency(self.sizes, self.machine, self.placement, adaptive=self.settings.adaptive)
+        kv_type = self.settings.kv_type
+        return predict_decode(self.sizes, place, self.machine, self.rates, position=position, kv_type=kv_type)
+
+    def prefill_of(self, prompt_tokens: int) -> Range:
+        """A prompt of so many tokens."""
+        place = residency(self.sizes, self.machine, self.placement, adaptive=self.settings.adaptive)
+        n_batch = self.settings.n_batch
+        return predict_prefill(
+            self.sizes, place, self.machine, self.rates, prompt_tokens=prompt_tokens, n_batch=n_batch
+        )
+
+
+def residency(sizes: ModelSizes, machine: Hardware, placement: Placement, *, adaptive: bool = False) -> Residency:
+    """A placement as shares."""
+    n_copies = max(1, sizes.n_copies)
+    return Residency(
+        miss_bytes=sizes.miss_bytes(adaptive=adaptive),
+        ram_share=placement.ram_experts / n_copies,
+        gpu_share=placement.gpu_experts / n_copies,
+        dense_on_gpu=placement.dense_on_gpu,
+        gpu=slowest([gpu.rates for gpu in machine.gpus]),
+    )

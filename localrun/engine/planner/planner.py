@@ -1,0 +1,109 @@
+"""What fits where on a machine, how fast that will be, and what would make it faster: before anything is read, on any machine.
+
+One code for `localrun plan`, for every load (the budgets that the engine uses are decided here) and for simulations. A `Plan` is
+made from sizes (`sizes.py`), a machine (`hardware.py`), places (`placement.py`), hit rates (`hit_rates.py`) and rates of bytes
+(`speed.py`). A load decides about its GPUs itself (`gpu.py`) and tells the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from localrun.engine.options import EngineOptions
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
+from localrun.engine.planner.placement import place
+from localrun.engine.planner.plan import GpuShare, Plan, Settings, residency
+from localrun.engine.planner.sizes import KV_BITS, ModelSizes, sizes_of_source
+from localrun.engine.planner.speed import predict_decode, predict_prefill
+from localrun.engine.planner.suggestions import suggestions
+from localrun.quant.model.source import ModelSource
+
+DEFAULT_CONTEXT = 32768
+"""Tokens, when the user says nothing and the model was trained for more."""
+
+SMALL_BYTES = 256 << 20
+"""Models below run from the processor's caches and in milliseconds: no prediction."""
+
+
+def plan_load(
+    source: ModelSource,
+    options: EngineOptions,
+    machine: Hardware,
+    gpu: GpuShare | None = None,
+    *,
+    suggest: bool = False,
+    learned: bool = True,
+) -> Plan:
+    """The plan that a load follows: `placement.ram_bytes` is its budget.
+
+    Args:
+        gpu: what goes to GPUs, decided already; None: nothing.
+        learned: the run will know the model's routing profile.
+
+    Raises:
+        BudgetError: it can't fit; the message has the numbers, the hint the nearest setting that fits.
+    """
+    sizes = sizes_of_source(source)
+    rates = hit_rates(sizes.identity, dict.fromkeys(sizes.moe_layers, sizes.n_experts))
+    return make_plan(
+        sizes,
+        machine,
+        Settings.of(options),
+        suggest=suggest,
+        rates=rates if learned else Unlearned(rates),
+        gpu=gpu or GpuShare(),
+    )
+
+
+def make_plan(
+    sizes: ModelSizes,
+    machine: Hardware,
+    settings: Settings | None = None,
+    *,
+    suggest: bool = True,
+    rates: HitRates | None = None,
+    gpu: GpuShare | None = None,
+) -> Plan:
+    """Places a model on a machine and predicts its speed.
+
+    Args:
+        suggest: also plan what would be faster.
+        rates: instead of the user's own or the published ones.
+        gpu: what goes to GPUs; None: as much as fits.
+
+    Raises:
+        BudgetError: as `plan_load`.
+    """
+    settings = settings or Settings()
+    n_ctx = settings.n_ctx or min(sizes.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    placement = place(sizes, machine, settings, n_ctx, gpu)
+    if rates is None:
+        rates = hit_rates(sizes.identity, dict.fromkeys(sizes.moe_layers, sizes.n_experts))
+    decode = prefill = None
+    if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
+        at = residency(sizes, machine, placement, adaptive=settings.adaptive)
+        position = min(n_ctx // 4, 8192) if settings.position is None else settings.position
+        decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=settings.kv_type)
+        prompt_tokens = min(settings.prompt_tokens, n_ctx)
+        prefill = predict_prefill(sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=settings.n_batch)
+    plan = Plan(
+        sizes=sizes,
+        machine=machine,
+        settings=settings,
+        n_ctx=n_ctx,
+        placement=placement,
+        decode=decode,
+        prefill=prefill,
+        rates=rates,
+    )
+    if not suggest or decode is None:
+        return plan
+
+    def again(sizes: ModelSizes, machine: Hardware, settings: Settings) -> Plan:
+        return make_plan(sizes, machine, settings, suggest=False, rates=rates, gpu=gpu)
+
+    return replace(plan, suggestions=tuple(suggestions(plan, again)))
+
+
+assert set(KV_BITS) == {"f32", "f16", "q4_0", "q8_0", "bf16"}  # those that llama.cpp's cache takes here

@@ -1,0 +1,480 @@
+"""What a model takes: bytes of the dense model, of the KV cache, of llama.cpp's buffers and of the experts in their formats.
+
+Everything follows from a config.json or from a model's headers; no weight is read. The KV cache and its frontiers are counted as
+llama.cpp allocates them (`llama-kv-cache-dsv4.cpp`), which is more than a sequence needs: rows are padded to 256, and the window
+holds a whole batch besides its 128 rows. Models other than `deepseek4` are counted as having a plain cache, which is an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from localrun.engine.planner.builtin_models import BUILT_IN, NAMES
+from localrun.errors import FormatError, UsageError
+from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions, target_type
+from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
+from localrun.quant.checkpoint.schema import Role, TensorSpec, trunk_tensors
+from localrun.quant.gguf.file import tensor_bytes
+from localrun.quant.model.source import ExpertTypes, ModelSource
+from localrun.quant.open import open_model
+
+if TYPE_CHECKING:
+    from localrun.offload.kernels import FfnSpec
+
+_T = GGMLQuantizationType
+
+KV_BITS = {"f32": _T.F32, "f16": _T.F16, "q4_0": _T.Q4_0, "q8_0": _T.Q8_0, "bf16": _T.BF16}
+"""Number formats of the KV cache by the name that options use."""
+
+CSA, HCA = 4, 128
+"""Compression ratios of deepseek4's two kinds of compressed layers."""
+
+LLAMA_PAD = 256
+"""llama.cpp rounds contexts and caches up to this many rows."""
+
+STAGED_EXPERTS = 4
+"""Experts whose reads the store has under way; each needs a buffer beside the slots."""
+
+_PARTS = (
+    ("embedding", ("token_embd",)),
+    ("output head", ("output.weight", "output_norm", "output_hc")),
+    ("indexer", ("indexer",)),
+    ("compressor", ("attn_compressor",)),
+    ("router", ("ffn_gate_inp", "exp_probs_b")),
+    ("hash tables", ("ffn_gate_tid2eid",)),
+    ("shared expert", ("_shexp",)),
+    ("mHC", ("hc_attn", "hc_ffn")),
+    ("attention", ("attn",)),
+)
+"""Parts of the dense model, the first whose mark occurs in a tensor's name; the rest is "other"."""
+
+LOOKED_UP = ("embedding", "hash tables")
+"""Parts of which a token reads one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What the KV cache depends on. `ratios` is empty for models without compressed layers.
+
+    Attributes:
+        kv_row: values per token and layer of a plain cache (keys and values of all heads).
+        ratios: compression ratio per layer of deepseek4.
+    """
+
+    n_heads: int
+    head_dim: int
+    kv_row: int
+    window: int = 0
+    ratios: tuple[int, ...] = ()
+    index_heads: int = 0
+    index_dim: int = 0
+    index_top_k: int = 0
+
+    def count(self, ratio: int) -> int:
+        """Layers of that compression ratio."""
+        return self.ratios.count(ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Experts of one size.
+
+    Attributes:
+        types: of gate, up and down.
+        count: how many, over all layers.
+        file_bytes: of one, as ggml rows: what a miss reads.
+        slot_bytes: of one in RAM.
+    """
+
+    types: ExpertTypes
+    count: int
+    file_bytes: int
+    slot_bytes: int
+
+    @property
+    def name(self) -> str:
+        """`MXFP4`, or `IQ2_XXS/IQ2_XXS/Q2_K` where the projections differ."""
+        names = [kind.name for kind in self.types]
+        return names[0] if len(set(names)) == 1 else "/".join(names)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes of one model in the formats that it has or would have. All in bytes.
+
+    Attributes:
+        identity: of the weights, for their routing profile; empty where there are none.
+        files: of the model, to measure the drive; empty where there are none.
+        dense: by part, see `_PARTS`.
+        dense_weights: weights of all matrices that every token is multiplied with.
+        experts: the copies that would be used, by format.
+        base_bytes: all experts in the base's copies, where an overlay has better ones; else 0.
+        convertible: another format of the experts is a matter of converting again.
+    """
+
+    name: str
+    architecture: str
+    identity: str
+    files: tuple[Path, ...]
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    moe_layers: tuple[int, ...]
+    n_experts: int
+    n_used: int
+    n_ff: int
+    attention: Attention
+    dense: Mapping[str, int]
+    dense_weights: int
+    experts: tuple[ExpertGroup, ...]
+    base_bytes: int = 0
+    convertible: bool = False
+
+    @property
+    def dense_bytes(self) -> int:
+        """The dense model."""
+        return sum(self.dense.values())
+
+    @property
+    def dense_token_bytes(self) -> int:
+        """What every token reads of it."""
+        return sum(size for part, size in self.dense.items() if part not in LOOKED_UP)
+
+    @property
+    def n_copies(self) -> int:
+        """Experts of all layers."""
+        return sum(group.count for group in self.experts)
+
+    @property
+    def expert_file_bytes(self) -> int:
+        """All experts in the file."""
+        return sum(group.count * group.file_bytes for group in self.experts)
+
+    @property
+    def expert_slot_bytes(self) -> int:
+        """All experts in RAM."""
+        return sum(group.count * page_rounded(group.slot_bytes) for group in self.experts)
+
+    @property
+    def mean_file_bytes(self) -> float:
+        """A miss on average."""
+        return self.expert_file_bytes / max(1, self.n_copies)
+
+    def miss_bytes(self, *, adaptive: bool) -> float:
+        """What a miss on average waits for; in adaptive mode the base's copy."""
+        return self.base_bytes / self.n_copies if adaptive and self.base_bytes else self.mean_file_bytes
+
+    @property
+    def mean_slot_bytes(self) -> float:
+        """A slot on average."""
+        return self.expert_slot_bytes / max(1, self.n_copies)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Buffers of reads under way."""
+        return STAGED_EXPERTS * (max((group.file_bytes for group in self.experts), default=0) + 6 * 4096)
+
+    @property
+    def floor_bytes(self) -> int:
+        """Least RAM for experts: one token's experts of one layer, and the reads."""
+        largest = max((page_rounded(group.slot_bytes) for group in self.experts), default=0)
+        return self.n_used * largest + self.staging_bytes
+
+    @property
+    def used_weights(self) -> int:
+        """Expert weights that a token is multiplied with."""
+        return len(self.moe_layers) * self.n_used * 3 * self.n_embd * self.n_ff
+
+    @property
+    def specs(self) -> tuple[FfnSpec, ...]:
+        """Shapes of the experts, by format, for measuring kernels; the clamp costs nothing."""
+        from localrun.offload.kernels import FfnSpec
+
+        return tuple(FfnSpec(group.types, self.n_embd, self.n_ff, 10.0) for group in self.experts)
+
+    def kv(self, n_ctx: int, kv_type: str, n_batch: int) -> dict[str, int]:
+        """The KV cache as llama.cpp allocates it, by part: window, CSA rows, HCA rows, indexer rows, frontiers."""
+        at, n_ctx = self.attention, padded(n_ctx)
+        if not at.ratios:
+            return {"rows": self.n_layers * row_bytes(kv_type, at.kv_row) * n_ctx}
+        n_csa, n_hca = at.count(CSA), at.count(HCA)
+        window = padded(min(n_ctx, at.window + min(n_batch, n_ctx)))
+        csa_rows, hca_rows = padded(-(-n_ctx // CSA)), padded(-(-n_ctx // HCA))
+        row, index_row = row_bytes(kv_type, at.head_dim), row_bytes(kv_type, at.index_dim)
+        # F32 keys and gates: CSA's blocks overlap, so it keeps two of them, of doubled rows.
+        frontiers = 2 * 4 * (n_csa * 2 * CSA * 2 * (at.head_dim + at.index_dim) + n_hca * HCA * at.head_dim)
+        return {
+            "window": self.n_layers * window * row,
+            "CSA rows": n_csa * csa_rows * row,
+            "HCA rows": n_hca * hca_rows * row,
+            "indexer rows": n_csa * csa_rows * index_row,
+            "frontiers": frontiers,
+        }
+
+    def kv_bytes(self, n_ctx: int, kv_type: str, n_batch: int) -> int:
+        """All of `kv`."""
+        return sum(self.kv(n_ctx, kv_type, n_batch).values())
+
+    def kv_read_bytes(self, position: int, kv_type: str) -> int:
+        """What attention reads for one token at a position: the window, the chosen rows, all indexer rows."""
+        at = self.attention
+        if not at.ratios:
+            return self.n_layers * row_bytes(kv_type, at.kv_row) * position
+        row, index_row = row_bytes(kv_type, at.head_dim), row_bytes(kv_type, at.index_dim)
+        csa = position // CSA
+        return (
+            self.n_layers * min(position, at.window) * row
+            + at.count(CSA) * (min(csa, at.index_top_k) * row + csa * index_row)
+            + at.count(HCA) * (position // HCA) * row
+        )
+
+    def with_experts(self, kind: GGMLQuantizationType) -> ModelSizes:
+        """The same model converted with all experts in another format."""
+        from dataclasses import replace
+
+        group = expert_group((kind, kind, kind), self.n_copies, self.n_embd, self.n_ff)
+        return replace(self, experts=(group,))
+
+
+# --- where sizes come from --------------------------------------------------------------------------------------------
+
+
+def sizes_of(
+    model: str | Path, *, base: GGMLQuantizationType | None = None, dense: GGMLQuantizationType = _T.Q8_0
+) -> ModelSizes:
+    """Sizes of a converted directory, a GGUF, an official checkpoint, a config.json alone, or `flash` or `pro`.
+
+    Args:
+        base: format of the experts, for models that are yet to be converted (default: as an FP4 checkpoint's, MXFP4).
+        dense: format of the dense matrices, likewise.
+
+    Raises:
+        UsageError: `base` for a model whose formats are fixed.
+        FormatError, UnsupportedModelError: as `open_model`.
+    """
+    options = PlanOptions(dense, base)
+    if str(model) in BUILT_IN and not Path(model).exists():
+        config = parse_config(Path(str(model)), BUILT_IN[str(model)])
+        return sizes_of_config(config, NAMES[str(model)], options)
+    path = Path(model).expanduser()
+    config_path = path if path.name == "config.json" else path / "config.json"
+    if config_path.is_file() and not _has_shards(config_path.parent):
+        return sizes_of_config(_read_config(config_path), config_path.parent.name or str(path), options)
+    source = open_model(path, dense=dense)
+    sizes = sizes_of_source(source)
+    if base is None:
+        return sizes
+    if not sizes.convertible:
+        raise UsageError(f"{path}: this model is converted already", hint="plan without --base, or name its checkpoint")
+    return sizes.with_experts(base)
+
+
+def sizes_of_config(config: ModelConfig, name: str, options: PlanOptions | None = None) -> ModelSizes:
+    """Sizes of a conversion of the official FP4 checkpoint with this config."""
+    options = options or PlanOptions()
+    dense: Counter[str] = Counter()
+    weights = 0
+    expert_types: list[GGMLQuantizationType] = []
+    for spec in trunk_tensors(config):
+        if spec.expert is None:
+            dense[_part(spec.gguf or "")] += _tensor_bytes(spec, options)
+            weights += _weights(spec)
+        elif spec.expert == 0 and len(expert_types) < 3:
+            expert_types.append(target_type(spec, spec.dtype, options))
+    n_layers, n_experts = config.num_hidden_layers, config.n_routed_experts
+    gate, up, down = expert_types
+    return ModelSizes(
+        name=name,
+        architecture="deepseek4",
+        identity="",
+        files=(),
+        n_layers=n_layers,
+        n_embd=config.hidden_size,
+        n_vocab=config.vocab_size,
+        n_ctx_train=config.max_position_embeddings,
+        moe_layers=tuple(range(n_layers)),
+        n_experts=n_experts,
+        n_used=config.num_experts_per_tok,
+        n_ff=config.moe_intermediate_size,
+        attention=Attention(
+            n_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            kv_row=2 * config.head_dim,
+            window=config.sliding_window,
+            ratios=config.compress_ratios[:n_layers],
+            index_heads=config.index_n_heads,
+            index_dim=config.index_head_dim,
+            index_top_k=config.index_topk,
+        ),
+        dense=dict(dense),
+        dense_weights=weights,
+        experts=(
+            expert_group((gate, up, down), n_layers * n_experts, config.hidden_size, config.moe_intermediate_size),
+        ),
+        convertible=True,
+    )
+
+
+def sizes_of_source(source: ModelSource) -> ModelSizes:
+    """Sizes of a model that lies on the disk, each expert in the copy that the engine would read."""
+    meta = source.metadata
+    architecture = str(meta.get("general.architecture", "unknown"))
+
+    def number(key: str, default: int = 0) -> int:
+        value: Any = meta.get(f"{architecture}.{key}", default)
+        if isinstance(value, int):
+            return value
+        return max((int(item) for item in value), default=default)  # per layer: the cache is counted with the largest
+
+    dense: Counter[str] = Counter()
+    weights = 0
+    for tensor, info in source.tensors.items():
+        if "_exps." not in tensor:
+            part = _part(tensor)
+            dense[part] += info.n_bytes
+            if len(info.shape) > 1 and part not in LOOKED_UP:
+                weights += info.shape[0] * info.shape[1]
+    if "output.weight" not in source.tensors:  # tied: the embeddings are the output head, too
+        dense["output head"] += dense.pop("embedding", 0)
+    moe = source.moe_layers
+    first = next(iter(moe.values()), None)
+    heads = max(1, number("attention.head_count", 1))
+    head_dim = number("attention.key_length") or number("embedding_length") // heads
+    value_dim = number("attention.value_length") or head_dim
+    is_v4 = architecture == "deepseek4"
+    ratios: Any = meta.get(f"{architecture}.attention.compress_ratios", ()) if is_v4 else ()
+    n_layers = number("block_count")
+    return ModelSizes(
+        name=str(meta.get("general.name") or source.path.stem),
+        architecture=architecture,
+        identity=source.identity,
+        files=tuple(source.files),
+        n_layers=n_layers,
+        n_embd=number("embedding_length"),
+        n_vocab=number("vocab_size") or _rows(source, "token_embd.weight"),
+        n_ctx_train=number("context_length"),
+        moe_layers=tuple(moe),
+        n_experts=first.n_experts if first else 0,
+        n_used=number("expert_used_count"),
+        n_ff=first.n_ff if first else 0,
+        attention=Attention(
+            n_heads=heads,
+            head_dim=head_dim,
+            kv_row=number("attention.head_count_kv", heads) * (head_dim + value_dim),
+            window=number("attention.sliding_window"),
+            ratios=tuple(int(ratio) for ratio in ratios)[:n_layers],
+            index_heads=number("attention.indexer.head_count"),
+            index_dim=number("attention.indexer.key_length"),
+            index_top_k=number("attention.indexer.top_k"),
+        ),
+        dense=dict(dense),
+        dense_weights=weights,
+        experts=tuple(
+            ExpertGroup(types, count, size, slot_bytes(types, n_embd, n_ff))
+            for (types, n_embd, n_ff, size), count in sorted(_expert_kinds(source).items(), key=str)
+        ),
+        base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe.values())
+        if any(layer.better for layer in moe.values())
+        else 0,
+        convertible=(source.path / "config.json").is_file(),
+    )
+
+
+def expert_group(types: ExpertTypes, count: int, n_embd: int, n_ff: int) -> ExpertGroup:
+    """Experts of these types and shape."""
+    shapes = ((n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd))
+    size = sum(tensor_bytes(kind, shape) for kind, shape in zip(types, shapes, strict=True))
+    return ExpertGroup(types, count, size, slot_bytes(types, n_embd, n_ff))
+
+
+def slot_bytes(types: ExpertTypes, n_embd: int, n_ff: int) -> int:
+    """An expert in RAM, in the layout of this machine's kernels."""
+    from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
+
+    total = 0
+    for kind, (n_in, n_out) in zip(types, ((n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd)), strict=True):
+        size = FORMATS[kind].matrix_bytes(n_out, n_in) if runnable(kind) else tensor_bytes(kind, (n_in, n_out))
+        total += -(-size // 64) * 64
+    return total
+
+
+def format_of(name: str) -> GGMLQuantizationType:
+    """`q2_k` -> its type.
+
+    Raises:
+        UsageError: not a format of experts.
+    """
+    kind = BASE_TYPES.get(name.lower())
+    if kind is None:
+        raise UsageError(f"experts can't be in '{name}'", hint=f"one of {', '.join(BASE_TYPES)}")
+    return kind
+
+
+def row_bytes(kv_type: str, n: int) -> int:
+    """A row of n values of the KV cache."""
+    block, size = GGML_QUANT_SIZES[KV_BITS[kv_type]]
+    return int(-(-n // block) * size)
+
+
+def padded(n: int) -> int:
+    """Rows as llama.cpp allocates them."""
+    return -(-max(1, n) // LLAMA_PAD) * LLAMA_PAD
+
+
+def page_rounded(n_bytes: int) -> int:
+    """Slots start at pages."""
+    return -(-n_bytes // 4096) * 4096
+
+
+def _expert_kinds(source: ModelSource) -> Counter[tuple[ExpertTypes, int, int, int]]:
+    kinds: Counter[tuple[ExpertTypes, int, int, int]] = Counter()
+    for layer, moe in source.moe_layers.items():
+        if not moe.better:
+            kinds[moe.types, moe.n_embd, moe.n_ff, moe.expert_bytes] += moe.n_experts
+            continue
+        for expert in range(moe.n_experts):
+            gate, up, down = source.expert(layer, expert)
+            size = gate.n_bytes + up.n_bytes + down.n_bytes
+            kinds[(gate.type, up.type, down.type), moe.n_embd, moe.n_ff, size] += 1
+    return kinds
+
+
+def _part(name: str) -> str:
+    return next((part for part, marks in _PARTS if any(mark in name for mark in marks)), "other")
+
+
+def _rows(source: ModelSource, name: str) -> int:
+    info = source.tensors.get(name)
+    return int(info.shape[1]) if info is not None else 0
+
+
+def _tensor_bytes(spec: TensorSpec, options: PlanOptions) -> int:
+    return tensor_bytes(target_type(spec, spec.dtype, options), tuple(reversed(spec.shape)))
+
+
+def _weights(spec: TensorSpec) -> int:
+    is_product = len(spec.shape) == 2 and spec.role is not Role.TABLE and spec.gguf != "token_embd.weight"
+    return spec.shape[0] * spec.shape[1] if is_product else 0
+
+
+def _has_shards(folder: Path) -> bool:
+    names: Iterable[str] = ("model.safetensors.index.json", "model.safetensors", "model.gguf")
+    return any((folder / name).exists() for name in names)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    return parse_config(path, raw)

@@ -1,0 +1,324 @@
+"""Predicts tokens per second from the bytes and multiplications of a token, and says what limits them.
+
+A token's time on a machine is a sum over resources, each with its own rate: dense matrices and cache rows through RAM or GPU
+memory, experts through the memory that they are in, misses through the drive, and a time per layer for what is neither (mHC,
+attention, routing, norms, graph overhead). Where experts are on a GPU and in RAM, both compute at once, as far as they let each
+other. The three estimates differ in what nobody can know beforehand: `low` has changing topics and reads that nothing hides,
+`high` a steady topic and reads hidden behind computing, `likely` lies between.
+
+Rates of kernels, memory, drive and GPUs come from the machine (`hardware.py`), measured or assumed. What is left is here as
+constants; docs/planner.md says how far predictions were off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hit_rates import HitRates, touched
+from localrun.engine.planner.sizes import CSA, HCA, ModelSizes, expert_group
+from localrun.offload.gpu.rates import GpuRates
+from localrun.offload.kernels.rates import ExpertRates, assumed_dense, assumed_expert
+from localrun.quant.model.source import ExpertTypes
+
+LAYER_S = 0.5e-3
+LAYER_VALUE_S = 0.4e-6
+"""Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Two cores with
+AVX-512, what llama.cpp took outside our matrices: slices with 512, 4096 and 7168 values, 0.7, 2.3 to 3.0 and 3.4 to 3.7 ms. More
+cores: not measured."""
+
+ATTENTION_MACS_PER_CORE = 8e9
+BATCH_ATTENTION_MACS_PER_CORE = 10e9
+"""Multiplications per second of attention and indexer in llama.cpp, one token and batches. [m] The slices at 0 to 2048 tokens."""
+
+BATCH_VALUE_S = 0.28e-6
+"""Per layer, token and value of the hidden state, of one core, in batches, besides matrices and attention. [m] The same slices:
+0.23 to 0.38."""
+
+TOKEN_S = 0.5e-3
+"""Per token besides layers: embedding, logits, the call itself. [m] With `LAYER_S`, together."""
+
+LAYER_NODES = 120
+"""Operations of a layer that a GPU has to start. llama.cpp's graph has 196 per layer, views included."""
+
+LAYER_VALUES = 190
+"""Passes over the hidden state that a layer's small operations come to in a batch, from `BATCH_VALUE_S` and what the GPU probe says
+of one pass on a core of the same machine."""
+
+DISK_SHARE = (0.6, 0.75, 1.0)
+"""Of the drive's probed rate at which single misses cost a token time: low, likely, high. One expert's three pieces keep fewer
+reads in flight than the probe, and what packs them takes cores. [m] The slice under 2 and 3 GiB against all in RAM, two cores,
+drive 1.70 GB/s: a MB that was read cost 0.46 to 1.3 ms in eight phases, mean 0.87; at the probed rate 0.59."""
+
+HIDDEN_READS = (0.0, 0.0, 0.5)
+"""Part of the computing of present experts behind which reads of the missing ones hide besides."""
+
+PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
+"""The same for a prompt, where the next layer is read ahead, too, and the drive is taken at its probed rate. [m] The slice under 2,
+3 and 5 GiB, nine prompts: 0.5 fits best on average."""
+
+SECOND_DRIVE_GAIN = 0.375
+"""A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
+
+MARGIN = 0.15
+"""Of the machine's own mood: the same run an hour later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """Where a model is, as shares.
+
+    Attributes:
+        dense_on_gpu: the dense model and the cache.
+        gpu_share, ram_share: of all experts; what is on the GPU is not in RAM.
+        gpu: what the slowest GPU does; None without one.
+        miss_bytes: that a miss waits for.
+    """
+
+    ram_share: float
+    gpu_share: float = 0.0
+    dense_on_gpu: bool = False
+    gpu: GpuRates | None = None
+    miss_bytes: float
+
+    @property
+    def share(self) -> float:
+        """Of experts that need no drive."""
+        return min(1.0, self.ram_share + self.gpu_share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """One estimate of a phase.
+
+    Attributes:
+        tokens_per_s: the rate.
+        hit_rate: of expert requests that need no drive.
+        disk_bytes: read per token.
+        parts: seconds per token by resource; what is hidden behind something else counts less.
+    """
+
+    tokens_per_s: float
+    hit_rate: float
+    disk_bytes: float
+    parts: Mapping[str, float]
+
+    @property
+    def limit(self) -> str:
+        """The resource that takes most of the time."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Three estimates of a phase."""
+
+    low: Rate
+    likely: Rate
+    high: Rate
+
+    def covers(self, tokens_per_s: float) -> bool:
+        """Whether a measurement lies in it."""
+        return self.low.tokens_per_s <= tokens_per_s <= self.high.tokens_per_s
+
+    def error(self, tokens_per_s: float) -> float:
+        """Of `likely`, relative to a measurement: 0.2 is 20 % too fast."""
+        return self.likely.tokens_per_s / tokens_per_s - 1
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def predict_decode(
+    sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
+) -> Range:
+    """Speed of answers with `position` tokens in the context."""
+    used = len(sizes.moe_layers) * sizes.n_used
+    dense_parts = dense_token(sizes, place, machine, position, kv_type)
+    expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
+
+    def rate(hits: float, estimate: int) -> Rate:
+        parts = dict(dense_parts)
+        on_cpu_s, on_gpu_s = (1 - on_gpu) * expert_s, 0.0
+        if place.gpu is not None and on_gpu:
+            on_gpu_s = on_gpu * used * sizes.mean_file_bytes / place.gpu.decode_bytes_per_s
+            on_gpu_s += len(sizes.moe_layers) * place.gpu.latency_s
+        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
+        disk_bytes = (1 - hits) * used * place.miss_bytes
+        read_s = disk_bytes / (DISK_SHARE[estimate] * drive_rate(machine))
+        parts["drive"] = max(0.0, read_s - HIDDEN_READS[estimate] * hits * on_cpu_s)
+        return Rate(tokens_per_s=1 / sum(parts.values()), hit_rate=hits, disk_bytes=disk_bytes, parts=parts)
+
+    on_gpu = rates.hottest(place.gpu_share) if place.gpu_share > 0 else 0.0
+    unsteady, steady = (
+        max(curve(place.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
+    )
+    return _widened(rate(unsteady, 0), rate(steady, 1), rate(steady, 2))
+
+
+def dense_token(
+    sizes: ModelSizes, place: Residency, machine: Hardware, position: int, kv_type: str
+) -> dict[str, float]:
+    """Seconds of a token by resource, all but its experts."""
+    n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
+    attention = attention_macs(sizes, position)
+    if place.dense_on_gpu and place.gpu is not None:
+        gpu = place.gpu
+        return {
+            "dense model on the GPU": n_bytes / gpu.dense_bytes_per_s + attention / gpu.dense_macs_per_s,
+            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
+        }
+    layer_s = LAYER_S + LAYER_VALUE_S * sizes.n_embd
+    return {
+        "dense model in RAM": n_bytes / dense_on(machine)[0],
+        "layers": sizes.n_layers * layer_s + attention / (machine.n_threads * ATTENTION_MACS_PER_CORE) + TOKEN_S,
+    }
+
+
+def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, float]:
+    """Experts on the CPU and on a GPU at once: the longer of both, and of the shorter what does not disappear."""
+    parts = {"experts in RAM": on_cpu_s}
+    if gpu is not None and on_gpu_s:
+        hidden = gpu.overlap * min(on_cpu_s, on_gpu_s)
+        if on_cpu_s > on_gpu_s:
+            parts["experts on the GPU"] = on_gpu_s - hidden
+        else:
+            parts |= {"experts in RAM": on_cpu_s - hidden, "experts on the GPU": on_gpu_s}
+    return parts
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def predict_prefill(
+    sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
+) -> Range:
+    """Speed of reading a prompt in an empty context, in batches, each expert that is missing read once per batch.
+
+    Experts that a GPU could compute of a long prompt besides those that live on it (`offload/gpu/stream.py`) are not counted.
+    """
+    batch = max(1, min(n_batch, prompt_tokens))
+    n_layers, n_experts = len(sizes.moe_layers), max(1, sizes.n_experts)
+    dense_parts = dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
+    expert = experts_on(machine, sizes)
+    n_pairs = batch * n_layers * sizes.n_used
+    on_gpu = rates.hottest(place.gpu_share) if place.gpu is not None and place.gpu_share > 0 else 0.0
+
+    def rate(distinct: float, missing: float, hidden: float) -> Rate:
+        parts = dict(dense_parts)
+        on_cpu = max(0.0, distinct - place.gpu_share) * n_layers * n_experts
+        on_cpu_s = on_cpu * expert.batch_s + (1 - on_gpu) * n_pairs * expert.pair_s if n_layers else 0.0
+        on_gpu_s = 0.0
+        if place.gpu is not None and on_gpu:
+            on_gpu_s = on_gpu * batch * sizes.used_weights / place.gpu.batch_macs_per_s + n_layers * place.gpu.latency_s
+        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
+        disk_bytes = missing * n_layers * n_experts * place.miss_bytes
+        parts["drive"] = max(0.0, disk_bytes / drive_rate(machine) - hidden * on_cpu_s)
+        per_token = {name: seconds / batch for name, seconds in parts.items()}
+        return Rate(
+            tokens_per_s=1 / sum(per_token.values()),
+            hit_rate=1 - missing / distinct if distinct else 1.0,
+            disk_bytes=disk_bytes / batch,
+            parts=per_token,
+        )
+
+    even = touched(None, place.share, batch, sizes.n_used, n_experts)
+    real = touched(rates, place.share, batch, sizes.n_used, n_experts)
+    low, likely, high = PROMPT_HIDDEN_READS
+    return _widened(
+        rate(even.distinct, even.distinct * (1 - place.share), low),
+        rate(real.distinct, real.missing, likely),
+        rate(real.distinct, 0.8 * real.missing, high),
+    )
+
+
+def dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
+    """Seconds of a batch by resource, all but its experts."""
+    weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
+    values = batch * sizes.n_layers * sizes.n_embd
+    if place.dense_on_gpu and place.gpu is not None:
+        gpu = place.gpu
+        return {
+            "dense model on the GPU": (weights + attention) / gpu.dense_macs_per_s,
+            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + values * LAYER_VALUES * gpu.value_s,
+        }
+    return {
+        "dense model on the CPU": weights / dense_on(machine)[1],
+        "layers": (values * BATCH_VALUE_S + attention / BATCH_ATTENTION_MACS_PER_CORE) / machine.n_threads,
+    }
+
+
+# --- amounts and rates ------------------------------------------------------------------------------------------------
+
+
+def matrix_weights(sizes: ModelSizes) -> int:
+    """Weights that every token of a prompt is multiplied with; the output head is for the last one only."""
+    return max(0, sizes.dense_weights - sizes.n_vocab * sizes.n_embd)
+
+
+def attention_macs(sizes: ModelSizes, position: int) -> float:
+    """Multiplications of attention and indexer for one token: queries with keys, and values."""
+    at = sizes.attention
+    if not at.ratios:
+        return sizes.n_layers * at.n_heads * at.head_dim * 2.0 * position
+    csa = position // CSA
+    rows = sizes.n_layers * min(position, at.window) + at.count(CSA) * min(csa, at.index_top_k)
+    rows += at.count(HCA) * (position // HCA)
+    return rows * at.n_heads * at.head_dim * 2.0 + at.count(CSA) * csa * at.index_heads * at.index_dim
+
+
+def drive_rate(machine: Hardware) -> float:
+    """Of all drives together."""
+    return machine.disk * (1 + SECOND_DRIVE_GAIN * (machine.n_drives - 1))
+
+
+def dense_on(machine: Hardware) -> tuple[float, float]:
+    """Bytes per second with one row, multiplications per second with a batch: measured, or assumed."""
+    if machine.cpu is not None:
+        return machine.cpu.dense_bytes_per_s, machine.cpu.dense_macs_per_s
+    return assumed_dense(machine.memory, machine.n_threads)
+
+
+def slowest(gpus: Sequence[GpuRates]) -> GpuRates | None:
+    """All of several GPUs are taken for the slowest one; None without any."""
+    if not gpus:
+        return None
+    worst = {
+        field.name: (max if field.name.endswith("_s") and not field.name.endswith("_per_s") else min)(
+            getattr(gpu, field.name) for gpu in gpus
+        )
+        for field in fields(GpuRates)
+    }
+    return GpuRates(**worst)
+
+
+def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
+    """The model's mean expert on this CPU; formats that were not measured are assumed, and scaled by those that were."""
+
+    def assumed(types: ExpertTypes) -> ExpertRates:
+        group = expert_group(types, 1, sizes.n_embd, sizes.n_ff)
+        weights = 3 * sizes.n_embd * sizes.n_ff
+        return assumed_expert(types, group.file_bytes, weights, machine.memory, machine.n_threads)
+
+    known = machine.cpu.experts if machine.cpu is not None else {}
+    slower = [rates.decode_s / assumed(types).decode_s for types, rates in known.items()]
+    factor = sum(slower) / len(slower) if slower else 1.0
+    parts = [
+        (known.get(group.types) or assumed(group.types).times(factor)).times(group.count / sizes.n_copies)
+        for group in sizes.experts
+    ]
+    return ExpertRates(
+        decode_s=sum(part.decode_s for part in parts),
+        few_s=sum(part.few_s for part in parts),
+        many_s=sum(part.many_s for part in parts),
+    )
+
+
+def _widened(low: Rate, likely: Rate, high: Rate) -> Range:
+    slow, middle, fast = sorted((low, likely, high), key=lambda rate: rate.tokens_per_s)
+    return Range(
+        low=replace(slow, tokens_per_s=slow.tokens_per_s * (1 - MARGIN)),
+        likely=middle,
+        high=replace(fast, tokens_per_s=fast.tokens_per_s * (1 + MARGIN)),
+    )

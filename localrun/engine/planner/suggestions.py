@@ -1,0 +1,95 @@
+"""What would make a model faster: plans of it on a changed machine or with changed settings, never fixed sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from gguf import GGMLQuantizationType
+
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.placement import MIN_CONTEXT
+from localrun.engine.planner.plan import Plan, Settings, Suggestion
+from localrun.engine.planner.sizes import ModelSizes, padded
+from localrun.errors import BudgetError
+
+Again = Callable[[ModelSizes, Hardware, Settings], Plan]
+"""Plans something else."""
+
+_SMALLER = (
+    GGMLQuantizationType.MXFP4,
+    GGMLQuantizationType.Q3_K,
+    GGMLQuantizationType.Q2_K,
+    GGMLQuantizationType.IQ2_XXS,
+)
+"""Formats of experts that a suggestion may go down to, one after the other."""
+
+_RAM_SIZES = tuple(n << 30 for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
+
+LARGE_BATCH = 2048
+"""Tokens of a prompt per step that are suggested: four times the usual ones, for a few hundred MiB."""
+
+_WORTH = 1.05
+"""A suggestion must gain 5 %."""
+
+
+def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
+    """Changes that are worth it: those that make answers faster, the best first, then those for prompts."""
+    assert plan.decode is not None
+    assert plan.prefill is not None
+    base = plan.decode.likely.tokens_per_s
+    result = []
+    for text, changed_sizes, machine, settings in _changes(plan):
+        try:
+            changed = again(changed_sizes, machine, settings)
+        except BudgetError:
+            continue
+        assert changed.decode is not None
+        gain = changed.decode.likely.tokens_per_s / base
+        if gain >= _WORTH:
+            result.append(Suggestion(text=text, gain=gain, tokens_per_s=changed.decode.likely.tokens_per_s))
+    result.sort(key=lambda suggestion: -suggestion.gain)
+    return result + _larger_steps(plan, again)
+
+
+def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
+    """More tokens of a prompt per step, where that makes prompts faster and answers hardly slower."""
+    assert plan.decode is not None
+    assert plan.prefill is not None
+    if plan.settings.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
+        return []
+    try:
+        changed = again(plan.sizes, plan.machine, replace(plan.settings, n_batch=LARGE_BATCH))
+    except BudgetError:
+        return []
+    assert changed.decode is not None
+    assert changed.prefill is not None
+    rate = changed.prefill.likely.tokens_per_s
+    gain = rate / plan.prefill.likely.tokens_per_s
+    if gain < _WORTH or changed.decode.likely.tokens_per_s * _WORTH < plan.decode.likely.tokens_per_s:
+        return []
+    return [Suggestion(text=f"--batch {LARGE_BATCH}", gain=gain, tokens_per_s=rate, phase="prompts")]
+
+
+def _changes(plan: Plan) -> Iterator[tuple[str, ModelSizes, Hardware, Settings]]:
+    sizes, machine, settings = plan.sizes, plan.machine, plan.settings
+    free = replace(settings, ram_bytes=None)
+    if settings.ram_bytes is not None:
+        yield "no --ram limit", sizes, machine, free
+    total = machine.total_ram_bytes
+    if total is not None and machine.ram_bytes is not None:
+        larger = next((size for size in _RAM_SIZES if size > 1.15 * total), None)
+        if larger is not None:
+            more = replace(machine, ram_bytes=machine.ram_bytes + larger - total, total_ram_bytes=larger)
+            yield f"{larger >> 30} GiB of RAM", sizes, more, free
+    if machine.n_drives == 1:
+        yield "a mirror on a second drive", sizes, replace(machine, n_drives=2), settings
+    for kind in _SMALLER:
+        smaller = sizes.with_experts(kind) if sizes.n_copies else sizes
+        if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
+            yield f"experts in {kind.name}", smaller, machine, settings
+    if plan.n_ctx > 2 * MIN_CONTEXT:
+        less = replace(settings, n_ctx=padded(plan.n_ctx // 2))
+        yield f"--context {less.n_ctx}", sizes, machine, less
+    if settings.kv_type in ("f16", "bf16", "f32"):
+        yield "--kv q8_0", sizes, machine, replace(settings, kv_type="q8_0")

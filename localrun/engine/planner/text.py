@@ -1,0 +1,191 @@
+"""A plan in six lines for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.speed import Range
+from localrun.offload.kernels.rates import CpuRates
+from localrun.units import format_size
+
+if TYPE_CHECKING:
+    from localrun.engine.planner.plan import Plan
+
+FORMAT = 1
+"""Version of a plan's JSON."""
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Model, machine, memory, experts, speed, what would be faster."""
+    sizes, machine, at = plan.sizes, plan.machine, plan.placement
+    kinds = ", ".join(f"{group.count} in {group.name}" for group in sizes.experts)
+    model = f"{sizes.name}, {sizes.n_layers} layers, dense {format_size(sizes.dense_bytes)}"
+    if sizes.n_copies:
+        model += f", {sizes.n_copies} experts {format_size(sizes.expert_file_bytes)} ({kinds})"
+    place = "on the GPU" if at.dense_on_gpu else "in RAM"
+    memory_line = (
+        f"dense {format_size(at.dense_bytes)}, {plan.settings.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
+        f"buffers {format_size(at.compute_bytes)}, all {place}"
+    )
+    if at.headroom_bytes:
+        memory_line += f"; {format_size(at.headroom_bytes)} of RAM left free"
+    lines = [
+        f"model    {model}",
+        f"machine  {_machine(machine)}",
+        f"memory   {memory_line}",
+        f"experts  {_experts(plan)}",
+    ]
+    if plan.decode is None or plan.prefill is None:
+        return [*lines, "speed    too small a model for a prediction", "faster   -"]
+    lines.append(
+        f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction); most of the time: "
+        f"{plan.decode.likely.limit}"
+    )
+    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "answers"][:3]
+    best += [f"{s.text}: prompts {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "prompts"]
+    lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
+    return lines
+
+
+def _machine(machine: Hardware) -> str:
+    def marked(name: str, text: str) -> str:
+        return text + ("" if machine.origin.get(name) != "assumed" else " (assumed)")
+
+    parts = []
+    if machine.ram_bytes is not None and machine.total_ram_bytes is not None:
+        parts.append(f"{format_size(machine.ram_bytes)} of {format_size(machine.total_ram_bytes)} RAM free")
+    parts += [
+        marked("memory", f"memory {machine.memory / 1e9:.1f} GB/s"),
+        marked(
+            "disk",
+            f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk / 1e9:.2f} GB/s",
+        ),
+        f"{machine.n_threads} threads",
+        *(f"{gpu.name} {format_size(gpu.vram_bytes)} free" for gpu in machine.gpus),
+    ]
+    return ", ".join(parts if machine.gpus else [*parts, "no GPU"])
+
+
+def _experts(plan: Plan) -> str:
+    sizes, at = plan.sizes, plan.placement
+    if not sizes.n_copies:
+        return "none"
+    text = f"{at.ram_experts} of {sizes.n_copies} in {format_size(at.ram_experts * sizes.mean_slot_bytes)} of RAM"
+    if at.gpu_experts:
+        text += f", {at.gpu_experts} on the GPU"
+    if plan.decode is None:
+        return text
+    likely = plan.decode.likely
+    return (
+        f"{text} ({plan.resident_share:.0%}); {likely.hit_rate:.0%} of requests found there ({plan.rates.source}), "
+        f"{likely.disk_bytes / 1e9:.2f} GB per token from the drive"
+        + (
+            " (--adaptive: from the base's copies; better ones follow)"
+            if plan.settings.adaptive and sizes.base_bytes
+            else ""
+        )
+    )
+
+
+def _span(span: Range) -> str:
+    low, high = span.low.tokens_per_s, span.high.tokens_per_s
+    digits = 0 if low >= 20 else 1 if low >= 2 else 2
+    return f"{low:.{digits}f} to {high:.{digits}f} tokens/s"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Everything."""
+    sizes, machine, at, settings = plan.sizes, plan.machine, plan.placement, plan.settings
+    return {
+        "format": FORMAT,
+        "model": {
+            "name": sizes.name,
+            "architecture": sizes.architecture,
+            "n_layers": sizes.n_layers,
+            "dense_bytes": sizes.dense_bytes,
+            "dense": dict(sizes.dense),
+            "dense_token_bytes": sizes.dense_token_bytes,
+            "n_experts": sizes.n_copies,
+            "n_experts_per_layer": sizes.n_experts,
+            "n_experts_used": sizes.n_used,
+            "expert_bytes": sizes.expert_file_bytes,
+            "experts": [
+                {"type": g.name, "count": g.count, "file_bytes": g.file_bytes, "slot_bytes": g.slot_bytes}
+                for g in sizes.experts
+            ],
+        },
+        "machine": {
+            "ram_bytes": machine.ram_bytes,
+            "total_ram_bytes": machine.total_ram_bytes,
+            "disk_bytes_per_s": machine.disk,
+            "n_drives": machine.n_drives,
+            "memory_bytes_per_s": machine.memory,
+            "n_threads": machine.n_threads,
+            "cpu": _cpu_json(machine.cpu),
+            "gpus": [
+                {
+                    "name": gpu.name,
+                    "vram_bytes": gpu.vram_bytes,
+                    **asdict(gpu.rates),
+                }
+                for gpu in machine.gpus
+            ],
+            "origin": dict(machine.origin),
+        },
+        "settings": {
+            "n_ctx": plan.n_ctx,
+            "kv_type": settings.kv_type,
+            "n_batch": settings.n_batch,
+            "prompt_tokens": settings.prompt_tokens,
+        },
+        "placement": {
+            "dense_on_gpu": at.dense_on_gpu,
+            "dense_bytes": at.dense_bytes,
+            "kv_bytes": at.kv_bytes,
+            "kv": sizes.kv(plan.n_ctx, settings.kv_type, settings.n_batch),
+            "compute_bytes": at.compute_bytes,
+            "ram_bytes": at.ram_bytes,
+            "headroom_bytes": at.headroom_bytes,
+            "gpu_expert_bytes": at.gpu_expert_bytes,
+            "ram_experts": at.ram_experts,
+            "gpu_experts": at.gpu_experts,
+            "resident_share": plan.resident_share,
+        },
+        "hit_rates": plan.rates.source,
+        "decode": _range_json(plan.decode),
+        "prefill": _range_json(plan.prefill),
+        "suggestions": [
+            {
+                "change": s.text,
+                "gain": s.gain,
+                {"answers": "decode_tokens_per_s", "prompts": "prefill_tokens_per_s"}[s.phase]: s.tokens_per_s,
+            }
+            for s in plan.suggestions
+        ],
+    }
+
+
+def _cpu_json(cpu: CpuRates | None) -> dict[str, Any] | None:
+    if cpu is None:
+        return None
+    experts = {"/".join(kind.name for kind in types): asdict(rates) for types, rates in cpu.experts.items()}
+    return {"dense_bytes_per_s": cpu.dense_bytes_per_s, "dense_macs_per_s": cpu.dense_macs_per_s, "experts": experts}
+
+
+def _range_json(span: Range | None) -> dict[str, Any] | None:
+    if span is None:
+        return None
+    result: dict[str, Any] = {"limit": span.likely.limit}
+    for name in ("low", "likely", "high"):
+        rate = getattr(span, name)
+        parts: Mapping[str, float] = rate.parts
+        result[name] = {
+            "tokens_per_s": rate.tokens_per_s,
+            "hit_rate": rate.hit_rate,
+            "disk_bytes_per_token": rate.disk_bytes,
+            "ms_per_token": {part: 1e3 * seconds for part, seconds in parts.items()},
+        }
+    return result

@@ -1,0 +1,329 @@
+"""The messages between a user interface and the engine process; `wire` puts each of them on a line.
+
+Commands go to the engine, events come back. Every command has a `request` number that its sender chooses; every event
+carries the number of the command that it answers, so that statistics can be asked for in the middle of an answer. A
+command is finished by exactly one closing event: `Failed`, or the one named in its docstring.
+
+This module imports the standard library only: a user interface can use it without loading numpy, numba or llama.cpp.
+It knows nothing about pipes and processes (`process.py`, `worker.py`) or models (`engine.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from localrun.engine.facts import FinishReason, Json, ModelFacts, Timings
+from localrun.engine.options import EngineOptions, SamplingOptions, ThinkMode
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Base of what a user interface sends. `request` is assigned by `EngineProcess`."""
+
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load(Command):
+    """Closes the present model and loads another. Events: Loading*, then Ready."""
+
+    path: str
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate(Command):
+    """One answer to a whole conversation. Events: PromptProgress*, (Delta | ToolCall)*, then Finished.
+
+    The sender hands over the full list every time; the engine reuses what its context already holds.
+
+    Attributes:
+        messages: in the shape of the OpenAI API: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
+            `tool_calls`, ...
+        tokens: the prompt as token ids instead of messages (models without a tokenizer, measurements).
+        think: no reasoning, reasoning, or the longest reasoning.
+        max_tokens: bound of the answer; None: until the context is full.
+        tools: OpenAI `function` objects.
+        response_format: a JSON schema that the answer is asked to follow.
+        task: name of a quick-instruction task.
+        resume: the last message is an answer that was cut off and shall be continued.
+        ignore_eos: go on after the end token (measurements).
+    """
+
+    messages: tuple[Mapping[str, Json], ...] = ()
+    tokens: tuple[int, ...] | None = None
+    think: ThinkMode = "off"
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_tokens: int | None = None
+    tools: tuple[Mapping[str, Json], ...] = ()
+    response_format: Mapping[str, Json] | None = None
+    task: str | None = None
+    resume: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop(Command):
+    """Ends the running command `target` within one layer's time; too late or unknown targets are ignored. Has no event
+    of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="StoppedError")`."""
+
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats(Command):
+    """Counters, answered at once also in the middle of an answer. Events: Stats.
+
+    Attributes:
+        expert_map: also the state of every expert (a few bytes each).
+    """
+
+    expert_map: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountTokens(Command):
+    """Length of a text in tokens, answered at once also in the middle of an answer. Events: TokenCount."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Command):
+    """Writes the session's state (tokens, KV) to a file, atomically. Events: Saved."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore(Command):
+    """Reads a state that Snapshot wrote for the same model. Events: Restored."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalLogits(Command):
+    """Logits of all positions of `tokens`, written as a .npy file, float32 (T, n_vocab). Events: PromptProgress*,
+    EvalResult."""
+
+    tokens: tuple[int, ...]
+    logits_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalText(Command):
+    """Perplexity of a text, and how far from a reference's distributions. Events: PromptProgress*, EvalTextResult.
+
+    Attributes:
+        window: tokens per window; each starts with an empty context.
+        max_tokens: evaluate only the first ones; 0: all.
+        save_folder: write every window's logits there, as `reference_folder` of another model's run.
+        reference_folder: compare with what the reference saved there.
+    """
+
+    text: str
+    window: int = 512
+    max_tokens: int = 0
+    save_folder: str | None = None
+    reference_folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close(Command):
+    """Frees the model and ends the process. Events: Closed."""
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of what the engine sends; `request` is the command that it answers."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Event):
+    """Progress of a load, 0 to 1, and what is being done; once, where there is something to say, the lines of its plan."""
+
+    progress: float
+    text: str
+    plan: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready(Event):
+    """The model is loaded; `plan` is what was planned (`planner.Plan.to_json`)."""
+
+    facts: ModelFacts
+    load_s: float
+    plan: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress(Event):
+    """Prefill: `done` of `total` prompt tokens are in the context; `reused` of them were there before; `elapsed_s` for
+    the rest."""
+
+    done: int
+    total: int
+    reused: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(Event):
+    """A piece of the answer: whole characters, in order.
+
+    Concatenated per kind they are the reasoning, the text, and the JSON arguments of the tool call that is being written (shown
+    while it lasts; the ToolCall that follows has them all). `tokens` are the ids sampled since the last Delta or ToolCall: none,
+    if the sampled token gives several pieces, or more than one, if a character or a tag took several.
+    """
+
+    kind: Literal["thinking", "text", "tool"]
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall(Event):
+    """A tool call that the model wrote, complete.
+
+    Attributes:
+        arguments: a JSON object as text.
+        usable: it is whole and may be run.
+        problems: what had to be guessed (`stream_events.Problem`).
+    """
+
+    index: int
+    name: str
+    arguments: str
+    id: str
+    usable: bool = True
+    problems: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The answer is over.
+
+    Attributes:
+        reason: the model's end token; `max_tokens` reached; context full; stopped by the user.
+        seed: what the sampler was seeded with.
+        problems: what was wrong with the form of the answer (`stream_events.Problem`), e.g. `unclosed_think`.
+        warning: one line that the user should know.
+        tokens: ids that no Delta or ToolCall carried.
+    """
+
+    reason: FinishReason
+    timings: Timings
+    seed: int
+    problems: tuple[str, ...] = ()
+    warning: str | None = None
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats(Event):
+    """Counters since the model was loaded.
+
+    Attributes:
+        busy: a command is running.
+        context_used: tokens in the session's context, of `n_ctx`.
+        telemetry: the expert engine's counters by name (see `offload/cache/telemetry.py`).
+        experts: if asked for: what `expert_map()` of the expert engine gives.
+    """
+
+    busy: bool
+    context_used: int
+    n_ctx: int
+    rss_bytes: int
+    telemetry: Mapping[str, Json]
+    experts: Mapping[str, Json] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount(Event):
+    """Answer to CountTokens."""
+
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Event):
+    """Answer to Snapshot."""
+
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored(Event):
+    """Answer to Restore."""
+
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult(Event):
+    """Answer to EvalLogits."""
+
+    n_tokens: int
+    n_vocab: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalTextResult(Event):
+    """Answer to EvalText.
+
+    Attributes:
+        n_tokens: tokens that were predicted.
+        perplexity: exp of the mean negative log-likelihood.
+        reference_perplexity: of the reference; None without one, like all that follows.
+        kl_mean, kl_median, kl_p99, kl_max: KL(reference || model) in nats over positions.
+        top1_agreement: share of positions with the reference's most likely token.
+    """
+
+    n_tokens: int
+    n_windows: int
+    perplexity: float
+    elapsed_s: float
+    reference_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed(Event):
+    """Answer to Close."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Event):
+    """A command failed; the engine lives on.
+
+    Attributes:
+        kind: class name in `localrun.errors`, or the name of an unexpected exception.
+        message, hint: for people.
+        trace: the Python traceback, for `--debug` and bug reports.
+    """
+
+    kind: str
+    message: str
+    hint: str | None = None
+    trace: str = ""
+
+
+CLOSING_EVENTS = (Ready, Finished, Stats, TokenCount, Saved, Restored, EvalResult, EvalTextResult, Closed, Failed)
+"""Events after which nothing more comes for their request."""

@@ -1,0 +1,1 @@
+"""The one binding to ggml and llama.cpp's C side: library, structures, types, devices, log."""

@@ -1,0 +1,178 @@
+"""ggml's GPU devices: which there are, how much memory they have, and RPC devices on other machines.
+
+Whatever llama.cpp was built for counts: CUDA, ROCm, Vulkan, Metal, or a `rpc-server` that the user names, which is a GPU as far as
+ggml is concerned.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import logging
+import mmap
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import LocalrunError, UsageError
+from localrun.ggml import library as ggml
+
+log = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDevice:
+    """One device. Handles are valid for the life of the process.
+
+    Attributes:
+        address: ggml_backend_dev_t.
+        name: ggml's, e.g. `CUDA0`, `Vulkan1`, `RPC0`.
+        description: for people, e.g. the card's name or the server's address.
+        free_bytes, total_bytes: at the time of the query.
+        is_integrated: part of the processor; its memory is the machine's RAM.
+    """
+
+    address: int
+    name: str
+    description: str
+    free_bytes: int
+    total_bytes: int
+    is_integrated: bool = False
+
+
+class HostMemory:
+    """RAM from which uploads to a device go fastest: pinned where its backend has such, else plain pages. `close` frees it.
+
+    Attributes:
+        array: (n_bytes,) the memory; not to be used after `close`.
+    """
+
+    def __init__(self, device: GpuDevice, n_bytes: int) -> None:
+        lib = ggml.library()
+        buffer_type = lib.ggml_backend_dev_host_buffer_type(device.address)
+        self._buffer = lib.ggml_backend_buft_alloc_buffer(buffer_type, n_bytes) if buffer_type else None
+        self._pages: mmap.mmap | None = None
+        memory: Any
+        if self._buffer:
+            memory = (C.c_uint8 * n_bytes).from_address(lib.ggml_backend_buffer_get_base(self._buffer))
+        else:  # the backend has none, or no more of it
+            memory = self._pages = mmap.mmap(-1, n_bytes)
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, n_bytes)
+
+    def close(self) -> None:
+        """Frees the memory."""
+        self.array = np.zeros(0, np.uint8)
+        buffer, self._buffer, self._pages = self._buffer, None, None  # plain pages go with their last array
+        if buffer:
+            ggml.library().ggml_backend_buffer_free(buffer)
+
+
+def gpu_devices() -> list[GpuDevice]:
+    """All devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out."""
+    lib = ggml.library()
+    devices = []
+    for index in range(lib.ggml_backend_dev_count()):
+        address = lib.ggml_backend_dev_get(index)
+        kind = lib.ggml_backend_dev_type(address)
+        if kind not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
+            continue
+        name = lib.ggml_backend_dev_name(address).decode()
+        description = lib.ggml_backend_dev_description(address).decode()
+        if name.startswith("RPC") and not answers(description):
+            log.warning("%s: the server %s does not answer any more", name, description)
+            continue
+        free, total = C.c_size_t(), C.c_size_t()
+        lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
+        # Vulkan subtracts what is used from what the driver would like us to use, which may be less: a huge number.
+        free_bytes = free.value if free.value <= total.value else 0
+        is_integrated = kind == ggml.DEVICE_TYPE_IGPU
+        devices.append(GpuDevice(address, name, description, free_bytes, total.value, is_integrated))
+    return devices
+
+
+def add_rpc_server(endpoint: str) -> None:
+    """Makes the devices of a llama.cpp `rpc-server` available in this process.
+
+    Args:
+        endpoint: `HOST:PORT`. The connection is neither encrypted nor authenticated.
+
+    Raises:
+        UsageError: not an endpoint.
+        LocalrunError: nobody answers there, or this llama.cpp has no RPC backend.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"--rpc {endpoint}: expected HOST:PORT")
+    # llama.cpp aborts the process when it can't connect, so somebody else has to try first.
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LocalrunError(
+            f"--rpc {endpoint}: {error.strerror or error}",
+            hint="start llama.cpp's `rpc-server -H ADDRESS -p PORT` there, or leave out --rpc",
+        ) from error
+    lib = ggml.library()
+    registry = lib.ggml_backend_reg_by_name(b"RPC")
+    function = registry and lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    if not function:
+        raise LocalrunError("this llama.cpp was built without its RPC backend", hint="make clean setup")
+    known = {device.description for device in gpu_devices()}
+    if endpoint in known:
+        return
+    server = C.CFUNCTYPE(C.c_void_p, C.c_char_p)(function)(endpoint.encode())
+    if not server:
+        raise LocalrunError(f"--rpc {endpoint}: the server has no devices")
+    lib.ggml_backend_register(server)
+
+
+_NO_DEVICES = (C.c_void_p * 1)(None)
+
+
+def without_gpus(params: Any) -> None:
+    """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
+    params.n_gpu_layers = 0
+    params.devices = C.cast(_NO_DEVICES, C.c_void_p)
+
+
+def answers(endpoint: str) -> bool:
+    """Somebody listens at `HOST:PORT`. llama.cpp aborts the process when it asks a server that has gone."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
+    """The devices that the user's words mean.
+
+    Args:
+        choice: `auto` (all that have memory of their own), `none`, or names separated by commas.
+        rpc: servers to add first.
+
+    Raises:
+        UsageError: a name that no device has; says which there are.
+        LocalrunError: see `add_rpc_server`.
+    """
+    for endpoint in rpc:
+        add_rpc_server(endpoint)
+    if choice == "none":
+        return []
+    devices = gpu_devices()
+    if choice == "auto":
+        return [device for device in devices if not device.is_integrated]
+    by_name = {device.name.lower(): device for device in devices}
+    chosen = []
+    for name in choice.split(","):
+        device = by_name.get(name.strip().lower())
+        if device is None:
+            there = ", ".join(f"{d.name} ({d.description})" for d in devices) or "none"
+            raise UsageError(f"--gpu {name.strip()}: no such GPU", hint=f"GPUs that this llama.cpp can use: {there}")
+        chosen.append(device)
+    return chosen

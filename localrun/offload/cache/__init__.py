@@ -1,0 +1,1 @@
+"""Experts in RAM: slots, reads from the drive, routing profile, counters."""

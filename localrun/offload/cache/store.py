@@ -1,0 +1,406 @@
+"""Reads experts from files into slots: positional reads, O_DIRECT where the file system has it, several in flight.
+
+One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is cut into pieces of a few
+MiB which I/O threads ("lanes") fetch in parallel: one read in flight leaves about a third of an NVMe drive idle. The thread that
+finishes an expert's last piece decodes (official formats to ggml rows), verifies the checksum once per expert, and packs the
+rows into the slot in the kernel's layout. No mmap: the kernel's read-ahead knows nothing of experts.
+
+`completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import errno
+import logging
+import mmap
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import preadv
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from localrun.errors import ChecksumError, StoreError
+from localrun.offload.cache.drive_probe import DEFAULT_LANES, DEFAULT_PIECE_BYTES
+from localrun.offload.cache.slots import Slot
+from localrun.quant.formats.transcode import decode_projection
+from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
+
+log = logging.getLogger(__name__)
+
+PAGE = 4096
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Packer(Protocol):
+    """What the store needs of a kernel: the slot's layout."""
+
+    slot_bytes: int
+    raw_is_packed: bool
+
+    def pack(self, raw: Bytes, slot: int) -> None:
+        """raw: gate|up|down ggml rows, contiguous; slot: address."""
+        ...
+
+
+class _Buffer:
+    """Page-aligned memory of one expert read in flight."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._map = mmap.mmap(-1, -(-size_bytes // PAGE) * PAGE)
+        self.view = memoryview(self._map)
+        self.array: Bytes = np.frombuffer(self._map, np.uint8)
+
+
+@dataclass(slots=True)
+class _Piece:
+    ticket: Ticket
+    file: int
+    offset: int
+    target: memoryview
+    need: int  # bytes that must arrive; the rest of an aligned read may lie past the end of the file
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One expert's read on its way. `error` is set before the ticket appears in `completions`.
+
+    Attributes:
+        slot: what it fills.
+        projections: where the bytes are.
+        ahead: nobody waits for it yet.
+        receiver: gets the ticket instead of `completions`, and ggml rows as they are instead of the kernel's layout.
+        error: why it failed.
+    """
+
+    slot: Slot
+    projections: tuple[Projection, ...]
+    ahead: bool = False
+    receiver: Receiver | None = None
+    error: Exception | None = None
+    _left: int = 0
+    _buffer: _Buffer | None = None
+    _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def read_bytes(self) -> int:
+        """Payload bytes in the files."""
+        return sum(extent.n_bytes for projection in self.projections for extent in projection.extents)
+
+
+Receiver = Callable[[Ticket], None]
+"""Called on a lane's thread when a read has ended; must not fail or wait."""
+
+
+class ExpertStore:
+    """The I/O side of the expert path.
+
+    Owns file descriptors, lanes and staging buffers; `staging_bytes` counts towards the RAM budget.
+
+    Args:
+        source: where experts lie.
+        packers: by layer one kernel for each of its variants.
+        n_lanes: reads in flight.
+        piece_bytes: largest single read.
+        n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
+        verify: compare checksums on an expert's first read, where the source has them.
+        mirror: a second copy of the same model, best on another drive: pieces go to the copy with less under way, and to the other
+            one if a read fails.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        packers: Mapping[int, Sequence[Packer]],
+        *,
+        mirror: ModelSource | None = None,
+        n_lanes: int = DEFAULT_LANES,
+        piece_bytes: int = DEFAULT_PIECE_BYTES,
+        n_buffers: int = 4,
+        verify: bool = True,
+    ) -> None:
+        self._source = source
+        self._packers = packers
+        self._verify = verify
+        self._piece_bytes = piece_bytes
+        self._verified: set[tuple[int, int, int]] = set()
+        self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: deque[Ticket] = deque()
+        self._waiting_ahead: deque[Ticket] = deque()
+        copies = [source] if mirror is None else [source, mirror]
+        self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
+        self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
+        samples = list(_samples(source))
+        buffer_bytes = max((_staging_bytes(sample) for sample in samples), default=PAGE)
+        # Decoded or unaligned experts are put together in a second buffer before they are packed.
+        halves = 1 if all(_reads_contiguously(sample) for sample in samples) else 2
+        self.staging_bytes = n_buffers * buffer_bytes * halves
+        self.depth = n_buffers
+        self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
+        self._lanes = [
+            threading.Thread(target=self._lane, name=f"localrun-io-{i}", daemon=True) for i in range(n_lanes)
+        ]
+        for lane in self._lanes:
+            lane.start()
+
+    @property
+    def direct(self) -> bool:
+        """True if all files are read past the page cache."""
+        return all(handle.direct for copies in self._files for handle in copies)
+
+    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not. Any thread.
+
+        Args:
+            ahead: nobody waits for it: every wanted expert goes first.
+            receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
+        """
+        recipe = self._source.expert if slot.variant else self._source.base_expert
+        ticket = Ticket(slot, (), ahead, receiver)
+        try:
+            ticket.projections = recipe(slot.layer, slot.expert)
+        except Exception as error:  # whoever waits for this ticket must get it
+            ticket.error = error
+            self._hand_over(ticket)
+            return ticket
+        with self._lock:
+            (self._waiting_ahead if ahead else self._waiting).append(ticket)
+        self._start_waiting()
+        return ticket
+
+    def hurry(self, slot: Slot) -> None:
+        """Somebody waits for this slot now: if its read has not started, it goes first."""
+        with self._lock:
+            for ticket in self._waiting_ahead:
+                if ticket.slot is slot:
+                    self._waiting_ahead.remove(ticket)
+                    self._waiting.appendleft(ticket)
+                    return
+
+    def close(self) -> None:
+        """Ends the lanes after the reads under way and closes the files."""
+        with self._lock:
+            self._waiting.clear()
+            self._waiting_ahead.clear()
+        for _ in self._lanes:
+            self._pieces.put(None)
+        for lane in self._lanes:
+            lane.join()
+        for copies in self._files:
+            for handle in copies:
+                os.close(handle.fd)
+        self._files = []
+
+    # -- lanes ---------------------------------------------------------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        """Moves waiting tickets to free buffers and their pieces to the lanes."""
+        while True:
+            with self._lock:
+                queue_ = self._waiting or self._waiting_ahead
+                if not queue_ or not self._buffers:
+                    return
+                ticket, buffer = queue_.popleft(), self._buffers.pop()
+            ticket._buffer = buffer
+            try:
+                pieces = self._cut(ticket, buffer)
+            except Exception as error:
+                ticket.error = error
+                self._finish(ticket)
+                continue
+            ticket._left = len(pieces)
+            for piece in pieces:
+                self._pieces.put(piece)
+
+    def _cut(self, ticket: Ticket, buffer: _Buffer) -> list[_Piece]:
+        pieces = []
+        position = 0
+        for projection in ticket.projections:
+            for extent in projection.extents:
+                grain = PAGE if any(handle.direct for handle in self._files[extent.file]) else 1
+                start = extent.offset // grain * grain
+                end = -(-(extent.offset + extent.n_bytes) // grain) * grain
+                ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
+                for at in range(start, end, self._piece_bytes):
+                    size = min(self._piece_bytes, end - at)
+                    need = min(size, extent.offset + extent.n_bytes - at)
+                    target = buffer.view[position + at - start : position + at - start + size]
+                    pieces.append(_Piece(ticket, extent.file, at, target, need))
+                position += -(-(end - start) // PAGE) * PAGE
+        return pieces
+
+    def _lane(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            ticket = piece.ticket
+            if ticket.error is None:
+                try:
+                    self._read(piece)
+                except Exception as error:  # whatever it is belongs to the decoding thread
+                    ticket.error = error
+            with ticket._lock:
+                ticket._left -= 1
+                last = ticket._left == 0
+            if last:
+                self._finish(ticket)
+
+    def _read(self, piece: _Piece) -> None:
+        """Reads a piece from the less busy copy, from the other one if that fails."""
+        copies = self._files[piece.file]
+        with self._lock:
+            first = min(range(len(copies)), key=self._under_way.__getitem__)
+            self._under_way[first] += piece.need
+        try:
+            _read_from(copies[first], piece)
+        except StoreError as error:
+            if len(copies) == 1:
+                raise
+            log.warning("%s; reading the other copy", error)
+            _read_from(copies[1 - first], piece)
+        finally:
+            with self._lock:
+                self._under_way[first] -= piece.need
+
+    def _finish(self, ticket: Ticket) -> None:
+        buffer = ticket._buffer
+        assert buffer is not None
+        try:
+            if ticket.error is None:
+                self._fill(ticket, buffer)
+        except Exception as error:
+            ticket.error = error
+        ticket._buffer = None
+        with self._lock:
+            self._buffers.append(buffer)
+        self._hand_over(ticket)
+        self._start_waiting()
+
+    def _hand_over(self, ticket: Ticket) -> None:
+        if ticket.receiver is None:
+            self.completions.put(ticket)
+        else:
+            ticket.receiver(ticket)
+
+    def _fill(self, ticket: Ticket, buffer: _Buffer) -> None:
+        slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
+        payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
+        rows: list[Bytes] = []
+        for projection in ticket.projections:
+            raw = [payloads.pop(0) for _ in projection.extents]
+            rows.append(
+                raw[0] if projection.encoding is Encoding.GGML else decode_projection(projection, raw[0], raw[1])
+            )
+        key = (slot.layer, slot.expert, slot.variant)
+        if self._verify and key not in self._verified:
+            self._check(ticket, rows)
+            self._verified.add(key)
+        if packer.raw_is_packed or ticket.receiver is not None:
+            memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
+            target = np.frombuffer(memory, np.uint8)
+            at = 0
+            for row in rows:
+                target[at : at + row.size] = row
+                at += row.size
+        else:
+            packer.pack(_contiguous(rows, ticket._payloads, buffer), slot.address)
+
+    def _check(self, ticket: Ticket, rows: list[Bytes]) -> None:
+        for name, projection, row in zip(PROJECTIONS, ticket.projections, rows, strict=True):
+            if projection.checksum is not None and xxhash.xxh3_64_hexdigest(row.data) != projection.checksum:
+                extent = projection.extents[0]
+                raise ChecksumError(
+                    f"{self._source.files[extent.file]}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
+                    f"{ticket.slot.expert} differs from its checksum",
+                    hint="the file is damaged; run `localrun verify` to see how much, then copy or convert it again",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    fd: int
+    direct: bool
+    path: Path
+
+
+def _read_from(handle: _Handle, piece: _Piece) -> None:
+    done = 0
+    while done < piece.need:
+        try:
+            n = preadv(handle.fd, [piece.target[done:]], piece.offset + done)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"{handle.path}: reading {len(piece.target)} bytes at {piece.offset}: {error.strerror}",
+                hint="check the drive (dmesg) and run `localrun verify` on the model",
+            ) from error
+        if n == 0:
+            raise StoreError(
+                f"{handle.path}: ends before byte {piece.offset + piece.need}",
+                hint="the file was cut off after it was opened; copy it again and run `localrun verify`",
+            )
+        done += n
+
+
+def _open(path: Path) -> _Handle:
+    """Opens for reading with O_DIRECT if a real read through it works (tmpfs and some network file systems refuse)."""
+    direct_flag = getattr(os, "O_DIRECT", 0)
+    if direct_flag:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct_flag)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise _open_error(path, error) from error
+        else:
+            try:
+                preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
+                return _Handle(fd, True, path)
+            except OSError:
+                os.close(fd)
+    try:
+        return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), False, path)
+    except OSError as error:
+        raise _open_error(path, error) from error
+
+
+def _open_error(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
+
+
+def _staging_bytes(projections: tuple[Projection, Projection, Projection]) -> int:
+    """Largest space that an expert's aligned reads can take."""
+    return sum((-(-extent.n_bytes // PAGE) + 1) * PAGE for projection in projections for extent in projection.extents)
+
+
+def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Projection]]:
+    """One expert of every kind: of each layer's base, and all that have a better copy."""
+    for layer, moe in source.moe_layers.items():
+        yield source.base_expert(layer, 0)
+        if moe.better:
+            yield from (source.expert(layer, expert) for expert in range(moe.n_experts))
+
+
+def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) -> bool:
+    return all(
+        projection.encoding is Encoding.GGML and extent.offset % PAGE == 0 and extent.n_bytes % PAGE == 0
+        for projection in projections
+        for extent in projection.extents
+    )
+
+
+def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: _Buffer) -> Bytes:
+    """gate|up|down as one array: a view where the reads already lie back to back, a copy otherwise."""
+    if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
+        return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]
+    return np.concatenate(rows)

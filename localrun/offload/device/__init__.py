@@ -1,0 +1,1 @@
+"""Our ggml device: graph operations from llama.cpp to the expert pool."""

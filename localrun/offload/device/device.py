@@ -1,0 +1,350 @@
+"""A ggml backend device, in Python, that owns the routed experts.
+
+llama.cpp places tensors whose names match `EXPERT_TENSORS` into our weights buffer type and its scheduler then hands us the
+operations on them: per layer one split of MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down. The tensors hold no data: a
+weights buffer is a few bytes of address space per tensor, so expert bytes never enter llama.cpp. Activations stay in the CPU's
+own buffers, which we read and write in place.
+
+The device is registered once per process and never goes away (ggml can't unregister a running one); what comes and goes are
+*owners*, one per loaded model, found through the buffer that a weight lies in. This module knows how ggml calls us; what an
+expert is and where its bytes are is the owner's business.
+
+ggml calls `graph_compute` on the thread that called `llama_decode`; that is a compiled function (`native.py`), which comes to
+Python only for what it can't do. Exceptions must not reach C (ctypes would print and swallow them): they are handed to the owner
+and ggml gets a failure status, so that `llama_decode` returns an error.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import DecodeError, LocalrunError, StoppedError
+from localrun.ggml import library as ggml
+from localrun.ggml.library import Tensor
+from localrun.offload.device import compiled as native
+from localrun.offload.device.routing import swiglu
+from localrun.offload.device.view import View, view
+
+log = logging.getLogger(__name__)
+
+EXPERT_TENSORS: Final = r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight"
+"""Regex (C++ std::regex, searched) of the tensors that our device owns."""
+
+_ALIGNMENT = 64
+_NAME = C.create_string_buffer(b"LOCALRUN")
+_DEVICE_NAME = C.create_string_buffer(b"LOCALRUN0")
+_DESCRIPTION = C.create_string_buffer(b"localrun experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One stacked expert tensor: which layer and which of `PROJECTIONS`."""
+
+    layer: int
+    projection: int
+
+
+class Owner(Protocol):
+    """A loaded model's experts. All calls come from the thread that runs `llama_decode`."""
+
+    def weight(self, tensor: int) -> Weight | None:
+        """The stacked tensor at that address, or None if this owner has none there."""
+        ...
+
+    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
+        """out[:, k, t] = expert ids[k, t] applied to x[:, 0, t]; x `(D, 1, T)` f32, ids `(K, T)` i32, out `(D, K, T)` f32."""
+        ...
+
+    def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
+        """out[:, k, t] = W[ids[k, t]] @ x[:, k or 0, t] for one projection."""
+        ...
+
+    def check_stop(self) -> None:
+        """Raises StoppedError if the user wants no more."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """Keeps the cause of a failed decode."""
+        ...
+
+
+class ExpertDevice:
+    """The process-wide device. Use `expert_device()`; attributes are for this package only.
+
+    Owns the C structures for the life of the process, and the map from weights buffers to owners.
+    """
+
+    def __init__(self) -> None:
+        self._lib = ggml.library()
+        self._keep: list[Any] = []  # callbacks and structures that C points to
+        self._owners: dict[int, Owner] = {}  # weights buffer address -> owner
+        self._memory: dict[int, C.Array[C.c_char]] = {}  # weights buffer address -> its address space
+        self._loading: Owner | None = None
+        self._load_lock = threading.Lock()
+        self._reg, self._device, self._backend = ggml.Reg(), ggml.Device(), ggml.Backend()
+        self._weights_type = ggml.BufferType()
+        self._buffer_interface = ggml.BufferInterface()
+        self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
+        python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
+        self._keep.append(python)
+        self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0)
+        self._build_buffer_type()
+        self._build_device()
+        self._build_backend()
+        self._build_reg()
+        self._lib.ggml_backend_register(C.addressof(self._reg))
+
+    @property
+    def weights_buffer_type(self) -> int:
+        """Address of the buffer type for `tensor_buft_overrides`."""
+        return C.addressof(self._weights_type)
+
+    def attach(self, tensor: int, record: npt.NDArray[np.int64]) -> None:
+        """Hangs a weight's record (see `native.py`) on its tensor; kept until the tensor's buffer is freed."""
+        tensor_view = Tensor.from_address(tensor)
+        tensor_view.extra = record.ctypes.data
+        self._records.setdefault(tensor_view.buffer, []).append(record)
+
+    @property
+    def n_buffers(self) -> int:
+        """Weights buffers that llama.cpp has not freed."""
+        return len(self._memory)
+
+    @contextmanager
+    def loading(self, owner: Owner) -> Iterator[None]:
+        """While open, weights buffers that llama.cpp allocates belong to `owner`. One load at a time per process."""
+        with self._load_lock:
+            self._loading = owner
+            try:
+                yield
+            finally:
+                self._loading = None
+
+    def is_ours(self, tensor: int | None) -> bool:
+        """True if the tensor at that address lies in one of our weights buffers."""
+        if not tensor:
+            return False
+        buffer = Tensor.from_address(tensor).buffer
+        return bool(buffer) and self._lib.ggml_backend_buffer_get_type(buffer) == self.weights_buffer_type
+
+    # -- building the C structures -------------------------------------------------------------------------------------
+
+    def _set(self, structure: Any, field: str, function: Callable[..., Any]) -> None:
+        kind = dict(structure._fields_)[field]
+        callback = kind(function)
+        self._keep.append(callback)
+        setattr(structure, field, callback)
+
+    def _build_buffer_type(self) -> None:
+        iface = self._weights_type.iface
+        self._set(iface, "get_name", lambda buft: C.addressof(_NAME))
+        self._set(iface, "alloc_buffer", self._alloc_buffer)
+        self._set(iface, "get_alignment", lambda buft: _ALIGNMENT)
+        # The experts' bytes are elsewhere: a tensor needs an address of its own and nothing more.
+        self._set(iface, "get_alloc_size", lambda buft, tensor: _ALIGNMENT)
+        # Not host memory: so that no other backend thinks that it could read the weights.
+        self._set(iface, "is_host", lambda buft: False)
+        self._weights_type.device = C.addressof(self._device)
+        buffer = self._buffer_interface
+        self._set(buffer, "free_buffer", self._free_buffer)
+        self._set(buffer, "get_base", lambda buf: -(-C.addressof(self._memory[buf]) // _ALIGNMENT) * _ALIGNMENT)
+        self._set(buffer, "memset_tensor", lambda buf, tensor, value, offset, size: None)
+        self._set(buffer, "set_tensor", self._refuse_access)
+        self._set(buffer, "get_tensor", self._refuse_access)
+        self._set(buffer, "cpy_tensor", lambda buf, src, dst: False)
+        self._set(buffer, "clear", lambda buf, value: None)
+
+    def _alloc_buffer(self, buft: int, size: int) -> int:
+        memory = C.create_string_buffer(size + _ALIGNMENT)
+        address: int = self._lib.ggml_backend_buffer_init(buft, self._buffer_interface, None, size)
+        self._memory[address] = memory
+        if self._loading is not None:
+            self._owners[address] = self._loading
+        return address
+
+    def _free_buffer(self, buffer: int) -> None:
+        self._owners.pop(buffer, None)
+        self._records.pop(buffer, None)
+        self._memory.pop(buffer, None)
+
+    def _refuse_access(self, buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
+        owner = self._owners.get(buffer)
+        error = LocalrunError(
+            f"{Tensor.from_address(tensor).name.decode()}: llama.cpp tried to touch expert weights directly"
+        )
+        log.error("%s", error)
+        if owner is not None:
+            owner.failed(error)
+
+    def _build_device(self) -> None:
+        iface = self._device.iface
+        self._set(iface, "get_name", lambda dev: C.addressof(_DEVICE_NAME))
+        self._set(iface, "get_description", lambda dev: C.addressof(_DESCRIPTION))
+        self._set(iface, "get_memory", self._no_memory)
+        self._set(iface, "get_type", lambda dev: ggml.DEVICE_TYPE_ACCEL)
+        self._set(iface, "get_props", self._props)
+        self._set(iface, "init_backend", lambda dev, params: C.addressof(self._backend))
+        # Activations that we produce live where the CPU backend's live: no copies between the two.
+        self._set(iface, "get_buffer_type", lambda dev: self._cpu_buffer_type)
+        self._set(iface, "supports_op", lambda dev, op: self._supports(Tensor.from_address(op)))
+        self._set(
+            iface,
+            "supports_buft",
+            lambda dev, buft: buft == self.weights_buffer_type or self._lib.ggml_backend_buft_is_host(buft),
+        )
+        self._device.reg = C.addressof(self._reg)
+
+    def _no_memory(self, device: int, free: Any, total: Any) -> None:
+        free[0] = total[0] = 0
+
+    def _props(self, device: int, props: Any) -> None:
+        result = props[0]
+        result.name, result.description = _DEVICE_NAME.value, _DESCRIPTION.value
+        result.memory_free = result.memory_total = 0
+        result.type, result.device_id = ggml.DEVICE_TYPE_ACCEL, None
+        result.caps = ggml.DeviceCaps()
+
+    def _build_backend(self) -> None:
+        guid = (C.c_uint8 * 16)(*b"localrun-experts")
+        self._keep.append(guid)
+        self._backend.guid = C.addressof(guid)
+        self._backend.device = C.addressof(self._device)
+        iface = self._backend.iface
+        self._set(iface, "get_name", lambda backend: C.addressof(_NAME))
+        self._set(iface, "free", lambda backend: None)
+        iface.graph_compute = dict(iface._fields_)["graph_compute"](native.graph_compute.address)
+        self._backend.context = self.process.address
+
+    def _build_reg(self) -> None:
+        iface = self._reg.iface
+        self._reg.api_version = ggml.BACKEND_API_VERSION
+        self._set(iface, "get_name", lambda reg: C.addressof(_NAME))
+        self._set(iface, "get_device_count", lambda reg: 1)
+        self._set(iface, "get_device", lambda reg, index: C.addressof(self._device))
+        self._set(iface, "get_proc_address", lambda reg, name: None)
+
+    # -- scheduling and computing --------------------------------------------------------------------------------------
+
+    def _supports(self, op: Tensor) -> bool:
+        if op.op == ggml.OP_NONE:
+            return True
+        if op.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT):
+            return self.is_ours(op.src[0])
+        if op.op == ggml.OP_GLU:
+            sources = [Tensor.from_address(src) for src in (op.src[0], op.src[1]) if src]
+            return (
+                len(sources) == 2
+                and op.op_params[0] in (ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP)
+                and op.op_params[1] == 0  # not swapped
+                and sources[0].op == sources[1].op
+                and all(s.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT) and self.is_ours(s.src[0]) for s in sources)
+            )
+        return False
+
+    def _compute_in_python(self, graph: int, index: int) -> int:
+        """Computes node `index` or the chain that begins there; the number of nodes done, or an answer that means failure."""
+        owner: Owner | None = None
+        try:
+            n_nodes = min(4, self._lib.ggml_graph_n_nodes(graph) - index)
+            addresses = [self._lib.ggml_graph_node(graph, index + i) for i in range(n_nodes)]
+            nodes = [Tensor.from_address(address) for address in addresses]
+            owner = self._owner_of(nodes[0])
+            return _compute(owner, addresses, nodes)
+        except StoppedError as error:
+            if owner is not None:
+                owner.failed(error)
+            return native.ABORTED_ANSWER
+        except BaseException as error:  # a callback from C: nothing may pass
+            if owner is None:
+                log.exception("expert device failed without an owner")
+            else:
+                owner.failed(error)
+            return native.FAILED_ANSWER
+
+    def _owner_of(self, node: Tensor) -> Owner:
+        weight = node.src[0]
+        if node.op == ggml.OP_GLU:
+            weight = Tensor.from_address(weight).src[0]
+        return self._owners[Tensor.from_address(weight).buffer]
+
+
+def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> int:
+    """The fused chain where it stands, else the first node alone; the number of nodes done."""
+    owner.check_stop()
+    if _compute_fused(owner, list(zip(addresses, nodes, strict=True))):
+        return 4
+    node = nodes[0]
+    sources = [view(Tensor.from_address(source)) for source in (node.src[0], node.src[1])]
+    if node.op == ggml.OP_MUL_MAT_ID:
+        owner.project(_weight(owner, node), sources[1], view(Tensor.from_address(node.src[2])), view(node))
+    elif node.op == ggml.OP_GLU:
+        swiglu(sources[0], sources[1], view(node), _limit(node))
+    else:
+        raise DecodeError(
+            f"{node.name.decode()}: our device can't run operation {node.op} on an input of shape {sources[1].ne} and strides "
+            f"{sources[1].nb}"
+        )
+    return 1
+
+
+def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]]) -> bool:
+    """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up."""
+    if [node.op for _, node in chain] != [ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_MUL_MAT_ID]:
+        return False
+    (a_first, first), (a_second, second), (a_glu, glu), (_, down) = chain
+    same_input = first.src[1] == second.src[1] and first.src[2] == second.src[2] == down.src[2]
+    if not same_input or {glu.src[0], glu.src[1]} != {a_first, a_second} or down.src[1] != a_glu:
+        return False
+    gate_weight = _weight(owner, Tensor.from_address(glu.src[0]))
+    up_weight = _weight(owner, Tensor.from_address(glu.src[1]))
+    down_weight = _weight(owner, down)
+    if (gate_weight.projection, up_weight.projection, down_weight.projection) != (0, 1, 2):
+        return False
+    if not gate_weight.layer == up_weight.layer == down_weight.layer:
+        return False
+    x, ids = view(Tensor.from_address(first.src[1])), view(Tensor.from_address(first.src[2]))
+    if x.ne[1] != 1:
+        return False
+    owner.ffn(down_weight.layer, x, ids, view(down), _limit(glu))
+    return True
+
+
+def _weight(owner: Owner, node: Tensor) -> Weight:
+    weight = owner.weight(node.src[0])
+    if weight is None:
+        raise DecodeError(f"{Tensor.from_address(node.src[0]).name.decode()}: not an expert tensor of this model")
+    return weight
+
+
+def _limit(glu: Tensor) -> float:
+    """Clamp limit of a gated activation: op_params[3] as float for SWIGLU_CLAMP (ggml.c, ggml_swiglu_clamp), else infinity."""
+    if glu.op_params[0] != ggml.GLU_SWIGLU_CLAMP:
+        return float("inf")
+    return C.c_float.from_buffer_copy(C.c_int32(glu.op_params[3])).value
+
+
+_device: ExpertDevice | None = None
+_device_lock = threading.Lock()
+
+
+def expert_device() -> ExpertDevice:
+    """The process's device, registered with ggml on first use.
+
+    Raises:
+        IncompatibleLibraryError: the installed llama.cpp is not the one that our structures fit.
+    """
+    global _device
+    with _device_lock:
+        if _device is None:
+            _device = ExpertDevice()
+        return _device

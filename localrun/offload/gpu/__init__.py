@@ -1,0 +1,1 @@
+"""Experts on GPUs: slots, streaming, probes."""

@@ -1,0 +1,407 @@
+"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and the graphs that multiply with them.
+
+A bank is the slots of one layer in one format: three stacked tensors, as llama.cpp's own expert tensors are, with slots in the
+place of experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started without waiting, so that the CPU computes its
+share meanwhile. Which expert is in which slot is `gpu_tier.py`'s business. Calls of few tokens use the same graphs without coming
+here, see `gpu_native.py`.
+
+Everything that is allocated counts towards the budget: slots and the buffer of intermediate results.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import BudgetError, DecodeError, LocalrunError
+from localrun.ggml import library as ggml
+from localrun.ggml.devices import GpuDevice
+from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
+from localrun.offload.device.view import F32, I32
+from localrun.offload.kernels import FfnSpec
+from localrun.units import format_size
+
+log = logging.getLogger(__name__)
+
+MAX_PAIRS = 512
+"""(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
+
+_SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
+"""Pairs of several tokens for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
+
+MAX_SLOTS = 1024
+"""Of a bank: more than any model has experts in a layer."""
+
+_GRAPH_NODES = 16
+_F32, _I32 = 0, 26  # enum ggml_type
+_SPARE_BYTES = 1 << 20
+_UPLOAD_BYTES = 4 << 20
+"""Piece of an upload: what a graph may have to wait for."""
+
+BankKey = tuple[int, int]
+"""(layer, variant)."""
+
+
+@dataclass(slots=True)
+class _Graph:
+    graph: int
+    x: int
+    ids: int
+    out: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """Pairs of one graph: `ids` filled up to the graph's size, `x` (one row if all pairs are one token's) and `out` with the real
+    ones only."""
+
+    bank: Bank
+    ids: I32
+    x: F32
+    out: F32
+
+
+@dataclass(slots=True)
+class Bank:
+    """Slots of one layer in one format.
+
+    Attributes:
+        spec: shapes and types.
+        n_slots: how many.
+        free: slots that hold nothing.
+        tensors: gate, up and down, each (n_in, n_out, n_slots).
+        row_bytes: size of one expert's gate, up and down.
+        record: its graphs, for compiled calls.
+    """
+
+    spec: FfnSpec
+    n_slots: int
+    free: list[int]
+    tensors: tuple[int, int, int]
+    row_bytes: tuple[int, int, int]
+    record: BankRecord
+    graphs: dict[tuple[int, bool], _Graph] = field(default_factory=dict)  # by pairs, and whether they are one token's
+
+
+def scratch_bytes(spec: FfnSpec) -> int:
+    """Bound for the intermediate results of `MAX_PAIRS` pairs."""
+    return (2 * spec.n_embd + 3 * spec.n_ff + 1) * 4 * MAX_PAIRS + _SPARE_BYTES
+
+
+class GpuSlots:
+    """All banks of one device. Owns a backend, its buffers and contexts until `close`.
+
+    For the decoding thread; `upload` may run on another one meanwhile (ggml's devices order their own work).
+
+    A device that has less memory than it said gets the banks that fit, the first ones, possibly none, with a warning.
+
+    Args:
+        device: where.
+        counts: slots by (layer, variant); none may be 0.
+        specs: shape and types by (layer, variant).
+        budget_bytes: most memory to take.
+
+    Raises:
+        BudgetError: more than the budget.
+        LocalrunError: the device can't be opened, or can't multiply one of the formats.
+    """
+
+    def __init__(
+        self, device: GpuDevice, counts: Mapping[BankKey, int], specs: Mapping[BankKey, FfnSpec], budget_bytes: int
+    ) -> None:
+        self.device = device
+        self.banks: dict[BankKey, Bank] = {}
+        self._lib = ggml.library()
+        self._contexts: list[int] = []
+        self._buffers: list[int] = []
+        self._gallocr = 0
+        self._waiting: deque[_Part] = deque()
+        self._running: tuple[_Part, _Graph] | None = None  # its memory is read by the device
+        self.used_bytes = 0
+        """What is allocated on the device; it does not change."""
+        self._backend = self._lib.ggml_backend_dev_init(device.address, None)
+        if not self._backend:
+            raise LocalrunError(f"{device.name}: ggml can't open this device")
+        self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
+        self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
+        try:
+            self._make_banks(counts, specs)
+            self.used_bytes = self._allocated()
+            if self.used_bytes > budget_bytes:
+                raise BudgetError(
+                    f"{device.name}: {format_size(self.used_bytes)} allocated, the budget is {format_size(budget_bytes)}"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocated(self) -> int:
+        slots = sum(self._lib.ggml_backend_buffer_get_size(buffer) for buffer in self._buffers)
+        return int(slots + (self._lib.ggml_gallocr_get_buffer_size(self._gallocr, 0) if self._gallocr else 0))
+
+    def upload(self, key: BankKey, slot: int, rows: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copies an expert's gate, up and down (ggml rows) into a slot; any thread, not the same slot twice at once."""
+        bank = self.banks[key]
+        for tensor, size, data in zip(bank.tensors, bank.row_bytes, rows, strict=True):
+            assert data.nbytes == size
+            for at in range(0, size, _UPLOAD_BYTES):
+                n = min(_UPLOAD_BYTES, size - at)
+                self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
+
+    def start(self, key: BankKey, slots: I32, x: F32) -> F32:
+        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; waits for nothing.
+
+        What does not fit into one graph, and what is started while another graph runs, follows in `finish`.
+
+        Args:
+            slots: (N,) int32.
+            x: (N, D) or, if all pairs are one token's, (1, D) f32, contiguous.
+
+        Returns:
+            (N, D) array that is filled when `finish` returns.
+
+        Raises:
+            DecodeError: the device reports a failure.
+        """
+        out = np.empty((slots.size, x.shape[1]), np.float32)
+        for at in range(0, slots.size, MAX_PAIRS):
+            end = min(at + MAX_PAIRS, slots.size)
+            ids = np.zeros(end - at if len(x) == 1 else _size(end - at), np.int32)
+            ids[: end - at] = slots[at:end]
+            self._waiting.append(_Part(self.banks[key], ids, x if len(x) == 1 else x[at:end], out[at:end]))
+        if self._running is None:
+            self._launch()
+        return out
+
+    def finish(self) -> None:
+        """Waits for everything that was started.
+
+        Raises:
+            DecodeError: the device reports a failure; nothing is under way any more.
+        """
+        while self._running is not None:
+            part, graph = self._running
+            # Asking for the result earlier would wait for it: into memory that is not pinned, most backends copy synchronously.
+            self._lib.ggml_backend_synchronize(self._backend)
+            self._lib.ggml_backend_tensor_get(graph.out, part.out.ctypes.data, 0, part.out.nbytes)
+            self._running = None
+            if self._waiting:
+                self._launch()
+
+    def _launch(self) -> None:
+        """The next part; the memory of intermediate results is free."""
+        lib, part = self._lib, self._waiting.popleft()
+        try:
+            graph = self._graph(part.bank, part.ids.size, one_token=len(part.x) == 1)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, part.ids.ctypes.data, 0, part.ids.nbytes)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.x, part.x.ctypes.data, 0, part.x.nbytes)
+            if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
+                raise DecodeError(f"{self.device.name}: computing experts failed")
+        except BaseException:
+            self._waiting.clear()
+            lib.ggml_backend_synchronize(self._backend)  # it may still read the part's memory
+            raise
+        self._running = part, graph
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        lib = self._lib
+        if self._backend:
+            lib.ggml_backend_synchronize(self._backend)
+            self._record.close()
+        buffers, self._buffers = self._buffers, []
+        contexts, self._contexts = self._contexts, []
+        gallocr, self._gallocr = self._gallocr, 0
+        if gallocr:
+            lib.ggml_gallocr_free(gallocr)
+        for buffer in buffers:
+            lib.ggml_backend_buffer_free(buffer)
+        for context in contexts:
+            lib.ggml_free(context)
+        if self._backend:
+            lib.ggml_backend_free(self._backend)
+        self._backend, self._running = 0, None
+        self._waiting.clear()
+        self.banks.clear()
+
+    def _context(self, n_tensors: int, *, graph: bool) -> int:
+        lib = self._lib
+        size = n_tensors * lib.ggml_tensor_overhead()
+        if graph:
+            size += lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        context = int(lib.ggml_init(ggml.InitParams(size + 1024, None, True)))
+        self._contexts.append(context)
+        return context
+
+    def _make_banks(self, counts: Mapping[BankKey, int], specs: Mapping[BankKey, FfnSpec]) -> None:
+        """Banks, and memory for the largest call, once: it never grows afterwards. It comes before all banks but its own."""
+        largest = max(counts, key=lambda key: scratch_bytes(specs[key]), default=None)
+        for key in [] if largest is None else [largest, *(key for key in counts if key != largest)]:
+            bank = self._make_bank(specs[key], counts[key])
+            if bank is not None:
+                self.banks[key] = bank
+            if bank is None or (key == largest and not self._reserve(bank)):
+                self._give_back()
+                log.warning(
+                    "%s: out of memory: room for %d experts, not for %d; the others stay in RAM and on the drive",
+                    self.device.name,
+                    sum(bank.n_slots for bank in self.banks.values()),
+                    sum(counts.values()),
+                )
+                return
+
+    def _give_back(self) -> None:
+        """The device is full to the brim, and its driver wants some memory when it computes: at least a sixteenth of ours."""
+        full = self._allocated()
+        while self.banks and (self._allocated() > full * 15 // 16 or not self._gallocr):
+            self.banks.popitem()
+            self._lib.ggml_backend_buffer_free(self._buffers.pop())
+        if not self.banks and self._gallocr:
+            self._lib.ggml_gallocr_free(self._gallocr)
+            self._gallocr = 0
+
+    def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank | None:
+        """None: no memory."""
+        lib, context = self._lib, self._context(3, graph=False)
+        gate, up, down = _stacked(context, spec, n_slots)
+        sizes = [int(lib.ggml_nbytes(tensor)) // n_slots for tensor in (gate, up, down)]
+        buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
+        if not buffer:
+            return None
+        self._buffers.append(buffer)
+        row_bytes = (sizes[0], sizes[1], sizes[2])
+        bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), row_bytes, BankRecord(self._record))
+        self._check_support(bank)
+        return bank
+
+    def _check_support(self, bank: Bank) -> None:
+        if not _supports(self.device, self._make_graph(bank, 2, one_token=False).graph):
+            raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
+
+    def _graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
+        """The graph for so many pairs, made on first use; compiled calls find it from then on."""
+        made = bank.graphs.get((n_pairs, one_token))
+        if made is None:
+            made = self._make_graph(bank, n_pairs, one_token=one_token)
+            # Once is enough: the memory of intermediate results stays where it is.
+            if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
+                raise DecodeError(f"{self.device.name}: out of memory")
+            bank.graphs[n_pairs, one_token] = made
+            fewest = n_pairs if one_token else max((size for size in _SIZES if size < n_pairs), default=0) + 1
+            bank.record.add(
+                range(fewest, n_pairs + 1),
+                one_token=one_token,
+                graph=made.graph,
+                x=made.x,
+                ids=made.ids,
+                out=made.out,
+            )
+        return made
+
+    def _make_graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
+        return _build(self._context(8, graph=True), bank.spec, bank.tensors, n_pairs, one_token=one_token)
+
+    def _reserve(self, bank: Bank) -> bool:
+        """False: no memory."""
+        graph = self._make_graph(bank, MAX_PAIRS, one_token=False)
+        gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
+        if self._lib.ggml_gallocr_reserve(gallocr, graph.graph):
+            self._gallocr = gallocr
+            return True
+        self._lib.ggml_gallocr_free(gallocr)
+        return False
+
+
+def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, one_token: bool) -> _Graph:
+    """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
+    fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
+    lib = ggml.library()
+    n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
+    x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_columns)
+    ids = lib.ggml_new_tensor_2d(context, _I32, n_rows, n_columns)
+    gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
+    if math.isinf(spec.limit):
+        active = lib.ggml_swiglu_split(context, gate, up)
+    else:
+        active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
+    out = lib.ggml_mul_mat_id(context, tensors[2], active, ids)
+    lib.ggml_set_input(x)
+    lib.ggml_set_input(ids)
+    lib.ggml_set_output(out)
+    graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
+    lib.ggml_build_forward_expand(graph, out)
+    return _Graph(graph, x, ids, out)
+
+
+def _size(n_pairs: int) -> int:
+    return next(size for size in _SIZES if size >= n_pairs)
+
+
+def _supports(device: GpuDevice, graph: int) -> bool:
+    lib = ggml.library()
+    nodes = (lib.ggml_graph_node(graph, index) for index in range(lib.ggml_graph_n_nodes(graph)))
+    return all(lib.ggml_backend_dev_supports_op(device.address, node) for node in nodes)
+
+
+def _kinds(spec: FfnSpec) -> str:
+    return "/".join(dict.fromkeys(kind.name for kind in spec.types))
+
+
+def _stacked(context: int, spec: FfnSpec, n_slots: int) -> tuple[int, int, int]:
+    """Gate, up and down of a bank; nothing is allocated."""
+    lib = ggml.library()
+    shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
+    gate, up, down = (
+        int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
+        for kind, shape in zip(spec.types, shapes, strict=True)
+    )
+    return gate, up, down
+
+
+def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
+    """How many experts one bank may have: Vulkan devices can't address tensors beyond a few GiB, some not beyond 128 MiB.
+
+    Returns:
+        0 if the device can't multiply with such experts at all, with a warning; `MAX_SLOTS` without a limit.
+    """
+    lib = ggml.library()
+
+    def fits(n_slots: int) -> bool:
+        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        context = lib.ggml_init(ggml.InitParams(size + 1024, None, True))
+        try:
+            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, one_token=False).graph)
+        finally:
+            lib.ggml_free(context)
+
+    if fits(MAX_SLOTS):
+        return MAX_SLOTS
+    if not fits(1):
+        log.warning("%s can't multiply experts in %s: they stay in RAM and on the drive", device.name, _kinds(spec))
+        return 0
+    return bisect.bisect_left(range(1, MAX_SLOTS), True, key=lambda n_slots: not fits(n_slots))
+
+
+def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
+    """What `n_slots` experts take on the device, its padding included; nothing is allocated."""
+    lib = ggml.library()
+    context = lib.ggml_init(ggml.InitParams(3 * lib.ggml_tensor_overhead() + 1024, None, True))
+    try:
+        buffer_type = lib.ggml_backend_dev_buffer_type(device.address)
+        sizes = [
+            lib.ggml_backend_buft_get_alloc_size(buffer_type, tensor) for tensor in _stacked(context, spec, n_slots)
+        ]
+        return int(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    finally:
+        lib.ggml_free(context)
+
+
+_ALIGNMENT: int = 1024
+"""More than any backend aligns tensors to; a bank has three."""

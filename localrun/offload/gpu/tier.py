@@ -1,0 +1,483 @@
+"""Which experts live on GPUs: placed by the routing profile at load, exchanged by use while running.
+
+An expert on a GPU is in no RAM slot. Its ggml rows (GPUs don't know our layouts) are made from its copy in RAM, or read by the
+store, whose reads for others come first, and copied by a thread of this module, so decoding never waits for an upload. What has
+arrived is put to use between two decodes. An expert that leaves a GPU is on the drive again and comes back through RAM when it is
+asked for.
+
+Threads: the filling thread owns the staging buffer and uploads; calls of many tokens are driven by each GPU's own thread
+(`gpu_stream.py`); everything else happens on the decoding thread, under the pool's lock where it touches residency.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import BudgetError
+from localrun.ggml.devices import GpuDevice, HostMemory
+from localrun.offload.cache.slots import Slot
+from localrun.offload.cache.store import Ticket
+from localrun.offload.device.compiled import MAX_VARIANTS
+from localrun.offload.device.compiled_gpu import LayerOnGpu
+from localrun.offload.device.routing import Routing
+from localrun.offload.device.view import F32, I32
+from localrun.offload.gpu.slots import BankKey, GpuSlots, most_slots, scratch_bytes, slot_bytes
+from localrun.offload.gpu.stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
+from localrun.offload.kernels import FfnSpec
+from localrun.units import format_size
+
+if TYPE_CHECKING:
+    from localrun.offload.pool import ExpertPool
+
+log = logging.getLogger(__name__)
+
+EXCHANGE_EVERY = 16
+"""Decodes between two looks at whether an expert in RAM has become hotter than one on a GPU; at most one is exchanged each time."""
+EXCHANGE_GAIN = 1.5
+"""How much hotter it must be, so that experts of similar use don't change places for ever."""
+_LEAST_HEAT = 4.0
+
+_STOP_POLL_S = 0.05
+"""A stop request ends a long call so soon."""
+
+Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
+"""(n_experts,) how much each expert of a layer was used, recent uses counting more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    gpu: int
+    key: BankKey
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    layer: int
+    expert: int
+    place: _Place
+    is_exchange: bool = False
+
+
+class GpuTier:
+    """Experts on one or several GPUs.
+
+    Args:
+        gpus: (device, most bytes to take) of each.
+        specs: shape and types by (layer, variant).
+        wanted: by layer the variant of each expert.
+        ranking: (layer, expert), the likeliest first; all experts.
+        rings: what long prompts stream, and where; None: nothing.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[tuple[GpuDevice, int]],
+        specs: Mapping[BankKey, FfnSpec],
+        wanted: Mapping[int, I32],
+        ranking: Sequence[tuple[int, int]],
+        rings: Rings | None = None,
+    ) -> None:
+        n_layers, n_experts = max(wanted) + 1, max(variants.size for variants in wanted.values())
+        self._wanted = wanted
+        self.where: npt.NDArray[np.int16] = np.full((n_layers, n_experts), -1, np.int16)
+        """GPU by (layer, expert), -1: none."""
+        self._slot: I32 = np.zeros((n_layers, n_experts), np.int32)  # on that GPU, in the bank of the expert's variant
+        self._refused: npt.NDArray[np.bool_] = np.zeros((n_layers, n_experts), bool)  # can't be read
+        self._uploads: queue.SimpleQueue[_Upload | None] = queue.SimpleQueue()
+        self._under_way: set[tuple[int, int]] = set()
+        self._uploaded: queue.SimpleQueue[tuple[_Upload, BaseException | None]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._staging: HostMemory | None = None
+        self._n_decodes = 0
+        self.n_exchanged = 0
+        self.slots: list[GpuSlots] = []
+        self.lanes: list[GpuLane] = []
+        self.rings = rings
+        self._ring_of: dict[BankKey, int] = {}
+        if rings is not None:
+            number = {kernel.spec: i for i, kernel in enumerate(rings.kernels)}
+            self._ring_of = {key: number[spec] for key, spec in specs.items() if spec in number}
+        try:
+            ring_bytes = [
+                rings.bytes_on(device) if rings is not None and i == rings.gpu else 0
+                for i, (device, _) in enumerate(gpus)
+            ]
+            left = [(device, budget - ring) for (device, budget), ring in zip(gpus, ring_bytes, strict=True)]
+            for i, counts in enumerate(share_out(left, specs, wanted, ranking)):
+                passing = rings.specs if rings is not None and i == rings.gpu else {}
+                device, budget = gpus[i]
+                # Rings first: what comes last is left out by a device with less memory than it said.
+                counts = {**dict.fromkeys(passing, RING_SLOTS), **counts}
+                self.slots.append(GpuSlots(device, counts, {**specs, **passing}, budget))
+                if any(key not in self.slots[i].banks for key in passing):
+                    self.rings, self._ring_of = None, {}
+        except BaseException:
+            self.close()
+            raise
+        self.layers = {layer: self._record(layer) for layer in wanted}
+        """For compiled layer calls."""
+        for layer, expert in ranking:
+            place = self._free_place(layer, int(wanted[layer][expert]))
+            if place is not None:
+                self._queue(layer, expert, place)
+
+    @property
+    def staging_bytes(self) -> int:
+        """RAM through which experts go on their way to a GPU."""
+        sizes = [sum(bank.row_bytes) for slots in self.slots for bank in slots.banks.values()]
+        return -(-max(sizes, default=0) // 4096) * 4096
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory taken on all GPUs."""
+        return sum(slots.used_bytes for slots in self.slots)
+
+    @property
+    def n_resident(self) -> int:
+        """Experts that are computed on a GPU now."""
+        return int((self.where >= 0).sum())
+
+    @property
+    def n_under_way(self) -> int:
+        """Experts that wait for their upload, or for the next decode to begin."""
+        return len(self._under_way)
+
+    def has_place(self, layer: int, expert: int) -> bool:
+        """The expert is on a GPU, or on its way to one; any thread."""
+        return bool(self.where[layer, expert] >= 0) or (layer, expert) in self._under_way
+
+    def _record(self, layer: int) -> LayerOnGpu:
+        variants = self._wanted[layer]
+        banks = [
+            [
+                slots.banks[at].record if (at := (layer, variant)) in slots.banks else None
+                for variant in range(int(variants.max()) + 1)
+            ]
+            for slots in self.slots
+        ]
+        return LayerOnGpu(self.where[layer], self._slot[layer], variants, banks)
+
+    # -- computing -----------------------------------------------------------------------------------------------------
+
+    def call(self, layer: int, x: F32, out: F32) -> GpuCall:
+        """For one layer call; see `GpuCall`."""
+        return GpuCall(self, layer, x, out)
+
+    def pairs(self, layer: int, part: Routing) -> list[tuple[int, Pairs]]:
+        """(GPU, pairs) by bank, of experts that are all on GPUs."""
+        counts = np.diff(part.starts)
+        gpus, variants = self.where[layer, part.experts], self._wanted[layer][part.experts]
+        slots = np.repeat(self._slot[layer, part.experts], counts)
+        groups = gpus.astype(np.int32) * MAX_VARIANTS + variants
+        result = []
+        for group in [groups[0]] if (groups == groups[0]).all() else np.unique(groups):
+            gpu, variant = divmod(int(group), MAX_VARIANTS)
+            rows = np.flatnonzero(np.repeat(groups == group, counts))
+            result.append((gpu, Pairs((layer, variant), slots[rows], part.x_rows[rows], part.out_rows[rows])))
+        return result
+
+    def ring_of(self, layer: int, variant: int) -> int | None:
+        """Ring through which this layer's experts of a variant pass, if any does."""
+        return self._ring_of.get((layer, variant))
+
+    # -- residency -----------------------------------------------------------------------------------------------------
+
+    def begin(self, pool: ExpertPool, *, n_unpackers: int = 1) -> None:
+        """Starts the threads."""
+        for i, slots in enumerate(self.slots):
+            kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
+            self.lanes.append(GpuLane(slots, kernels, pool.store, n_unpackers=n_unpackers))
+        self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, 4096))
+        self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
+        self._thread.start()
+
+    def step(self, pool: ExpertPool, heat: Heat) -> None:
+        """Between two decodes, on the decoding thread, which holds the pool's lock: takes in what was uploaded, and now and then
+        gives the place of an expert that is little used to one that is used more."""
+        while not self._uploaded.empty():
+            upload, error = self._uploaded.get()
+            self._settle(upload, error)
+        # Also those that were being read into RAM when their upload was settled.
+        for layer, expert in np.argwhere((self.where >= 0) & (pool.table.resident[: len(self.where)] != 0)).tolist():
+            slot = pool.table.peek(layer, expert)
+            if slot is not None and slot.pins == 0:
+                pool.drop(slot)
+        self._n_decodes += 1
+        if self._n_decodes % EXCHANGE_EVERY == 0 and not self._under_way:
+            self._exchange(heat)
+
+    def _settle(self, upload: _Upload, error: BaseException | None) -> None:
+        at = (upload.layer, upload.expert)
+        self._under_way.discard(at)
+        if error is not None:
+            log.warning("blk.%d: expert %d was not put on the GPU: %s", *at, error)
+            self._bank(upload.place).free.append(upload.place.slot)
+            self._refused[at] = True
+            return
+        self._slot[at] = upload.place.slot
+        self.where[at] = upload.place.gpu
+        self.n_exchanged += upload.is_exchange
+
+    def _exchange(self, heat: Heat) -> None:
+        best: tuple[float, int, int, int] | None = None  # gain, layer, who comes, who goes or -1
+        for layer, variants in self._wanted.items():
+            here = self.where[layer, : variants.size] >= 0
+            if not here.any() or here.all():
+                continue
+            values = heat(layer)
+            for variant in np.unique(variants[here]):
+                same = variants == variant
+                others = same & ~here & ~self._refused[layer, : variants.size]
+                if not others.any():
+                    continue
+                hot = int(np.where(others, values, -1.0).argmax())
+                cold = int(np.where(same & here, values, np.inf).argmin())
+                gain = float(values[hot]) - EXCHANGE_GAIN * float(values[cold])
+                if self._free_place(layer, int(variant), take=False) is not None:
+                    gain, cold = float(values[hot]), -1
+                if gain >= _LEAST_HEAT and (best is None or gain > best[0]):
+                    best = (gain, layer, hot, cold)
+        if best is None:
+            return
+        _, layer, hot, cold = best
+        variant = int(self._wanted[layer][hot])
+        place = self._free_place(layer, variant)
+        if cold >= 0:
+            place = _Place(int(self.where[layer, cold]), (layer, variant), int(self._slot[layer, cold]))
+            self.where[layer, cold] = -1
+        assert place is not None
+        self._queue(layer, hot, place, is_exchange=cold >= 0)
+
+    def _queue(self, layer: int, expert: int, place: _Place, *, is_exchange: bool = False) -> None:
+        self._under_way.add((layer, expert))
+        self._uploads.put(_Upload(layer, expert, place, is_exchange))
+
+    def _free_place(self, layer: int, variant: int, *, take: bool = True) -> _Place | None:
+        for gpu, slots in enumerate(self.slots):
+            bank = slots.banks.get((layer, variant))
+            if bank is not None and bank.free:
+                return _Place(gpu, (layer, variant), bank.free.pop(0) if take else bank.free[0])
+        return None
+
+    def _bank(self, place: _Place) -> Any:
+        return self.slots[place.gpu].banks[place.key]
+
+    # -- the filling thread --------------------------------------------------------------------------------------------
+
+    def _fill(self, pool: ExpertPool) -> None:
+        assert self._staging is not None
+        memory = self._staging.array
+        while not self._closing.is_set():
+            upload = self._uploads.get()
+            if upload is None:
+                return
+            try:
+                self._copy(pool, upload, memory)
+            except BaseException as error:  # whatever it is: the expert stays where it was
+                self._uploaded.put((upload, error))
+            else:
+                self._uploaded.put((upload, None))
+
+    def _copy(self, pool: ExpertPool, upload: _Upload, memory: npt.NDArray[np.uint8]) -> None:
+        slots = self.slots[upload.place.gpu]
+        sizes = slots.banks[upload.place.key].row_bytes
+        variant = upload.place.key[1]
+        rows = memory[: sum(sizes)]
+        if not pool.copy_rows(upload.layer, upload.expert, variant, rows):
+            self._read(pool, Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant))
+        ends = np.cumsum((0, *sizes))
+        slots.upload(upload.place.key, upload.place.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
+
+    def _read(self, pool: ExpertPool, target: Slot) -> None:
+        tickets: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        pool.read_rows(target, tickets.put)
+        ticket = tickets.get()  # also when the tier is closing: it writes into our memory
+        if ticket.error is not None:
+            raise ticket.error
+
+    def close(self) -> None:
+        """Ends the filling thread, then frees the GPUs' memory; before the store is closed."""
+        self._closing.set()
+        self._uploads.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        for lane in self.lanes:
+            lane.close()
+        if self._staging is not None:
+            self._staging.close()
+        for slots in self.slots:
+            slots.close()
+        self.lanes, self.slots = [], []
+
+
+class GpuCall:
+    """One layer call's work on GPUs: started, then waited for. For the decoding thread; `abandon` ends it in any case.
+
+    Few tokens are multiplied by graphs that this thread starts; for `LONG_TOKENS` and more each GPU's own thread does all, so that
+    the CPU's share never waits for it.
+
+    Args:
+        x, out: the call's inputs and outputs.
+    """
+
+    def __init__(self, tier: GpuTier, layer: int, x: F32, out: F32) -> None:
+        self._tier, self._layer, self._x, self._out = tier, layer, x, out
+        self._running: list[tuple[GpuSlots, F32, I32]] = []
+        self._jobs: list[Job] = []
+
+    def choose(
+        self, n_pairs: I32, variants: I32, in_ram: npt.NDArray[np.bool_], others: int, resident: int
+    ) -> npt.NDArray[np.int32]:
+        """Which experts to stream.
+
+        Args:
+            n_pairs: (n,) pairs of each candidate.
+            variants: (n,) the copy that would be used.
+            in_ram: (n,) whether that is in RAM.
+            others: pairs that the CPU has to do in any case.
+            resident: pairs of experts that live on GPUs.
+
+        Returns:
+            Indices of candidates, ascending; mostly none.
+        """
+        rings = self._tier.rings
+        nobody = np.zeros(0, np.int32)
+        if rings is None:
+            return nobody
+        cpu_s, gpu_s = np.zeros(n_pairs.size), np.full(n_pairs.size, np.inf)
+        used = []
+        for variant in np.unique(variants):
+            ring, same = self._tier.ring_of(self._layer, int(variant)), variants == variant
+            if ring is None:
+                cpu_s[same] = rings.costs[0].cpu.of(n_pairs[same])
+                continue
+            costs = rings.costs[ring]
+            used.append(costs)
+            cpu_s[same] = costs.cpu.of(n_pairs[same])
+            gpu_s[same] = np.maximum(costs.gpu.of(n_pairs[same]) - np.where(in_ram[same], 0.0, costs.unpack_s), 1e-9)
+        if not used:
+            return nobody
+        return choose(
+            cpu_s,
+            gpu_s,
+            others_s=others * used[0].cpu.pair_s,
+            busy_s=resident * used[0].gpu.pair_s,
+            slowdown=max(costs.slowdown for costs in used),
+        )
+
+    def ring_of(self, variant: int) -> int | None:
+        """Ring through which experts of a variant pass, if any does."""
+        return self._tier.ring_of(self._layer, variant)
+
+    def start(self, part: Routing | None) -> None:
+        """Starts the pairs of experts that are all on GPUs, few of them."""
+        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+            slots = self._tier.slots[gpu]
+            rows = self._x if len(self._x) == 1 else self._x[pairs.x_rows]
+            self._running.append((slots, slots.start(pairs.key, pairs.slots, rows), pairs.out_rows))
+
+    def start_long(self, part: Routing | None, passing: Sequence[Passing]) -> None:
+        """Starts the pairs of experts that are all on GPUs, and streams others.
+
+        Args:
+            passing: in file order; what has an address stays there until `wait` or `abandon` returns.
+        """
+        jobs: dict[int, Job] = {}
+        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+            job = jobs.setdefault(gpu, Job(self._x, self._out))
+            job.resident = [*job.resident, pairs]
+        if passing and self._tier.rings is not None:
+            jobs.setdefault(self._tier.rings.gpu, Job(self._x, self._out)).passing = passing
+        for gpu, job in jobs.items():
+            self._jobs.append(job)
+            self._tier.lanes[gpu].submit(job)
+
+    def wait(self, check_stop: Callable[[], None] = lambda: None) -> int:
+        """Waits until all outputs are written; returns the bytes that were read.
+
+        Args:
+            check_stop: called now and then during a long call; what it raises ends the waiting, and `abandon` has to follow.
+
+        Raises:
+            DecodeError, StoreError, ChecksumError: the first thing that failed.
+        """
+        running, self._running = self._running, []
+        with contextlib.ExitStack() as all_of_them:  # whatever one of them reports
+            for slots in {id(slots): slots for slots, _, _ in running}.values():
+                all_of_them.callback(slots.finish)
+        for _, result, out_rows in running:
+            self._out[out_rows] = result
+        for job in self._jobs:
+            while not job.done.wait(_STOP_POLL_S):
+                check_stop()
+        jobs, self._jobs = self._jobs, []  # not before: whatever interrupts the waiting, `abandon` must know what runs
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return sum(job.bytes_read for job in jobs)
+
+    def abandon(self) -> None:
+        """After an error elsewhere: ends what runs, because it uses the call's memory."""
+        for job in self._jobs:
+            job.cancelled = True
+        try:
+            self.wait()
+        except Exception as error:  # the first one counts
+            log.debug("blk.%d: %s", self._layer, error)
+
+
+def share_out(
+    gpus: Sequence[tuple[GpuDevice, int]],
+    specs: Mapping[BankKey, FfnSpec],
+    wanted: Mapping[int, I32],
+    ranking: Sequence[tuple[int, int]],
+) -> list[dict[BankKey, int]]:
+    """How many slots each GPU gives to each layer and format: the likeliest experts, each to the GPU with most room left.
+
+    Raises:
+        BudgetError: a budget too small for the intermediate results and a single expert.
+    """
+    scratch = max(scratch_bytes(spec) for spec in specs.values())
+    result: list[dict[BankKey, int]] = [{} for _ in gpus]
+    left = [budget - scratch for _, budget in gpus]
+    for (device, budget), rest in zip(gpus, left, strict=True):
+        smallest = min(slot_bytes(spec, 1, device) for spec in specs.values())
+        if rest < smallest:
+            raise BudgetError(
+                f"{device.name}: {format_size(budget)} is too little for experts: intermediate results take "
+                f"{format_size(scratch)} and one expert {format_size(smallest)}",
+                hint="give more --vram, or --gpu none",
+            )
+    limits = [{spec: most_slots(spec, device) for spec in set(specs.values())} for device, _ in gpus]
+    size_of: dict[tuple[int, BankKey, int], int] = {}
+
+    def grown(gpu: int, key: BankKey, count: int) -> int:
+        at = (gpu, key, count)
+        if at not in size_of:
+            size_of[at] = slot_bytes(specs[key], count, gpus[gpu][0]) if count else 0
+        return size_of[at]
+
+    for layer, expert in ranking:
+        key = (layer, int(wanted[layer][expert]))
+        for gpu in sorted(range(len(gpus)), key=lambda gpu: -left[gpu]):
+            count = result[gpu].get(key, 0)
+            if count >= limits[gpu][specs[key]]:
+                continue
+            cost = grown(gpu, key, count + 1) - grown(gpu, key, count)
+            if cost <= left[gpu]:
+                result[gpu][key] = count + 1
+                left[gpu] -= cost
+                break
+    return result

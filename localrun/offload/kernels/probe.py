@@ -1,0 +1,94 @@
+"""How fast our kernels are on this processor: the experts of the model that is to be planned, and 8-bit dense matrices.
+
+A fifth of a second on a fast machine. The kernels run on memory filled with one byte: what they compute is nobody's business, how
+long it takes depends on formats and shapes only. Weights are taken from all over a buffer larger than most caches, as in a run.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
+from localrun.offload.kernels.rates import FEW, MANY, CpuRates, ExpertRates
+
+_BUFFER_BYTES: Final = 256 << 20
+_EXPERTS: Final = 6
+"""In a call, as many as a token of DeepSeek-V4 uses."""
+
+_ROUND_S: Final = 0.04
+_SLOW_S: Final = 0.1
+"""A call that takes longer tells enough."""
+
+_DENSE_SIZE: Final = 4096
+_FILL: Final = 0x77
+
+
+def probe_cpu(specs: Iterable[FfnSpec], *, n_threads: int) -> CpuRates:
+    """Measures experts of these shapes and formats, and dense matrices."""
+    with mmap.mmap(-1, _BUFFER_BYTES) as memory:
+        values = np.frombuffer(memory, np.uint8)
+        values.fill(_FILL)
+        base = values.ctypes.data
+        del values
+        row_s, batch_s = _dense(base, n_threads)
+        experts = {spec.types: _experts(spec, base, n_threads) for spec in dict.fromkeys(specs)}
+    n_bytes = _DENSE_SIZE * _DENSE_SIZE * 34 // 32  # Q8_0: blocks of 32 in 34 bytes
+    return CpuRates(
+        dense_bytes_per_s=n_bytes / row_s,
+        dense_macs_per_s=MANY * _DENSE_SIZE * _DENSE_SIZE / batch_s,
+        experts=experts,
+    )
+
+
+def _dense(base: int, n_threads: int) -> tuple[float, float]:
+    """Seconds of one matrix with one row, and with a batch."""
+    kernel = DenseKernel(GGMLQuantizationType.Q8_0, _DENSE_SIZE, _DENSE_SIZE, n_threads=n_threads)
+    x = np.ones((MANY, _DENSE_SIZE), np.float32)
+    out = np.empty_like(x)
+    places = _places(base, kernel.packed_bytes)
+    one = _best(lambda turn: kernel.run(places[turn % len(places)], x[:1], out[:1]))
+    return one, _best(lambda turn: kernel.run(places[turn % len(places)], x, out))
+
+
+def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
+    kernel = make_kernel(spec, n_threads=n_threads)
+    places = np.array(_places(base, kernel.slot_bytes), np.uint64)
+    x = np.ones((MANY, spec.n_embd), np.float32)
+    out = np.empty((_EXPERTS * MANY, spec.n_embd), np.float32)
+
+    def call(turn: int, n_tokens: int) -> None:
+        slots = places[(np.arange(_EXPERTS) + turn * _EXPERTS) % places.size]
+        starts = np.arange(_EXPERTS + 1, dtype=np.int32) * np.int32(n_tokens)
+        x_rows = np.tile(np.arange(n_tokens, dtype=np.int32), _EXPERTS)
+        kernel.run(slots, starts, x_rows, np.arange(x_rows.size, dtype=np.int32), x, out)
+
+    decode_s = _best(lambda turn: call(turn, 1)) / _EXPERTS
+    if decode_s * _EXPERTS > _SLOW_S:  # bound by computing: a batch costs as much per token
+        return ExpertRates(decode_s=decode_s, few_s=FEW * decode_s, many_s=MANY * decode_s)
+    few_s = _best(lambda turn: call(turn, FEW)) / _EXPERTS
+    many_s = few_s * MANY / FEW if few_s * _EXPERTS > _SLOW_S else _best(lambda turn: call(turn, MANY)) / _EXPERTS
+    return ExpertRates(decode_s=decode_s, few_s=few_s, many_s=many_s)
+
+
+def _places(base: int, size: int) -> list[int]:
+    """Addresses of as many things of that size as the buffer holds."""
+    stride = -(-size // 4096) * 4096
+    return [base + number * stride for number in range(max(1, _BUFFER_BYTES // stride))]
+
+
+def _best(work: Callable[[int], object]) -> float:
+    """Seconds of the fastest round after the first, which may compile."""
+    work(0)
+    best, end, turn = float("inf"), time.perf_counter() + _ROUND_S, 0
+    while turn == 0 or time.perf_counter() < end:
+        turn += 1
+        started = time.perf_counter()
+        work(turn)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,1 @@
+"""Official checkpoints: config, safetensors, tokenizer, and how their tensors map to GGUF."""

@@ -1,0 +1,1 @@
+"""The converter and everything that writes or checks a converted model."""

@@ -1,0 +1,492 @@
+"""Writes a plan to a directory: streaming, resumable after any kill, the same bytes every time.
+
+    DST/.convert/   work directory: model.gguf.partial, state.json, journal.jsonl
+    DST/model.gguf  appears when all of it is on the disk
+    DST/localrun.json   the manifest, last: a directory that has one is complete
+
+Several threads each take a part (a dense tensor, or one expert's matrix), read it slice by slice, convert the slice and write it to
+its place; more threads than cores, because most of them wait for the disk. What a thread holds is bounded by the slice size, not
+by the tensor's, so memory does not depend on the model. The main thread makes finished parts durable in batches and only then
+writes them down in the journal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from localrun.errors import DiskSpaceError, LocalrunError, StoreError, UsageError
+from localrun.quant.checkpoint.directory import Checkpoint
+from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionPlan, Part, PlanOptions, make_plan
+from localrun.quant.convert.direct_io import PAGE, AlignedBuffer, DirectReader, DirectWriter
+from localrun.quant.convert.journal import Journal, PartResult
+from localrun.quant.convert.report import build_manifest
+from localrun.quant.formats.transcode import Loss
+from localrun.quant.gguf.file import align_up
+from localrun.quant.model.manifest import MANIFEST_NAME, write_manifest
+from localrun.units import format_size
+
+MODEL_NAME = "model.gguf"
+WORK_NAME = ".convert"
+LEARNED_NAME = ".tiers"
+"""Folder in the target in which the choice of formats keeps what it learned (see `localrun.engine.measure.choose`)."""
+
+SLICE_BYTES = 8 << 20
+"""Upper bound for what a thread reads, and for what it writes, at a time: 2-4 MiB pieces reach an NVMe's full speed."""
+
+DEFAULT_JOBS = max(8, os.cpu_count() or 1)
+"""Reads and writes in flight; one leaves a third of an NVMe idle. Threads, so at most a core's worth each of conversion."""
+
+_SYNC_SECONDS = 3.0
+_SYNC_BYTES = 2 << 30
+_SPARE_BYTES = 64 << 20
+_PART_ALIGN = 128
+"""FP8 scale blocks span 128 rows; slices begin at their borders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """State of a running conversion.
+
+    Attributes:
+        done_bytes, total_bytes: of the output's tensors.
+        resumed_bytes: part of done_bytes that an earlier run had written.
+        elapsed_s: of this run.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int
+    elapsed_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return (self.done_bytes - self.resumed_bytes) / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def remaining_s(self) -> float | None:
+        """At this run's average rate; None before anything is written."""
+        rate = self.bytes_per_s
+        return (self.total_bytes - self.done_bytes) / rate if rate > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionResult:
+    """What was written.
+
+    Attributes:
+        path: the directory.
+        file_bytes: size of the GGUF.
+        seconds: duration of this run.
+        read_bytes, written_bytes: by this run, tensor bytes.
+        losses: by `source dtype -> ggml type`, what rounding changed; empty for an exact conversion.
+    """
+
+    path: Path
+    file_bytes: int
+    seconds: float
+    read_bytes: int
+    written_bytes: int
+    losses: dict[str, Loss]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A part with its place in the file."""
+
+    number: int
+    part: Part
+    offset: int
+    is_last: bool
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuses targets that would harm something.
+
+    Raises:
+        UsageError: inside the source, or holds something else already.
+    """
+    source, target = source.resolve(), target.resolve()
+    if target == source or source in target.parents:
+        raise UsageError(
+            f"{target} is inside the source", hint="the source is never written to; choose another directory"
+        )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file", hint="give a directory that does not exist yet")
+    if (target / MANIFEST_NAME).exists():
+        raise UsageError(f"{target} holds a finished model", hint="choose another directory, or delete this one")
+    if not (target / WORK_NAME).is_dir() and any(path.name != LEARNED_NAME for path in target.iterdir()):
+        raise UsageError(f"{target} is not empty", hint="give a directory that does not exist yet")
+
+
+def check_space(plan: ConversionPlan, target: Path) -> int:
+    """Bytes that must still be allocated for the output; see `Place.check_space`."""
+    return Place(target / MODEL_NAME, target / WORK_NAME).check_space(plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file is made.
+
+    Attributes:
+        final: its path, which appears when all of it is on the disk.
+        work: folder of the unfinished file and its journal.
+    """
+
+    final: Path
+    work: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.work / (self.final.name + ".partial")
+
+    def check_space(self, plan: ConversionPlan) -> int:
+        """Bytes that must still be allocated for the output.
+
+        Raises:
+            DiskSpaceError: more than the disk has.
+        """
+        if self.final.exists():
+            return 0
+        allocated = self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
+        needed = max(0, plan.file_size - allocated) + _SPARE_BYTES
+        target = self.final.parent
+        folder = next(folder for folder in (target, *target.resolve().parents) if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise DiskSpaceError(
+                f"{target}: needs {format_size(needed)}, the disk has {format_size(free)} free",
+                hint=f"free {format_size(needed - free)}, or choose a directory on another disk",
+            )
+        return needed
+
+
+def convert(
+    source: Path,
+    target: Path,
+    options: PlanOptions | None = None,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Callable[[Progress], None] | None = None,
+) -> ConversionResult:
+    """Converts the checkpoint directory `source`; see `write_plan`."""
+    check_target(source, target)
+    return write_plan(make_plan(open_checkpoint(source), options), target, jobs=jobs, progress=progress)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, with a clear refusal of what is converted already.
+
+    Raises:
+        UsageError: not a checkpoint directory.
+        FormatError, CheckpointError, UnsupportedModelError: see `Checkpoint.open`.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such directory")
+    if path.is_file() or (path / MANIFEST_NAME).exists():
+        raise UsageError(f"{path} is not a checkpoint directory", hint="convert reads the official safetensors release")
+    return Checkpoint.open(path)
+
+
+def write_plan(
+    plan: ConversionPlan, target: Path, *, jobs: int = DEFAULT_JOBS, progress: Callable[[Progress], None] | None = None
+) -> ConversionResult:
+    """Writes the plan to a directory, or finishes what an earlier run began.
+
+    Args:
+        plan: what to write.
+        target: the directory; created if needed.
+        jobs: threads.
+        progress: called a few times a second from this thread.
+
+    Raises:
+        UsageError: the target is in use for something else, or an earlier run had other options.
+        DiskSpaceError, StoreError: the disks.
+        FormatError: a weight that the target type can't hold (NaN); what is done so far stays and is used again.
+    """
+    check_target(plan.checkpoint.path, target)
+    options = described_options(plan)
+
+    def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
+        write_manifest(build_manifest(plan, MODEL_NAME, done, options, losses), target)
+
+    created = not target.exists()
+    place = Place(target / MODEL_NAME, target / WORK_NAME)
+    try:
+        return write_file(plan, place, options, publish, jobs=jobs, progress=progress)
+    finally:
+        if created and not any(place.work.glob("*.partial")) and not place.final.exists():
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def write_file(
+    plan: ConversionPlan,
+    place: Place,
+    options: Mapping[str, str],
+    publish: Callable[[Mapping[int, PartResult], Mapping[str, Loss]], None],
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Callable[[Progress], None] | None = None,
+) -> ConversionResult:
+    """Writes a plan's file, or finishes what an earlier run began.
+
+    Args:
+        options: the user's choices by option name; an unfinished file that was begun with others is refused.
+        publish: tells the world, once the file is whole and in place: results of all parts by number, and what rounding changed.
+
+    Raises:
+        As `write_plan`.
+    """
+    place.check_space(plan)
+    facts = {
+        "source": str(plan.checkpoint.path.resolve()),
+        "identity": plan.checkpoint.identity,
+        "plan": plan.digest,
+    }
+    try:
+        journal = Journal(place.work, options, facts)
+    except OSError as e:
+        if isinstance(e, LocalrunError):
+            raise
+        raise StoreError(f"{place.work}: {e.strerror}") from e
+    try:
+        result = _Run(plan, place, journal, jobs, progress).execute()
+        publish(journal.done, result.losses)
+    finally:
+        journal.close()
+    shutil.rmtree(place.work)
+    return replace(result, path=place.final.parent)
+
+
+def described_options(plan: ConversionPlan) -> dict[str, str]:
+    """The user's choices by option name, as the manifest has them and as an unfinished run is compared by."""
+    base, importance = plan.options.base, plan.options.importance
+    options = {"dense": plan.options.dense.name.lower(), "base": "default" if base is None else base.name.lower()}
+    return options if importance is None else options | {"imatrix": importance.digest}
+
+
+class _Run:
+    """One run of a conversion: its threads, files and counters.
+
+    Threads: workers take work from an iterator under `_lock` and put results into `_finished` under the same lock; the main
+    thread alone touches the journal. The first error stops everybody.
+    """
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        place: Place,
+        journal: Journal,
+        jobs: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan = plan
+        self._partial, self._final = place.partial, place.final
+        self._journal = journal
+        self._jobs = max(1, jobs)
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._finished: list[tuple[int, PartResult]] = []
+        self._error: BaseException | None = None
+        self._n_running = 0
+        self._read_bytes = 0
+        self._written_bytes = 0
+        self._work = list(_in_reading_order(plan))
+        self._resumed = sum(w.part.n_bytes for w in self._work if w.number in journal.done)
+        self._total = sum(w.part.n_bytes for w in self._work)
+
+    def execute(self) -> ConversionResult:
+        start, final = time.perf_counter(), self._final
+        # A run that was killed after the rename has a whole journal, no partial file, and only lacks its manifest.
+        complete = len(self._journal.done) == len(self._work) and final.exists() and not self._partial.exists()
+        if not complete:
+            if self._journal.done and not self._partial.exists():
+                raise StoreError(f"{self._partial} has vanished", hint=f"delete {self._partial.parent} to start again")
+            self._write_all(start)
+            self._partial.rename(final)
+            _sync_folder(final.parent)
+        losses: dict[str, Loss] = {}
+        for work in sorted(self._work, key=lambda work: work.number):
+            loss = self._journal.done[work.number].loss
+            if loss is not None:
+                key = f"{work.part.source.dtype} -> {work.part.target.name}"
+                losses[key] = losses.get(key, Loss()) + loss
+        seconds = time.perf_counter() - start
+        return ConversionResult(final, self._plan.file_size, seconds, self._read_bytes, self._written_bytes, losses)
+
+    def _write_all(self, start: float) -> None:
+        readers: list[DirectReader] = []
+        writer = DirectWriter(self._partial, self._plan.file_size)
+        try:
+            readers.extend(DirectReader(shard.path, shard.size) for shard in self._plan.checkpoint.shards)
+            header = np.frombuffer(self._plan.header, np.uint8)
+            writer.write(0, header)
+            open_work = iter([work for work in self._work if work.number not in self._journal.done])
+            threads = [
+                threading.Thread(
+                    target=self._worker, args=(open_work, readers, writer), name=f"convert-{i}", daemon=True
+                )
+                for i in range(self._jobs)
+            ]
+            self._n_running = len(threads)
+            for thread in threads:
+                thread.start()
+            try:
+                self._supervise(writer, start)
+            finally:
+                self._stop.set()
+                for thread in threads:
+                    thread.join()
+                # also after an error: what is done need not be done again
+                self._record(writer)
+            if self._error is not None:
+                raise self._error
+        finally:
+            for reader in readers:
+                reader.close()
+            writer.close()
+
+    def _supervise(self, writer: DirectWriter, start: float) -> None:
+        """Reports and records until the last worker leaves or somebody fails."""
+        synced_at, synced_bytes = time.monotonic(), 0
+        while self._n_running > 0 and not self._stop.is_set():
+            self._wake.wait(0.2)
+            self._wake.clear()
+            if self._progress is not None:
+                with self._lock:
+                    done = self._resumed + self._written_bytes
+                self._progress(Progress(done, self._total, self._resumed, time.perf_counter() - start))
+            late = time.monotonic() - synced_at > _SYNC_SECONDS
+            if late or self._written_bytes - synced_bytes > _SYNC_BYTES:
+                synced_bytes = self._written_bytes
+                self._record(writer)
+                synced_at = time.monotonic()
+        if self._progress is not None and self._error is None:
+            self._progress(Progress(self._total, self._total, self._resumed, time.perf_counter() - start))
+
+    def _record(self, writer: DirectWriter) -> None:
+        """Syncs, then writes down what had been finished before the sync."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+        writer.sync()
+        if finished:
+            self._journal.append(finished)
+            self._journal.done.update(finished)
+
+    def _worker(self, open_work: Iterator[_Work], readers: list[DirectReader], writer: DirectWriter) -> None:
+        pipeline = _Pipeline(self._plan, readers, writer)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    work = next(open_work, None)
+                if work is None:
+                    return
+                result = pipeline.run(work, self._stop, self._count)
+                if result is None:
+                    return
+                with self._lock:
+                    self._finished.append((work.number, result))
+        except BaseException as e:
+            with self._lock:
+                self._error = self._error or e
+            self._stop.set()
+        finally:
+            with self._lock:
+                self._n_running -= 1
+            self._wake.set()
+
+    def _count(self, read_bytes: int, written_bytes: int) -> None:
+        with self._lock:
+            self._read_bytes += read_bytes
+            self._written_bytes += written_bytes
+
+
+class _Pipeline:
+    """One thread's buffers: read a slice, convert it, write it."""
+
+    def __init__(self, plan: ConversionPlan, readers: list[DirectReader], writer: DirectWriter) -> None:
+        self._readers = readers
+        self._writer = writer
+        self._importance = plan.options.importance
+        self._weights, self._scales, self._out = AlignedBuffer(), AlignedBuffer(), AlignedBuffer()
+
+    def run(self, work: _Work, stop: threading.Event, count: Callable[[int, int], None]) -> PartResult | None:
+        """Writes a part; None if told to stop before its end."""
+        part = work.part
+        output, weights, scales = xxhash.xxh3_64(), xxhash.xxh3_64(), xxhash.xxh3_64()
+        loss: Loss | None = None
+        importance = part.importance(self._importance)
+        step = slice_rows(part)
+        for first in range(0, part.n_out, step):
+            if stop.is_set():
+                return None
+            n_rows = min(step, part.n_out - first)
+            weight_extent, scale_extent = part.extents(first, n_rows)
+            reader = self._readers[weight_extent.file]
+            weight = reader.read(weight_extent.offset, weight_extent.n_bytes, self._weights)
+            weights.update(weight.data)
+            scale = np.empty(0, np.uint8)
+            if scale_extent is not None:
+                scale_reader = self._readers[scale_extent.file]
+                scale = scale_reader.read(scale_extent.offset, scale_extent.n_bytes, self._scales)
+                scales.update(scale.data)
+            begin, n_bytes = work.offset + part.output_bytes(first), part.output_bytes(n_rows)
+            memory = self._out.array(n_bytes + ALIGNMENT)
+            slice_loss = part.convert(
+                n_rows, weight, scale, memory[:n_bytes], f"{reader.path}: {part.source.spec.name}", importance
+            )
+            if slice_loss is not None:
+                loss = slice_loss if loss is None else loss + slice_loss
+            output.update(memory[:n_bytes].data)
+            written = n_bytes
+            if work.is_last and first + n_rows == part.n_out:
+                # The tensor's padding belongs to it: whole pages can go around the page cache.
+                written = align_up(begin + n_bytes, ALIGNMENT) - begin
+                memory[n_bytes:written] = 0
+            self._writer.write(begin, memory[:written])
+            count(weight.size + scale.size, n_bytes)
+        scale_digest = scales.hexdigest() if part.source.scale is not None else ""
+        return PartResult(output.hexdigest(), weights.hexdigest(), scale_digest, loss)
+
+
+def slice_rows(part: Part) -> int:
+    """Rows per slice: at most SLICE_BYTES on either side, beginning and ending at whole pages of the output if possible."""
+    row = part.output_bytes(1)
+    source_row = max(1, part.source.weight.n_bytes // part.n_out)
+    unit = PAGE // gcd(row, PAGE)
+    unit = unit * _PART_ALIGN // gcd(unit, _PART_ALIGN)
+    return max(1, SLICE_BYTES // (max(row, source_row) * unit)) * unit
+
+
+def _in_reading_order(plan: ConversionPlan) -> Iterator[_Work]:
+    """All parts: dense tensors first, the largest in front (one thread each, so a late one would run alone), then the experts
+    in the order of their bytes in the shards."""
+    numbered: list[_Work] = []
+    for tensor in plan.tensors.values():
+        for part in tensor.parts:
+            numbered.append(_Work(len(numbered), part, tensor.offset + part.offset, is_last=part is tensor.parts[-1]))
+    dense = [work for work in numbered if work.part.source.spec.expert is None]
+    experts = [work for work in numbered if work.part.source.spec.expert is not None]
+    yield from sorted(dense, key=lambda work: -work.part.n_bytes)
+    yield from sorted(experts, key=lambda work: (work.part.source.weight.file, work.part.source.weight.offset))
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Number formats: from a checkpoint's to ggml's, and quantizers."""

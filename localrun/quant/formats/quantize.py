@@ -1,0 +1,209 @@
+"""F32 rows to any block type and back: by our quantizers where there are some (`k_quantize`), by ggml's for all other types.
+
+A thin binding of `ggml_quantize_chunk` (ggml.h) in the library that llama-cpp-python bundles, with the checks that the C code
+lacks: it aborts the process on NaN, on rows that are no whole blocks, on missing importance weights, and where squares of tiny
+numbers vanish. Everything that gets past `quantize_rows` is safe for it. Calls release the interpreter lock and use one thread:
+callers bring the threads.
+
+Knows nothing about files or tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from localrun.errors import FormatError, IncompatibleLibraryError
+from localrun.quant.formats import k_quantize, kernels
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+_T = GGMLQuantizationType
+_NEEDS_WEIGHTS = frozenset({_T.IQ2_XXS, _T.IQ2_XS})
+"""Types of TYPES for which `ggml_quantize_requires_imatrix` holds; compared with the library when it is loaded."""
+
+_GRID_TYPES = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S})
+
+TYPES = _GRID_TYPES | {_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.Q3_K, _T.Q2_K, _T.IQ4_XS}
+"""What rows can be quantized to."""
+
+_MAX_WEIGHT_EXPONENT = 12
+_SMALLEST_WEIGHT = np.float32(2.0**-14)
+_TINY = np.float32(2.0**-24)
+"""The grid types' search compares squares of (importance times |x|)^2, which must not vanish in F32: with |x| at least 2^-24 (the
+smallest F16, the type of every block's scale) and importance between 2^-14 and 2^12, none does: 2^(2 * -14 + 4 * -24) > 2^-126."""
+
+_F16_MAX_BITS = np.uint32(np.float32(65504).view(np.uint32))
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+class _TypeTraits(C.Structure):
+    """struct ggml_type_traits (ggml.h, the same in ggml 0.25.3)."""
+
+    _fields_ = [
+        ("type_name", C.c_char_p),
+        ("blck_size", C.c_int64),
+        ("blck_size_interleave", C.c_int64),
+        ("type_size", C.c_size_t),
+        ("is_quantized", C.c_bool),
+        ("to_float", C.c_void_p),
+        ("from_float_ref", C.c_void_p),
+    ]
+
+
+_ToFloat = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
+
+
+@functools.cache
+def _library() -> Any:
+    """The library, its tables set up. llama-cpp-python's handle: another copy of the same file would have its own tables.
+
+    Raises:
+        IncompatibleLibraryError: it knows other types than gguf does.
+    """
+    import llama_cpp.llama_cpp as bindings
+
+    library: Any = bindings._lib
+    try:
+        library.ggml_quantize_chunk.restype = C.c_size_t
+        library.ggml_quantize_chunk.argtypes = [C.c_int, C.c_void_p, C.c_void_p, *[C.c_int64] * 3, C.c_void_p]
+        library.ggml_quantize_init.restype, library.ggml_quantize_init.argtypes = None, [C.c_int]
+        library.ggml_quantize_requires_imatrix.restype = C.c_bool
+        library.ggml_quantize_requires_imatrix.argtypes = [C.c_int]
+        library.ggml_get_type_traits.restype = C.POINTER(_TypeTraits)
+        library.ggml_get_type_traits.argtypes = [C.c_int]
+    except AttributeError as error:
+        raise IncompatibleLibraryError(f"the bundled llama.cpp lacks a function: {error}") from error
+    for kind in TYPES:
+        traits = library.ggml_get_type_traits(int(kind)).contents
+        name = (traits.type_name or b"").decode().upper()
+        known = (name, (traits.blck_size, traits.type_size), library.ggml_quantize_requires_imatrix(int(kind)))
+        if known != (kind.name, GGML_QUANT_SIZES[kind], kind in _NEEDS_WEIGHTS):
+            raise IncompatibleLibraryError(
+                f"the bundled llama.cpp's type {int(kind)} is not {kind.name} as gguf knows it"
+            )
+    return library
+
+
+@functools.cache
+def _set_up(kind: GGMLQuantizationType) -> None:
+    """Computes the type's tables (some take a second); ggml does it once, under a lock of its own."""
+    _library().ggml_quantize_init(int(kind))
+
+
+def needs_weights(kind: GGMLQuantizationType) -> bool:
+    """Whether the type can't be quantized without importance; `quantize_rows` then takes all channels as alike."""
+    return kind in _NEEDS_WEIGHTS
+
+
+def prepare_weights(weights: Floats | None, n_in: int, kind: GGMLQuantizationType, where: str) -> Floats | None:
+    """Importance as ggml can take it: checked, scaled by a power of two (which changes no result), and nowhere zero.
+
+    Args:
+        weights: `(n_in,)`, or None: then all ones where the type needs weights.
+        where: what to call the tensor in an error message.
+
+    Raises:
+        FormatError: another length, a negative number, NaN or infinity.
+    """
+    if weights is None:
+        return np.ones(n_in, np.float32) if needs_weights(kind) else None
+    if weights.shape != (n_in,) or weights.dtype != np.float32:
+        raise FormatError(f"{where}: importance of shape {weights.shape} for rows of {n_in}")
+    largest = float(weights.max())
+    if not (np.isfinite(weights).all() and float(weights.min()) >= 0):
+        raise FormatError(f"{where}: importance that is negative or not a number")
+    if largest == 0:
+        return np.ones(n_in, np.float32)
+    exponent = _MAX_WEIGHT_EXPONENT - int(np.frexp(largest)[1])
+    scaled: Floats = np.maximum(np.ldexp(weights, exponent).astype(np.float32), _SMALLEST_WEIGHT)
+    return scaled
+
+
+def quantize_rows(
+    values: Floats,
+    kind: GGMLQuantizationType,
+    weights: Floats | None = None,
+    out: Bytes | None = None,
+    where: str = "tensor",
+    *,
+    ours: bool = True,
+) -> Bytes:
+    """Quantizes rows: by `k_quantize` the types that it has, the others as llama.cpp does.
+
+    Args:
+        values: `(n_out, n_in)`, contiguous.
+        kind: one of TYPES.
+        weights: importance of the columns, `(n_in,)`; what a squared error there counts. Use `prepare_weights` once for many calls.
+        out: where the rows go; allocated if None.
+        where: what to call the tensor in an error message.
+        ours: False: by ggml's quantizer in any case, for comparison.
+
+    Returns:
+        The rows' bytes, flat.
+
+    Raises:
+        FormatError: NaN, infinity, or beyond F16's range; a row that is no whole number of blocks; unusable weights.
+    """
+    n_out, n_in = values.shape
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if kind not in TYPES or n_in % block:
+        raise FormatError(f"{where}: rows of {n_in} values can't be {kind.name} (blocks of {block})")
+    check_range(values.view(np.uint32), kind, where)
+    weights = prepare_weights(weights, n_in, kind, where)
+    size = n_out * (n_in // block * block_bytes)
+    out = np.empty(size, np.uint8) if out is None else out
+    assert out.size == size
+    assert out.flags.c_contiguous
+    assert values.flags.c_contiguous
+    if kind in k_quantize.TYPES and ours:
+        k_quantize.quantize(values, kind, weights, out)
+        return out
+    if kind in _GRID_TYPES:
+        flushed = np.empty_like(values)
+        kernels.flush_tiny(values.reshape(-1), _TINY, flushed.reshape(-1))
+        values = flushed
+    _set_up(kind)
+    address = None if weights is None else weights.ctypes.data
+    written = _library().ggml_quantize_chunk(int(kind), values.ctypes.data, out.ctypes.data, 0, n_out, n_in, address)
+    assert written == size
+    return out
+
+
+def check_range(bits: npt.NDArray[np.uint32], kind: GGMLQuantizationType, where: str) -> None:
+    """Refuses what would become NaN or infinity in a block's F16 scale.
+
+    Raises:
+        FormatError: names the first weight.
+    """
+    flat = bits.reshape(-1)
+    if kernels.any_above(flat, _MAGNITUDE, _F16_MAX_BITS):
+        at = int(np.flatnonzero((flat & _MAGNITUDE) > _F16_MAX_BITS)[0])
+        value = float(flat[at : at + 1].view(np.float32)[0])
+        if np.isnan(value):
+            raise FormatError(f"{where}: weight {at} is NaN", hint="the file is damaged; download it again")
+        raise FormatError(f"{where}: block at weight {at} is too large (or not finite) for {kind.name}'s F16 scale")
+
+
+def dequantize_rows(rows: Bytes, kind: GGMLQuantizationType, out: Floats | None = None) -> Floats:
+    """The values of whole blocks, flat. `rows` is contiguous; several hundred million weights per second and core."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    assert rows.flags.c_contiguous
+    assert rows.size % block_bytes == 0
+    n = rows.size // block_bytes * block
+    out = np.empty(n, np.float32) if out is None else out
+    assert out.size == n
+    assert out.flags.c_contiguous
+    _to_float(kind)(rows.ctypes.data, out.ctypes.data, n)
+    return out
+
+
+@functools.cache
+def _to_float(kind: GGMLQuantizationType) -> Any:
+    return _ToFloat(_library().ggml_get_type_traits(int(kind)).contents.to_float)

@@ -1,0 +1,299 @@
+"""llama.cpp's architecture `deepseek4`: which keys it reads and which tensors, of which shapes and types, it creates.
+
+Facts: `src/models/deepseek4.cpp` (load_arch_hparams, load_arch_tensors, the graph's assertions) and
+`ggml/src/ggml-cpu` for types, as bundled by llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from localrun.errors import UnsupportedModelError
+from localrun.quant.gguf.checks import (
+    MATRIX_TYPES,
+    MAX_DIMENSION,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    Common,
+    KeyReader,
+    Metadata,
+    Tensors,
+)
+from localrun.quant.model.source import TensorInfo
+
+ARCHITECTURE = "deepseek4"
+
+
+class Kind(Enum):
+    """What a tensor is used for, and so which types it may have."""
+
+    MATRIX = "matrix"
+    VECTOR = "vector"
+    IDS = "table of ids"
+
+    def allows(self, ggml_type: GGMLQuantizationType) -> bool:
+        # ggml adds and multiplies element by element only by F32 (binary_op), and takes row ids only as I32.
+        if self is Kind.MATRIX:
+            return ggml_type in MATRIX_TYPES
+        return bool(ggml_type == (GGMLQuantizationType.F32 if self is Kind.VECTOR else GGMLQuantizationType.I32))
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor that llama.cpp will create: ggml shape and use."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Deepseek4Shape:
+    """The numbers that decide deepseek4's tensor shapes, checked against one another."""
+
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    n_heads: int
+    head_dim: int
+    q_rank: int
+    o_groups: int
+    o_rank: int
+    n_experts: int
+    n_used: int
+    n_ff: int
+    n_shared: int
+    n_hash_layers: int
+    index_heads: int
+    index_dim: int
+    hc: int
+    ratios: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path, metadata: Metadata, common: Common) -> Deepseek4Shape:
+        """Checks every key that llama.cpp's deepseek4 loader reads.
+
+        Raises:
+            FormatError: a key is missing, has another type, or a value that llama.cpp could not run.
+            UnsupportedModelError: layer kinds that crash llama.cpp.
+        """
+        keys = KeyReader(path, metadata)
+        prefix = ARCHITECTURE + "."
+
+        def integer(name: str, high: int = MAX_DIMENSION, low: int = 1) -> int:
+            return keys.integer(prefix + name, low, high)
+
+        n_layers = common.n_layers
+        _check_scalars(keys, prefix, n_layers)
+        n_ff = keys.uniform(prefix + "expert_feed_forward_length", n_layers)
+        for name in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+            if name == "swiglu_clamp_exp" or prefix + name in metadata:
+                limits = keys.per_layer(prefix + name, n_layers, (GGUFValueType.FLOAT32,))
+                if not all(math.isfinite(limit) and limit >= 0 for limit in limits):
+                    raise keys.error(f"{prefix}{name}: {limits[0]} is not a limit")
+        shape = cls(
+            n_layers=n_layers,
+            n_embd=integer("embedding_length"),
+            n_vocab=common.n_vocab,
+            n_heads=keys.uniform(prefix + "attention.head_count", n_layers),
+            head_dim=integer("attention.key_length", 1 << 14),
+            q_rank=integer("attention.q_lora_rank"),
+            o_groups=integer("attention.output_group_count"),
+            o_rank=integer("attention.output_lora_rank"),
+            n_experts=integer("expert_count", MAX_EXPERTS),
+            n_used=keys.uniform(prefix + "expert_used_count", n_layers),
+            n_ff=n_ff,
+            n_shared=integer("expert_shared_count", 64),
+            n_hash_layers=integer("hash_layer_count", n_layers, 0),
+            index_heads=integer("attention.indexer.head_count", 1 << 12),
+            index_dim=integer("attention.indexer.key_length", 1 << 12),
+            hc=integer("hyper_connection.count", 4, 4),
+            ratios=_compress_ratios(keys, prefix + "attention.compress_ratios", n_layers),
+        )
+        shape._check(keys, prefix)
+        return shape
+
+    def _check(self, keys: KeyReader, prefix: str) -> None:
+        rope = keys.integer(prefix + "rope.dimension_count", 2, self.head_dim)
+        if keys.integer(prefix + "attention.value_length", 1, 1 << 14) != self.head_dim:
+            raise keys.error(f"{prefix}attention.value_length: differs from key_length {self.head_dim}")
+        if rope % 2 or rope > self.index_dim:
+            raise keys.error(
+                f"{prefix}rope.dimension_count: {rope} of a head of {self.head_dim}, index {self.index_dim}"
+            )
+        if self.index_dim % 64:
+            raise keys.error(f"{prefix}attention.indexer.key_length: {self.index_dim} is not a multiple of 64")
+        if self.n_heads % self.o_groups:
+            raise keys.error(f"{prefix}attention.output_group_count: {self.o_groups} groups of {self.n_heads} heads")
+        # llama.cpp divides by zero for a compressed cache without layers when it rotates keys: always in the indexer's,
+        # and in the others where their head size is the indexer's (llama_kv_cache::build_input_k_rot).
+        needed = {4, 128} if self.head_dim == self.index_dim else {4}
+        if absent := needed - set(self.ratios):
+            raise UnsupportedModelError(
+                f"{keys.path}: {prefix}attention.compress_ratios: no layer of ratio {min(absent)}",
+                hint="llama.cpp can only run models that have one",
+            )
+        if not 1 <= self.n_used <= self.n_experts:
+            raise keys.error(f"{prefix}expert_used_count: {self.n_used} of {self.n_experts} experts")
+
+    def tensors(self) -> dict[str, Expected]:
+        """Every tensor that llama.cpp requires, in its order."""
+        d, hc_dim = self.n_embd, self.hc * self.n_embd
+        expected = {
+            "token_embd.weight": Expected((d, self.n_vocab), Kind.MATRIX),
+            "output_norm.weight": Expected((d,), Kind.VECTOR),
+            "output.weight": Expected((d, self.n_vocab), Kind.MATRIX),
+            "output_hc_fn.weight": Expected((hc_dim, self.hc), Kind.MATRIX),
+            "output_hc_base.weight": Expected((self.hc,), Kind.VECTOR),
+            "output_hc_scale.weight": Expected((1,), Kind.VECTOR),
+        }
+        for layer, ratio in enumerate(self.ratios[: self.n_layers]):
+            parts = self._attention() | self._compressor(ratio) | self._feed_forward(layer)
+            expected.update({f"blk.{layer}.{name}": value for name, value in parts.items()})
+        return expected
+
+    def _attention(self) -> dict[str, Expected]:
+        d, heads, rank = self.n_embd, self.n_heads * self.head_dim, self.o_groups * self.o_rank
+        mix = (2 + self.hc) * self.hc
+        parts = {
+            "attn_norm.weight": Expected((d,), Kind.VECTOR),
+            "attn_sinks.weight": Expected((self.n_heads,), Kind.VECTOR),
+            "attn_q_a.weight": Expected((d, self.q_rank), Kind.MATRIX),
+            "attn_q_a_norm.weight": Expected((self.q_rank,), Kind.VECTOR),
+            "attn_q_b.weight": Expected((self.q_rank, heads), Kind.MATRIX),
+            "attn_kv.weight": Expected((d, self.head_dim), Kind.MATRIX),
+            "attn_kv_a_norm.weight": Expected((self.head_dim,), Kind.VECTOR),
+            "attn_output_a.weight": Expected((heads // self.o_groups, rank), Kind.MATRIX),
+            "attn_output_b.weight": Expected((rank, d), Kind.MATRIX),
+        }
+        for sublayer in ("attn", "ffn"):
+            parts[f"hc_{sublayer}_fn.weight"] = Expected((self.hc * d, mix), Kind.MATRIX)
+            parts[f"hc_{sublayer}_base.weight"] = Expected((mix,), Kind.VECTOR)
+            parts[f"hc_{sublayer}_scale.weight"] = Expected((3,), Kind.VECTOR)
+        return parts
+
+    def _compressor(self, ratio: int) -> dict[str, Expected]:
+        if ratio == 0:
+            return {}
+        d, width = self.n_embd, (2 if ratio == 4 else 1) * self.head_dim
+        parts = {
+            "attn_compressor_kv.weight": Expected((d, width), Kind.MATRIX),
+            "attn_compressor_gate.weight": Expected((d, width), Kind.MATRIX),
+            "attn_compressor_ape.weight": Expected((width, ratio), Kind.MATRIX),
+            "attn_compressor_norm.weight": Expected((self.head_dim,), Kind.VECTOR),
+        }
+        if ratio == 4:
+            index = self.index_dim
+            parts |= {
+                "indexer.proj.weight": Expected((d, self.index_heads), Kind.MATRIX),
+                "indexer.attn_q_b.weight": Expected((self.q_rank, self.index_heads * index), Kind.MATRIX),
+                "indexer_compressor_kv.weight": Expected((d, 2 * index), Kind.MATRIX),
+                "indexer_compressor_gate.weight": Expected((d, 2 * index), Kind.MATRIX),
+                "indexer_compressor_ape.weight": Expected((2 * index, ratio), Kind.MATRIX),
+                "indexer_compressor_norm.weight": Expected((index,), Kind.VECTOR),
+            }
+        return parts
+
+    def _feed_forward(self, layer: int) -> dict[str, Expected]:
+        d, ff, shared = self.n_embd, self.n_ff, self.n_ff * self.n_shared
+        parts = {"ffn_gate_inp.weight": Expected((d, self.n_experts), Kind.MATRIX)}
+        if layer < self.n_hash_layers:
+            parts["ffn_gate_tid2eid.weight"] = Expected((self.n_used, self.n_vocab), Kind.IDS)
+        else:
+            parts["exp_probs_b.bias"] = Expected((self.n_experts,), Kind.VECTOR)
+        return parts | {
+            "ffn_norm.weight": Expected((d,), Kind.VECTOR),
+            "ffn_gate_exps.weight": Expected((d, ff, self.n_experts), Kind.MATRIX),
+            "ffn_down_exps.weight": Expected((ff, d, self.n_experts), Kind.MATRIX),
+            "ffn_up_exps.weight": Expected((d, ff, self.n_experts), Kind.MATRIX),
+            "ffn_gate_shexp.weight": Expected((d, shared), Kind.MATRIX),
+            "ffn_down_shexp.weight": Expected((shared, d), Kind.MATRIX),
+            "ffn_up_shexp.weight": Expected((d, shared), Kind.MATRIX),
+        }
+
+
+def _check_scalars(keys: KeyReader, prefix: str, n_layers: int) -> None:
+    """Keys that decide no shape; each bound is what keeps llama.cpp's arithmetic defined."""
+    keys.real(prefix + "attention.layer_norm_rms_epsilon", 0.0, 1.0)
+    keys.integer(prefix + "attention.sliding_window", 1, 1 << 20)
+    keys.integer(prefix + "attention.indexer.top_k", 1, 1 << 20)
+    keys.real(prefix + "attention.compress_rope_freq_base", 1.0, 1e12)
+    keys.integer(prefix + "hyper_connection.sinkhorn_iterations", 1, 1000)
+    keys.real(prefix + "hyper_connection.epsilon", 0.0, 1.0)
+    keys.real(prefix + "expert_weights_scale", -1e6, 1e6)
+    keys.boolean(prefix + "expert_weights_norm")
+    if keys.integer(prefix + "expert_gating_func", 0, 64) != 4:
+        raise keys.error(f"{prefix}expert_gating_func: only 4 (square root of softplus) exists for this architecture")
+    n_kv = keys.uniform(prefix + "attention.head_count_kv", n_layers)
+    if n_kv != 1:
+        raise keys.error(f"{prefix}attention.head_count_kv: {n_kv}, this architecture has 1")
+    optional = (("rope.freq_base", 1.0, 1e12), ("rope.scaling.factor", 0.0, 1e6))
+    for name, low, high in optional:
+        if prefix + name in keys.metadata:
+            keys.real(prefix + name, low, high)
+
+
+def _compress_ratios(keys: KeyReader, key: str, n_layers: int) -> tuple[int, ...]:
+    value = keys.metadata.get(key)
+    if value is None or value.item_type not in (GGUFValueType.INT32, GGUFValueType.UINT32):
+        raise keys.error(f"{key}: expected a list of INT32")
+    if not n_layers <= value.count <= MAX_LAYERS:
+        raise keys.error(f"{key}: {value.count} values for {n_layers} layers")
+    ratios = tuple(value.value[:n_layers])
+    if not set(ratios) <= {0, 4, 128}:
+        raise keys.error(f"{key}: {min(set(ratios) - {0, 4, 128})} is not 0, 4 or 128")
+    return ratios
+
+
+def check_deepseek4(path: Path, metadata: Metadata, tensors: Tensors, common: Common) -> Deepseek4Shape:
+    """Every tensor that llama.cpp will create exists with exactly its shape and a type that can be computed with.
+
+    Raises:
+        FormatError: names the key or tensor.
+    """
+    shape = Deepseek4Shape.read(path, metadata, common)
+    keys = KeyReader(path, metadata)
+    expected = shape.tensors()
+    for name, want in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise keys.error(f"no tensor '{name}'")
+        # llama.cpp views attn_output_a as (in, rank, groups); files hold it with the last two folded, or so.
+        split_groups = (want.shape[0], shape.o_rank, shape.o_groups)
+        if _squeeze(tensor.shape) != _squeeze(want.shape) and not (
+            name.endswith(".attn_output_a.weight") and _squeeze(tensor.shape) == _squeeze(split_groups)
+        ):
+            raise keys.error(f"{name}: shape {tensor.shape}, expected {want.shape}")
+        if not want.kind.allows(tensor.type):
+            raise keys.error(f"{name}: type {tensor.type.name} can't be used for a {want.kind.value}")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            _check_optional(keys, shape, name, tensor)
+    return shape
+
+
+def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without trailing ones: ggml does not distinguish them."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+_SCALED = re.compile(r"blk\.([0-9]+)\.[a-z_]+\.(scale|input_scale)")
+_IMAGE_BIAS = re.compile(r"blk\.([0-9]+)\.exp_probs_b_vl\.bias")
+
+
+def _check_optional(keys: KeyReader, shape: Deepseek4Shape, name: str, tensor: TensorInfo) -> None:
+    """Tensors that llama.cpp takes if they are there: scales of quantized matrices, the image router's bias."""
+    match = _SCALED.fullmatch(name) or _IMAGE_BIAS.fullmatch(name)
+    if match is None or int(match[1]) >= shape.n_layers:
+        raise keys.error(f"unexpected tensor '{name}'")
+    per_expert = "exp" in name.split(".")[2] and "shexp" not in name
+    want = (shape.n_experts,) if per_expert else (1,)
+    if _squeeze(tensor.shape) != want or tensor.type != GGMLQuantizationType.F32:
+        raise keys.error(f"{name}: {tensor.type.name} {tensor.shape}, expected F32 {want}")

@@ -1,0 +1,425 @@
+"""A model that lies on the disk as GGUF: a converted directory, or any llama.cpp GGUF of a mixture-of-experts model.
+
+Opens one file, all parts of a split one, or a folder; merges the parts into one list of tensors and checks the whole
+before anything is handed to llama.cpp (`gguf_checks`, `deepseek4_layout`). Reading experts is the store's work: this
+module only says where each one lies.
+
+Departures from llama.cpp: any part of a split model may be named; blocks for next-token prediction are left out; models
+without an output matrix get the embedding's under that name, because llama.cpp can't tie them without a file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from gguf import GGUFValueType
+
+from localrun.errors import FormatError, StoreError, UnsupportedModelError
+from localrun.quant.gguf.checks import EXPERT_STACK, check_common, check_dense_types, drop_next_token_layers, moe_layers
+from localrun.quant.gguf.deepseek4 import ARCHITECTURE as DEEPSEEK4
+from localrun.quant.gguf.deepseek4 import Deepseek4Shape, check_deepseek4
+from localrun.quant.gguf.file import GgufFile, GgufTensor, GgufValue, build_header, read_gguf
+from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
+from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
+from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
+
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+_MAX_PARTS = 9999
+_IDENTITY_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+_PIECE_BYTES = 64 << 20
+_DAMAGED = "the file is damaged or incomplete: fetch or convert it again"
+
+
+class GgufSource:
+    """One opened GGUF model (`localrun.quant.model.source.ModelSource`).
+
+    Owns descriptions only: files are opened for each read, so nothing needs closing. Immutable and safe to read from
+    several threads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Sequence[GgufFile],
+        metadata: dict[str, GgufValue],
+        tensors: dict[str, TensorInfo],
+        manifest: Manifest | None,
+        overlay: GgufFile | None = None,
+    ) -> None:
+        self._path = path
+        self._base_parts = tuple(parts)
+        self._parts = self._base_parts if overlay is None else (*parts, overlay)
+        self._files = tuple(part.path for part in self._parts)
+        self._where = {
+            name: (index, tensor) for index, part in enumerate(parts) for name, tensor in part.tensors.items()
+        }
+        self._typed = metadata
+        common = check_common(self._files[0], metadata, tensors)
+        self._tensors = tensors
+        self._moe_layers = moe_layers(self._files[0], metadata, tensors, common.arch)
+        self._experts = {
+            layer: tuple(f"blk.{layer}.ffn_{projection}_exps.weight" for projection in PROJECTIONS)
+            for layer in self._moe_layers
+        }
+        self._stacks = {name for names in self._experts.values() for name in names}
+        if common.arch == DEEPSEEK4:
+            self._check_contents(check_deepseek4(self._files[0], metadata, tensors, common))
+        else:
+            check_dense_types(self._files[0], tensors)
+            self._tie_output()
+        self._manifest = manifest
+        self._overlay: OverlayIndex | None = None
+        if manifest is not None:
+            self._check_manifest(manifest)
+            if overlay is not None:
+                self._overlay = OverlayIndex(overlay, manifest, self._moe_layers)
+                self._moe_layers = {n: self._overlay.describe(layer) for n, layer in self._moe_layers.items()}
+        self._metadata = _PlainValues(metadata)
+        self._identity = self._digest()
+
+    @classmethod
+    def open(cls, path: Path) -> GgufSource:
+        """Opens a GGUF (any part of a split one), or a folder that holds exactly one model.
+
+        Raises:
+            FormatError: damaged or inconsistent files.
+            UnsupportedModelError: a sound model of a kind that localrun does not run.
+            StoreError: a file can't be read.
+        """
+        manifest_path = (path if path.is_dir() else path.parent) / MANIFEST_NAME
+        manifest = read_manifest(manifest_path) if manifest_path.is_file() else None
+        if manifest is not None and not path.is_dir() and path.name not in {file.name for file in manifest.files}:
+            # Somebody else's file that lies beside a converted model.
+            manifest = None
+        overlay = None
+        if manifest is not None:
+            paths = _manifest_files(manifest_path, manifest.files)
+            if manifest.overlay is not None:
+                overlay = _read_overlay(_manifest_files(manifest_path, manifest.overlay.files))
+        else:
+            paths = _split_files(_only_model(path) if path.is_dir() else path)
+        parts = _read_parts(paths)
+        metadata, tensors = _merge(parts)
+        metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
+        return cls(path, parts, metadata, tensors, manifest, overlay)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._files
+
+    @property
+    def parts(self) -> Sequence[GgufFile]:
+        """The checked headers behind `files`, in the same order: the base's, then the overlay's."""
+        return self._parts
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The converter's manifest; None for other GGUFs."""
+        return self._manifest
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        return self._metadata
+
+    @property
+    def typed_metadata(self) -> Mapping[str, GgufValue]:
+        """The same keys with their GGUF types and bytes."""
+        return self._typed
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    @property
+    def moe_layers(self) -> Mapping[int, MoeLayer]:
+        return self._moe_layers
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def gguf_header(self) -> bytes:
+        return build_header(self._typed, list(self._tensors.values()), self._base_parts[0].alignment)
+
+    def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
+        """All bytes of a dense tensor; the array is the caller's.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: a stack of experts; `expert` says where those lie.
+            StoreError: the file can't be read or is shorter than its header says.
+        """
+        if name in self._stacks:
+            raise ValueError(f"{name} is a stack of experts")
+        extent = self.tensor_extent(name)
+        array = np.empty(extent.n_bytes, dtype=np.uint8)
+        _read_exactly(self._files[extent.file], extent.offset, array.data, name)
+        return array
+
+    def tensor_extent(self, name: str) -> Extent:
+        """Where a tensor's bytes lie (stacks of experts too)."""
+        index, tensor = self._where[name]
+        return Extent(index, tensor.offset, tensor.info.n_bytes)
+
+    def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The better copy where the overlay has one, else the base's.
+
+        Raises:
+            IndexError: the layer has fewer experts.
+        """
+        base = self.base_expert(layer, expert)
+        copy = None if self._overlay is None else self._overlay.copies.get(layer, {}).get(expert)
+        if copy is None:
+            return base
+        kind, number = copy
+        assert self._manifest is not None
+        assert self._manifest.overlay is not None
+        stack = self._manifest.overlay.experts[layer][kind.name.lower()]
+        index, part = len(self._base_parts), self._parts[-1]
+        gate, up, down = (
+            _slice(index, part.tensors[stack_name(layer, i, kind)], number, stack.checksums[i][number])
+            for i in range(len(PROJECTIONS))
+        )
+        return gate, up, down
+
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
+        """The copy that every expert has.
+
+        Raises:
+            IndexError: the layer has fewer experts.
+        """
+        shape = self._moe_layers[layer]
+        if not 0 <= expert < shape.n_experts:
+            raise IndexError(f"layer {layer} has experts 0 to {shape.n_experts - 1}, asked for {expert}")
+        checksums = self._manifest.experts[layer] if self._manifest is not None else None
+        gate, up, down = (
+            _slice(*self._where[name], expert, checksums[index][expert] if checksums else None)
+            for index, name in enumerate(self._experts[layer])
+        )
+        return gate, up, down
+
+    def _tie_output(self) -> None:
+        embedding = self._where.get("token_embd.weight")
+        if "output.weight" not in self._tensors and embedding is not None:
+            self._tensors = {
+                **self._tensors,
+                "output.weight": replace(self._tensors["token_embd.weight"], name="output.weight"),
+            }
+            self._where["output.weight"] = embedding
+
+    def _check_contents(self, shape: Deepseek4Shape) -> None:
+        """Values that llama.cpp uses as addresses or sorts by: token-to-expert tables and the router's biases."""
+        for layer in range(shape.n_layers):
+            table, bias = f"blk.{layer}.ffn_gate_tid2eid.weight", f"blk.{layer}.exp_probs_b.bias"
+            if table in self._tensors:
+                ids = self.read_tensor(table).view(np.int32)
+                if ids.min() < 0 or ids.max() >= shape.n_experts:
+                    raise FormatError(
+                        f"{self._file_of(table)}: {table}: expert {ids[(ids < 0) | (ids >= shape.n_experts)][0]} "
+                        f"of {shape.n_experts}",
+                        hint=_DAMAGED,
+                    )
+            # Sorting NaN is undefined behaviour in C++.
+            elif not np.isfinite(self.read_tensor(bias).view(np.float32)).all():
+                raise FormatError(f"{self._file_of(bias)}: {bias}: not a finite number", hint=_DAMAGED)
+
+    def _file_of(self, name: str) -> Path:
+        return self._files[self._where[name][0]]
+
+    def _check_manifest(self, manifest: Manifest) -> None:
+        """A checksum for exactly what is there."""
+        where = self._files[0].parent / MANIFEST_NAME
+        stacks = [stack for name in self._where if (stack := EXPERT_STACK.fullmatch(name))]
+        dense = {name for part in self._base_parts for name in part.tensors} - {stack[0] for stack in stacks}
+        for problem, names in (
+            ("no checksum for tensor", dense - manifest.tensors.keys()),
+            ("checksum of an unknown tensor", manifest.tensors.keys() - dense),
+        ):
+            if names:
+                raise FormatError(f"{where}: {problem} '{min(names)}'", hint=_DAMAGED)
+        layers = {int(stack[1]) for stack in stacks}
+        if manifest.experts.keys() != layers:
+            odd = min(manifest.experts.keys() ^ layers)
+            raise FormatError(f"{where}: experts.{odd}: layers differ from the model's", hint=_DAMAGED)
+        for stack in stacks:
+            n_experts = self._where[stack[0]][1].info.shape[-1]
+            n_checksums = len(manifest.experts[int(stack[1])][0])
+            if n_checksums != n_experts:
+                raise FormatError(
+                    f"{where}: experts.{stack[1]}: {n_checksums} checksums for {n_experts} experts", hint=_DAMAGED
+                )
+
+    def _digest(self) -> str:
+        """Over headers, sizes and samples of the data, so that models of equal shape differ when weights do."""
+        digest = xxhash.xxh3_128()
+        for part in self._parts:
+            digest.update(part.header_digest.encode())
+            digest.update(part.size_bytes.to_bytes(8, "little"))
+            span = part.size_bytes - part.data_offset
+            if span <= 0:
+                continue
+            step = max(1, span // _IDENTITY_SAMPLES)
+            fd = _open(part.path)
+            try:
+                for offset in range(part.data_offset, part.size_bytes, step):
+                    digest.update(os.pread(fd, _SAMPLE_BYTES, offset))
+            except OSError as error:
+                raise StoreError(f"{part.path}: can't be read: {error.strerror}") from error
+            finally:
+                os.close(fd)
+        return digest.hexdigest()
+
+
+class _PlainValues(Mapping[str, object]):
+    """Metadata as Python values, decoded when asked for: a vocabulary costs 0.1 s that many users never need."""
+
+    def __init__(self, typed: Mapping[str, GgufValue]) -> None:
+        self._typed = typed
+
+    def __getitem__(self, key: str) -> Any:
+        return self._typed[key].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._typed)
+
+    def __len__(self) -> int:
+        return len(self._typed)
+
+
+def _slice(file: int, tensor: GgufTensor, number: int, checksum: str | None) -> Projection:
+    """One expert of a stack."""
+    n_in, n_out, n_experts = tensor.info.shape
+    n_bytes = tensor.info.n_bytes // n_experts
+    extent = Extent(file, tensor.offset + number * n_bytes, n_bytes)
+    return Projection(tensor.info.type, n_out, n_in, Encoding.GGML, (extent,), n_bytes, checksum)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise StoreError(f"{path}: can't be opened: {error.strerror}") from error
+
+
+def _read_exactly(path: Path, offset: int, buffer: memoryview, what: str) -> None:
+    """Fills `buffer` from `offset` on; a single call moves at most 2 GiB on Linux, hence pieces."""
+    fd = _open(path)
+    done = 0
+    try:
+        while done < len(buffer):
+            n = os.preadv(fd, [buffer[done : done + _PIECE_BYTES]], offset + done)
+            if n == 0:
+                raise StoreError(f"{path}: {what}: the file ended at byte {offset + done}", hint=_DAMAGED)
+            done += n
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: {what}: can't be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _only_model(folder: Path) -> Path:
+    """The one GGUF model in a folder without a manifest; of a split one its first part."""
+    models: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.gguf")):
+        match = _SPLIT_NAME.fullmatch(path.name)
+        models.setdefault(match["stem"] if match else path.name, path)
+    if not models:
+        raise FormatError(
+            f"{folder}: neither a converted model ({MANIFEST_NAME}), nor a checkpoint (config.json), nor a GGUF file",
+            hint="give a converted directory, a GGUF file or a checkpoint directory",
+        )
+    if len(models) > 1:
+        raise FormatError(f"{folder}: {len(models)} GGUF models: {', '.join(sorted(models)[:5])}", hint="name one file")
+    return next(iter(models.values()))
+
+
+def _split_files(path: Path) -> list[Path]:
+    """All parts of the model that `path` belongs to."""
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count <= _MAX_PARTS:
+        raise FormatError(f"{path}: part {match['number']} of {match['count']} can't exist")
+    paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        raise FormatError(
+            f"{path}: {len(missing)} of {count} parts are missing, first {missing[0]}",
+            hint="put all parts into one folder",
+        )
+    return paths
+
+
+def _read_overlay(paths: Sequence[Path]) -> GgufFile:
+    if len(paths) != 1:
+        raise UnsupportedModelError(f"{paths[0]}: an overlay of {len(paths)} files", hint="update localrun")
+    return read_gguf(paths[0])
+
+
+def _manifest_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
+    paths = []
+    for file in files:
+        path = manifest_path.parent / file.name
+        if not path.is_file():
+            raise FormatError(f"{path}: missing, but listed in {manifest_path.name}", hint=_DAMAGED)
+        size = path.stat().st_size
+        if size != file.size_bytes:
+            raise FormatError(f"{path}: {size} bytes, {manifest_path.name} says {file.size_bytes}", hint=_DAMAGED)
+        paths.append(path)
+    return paths
+
+
+def _read_parts(paths: Sequence[Path]) -> list[GgufFile]:
+    """Headers of all parts, each checked to be the part that its name says."""
+    parts = [read_gguf(path) for path in paths]
+    for index, part in enumerate(parts):
+        count = _split_number(part, "split.count", 1)
+        if count != len(parts):
+            hint = "keep the names NAME-00001-of-0000N.gguf of a split model" if len(parts) == 1 else _DAMAGED
+            raise FormatError(f"{part.path}: one of {count} parts, but {len(parts)} belong together", hint=hint)
+        number = _split_number(part, "split.no", 0)
+        if number != index:
+            raise FormatError(f"{part.path}: is part {number + 1}, its name says {index + 1}", hint=_DAMAGED)
+    if len(parts) > 1:
+        n_tensors = sum(len(part.tensors) for part in parts)
+        claimed = _split_number(parts[0], "split.tensors.count", n_tensors)
+        if claimed != n_tensors:
+            raise FormatError(f"{paths[0]}: split.tensors.count {claimed}, the parts hold {n_tensors}", hint=_DAMAGED)
+    return parts
+
+
+def _split_number(part: GgufFile, key: str, default: int) -> int:
+    value = part.metadata.get(key)
+    if value is None:
+        return default
+    if value.type not in (GGUFValueType.UINT16, GGUFValueType.INT32, GGUFValueType.UINT32):
+        raise FormatError(f"{part.path}: {key}: expected UINT16 or INT32, got {value.type.name}", hint=_DAMAGED)
+    # 0 is what unsplit files written by some tools say.
+    return int(value.value) or default
+
+
+def _merge(parts: Sequence[GgufFile]) -> tuple[dict[str, GgufValue], dict[str, TensorInfo]]:
+    metadata = {key: value for key, value in parts[0].metadata.items() if not key.startswith("split.")}
+    tensors: dict[str, TensorInfo] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise FormatError(f"{part.path}: tensor '{name}' is in another part too", hint=_DAMAGED)
+            tensors[name] = tensor.info
+    return metadata, tensors

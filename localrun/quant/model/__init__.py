@@ -1,0 +1,1 @@
+"""What a model is and where its bytes are, whatever the files look like."""

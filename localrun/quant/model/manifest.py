@@ -1,0 +1,357 @@
+"""`localrun.json`: what a converted model's folder holds and the checksum of everything in it.
+
+The base is described by `files`, `tensors` and `experts`, an overlay with better copies by `overlay`. `tiers`, `profile` and
+`report` are JSON of those who choose the copies and measure the result; this module only keeps them.
+
+Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder.
+Knows JSON and digests; knows nothing about GGUF. Checksums are xxh3_64 as 16 hex digits: they find damage, they don't
+protect against somebody who forges a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from localrun.errors import FormatError, StoreError
+from localrun.quant.model.source import PROJECTIONS
+
+MANIFEST_NAME = "localrun.json"
+FORMAT = "localrun-model"
+VERSION = 1
+DIGEST_CHARS = 16
+MAX_MANIFEST_BYTES = 64 << 20
+"""Pro's 23,424 experts take 1.2 MB; anything near this bound is not a manifest."""
+
+_HEX = re.compile(r"(?:[0-9a-f]{16})*")
+_REQUIRED_KEYS = {"format", "version", "files", "tensors", "experts"}
+_FREE_KEYS = ("tiers", "profile", "report")
+_OVERLAY_KEYS = {"files", "experts", "options", "rounding"}
+_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", *_FREE_KEYS}
+
+
+def checksum(data: Any) -> str:
+    """xxh3_64 of a bytes-like object as 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One GGUF of the model.
+
+    Attributes:
+        name: plain file name inside the manifest's folder.
+        size_bytes: exact size.
+        header_checksum: digest of all bytes before the tensor data, padding included.
+    """
+
+    name: str
+    size_bytes: int
+    header_checksum: str
+
+
+def _file_json(file: ModelFile) -> dict[str, object]:
+    return {"name": file.name, "size_bytes": file.size_bytes, "header_checksum": file.header_checksum}
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayStack:
+    """The copies of one layer's experts in one type.
+
+    Attributes:
+        ids: expert numbers in the order of the stack, ascending.
+        checksums: for gate, up and down those of the ggml rows, in the same order.
+    """
+
+    ids: tuple[int, ...]
+    checksums: tuple[Sequence[str], Sequence[str], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """Better copies of some experts. Immutable.
+
+    Attributes:
+        files: GGUFs that hold them; one, so far.
+        experts: layer -> lower-case ggml type -> who.
+        options: what the user asked for, and the digest of the plan (`plan`).
+        rounding: by `source dtype -> ggml type`, what it changed (free JSON).
+    """
+
+    files: tuple[ModelFile, ...]
+    experts: Mapping[int, Mapping[str, OverlayStack]]
+    options: Mapping[str, object] = field(default_factory=dict)
+    rounding: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "files": [_file_json(file) for file in self.files],
+            "experts": {
+                str(layer): {
+                    kind: {
+                        "ids": list(stack.ids),
+                        **{name: "".join(sums) for name, sums in zip(PROJECTIONS, stack.checksums, strict=True)},
+                    }
+                    for kind, stack in by_type.items()
+                }
+                for layer, by_type in sorted(self.experts.items())
+            },
+            "options": dict(self.options),
+            "rounding": dict(self.rounding),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of a converted model. Immutable.
+
+    Attributes:
+        files: GGUF parts in order.
+        tensors: dense tensor name -> checksum of its bytes.
+        experts: layer -> for gate, up and down the checksums of all experts' ggml rows, in order of expert number.
+        source: where the weights came from (free JSON: kind, names, sizes, hashes).
+        tools: program versions that wrote the files.
+        options: what the user asked of the converter.
+        overlay: better copies of some experts; None without.
+        tiers, profile, report: how the copies were chosen, how often experts are used, what it costs (free JSON; may be empty).
+    """
+
+    files: tuple[ModelFile, ...]
+    tensors: Mapping[str, str]
+    experts: Mapping[int, tuple[Sequence[str], Sequence[str], Sequence[str]]]
+    source: Mapping[str, object] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    overlay: Overlay | None = None
+    tiers: Mapping[str, object] = field(default_factory=dict)
+    profile: Mapping[str, object] = field(default_factory=dict)
+    report: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def base_digest(self) -> str:
+        """Names the base's contents, every byte of it; an overlay says by it to which base it belongs."""
+        digest = xxhash.xxh3_128()
+        digest.update("".join(f"{file.size_bytes} {file.header_checksum}\n" for file in self.files).encode())
+        digest.update("".join(f"{name} {checksum}\n" for name, checksum in sorted(self.tensors.items())).encode())
+        for layer in sorted(self.experts):
+            for checksums in self.experts[layer]:
+                digest.update(f"{layer} {''.join(checksums)}\n".encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> str:
+        """The file's text. Each layer's projection is one string of concatenated digests: a list would be half as long
+        again and a hundred times as many lines."""
+        experts = {
+            str(layer): {name: "".join(digests) for name, digests in zip(PROJECTIONS, self.experts[layer], strict=True)}
+            for layer in sorted(self.experts)
+        }
+        data: dict[str, object] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": dict(self.source),
+            "tools": dict(self.tools),
+            "options": dict(self.options),
+            "files": [_file_json(file) for file in self.files],
+            "tensors": dict(self.tensors),
+            "experts": experts,
+        }
+        if self.overlay is not None:
+            data["overlay"] = self.overlay.to_json()
+        data |= {key: dict(value) for key in _FREE_KEYS if (value := getattr(self, key))}
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> Path:
+    """Writes `folder/localrun.json` atomically and durably; returns its path."""
+    path = folder / MANIFEST_NAME
+    partial = folder / f"{MANIFEST_NAME}.{uuid.uuid4().hex}.partial"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder_fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks a manifest.
+
+    Args:
+        path: the file itself.
+
+    Raises:
+        FormatError: not a manifest, damaged, or of another version; names the field.
+        StoreError: can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise FormatError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    return _Parser(path).manifest(data)
+
+
+class _Parser:
+    """Turns JSON into a Manifest; every method names the field it complains about."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _error(self, problem: str) -> FormatError:
+        return FormatError(f"{self.path}: {problem}", hint="convert the model again, or restore this file from a copy")
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise self._error(f"key '{key}' occurs twice")
+            result[key] = value
+        return result
+
+    def manifest(self, data: bytes) -> Manifest:
+        try:
+            root = json.loads(data, object_pairs_hook=self._object)
+        except (FormatError, MemoryError):
+            raise
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"not valid JSON: {error}") from None
+        if not isinstance(root, dict) or root.get("format") != FORMAT:
+            raise self._error(f"not a localrun manifest (no format '{FORMAT}')")
+        if type(root.get("version")) is not int or root["version"] != VERSION:
+            raise FormatError(
+                f"{self.path}: manifest version {root.get('version')!r}, this program reads version {VERSION}",
+                hint="update localrun, or convert the model again",
+            )
+        missing, unknown = _REQUIRED_KEYS - root.keys(), root.keys() - _REQUIRED_KEYS - _OPTIONAL_KEYS
+        if missing:
+            raise self._error(f"no field '{min(missing)}'")
+        if unknown:
+            raise self._error(f"unknown field '{min(unknown)}'")
+        files = self._files("files", root["files"])
+        overlay = self._overlay(root["overlay"]) if "overlay" in root else None
+        if overlay is not None and {file.name for file in files} & {file.name for file in overlay.files}:
+            raise self._error("overlay.files: a name occurs in files too")
+        return Manifest(
+            files=files,
+            tensors={name: self._digest(f"tensors.{name}", v) for name, v in self._map("tensors", root).items()},
+            experts=self._experts(self._map("experts", root)),
+            source=self._map("source", root),
+            tools={name: self._string(f"tools.{name}", v) for name, v in self._map("tools", root).items()},
+            options=self._map("options", root),
+            overlay=overlay,
+            tiers=self._map("tiers", root),
+            profile=self._map("profile", root),
+            report=self._map("report", root),
+        )
+
+    def _map(self, name: str, root: dict[str, Any], where: str = "") -> dict[str, Any]:
+        value = root.get(name, {})
+        if not isinstance(value, dict):
+            raise self._error(f"{where}{name}: expected an object")
+        return value
+
+    def _overlay(self, value: Any) -> Overlay:
+        if not isinstance(value, dict) or not {"files", "experts"} <= value.keys() <= _OVERLAY_KEYS:
+            raise self._error(f"overlay: expected an object with {', '.join(sorted(_OVERLAY_KEYS))}")
+        experts: dict[int, dict[str, OverlayStack]] = {}
+        for layer in self._map("experts", value, "overlay."):
+            where = f"overlay.experts.{layer}"
+            by_type = self._map(layer, value["experts"], "overlay.experts.")
+            experts[self._layer(where, layer)] = {
+                kind: self._stack(f"{where}.{kind}", stack) for kind, stack in by_type.items()
+            }
+        options, rounding = self._map("options", value, "overlay."), self._map("rounding", value, "overlay.")
+        return Overlay(self._files("overlay.files", value["files"]), experts, options, rounding)
+
+    def _stack(self, where: str, value: Any) -> OverlayStack:
+        if not isinstance(value, dict) or value.keys() != {"ids", *PROJECTIONS}:
+            raise self._error(f"{where}: expected an object with ids, {', '.join(PROJECTIONS)}")
+        ids = value["ids"]
+        if not isinstance(ids, list) or not all(type(number) is int and number >= 0 for number in ids):
+            raise self._error(f"{where}.ids: expected a list of expert numbers")
+        if not ids or any(b <= a for a, b in itertools.pairwise(ids)):
+            raise self._error(f"{where}.ids: expected ascending expert numbers, each once")
+        gate, up, down = (self._digests(f"{where}.{name}", value[name]) for name in PROJECTIONS)
+        if not len(gate) == len(up) == len(down) == len(ids):
+            raise self._error(
+                f"{where}: {len(gate)}, {len(up)} and {len(down)} checksums for gate, up and down of {len(ids)} experts"
+            )
+        return OverlayStack(tuple(ids), (gate, up, down))
+
+    def _layer(self, where: str, key: str) -> int:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,3}", key):
+            raise self._error(f"{where}: not a layer number")
+        return int(key)
+
+    def _string(self, where: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self._error(f"{where}: expected a string")
+        return value
+
+    def _digests(self, where: str, value: Any) -> list[str]:
+        text = self._string(where, value)
+        if not _HEX.fullmatch(text):
+            raise self._error(f"{where}: expected a multiple of {DIGEST_CHARS} hex digits")
+        return [text[i : i + DIGEST_CHARS] for i in range(0, len(text), DIGEST_CHARS)]
+
+    def _digest(self, where: str, value: Any) -> str:
+        digests = self._digests(where, value)
+        if len(digests) != 1:
+            raise self._error(f"{where}: expected {DIGEST_CHARS} hex digits")
+        return digests[0]
+
+    def _files(self, field: str, value: Any) -> tuple[ModelFile, ...]:
+        if not isinstance(value, list) or not value:
+            raise self._error(f"{field}: expected a list with at least one file")
+        files = []
+        for index, entry in enumerate(value):
+            where = f"{field}[{index}]"
+            if not isinstance(entry, dict) or entry.keys() != {"name", "size_bytes", "header_checksum"}:
+                raise self._error(f"{where}: expected an object with name, size_bytes and header_checksum")
+            size = entry["size_bytes"]
+            if type(size) is not int or not 0 < size < 1 << 63:
+                raise self._error(f"{where}.size_bytes: {size!r} is not a file size")
+            name = self._file_name(f"{where}.name", entry["name"])
+            files.append(ModelFile(name, size, self._digest(f"{where}.header_checksum", entry["header_checksum"])))
+        if len({file.name for file in files}) != len(files):
+            raise self._error(f"{field}: a name occurs twice")
+        return tuple(files)
+
+    def _file_name(self, where: str, value: Any) -> str:
+        name = self._string(where, value)
+        # A plain name only: separators of any system, drive letters and parent references could leave the folder.
+        if not name or name in (".", "..") or any(c in name for c in "/\\:\0") or not name.isprintable():
+            raise self._error(f"{where}: {name!r} is not a plain file name")
+        return name
+
+    def _experts(self, value: dict[str, Any]) -> dict[int, tuple[list[str], list[str], list[str]]]:
+        experts = {}
+        for key, entry in value.items():
+            where = f"experts.{key}"
+            layer = self._layer(where, key)
+            if not isinstance(entry, dict) or entry.keys() != set(PROJECTIONS):
+                raise self._error(f"{where}: expected an object with {', '.join(PROJECTIONS)}")
+            gate, up, down = (self._digests(f"{where}.{name}", entry[name]) for name in PROJECTIONS)
+            if not len(gate) == len(up) == len(down) > 0:
+                raise self._error(f"{where}: {len(gate)}, {len(up)} and {len(down)} checksums for gate, up and down")
+            experts[layer] = (gate, up, down)
+        return experts

@@ -1,0 +1,1 @@
+"""Which expert gets which precision: importance, measured error, solver, report."""

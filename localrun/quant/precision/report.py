@@ -1,0 +1,264 @@
+"""The report of a conversion: `report.md` for people, `report.json` for programs, two pictures. Written into the output directory.
+
+Takes the pieces that others measured (importance, errors per format, the solver's decision, evaluation) and shows those that are
+there. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localrun.atomic import replacing
+from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.error import ErrorTable
+from localrun.quant.precision.importance import PRIOR_ROWS, RARE_ROWS, ImportanceSummary
+from localrun.quant.precision.pictures import curve_picture, heat_map
+from localrun.quant.precision.solver import TierSolution, bits_per_weight
+from localrun.units import format_size
+
+REPORT_FORMAT = 1
+REPORT_NAMES = ("report.md", "report.json", "report-curve.svg", "report-errors.svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A model on held-out text, against the exact one.
+
+    Attributes:
+        name: which model or format.
+        n_bytes: of the expert copies that are used; None: not known.
+    """
+
+    name: str
+    n_tokens: int
+    perplexity: float
+    reference_perplexity: float
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+    n_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """The pieces of a report; None and empty ones are left out.
+
+    Attributes:
+        model: name of the model.
+        sizes: label -> bytes, in the order shown ("base", "overlay", "dense", "source").
+        options: what the user asked for, as text.
+        evaluations: the finished model first, then formats to compare with.
+        text: name of the held-out text.
+    """
+
+    model: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, str]
+    importance: ImportanceSummary | None = None
+    errors: ErrorTable | None = None
+    solution: TierSolution | None = None
+    evaluations: Sequence[Evaluation] = ()
+    text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for `report.json`."""
+        value: dict[str, Any] = {
+            "format": REPORT_FORMAT,
+            "model": self.model,
+            "sizes": dict(self.sizes),
+            "options": dict(self.options),
+        }
+        if self.importance is not None:
+            value["importance"] = asdict(self.importance)
+        if self.errors is not None:
+            value["errors"] = self.errors.to_json()
+        if self.solution is not None:
+            value["tiers"] = _solution_json(self.solution)
+        if self.evaluations:
+            value["evaluation"] = {"text": self.text, "models": [asdict(row) for row in self.evaluations]}
+        return value
+
+    def markdown(self) -> str:
+        """`report.md`."""
+        lines = [f"# Conversion report: {_cell(self.model)}", ""]
+        lines += [f"* {_cell(name)}: {_cell(value)}" for name, value in self.options.items()]
+        lines += ["", "## Sizes", "", "| part | size |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {format_size(n)} |" for name, n in self.sizes.items()]
+        for part in (_importance(self.importance), _tiers(self.solution), _errors(self.errors), _evaluation(self)):
+            if part:
+                lines += ["", *part]
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes what there is into `folder`; each file appears whole.
+
+        Raises:
+            StoreError: it can't be written.
+        """
+        files = {
+            "report.md": self.markdown(),
+            "report.json": json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n",
+        }
+        if self.solution is not None:
+            files["report-curve.svg"] = curve_picture(self.solution, self.model)
+        if self.errors is not None:
+            files["report-errors.svg"] = heat_map(self.errors, self.model)
+        return [_write(folder / name, text) for name, text in files.items()]
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+    return path
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside one table cell or list item, whatever a file was called."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _importance(summary: ImportanceSummary | None) -> list[str]:
+    if summary is None:
+        return []
+    lines = [
+        "## Calibration",
+        "",
+        f"Importance of input channels from {', '.join(map(_cell, summary.datasets)) or 'an unnamed text'}, "
+        f"{summary.n_tokens:,} tokens (digest `{summary.digest}`).",
+        f"Of {summary.n_experts:,} experts, {summary.n_unused:,} were never used and {summary.n_rare:,} fewer than "
+        f"{RARE_ROWS} times. {PRIOR_ROWS:g} rows of the layer's average are mixed into every expert's own, so that an unused "
+        "one has the average.",
+    ]
+    if summary.unused_by_layer:
+        named = ", ".join(f"layer {layer}: {n}" for layer, n in summary.unused_by_layer)
+        lines.append(f"Never used: {named}.")
+    return lines
+
+
+def tier_lines(solution: TierSolution) -> list[str]:
+    """The decision as text, also for the terminal."""
+    better = _count(solution.plan)
+    named = ", ".join(f"{n:,} in {name}" for name, n in better.items()) or "none"
+    lines = [
+        f"Base {solution.base.name.lower()} ({format_size(solution.base_bytes)}); better copies: {named} "
+        f"({format_size(solution.overlay_bytes)}).",
+        f"Copies that are used: {format_size(solution.chosen.n_bytes)}, expected error {solution.chosen.error:.6f}.",
+    ]
+    if solution.streamed_bytes:
+        lines.append(
+            f"{format_size(solution.streamed_bytes)} don't fit into the target's memory and are streamed from the drive."
+        )
+    return lines
+
+
+def curve_lines(solution: TierSolution, *, n_points: int = 9) -> list[str]:
+    """Size against expected error as a table, uniform formats and the decision marked."""
+    curve = solution.curve
+    picked = [curve[round(i * (len(curve) - 1) / max(1, n_points - 1))] for i in range(min(n_points, len(curve)))]
+    rows = [(point.n_bytes, point.error, f"best tiers over {solution.base.name.lower()}") for point in picked]
+    rows += [(point.n_bytes, point.error, f"all {point.label}") for point in solution.uniform]
+    rows.append((solution.chosen.n_bytes, solution.chosen.error, "**chosen**"))
+    lines = ["| size of used copies | expected error | |", "|---:|---:|---|"]
+    return lines + [f"| {format_size(size)} | {error:.6f} | {label} |" for size, error, label in sorted(set(rows))]
+
+
+def _count(plan: TierPlan) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for by_type in plan.experts_by_type().values():
+        for kind, experts in by_type.items():
+            counts[kind.name.lower()] = counts.get(kind.name.lower(), 0) + len(experts)
+    return counts
+
+
+def _tiers(solution: TierSolution | None) -> list[str]:
+    if solution is None:
+        return []
+    return [
+        "## Tiers",
+        "",
+        *tier_lines(solution),
+        "",
+        "Expected error: squared error of routed experts' outputs relative to their power, weighted with use; mean over layers.",
+        "",
+        "![size against expected error](report-curve.svg)",
+        "",
+        *curve_lines(solution),
+        "",
+        "| layer | better copies |",
+        "|---:|---|",
+        *(
+            f"| {layer} | {', '.join(f'{len(experts)} {kind.name.lower()}' for kind, experts in by_type.items())} |"
+            for layer, by_type in solution.plan.experts_by_type().items()
+        ),
+    ]
+
+
+def _errors(table: ErrorTable | None) -> list[str]:
+    if table is None:
+        return []
+    kinds = list(next(iter(table.layers.values())).relative)
+    rows = (
+        "rows that the calibration text sent there"
+        if table.real_rows
+        else ("drawn rows with the imatrix's variances (no text was run)")
+    )
+    return [
+        "## Error by format",
+        "",
+        f"Squared error of an expert's output on {rows}, relative to the layer's mean output power. Measured on "
+        f"{table.n_measured:,} of {table.n_experts:,} experts; the others are taken to have their layer's mean.",
+        "",
+        "![error by layer and format](report-errors.svg)",
+        "",
+        f"| layer | {' | '.join(f'{kind.name.lower()} ({bits_per_weight(kind):g} bits)' for kind in kinds)} |",
+        f"|---:|{'---:|' * len(kinds)}",
+        *(f"| {layer} | {' | '.join(f'{table.mean(layer, kind):.6f}' for kind in kinds)} |" for layer in table.layers),
+    ]
+
+
+def _evaluation(report: TierReport) -> list[str]:
+    if not report.evaluations:
+        return []
+    first = report.evaluations[0]
+    return [
+        "## Held-out text",
+        "",
+        f"{_cell(report.text) or 'Text'}, {first.n_tokens:,} tokens; KL from the exact model in nats; its perplexity is "
+        f"{first.reference_perplexity:.4f}.",
+        "",
+        "| model | experts | perplexity | KL mean | median | 99 % | same top token |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {_cell(row.name)} | {format_size(row.n_bytes) if row.n_bytes is not None else '-'} | {row.perplexity:.4f} | "
+            f"{row.kl_mean:.6f} | {row.kl_median:.6f} | {row.kl_p99:.6f} | {row.top1_agreement:.2%} |"
+            for row in report.evaluations
+        ),
+    ]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _solution_json(solution: TierSolution) -> dict[str, Any]:
+    return {
+        "base": solution.base.name.lower(),
+        "base_bytes": solution.base_bytes,
+        "overlay_bytes": solution.overlay_bytes,
+        "streamed_bytes": solution.streamed_bytes,
+        "chosen": asdict(solution.chosen),
+        "curve": list(_points(solution.curve)),
+        "uniform": list(_points(solution.uniform)),
+        "better": solution.plan.to_json(),
+    }
+
+
+def _points(points: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    return (asdict(point) for point in points)

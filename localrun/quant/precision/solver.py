@@ -1,0 +1,428 @@
+"""Which expert gets which precision, within byte budgets, so that the expected error is least. Pure arithmetic.
+
+Expected error: per layer, the sum over experts of (share of the layer's routed power) * (squared error of the expert's output,
+relative to the layer's mean output power), then the mean over layers. 0 is exact, 1 is as wrong as leaving the experts out.
+
+Two questions are answered. *Base and hot budgets*: every expert has the base's format, and each hot format has bytes for better
+copies; this is an assignment problem with capacities, solved exactly by augmenting paths (formats are few, so a path is short).
+*Target*: so much memory for the copies that are used; per base format a multi-choice knapsack, solved greedily along each expert's
+lower convex hull, which is optimal for every budget where it stops and at most one upgrade short between. Ties go to the lower
+layer and expert, so equal input gives equal output, and a larger budget never a larger error.
+
+An expert is never dropped: one without a better copy is in the base.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from localrun.errors import UsageError
+from localrun.quant.model.source import MoeLayer
+from localrun.quant.precision.copies import EXPERT_TYPES, TierPlan
+from localrun.units import format_size, parse_size
+
+F64 = npt.NDArray[np.float64]
+Key = tuple[int, int]
+_T = GGMLQuantizationType
+
+CPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.Q2_K, _T.Q3_K, _T.MXFP4, _T.Q4_K, _T.Q8_0)
+"""Formats that a CPU multiplies at memory speed (design.md, section 2: IQ formats reach half of it)."""
+GPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ2_XXS, _T.IQ3_XXS, *CPU_TYPES)
+"""Formats where nothing but a GPU computes."""
+
+
+# --- what users write -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HotBudget:
+    """Bytes for better copies in one format: `mxfp4:12GiB`."""
+
+    type: GGMLQuantizationType
+    n_bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> HotBudget:
+        """Raises UsageError: not TYPE:SIZE, an unknown type."""
+        name, colon, size = text.partition(":")
+        if not colon:
+            raise UsageError(f"'{text}' is not TYPE:SIZE", hint="write for example --hot mxfp4:12GiB")
+        return cls(parse_type(name), parse_size(size))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Memory of the box that the model is for: `24GiB-vram,64GiB-ram`; 0: none of that kind."""
+
+    vram_bytes: int = 0
+    ram_bytes: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Raises UsageError: not SIZE-vram and SIZE-ram, each once."""
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(.+?)-(vram|ram)\s*", part)
+            if match is None or match[2] in sizes:
+                raise UsageError(f"'{text}' is no target", hint="write for example --target 24GiB-vram,64GiB-ram")
+            sizes[match[2]] = parse_size(match[1])
+        if not any(sizes.values()):
+            raise UsageError(f"target '{text}' has no memory", hint="write for example --target 24GiB-vram,64GiB-ram")
+        return cls(sizes.get("vram", 0), sizes.get("ram", 0))
+
+
+def parse_type(name: str) -> GGMLQuantizationType:
+    """An expert format by name. Raises UsageError naming the known ones."""
+    kind = EXPERT_TYPES.get(name.strip().lower())
+    if kind is None:
+        raise UsageError(f"unknown expert format '{name}'", hint=f"known formats: {', '.join(EXPERT_TYPES)}")
+    return kind
+
+
+def bits_per_weight(kind: GGMLQuantizationType) -> float:
+    """Size of a format."""
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / block)
+
+
+def expert_bytes(moe: MoeLayer, kind: GGMLQuantizationType) -> int:
+    """Bytes of one expert of a layer in a format.
+
+    Raises:
+        UsageError: the format can't hold the layer's rows.
+    """
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    for row in (moe.n_embd, moe.n_ff):
+        if row % block:
+            raise UsageError(
+                f"{kind.name.lower()} can't hold layer {moe.layer}'s expert rows of {row} values: its blocks have {block}",
+                hint="choose mxfp4 or q8_0, whose blocks have 32",
+            )
+    return int(3 * moe.n_embd * moe.n_ff // block * n_bytes)
+
+
+def check_request(
+    moe_layers: Mapping[int, MoeLayer],
+    base: GGMLQuantizationType,
+    hot: Sequence[HotBudget],
+    target: Target | None = None,
+) -> None:
+    """Everything that can be wrong with a request before any error was measured.
+
+    Raises:
+        UsageError: a format that rows don't fit, twice, or no better than the base; a budget too small for one expert.
+    """
+    if target is not None and hot:
+        raise UsageError("--target and --hot exclude each other", hint="give budgets by --hot, or let --target choose")
+    for moe in moe_layers.values():
+        expert_bytes(moe, base)
+    seen: set[GGMLQuantizationType] = set()
+    for budget in hot:
+        name = budget.type.name.lower()
+        if budget.type in seen:
+            raise UsageError(f"--hot {name} is given twice", hint="add the sizes up")
+        seen.add(budget.type)
+        if bits_per_weight(budget.type) <= bits_per_weight(base):
+            raise UsageError(
+                f"--hot {name} has {bits_per_weight(budget.type):g} bits per weight, the base {base.name.lower()} "
+                f"{bits_per_weight(base):g}: copies would be no better",
+                hint="give a hot format with more bits, or a smaller base",
+            )
+        least = min(expert_bytes(moe, budget.type) for moe in moe_layers.values())
+        if budget.n_bytes < least:
+            raise UsageError(
+                f"--hot {name}:{format_size(budget.n_bytes)} is too little: one expert takes {format_size(least)}",
+                hint="give more, or leave --hot out",
+            )
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCosts:
+    """What every expert costs in every format. Rows in ascending order of (layer, expert).
+
+    Attributes:
+        keys: (N,) layer and expert.
+        types: (T,) formats, columns of the arrays.
+        error: (N, T) share of the expected error that the expert in the format has: weight * relative error.
+        n_bytes: (N, T) sizes.
+    """
+
+    keys: tuple[Key, ...]
+    types: tuple[GGMLQuantizationType, ...]
+    error: F64
+    n_bytes: npt.NDArray[np.int64]
+
+    @classmethod
+    def build(
+        cls,
+        moe_layers: Mapping[int, MoeLayer],
+        types: Iterable[GGMLQuantizationType],
+        route_weights: Callable[[int], F64],
+        errors: Callable[[int, GGMLQuantizationType], F64],
+        layer_weights: Mapping[int, float] | None = None,
+    ) -> ExpertCosts:
+        """From a layer's route weights (E,), summing to 1, and its relative errors (E,) in a format.
+
+        Args:
+            layer_weights: how much an error in each layer counts, on average 1; None: all layers alike.
+        """
+        kinds = tuple(types)
+        keys: list[Key] = []
+        error, sizes = [], []
+        for layer, moe in sorted(moe_layers.items()):
+            keys += [(layer, expert) for expert in range(moe.n_experts)]
+            weights = route_weights(layer) * ((layer_weights or {}).get(layer, 1.0) / len(moe_layers))
+            error.append(np.stack([weights * errors(layer, kind) for kind in kinds], 1))
+            sizes.append(np.tile([expert_bytes(moe, kind) for kind in kinds], (moe.n_experts, 1)))
+        return cls(tuple(keys), kinds, np.concatenate(error), np.concatenate(sizes).astype(np.int64))
+
+    def column(self, kind: GGMLQuantizationType) -> int:
+        """Where a format stands in `types`."""
+        return self.types.index(kind)
+
+    def uniform(self, kind: GGMLQuantizationType) -> CurvePoint:
+        """All experts in one format."""
+        t = self.column(kind)
+        return CurvePoint(int(self.n_bytes[:, t].sum()), float(self.error[:, t].sum()), kind.name.lower())
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Size of the copies that are used, and the expected error. `label` names a uniform format."""
+
+    n_bytes: int
+    error: float
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierSolution:
+    """What the solver decided.
+
+    Attributes:
+        base: format of the base.
+        plan: better copies.
+        chosen: size and error of the copies that are used.
+        base_bytes, overlay_bytes: what lies on the drive.
+        streamed_bytes: used copies that don't fit into a target's memory and are read when they are needed; 0 without a target.
+        curve: best tiers over this base by size, in ascending order of size.
+        uniform: all experts in one format, for comparison.
+    """
+
+    base: GGMLQuantizationType
+    plan: TierPlan
+    chosen: CurvePoint
+    base_bytes: int
+    overlay_bytes: int
+    streamed_bytes: int
+    curve: tuple[CurvePoint, ...]
+    uniform: tuple[CurvePoint, ...]
+
+
+# --- base and hot budgets ---------------------------------------------------------------------------------------------
+
+
+def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotBudget]) -> TierSolution:
+    """Better copies within a budget per format.
+
+    Where layers differ in shape, a budget is counted in experts of its largest layer, so it is never exceeded.
+    """
+    columns = [costs.column(budget.type) for budget in hot]
+    b = costs.column(base)
+    gains = costs.error[:, [b]] - costs.error[:, columns]
+    capacities = [int(budget.n_bytes // costs.n_bytes[:, t].max()) for budget, t in zip(hot, columns, strict=True)]
+    chosen = assign(gains, capacities)
+    column_of = np.array([*columns, b])  # -1 is the base
+    return _solution(costs, base, column_of[chosen])
+
+
+def assign(gains: F64, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Gives each expert at most one of T formats, at most `capacities[t]` each, so that the sum of gains is largest.
+
+    Min-cost flow by successive paths: an expert enters a format; a full format passes one of its experts on to the next. With T
+    formats a path has at most T steps, and heaps know the best candidate of every step.
+
+    Args:
+        gains: (N, T); what is not positive is never taken.
+
+    Returns:
+        (N,) format of each expert, -1 for none.
+    """
+    n, n_types = gains.shape
+    chosen = np.full(n, -1, np.int64)
+    free = list(capacities)
+    # source[t]: unassigned experts; moves[t, u]: experts in t that could go to u. Outdated entries are dropped when met.
+    source = [[(-gains[e, t], e) for e in range(n)] for t in range(n_types)]
+    moves: dict[tuple[int, int], list[tuple[float, int]]] = {p: [] for p in itertools.permutations(range(n_types), 2)}
+    for heap in source:
+        heapq.heapify(heap)
+    paths = [path for k in range(1, n_types + 1) for path in itertools.permutations(range(n_types), k)]
+
+    def top(heap: list[tuple[float, int]], at: int) -> tuple[float, int] | None:
+        while heap and chosen[heap[0][1]] != at:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
+
+    while any(free):
+        best: tuple[float, tuple[int, ...]] | None = None
+        for path in paths:
+            if not free[path[-1]]:
+                continue
+            steps = [top(source[path[0]], -1), *(top(moves[a, c], a) for a, c in itertools.pairwise(path))]
+            cost = sum((step[0] for step in steps if step is not None), 0.0)
+            if None not in steps and cost < -1e-300 and (best is None or cost < best[0]):
+                best = cost, path
+        if best is None:
+            break
+        path = best[1]
+        moved = [heap[0][1] for heap in (source[path[0]], *(moves[pair] for pair in itertools.pairwise(path)))]
+        for expert, t in zip(moved, path, strict=True):
+            chosen[expert] = t
+            for u in range(n_types):
+                if u != t:
+                    heapq.heappush(moves[t, u], (float(gains[expert, t] - gains[expert, u]), expert))
+        free[path[-1]] -= 1
+    return chosen
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def solve_target(costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, reserve_bytes: int = 0) -> TierSolution:
+    """Base and better copies for a box, so that the copies that are used fit into its memory if they can.
+
+    What a CPU may have to compute is in `CPU_TYPES`: with any RAM in the target that is every expert, because which ones the GPU
+    holds changes with use. If not even the smallest format fits, all experts get that and the rest is streamed.
+
+    Args:
+        costs: with the formats that may be used; see `target_types`.
+        dense_bytes, reserve_bytes: of the dense model and the context, which come first.
+
+    Raises:
+        UsageError: nothing is left for experts.
+    """
+    budget = bytes_for_experts(target, dense_bytes + reserve_bytes)
+    smallest = min(costs.types, key=bits_per_weight)
+    best: TierSolution | None = None
+    for base in sorted(costs.types, key=bits_per_weight):
+        b = costs.column(base)
+        total = int(costs.n_bytes[:, b].sum())
+        if total > budget and base is not smallest:
+            continue
+        solution = _solution(costs, base, _fill(costs, base, budget), streamed_bytes=max(0, total - budget))
+        # Of equally good ones the one that takes the least room on the drive.
+        rank = (solution.chosen.error, solution.base_bytes + solution.overlay_bytes)
+        if best is None or rank < (best.chosen.error, best.base_bytes + best.overlay_bytes):
+            best = solution
+    assert best is not None
+    return best
+
+
+def bytes_for_experts(target: Target, others_bytes: int) -> int:
+    """What a target has left for experts.
+
+    Raises:
+        UsageError: nothing.
+    """
+    budget = target.vram_bytes + target.ram_bytes - others_bytes
+    if budget <= 0:
+        raise UsageError(
+            f"the target's {format_size(target.vram_bytes + target.ram_bytes)} are less than the dense model and its context "
+            f"take ({format_size(others_bytes)})",
+            hint="give a larger target",
+        )
+    return budget
+
+
+def target_types(
+    moe_layers: Mapping[int, MoeLayer], target: Target, source_types: Iterable[GGMLQuantizationType] = ()
+) -> tuple[GGMLQuantizationType, ...]:
+    """Formats that a target may use: those of its devices that hold the model's rows, none larger than the source's own."""
+    kinds = GPU_TYPES if target.ram_bytes == 0 else CPU_TYPES
+    largest = max(map(bits_per_weight, source_types), default=np.inf)
+    result = []
+    for kind in kinds:
+        block = GGML_QUANT_SIZES[kind][0]
+        fits = all(moe.n_embd % block == 0 and moe.n_ff % block == 0 for moe in moe_layers.values())
+        if fits and bits_per_weight(kind) <= largest:
+            result.append(kind)
+    return tuple(result)
+
+
+def _upgrades(costs: ExpertCosts, base: GGMLQuantizationType) -> Iterator[tuple[float, int, int, int, float]]:
+    """Steps up every expert's convex hull, best first: (change of error per byte, row, column, more bytes, less error)."""
+    b = costs.column(base)
+    steps = []
+    for row in range(len(costs.keys)):
+        at, error, size = b, costs.error[row], costs.n_bytes[row]
+        while True:
+            better = [t for t in range(len(costs.types)) if size[t] > size[at] and error[t] < error[at]]
+            if not better:
+                break
+            slopes = [(error[t] - error[at]) / (size[t] - size[at]) for t in better]
+            slope, _, t = min(zip(slopes, (-size[t] for t in better), better, strict=True))
+            steps.append((float(slope), row, t, int(size[t] - size[at]), float(error[at] - error[t])))
+            at = t
+    yield from sorted(steps, key=lambda step: (step[0], step[1], step[3]))
+
+
+def _fill(costs: ExpertCosts, base: GGMLQuantizationType, budget: int) -> npt.NDArray[np.int64]:
+    """Columns of all experts: the base's, upgraded in order of gain per byte until the budget is used up."""
+    chosen = np.full(len(costs.keys), costs.column(base), np.int64)
+    used = int(costs.n_bytes[:, costs.column(base)].sum())
+    for _, row, t, more, _ in _upgrades(costs, base):
+        if used + more > budget:
+            break  # skipping to smaller ones could make a larger budget worse
+        used += more
+        chosen[row] = t
+    return chosen
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+_CURVE_POINTS = 48
+
+
+def _solution(
+    costs: ExpertCosts, base: GGMLQuantizationType, chosen: npt.NDArray[np.int64], *, streamed_bytes: int = 0
+) -> TierSolution:
+    b, rows = costs.column(base), np.arange(len(costs.keys))
+    formats: dict[int, dict[int, GGMLQuantizationType]] = {}
+    for row in np.flatnonzero(chosen != b):
+        layer, expert = costs.keys[row]
+        formats.setdefault(layer, {})[expert] = costs.types[chosen[row]]
+    used = costs.n_bytes[rows, chosen]
+    point = CurvePoint(int(used.sum()), float(costs.error[rows, chosen].sum()), "chosen")
+    return TierSolution(
+        base=base,
+        plan=TierPlan(formats),
+        chosen=point,
+        base_bytes=int(costs.n_bytes[:, b].sum()),
+        overlay_bytes=int(used[chosen != b].sum()),
+        streamed_bytes=streamed_bytes,
+        curve=tuple(_curve(costs, base)),
+        uniform=tuple(sorted((costs.uniform(kind) for kind in costs.types), key=lambda p: p.n_bytes)),
+    )
+
+
+def _curve(costs: ExpertCosts, base: GGMLQuantizationType) -> Iterator[CurvePoint]:
+    start = costs.uniform(base)
+    n_bytes, error = start.n_bytes, start.error
+    steps = list(_upgrades(costs, base))
+    kept = {round(i) for i in np.linspace(0, len(steps) - 1, min(_CURVE_POINTS, len(steps)))} if steps else set()
+    yield CurvePoint(n_bytes, error)
+    for i, (_, _, _, more, less) in enumerate(steps):
+        n_bytes, error = n_bytes + more, error - less
+        if i in kept:
+            yield CurvePoint(n_bytes, max(0.0, error))

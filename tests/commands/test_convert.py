@@ -1,0 +1,88 @@
+"""`localrun convert`: what people and programs see."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from localrun.commands import convert as command
+from localrun.errors import UsageError
+from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES
+from localrun.quant.open import open_model
+from tests.checkpoints import write_small
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(tmp_path_factory.mktemp("source") / "small", mtp=True)
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_choices_are_those_of_the_plan() -> None:
+    assert set(command.DENSE_CHOICES) == set(DENSE_TYPES)
+    assert set(command.BASE_CHOICES) == set(BASE_TYPES)
+
+
+def test_dry_run_writes_nothing_and_shows_the_plan(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small, tmp_path / "out", "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "warning: " in err
+    assert "no tokenizer.json" in err
+    assert "I8 -> MXFP4  exact" in err
+    assert "F8_E4M3 -> Q8_0   rounded" in err
+    assert "MTP (mtp.*): 63 tensors" in err
+    assert "left out" in err
+
+
+def test_dry_run_as_json_agrees_with_what_is_written(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small, tmp_path / "out", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["left_out"]["kind"] == "MTP"
+    assert run(small, tmp_path / "out", "--json", "--jobs", 2) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["output_bytes"] == plan["output_bytes"] == (tmp_path / "out" / "model.gguf").stat().st_size
+    assert len(open_model(tmp_path / "out").tensors) == plan["output_tensors"]
+    assert sum(step["output_bytes"] for step in plan["steps"]) == result["written_bytes"]
+    assert 0 < result["relative_rms_error"]["F8_E4M3 -> Q8_0"] < 0.02
+
+
+def test_exact_types_are_shown_as_exact(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(small, tmp_path / "out", "--dry-run", "--dense", "bf16") == 0
+    assert "rounded" not in capsys.readouterr().err
+
+
+def test_human_output_goes_to_stderr_without_bars(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small, tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "wrote " in err
+    assert "relative RMS error" in err
+    assert "\r" not in err
+    assert "[#" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--jobs", "0"], "--jobs 0"), (["--base", "q2_k"], "no multiple of Q2_K")]
+)
+def test_impossible_options_are_refused_before_any_work(
+    small: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(small, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()

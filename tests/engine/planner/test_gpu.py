@@ -1,0 +1,100 @@
+"""The engine with a GPU: placed, reported, lost in the middle of an answer.
+
+It is llama.cpp's RPC device on loopback, or for what does not need a device that can be lost, the one in LOCALRUN_TEST_GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localrun.engine.engine import Engine
+from localrun.engine.options import SamplingOptions
+from localrun.engine.planner.gpu import place_on_gpus
+from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.protocol import Delta, Finished, Generate, Ready
+from localrun.errors import BudgetError, EngineDiedError, LocalrunError, UsageError
+from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.quant.open import open_model
+from tests.engine.conftest import OPTIONS
+from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
+
+QUESTION: dict[str, Any] = {
+    "messages": ({"role": "user", "content": "Hello"},),
+    "sampling": SamplingOptions(temperature=0),
+}
+
+
+@pytest.mark.skipif(not TEST_GPU, reason="LOCALRUN_TEST_GPU names no device; the next test has all of this")
+def test_answers_from_the_gpu_that_the_environment_names(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        *_, ready = engine.load(chat_model_path, replace(OPTIONS, gpu=TEST_GPU, vram_bytes=2 << 30))
+        assert isinstance(ready, Ready)
+        assert ready.facts.dense_on_gpu
+        *_, done = engine.generate(Generate(**QUESTION, max_tokens=8))
+        assert isinstance(done, Finished)
+        assert engine.stats().telemetry["gpu_hits"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.skipif(bool(TEST_GPU), reason="the GPU that is left would be used")
+def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> None:
+    with rpc_server() as (endpoint, server), EngineProcess() as engine:
+        *_, ready = engine.load(chat_model_path, replace(OPTIONS, rpc=endpoint, vram_bytes=2 << 30))
+        assert isinstance(ready, Ready)
+        assert ready.facts.gpus
+        assert ready.facts.dense_on_gpu
+        *_, done = engine.generate(Generate(**QUESTION, max_tokens=8))
+        assert isinstance(done, Finished)
+        stats = engine.stats().telemetry
+        assert stats["gpu_hits"] > 0  # type: ignore[operator]
+        assert 0 < stats["gpu_bytes"] < 1 << 30  # type: ignore[operator]
+
+        def lose_it() -> None:
+            for event in engine.generate(Generate(**QUESTION, ignore_eos=True)):
+                if isinstance(event, Delta):
+                    server.kill()
+
+        with pytest.raises(EngineDiedError, match="RPC") as caught:
+            lose_it()
+        assert caught.value.hint is not None
+        events = list(engine.generate(Generate(**QUESTION, max_tokens=8)))
+        (again,) = (event for event in events if isinstance(event, Ready))
+        assert again.facts.gpus == ()
+        assert isinstance(events[-1], Finished)
+
+
+def test_dense_model_stays_on_the_cpu_when_the_gpu_is_full_before_it_said(
+    chat_model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rpc_server() as (endpoint, server):
+        (name,) = (device.name for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+        limit_memory(server, 1 << 18)
+        with Engine.open(chat_model_path, replace(OPTIONS, gpu=name, vram_bytes=2 << 30)) as engine:
+            assert not engine.facts.dense_on_gpu
+            engine.session().feed([1, 2, 3])
+    assert "does not take the dense model" in caplog.text
+
+
+def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path: Path) -> None:
+    device = GpuDevice(0, "iGPU", "", 4 << 30, 8 << 30, is_integrated=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [device])
+        with pytest.raises(UsageError, match="no memory of its own"):
+            place_on_gpus(open_model(chat_model_path), replace(OPTIONS, gpu="iGPU"), 256)
+
+
+def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -> None:
+    with rpc_server() as (endpoint, _), EngineProcess() as engine:
+        for options, error, message in (
+            ({"gpu": "none", "vram_bytes": 1 << 30}, LocalrunError, "no GPU"),
+            ({"gpu": "CUDA9"}, UsageError, "CUDA9"),
+            ({"rpc": "127.0.0.1:9"}, LocalrunError, "127.0.0.1:9"),
+            ({"gpu": "RPC0", "rpc": endpoint, "vram_bytes": 1 << 50}, BudgetError, "free"),
+            ({"gpu": "RPC0", "rpc": endpoint, "vram_bytes": 1 << 12}, BudgetError, "too little"),
+        ):
+            with pytest.raises(error, match=message) as caught:
+                list(engine.load(chat_model_path, replace(OPTIONS, **options)))
+            assert caught.value.hint is not None

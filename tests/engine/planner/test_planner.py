@@ -1,0 +1,468 @@
+"""The planner: sizes that llama.cpp really allocates, plans that fit and say so, and more of anything that is never slower."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localrun import cli
+from localrun.commands import bench_report, common
+from localrun.engine.engine import Engine
+from localrun.engine.facts import Timings
+from localrun.engine.llama import Context
+from localrun.engine.measure.benchmark import Benchmark, Phase
+from localrun.engine.options import EngineOptions
+from localrun.engine.planner import hardware, sizes
+from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.hardware import ASSUMED_GPU, Gpu, Hardware
+from localrun.engine.planner.hit_rates import Curve, Learned, touched
+from localrun.engine.planner.placement import gpu_budgets, headroom
+from localrun.engine.planner.plan import GpuShare, Plan, Settings
+from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
+from localrun.engine.planner.speed import experts_on
+from localrun.engine.planner.usual_rates import KEPT, usual_rates
+from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.offload.cache.profile import RoutingProfile
+from localrun.offload.kernels import FfnSpec
+from localrun.offload.kernels.probe import probe_cpu
+from localrun.offload.kernels.rates import CpuRates, ExpertRates
+from localrun.quant.open import open_model
+from tests.rpc_server import rpc_server
+from tools.synthetic_config import FLASH, PRO
+
+GIB = 1 << 30
+BOX = Hardware(ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk=3e9, memory=50e9, n_threads=8)
+
+
+@pytest.fixture(scope="module")
+def flash() -> ModelSizes:
+    return sizes_of("flash")
+
+
+def plan_of(model: ModelSizes, ram_gib: float = 62, **values: Any) -> Plan:
+    machine = replace(BOX, ram_bytes=int(ram_gib * GIB), total_ram_bytes=int((ram_gib + 2) * GIB))
+    options = {name: values.pop(name) for name in ("n_ctx", "kv_type", "ram_bytes") if name in values}
+    return make_plan(model, replace(machine, **values), Settings(**options), suggest=False)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "experts", "expert", "params"),
+    [
+        ("flash", FLASH, 147_169_738_752, 13_369_344, 284.33e9),
+        ("pro", PRO, 822_054_223_872, 35_094_528, 1573.0e9),
+    ],
+)
+def test_built_in_models_have_the_official_sizes(
+    name: str, official: dict[str, Any], experts: int, expert: int, params: float, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    built_in, from_file = sizes_of(name), sizes_of(tmp_path)
+    assert replace(from_file, name=built_in.name) == built_in
+    assert built_in.expert_file_bytes == experts
+    assert built_in.experts[0].file_bytes == expert
+    embedding = built_in.n_vocab * built_in.n_embd
+    all_weights = built_in.n_copies * 3 * built_in.n_embd * built_in.n_ff + built_in.dense_weights + embedding
+    assert all_weights == pytest.approx(params, rel=2e-4)
+
+
+def test_cache_of_official_models_matches_the_published_figures() -> None:
+    """128K and 1M tokens in f16, rings included: 0.845 and 6.72 GiB, 1.210 and 9.63 GiB; llama.cpp pads and keeps a batch."""
+    for name, n_ctx, gib in (
+        ("flash", 1 << 17, 0.845),
+        ("flash", 1 << 20, 6.72),
+        ("pro", 1 << 17, 1.210),
+        ("pro", 1 << 20, 9.63),
+    ):
+        model = sizes_of(name)
+        kv = model.kv(n_ctx, "f16", 512)
+        rows = sum(kv[part] for part in ("CSA rows", "HCA rows", "indexer rows"))
+        ring = model.n_layers * 128 * 512 * 2
+        assert (rows + ring) / GIB == pytest.approx(gib, rel=0.005), (name, n_ctx)
+        assert kv["window"] == model.n_layers * 768 * 512 * 2, "128 rows and a batch of 512, padded"
+    assert sizes_of("flash").kv(4096, "f16", 512)["frontiers"] == pytest.approx(11.6 * 2**20, rel=0.01)
+    assert sizes_of("pro").kv(4096, "f16", 512)["frontiers"] == pytest.approx(17.8 * 2**20, rel=0.01)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.parametrize(("n_ctx", "n_batch", "kv_type"), [(4096, 256, "f16"), (40000, 64, "q8_0"), (512, 512, "f32")])
+def test_llama_allocates_what_was_said(
+    engine: Engine, model_path: Path, n_ctx: int, n_batch: int, kv_type: str
+) -> None:
+    model = sizes_of(model_path)
+    log, handler = logging.getLogger("llama.cpp"), _Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        options = EngineOptions(n_batch=n_batch, kv_type=kv_type)
+        Context(engine._loaded.model, options, n_ctx=n_ctx, n_threads=1, all_logits=False).close()
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    text = "\n".join(handler.lines)
+    rows = [float(mib) for mib in re.findall(r"KV buffer size = +([0-9.]+) MiB", text)]
+    states = [float(mib) for mib in re.findall(r"state buffer size = +([0-9.]+) MiB", text)]
+    buffers = [float(mib) for mib in re.findall(r"compute buffer size = +([0-9.]+) MiB", text)]
+    assert rows
+    assert states
+    assert buffers
+    assert model.kv_bytes(n_ctx, kv_type, n_batch) / 2**20 == pytest.approx(
+        sum(rows + states), abs=0.02 * len(rows + states)
+    )
+    # The formula knows llama.cpp's tensors, not how its allocator fits them into each other: never less, at most a third more.
+    assert 0.98 * sum(buffers) <= compute_bytes(model, n_ctx, n_batch) / 2**20 <= 1.35 * sum(buffers) + 0.5
+
+
+def test_sizes_of_a_file_are_its_bytes(model_path: Path) -> None:
+    source, model = open_model(model_path), sizes_of(model_path)
+    assert model.dense_bytes + model.expert_file_bytes == sum(info.n_bytes for info in source.tensors.values())
+    assert model.n_copies == sum(moe.n_experts for moe in source.moe_layers.values())
+    assert 0 < model.dense_token_bytes < model.dense_bytes
+
+
+def test_another_format_is_a_matter_of_converting_only_for_checkpoints(model_path: Path) -> None:
+    smaller = sizes_of("flash", base=format_of("q2_k"))
+    assert smaller.expert_file_bytes < 0.65 * sizes_of("flash").expert_file_bytes
+    with pytest.raises(UsageError, match="converted already"):
+        sizes_of(model_path, base=format_of("q2_k"))
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_automatic_headroom_is_a_tenth_of_the_machine_and_a_quarter_of_what_little_is_free() -> None:
+    assert headroom(20 * GIB, 32 * GIB) == 32 * GIB // 10
+    assert headroom(12 * GIB, 16 * GIB) == 2 * GIB
+    assert headroom(4 * GIB, 32 * GIB) == GIB
+
+
+def test_a_plan_stays_within_the_machine(flash: ModelSizes) -> None:
+    for ram_gib in (16, 30, 62, 126, 254):
+        at = plan_of(flash, ram_gib).placement
+        assert at.ram_bytes is not None
+        experts = at.ram_experts * flash.mean_slot_bytes + flash.staging_bytes
+        assert experts <= at.ram_bytes + 1
+        assert at.fixed_bytes + at.ram_bytes + at.headroom_bytes <= ram_gib * GIB
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ram=st.integers(20, 300),
+    more=st.integers(0, 200),
+    disk=st.floats(0.3, 14),
+    context=st.sampled_from([4096, 32768, 262144]),
+    change=st.sampled_from(["ram", "disk", "memory", "threads", "drive", "context", "vram", "bits"]),
+)
+def test_more_of_anything_is_never_slower(ram: int, more: int, disk: float, context: int, change: str) -> None:
+    model = sizes_of_flash()
+    factor = 1 + more / 100
+    machine = replace(BOX, ram_bytes=ram * GIB, total_ram_bytes=(ram + 2) * GIB, disk=disk * 1e9)
+    options, better, other = Settings(n_ctx=context, position=1024), machine, model
+    after = options
+    if change == "ram":
+        better = replace(machine, ram_bytes=(ram + more) * GIB)
+    elif change == "disk":
+        better = replace(machine, disk=machine.disk * factor)
+    elif change == "memory":
+        better = replace(machine, memory=machine.memory * factor)
+    elif change == "threads":
+        better = replace(machine, n_threads=8 + more)
+    elif change == "drive":
+        better = replace(machine, n_drives=2)
+    elif change == "context":
+        after = replace(options, n_ctx=context // 2)
+    elif change == "vram":
+        machine = replace(machine, gpus=(Gpu(vram_bytes=16 * GIB),))
+        better = replace(machine, gpus=(Gpu(vram_bytes=(16 + more) * GIB),))
+    else:
+        other = sizes_of_flash("q2_k")
+    first, second = make_plan(model, machine, options, suggest=False), make_plan(other, better, after, suggest=False)
+    assert first.decode is not None
+    assert second.decode is not None
+    assert first.prefill is not None
+    assert second.prefill is not None
+    for a, b in ((first.decode, second.decode), (first.prefill, second.prefill)):
+        assert b.likely.tokens_per_s >= a.likely.tokens_per_s * (1 - 1e-9)
+        assert a.low.tokens_per_s <= a.likely.tokens_per_s <= a.high.tokens_per_s
+
+
+_SIZES: dict[str, ModelSizes] = {}
+
+
+def sizes_of_flash(base: str = "mxfp4") -> ModelSizes:
+    if base not in _SIZES:
+        _SIZES[base] = sizes_of("flash", base=format_of(base))
+    return _SIZES[base]
+
+
+def test_what_can_not_fit_is_refused_with_numbers_and_a_setting_that_fits(flash: ModelSizes) -> None:
+    with pytest.raises(BudgetError, match=r"does not fit: dense model .* GiB, KV cache of 1048576 tokens") as refused:
+        plan_of(flash, 12, n_ctx=1 << 20)
+    assert refused.value.hint is not None
+    found = re.match(r"it fits with --context (\d+)( --kv q8_0)?", refused.value.hint)
+    assert found is not None, refused.value.hint
+    plan_of(flash, 12, n_ctx=int(found[1]), kv_type="q8_0" if found[2] else "f16")
+    with pytest.raises(BudgetError) as hopeless:
+        plan_of(flash, 4)
+    assert "must be free" in str(hopeless.value.hint)
+    with pytest.raises(BudgetError, match=r"are more than the 62\.00 GiB that are free") as too_much:
+        plan_of(flash, 62, ram_bytes=60 * GIB)
+    hint = re.search(r"--ram ([0-9.]+)GiB", str(too_much.value.hint))
+    assert hint is not None
+    plan_of(flash, 62, ram_bytes=int((float(hint[1]) - 0.1) * GIB))
+
+
+def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None:
+    plan = make_plan(flash, BOX)
+    assert plan.decode is not None
+    gains = {suggestion.text: suggestion for suggestion in plan.suggestions}
+    assert list(gains.values()) == sorted(gains.values(), key=lambda it: (it.phase == "prompts", -it.gain))
+    bits = gains["experts in Q2_K"]
+    again = make_plan(flash.with_experts(format_of("q2_k")), BOX, suggest=False)
+    assert again.decode is not None
+    assert bits.tokens_per_s == pytest.approx(again.decode.likely.tokens_per_s)
+    assert bits.gain == pytest.approx(bits.tokens_per_s / plan.decode.likely.tokens_per_s)
+    assert "96 GiB of RAM" in gains
+    resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
+    assert not any("RAM" in suggestion.text or "drive" in suggestion.text for suggestion in resident.suggestions)
+    # Larger steps read each expert less often, which matters most where that is from the drive.
+    assert gains["--batch 2048"].phase == "prompts"
+    in_ram = max([s.gain for s in resident.suggestions if s.phase == "prompts"], default=1.0)
+    assert gains["--batch 2048"].gain > 1.2 * in_ram
+    settings = Settings(n_batch=2048)
+    assert not any(s.phase == "prompts" for s in make_plan(flash, BOX, settings).suggestions)
+
+
+def test_memory_of_several_gpus_serves_the_dense_model_first() -> None:
+    free = [24 * GIB, 24 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 12 * GIB) == [12 * GIB, 8 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 8 * GIB) == [10 * GIB, 10 * GIB]
+    assert gpu_budgets(free, 20 * GIB, 30 * GIB) == [10 * GIB, 10 * GIB]  # it can't go there
+    assert gpu_budgets([24 * GIB], 12 * GIB, GIB) == [12 * GIB]
+    assert gpu_budgets([], GIB, GIB) == []
+
+
+def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:
+    small = plan_of(flash, gpus=(Gpu(vram_bytes=8 * GIB),)).placement
+    assert not small.dense_on_gpu
+    assert small.gpu_experts > 0
+    large = plan_of(flash, gpus=(Gpu(vram_bytes=24 * GIB), Gpu(vram_bytes=24 * GIB)))
+    at = large.placement
+    assert at.dense_on_gpu
+    assert at.fixed_bytes + at.gpu_expert_bytes <= 47 * GIB
+    assert large.resident_share > plan_of(flash).resident_share + 0.2
+    told = make_plan(flash, replace(BOX, gpus=(Gpu(vram_bytes=24 * GIB),)), gpu=GpuShare(), suggest=False)
+    assert not told.placement.gpu_experts
+
+
+def test_hit_rates_rise_with_what_is_resident() -> None:
+    profile = RoutingProfile("x", {0: 64, 1: 64})
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        for layer in (0, 1):
+            experts = np.unique(np.minimum(63, rng.geometric(0.1, 6))).astype(np.int32)
+            profile.record(layer, experts, np.arange(experts.size + 1, dtype=np.int32), 1)
+    for rates in (Curve(), Learned(profile, [0, 1])):
+        shares = np.linspace(0, 1, 41)
+        steady, unsteady = [rates.steady(s) for s in shares], [rates.unsteady(s) for s in shares]
+        assert np.all(np.diff(steady) >= 0)
+        assert np.all(np.diff(unsteady) >= -1e-12)
+        assert all(a >= b for a, b in zip(steady, unsteady, strict=True))
+        assert steady[-1] == pytest.approx(1)
+        assert unsteady[-1] == pytest.approx(1)
+    assert Curve().steady(0.25) == pytest.approx(0.77)
+
+
+def test_a_batch_touches_more_experts_the_longer_it_is_and_misses_fewer_the_more_there_are() -> None:
+    for rates in (None, Curve()):
+        by_length = [touched(rates, 0.3, n_tokens, 6, 256) for n_tokens in (1, 8, 64, 512)]
+        assert by_length[0].distinct == pytest.approx(6 / 256, rel=0.01)
+        assert all(a.distinct < b.distinct for a, b in pairwise(by_length))
+        by_share = [touched(rates, share, 64, 6, 256).missing for share in (0.0, 0.3, 0.7, 1.0)]
+        assert all(a > b for a, b in pairwise(by_share))
+        assert by_share[-1] == 0
+    assert touched(Curve(), 0.0, 64, 6, 256).distinct < touched(None, 0.0, 64, 6, 256).distinct
+
+
+def test_measured_rates_decide_and_a_gpu_that_shares_the_cores_is_no_second_processor(flash: ModelSizes) -> None:
+    def likely(**values: Any) -> tuple[float, float]:
+        plan = plan_of(flash, 200, **values)
+        assert plan.decode is not None
+        assert plan.prefill is not None
+        return plan.decode.likely.tokens_per_s, plan.prefill.likely.tokens_per_s
+
+    (types,) = {group.types for group in flash.experts}
+    slow = ExpertRates(decode_s=10e-3, few_s=20e-3, many_s=60e-3)
+    cpu = CpuRates(dense_bytes_per_s=10e9, dense_macs_per_s=50e9, experts={types: slow})
+    faster = replace(cpu, experts={types: slow.times(0.5)})
+    assert all(a < b for a, b in zip(likely(cpu=cpu), likely(cpu=faster), strict=True))
+    rates = replace(ASSUMED_GPU, decode_bytes_per_s=5e9, batch_macs_per_s=20e9, overlap=0.0)
+    gpu = Gpu(vram_bytes=60 * GIB, rates=rates)
+    alone = likely(cpu=cpu, gpus=(replace(gpu, rates=replace(rates, overlap=1.0)),))
+    assert all(a < b for a, b in zip(likely(cpu=cpu, gpus=(gpu,)), alone, strict=True))
+    # Formats that nobody measured are as much slower than assumed as those that somebody did.
+    other = flash.with_experts(format_of("q2_k"))
+    machine = replace(BOX, cpu=cpu)
+    assert experts_on(machine, other).decode_s > 3 * experts_on(BOX, other).decode_s
+
+
+def test_kernels_are_measured_on_the_model_s_own_formats() -> None:
+    spec = FfnSpec((format_of("mxfp4"),) * 3, 256, 128, 10.0)
+    rates = probe_cpu([spec, spec], n_threads=1)
+    assert list(rates.experts) == [spec.types]
+    assert 0 < rates.experts[spec.types].decode_s < rates.experts[spec.types].many_s
+    assert rates.dense_bytes_per_s > 0
+    assert rates.dense_macs_per_s > 0
+
+
+def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "0000:01:00.0"
+    card.mkdir()
+    (card / "max_link_speed").write_text("16.0 GT/s PCIe\n")
+    (card / "max_link_width").write_text("16\n")
+    monkeypatch.setattr(hardware, "SYS_PCI", tmp_path)
+    assert hardware.pcie_rate("0000:01:00.0") == pytest.approx(31.5e9, rel=0.01)
+    assert hardware.pcie_rate("0000:02:00.0") is None
+    assert hardware.display_links() == []
+    (card / "class").write_text("0x030000\n")
+    assert hardware.display_links() == [hardware.pcie_rate("0000:01:00.0")]
+
+
+def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "rates.json"
+    for _ in range(3):
+        assert usual_rates({"memory": 20e9, "dense": 10e9}, path=path) == {"memory": 20e9, "dense": 10e9}
+    assert usual_rates({"memory": 5e9}, path=path) == {"memory": 20e9}
+    for _ in range(KEPT):
+        slower = usual_rates({"memory": 5e9}, path=path)
+    assert slower == {"memory": 5e9}, "what is always so is no moment"
+    path.write_text('{"version": 1, "rates": {"memory": "many"}}')
+    assert usual_rates({"memory": 5e9}, path=path) == {"memory": 5e9}
+
+
+PROBE = """
+import math, sys
+from dataclasses import asdict
+from gguf import GGMLQuantizationType as T
+from localrun.engine.planner import hardware
+from localrun.ggml.devices import add_rpc_server, gpu_devices
+from localrun.offload.gpu.probe import probe_gpu
+from localrun.offload.kernels import FfnSpec
+add_rpc_server(sys.argv[1])
+(device,) = [device for device in gpu_devices() if device.name.startswith("RPC")]
+rates = probe_gpu(device, FfnSpec((T.MXFP4,) * 3, 256, 128, math.inf))
+numbers = asdict(rates)
+assert numbers.pop("measured") and 0 <= numbers.pop("overlap") <= 1, rates
+assert all(0 < value < 1e15 for value in numbers.values()), rates
+(assumed,) = hardware.measured_gpus([device], probe=False)
+assert assumed.vram_bytes == device.free_bytes and not assumed.rates.measured
+"""
+
+
+def test_gpus_are_measured_with_the_expert_path_s_own_work() -> None:
+    with rpc_server() as (endpoint, _):  # in a process of its own: ggml can't forget a device, nor bear that it is gone
+        subprocess.run([sys.executable, "-c", PROBE, endpoint], check=True, timeout=120)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+GIVEN = ["--no-probe", "--ram", "64GiB", "--disk-gbps", "3", "--memory-gbps", "50", "--threads", "8"]
+
+
+def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pro", *GIVEN, "--vram", "24GiB", "--json"]) == 0
+    value = json.load(io.StringIO(capsys.readouterr().out))
+    assert value["model"]["n_experts"] == 61 * 384
+    assert value["machine"]["origin"]["disk"] == "given"
+    assert value["decode"]["low"]["tokens_per_s"] <= value["decode"]["likely"]["tokens_per_s"]
+    assert sum(value["placement"]["kv"].values()) == value["placement"]["kv_bytes"]
+    for part in (
+        "format",
+        "model",
+        "machine",
+        "settings",
+        "placement",
+        "hit_rates",
+        "decode",
+        "prefill",
+        "suggestions",
+    ):
+        assert part in value
+    assert cli.main(["plan", "flash", *GIVEN]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["model", "machine", "memory", "experts", "speed", "faster"]
+
+
+def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pro", "--no-probe", "--ram", "16GiB"]) == 1
+    error = capsys.readouterr().err
+    assert "does not fit" in error
+    assert "hint:" in error
+    assert cli.main(["plan", "flash", "--kv", "q9"]) == 2
+    assert cli.main(["plan", "flash", "--threads", "-1"]) == 2
+    assert cli.main(["plan", "flash", "--no-probe", "--ram", "64GiB", "--threads", "0"]) == 0, (
+        "as in the commands that load"
+    )
+    assert cli.main(["plan", "nowhere"]) == 1
+
+
+def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(LocalrunError, match=r"config\.json"):
+        sizes.sizes_of(tmp_path)
+
+
+# --- loads and measurements -------------------------------------------------------------------------------------------
+
+
+def test_a_load_announces_its_plan_and_follows_it(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[Plan] = []
+    options = EngineOptions(n_ctx=512, n_batch=64, n_threads=1, ram_bytes=8 << 20)
+    with Engine.open(model_path, options, announce=announced.append, learn=False) as engine:
+        assert announced == [engine.plan]
+        assert announced[0].placement.ram_bytes == options.ram_bytes
+        assert announced[0].n_ctx == engine.facts.n_ctx
+        assert len(announced[0].lines()) == 6
+    tiny = Hardware(ram_bytes=100 << 20, total_ram_bytes=1 << 30)
+    monkeypatch.setattr(hardware, "detect", lambda *args, **values: tiny)
+    with pytest.raises(BudgetError, match="does not fit"):
+        Engine.open(model_path, options, learn=False)
+
+
+def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
+    plan = plan_of(flash)
+    expected = plan.decode_at(100).likely.tokens_per_s
+    phase = Phase(kind="decode", context=100, n_tokens=10, seconds=20 / expected, step_ms=(1.0,) * 10, split=None)
+    result = Benchmark(phases=(phase,), skipped=(), rss_start_bytes=0, peak_rss_bytes=0)
+    (line,) = bench_report.prediction_lines(result, plan)
+    assert "100% too fast" in line
+    assert "outside the range" in line
+    assert bench_report.prediction_lines(result, None) == []
+    timings = Timings(new_tokens=10, decode_s=1.0)
+    assert "(planned: " in common.speed(timings, plan.to_json())
+    assert "planned" not in common.speed(timings, {})

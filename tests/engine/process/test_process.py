@@ -1,0 +1,402 @@
+"""The engine in a process of its own: answers, stopping, dying and coming back. Real processes, a tiny random model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localrun.engine.engine import Engine
+from localrun.engine.options import SamplingOptions
+from localrun.engine.process.process import EngineProcess, _cause_of_death
+from localrun.engine.process.protocol import (
+    Delta,
+    EvalText,
+    EvalTextResult,
+    Event,
+    Finished,
+    Generate,
+    Loading,
+    PromptProgress,
+    Ready,
+)
+from localrun.errors import ContextFullError, EngineDiedError, LocalrunError, UsageError
+from tests.engine.conftest import OPTIONS
+from tests.engine.models import CHAT_TOKENS
+
+GREEDY = SamplingOptions(temperature=0)
+HELLO: tuple[dict[str, Any], ...] = ({"role": "user", "content": "Hello"},)
+PATIENCE_S = 60.0
+"""Far more than anything here takes; only a hang reaches it."""
+
+
+@pytest.fixture(scope="module")
+def running(chat_model_path: Path) -> Iterator[EngineProcess]:
+    """A process with the model that understands text; tests may kill it."""
+    with EngineProcess() as engine:
+        list(engine.load(chat_model_path, OPTIONS))
+        yield engine
+
+
+@pytest.fixture
+def engine(running: EngineProcess) -> EngineProcess:
+    if running.facts is None:
+        list(running.reload())
+    return running
+
+
+def ask(engine: EngineProcess, **options: Any) -> list[Event]:
+    options = {"messages": HELLO, "sampling": GREEDY, "max_tokens": 6, **options}
+    return list(engine.generate(Generate(**options)))
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [token for event in events for token in getattr(event, "tokens", ())]
+
+
+def finished(events: list[Event]) -> Finished:
+    (event,) = (event for event in events if isinstance(event, Finished))
+    assert events[-1] is event
+    return event
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_loading_reports_progress_and_facts(engine: EngineProcess, chat_model_path: Path) -> None:
+    events = list(engine.load(chat_model_path, OPTIONS))
+    loading, ready = events[:-1], events[-1]
+    assert loading
+    assert all(isinstance(event, Loading) for event in loading)
+    fractions = [event.progress for event in loading if isinstance(event, Loading)]
+    assert fractions == sorted(fractions)
+    assert isinstance(ready, Ready)
+    assert ready.facts == engine.facts
+    assert ready.facts.n_vocab == len(CHAT_TOKENS)
+    assert ready.facts.has_tokenizer
+    assert ready.facts.think_modes == ("off", "high", "max")
+    assert ready.facts.n_moe_layers == 3
+
+
+def test_answer_is_the_one_that_the_engine_gives_in_process(engine: EngineProcess, chat_model_path: Path) -> None:
+    events = ask(engine)
+    with Engine.open(chat_model_path, OPTIONS) as inside, inside.session() as session:
+        from localrun.engine.chat.format import ENCODERS
+        from localrun.engine.chat.messages import messages_from_json
+
+        parts = ENCODERS["v4"].encode_prompt(messages_from_json(list(HELLO)), mode="off").parts
+        prompt = inside.tokenizer.encode_parts(parts)
+        expected = list(session.generate(prompt, GREEDY, max_tokens=6))
+        text = inside.tokenizer.decode(expected)
+    assert tokens_of(events) == expected
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == text
+    end = finished(events)
+    assert end.reason == "length"
+    assert end.timings.prompt_tokens == len(prompt)
+    assert end.timings.new_tokens == 6
+
+
+def test_thinking_arrives_as_thinking(engine: EngineProcess) -> None:
+    events = ask(engine, think="high")
+    assert {event.kind for event in events if isinstance(event, Delta)} == {"thinking"}
+    assert finished(events).problems == ("unclosed_think",)
+
+
+def test_seed_is_reported_and_repeats_the_answer(engine: EngineProcess) -> None:
+    first = ask(engine, sampling=SamplingOptions())
+    again = ask(engine, sampling=SamplingOptions(seed=finished(first).seed))
+    assert tokens_of(again) == tokens_of(first)
+
+
+def test_prompt_progress_counts_up_to_the_prompt(engine: EngineProcess) -> None:
+    events = ask(engine, tokens=tuple(range(10, 160)), messages=())
+    done = [event.done for event in events if isinstance(event, PromptProgress)]
+    assert done == [0, 64, 128, 150]
+    assert finished(events).timings.prompt_tokens == 150
+
+
+def test_next_question_reuses_the_conversation_so_far(engine: EngineProcess) -> None:
+    prompt = tuple(range(10, 60))
+    first = tokens_of(ask(engine, tokens=prompt, messages=()))
+    second = ask(engine, tokens=(*prompt, *first, 9), messages=())
+    assert finished(second).timings.reused_tokens == len(prompt) + len(first) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"tokens": (1, 10**6)}, UsageError, "1000000"),
+        ({"tokens": ()}, UsageError, "empty"),
+        ({"tokens": (1,) * 2000}, ContextFullError, "2000"),
+        ({"messages": ({"role": "king", "content": ""},)}, LocalrunError, "king"),
+        ({"messages": ()}, LocalrunError, "turn|empty|no messages"),
+        ({"think": "hard"}, UsageError, "hard"),
+        ({"sampling": SamplingOptions(top_p=7)}, UsageError, "top_p"),
+    ],
+)
+def test_refused_questions_leave_the_engine_usable(
+    engine: EngineProcess, options: dict[str, Any], error: type[LocalrunError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        ask(engine, **options)
+    assert finished(ask(engine)).reason == "length"
+
+
+def test_stop_ends_the_running_answer_only(engine: EngineProcess) -> None:
+    events: list[Event] = []
+    for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True)):
+        events.append(event)
+        if isinstance(event, Delta) and len(events) == 5:
+            engine.stop()
+    assert finished(events).reason == "stopped"
+    assert finished(ask(engine)).reason == "length"
+
+
+def test_stop_reaches_a_long_prefill(engine: EngineProcess) -> None:
+    events: list[Event] = []
+    for event in engine.generate(Generate(tokens=tuple(range(10, 110)) * 9, sampling=GREEDY)):
+        events.append(event)
+        if isinstance(event, PromptProgress) and event.done:
+            engine.stop()
+    assert finished(events).reason == "stopped"
+    done = [event.done for event in events if isinstance(event, PromptProgress)]
+    assert done[-1] < 900
+
+
+def test_stop_without_anything_running_does_nothing(engine: EngineProcess) -> None:
+    engine.stop()
+    assert finished(ask(engine)).reason == "length"
+
+
+def test_leaving_the_iterator_stops_the_answer(engine: EngineProcess) -> None:
+    events = engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True))
+    while not isinstance(next(events), Delta):
+        pass
+    events.close()
+    wait_until(lambda: not engine.stats().busy)
+    assert finished(ask(engine)).reason == "length"
+
+
+def test_statistics_and_token_counts_come_in_the_middle_of_an_answer(engine: EngineProcess) -> None:
+    answered = False
+    for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, max_tokens=60, ignore_eos=True)):
+        if isinstance(event, Delta) and not answered:
+            stats = engine.stats()
+            assert stats.busy
+            assert stats.context_used > 0
+            assert stats.telemetry["misses"] > 0
+            assert stats.rss_bytes > 0
+            assert engine.count_tokens("Hello, world!") == 13
+            answered = True
+    assert answered
+    end = time.monotonic() + 60
+    while engine.stats().busy:  # the last event is sent a moment before the engine is free
+        assert time.monotonic() < end
+
+
+def test_commands_from_several_threads_run_one_after_another(engine: EngineProcess) -> None:
+    expected = tokens_of(ask(engine))
+    results: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: results.append(tokens_of(ask(engine)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert results == [expected] * 3
+
+
+def test_session_state_survives_in_a_file(engine: EngineProcess, tmp_path: Path) -> None:
+    prompt = tuple(range(10, 60))
+    ask(engine, tokens=prompt, messages=(), max_tokens=1)
+    saved = engine.snapshot(tmp_path / "state")
+    assert saved.n_tokens == 50
+    assert saved.n_bytes == (tmp_path / "state").stat().st_size
+    ask(engine)
+    assert engine.restore(tmp_path / "state").n_tokens == 50
+    events = ask(engine, tokens=(*prompt, 5), messages=())
+    assert finished(events).timings.reused_tokens == 50
+    (tmp_path / "state").write_bytes(b"nonsense")
+    with pytest.raises(LocalrunError, match="snapshot"):
+        engine.restore(tmp_path / "state")
+
+
+def test_logits_of_all_positions_equal_the_engine_in_process(
+    engine: EngineProcess, chat_model_path: Path, tmp_path: Path
+) -> None:
+    tokens = tuple(range(100, 180))
+    list(engine.evaluate(tokens, tmp_path / "logits.npy"))
+    logits = np.load(tmp_path / "logits.npy")
+    assert logits.shape == (80, len(CHAT_TOKENS))
+    assert logits.dtype == np.float32
+    with Engine.open(chat_model_path, OPTIONS) as inside, inside.session(all_logits=True) as session:
+        np.testing.assert_array_equal(logits, np.concatenate(list(session.feed_all_logits(tokens))))
+    assert list(tmp_path.iterdir()) == [tmp_path / "logits.npy"], "no partial file is left"
+
+
+def test_text_is_compared_with_a_saved_reference(engine: EngineProcess, tmp_path: Path) -> None:
+    command = EvalText(text="One two three four five. " * 9, window=16, max_tokens=40, save_folder=str(tmp_path))
+    *_, plain = engine.evaluate_text(command)
+    assert isinstance(plain, EvalTextResult)
+    assert plain.n_tokens == 40
+    assert plain.n_windows == 3
+    assert plain.kl_mean is None
+    *_, compared = engine.evaluate_text(replace(command, save_folder=None, reference_folder=str(tmp_path)))
+    assert isinstance(compared, EvalTextResult)
+    assert compared.perplexity == plain.perplexity
+    assert compared.reference_perplexity == plain.perplexity
+    assert (compared.kl_mean, compared.kl_median, compared.kl_p99, compared.kl_max) == (0, 0, 0, 0)
+    assert compared.top1_agreement == 1
+
+
+def test_failed_load_is_reported_and_the_process_goes_on(chat_model_path: Path, tmp_path: Path) -> None:
+    with EngineProcess() as engine:
+        (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(LocalrunError, match=r"bad\.gguf"):
+            list(engine.load(tmp_path / "bad.gguf", OPTIONS))
+        pid = engine.pid
+        assert engine.facts is None
+        list(engine.load(chat_model_path, OPTIONS))
+        assert engine.pid == pid
+        assert finished(ask(engine)).reason == "length"
+
+
+# --- death ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_engine_costs_the_running_answer_only(chat_model_path: Path) -> None:
+    deaths: list[EngineDiedError] = []
+    with EngineProcess(on_death=deaths.append) as engine:
+        list(engine.load(chat_model_path, OPTIONS))
+        expected = tokens_of(ask(engine))
+
+        def answer_and_kill() -> None:
+            for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True)):
+                if isinstance(event, Delta):
+                    assert engine.pid
+                    os.kill(engine.pid, signal.SIGKILL)
+
+        with pytest.raises(EngineDiedError, match="SIGKILL") as caught:
+            answer_and_kill()
+        assert caught.value.hint is not None
+        assert "memory" in caught.value.hint
+        assert not engine.alive
+        with pytest.raises(EngineDiedError):
+            engine.stats()
+        events = ask(engine)
+        assert [type(event) for event in events].count(Ready) == 1, "the model was loaded again"
+        assert tokens_of(events) == expected
+        wait_until(lambda: len(deaths) == 1)
+        assert "SIGKILL" in str(deaths[0])
+
+
+def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:
+    died = threading.Event()
+    with EngineProcess(on_death=lambda error: died.set()) as engine:
+        list(engine.load(chat_model_path, OPTIONS))
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        assert died.wait(PATIENCE_S)
+        assert engine.facts is None
+        *_, ready = engine.reload()
+        assert isinstance(ready, Ready)
+        assert finished(ask(engine)).reason == "length"
+
+
+def test_death_while_loading_is_reported(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        events = engine.load(chat_model_path, OPTIONS)
+        next(events)
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGABRT)
+        with pytest.raises(EngineDiedError, match="SIGABRT"):
+            list(events)
+
+
+def test_the_cause_of_an_abort_is_what_the_library_said_last() -> None:
+    log = ["llama_decode: error", "/src/ggml/ggml.c:123: GGML_ASSERT(a == b) failed", "Fatal Python error: Aborted"]
+    error = _cause_of_death(-signal.SIGABRT, log)
+    assert str(error) == f"the engine process was killed by SIGABRT: {log[1]}"
+    assert str(_cause_of_death(3, [])) == "the engine process ended with exit code 3"
+    traceback = ["Traceback (most recent call last):", "ImportError: no module"]
+    assert str(_cause_of_death(1, traceback)) == f"the engine process ended with exit code 1: {traceback[1]}"
+    driver = "RuntimeError: Failed to load shared library 'libllama.so': libcuda.so.1: cannot open shared object file"
+    assert "localrun doctor" in str(_cause_of_death(1, [driver]).hint)
+
+
+def test_what_c_code_prints_goes_to_the_log_not_into_the_protocol(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        list(engine.load(chat_model_path, OPTIONS))
+        assert engine.pid
+        # faulthandler prints every thread's stack to the C level standard error and lets the process go on dying.
+        os.kill(engine.pid, signal.SIGSEGV)
+        wait_until(lambda: not engine.alive)
+        assert any("Segmentation fault" in line for line in engine.log_tail())
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"])
+def test_engine_ends_with_its_parent_however_that_ends(chat_model_path: Path, end: str) -> None:
+    script = f"""
+        import os, signal, sys
+        from localrun.engine.process.process import EngineProcess
+        from localrun.engine.process.protocol import Delta, EngineOptions, Generate
+        engine = EngineProcess()
+        list(engine.load({str(chat_model_path)!r}, EngineOptions(n_ctx=1024, n_batch=64, n_threads=1, ram_bytes=2**26)))
+        print(engine.pid, flush=True)
+        for event in engine.generate(Generate(tokens=(1, 2, 3), ignore_eos=True)):
+            if isinstance(event, Delta):
+                {end}
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S
+    )
+    pid = int(done.stdout)
+    wait_until(lambda: not is_running(pid))
+
+
+def test_close_ends_the_process_and_can_be_repeated(chat_model_path: Path) -> None:
+    engine = EngineProcess()
+    list(engine.load(chat_model_path, OPTIONS))
+    pid = engine.pid
+    assert pid is not None
+    engine.close()
+    engine.close()
+    assert not is_running(pid)
+    assert not engine.alive
+
+
+def test_close_in_the_middle_of_an_answer_ends_its_iterator(chat_model_path: Path) -> None:
+    engine = EngineProcess()
+    list(engine.load(chat_model_path, OPTIONS))
+    events = engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True))
+    while not isinstance(next(events), Delta):
+        pass
+    engine.close()
+    try:
+        last = list(events)[-1]
+    except EngineDiedError:
+        return  # the process was gone before it could say more
+    assert isinstance(last, Finished)
+    assert last.reason == "stopped"

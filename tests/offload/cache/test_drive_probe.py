@@ -1,0 +1,154 @@
+"""The drive probe: measured where it can be, remembered per drive, never in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from localrun.offload.cache import drive_probe as probe
+from localrun.offload.cache.drive_probe import (
+    DEFAULT_LANES,
+    DEFAULT_PIECE_BYTES,
+    LANES,
+    DiskProfile,
+    probe_disk,
+    probe_memory,
+)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "disks.json"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small file that counts as large, for a quick probe of small pieces."""
+    monkeypatch.setattr(probe, "MIN_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(probe, "PIECES", (1 << 13, 1 << 14, 1 << 15))
+    monkeypatch.setattr(probe, "_RUN_S", 0.005)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(os.urandom(1 << 20))
+    return path
+
+
+def test_measured_profile_is_one_of_the_combinations_and_has_a_rate(model: Path, memory: Path) -> None:
+    profile = probe_disk([model], memory=memory)
+    assert profile.measured
+    assert profile.lanes in LANES
+    assert profile.piece_bytes in probe.PIECES
+    assert profile.bytes_per_s == pytest.approx(profile.tried[f"{profile.lanes} x {profile.piece_bytes >> 10}"], abs=1)
+    assert abs(time.time() - profile.measured_at) < 60
+
+
+def test_same_drive_is_measured_once(model: Path, memory: Path) -> None:
+    first = probe_disk([model], memory=memory)
+    other = model.with_name("other.gguf")
+    other.write_bytes(b"x" * 5000)
+    assert probe_disk([other], memory=memory) == first
+    assert probe_disk([model.parent], memory=memory) == first  # a folder stands for its files
+
+
+def test_old_profiles_and_refresh_measure_again(model: Path, memory: Path) -> None:
+    first = probe_disk([model], memory=memory)
+    second = probe_disk([model], memory=memory, refresh=True)
+    assert second.measured_at > first.measured_at
+    third = probe_disk([model], memory=memory, max_age_s=0)
+    assert third.measured_at > second.measured_at
+    assert probe_disk([model], memory=memory) == third
+
+
+def test_small_files_give_defaults_and_nothing_is_remembered(tmp_path: Path, memory: Path) -> None:
+    (tmp_path / "demo.gguf").write_bytes(bytes(1 << 20))
+    profile = probe_disk([tmp_path / "demo.gguf"], memory=memory)
+    assert (profile.measured, profile.lanes, profile.piece_bytes) == (False, DEFAULT_LANES, DEFAULT_PIECE_BYTES)
+    assert not memory.exists()
+
+
+def test_files_that_are_not_there_give_defaults(tmp_path: Path, memory: Path) -> None:
+    assert probe_disk([tmp_path / "gone.gguf"], memory=memory) == DiskProfile()
+    assert probe_disk([], memory=memory) == DiskProfile()
+
+
+def test_file_on_which_reads_fail_gives_defaults_and_a_warning(
+    model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(probe._Files, "read", fail)
+    assert not probe_disk([model], memory=memory).measured
+    assert "could not be measured" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "[]",
+        '{"version": 99, "drives": {}}',
+        '{"version": 1, "drives": {"DEVICE": {"lanes": "many"}}}',
+        '{"version": 1, "drives": {"DEVICE": {"lanes": 0, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": 1, "drives": {"DEVICE": {"lanes": 4, "piece_bytes": 4097, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": 1, "drives": {"DEVICE": 7}}',
+    ],
+)
+def test_damaged_memory_is_a_warning_and_is_written_anew(
+    model: Path, memory: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory.parent.mkdir()
+    memory.write_text(text.replace("DEVICE", probe.device_name(model.stat().st_dev)))
+    with caplog.at_level(logging.WARNING):
+        profile = probe_disk([model], memory=memory)
+    assert profile.measured
+    assert str(memory) in caplog.text
+    caplog.clear()
+    assert probe_disk([model], memory=memory) == profile
+    assert not caplog.records
+
+
+def test_drives_are_remembered_side_by_side(model: Path, memory: Path) -> None:
+    memory.parent.mkdir()
+    other = {"lanes": 4, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1.0, "device": "9:9 xfs /dev/x"}
+    memory.write_text(json.dumps({"version": 1, "drives": {"9:9 xfs /dev/x": other}}))
+    profile = probe_disk([model], memory=memory)
+    drives = json.loads(memory.read_text())["drives"]
+    assert set(drives) == {"9:9 xfs /dev/x", profile.device}
+
+
+def test_unwritable_cache_is_a_warning(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert probe_disk([model], memory=tmp_path / "file" / "disks.json").measured
+    assert "could not be remembered" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs O_DIRECT")
+def test_file_system_without_direct_reads_is_measured_through_the_cache(
+    model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "preadv", _refuse_direct(probe.preadv))
+    profile = probe_disk([model], memory=memory)
+    assert profile.measured
+    assert not profile.direct
+
+
+def _refuse_direct(real):  # type: ignore[no-untyped-def]
+    """A file system such as older tmpfs: opens with O_DIRECT, then refuses to read."""
+    import fcntl
+
+    def preadv(fd: int, buffers: list[object], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return int(real(fd, buffers, offset))
+
+    return preadv
+
+
+def test_memory_probe_gives_a_plausible_rate() -> None:
+    assert 1e8 < probe_memory(1, buffer_bytes=8 << 20) < 1e13

@@ -1,0 +1,216 @@
+"""Experts on a GPU: llama.cpp's RPC device on loopback, the same ggml interface as CUDA's, or the device in LOCALRUN_TEST_GPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QT
+
+from localrun.engine.llama import StockModel
+from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.ggml import library as ggml
+from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.ggml.library import Tensor
+from localrun.offload.gpu import slots as gpu_slots
+from localrun.offload.gpu.slots import MAX_SLOTS, most_slots, scratch_bytes, slot_bytes
+from localrun.offload.gpu.tier import share_out
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.quant.open import open_model
+from tests.gguf_models import TinyDeepseek4
+from tests.offload.models import MODEL, logits, mean_kl, write_model
+from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
+
+
+def filled(model: OffloadedModel) -> int:
+    """Waits until every expert that was to be uploaded is on the GPU; how many there are."""
+    tier = model.pool.gpu
+    assert tier is not None
+    deadline = time.monotonic() + 60
+    while tier.n_under_way:
+        assert time.monotonic() < deadline
+        with model.decoding([]):
+            pass
+        time.sleep(0.002)
+    return tier.n_resident
+
+
+def exact_and_allowed(path: Path) -> tuple[Any, float]:
+    """Logits with exact experts, and the KL to them that 8-bit experts on the CPU have, ours or llama.cpp's, in any batch size."""
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2, math="f32")) as model:
+        exact = logits(model)
+    with open_offloaded(open_model(path), OffloadOptions(n_threads=2)) as model:
+        ours = max(mean_kl(exact, logits(model, batch=batch)) for batch in (64, 1))
+    stock = StockModel(path)
+    theirs = max(mean_kl(exact, logits(stock, batch=batch)) for batch in (64, 1))
+    stock.close()
+    return exact, 1.2 * max(ours, theirs)
+
+
+def budget_for(path: Path, device: GpuDevice, n_experts: int) -> int:
+    """Bytes that hold about so many experts."""
+    with open_offloaded(open_model(path), OffloadOptions()) as model:
+        spec = model.pool.kernels(0)[0].spec
+    return scratch_bytes(spec) + n_experts * slot_bytes(spec, 1, device)
+
+
+@pytest.mark.parametrize("n_experts", [20, 10_000])
+def test_experts_on_a_gpu_give_the_same_answers(model_path: Path, gpu: GpuDevice, n_experts: int) -> None:
+    source = open_model(model_path)
+    exact, allowed = exact_and_allowed(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        total = sum(moe.n_experts for moe in source.moe_layers.values())
+    budget = budget_for(model_path, gpu, n_experts)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        before = logits(model)  # while experts are on their way
+        n_resident = filled(model)
+        assert min(n_experts, total) <= n_resident <= total
+        found, one_by_one = logits(model), logits(model, batch=1)
+        tier, table = model.pool.gpu, model.pool.table
+        assert tier is not None
+        assert tier.used_bytes <= budget
+        # An expert is in one place only.
+        assert not (tier.where >= 0)[table.resident[: len(tier.where)] != 0].any()
+        totals = model.telemetry.totals()
+        assert totals.gpu_hits > 0
+        assert "g" in model.expert_map()["layers"][0]["where"]
+    assert max(mean_kl(exact, other) for other in (before, found, one_by_one)) <= allowed
+
+
+def test_dense_model_and_cache_on_the_gpu_too(model_path: Path, gpu: GpuDevice) -> None:
+    source = open_model(model_path)
+    exact, allowed = exact_and_allowed(model_path)
+    budget = budget_for(model_path, gpu, 30)
+    with open_offloaded(source, OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, budget)])) as model:
+        filled(model)
+        found = {kv: logits(model, kv_type=kv) for kv in ("f16", "q8_0")}
+    assert mean_kl(exact, found["f16"]) <= allowed
+    assert mean_kl(exact, found["q8_0"]) <= 2 * allowed  # the cache is rounded more coarsely
+
+
+def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, gpu: GpuDevice) -> None:
+    """Only 20 of 64 experts fit; a text that keeps using the same few must bring those in."""
+    source = open_model(model_path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = logits(model, [3] * 20, batch=1)
+    budget = budget_for(model_path, gpu, 20)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        filled(model)
+        tier = model.pool.gpu
+        assert tier is not None
+        at_first = tier.n_resident
+        for _ in range(8):
+            found = decode_with_steps(model, [3] * 20)
+        filled(model)
+        assert tier.n_exchanged > 0
+        assert tier.n_resident == at_first
+        assert tier.used_bytes <= budget
+        hot = model.learner.heat(1)
+        assert tier.where[1, int(hot.argmax())] >= 0
+        model.pool.table.check()
+    assert mean_kl(expected, found) < 0.02
+
+
+def decode_with_steps(model: OffloadedModel, tokens: list[int]) -> Any:
+    """As a session does: between two tokens the tier may change."""
+    for _ in range(16):
+        with model.decoding([]):
+            pass
+    return logits(model, tokens, batch=1)
+
+
+def test_several_formats_and_two_gpus(tmp_path: Path, gpu: GpuDevice) -> None:
+    path = write_model(tmp_path, replace(MODEL, expert_type=QT.Q8_0))
+    source = open_model(path)
+    exact, allowed = exact_and_allowed(path)
+    budget = budget_for(path, gpu, 15)
+    with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget), (gpu, budget)])) as model:
+        filled(model)
+        tier = model.pool.gpu
+        assert tier is not None
+        assert set(np.unique(tier.where)) == {-1, 0, 1}
+        found = logits(model)
+    assert mean_kl(exact, found) <= allowed
+
+
+def test_budget_too_small_for_one_expert_is_refused_with_numbers(model_path: Path, gpu: GpuDevice) -> None:
+    with pytest.raises(BudgetError, match=r"intermediate results take .* and one expert"):
+        open_offloaded(open_model(model_path), OffloadOptions(gpus=[(gpu, 100_000)]))
+
+
+def test_a_gpu_that_is_full_before_it_said_keeps_what_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # 13 MB of experts in a layer: more than a process has in reserve without asking the system.
+    wide = TinyDeepseek4(ratios=(0, 4, 128), n_embd=256, n_ff=1024, n_experts=16, expert_type=QT.Q8_0)
+    source = open_model(write_model(tmp_path, wide))
+    with rpc_server() as (endpoint, server):
+        (device,) = (device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
+        limit_memory(server, 40_000_000)
+        with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(device, 1 << 30)])) as model:
+            assert 0 < filled(model) < 3 * 16
+            logits(model, [1, 2, 3])
+            assert model.telemetry.totals().gpu_hits > 0
+    assert "out of memory: room for " in caplog.text
+
+
+def test_a_bank_is_no_larger_than_the_device_can_address(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions()) as model:
+        spec = model.pool.kernels(0)[0].spec
+    assert most_slots(spec, gpu) == MAX_SLOTS or TEST_GPU
+    monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= 13)
+    assert most_slots(spec, gpu) == 13
+    tier = share_out([(gpu, 1 << 30)], {(0, 0): spec}, {0: np.zeros(64, np.int32)}, [(0, e) for e in range(64)])
+    assert tier == [{(0, 0): 13}]
+
+
+def first_tensor(graph: int) -> Tensor:
+    """The weights of a graph's first product."""
+    return Tensor.from_address(Tensor.from_address(ggml.library().ggml_graph_node(graph, 0)).src[0])
+
+
+def test_unknown_gpus_and_dead_servers_are_named(gpu: GpuDevice) -> None:
+    with pytest.raises(UsageError, match="CUDA7") as caught:
+        choose_gpus("CUDA7")
+    assert caught.value.hint is not None
+    assert gpu.name in caught.value.hint
+    with pytest.raises(LocalrunError, match=r"--rpc 127\.0\.0\.1:9"):
+        choose_gpus("auto", ["127.0.0.1:9"])
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        choose_gpus("auto", ["nonsense"])
+
+
+def test_an_expert_that_cannot_be_read_costs_no_place(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once; the place it was to get goes to another one."""
+    budget = budget_for(model_path, gpu, 20)
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
+        at_first = filled(model)
+        tier, store = model.pool.gpu, model.pool.store
+        assert tier is not None
+        fill = store._fill
+        failed = []
+
+        def fail(ticket: Any, buffer: Any) -> None:
+            if ticket.receiver is not None:
+                failed.append((ticket.slot.layer, ticket.slot.expert))
+                raise OSError("unreadable")
+            fill(ticket, buffer)
+
+        monkeypatch.setattr(model.pool, "copy_rows", lambda *_: False)  # else it comes from RAM
+        monkeypatch.setattr(store, "_fill", fail)
+        for _ in range(3):
+            decode_with_steps(model, [3] * 20)
+            filled(model)
+        assert failed
+        assert len(set(failed)) == len(failed)
+        monkeypatch.setattr(store, "_fill", fill)
+        for _ in range(2 * len(failed)):
+            decode_with_steps(model, [3] * 4)
+            filled(model)
+        assert tier.n_resident >= at_first - 1  # a layer whose others are hardly used leaves a place open

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES
 from localrun.errors import LocalrunError
 from localrun.offload.cache.policy import POLICIES, TAIL_TOKENS, Belady, Key, Lru, PinnedLru, Policy
 from localrun.offload.cache.profile import RoutingProfile
-from localrun.offload.cache.slots import ALIGNMENT, SlotTable
+from localrun.offload.cache.slots import SlotTable
 from localrun.offload.cache.trace import Call, Trace, TraceHeader, TraceRecorder
 from localrun.units import parse_size
 
@@ -230,7 +231,7 @@ def replay_engine(steps: Sequence[Step], header: TraceHeader, n_slots: int, *, w
 def engine_misses(steps: Iterable[Step], header: TraceHeader, n_slots: int) -> Iterator[list[Key]]:
     """What each step had to read, with the engine's slot table of `n_slots` equal experts."""
     n_layers, n_experts = max(header.layers) + 1, max(n for n, _ in header.layers.values())
-    table = SlotTable(n_slots * ALIGNMENT, n_layers, n_experts)
+    table = SlotTable(n_slots * PAGE_BYTES, n_layers, n_experts)
     for step in steps:
         found = [table.peek(*key) for key in step.keys]
         pinned = [slot for slot in found if slot is not None]
@@ -240,11 +241,11 @@ def engine_misses(steps: Iterable[Step], header: TraceHeader, n_slots: int) -> I
                 table.touch(slot)
         missing = [key for key, slot in zip(step.keys, found, strict=True) if slot is None]
         for key in missing:
-            new = table.reserve(*key, ALIGNMENT)
+            new = table.reserve(*key, PAGE_BYTES)
             if new is None:  # what was computed makes room
                 while pinned:
                     table.unpin(pinned.pop())
-                new = table.reserve(*key, ALIGNMENT)
+                new = table.reserve(*key, PAGE_BYTES)
             assert new is not None
             table.ready(new)
             if step.tail is not None and key not in step.tail:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.device.compiled import dense_record
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
@@ -90,7 +91,7 @@ class DenseMatrices:
         """
         n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
         matrix = PackedMatrix.choose(kind, n_out, n_in, math="int8")
-        stride = -(-matrix.packed_bytes // 64) * 64
+        stride = align_up(matrix.packed_bytes, LINE_BYTES)
         memory = mmap.mmap(-1, max(stride * n_groups, 1))
         if hasattr(mmap, "MADV_HUGEPAGE") and stride * n_groups >= 2 << 20:
             with contextlib.suppress(OSError):  # a kernel without huge pages

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
 from localrun.ggml import library as ggml
 from localrun.ggml import log as llama_log
@@ -334,7 +335,7 @@ def _open_pool(
         n_used = _metadata_int(source, "expert_used_count")
         wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
         all_bytes = sum(
-            -(-kernels[layer][variant].slot_bytes // 4096) * 4096
+            align_up(kernels[layer][variant].slot_bytes, PAGE_BYTES)
             for layer in source.moe_layers
             for variant in wanted[layer]
         )

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, DecodeError, StoppedError
 from localrun.offload.cache.slots import Slot, SlotState, SlotTable
 from localrun.offload.cache.store import ExpertStore, Receiver, Ticket
@@ -527,7 +528,7 @@ def _run_and_collect(
 
 def largest_slot(kernels: Mapping[int, Sequence[FfnKernel]]) -> int:
     """Bytes of the largest expert in RAM, page rounding included."""
-    return max(-(-kernel.slot_bytes // 4096) * 4096 for variants in kernels.values() for kernel in variants)
+    return max(align_up(kernel.slot_bytes, PAGE_BYTES) for variants in kernels.values() for kernel in variants)
 
 
 def floor_bytes(kernels: Mapping[int, Sequence[FfnKernel]], n_used: int) -> int:

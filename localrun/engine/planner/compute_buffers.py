@@ -9,6 +9,7 @@ context times batch. The terms are in values of 4 bytes per token. docs/planner.
 
 from __future__ import annotations
 
+from localrun.alignment import ceil_div
 from localrun.engine.planner.sizes import CSA, HCA, ModelSizes, padded
 
 _OTHER = 271
@@ -26,8 +27,8 @@ def compute_bytes(sizes: ModelSizes, n_ctx: int, n_batch: int) -> int:
         values = 6 * D + 2 * q + at.kv_row + 2 * sizes.n_used * max(sizes.n_ff, D)
         return 4 * tokens * values + 2 * tokens * n_ctx + head
     window = padded(min(n_ctx, at.window + tokens))
-    csa_rows = padded(-(-n_ctx // CSA)) if at.count(CSA) else 0
-    hca_rows = padded(-(-n_ctx // HCA)) if at.count(HCA) else 0
+    csa_rows = padded(ceil_div(n_ctx, CSA)) if at.count(CSA) else 0
+    hca_rows = padded(ceil_div(n_ctx, HCA)) if at.count(HCA) else 0
     masks = 2 * tokens * (window + hca_rows)
     # Four streams and their copies; queries that fit into a stream's place take no room of their own.
     mixing = 15 * D + (2 * q if q > 4 * D else 0)

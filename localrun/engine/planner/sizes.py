@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from localrun.alignment import LINE_BYTES, PAGE_BYTES, align_up, ceil_div
 from localrun.engine.planner.builtin_models import BUILT_IN, NAMES
 from localrun.errors import FormatError, UsageError
 from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions, target_type
@@ -180,7 +181,7 @@ class ModelSizes:
     @property
     def staging_bytes(self) -> int:
         """Buffers of reads under way."""
-        return STAGED_EXPERTS * (max((group.file_bytes for group in self.experts), default=0) + 6 * 4096)
+        return STAGED_EXPERTS * (max((group.file_bytes for group in self.experts), default=0) + 6 * PAGE_BYTES)
 
     @property
     def floor_bytes(self) -> int:
@@ -207,7 +208,7 @@ class ModelSizes:
             return {"rows": self.n_layers * row_bytes(kv_type, at.kv_row) * n_ctx}
         n_csa, n_hca = at.count(CSA), at.count(HCA)
         window = padded(min(n_ctx, at.window + min(n_batch, n_ctx)))
-        csa_rows, hca_rows = padded(-(-n_ctx // CSA)), padded(-(-n_ctx // HCA))
+        csa_rows, hca_rows = padded(ceil_div(n_ctx, CSA)), padded(ceil_div(n_ctx, HCA))
         row, index_row = row_bytes(kv_type, at.head_dim), row_bytes(kv_type, at.index_dim)
         # F32 keys and gates: CSA's blocks overlap, so it keeps two of them, of doubled rows.
         frontiers = 2 * 4 * (n_csa * 2 * CSA * 2 * (at.head_dim + at.index_dim) + n_hca * HCA * at.head_dim)
@@ -402,7 +403,7 @@ def slot_bytes(types: ExpertTypes, n_embd: int, n_ff: int) -> int:
     total = 0
     for kind, (n_in, n_out) in zip(types, ((n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd)), strict=True):
         size = FORMATS[kind].matrix_bytes(n_out, n_in) if runnable(kind) else tensor_bytes(kind, (n_in, n_out))
-        total += -(-size // 64) * 64
+        total += align_up(size, LINE_BYTES)
     return total
 
 
@@ -421,17 +422,17 @@ def format_of(name: str) -> GGMLQuantizationType:
 def row_bytes(kv_type: str, n: int) -> int:
     """A row of n values of the KV cache."""
     block, size = GGML_QUANT_SIZES[KV_BITS[kv_type]]
-    return int(-(-n // block) * size)
+    return int(ceil_div(n, block) * size)
 
 
 def padded(n: int) -> int:
     """Rows as llama.cpp allocates them."""
-    return -(-max(1, n) // LLAMA_PAD) * LLAMA_PAD
+    return align_up(max(1, n), LLAMA_PAD)
 
 
 def page_rounded(n_bytes: int) -> int:
     """Slots start at pages."""
-    return -(-n_bytes // 4096) * 4096
+    return align_up(n_bytes, PAGE_BYTES)
 
 
 def _expert_kinds(source: ModelSource) -> Counter[tuple[ExpertTypes, int, int, int]]:

@@ -30,12 +30,12 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES
 from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
-PAGE: Final = 4096
 DEFAULT_LANES: Final = 8
 DEFAULT_PIECE_BYTES: Final = 2 << 20
 """Where nothing can be measured: published measurements of several engines agree on 8 to 16 reads of 2 to 4 MB."""
@@ -159,7 +159,7 @@ class _Files:
         if flag:
             try:
                 self._open(files, flag)
-                preadv(self._fds[0], [mmap.mmap(-1, PAGE)], 0)
+                preadv(self._fds[0], [mmap.mmap(-1, PAGE_BYTES)], 0)
                 self.direct = True
             except OSError:  # tmpfs, some network file systems
                 self.close()
@@ -176,7 +176,7 @@ class _Files:
         """n random page-aligned (descriptor, offset), files weighted by size."""
         which = self._random.choice(len(self._fds), n, p=self._sizes / self._sizes.sum())
         room = np.maximum(self._sizes[which] - piece_bytes, 0)
-        offsets = (self._random.random(n) * room) // PAGE * PAGE
+        offsets = (self._random.random(n) * room) // PAGE_BYTES * PAGE_BYTES
         return [(self._fds[i], int(offset)) for i, offset in zip(which, offsets, strict=True)]
 
     def read(self, fd: int, offset: int, target: mmap.mmap) -> int:
@@ -271,8 +271,8 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
         profile = DiskProfile(**entry)
         sound = (
             1 <= int(profile.lanes) <= 256
-            and PAGE <= int(profile.piece_bytes) <= 1 << 30
-            and profile.piece_bytes % PAGE == 0
+            and PAGE_BYTES <= int(profile.piece_bytes) <= 1 << 30
+            and profile.piece_bytes % PAGE_BYTES == 0
             and profile.bytes_per_s is not None
             and float(profile.bytes_per_s) > 0
             and float(profile.measured_at) >= 0

@@ -20,11 +20,9 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.units import format_size
-
-ALIGNMENT = 4096
-"""Slots start at page boundaries, so that O_DIRECT may read straight into them."""
 
 
 class Arena:
@@ -34,7 +32,7 @@ class Arena:
     """
 
     def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes // ALIGNMENT * ALIGNMENT
+        self.size_bytes = size_bytes // PAGE_BYTES * PAGE_BYTES
         if self.size_bytes <= 0:
             raise BudgetError(f"{format_size(size_bytes)} of expert memory is less than one page")
         try:
@@ -64,7 +62,7 @@ class Arena:
 
     def allocate(self, size_bytes: int) -> int | None:
         """Address of a free range of at least that size, or None if no single hole is large enough."""
-        need = -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        need = align_up(size_bytes, PAGE_BYTES)
         for i, (offset, size) in enumerate(self._free):
             if size >= need:
                 if size == need:
@@ -76,7 +74,7 @@ class Arena:
 
     def release(self, address: int, size_bytes: int) -> None:
         """Gives a range back; `size_bytes` as given to `allocate`."""
-        offset, size = address - self.address, -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        offset, size = address - self.address, align_up(size_bytes, PAGE_BYTES)
         i = bisect.bisect_left(self._free, (offset, 0))
         if i < len(self._free) and self._free[i][0] == offset + size:
             size += self._free.pop(i)[1]
@@ -304,7 +302,7 @@ class SlotTable:
         Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours
         around the coldest slots goes, a run costing what its most recently used slot is worth.
         """
-        need = -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        need = align_up(size_bytes, PAGE_BYTES)
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
         order = self.stamps + self._protection + self._kept
         coldest = int(order.argmin())
@@ -369,7 +367,7 @@ class SlotTable:
         if index == 0:
             return self.arena.address
         before = self._by_address[self._addresses[index - 1]]
-        return before.address + -(-before.size_bytes // ALIGNMENT) * ALIGNMENT
+        return before.address + align_up(before.size_bytes, PAGE_BYTES)
 
     def _end(self, index: int) -> int:
         if index + 1 < len(self._addresses):
@@ -378,9 +376,7 @@ class SlotTable:
 
     def check(self) -> None:
         """Asserts that slots do not overlap, lie in the arena, that used plus free is everything, and that the arrays agree."""
-        ranges = sorted(
-            (s.address, s.address + -(-s.size_bytes // ALIGNMENT) * ALIGNMENT) for s in self._by_address.values()
-        )
+        ranges = sorted((s.address, s.address + align_up(s.size_bytes, PAGE_BYTES)) for s in self._by_address.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "slots overlap"
         assert all(self.arena.address <= a and b <= self.arena.address + self.arena.size_bytes for a, b in ranges)
         assert sum(b - a for a, b in ranges) + self.arena.free_bytes == self.arena.size_bytes, "bytes lost"

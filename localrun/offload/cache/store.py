@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_LANES, DEFAULT_PIECE_BYTES
 from localrun.offload.cache.slots import Slot
@@ -35,8 +36,6 @@ from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
 
 log = logging.getLogger(__name__)
-
-PAGE = 4096
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -56,7 +55,7 @@ class _Buffer:
     """Page-aligned memory of one expert read in flight."""
 
     def __init__(self, size_bytes: int) -> None:
-        self._map = mmap.mmap(-1, -(-size_bytes // PAGE) * PAGE)
+        self._map = mmap.mmap(-1, align_up(size_bytes, PAGE_BYTES))
         self.view = memoryview(self._map)
         self.array: Bytes = np.frombuffer(self._map, np.uint8)
 
@@ -143,7 +142,7 @@ class ExpertStore:
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         samples = list(_samples(source))
-        buffer_bytes = max((_staging_bytes(sample) for sample in samples), default=PAGE)
+        buffer_bytes = max((_staging_bytes(sample) for sample in samples), default=PAGE_BYTES)
         # Decoded or unaligned experts are put together in a second buffer before they are packed.
         halves = 1 if all(_reads_contiguously(sample) for sample in samples) else 2
         self.staging_bytes = n_buffers * buffer_bytes * halves
@@ -229,16 +228,16 @@ class ExpertStore:
         position = 0
         for projection in ticket.projections:
             for extent in projection.extents:
-                grain = PAGE if any(handle.direct for handle in self._files[extent.file]) else 1
+                grain = PAGE_BYTES if any(handle.direct for handle in self._files[extent.file]) else 1
                 start = extent.offset // grain * grain
-                end = -(-(extent.offset + extent.n_bytes) // grain) * grain
+                end = align_up(extent.offset + extent.n_bytes, grain)
                 ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
                 for at in range(start, end, self._piece_bytes):
                     size = min(self._piece_bytes, end - at)
                     need = min(size, extent.offset + extent.n_bytes - at)
                     target = buffer.view[position + at - start : position + at - start + size]
                     pieces.append(_Piece(ticket, extent.file, at, target, need))
-                position += -(-(end - start) // PAGE) * PAGE
+                position += align_up(end - start, PAGE_BYTES)
         return pieces
 
     def _lane(self) -> None:
@@ -364,7 +363,7 @@ def _open(path: Path) -> _Handle:
                 raise _open_error(path, error) from error
         else:
             try:
-                preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
+                preadv(fd, [memoryview(mmap.mmap(-1, PAGE_BYTES))], 0)
                 return _Handle(fd, True, path)
             except OSError:
                 os.close(fd)
@@ -380,7 +379,11 @@ def _open_error(path: Path, error: OSError) -> StoreError:
 
 def _staging_bytes(projections: tuple[Projection, Projection, Projection]) -> int:
     """Largest space that an expert's aligned reads can take."""
-    return sum((-(-extent.n_bytes // PAGE) + 1) * PAGE for projection in projections for extent in projection.extents)
+    return sum(
+        (ceil_div(extent.n_bytes, PAGE_BYTES) + 1) * PAGE_BYTES
+        for projection in projections
+        for extent in projection.extents
+    )
 
 
 def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Projection]]:
@@ -393,7 +396,7 @@ def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Proj
 
 def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) -> bool:
     return all(
-        projection.encoding is Encoding.GGML and extent.offset % PAGE == 0 and extent.n_bytes % PAGE == 0
+        projection.encoding is Encoding.GGML and extent.offset % PAGE_BYTES == 0 and extent.n_bytes % PAGE_BYTES == 0
         for projection in projections
         for extent in projection.extents
     )

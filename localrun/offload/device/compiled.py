@@ -20,6 +20,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import align_up
 from localrun.ggml import library as ggml
 from localrun.offload.cache.policy import TAIL_TOKENS
 from localrun.offload.cache.telemetry import Counter
@@ -444,7 +445,7 @@ class Process:
 
     def _point(self, field: int, array: npt.NDArray[Any], align: int = 1) -> None:
         self._arrays[field] = array
-        self.fields[field] = -(-array.ctypes.data // align) * align
+        self.fields[field] = align_up(array.ctypes.data, align)
 
 
 class LayerRecord:

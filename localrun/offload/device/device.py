@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import align_up
 from localrun.errors import DecodeError, LocalrunError, StoppedError
 from localrun.ggml import library as ggml
 from localrun.ggml.library import Tensor
@@ -157,7 +158,7 @@ class ExpertDevice:
         self._weights_type.device = C.addressof(self._device)
         buffer = self._buffer_interface
         self._set(buffer, "free_buffer", self._free_buffer)
-        self._set(buffer, "get_base", lambda buf: -(-C.addressof(self._memory[buf]) // _ALIGNMENT) * _ALIGNMENT)
+        self._set(buffer, "get_base", lambda buf: align_up(C.addressof(self._memory[buf]), _ALIGNMENT))
         self._set(buffer, "memset_tensor", lambda buf, tensor, value, offset, size: None)
         self._set(buffer, "set_tensor", self._refuse_access)
         self._set(buffer, "get_tensor", self._refuse_access)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import align_up
 from localrun.errors import BudgetError, DecodeError, LocalrunError
 from localrun.ggml import library as ggml
 from localrun.ggml.devices import GpuDevice
@@ -398,7 +399,7 @@ def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
         sizes = [
             lib.ggml_backend_buft_get_alloc_size(buffer_type, tensor) for tensor in _stacked(context, spec, n_slots)
         ]
-        return int(sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+        return int(sum(align_up(size, _ALIGNMENT) for size in sizes))
     finally:
         lib.ggml_free(context)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import LocalrunError, StoppedError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
@@ -352,4 +353,4 @@ class GpuLane:
 
 def staging_bytes(kernels: Sequence[FfnKernel]) -> int:
     """RAM of experts on their way through a GPU."""
-    return N_STAGING * max((-(-sum(kernel.raw_bytes) // 4096) * 4096 for kernel in kernels), default=0)
+    return N_STAGING * max((align_up(sum(kernel.raw_bytes), PAGE_BYTES) for kernel in kernels), default=0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from localrun.alignment import LINE_BYTES, align_up
 from localrun.errors import GpuMemoryError, LocalrunError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.gpu.slots import GpuSlots
@@ -101,7 +102,7 @@ class _Bench:
         raw_bytes = sum(kernel.raw_bytes)
         rng = np.random.default_rng(0)
         self._packed = np.zeros(kernel.slot_bytes + 64, np.uint8)
-        self._address = -(-self._packed.ctypes.data // 64) * 64
+        self._address = align_up(self._packed.ctypes.data, LINE_BYTES)
         kernel.pack(np.full(raw_bytes, _FILL, np.uint8), self._address)
         self._raw = np.zeros(raw_bytes, np.uint8)
         n = 2 * RING_SLOTS * MEASURED_PAIRS[-1]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
@@ -137,7 +138,7 @@ class GpuTier:
     def staging_bytes(self) -> int:
         """RAM through which experts go on their way to a GPU."""
         sizes = [sum(bank.row_bytes) for slots in self.slots for bank in slots.banks.values()]
-        return -(-max(sizes, default=0) // 4096) * 4096
+        return align_up(max(sizes, default=0), PAGE_BYTES)
 
     @property
     def used_bytes(self) -> int:
@@ -199,7 +200,7 @@ class GpuTier:
         for i, slots in enumerate(self.slots):
             kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
             self.lanes.append(GpuLane(slots, kernels, pool.store, n_unpackers=n_unpackers))
-        self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, 4096))
+        self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, PAGE_BYTES))
         self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
         self._thread.start()
 

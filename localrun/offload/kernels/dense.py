@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.spec import Math
 from localrun.offload.kernels.tasks import Call
@@ -25,7 +26,7 @@ class DenseKernel:
         self.name = f"{type_.name.lower()}-{self._matrix.arithmetic}"
         self.n_out, self.n_in = n_out, n_in
         self.raw_bytes = self._matrix.raw_bytes
-        self.packed_bytes = -(-self._matrix.packed_bytes // 64) * 64
+        self.packed_bytes = align_up(self._matrix.packed_bytes, LINE_BYTES)
         self.raw_is_packed = not self._matrix.interleaved
         self._call = Call([self._matrix.at(0)], n_threads=n_threads)
         self._rows = np.arange(0, dtype=np.int32)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import LINE_BYTES, align_up
 from localrun.ggml.types import block_type
 from localrun.offload.kernels import generic
 from localrun.offload.kernels.cpu import level
@@ -103,8 +104,8 @@ class ExpertKernel:
         for matrix in self._matrices:
             self._offsets.append(end)
             # Vector code reads aligned slots; raw rows must stay back to back.
-            end += matrix.packed_bytes if self.raw_is_packed else -(-matrix.packed_bytes // 64) * 64
-        self.slot_bytes = -(-end // 64) * 64
+            end += matrix.packed_bytes if self.raw_is_packed else align_up(matrix.packed_bytes, LINE_BYTES)
+        self.slot_bytes = align_up(end, LINE_BYTES)
         kinds = dict.fromkeys(f"{m.type.name.lower()}-{m.arithmetic}" for m in self._matrices)
         self.name = "+".join(kinds)
         views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
 from localrun.offload.kernels.rates import FEW, MANY, CpuRates, ExpertRates
 
@@ -78,7 +79,7 @@ def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
 
 def _places(base: int, size: int) -> list[int]:
     """Addresses of as many things of that size as the buffer holds."""
-    stride = -(-size // 4096) * 4096
+    stride = align_up(size, PAGE_BYTES)
     return [base + number * stride for number in range(max(1, _BUFFER_BYTES // stride))]
 
 

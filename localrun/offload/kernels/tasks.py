@@ -25,6 +25,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import ceil_div
 from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
 from localrun.offload.kernels.activations import swiglu16
 from localrun.offload.kernels.lowlevel import (
@@ -376,7 +377,7 @@ class Matrix:
 
     def panel_bytes(self) -> int:
         """Scratch that a window's activations of this matrix need at most."""
-        return -(-self.n_in // self.panel.unit) * self.panel.unit_bytes * WINDOW_PAIRS + 64 * MAX_JOBS
+        return ceil_div(self.n_in, self.panel.unit) * self.panel.unit_bytes * WINDOW_PAIRS + 64 * MAX_JOBS
 
 
 class Call:
@@ -398,7 +399,7 @@ class Call:
         for which, matrix in enumerate(matrices):
             at = C_MATRICES + (2 if alone else which) * M_FIELDS
             fields[at : at + M_FIELDS] = matrix.fields()
-        blocks = 16 + sum(-(-m.n_out // ROW_BLOCK) for m in (matrices if alone else (matrices[0], matrices[2])))
+        blocks = 16 + sum(ceil_div(m.n_out, ROW_BLOCK) for m in (matrices if alone else (matrices[0], matrices[2])))
         self.jobs_bytes = MAX_JOBS * J_FIELDS * 8
         self.tasks_bytes = -(-MAX_JOBS * blocks * 8 // 64) * 64
         self.scratch_bytes = self.jobs_bytes + self.tasks_bytes + sum(m.panel_bytes() for m in matrices)

@@ -6,6 +6,8 @@ import threading
 
 import numpy as np
 
+from localrun.alignment import LINE_BYTES, align_up
+
 _local = threading.local()
 
 
@@ -15,4 +17,4 @@ def workspace(n_bytes: int) -> int:
     if buffer is None or buffer.nbytes < n_bytes + 64:
         _local.buffer = None  # frees the old one before the new one exists
         buffer = _local.buffer = np.empty(n_bytes + n_bytes // 4 + 64, np.uint8)
-    return int(-(-buffer.ctypes.data // 64) * 64)
+    return int(align_up(buffer.ctypes.data, LINE_BYTES))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from localrun.alignment import align_up, ceil_div
 from localrun.errors import UsageError
 from localrun.quant.checkpoint.directory import Checkpoint, SourceTensor
 from localrun.quant.checkpoint.model_config import FP4_BLOCK, FP8_BLOCK, ModelConfig
@@ -28,7 +29,7 @@ from localrun.quant.checkpoint.tokenizer_json import tokenizer_metadata
 from localrun.quant.formats.transcode import Bytes, Loss, Rows, can_convert, convert_rows, row_bytes
 from localrun.quant.gguf.checks import check_common
 from localrun.quant.gguf.deepseek4 import check_deepseek4
-from localrun.quant.gguf.file import GgufValue, align_up, build_header, tensor_bytes, tensor_offsets
+from localrun.quant.gguf.file import GgufValue, build_header, tensor_bytes, tensor_offsets
 from localrun.quant.model.source import PROJECTIONS, Extent, TensorInfo
 from localrun.quant.precision.copies import EXPERT_TYPES
 
@@ -132,8 +133,8 @@ class Part:
         if source.dtype == "I8":
             width, begin, end = self.n_in // FP4_BLOCK, first, first + count
         else:
-            width = -(-self.n_in // FP8_BLOCK)
-            begin, end = first // FP8_BLOCK, -(-(first + count) // FP8_BLOCK)
+            width = ceil_div(self.n_in, FP8_BLOCK)
+            begin, end = first // FP8_BLOCK, ceil_div(first + count, FP8_BLOCK)
         return weight, Extent(source.scale.file, source.scale.offset + begin * width, (end - begin) * width)
 
     def convert(

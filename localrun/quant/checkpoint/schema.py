@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from localrun.alignment import ceil_div
 from localrun.quant.checkpoint.model_config import FP4_BLOCK, FP8_BLOCK, ModelConfig
 
 
@@ -68,7 +69,7 @@ class TensorSpec:
             return (n_out, n_in // 2), (n_out, n_in // FP4_BLOCK)
         if dtype == "F8_E4M3":
             n_out, n_in = self.shape
-            return self.shape, (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
+            return self.shape, (ceil_div(n_out, FP8_BLOCK), ceil_div(n_in, FP8_BLOCK))
         return self.shape, None
 
     @property

@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionPlan, Part, PlanOptions, make_plan
-from localrun.quant.convert.direct_io import PAGE, AlignedBuffer, DirectReader, DirectWriter
+from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.journal import Journal, PartResult
 from localrun.quant.convert.report import build_manifest
 from localrun.quant.formats.transcode import Loss
-from localrun.quant.gguf.file import align_up
 from localrun.quant.model.manifest import MANIFEST_NAME, write_manifest
 from localrun.units import format_size
 
@@ -466,7 +466,7 @@ def slice_rows(part: Part) -> int:
     """Rows per slice: at most SLICE_BYTES on either side, beginning and ending at whole pages of the output if possible."""
     row = part.output_bytes(1)
     source_row = max(1, part.source.weight.n_bytes // part.n_out)
-    unit = PAGE // gcd(row, PAGE)
+    unit = PAGE_BYTES // gcd(row, PAGE_BYTES)
     unit = unit * _PART_ALIGN // gcd(unit, _PART_ALIGN)
     return max(1, SLICE_BYTES // (max(row, source_row) * unit)) * unit
 

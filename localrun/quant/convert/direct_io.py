@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, StoreError
 from localrun.quant.checkpoint.safetensors import read_fully
-
-PAGE = 4096
 
 _CACHESTAT = 451
 """System call of Linux 6.5, the same number on every architecture but alpha."""
@@ -51,7 +50,7 @@ class AlignedBuffer:
 
     def array(self, n_bytes: int) -> npt.NDArray[np.uint8]:
         """At least `n_bytes` bytes, rounded up to whole pages, contents undefined."""
-        size = max(PAGE, -(-n_bytes // PAGE) * PAGE)
+        size = max(PAGE_BYTES, align_up(n_bytes, PAGE_BYTES))
         if self._memory is None or len(self._memory) < size:
             self._memory = mmap.mmap(-1, size)
         return np.frombuffer(self._memory, np.uint8)
@@ -85,7 +84,7 @@ def is_cached(fd: int, offset: int, n_bytes: int) -> bool:
         return False
     if _libc.syscall(_CACHESTAT, fd, ctypes.byref(where), ctypes.byref(answer), 0) != 0:
         return False
-    pages = (offset + n_bytes - 1) // PAGE - offset // PAGE + 1
+    pages = (offset + n_bytes - 1) // PAGE_BYTES - offset // PAGE_BYTES + 1
     return bool(answer.cached >= pages)
 
 
@@ -122,7 +121,7 @@ class DirectReader:
         Raises:
             StoreError: I/O error or a file that has become shorter.
         """
-        head = offset % PAGE
+        head = offset % PAGE_BYTES
         memory = buffer.array(head + n_bytes)
         wanted = memory[head : head + n_bytes]
         if self._direct is None:
@@ -135,14 +134,14 @@ class DirectReader:
     def _read_direct(self, offset: int, n_bytes: int, memory: npt.NDArray[np.uint8]) -> bool:
         """Fills at least `n_bytes` from the page-aligned `offset`; False if the file system refuses after all."""
         assert self._direct is not None
-        done, end = 0, -(-n_bytes // PAGE) * PAGE
+        done, end = 0, align_up(n_bytes, PAGE_BYTES)
         try:
             while done < n_bytes:
                 n = os.preadv(self._direct, [memory.data[done:end]], offset + done)
                 if n == 0:
                     raise StoreError(f"{self.path}: ends {n_bytes - done} bytes early")
                 done += n
-                if n % PAGE and done < n_bytes:
+                if n % PAGE_BYTES and done < n_bytes:
                     return False
         except StoreError:
             raise
@@ -196,7 +195,7 @@ class DirectWriter:
         Raises:
             DiskSpaceError, StoreError
         """
-        aligned = offset % PAGE == 0 and data.size % PAGE == 0 and data.ctypes.data % PAGE == 0
+        aligned = offset % PAGE_BYTES == 0 and data.size % PAGE_BYTES == 0 and data.ctypes.data % PAGE_BYTES == 0
         direct = self._direct if aligned else None
         with _write_errors(self.path):
             done = 0
@@ -208,7 +207,7 @@ class DirectWriter:
                     if e.errno != errno.EINVAL or direct is None:
                         raise
                     direct = None
-                if done % PAGE:
+                if done % PAGE_BYTES:
                     direct = None
 
     def sync(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import xxhash
 from gguf import GGUFValueType
 
+from localrun.alignment import align_up
 from localrun.errors import StoreError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint, SourceTensor, is_checkpoint
 from localrun.quant.checkpoint.mapping import (
@@ -29,7 +30,7 @@ from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionResult, Pla
 from localrun.quant.convert.journal import PartResult
 from localrun.quant.convert.report import overlay_section
 from localrun.quant.formats.transcode import Loss
-from localrun.quant.gguf.file import GgufValue, align_up, build_header, tensor_offsets
+from localrun.quant.gguf.file import GgufValue, build_header, tensor_offsets
 from localrun.quant.gguf.overlay_index import ARCHITECTURE, BASE_KEY, ids_key, stack_name
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from localrun.quant.model.source import PROJECTIONS

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from gguf import GGUFValueType
 
+from localrun.alignment import align_up, ceil_div
 from localrun.errors import DiskSpaceError, StoreError, UsageError
-from localrun.quant.gguf.file import ALIGNMENT_KEY, GgufValue, align_up, build_header, tensor_offsets
+from localrun.quant.gguf.file import ALIGNMENT_KEY, GgufValue, build_header, tensor_offsets
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import ModelFile, checksum, write_manifest
 from localrun.quant.model.source import TensorInfo
@@ -73,7 +74,7 @@ def plan_split(
             needed = size + max_bytes - room
             raise UsageError(
                 f"{tensor.name} takes {format_size(size)} alone: no room in a file of {format_size(max_bytes)}",
-                hint=f"--split {-(-needed // 10**6)}MB or more",
+                hint=f"--split {ceil_div(needed, 10**6)}MB or more",
             )
         groups[-1].append(tensor)
         room -= size

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import ceil_div
 from localrun.errors import FormatError
 from localrun.quant.formats import kernels
 from localrun.quant.formats import quantize as ggml_quantize
@@ -114,7 +115,7 @@ def _check_fp8(weight: Bytes, scale: Bytes, n_out: int, n_in: int, bf16: bool, w
     low = _FP8_BF16_SAFE_MIN if bf16 else 0
     if not _check_scales(scale, low, _FP8_SAFE_MAX, where):
         return
-    values, rows, n_blocks = _fp8_values(), weight.reshape(n_out, n_in), -(-n_in // 128)
+    values, rows, n_blocks = _fp8_values(), weight.reshape(n_out, n_in), ceil_div(n_in, 128)
     for i in np.flatnonzero((scale < low) | (scale > _FP8_SAFE_MAX)):
         block = rows[i // n_blocks * 128 :][:128, i % n_blocks * 128 :][:, :128]
         scaled = values[block & 0x7F] * 2.0 ** (int(scale[i]) - 127)
@@ -302,7 +303,7 @@ def _decode_chunk(rows: Rows, first: int, count: int, out: npt.NDArray[np.float3
         scale = rows.scale[first * blocks : (first + count) * blocks]
         kernels.fp4_to_f32(weight, scale, _MAGNITUDES_FP4, out)
     elif rows.dtype == "F8_E4M3":
-        blocks = -(-rows.n_in // 128)
+        blocks = ceil_div(rows.n_in, 128)
         scale = rows.scale[first // 128 * blocks :][:blocks]
         kernels.fp8_to_f32(weight, scale, count, rows.n_in, _row_buffer(), out)
     elif rows.dtype == "BF16":

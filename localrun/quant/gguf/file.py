@@ -18,6 +18,7 @@ from pathlib import Path
 import xxhash
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from localrun.alignment import align_up
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf.value import SCALAR_BYTES, GgufValue, pack_string
 from localrun.quant.model.source import TensorInfo
@@ -329,11 +330,6 @@ class _HeaderReader:
                 raise self._error(f"{tensor.info.name}: overlaps {previous.info.name}")
             previous = tensor
         return tensors
-
-
-def align_up(n: int, alignment: int) -> int:
-    """The smallest multiple of `alignment` (a power of two) that is not below `n`."""
-    return (n + alignment - 1) & -alignment
 
 
 def tensor_offsets(tensors: Iterable[TensorInfo], alignment: int) -> list[int]:

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from localrun.alignment import align_up
 from localrun.atomic import replacing
 from localrun.errors import FormatError, StoreError
-from localrun.quant.gguf.file import GgufFile, GgufTensor, align_up, build_header, read_gguf
+from localrun.quant.gguf.file import GgufFile, GgufTensor, build_header, read_gguf
 from localrun.quant.gguf.value import GgufValue
 from localrun.quant.model.source import PROJECTIONS, MoeLayer, TensorInfo
 from localrun.quant.precision.importance import F32, F64, Importance, LayerImportance

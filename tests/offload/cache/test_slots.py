@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localrun.alignment import PAGE_BYTES
 from localrun.errors import BudgetError
-from localrun.offload.cache.slots import ALIGNMENT, Arena, SlotState, SlotTable
+from localrun.offload.cache.slots import Arena, SlotState, SlotTable
 
-PAGE = ALIGNMENT
+PAGE = PAGE_BYTES
 
 
 def filled(table: SlotTable, *experts: int, size: int = PAGE) -> None:

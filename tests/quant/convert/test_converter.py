@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
+from localrun.alignment import PAGE_BYTES
 from localrun.errors import DiskSpaceError, FormatError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
 from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
 from localrun.quant.convert import converter as convert_module
 from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, Progress, convert, slice_rows, write_plan
-from localrun.quant.convert.direct_io import PAGE, AlignedBuffer, DirectReader, DirectWriter
+from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest
 from localrun.quant.open import open_model
 from tests.checkpoints import edit_json, write_small
@@ -398,7 +399,7 @@ def test_slices_hold_whole_scale_blocks_and_pages_and_stay_small() -> None:
     ):
         rows = slice_rows(case)
         assert rows % 128 == 0
-        assert case.output_bytes(rows) % PAGE == 0
+        assert case.output_bytes(rows) % PAGE_BYTES == 0
         assert case.output_bytes(rows) <= convert_module.SLICE_BYTES
 
 
@@ -408,7 +409,17 @@ def test_reader_and_writer_agree_at_any_alignment(tmp_path: Path) -> None:
     path = tmp_path / "file"
     writer = DirectWriter(path, expected.size)
     buffer = AlignedBuffer()
-    cuts = [0, PAGE, 3 * PAGE, 3 * PAGE + 17, 100_000, 25 * PAGE + 5, 40 * PAGE, 60 * PAGE, expected.size]
+    cuts = [
+        0,
+        PAGE_BYTES,
+        3 * PAGE_BYTES,
+        3 * PAGE_BYTES + 17,
+        100_000,
+        25 * PAGE_BYTES + 5,
+        40 * PAGE_BYTES,
+        60 * PAGE_BYTES,
+        expected.size,
+    ]
     order = list(itertools.pairwise(cuts))
     rng.shuffle(order)
     for begin, end in order:
@@ -418,7 +429,14 @@ def test_reader_and_writer_agree_at_any_alignment(tmp_path: Path) -> None:
     writer.sync()
     writer.close()
     reader = DirectReader(path, expected.size)
-    for offset, n_bytes in [(0, 300_000), (1, 10), (PAGE, PAGE), (PAGE - 1, 2), (299_999, 1), (12345, 200_000)]:
+    for offset, n_bytes in [
+        (0, 300_000),
+        (1, 10),
+        (PAGE_BYTES, PAGE_BYTES),
+        (PAGE_BYTES - 1, 2),
+        (299_999, 1),
+        (12345, 200_000),
+    ]:
         np.testing.assert_array_equal(reader.read(offset, n_bytes, buffer), expected[offset : offset + n_bytes])
     with pytest.raises(StoreError):
         reader.read(299_000, 5000, buffer)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import ceil_div
 from localrun.offload.kernels.panels import BLOCK32, FLOAT32, SUPER256, Panel
 from localrun.offload.kernels.simd import Simd
 
@@ -64,11 +65,11 @@ class Format:
 
     def group_bytes(self, n_in: int) -> int:
         """Bytes of 16 rows of `n_in` elements."""
-        units = -(-n_in // self.unit)
+        units = ceil_div(n_in, self.unit)
         return -(-units * self.meta_bytes // 64) * 64 + units * self.body_bytes
 
     def matrix_bytes(self, n_out: int, n_in: int) -> int:
-        return -(-n_out // 16) * self.group_bytes(n_in)
+        return ceil_div(n_out, 16) * self.group_bytes(n_in)
 
 
 class Tile:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from localrun import reading
 from localrun.errors import CheckpointError, ChecksumError, FormatError, StoreError
-from localrun.offload.cache import store as store_module
 from localrun.offload.cache.slots import SlotState
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
@@ -49,14 +49,16 @@ def end_of_file(fd: int, buffers: list[Any], offset: int) -> int:
 
 
 @pytest.mark.parametrize("at", [1, 5, 40])
-@pytest.mark.parametrize(("what", "message"), [(io_error, "Input/output error"), (end_of_file, "ends before byte")])
+@pytest.mark.parametrize(
+    ("what", "message"), [(io_error, "Input/output error"), (end_of_file, "the file ended at byte")]
+)
 def test_failed_read_ends_the_answer_and_leaves_a_clean_cache(
     model: OffloadedModel, monkeypatch: pytest.MonkeyPatch, what: Callable[..., int], message: str, at: int
 ) -> None:
     expected = logits(model, batch=5)
     reads = FailingReads(at, what)
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "preadv", reads)
+        patch.setattr(reading, "preadv", reads)
         with pytest.raises(StoreError, match=message) as caught:
             logits(model, batch=5)
     assert "model.gguf" in str(caught.value)
@@ -73,14 +75,14 @@ def test_short_reads_are_continued(model: OffloadedModel, monkeypatch: pytest.Mo
         size = max(4096, len(buffers[0]) // 2 // 4096 * 4096)
         return os.preadv(fd, [buffers[0][:size]], offset)
 
-    monkeypatch.setattr(store_module, "preadv", half)
+    monkeypatch.setattr(reading, "preadv", half)
     np.testing.assert_array_equal(logits(model, batch=5), expected)
 
 
 def test_file_cut_off_while_open_is_a_clear_error(model: OffloadedModel) -> None:
     path = model.source.files[0]
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(StoreError, match="ends before byte"):
+    with pytest.raises(StoreError, match="the file ended at byte"):
         logits(model)
 
 
@@ -133,7 +135,7 @@ def test_mirror_gives_the_same_answers_and_takes_over_when_a_copy_fails(
         return os.preadv(fd, buffers, offset)
 
     with open_offloaded(source, OffloadOptions(n_threads=2, mirror=copy)) as model, monkeypatch.context() as patch:
-        patch.setattr(store_module, "preadv", noting)
+        patch.setattr(reading, "preadv", noting)
         np.testing.assert_array_equal(logits(model), expected)
     assert used == {str(path), str(copy)}
     with open_offloaded(source, OffloadOptions(n_threads=2, mirror=copy)) as model:

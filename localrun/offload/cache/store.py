@@ -20,7 +20,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import preadv
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ from localrun.offload.cache.drive_probe import DEFAULT_LANES, DEFAULT_PIECE_BYTE
 from localrun.offload.cache.slots import Slot
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
+from localrun.reading import read_fully
 
 log = logging.getLogger(__name__)
 
@@ -333,23 +333,8 @@ class _Handle:
 
 
 def _read_from(handle: _Handle, piece: _Piece) -> None:
-    done = 0
-    while done < piece.need:
-        try:
-            n = preadv(handle.fd, [piece.target[done:]], piece.offset + done)
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise StoreError(
-                f"{handle.path}: reading {len(piece.target)} bytes at {piece.offset}: {error.strerror}",
-                hint="check the drive (dmesg) and run `localrun verify` on the model",
-            ) from error
-        if n == 0:
-            raise StoreError(
-                f"{handle.path}: ends before byte {piece.offset + piece.need}",
-                hint="the file was cut off after it was opened; copy it again and run `localrun verify`",
-            )
-        done += n
+    hint = "check the drive (dmesg) and run `localrun verify` on the model"
+    read_fully(handle.fd, handle.path, piece.offset, piece.target, need=piece.need, hint=hint)
 
 
 def _open(path: Path) -> _Handle:
@@ -363,7 +348,7 @@ def _open(path: Path) -> _Handle:
                 raise _open_error(path, error) from error
         else:
             try:
-                preadv(fd, [memoryview(mmap.mmap(-1, PAGE_BYTES))], 0)
+                os.preadv(fd, [memoryview(mmap.mmap(-1, PAGE_BYTES))], 0)
                 return _Handle(fd, True, path)
             except OSError:
                 os.close(fd)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from localrun.errors import FormatError, StoreError
+from localrun.reading import read_fully
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; Pro's largest official shard has 0.3 MB."""
@@ -123,25 +124,6 @@ class SafetensorsFile:
             read_fully(fd, self.path, offset, out.data)
         finally:
             os.close(fd)
-
-
-def read_fully(fd: int, path: Path, offset: int, out: memoryview) -> None:
-    """Fills `out` from `offset` on; `path` is for the message only.
-
-    Raises:
-        StoreError: I/O error or end of file.
-    """
-    done = 0
-    try:
-        while done < len(out):
-            n = os.preadv(fd, [out[done:]], offset + done)
-            if n == 0:
-                raise StoreError(f"{path}: ends at byte {offset + done}, {len(out) - done} bytes early")
-            done += n
-    except OSError as e:
-        if isinstance(e, StoreError):
-            raise
-        raise StoreError(f"{path}: reading {len(out)} bytes at {offset} failed: {e.strerror}") from e
 
 
 def _read_header(path: Path, prefix: bytes, size: int, read: Any) -> bytes:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, StoreError
-from localrun.quant.checkpoint.safetensors import read_fully
+from localrun.reading import read_fully
 
 _CACHESTAT = 451
 """System call of Linux 6.5, the same number on every architecture but alpha."""

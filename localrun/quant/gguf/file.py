@@ -22,6 +22,7 @@ from localrun.alignment import align_up
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf.value import SCALAR_BYTES, GgufValue, pack_string
 from localrun.quant.model.source import TensorInfo
+from localrun.reading import read_fully
 
 __all__ = [
     "GgufFile",
@@ -180,14 +181,11 @@ class _HeaderReader:
         if end > MAX_HEADER_BYTES:
             raise self._error(f"{what}: header larger than {MAX_HEADER_BYTES} bytes")
         target = min(self.size, MAX_HEADER_BYTES, max(end, 2 * len(self.buffer), _FIRST_READ))
-        parts, have = [self.buffer], len(self.buffer)
-        while have < target:
-            part = os.pread(self.fd, target - have, have)
-            if not part:
-                raise self._error(f"{what}: the file ended at byte {have} while it was read")
-            parts.append(part)
-            have += len(part)
-        self.buffer = b"".join(parts)
+        have = len(self.buffer)
+        buffer = bytearray(target)
+        buffer[:have] = self.buffer
+        read_fully(self.fd, f"{self.path}: {what}", have, memoryview(buffer)[have:])
+        self.buffer = bytes(buffer)
 
     def _preamble(self) -> tuple[int, int, int]:
         if self.size < _PREAMBLE.size:

@@ -30,12 +30,12 @@ from localrun.quant.gguf.file import GgufFile, GgufTensor, GgufValue, build_head
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
+from localrun.reading import read_fully
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 _MAX_PARTS = 9999
 _IDENTITY_SAMPLES = 64
 _SAMPLE_BYTES = 4096
-_PIECE_BYTES = 64 << 20
 _DAMAGED = "the file is damaged or incomplete: fetch or convert it again"
 
 
@@ -315,19 +315,10 @@ def _open(path: Path) -> int:
 
 
 def _read_exactly(path: Path, offset: int, buffer: memoryview, what: str) -> None:
-    """Fills `buffer` from `offset` on; a single call moves at most 2 GiB on Linux, hence pieces."""
+    """Fills `buffer` from `offset` on."""
     fd = _open(path)
-    done = 0
     try:
-        while done < len(buffer):
-            n = os.preadv(fd, [buffer[done : done + _PIECE_BYTES]], offset + done)
-            if n == 0:
-                raise StoreError(f"{path}: {what}: the file ended at byte {offset + done}", hint=_DAMAGED)
-            done += n
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path}: {what}: can't be read: {error.strerror}") from error
+        read_fully(fd, f"{path}: {what}", offset, buffer, hint=_DAMAGED)
     finally:
         os.close(fd)
 

@@ -11,7 +11,6 @@ Arithmetic is F32 with exact activations; what the kernels' 8-bit activations ad
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import Encoding, ModelSource, Projection, clamp_limits
 from localrun.quant.precision.importance import F32, F64, Importance
 from localrun.quant.precision.samples import ActivationSamples
+from localrun.reading import read_fully
 
 ROWS = 32
 """Rows that an expert is measured on."""
@@ -278,14 +278,14 @@ def exact_weights(source: ModelSource, recipe: Projection, where: str = "expert"
 
 def _read(source: ModelSource, file: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
     path = source.files[file]
+    out = np.empty(n_bytes, np.uint8)
     try:
-        with path.open("rb") as stream:
-            data = os.pread(stream.fileno(), n_bytes, offset)
+        stream = path.open("rb")
     except OSError as error:
         raise StoreError(f"{path}: can't be read: {error.strerror}") from error
-    if len(data) != n_bytes:
-        raise StoreError(f"{path}: ends before byte {offset + n_bytes}")
-    return np.frombuffer(data, np.uint8)
+    with stream:
+        read_fully(stream.fileno(), path, offset, out.data)
+    return out
 
 
 def swiglu(gate: F32, up: F32, limit: float) -> F32:

@@ -1,0 +1,36 @@
+"""Reading a range of a file to its end, at the bottom of the package: of `localrun` it uses `errors` only."""
+
+from __future__ import annotations
+
+from os import preadv
+from pathlib import Path
+from typing import Final
+
+from localrun.errors import StoreError
+
+_MOST_BYTES: Final = 64 << 20
+"""Of one system call: Linux moves at most 2 GiB at once, and an interrupt should not have to wait for that."""
+
+
+def read_fully(
+    fd: int, where: Path | str, offset: int, out: memoryview, *, need: int | None = None, hint: str | None = None
+) -> None:
+    """Fills `out` (bytes) from `offset` on, however little the system gives at a time.
+
+    Args:
+        where: the file, and what is read of it, for the message only.
+        need: bytes that must be there; the rest of `out` may lie past the end of the file, as in aligned reads. None: all.
+        hint: for the error.
+
+    Raises:
+        StoreError: I/O error, or the file ends before that.
+    """
+    done, need = 0, len(out) if need is None else need
+    while done < need:
+        try:
+            n = preadv(fd, [out[done : done + _MOST_BYTES]], offset + done)
+        except OSError as error:
+            raise StoreError(f"{where}: reading {len(out)} bytes at {offset}: {error.strerror}", hint=hint) from error
+        if n == 0:
+            raise StoreError(f"{where}: the file ended at byte {offset + done}, {need - done} bytes early", hint=hint)
+        done += n

@@ -32,7 +32,7 @@ def test_short_reads_are_continued(fd: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_end_of_the_file_says_where_it_came_and_how_much_is_missing(fd: int) -> None:
-    with pytest.raises(StoreError, match="^file: norm: the file ended at byte 200, 30 bytes early$") as caught:
+    with pytest.raises(StoreError, match=r"^file: norm: the file ended at byte 200, 30 bytes early$") as caught:
         read_fully(fd, "file: norm", 150, memoryview(bytearray(80)), hint="copy it again")
     assert caught.value.hint == "copy it again"
 
@@ -48,5 +48,5 @@ def test_an_io_error_names_the_range(fd: int, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(reading, "preadv", broken)
-    with pytest.raises(StoreError, match="^file: reading 10 bytes at 5: Input/output error$"):
+    with pytest.raises(StoreError, match=r"^file: reading 10 bytes at 5: Input/output error$"):
         read_fully(fd, "file", 5, memoryview(bytearray(10)))

@@ -2,9 +2,13 @@
 
     python -m tools.make_checkpoint tiny /data/tiny
     python -m tools.make_checkpoint flash /data/flash3 --layers 3 --vocab 4096
+    python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 7      # all 43 layers, 149 GB, on 31 GB of disk
 
 Sharded safetensors, index and config.json; no tokenizer (the model is used by token ids) unless one is given. Weights are
 random but the model computes finite, varied logits, and its routing is as skewed as Flash's (`tools.synthetic_router`).
+
+With `--own-layers N` only the experts of the first N layers have bytes of their own; those of the others share them, on a file
+system that can (`tools.shared_extents`). Every reader sees the whole model; dense weights and routers differ in each layer.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import numpy.typing as npt
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectWriter
 from localrun.units import format_duration, format_size, parse_size
+from tools import shared_extents
 from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
 from tools.synthetic_weights import Tensor, Weights, shards
 
@@ -40,6 +45,7 @@ def write_checkpoint(
     shard_bytes: int | None = None,
     single_file: bool = False,
     tokenizer: Path | None = None,
+    own_layers: int | None = None,
     progress: bool = False,
 ) -> int:
     """Writes the checkpoint into `folder` (made if missing); returns the bytes of all tensors.
@@ -48,20 +54,34 @@ def write_checkpoint(
         shard_bytes: start a new file when this would be passed; None: one file per layer, as the official ones.
         single_file: `model.safetensors` without an index.
         tokenizer: a tokenizer.json to copy.
+        own_layers: layers whose experts have bytes of their own; layer n shares the experts of layer n modulo so many.
         progress: report files on stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = list(shards(spec))
+    if own_layers is not None:
+        if single_file or shard_bytes is not None:
+            raise UsageError("layers can share experts only where each has a file of its own")
+        shared_extents.check(folder)
     if single_file:
         groups = [[tensor for group in groups for tensor in group]]
     elif shard_bytes is not None:
         groups = list(_packed((tensor for group in groups for tensor in group), shard_bytes))
     weights = Weights(spec)
     weight_map: dict[str, str] = {}
-    total, started = 0, time.monotonic()
+    donors: list[tuple[Path, int]] = []  # (file, where its experts begin) of the layers with bytes of their own
+    n_layers = total = 0
+    started = time.monotonic()
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if single_file else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write_shard(folder / name, group, weights)
+        if own_layers is None or not any(map(_is_expert, group)):
+            _write_shard(folder / name, group, weights)
+        elif n_layers < own_layers:
+            donors.append((folder / name, _write_shard(folder / name, group, weights, experts_last=True)))
+            n_layers += 1
+        else:
+            _write_sharing_shard(folder / name, group, weights, *donors[n_layers % own_layers])
+            n_layers += 1
         weight_map.update((tensor.name, name) for tensor in group)
         total += sum(tensor.n_bytes for tensor in group)
         if progress:
@@ -88,10 +108,35 @@ def _packed(tensors: Iterable[Tensor], shard_bytes: int) -> Iterator[list[Tensor
     yield group
 
 
-def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights) -> None:
-    """One safetensors file: u64 header length, JSON padded to 8 bytes, data without gaps."""
+def _is_expert(tensor: Tensor) -> bool:
+    return ".ffn.experts." in tensor.name
+
+
+def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights, *, experts_last: bool = False) -> int:
+    """One safetensors file; with `experts_last` the experts begin at a whole block, whose offset is returned (else 0)."""
+    if experts_last:
+        tensors = sorted(tensors, key=_is_expert)
+    header, experts_at = _header(tensors, align_experts=experts_last)
+    _write(path, header, tensors, len(header) + sum(tensor.n_bytes for tensor in tensors), weights)
+    return experts_at
+
+
+def _write_sharing_shard(path: Path, tensors: Sequence[Tensor], weights: Weights, donor: Path, donor_at: int) -> None:
+    """One safetensors file whose experts are the blocks of `donor`'s, which begin there at `donor_at`."""
+    tensors = sorted(tensors, key=_is_expert)
+    header, experts_at = _header(tensors, align_experts=True)
+    own = [tensor for tensor in tensors if not _is_expert(tensor)]
+    _write(path, header, own, experts_at, weights)
+    n_bytes = sum(tensor.n_bytes for tensor in tensors if _is_expert(tensor))
+    shared_extents.share(donor, donor_at, path, experts_at, n_bytes)
+    with path.open("r+b") as file:
+        file.truncate(experts_at + n_bytes)
+
+
+def _header(tensors: Sequence[Tensor], *, align_experts: bool) -> tuple[bytes, int]:
+    """u64 header length and JSON, padded to 8 bytes, or so that the first expert begins at a whole block; and where it begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offset = before_experts = 0
     for tensor in tensors:
         header[tensor.name] = {
             "dtype": tensor.dtype,
@@ -99,14 +144,21 @@ def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights) -> Non
             "data_offsets": [offset, offset + tensor.n_bytes],
         }
         offset += tensor.n_bytes
+        if not _is_expert(tensor):
+            before_experts = offset
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    text = struct.pack("<Q", len(text)) + text
-    writer = DirectWriter(path, len(text) + offset)
+    if not align_experts:
+        return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8), 0
+    text += b" " * (-(8 + len(text) + before_experts) % shared_extents.BLOCK_BYTES)
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + before_experts
+
+
+def _write(path: Path, header: bytes, tensors: Sequence[Tensor], size: int, weights: Weights) -> None:
+    writer = DirectWriter(path, size)
     try:
         pieces = (piece for tensor in tensors for piece in weights.chunks(tensor))
         position = 0
-        for block in _blocks(chain([memoryview(text)], pieces)):
+        for block in _blocks(chain([memoryview(header)], pieces)):
             writer.write(position, block)
             position += block.size
     finally:
@@ -149,12 +201,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fp8-experts", action="store_true", help="experts in FP8 as in the Base checkpoints")
     parser.add_argument("--shard-size", help="e.g. 5GB; default: one file per layer")
     parser.add_argument("--single-file", action="store_true", help="model.safetensors without an index")
+    parser.add_argument(
+        "--own-layers",
+        type=int,
+        metavar="N",
+        help="experts of the first N layers only; the others share them (XFS, btrfs): whole models on little disk",
+    )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to copy")
     options = parser.parse_args(arguments)
     try:
         total, seconds = _run(options)
     except (LocalrunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, LocalrunError) and error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(f"{options.folder}: {format_size(total)} in {format_duration(seconds)}", file=sys.stderr)
     return 0
@@ -189,6 +249,7 @@ def _run(options: argparse.Namespace) -> tuple[int, float]:
         shard_bytes=shard_bytes,
         single_file=options.single_file,
         tokenizer=options.tokenizer,
+        own_layers=options.own_layers,
         progress=True,
     )
     return total, time.monotonic() - started

@@ -283,6 +283,8 @@ class _Run:
     thread alone touches the journal. The first error stops everybody.
     """
 
+    reserves_space = True
+
     def __init__(
         self,
         plan: ConversionPlan,
@@ -329,7 +331,7 @@ class _Run:
 
     def _write_all(self, start: float) -> None:
         readers: list[DirectReader] = []
-        writer = DirectWriter(self._partial, self._plan.file_size)
+        writer = DirectWriter(self._partial, self._plan.file_size, reserve=self.reserves_space)
         try:
             readers.extend(DirectReader(shard.path, shard.size) for shard in self._plan.checkpoint.shards)
             header = np.frombuffer(self._plan.header, np.uint8)

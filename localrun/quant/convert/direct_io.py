@@ -162,21 +162,24 @@ class DirectWriter:
 
     Args:
         path: created if it is not there.
-        size: final size; the space is reserved at once, unwritten ranges read as zeros.
+        size: final size; unwritten ranges read as zeros.
+        reserve: allocate all of it at once, so that a full disk shows before anything is written.
 
     Raises:
         DiskSpaceError: the disk can't hold it.
         StoreError: can't be created.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, reserve: bool = True) -> None:
         self.path = path
         self._direct: int | None = None
         with _write_errors(path):
             self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 self._direct = _open_direct(path, os.O_WRONLY)
-                self._reserve(size)
+                if reserve:
+                    self._reserve(size)
+                os.ftruncate(self._plain, size)
             except BaseException:
                 self.close()
                 raise
@@ -187,7 +190,6 @@ class DirectWriter:
         error = ctypes.get_errno()
         if result != 0 and error not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise OSError(error, os.strerror(error))
-        os.ftruncate(self._plain, size)
 
     def write(self, offset: int, data: npt.NDArray[np.uint8]) -> None:
         """Writes a range; data is safe only after `sync`.

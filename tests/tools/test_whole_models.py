@@ -57,7 +57,7 @@ def experts_of(folder: Path, layer: int) -> dict[str, np.ndarray[Any, Any]]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118: not a dict
+            for name in file.keys():  # noqa: SIM118
                 if name.startswith(f"layers.{layer}.ffn.experts.") and name.endswith("weight"):
                     found[name.split("experts.")[1]] = file.get_tensor(name)
     return found

@@ -28,6 +28,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a power cut may still bring back the file that was there before
+        finally:
+            os.close(folder)
     except OSError as error:
         if isinstance(error, StoreError):
             raise

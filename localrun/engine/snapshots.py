@@ -19,13 +19,14 @@ import re
 import shutil
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from localrun.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -191,21 +192,15 @@ class SnapshotStore:
 
     def _write(self, name: tuple[int, str], data: State) -> None:
         assert self._folder is not None
-        partial = self._folder / f"{uuid.uuid4().hex}.partial"
         try:
             self._make_room(len(data))
             if shutil.disk_usage(self._folder).free < len(data) + MIN_FREE_BYTES:
                 log.warning("%s: a conversation's state is not saved: the drive is nearly full", self._folder)
                 return
-            with open(partial, "wb") as file:
+            with replacing(self._folder / _file_name(name)) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self._folder / _file_name(name))
         except OSError as error:
-            log.warning("%s: a conversation's state could not be saved: %s", self._folder, error.strerror)
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            log.warning("a conversation's state could not be saved: %s", error)
             return
         with self._lock:
             self._files[name] = len(data)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-import uuid
 from pathlib import Path
 from typing import Any, Literal
 
+from localrun.atomic import replacing
 from localrun.engine.conversations import Attachment, ConversationError, ConversationStore, Message
+from localrun.errors import StoreError
 from localrun.textsafe import visible_line
 
 ExportFormat = Literal["md", "json"]
@@ -80,17 +80,11 @@ def write_export(
         target = _free_name(target, slug(store.conversation(conversation_id).title), kind)
     if target.exists():
         raise ConversationError(f"{target}: there is such a file already", hint="give another name")
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("x", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(target)
-    except OSError as error:
-        raise ConversationError(f"{target}: can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        with replacing(target) as file:
+            file.write(text.encode("utf-8", "replace"))
+    except StoreError as error:
+        raise ConversationError(str(error)) from error
     return target
 
 

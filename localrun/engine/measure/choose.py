@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
+from localrun.atomic import replacing
 from localrun.engine import memory
 from localrun.engine.engine import Engine
 from localrun.engine.measure.calibrate import calibrate
@@ -189,12 +190,8 @@ def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | N
     """Last: it says that the sums are complete, and what was measured with them."""
     path = folder / TIERS_NAME
     value = {"key": key, "importance": importance.digest, "errors": errors.to_json() if errors is not None else None}
-    try:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value), "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path}: can't be written: {error.strerror}") from error
+    with replacing(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, ErrorTable | None] | None:

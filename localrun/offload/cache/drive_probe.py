@@ -19,7 +19,6 @@ import mmap
 import os
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from os import preadv
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES
+from localrun.atomic import replacing
 from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
 
@@ -306,16 +306,12 @@ def _remember(memory: Path, profile: DiskProfile) -> None:
     except ValueError:
         drives = {}
     drives[profile.device] = asdict(profile)
-    partial = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.partial")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps({"version": _VERSION, "drives": drives}, indent=1) + "\n")
-            partial.replace(memory)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(memory) as file:
+            file.write(json.dumps({"version": _VERSION, "drives": drives}, indent=1).encode() + b"\n")
     except OSError as error:
-        log.warning("%s: the drive profile could not be remembered: %s", memory, error.strerror)
+        log.warning("the drive profile could not be remembered: %s", error)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

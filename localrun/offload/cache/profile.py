@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import struct
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from localrun.atomic import replacing
 from localrun.errors import FormatError
 from localrun.offload.cache.policy import Key
 from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
@@ -156,20 +155,13 @@ class RoutingProfile:
     def save(self, path: Path | None = None) -> None:
         """Writes the profile (atomically), by default where `load` looks. A failure is a warning."""
         target = path or profile_path(self.identity)
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         body = self._encode()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("xb") as file:
-                    file.write(body + xxhash.xxh3_64_digest(body))
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(target) as file:
+                file.write(body + xxhash.xxh3_64_digest(body))
         except OSError as error:
-            log.warning("%s: the routing profile could not be saved: %s", target, error.strerror)
+            log.warning("the routing profile could not be saved: %s", error)
 
     def _encode(self) -> bytes:
         header = json.dumps(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localrun.atomic import replacing
 from localrun.errors import FormatError, LocalrunError, UsageError
 from localrun.quant.formats.transcode import Loss
 
@@ -85,12 +86,8 @@ class Journal:
     def _check_state(self, state: dict[str, Any]) -> None:
         path = self._folder / "state.json"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(state, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+            with replacing(path) as file:
+                file.write(json.dumps(state, indent=1).encode())
             return
         try:
             before = json.loads(path.read_bytes())

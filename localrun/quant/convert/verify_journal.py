@@ -10,12 +10,13 @@ import contextlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from localrun.atomic import replacing
 
 _SAVE_SECONDS = 2.0
 _MAX_BYTES = 64 << 20
@@ -56,15 +57,11 @@ class VerifyJournal:
     def save(self) -> None:
         """Writes the state down."""
         self._saved_at = time.monotonic()
-        partial = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.partial")
         state = {"key": self._key, "next": self.next_check, "damaged": self.damaged}
-        try:
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(state))
-            partial.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            with replacing(self._path) as file:
+                file.write(json.dumps(state).encode())
 
     def clear(self) -> None:
         """Forgets the state: all is done."""

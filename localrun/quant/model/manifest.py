@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from localrun.atomic import replacing
 from localrun.errors import FormatError, StoreError
 from localrun.quant.model.source import PROJECTIONS
 
@@ -173,20 +172,8 @@ class Manifest:
 def write_manifest(manifest: Manifest, folder: Path) -> Path:
     """Writes `folder/localrun.json` atomically and durably; returns its path."""
     path = folder / MANIFEST_NAME
-    partial = folder / f"{MANIFEST_NAME}.{uuid.uuid4().hex}.partial"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder_fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(folder_fd)
-        finally:
-            os.close(folder_fd)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(manifest.to_json().encode())
     return path
 
 

@@ -17,9 +17,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess, GenerateEvent

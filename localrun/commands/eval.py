@@ -6,9 +6,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from localrun import paths
 from localrun.commands import common
@@ -91,8 +93,8 @@ def compare(
 ) -> EvalTextResult:
     """Both models on one text, one after the other: both may want all the memory there is."""
     with paths.scratch_folder("eval-") as folder:
-        _measure(args, reference, options, replace(command, save_folder=str(folder)), out)
-        return _measure(args, model, options, replace(command, reference_folder=str(folder)), out)
+        _measure(args, reference, options, structs.replace(command, save_folder=str(folder)), out)
+        return _measure(args, model, options, structs.replace(command, reference_folder=str(folder)), out)
 
 
 def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Output) -> int:
@@ -102,7 +104,7 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
         result = _measure(args, model, options, command, out)
     else:
         result = compare(args, model, Path(args.reference).expanduser(), options, command, out)
-    values = {key: value for key, value in asdict(result).items() if key != "request" and value is not None}
+    values = {key: value for key, value in structs.asdict(result).items() if key != "request" and value is not None}
     if args.json:
         out.json({"model": str(model), "window": args.window, **values})
         return 0

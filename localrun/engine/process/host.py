@@ -33,6 +33,8 @@ from localrun.engine.facts import FinishReason
 from localrun.engine.measure.evaluate import evaluate_text
 from localrun.engine.planner.plan import Plan
 from localrun.engine.process.protocol import (
+    Conversation,
+    CountTokens,
     Delta,
     EvalLogits,
     EvalResult,
@@ -98,9 +100,12 @@ class Host:
             experts=engine.expert_map() if engine and command.expert_map else None,
         )
 
-    def count_tokens(self, text: str) -> int:
-        """Raises LocalrunError without a model or a tokenizer."""
-        return len(self._loaded()[0].tokenizer.encode(text))
+    def count_tokens(self, command: CountTokens) -> int:
+        """See `protocol.CountTokens`. Raises LocalrunError without a model or a tokenizer, or for what can't be a prompt."""
+        engine, _ = self._loaded()
+        if command.text is not None:
+            return len(engine.tokenizer.encode(command.text))
+        return len(engine.tokenizer.encode_parts(_prompt(engine, command).parts))
 
     # --- commands
 
@@ -145,20 +150,12 @@ class Host:
         if command.tokens is not None:
             prompt, start = list(command.tokens), "content"
         else:
-            encoder = engine.chat_encoder
-            encoded = encoder.encode_prompt(
-                messages_from_json(command.messages),
-                mode=command.think,
-                tools=tools_from_json(command.tools) if command.tools else (),
-                response_format=command.response_format,
-                task=command.task,  # type: ignore[arg-type]  # checked by the encoder
-                resume=command.resume,
-            )
+            encoded = _prompt(engine, command)
             if encoded.completion is None:
                 raise UsageError("it is not the model's turn", hint="the last message must be one to answer")
             start = encoded.completion
             prompt, boundaries = _encode(engine, encoded)
-            warning = encoder.max_context_advice(command.think, session.n_ctx)
+            warning = engine.chat_encoder.max_context_advice(command.think, session.n_ctx)
         if len(prompt) >= session.n_ctx:
             raise ContextFullError(
                 f"the conversation takes {len(prompt)} tokens, the context has {session.n_ctx}",
@@ -286,6 +283,18 @@ class Host:
 
         report(reused, len(prompt))
         return report
+
+
+def _prompt(engine: Engine, command: Conversation) -> Prompt:
+    """Raises LocalrunError for messages that can't be a prompt."""
+    return engine.chat_encoder.encode_prompt(
+        messages_from_json(command.messages),
+        mode=command.think,
+        tools=tools_from_json(command.tools) if command.tools else (),
+        response_format=command.response_format,
+        task=command.task,  # type: ignore[arg-type]  # checked by the encoder
+        resume=command.resume,
+    )
 
 
 def _encode(engine: Engine, prompt: Prompt) -> tuple[list[int], list[int]]:

@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
+from msgspec import structs
+
 import localrun
 from localrun import errors
 from localrun.engine.facts import ModelFacts
@@ -187,7 +189,11 @@ class EngineProcess:
 
     def count_tokens(self, text: str, *, timeout_s: float = 30.0) -> int:
         """Length of `text` in tokens. Raises as `stats`."""
-        return self._ask(CountTokens(text=text), TokenCount, timeout_s).n_tokens
+        return self.count(CountTokens(text=text), timeout_s=timeout_s)
+
+    def count(self, command: CountTokens, *, timeout_s: float = 30.0) -> int:
+        """Length in tokens of a text or a whole conversation. Raises as `stats`, and LocalrunError if it can't be a prompt."""
+        return self._ask(command, TokenCount, timeout_s).n_tokens
 
     def snapshot(self, path: Path | str) -> Saved:
         """Writes the session's state to a file. Raises as `generate`."""
@@ -299,7 +305,7 @@ class EngineProcess:
             self._inboxes[request] = inbox
             if long:
                 self._running.append(request)
-            self._send(replace(command, request=request))
+            self._send(structs.replace(command, request=request))
         return request, inbox
 
     def _send(self, command: Command) -> None:
@@ -421,4 +427,4 @@ def _without_lost_servers(command: Load) -> Load:
     # The memory that was asked for is not there any more, nor is a device that was named.
     gpu = "auto" if command.options.gpu != "none" else "none"
     options = replace(command.options, rpc=",".join(there) or None, vram_bytes=None, gpu=gpu)
-    return replace(command, options=options)
+    return structs.replace(command, options=options)

@@ -4,78 +4,90 @@ Commands go to the engine, events come back. Every command has a `request` numbe
 carries the number of the command that it answers, so that statistics can be asked for in the middle of an answer. A
 command is finished by exactly one closing event: `Failed`, or the one named in its docstring.
 
-This module imports the standard library only: a user interface can use it without loading numpy, numba or llama.cpp.
+A new message is a new subclass of `Command` or `Event`, a new field one with a default: `wire` finds both by themselves. Fields
+are msgspec's types, or dataclasses of `facts` and `options`; sequences are tuples.
+
+This module imports the standard library and msgspec only: a user interface can use it without loading numpy, numba or llama.cpp.
 It knows nothing about pipes and processes (`process.py`, `worker.py`) or models (`engine.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from localrun.engine.facts import FinishReason, Json, ModelFacts, Timings
 from localrun.engine.options import EngineOptions, SamplingOptions, ThinkMode
 
+
+class _Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Base of all: immutable, compared by value, named on the wire by its class. `msgspec.structs.replace` makes changed copies."""
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(_Message, frozen=True, kw_only=True):
     """Base of what a user interface sends. `request` is assigned by `EngineProcess`."""
 
     request: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load(Command):
+class Load(Command, frozen=True, kw_only=True):
     """Closes the present model and loads another. Events: Loading*, then Ready."""
 
     path: str
     options: EngineOptions = field(default_factory=EngineOptions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generate(Command):
+class Conversation(Command, frozen=True, kw_only=True):
+    """Base of commands about a prompt made of messages.
+
+    Attributes:
+        messages: in the shape of the OpenAI API: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
+            `tool_calls`, ...
+        think: no reasoning, reasoning, or the longest reasoning.
+        tools: OpenAI `function` objects.
+        response_format: a JSON schema that the answer is asked to follow.
+        task: name of a quick-instruction task.
+        resume: the last message is an answer that was cut off and shall be continued.
+    """
+
+    messages: tuple[Mapping[str, Json], ...] = ()
+    think: ThinkMode = "off"
+    tools: tuple[Mapping[str, Json], ...] = ()
+    response_format: Mapping[str, Json] | None = None
+    task: str | None = None
+    resume: bool = False
+
+
+class Generate(Conversation, frozen=True, kw_only=True):
     """One answer to a whole conversation. Events: PromptProgress*, (Delta | ToolCall)*, then Finished.
 
     The sender hands over the full list every time; the engine reuses what its context already holds.
 
     Attributes:
-        messages: in the shape of the OpenAI API: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
-            `tool_calls`, ...
         tokens: the prompt as token ids instead of messages (models without a tokenizer, measurements).
-        think: no reasoning, reasoning, or the longest reasoning.
         max_tokens: bound of the answer; None: until the context is full.
-        tools: OpenAI `function` objects.
-        response_format: a JSON schema that the answer is asked to follow.
-        task: name of a quick-instruction task.
-        resume: the last message is an answer that was cut off and shall be continued.
         ignore_eos: go on after the end token (measurements).
     """
 
-    messages: tuple[Mapping[str, Json], ...] = ()
     tokens: tuple[int, ...] | None = None
-    think: ThinkMode = "off"
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_tokens: int | None = None
-    tools: tuple[Mapping[str, Json], ...] = ()
-    response_format: Mapping[str, Json] | None = None
-    task: str | None = None
-    resume: bool = False
     ignore_eos: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop(Command):
+class Stop(Command, frozen=True, kw_only=True):
     """Ends the running command `target` within one layer's time; too late or unknown targets are ignored. Has no event
     of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="StoppedError")`."""
 
     target: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GetStats(Command):
+class GetStats(Command, frozen=True, kw_only=True):
     """Counters, answered at once also in the middle of an answer. Events: Stats.
 
     Attributes:
@@ -85,29 +97,30 @@ class GetStats(Command):
     expert_map: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountTokens(Command):
-    """Length of a text in tokens, answered at once also in the middle of an answer. Events: TokenCount."""
+class CountTokens(Conversation, frozen=True, kw_only=True):
+    """Length in tokens of a text, or of the prompt that a conversation becomes; answered also in the middle of an answer.
+    Events: TokenCount.
 
-    text: str
+    Attributes:
+        text: counted as text alone; None: the conversation is.
+    """
+
+    text: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot(Command):
+class Snapshot(Command, frozen=True, kw_only=True):
     """Writes the session's state (tokens, KV) to a file, atomically. Events: Saved."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restore(Command):
+class Restore(Command, frozen=True, kw_only=True):
     """Reads a state that Snapshot wrote for the same model. Events: Restored."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalLogits(Command):
+class EvalLogits(Command, frozen=True, kw_only=True):
     """Logits of all positions of `tokens`, written as a .npy file, float32 (T, n_vocab). Events: PromptProgress*,
     EvalResult."""
 
@@ -115,8 +128,7 @@ class EvalLogits(Command):
     logits_path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalText(Command):
+class EvalText(Command, frozen=True, kw_only=True):
     """Perplexity of a text, and how far from a reference's distributions. Events: PromptProgress*, EvalTextResult.
 
     Attributes:
@@ -133,23 +145,20 @@ class EvalText(Command):
     reference_folder: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Close(Command):
+class Close(Command, frozen=True, kw_only=True):
     """Frees the model and ends the process. Events: Closed."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(_Message, frozen=True, kw_only=True):
     """Base of what the engine sends; `request` is the command that it answers."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loading(Event):
+class Loading(Event, frozen=True, kw_only=True):
     """Progress of a load, 0 to 1, and what is being done; once, where there is something to say, the lines of its plan."""
 
     progress: float
@@ -157,8 +166,7 @@ class Loading(Event):
     plan: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready(Event):
+class Ready(Event, frozen=True, kw_only=True):
     """The model is loaded; `plan` is what was planned (`planner.Plan.to_json`)."""
 
     facts: ModelFacts
@@ -166,10 +174,9 @@ class Ready(Event):
     plan: Mapping[str, Json] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptProgress(Event):
-    """Prefill: `done` of `total` prompt tokens are in the context; `reused` of them were there before; `elapsed_s` for
-    the rest."""
+class PromptProgress(Event, frozen=True, kw_only=True):
+    """Prefill: `done` of `total` prompt tokens are in the context; the first `reused` of them did not have to be computed (the
+    context or a saved state had them), the others have taken `elapsed_s`."""
 
     done: int
     total: int
@@ -177,8 +184,7 @@ class PromptProgress(Event):
     elapsed_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta(Event):
+class Delta(Event, frozen=True, kw_only=True):
     """A piece of the answer: whole characters, in order.
 
     Concatenated per kind they are the reasoning, the text, and the JSON arguments of the tool call that is being written (shown
@@ -191,8 +197,7 @@ class Delta(Event):
     tokens: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall(Event):
+class ToolCall(Event, frozen=True, kw_only=True):
     """A tool call that the model wrote, complete.
 
     Attributes:
@@ -210,8 +215,7 @@ class ToolCall(Event):
     tokens: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished(Event):
+class Finished(Event, frozen=True, kw_only=True):
     """The answer is over.
 
     Attributes:
@@ -230,8 +234,7 @@ class Finished(Event):
     tokens: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats(Event):
+class Stats(Event, frozen=True, kw_only=True):
     """Counters since the model was loaded.
 
     Attributes:
@@ -249,30 +252,26 @@ class Stats(Event):
     experts: Mapping[str, Json] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenCount(Event):
+class TokenCount(Event, frozen=True, kw_only=True):
     """Answer to CountTokens."""
 
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved(Event):
+class Saved(Event, frozen=True, kw_only=True):
     """Answer to Snapshot."""
 
     n_tokens: int
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restored(Event):
+class Restored(Event, frozen=True, kw_only=True):
     """Answer to Restore."""
 
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult(Event):
+class EvalResult(Event, frozen=True, kw_only=True):
     """Answer to EvalLogits."""
 
     n_tokens: int
@@ -280,8 +279,7 @@ class EvalResult(Event):
     elapsed_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalTextResult(Event):
+class EvalTextResult(Event, frozen=True, kw_only=True):
     """Answer to EvalText.
 
     Attributes:
@@ -304,13 +302,11 @@ class EvalTextResult(Event):
     top1_agreement: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Closed(Event):
+class Closed(Event, frozen=True, kw_only=True):
     """Answer to Close."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed(Event):
+class Failed(Event, frozen=True, kw_only=True):
     """A command failed; the engine lives on.
 
     Attributes:
@@ -325,5 +321,16 @@ class Failed(Event):
     trace: str = ""
 
 
-CLOSING_EVENTS = (Ready, Finished, Stats, TokenCount, Saved, Restored, EvalResult, EvalTextResult, Closed, Failed)
+CLOSING_EVENTS: tuple[type[Event], ...] = (
+    Ready,
+    Finished,
+    Stats,
+    TokenCount,
+    Saved,
+    Restored,
+    EvalResult,
+    EvalTextResult,
+    Closed,
+    Failed,
+)
 """Events after which nothing more comes for their request."""

@@ -1,22 +1,19 @@
 """Messages as bytes: one JSON object per line, checked against the types in `protocol` when it is read.
 
-Imports the standard library only, as `protocol` does.
-
-Departure from strict JSON: infinities and NaN are written as Python's `json` does; both ends are this module.
+msgspec checks types, missing and unknown fields; the text itself is Python's `json`, because messages carry what strict JSON has
+no form for: lone surrogates (file names that are not UTF-8), infinities and integers of any size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping
-from functools import cache
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
-from localrun.engine.process import protocol
-from localrun.engine.process.protocol import Command, Event
+import msgspec
+
+from localrun.engine.process.protocol import Command, Conversation, Event
 from localrun.errors import LocalrunError
 
 
@@ -28,78 +25,57 @@ class ProtocolError(LocalrunError, ValueError):
 M = TypeVar("M", bound=Command | Event)
 
 
+def messages(base: type[M]) -> Iterator[type[M]]:
+    """The messages that can be sent, of all that derive from `base`."""
+    for kind in cast(list[type[M]], base.__subclasses__()):
+        if kind is not Conversation:
+            yield kind
+        yield from messages(kind)
+
+
+_COMMANDS = {kind.__name__: kind for kind in messages(Command)}
+_EVENTS = {kind.__name__: kind for kind in messages(Event)}
+
+
 def encode(message: Command | Event) -> bytes:
-    """One line, ASCII, ending in a newline."""
-    body = {"type": type(message).__name__, **dataclasses.asdict(message)}
-    return json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n"
+    """One line, ASCII, ending in a newline. Raises TypeError for values that JSON has no form for."""
+    return json.dumps(msgspec.to_builtins(message), separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def decode_command(line: bytes) -> Command:
     """Inverse of `encode` for commands. Raises ProtocolError."""
-    return _decode(line, Command)
+    return _decode(line, "command", _COMMANDS)
 
 
 def decode_event(line: bytes) -> Event:
     """Inverse of `encode` for events. Raises ProtocolError."""
-    return _decode(line, Event)
+    return _decode(line, "event", _EVENTS)
 
 
-def _decode(line: bytes, base: type[M]) -> M:
+def _decode(line: bytes, what: str, kinds: dict[str, type[M]]) -> M:
     try:
         body = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {line[:80]!r} ({error})") from None
     if not isinstance(body, dict):
         raise ProtocolError(f"not a message: {line[:80]!r}")
-    kind = vars(protocol).get(str(body.get("type")))
-    if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
-        raise ProtocolError(f"unknown {base.__name__.lower()} {body.get('type')!r}")
-    del body["type"]
-    return typing.cast(M, _build(kind, body, kind.__name__))
+    name = body.get("type")
+    kind = kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ProtocolError(f"unknown {what} {name!r}")
+    try:
+        message = msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"{name}: {error}") from None
+    _refuse_unknown_parts(message, body)
+    return message
 
 
-@cache
-def _field_types(cls: type) -> dict[str, tuple[Any, bool]]:
-    """Name -> (type, is required)."""
-    hints = typing.get_type_hints(cls)
-    missing = dataclasses.MISSING
-    return {
-        f.name: (hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)
-    }
-
-
-def _build(cls: type, body: object, where: str) -> Any:
-    if not isinstance(body, dict):
-        raise ProtocolError(f"{where}: expected an object, got {type(body).__name__}")
-    known = _field_types(cls)
-    if unknown := body.keys() - known.keys():
-        raise ProtocolError(f"{where}: unknown field {sorted(unknown)[0]!r}")
-    for name, (_, required) in known.items():
-        if required and name not in body:
-            raise ProtocolError(f"{where}: field {name!r} is missing")
-    return cls(**{name: _convert(known[name][0], value, f"{where}.{name}") for name, value in body.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` says, checked. Knows the kinds of types that the messages use."""
-    if hint is Any:
-        return value
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (inner,) = (a for a in args if a is not type(None))
-        return _convert(inner, value, where)
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(args[0], v, where) for v in value)
-    if origin is Mapping and isinstance(value, dict):
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ProtocolError(f"{where}: {value!r:.80} is not {getattr(hint, '__name__', hint)}")
+def _refuse_unknown_parts(message: Command | Event, body: dict[str, Any]) -> None:
+    """msgspec overlooks fields that a dataclass lacks; messages have dataclasses at their top level only."""
+    for name, value in body.items():
+        part = getattr(message, name, None)
+        if dataclasses.is_dataclass(part):
+            unknown = value.keys() - {field.name for field in dataclasses.fields(part)}
+            if unknown:
+                raise ProtocolError(f"{body['type']}: unknown field `{min(unknown)}` - at `$.{name}`")

@@ -125,7 +125,7 @@ class Worker:
     def _count_tokens(self, command: CountTokens) -> None:
         if self._host is None:
             raise LocalrunError("no model is loaded")
-        self.send(TokenCount(request=command.request, n_tokens=self._host.count_tokens(command.text)))
+        self.send(TokenCount(request=command.request, n_tokens=self._host.count_tokens(command)))
 
     # --- main thread
 

@@ -10,17 +10,18 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
 from localrun.engine.process.process import EngineProcess, _cause_of_death
 from localrun.engine.process.protocol import (
+    CountTokens,
     Delta,
     EvalText,
     EvalTextResult,
@@ -202,7 +203,10 @@ def test_statistics_and_token_counts_come_in_the_middle_of_an_answer(engine: Eng
             assert stats.telemetry["misses"] > 0
             assert stats.rss_bytes > 0
             assert engine.count_tokens("Hello, world!") == 13
+            asked = engine.count(CountTokens(messages=HELLO))
             answered = True
+        if isinstance(event, Finished):
+            assert asked == event.timings.prompt_tokens
     assert answered
     end = time.monotonic() + 60
     while engine.stats().busy:  # the last event is sent a moment before the engine is free

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, fields
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localrun.engine.facts import ModelFacts, Timings
 from localrun.engine.options import EngineOptions, SamplingOptions
-from localrun.engine.process import protocol, wire
+from localrun.engine.process import protocol
 from localrun.engine.process.protocol import (
     CLOSING_EVENTS,
     Command,
+    Conversation,
     Delta,
     Event,
     Failed,
@@ -24,7 +27,7 @@ from localrun.engine.process.protocol import (
     Load,
     Stats,
 )
-from localrun.engine.process.wire import ProtocolError, decode_command, decode_event, encode
+from localrun.engine.process.wire import ProtocolError, decode_command, decode_event, encode, messages
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=10),
@@ -67,20 +70,20 @@ def example(kind: type) -> Any:
         "tokens": [1],
     }
     values["facts"]["has_tokenizer"] = True
-    body: dict[str, Any] = {"type": kind.__name__}
-    for name, (hint, required) in wire._field_types(kind).items():
-        if required:
-            simple = {int: 1, float: 0.5, str: "x", bool: True}
-            body[name] = values[name] if name in values else simple[hint]
+    simple = {int: 1, float: 0.5, str: "x", bool: True}
+    required = [field for field in msgspec.structs.fields(kind) if field.required]
+    body = {f.name: values[f.name] if f.name in values else simple[f.type] for f in required}
     decode = decode_command if issubclass(kind, Command) else decode_event
-    return decode(json.dumps(body).encode())
+    return decode(json.dumps({"type": kind.__name__, **body}).encode())
 
 
-MESSAGES = [
-    value
-    for value in vars(protocol).values()
-    if isinstance(value, type) and issubclass(value, (Command, Event)) and value not in (Command, Event)
-]
+MESSAGES: list[type] = [*messages(Command), *messages(Event)]
+
+
+def test_every_message_of_the_protocol_can_be_sent() -> None:
+    bases = (Command, Event, Conversation)
+    defined = [v for v in vars(protocol).values() if isinstance(v, type) and issubclass(v, (Command, Event))]
+    assert set(MESSAGES) == set(defined) - set(bases)
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -107,15 +110,23 @@ def test_docstrings_name_the_closing_event_of_a_command(kind: type) -> None:
         (b"{}", "unknown event None"),
         (b'{"type":"Load"}', "unknown event 'Load'"),
         (b'{"type":"Event","request":1}', "unknown event 'Event'"),
-        (b'{"type":"encode"}', "unknown event 'encode'"),
-        (b'{"type":"Delta","request":1,"text":""}', "'kind' is missing"),
-        (b'{"type":"Delta","request":1,"kind":"text","text":"","more":1}', "unknown field 'more'"),
-        (b'{"type":"Delta","request":1,"kind":"song","text":""}', "kind"),
-        (b'{"type":"Delta","request":true,"kind":"text","text":""}', "request"),
-        (b'{"type":"Delta","request":1.0,"kind":"text","text":""}', "request"),
-        (b'{"type":"Delta","request":1,"kind":"text","text":"","tokens":[1,"2"]}', "tokens"),
-        (b'{"type":"Stats","request":1,"busy":1,"context_used":0,"n_ctx":0,"rss_bytes":0,"telemetry":{}}', "busy"),
-        (b'{"type":"Finished","request":1,"reason":"eos","timings":[],"seed":1}', "timings"),
+        (b'{"type":"Json"}', "unknown event 'Json'"),
+        (b'{"type":["Delta"]}', "unknown event"),
+        (b'{"type":"Delta","request":1,"text":""}', "Delta: .*missing required field `kind`"),
+        (b'{"type":"Delta","request":1,"kind":"text","text":"","more":1}', "Delta: .*unknown field `more`"),
+        (b'{"type":"Delta","request":1,"kind":"song","text":""}', r"Delta: Invalid .*\.kind"),
+        (b'{"type":"Delta","request":true,"kind":"text","text":""}', r"Delta: Expected `int`.*\.request"),
+        (b'{"type":"Delta","request":1.0,"kind":"text","text":""}', r"Delta: Expected `int`.*\.request"),
+        (
+            b'{"type":"Delta","request":1,"kind":"text","text":"","tokens":[1,"2"]}',
+            r"`int`, got `str` - at `\$.tokens\[1\]`",
+        ),
+        (b'{"type":"Stats","request":1,"busy":1,"context_used":0,"n_ctx":0,"rss_bytes":0,"telemetry":{}}', r"\.busy"),
+        (b'{"type":"Finished","request":1,"reason":"eos","timings":[],"seed":1}', r"\.timings"),
+        (
+            b'{"type":"Finished","request":1,"reason":"eos","timings":{"x":1},"seed":1}',
+            r"unknown field `x` - at `\$.timings",
+        ),
     ],
 )
 def test_anything_else_is_refused(line: bytes, says: str) -> None:
@@ -123,9 +134,21 @@ def test_anything_else_is_refused(line: bytes, says: str) -> None:
         decode_event(line)
 
 
+def test_bases_are_no_messages() -> None:
+    with pytest.raises(ProtocolError, match="unknown command 'Conversation'"):
+        decode_command(b'{"type":"Conversation"}')
+
+
+def test_file_names_that_are_not_utf8_arrive_as_they_are() -> None:
+    name = os.fsdecode(b"/models/caf\xe9.gguf")
+    load = decode_command(encode(Load(path=name)))
+    assert isinstance(load, Load)
+    assert os.fsencode(load.path) == b"/models/caf\xe9.gguf"
+
+
 def test_options_are_checked_inside_commands() -> None:
     line = encode(Load(path="x", options=EngineOptions(math="int8"))).replace(b'"int8"', b'"int4"')
-    with pytest.raises(ProtocolError, match=r"Load.options.math"):
+    with pytest.raises(ProtocolError, match=r"Load: .*int4.*options.math"):
         decode_command(line)
 
 

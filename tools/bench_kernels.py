@@ -127,7 +127,7 @@ class Ggml:
 
 
 def _set_data(tensor: Any, address: int) -> None:
-    from localrun.ggml.library import Tensor
+    from localrun.ggml.structures import Tensor
 
     Tensor.from_address(tensor.value).data = address
 

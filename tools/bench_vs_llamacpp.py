@@ -163,16 +163,16 @@ class _Stock:
     def __init__(self, path: Path, variant: str) -> None:
         import llama_cpp as L
 
-        from localrun.ggml import library as ggml
         from localrun.ggml import log as llama_log
         from localrun.ggml.devices import without_gpus
+        from localrun.ggml.structures import TensorBuftOverride
 
         llama_log.install()
         L.llama_backend_init()
         params = L.llama_model_default_params()
         without_gpus(params)
         params.use_extra_bufts = variant == "default"
-        overrides = (ggml.TensorBuftOverride * 2)()
+        overrides = (TensorBuftOverride * 2)()
         if variant == "experts":
             overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
             overrides[0].buft = _repack_buffer_type()

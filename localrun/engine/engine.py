@@ -31,6 +31,7 @@ from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import GpuMemoryError, UsageError
+from localrun.ggml.structures import LLAMA_CPP_PYTHON_VERSION
 from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.paths import cache_dir
@@ -192,7 +193,8 @@ class Engine:
     @property
     def state_key(self) -> str:
         """32 hex digits: same key, interchangeable session snapshots."""
-        return xxhash.xxh3_128_hexdigest(f"{self.facts.identity} {self.options.kv_type}".encode())
+        parts = self.facts.identity, self.options.kv_type, LLAMA_CPP_PYTHON_VERSION  # whose format a state has
+        return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())
 
     def session(self, *, all_logits: bool = False, snapshots: SnapshotStore | None = None) -> Session:
         """A new, empty session.

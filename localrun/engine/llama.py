@@ -17,19 +17,17 @@ import numpy.typing as npt
 
 from localrun.engine.options import EngineOptions
 from localrun.errors import FormatError, LocalrunError
-from localrun.ggml import library as ggml
 from localrun.ggml import log as llama_log
 from localrun.ggml.devices import without_gpus
+from localrun.ggml.library import library
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 """Our names -> enum ggml_type (ggml.h)."""
 
 # enum llama_token_attr (llama.h)
-ATTR_UNKNOWN = 1 << 0
-ATTR_CONTROL = 1 << 3
-ATTR_USER_DEFINED = 1 << 4
-
-VOCAB_TYPE_NONE = 0  # enum llama_vocab_type
+ATTR_UNKNOWN: int = L.LLAMA_TOKEN_ATTR_UNKNOWN
+ATTR_CONTROL: int = L.LLAMA_TOKEN_ATTR_CONTROL
+ATTR_USER_DEFINED: int = L.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 DECODE_NO_SLOT = 1
 DECODE_ABORTED = 2
@@ -54,7 +52,7 @@ class Vocab:
     def __init__(self, model: Any) -> None:
         self._vocab = L.llama_model_get_vocab(model)
         self.n_tokens: int = L.llama_vocab_n_tokens(self._vocab)
-        self.has_tokenizer: bool = L.llama_vocab_type(self._vocab) != VOCAB_TYPE_NONE
+        self.has_tokenizer: bool = L.llama_vocab_type(self._vocab) != L.LLAMA_VOCAB_TYPE_NONE
 
     def text(self, token: int) -> str:
         """The token's entry as the file has it (byte-level BPE: mapped bytes, not text)."""
@@ -224,7 +222,7 @@ class StockModel:
 
     def __init__(self, path: Path) -> None:
         llama_log.install()
-        ggml.library()  # loads the backends of a portable build
+        library()  # loads the backends of a portable build
         L.llama_backend_init()
         params = L.llama_model_default_params()
         without_gpus(params)

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.ggml import library as ggml
+from localrun.ggml import structures as ggml
+from localrun.ggml.library import library
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class HostMemory:
     """
 
     def __init__(self, device: GpuDevice, n_bytes: int) -> None:
-        lib = ggml.library()
+        lib = library()
         buffer_type = lib.ggml_backend_dev_host_buffer_type(device.address)
         self._buffer = lib.ggml_backend_buft_alloc_buffer(buffer_type, n_bytes) if buffer_type else None
         self._pages: mmap.mmap | None = None
@@ -69,12 +70,12 @@ class HostMemory:
         self.array = np.zeros(0, np.uint8)
         buffer, self._buffer, self._pages = self._buffer, None, None  # plain pages go with their last array
         if buffer:
-            ggml.library().ggml_backend_buffer_free(buffer)
+            library().ggml_backend_buffer_free(buffer)
 
 
 def gpu_devices() -> list[GpuDevice]:
     """All devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out."""
-    lib = ggml.library()
+    lib = library()
     devices = []
     for index in range(lib.ggml_backend_dev_count()):
         address = lib.ggml_backend_dev_get(index)
@@ -116,7 +117,7 @@ def add_rpc_server(endpoint: str) -> None:
             f"--rpc {endpoint}: {error.strerror or error}",
             hint="start llama.cpp's `rpc-server -H ADDRESS -p PORT` there, or leave out --rpc",
         ) from error
-    lib = ggml.library()
+    lib = library()
     registry = lib.ggml_backend_reg_by_name(b"RPC")
     function = registry and lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
     if not function:

@@ -1,236 +1,65 @@
-"""All of ggml's and llama.cpp's C structures that localrun touches, in one place, checked against the library at first use.
+"""ggml's functions with their prototypes, looked up once per process, after a check that the library is the one we know.
 
-llama-cpp-python binds llama.cpp's public API; what is here are the parts of ggml below it: tensors, graphs, and the *internal*
-backend interface (`ggml/src/ggml-backend-impl.h`), which has no stability promise. So the library version is pinned and
-`library()` refuses to hand out anything unless real objects made by the C code have the fields where we expect them.
-Field order and sizes are those of the llama.cpp bundled with llama-cpp-python 0.3.36 (ggml 0.25.3).
+Two views of one library: `base()` is libggml-base alone, the number formats and what is pure arithmetic on them; loading it takes
+milliseconds. `library()` is all of it, through the handle of libllama that llama-cpp-python holds, and makes sure of three things
+before it hands out anything: the version, that `structures` fits objects made by the C code, and that `base()` and libllama use one
+copy of ggml. Opening libggml by a path of our own could load a second copy (the wheel has several names for each library), with
+tables and a registry of devices that llama.cpp never sees.
 """
 
 from __future__ import annotations
 
 import ctypes as C
 import functools
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from localrun.errors import IncompatibleLibraryError
+from localrun.ggml.structures import (
+    BACKEND_API_VERSION,
+    DEVICE_TYPE_CPU,
+    GGML_VERSION,
+    GLU_SWIGLU,
+    GLU_SWIGLU_CLAMP,
+    LLAMA_CPP_PYTHON_VERSION,
+    OP_GLU,
+    OP_MUL_MAT,
+    OP_MUL_MAT_ID,
+    OP_NONE,
+    OP_PERMUTE,
+    OP_RESHAPE,
+    OP_TRANSPOSE,
+    OP_VIEW,
+    TYPE_I32,
+    BufferInterface,
+    BufferType,
+    Device,
+    DeviceProps,
+    GgufInitParams,
+    InitParams,
+    Reg,
+    Tensor,
+    TypeTraits,
+)
 from localrun.paths import how_to_reinstall
 
-LLAMA_CPP_PYTHON_VERSION: Final = "0.3.36"
-GGML_VERSION: Final = "0.25.3"
-BACKEND_API_VERSION: Final = 2  # ggml-backend-impl.h, GGML_BACKEND_API_VERSION
-
-# ggml.h, enum ggml_op (position in the enum) and enum ggml_glu_op
-OP_NONE: Final = 0
-OP_MUL_MAT: Final = 29
-OP_MUL_MAT_ID: Final = 30
-OP_RESHAPE: Final = 36
-OP_VIEW: Final = 37
-OP_PERMUTE: Final = 38
-OP_TRANSPOSE: Final = 39
-OP_GLU: Final = 100
-GLU_SWIGLU: Final = 2
-GLU_SWIGLU_CLAMP: Final = 6
-
-TYPE_F32: Final = 0  # ggml.h, enum ggml_type
-TYPE_I32: Final = 26
-
-STATUS_FAILED: Final = -1  # ggml.h, enum ggml_status
-STATUS_SUCCESS: Final = 0
-STATUS_ABORTED: Final = 1
-
-DEVICE_TYPE_CPU: Final = 0  # ggml-backend.h, enum ggml_backend_dev_type
-DEVICE_TYPE_GPU: Final = 1
-DEVICE_TYPE_IGPU: Final = 2
-DEVICE_TYPE_ACCEL: Final = 3
-
-BUFFER_USAGE_WEIGHTS: Final = 1  # ggml-backend.h, enum ggml_backend_buffer_usage
-
 _P = C.c_void_p
-_F = C.CFUNCTYPE
+_Prototypes = Mapping[str, tuple[Any, ...]]
+"""function -> (result, *arguments)."""
 
-
-class Tensor(C.Structure):
-    """struct ggml_tensor (ggml.h): `ne` innermost dimension first, `nb` strides in bytes."""
-
-    _fields_ = [
-        ("type", C.c_int),
-        ("buffer", _P),
-        ("ne", C.c_int64 * 4),
-        ("nb", C.c_size_t * 4),
-        ("op", C.c_int),
-        ("op_params", C.c_int32 * 16),
-        ("flags", C.c_int32),
-        ("src", _P * 10),
-        ("view_src", _P),
-        ("view_offs", C.c_size_t),
-        ("data", _P),
-        ("name", C.c_char * 64),
-        ("extra", _P),
-        ("padding", C.c_char * 8),
-    ]
-
-
-class BufferTypeInterface(C.Structure):
-    """struct ggml_backend_buffer_type_i. Here and below names are returned as addresses: ctypes can't own a string for C."""
-
-    _fields_ = [
-        ("get_name", _F(_P, _P)),
-        ("alloc_buffer", _F(_P, _P, C.c_size_t)),
-        ("get_alignment", _F(C.c_size_t, _P)),
-        ("get_max_size", _F(C.c_size_t, _P)),
-        ("get_alloc_size", _F(C.c_size_t, _P, _P)),
-        ("is_host", _F(C.c_bool, _P)),
-    ]
-
-
-class BufferType(C.Structure):
-    """struct ggml_backend_buffer_type."""
-
-    _fields_ = [("iface", BufferTypeInterface), ("device", _P), ("context", _P)]
-
-
-class BufferInterface(C.Structure):
-    """struct ggml_backend_buffer_i."""
-
-    _fields_ = [
-        ("free_buffer", _F(None, _P)),
-        ("get_base", _F(_P, _P)),
-        ("init_tensor", _F(C.c_int, _P, _P)),
-        ("memset_tensor", _F(None, _P, _P, C.c_uint8, C.c_size_t, C.c_size_t)),
-        ("set_tensor", _F(None, _P, _P, _P, C.c_size_t, C.c_size_t)),
-        ("get_tensor", _F(None, _P, _P, _P, C.c_size_t, C.c_size_t)),
-        ("set_tensor_2d", _P),
-        ("get_tensor_2d", _P),
-        ("cpy_tensor", _F(C.c_bool, _P, _P, _P)),
-        ("clear", _F(None, _P, C.c_uint8)),
-        ("reset", _P),
-    ]
-
-
-class BackendInterface(C.Structure):
-    """struct ggml_backend_i."""
-
-    _fields_ = [
-        ("get_name", _F(_P, _P)),
-        ("free", _F(None, _P)),
-        ("set_tensor_async", _P),
-        ("get_tensor_async", _P),
-        ("set_tensor_2d_async", _P),
-        ("get_tensor_2d_async", _P),
-        ("cpy_tensor_async", _P),
-        ("synchronize", _P),
-        ("graph_plan_create", _P),
-        ("graph_plan_free", _P),
-        ("graph_plan_update", _P),
-        ("graph_plan_compute", _P),
-        ("graph_compute", _F(C.c_int, _P, _P)),
-        ("event_record", _P),
-        ("event_wait", _P),
-        ("graph_optimize", _P),
-    ]
-
-
-class Backend(C.Structure):
-    """struct ggml_backend."""
-
-    _fields_ = [("guid", _P), ("iface", BackendInterface), ("device", _P), ("context", _P)]
-
-
-class DeviceCaps(C.Structure):
-    """struct ggml_backend_dev_caps."""
-
-    _fields_ = [
-        ("async_", C.c_bool),
-        ("host_buffer", C.c_bool),
-        ("buffer_from_host_ptr", C.c_bool),
-        ("events", C.c_bool),
-        ("mmap_support", C.c_bool),
-    ]
-
-
-class DeviceProps(C.Structure):
-    """struct ggml_backend_dev_props."""
-
-    _fields_ = [
-        ("name", C.c_char_p),
-        ("description", C.c_char_p),
-        ("memory_free", C.c_size_t),
-        ("memory_total", C.c_size_t),
-        ("type", C.c_int),
-        ("device_id", C.c_char_p),
-        ("caps", DeviceCaps),
-    ]
-
-
-class DeviceInterface(C.Structure):
-    """struct ggml_backend_device_i."""
-
-    _fields_ = [
-        ("get_name", _F(_P, _P)),
-        ("get_description", _F(_P, _P)),
-        ("get_memory", _F(None, _P, C.POINTER(C.c_size_t), C.POINTER(C.c_size_t))),
-        ("get_type", _F(C.c_int, _P)),
-        ("get_props", _F(None, _P, C.POINTER(DeviceProps))),
-        ("init_backend", _F(_P, _P, C.c_char_p)),
-        ("get_buffer_type", _F(_P, _P)),
-        ("get_host_buffer_type", _P),
-        ("buffer_from_host_ptr", _P),
-        ("supports_op", _F(C.c_bool, _P, _P)),
-        ("supports_buft", _F(C.c_bool, _P, _P)),
-        ("offload_op", _P),
-        ("event_new", _P),
-        ("event_free", _P),
-        ("event_synchronize", _P),
-    ]
-
-
-class Device(C.Structure):
-    """struct ggml_backend_device."""
-
-    _fields_ = [("iface", DeviceInterface), ("reg", _P), ("context", _P)]
-
-
-class RegInterface(C.Structure):
-    """struct ggml_backend_reg_i."""
-
-    _fields_ = [
-        ("get_name", _F(_P, _P)),
-        ("get_device_count", _F(C.c_size_t, _P)),
-        ("get_device", _F(_P, _P, C.c_size_t)),
-        ("get_proc_address", _F(_P, _P, C.c_char_p)),
-    ]
-
-
-class Reg(C.Structure):
-    """struct ggml_backend_reg."""
-
-    _fields_ = [("api_version", C.c_int), ("iface", RegInterface), ("context", _P)]
-
-
-class InitParams(C.Structure):
-    """struct ggml_init_params."""
-
-    _fields_ = [("mem_size", C.c_size_t), ("mem_buffer", _P), ("no_alloc", C.c_bool)]
-
-
-class GgufInitParams(C.Structure):
-    """struct gguf_init_params (gguf.h)."""
-
-    _fields_ = [("no_alloc", C.c_bool), ("ctx", _P)]
-
-
-class TensorBuftOverride(C.Structure):
-    """struct llama_model_tensor_buft_override (llama.h): regex over tensor names -> buffer type."""
-
-    _fields_ = [("pattern", C.c_char_p), ("buft", _P)]
-
-
-_PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
-    # function -> (result, *arguments)
+_BASE: Final[_Prototypes] = {
     "ggml_version": (C.c_char_p,),
+    "ggml_get_type_traits": (C.POINTER(TypeTraits), C.c_int),
+    "ggml_quantize_init": (None, C.c_int),
+    "ggml_quantize_requires_imatrix": (C.c_bool, C.c_int),
+    "ggml_quantize_chunk": (C.c_size_t, C.c_int, _P, _P, C.c_int64, C.c_int64, C.c_int64, _P),
+}
+
+_ALL: Final[_Prototypes] = {
+    **_BASE,
     "ggml_init": (_P, InitParams),
     "ggml_free": (None, _P),
     "ggml_tensor_overhead": (C.c_size_t,),
@@ -306,40 +135,71 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
 
 
 class Library:
-    """ggml's functions with their prototypes as attributes; made once by `library()`.
+    """ggml's functions as attributes; made once by `base()` and once by `library()`."""
 
-    They are looked up through the handle of libllama that llama_cpp holds: opening libggml by a path of our own could load a
-    second copy of it (the wheel has several names for one library), with a registry of devices that llama.cpp never sees.
-    """
-
-    def __init__(self, handle: C.CDLL) -> None:
+    def __init__(self, handle: C.CDLL, prototypes: _Prototypes) -> None:
         self.handle = handle
-        for name, (result, *arguments) in _PROTOTYPES.items():
-            function = getattr(handle, name, None)
-            if function is None:
-                raise _misfit(f"{name} is missing")
+        for name, (result, *arguments) in prototypes.items():
+            # An object of our own for each function: those of the handle belong to llama-cpp-python, with its prototypes.
+            try:
+                function = handle[name]
+            except AttributeError:
+                raise _misfit(f"{name} is missing") from None
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        version = self.ggml_version().decode()
+        if version != GGML_VERSION:
+            raise _misfit(f"ggml is {version}, not {GGML_VERSION}")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"no prototype for {name} in localrun.ggml.library")
 
 
 @functools.cache
-def library() -> Library:
-    """Loads ggml and checks that our structures fit it.
+def base() -> Library:
+    """libggml-base alone: enough for `types`, without llama.cpp's model library and without its Python package.
 
     Raises:
-        IncompatibleLibraryError: another version, or a field is not where we expect it.
+        IncompatibleLibraryError: not installed, or another version.
+    """
+    folder = _folder()
+    names = sorted(name for name in os.listdir(folder) if name.startswith("libggml-base.")) if folder.is_dir() else []
+    if not names:
+        raise _misfit(f"{folder}: no libggml-base")
+    # libllama asks for the name with one number where there are several: the loader then finds that this one is loaded already.
+    numbered = [name for name in names if name.rpartition(".so.")[2].isdecimal()]
+    return Library(C.CDLL(str(folder / (numbered or names)[0])), _BASE)
+
+
+@functools.cache
+def library() -> Library:
+    """Loads ggml and llama.cpp and checks that our structures fit them.
+
+    Raises:
+        IncompatibleLibraryError: another version, two copies of ggml, or a field is not where we expect it.
     """
     import llama_cpp
 
     if llama_cpp.__version__ != LLAMA_CPP_PYTHON_VERSION:
         raise _misfit(f"llama-cpp-python is {llama_cpp.__version__}, not {LLAMA_CPP_PYTHON_VERSION}")
-    lib = Library(llama_cpp.llama_cpp._lib)
-    _load_backends(lib, Path(llama_cpp.__file__).parent / "lib")
+    lib = Library(llama_cpp.llama_cpp._lib, _ALL)
+    if _address(lib.ggml_quantize_chunk) != _address(base().ggml_quantize_chunk):
+        raise _misfit("libllama uses another copy of ggml than the one beside it")
+    _load_backends(lib, _folder())
     _check_fit(lib)
     return lib
+
+
+def _folder() -> Path:
+    """Where llama-cpp-python keeps its libraries; found without importing it, which would load libllama."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise _misfit("llama-cpp-python is not installed")
+    return Path(spec.origin).parent / "lib"
+
+
+def _address(function: Callable[..., Any]) -> int | None:
+    return C.cast(function, _P).value  # type: ignore[arg-type]
 
 
 def _load_backends(lib: Library, folder: Path) -> None:
@@ -366,9 +226,6 @@ def _misfit(what: str) -> IncompatibleLibraryError:
 
 
 def _check_fit(lib: Library) -> None:
-    version = lib.ggml_version().decode()
-    if version != GGML_VERSION:
-        raise _misfit(f"ggml is {version}, not {GGML_VERSION}")
     operations = {
         OP_MUL_MAT: b"MUL_MAT",
         OP_MUL_MAT_ID: b"MUL_MAT_ID",

@@ -1,33 +1,22 @@
-"""ggml's own description of its types: block sizes and dequantization to F32, as libggml-base exports them.
+"""ggml's number formats: sizes, names, and rows to F32 and back, as libggml-base has them.
 
-Knows nothing about experts. Any type that the installed library can dequantize works, new ones included.
+Knows nothing about experts, files or quantizers of our own. Any type that the installed library can dequantize works, new ones
+included. Functions that take addresses check nothing: their callers own the memory and know its size.
 """
 
 from __future__ import annotations
 
-import ctypes
+import ctypes as C
 import functools
-import os
 from dataclasses import dataclass
+from typing import Any
 
-import llama_cpp
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from localrun.errors import UnsupportedModelError
+from localrun.errors import IncompatibleLibraryError, UnsupportedModelError
+from localrun.ggml.library import base
 
-
-class _TypeTraits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml.h (ggml 0.25)."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block_elements", ctypes.c_int64),
-        ("block_interleave", ctypes.c_int64),
-        ("block_bytes", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
-    )
+_ToFloat = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +49,71 @@ class BlockType:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    folder = os.path.join(os.path.dirname(llama_cpp.__file__), "lib")
-    names = [name for name in sorted(os.listdir(folder)) if "ggml-base" in name]
-    library = ctypes.CDLL(os.path.join(folder, names[0]))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    return library
-
-
-@functools.cache
 def block_type(type_: GGMLQuantizationType) -> BlockType:
     """Layout of a ggml type.
 
     Raises:
         UnsupportedModelError: ggml can't turn this type into floats (integers, retired types).
+        IncompatibleLibraryError: ggml and the gguf package mean different things by this number.
     """
-    traits = _library().ggml_get_type_traits(int(type_))[0]
+    traits = base().ggml_get_type_traits(int(type_))[0]
     to_float = int(traits.to_float or 0)
     if not to_float and type_ != GGMLQuantizationType.F32:
         raise UnsupportedModelError(
             f"ggml can't dequantize type {type_.name}", hint="convert the model with another expert type"
         )
-    return BlockType(type_, int(traits.block_elements), int(traits.block_bytes), to_float)
+    found = ((traits.type_name or b"").decode().upper(), int(traits.block_elements), int(traits.block_bytes))
+    if found != (type_.name, *GGML_QUANT_SIZES[type_]):
+        raise IncompatibleLibraryError(
+            f"the bundled llama.cpp's type {int(type_)} is {found[0]}, not {type_.name} as gguf knows it"
+        )
+    return BlockType(type_, found[1], found[2], to_float)
+
+
+@functools.cache
+def needs_importance(type_: GGMLQuantizationType) -> bool:
+    """Whether `quantize` must be given importance for this type: ggml aborts the process where it is missing."""
+    return bool(base().ggml_quantize_requires_imatrix(int(type_)))
+
+
+def quantize(
+    type_: GGMLQuantizationType, values: int, n_rows: int, n_in: int, out: int, importance: int | None = None
+) -> int:
+    """ggml's quantizer; releases the interpreter lock and uses one thread.
+
+    It aborts the process on NaN, on rows that are no whole blocks, on missing importance, and where squares of tiny numbers vanish.
+
+    Args:
+        values: address of (n_rows, n_in) f32, contiguous.
+        out: address of the rows' bytes, `block_type(type_).row_bytes(n_in)` each.
+        importance: address of (n_in,) f32.
+
+    Returns:
+        Bytes written.
+    """
+    _prepare(type_)
+    return int(base().ggml_quantize_chunk(int(type_), values, out, 0, n_rows, n_in, importance))
+
+
+@functools.cache
+def _prepare(type_: GGMLQuantizationType) -> None:
+    """Computes the type's tables (some take a second) after a check that it is the type we mean; ggml locks."""
+    block_type(type_)
+    base().ggml_quantize_init(int(type_))
+
+
+def dequantize(type_: GGMLQuantizationType, rows: int, n_values: int, out: int) -> None:
+    """Whole blocks at address `rows` to `n_values` f32 at `out`; releases the interpreter lock.
+
+    Raises:
+        UnsupportedModelError: ggml can't (or, as for F32, need not) turn this type into floats.
+    """
+    _to_float(type_)(rows, out, n_values)
+
+
+@functools.cache
+def _to_float(type_: GGMLQuantizationType) -> Any:
+    address = block_type(type_).to_float
+    if not address:
+        raise UnsupportedModelError(f"{type_.name} needs no dequantization")
+    return _ToFloat(address)

@@ -25,10 +25,11 @@ from gguf import GGMLQuantizationType
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
-from localrun.ggml import library as ggml
 from localrun.ggml import log as llama_log
+from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
-from localrun.ggml.library import Tensor
+from localrun.ggml.library import library
+from localrun.ggml.structures import Tensor
 from localrun.offload.cache.drive_probe import DiskProfile, probe_disk
 from localrun.offload.cache.slots import SlotState
 from localrun.offload.cache.store import ExpertStore
@@ -417,7 +418,7 @@ def _metadata_int(source: ModelSource, key: str) -> int:
 def _load(source: ModelSource, options: OffloadOptions, pool: ExpertPool, dense: DenseMatrices) -> Any:
     import llama_cpp
 
-    lib = ggml.library()
+    lib = library()
     llama_cpp.llama_backend_init()
     header = source.gguf_header()
     metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
@@ -463,7 +464,7 @@ class _Filler:
         self, source: ModelSource, pool: ExpertPool, dense: DenseMatrices, progress: Callable[[int, int], None] | None
     ) -> None:
         self._source, self._pool, self._dense, self._progress = source, pool, dense, progress
-        self._lib = ggml.library()
+        self._lib = library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
         self._n_done = 0
         self.error: BaseException | None = None

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import align_up
-from localrun.ggml import library as ggml
+from localrun.ggml import structures as ggml
+from localrun.ggml.library import Library
 from localrun.offload.cache.policy import TAIL_TOKENS
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
@@ -76,7 +77,7 @@ MAX_EXPERTS: Final = 4096
 MAX_VARIANTS: Final = 16
 """Formats that experts of one layer may have."""
 
-# Byte offsets into struct ggml_tensor, from the structure that `ggml.library()` has checked
+# Byte offsets into struct ggml_tensor, from the structure that `library()` has checked
 _NE, _NB = ggml.Tensor.ne.offset, ggml.Tensor.nb.offset
 _OP, _PARAMS, _SRC = ggml.Tensor.op.offset, ggml.Tensor.op_params.offset, ggml.Tensor.src.offset
 _DATA, _EXTRA, _TYPE = ggml.Tensor.data.offset, ggml.Tensor.extra.offset, ggml.Tensor.type.offset
@@ -395,7 +396,7 @@ class Process:
     `python` is `int64 f(graph, index)`: nodes done, or one of the `*_ANSWER`s.
     """
 
-    def __init__(self, lib: ggml.Library, python: int) -> None:
+    def __init__(self, lib: Library, python: int) -> None:
         self.fields: npt.NDArray[np.int64] = np.zeros(P_FIELDS, np.int64)
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._lib = lib  # keeps the functions' library

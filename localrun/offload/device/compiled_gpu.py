@@ -24,8 +24,8 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from localrun.ggml import library as ggml
 from localrun.ggml.devices import GpuDevice, HostMemory
+from localrun.ggml.library import library
 from localrun.offload.kernels.lowlevel import (
     call_1,
     call_5,
@@ -183,7 +183,7 @@ class DeviceRecord:
     """A device's fields and host memory; `close` when nothing is under way."""
 
     def __init__(self, device: GpuDevice, backend: int, n_embd: int) -> None:
-        lib = ggml.library()
+        lib = library()
         sizes = MOST_PAIRS * MOST_PAIRS * 4, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
         self._memory = HostMemory(device, sum(sizes))
         ids = int(self._memory.array.ctypes.data)

@@ -29,8 +29,9 @@ import numpy.typing as npt
 
 from localrun.alignment import align_up
 from localrun.errors import DecodeError, LocalrunError, StoppedError
-from localrun.ggml import library as ggml
-from localrun.ggml.library import Tensor
+from localrun.ggml import structures as ggml
+from localrun.ggml.library import library
+from localrun.ggml.structures import Tensor
 from localrun.offload.device import compiled as native
 from localrun.offload.device.routing import swiglu
 from localrun.offload.device.view import View, view
@@ -85,7 +86,7 @@ class ExpertDevice:
     """
 
     def __init__(self) -> None:
-        self._lib = ggml.library()
+        self._lib = library()
         self._keep: list[Any] = []  # callbacks and structures that C points to
         self._owners: dict[int, Owner] = {}  # weights buffer address -> owner
         self._memory: dict[int, C.Array[C.c_char]] = {}  # weights buffer address -> its address space

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import DecodeError
-from localrun.ggml.library import Tensor
+from localrun.ggml.structures import Tensor
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]

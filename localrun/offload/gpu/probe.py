@@ -24,8 +24,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from localrun.errors import GpuMemoryError, LocalrunError
-from localrun.ggml import library as ggml
+from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
+from localrun.ggml.library import library
 from localrun.offload.cache.drive_probe import read_memory
 from localrun.offload.gpu.rates import GpuRates
 from localrun.offload.gpu.slots import MAX_PAIRS, GpuSlots, scratch_bytes
@@ -150,7 +151,7 @@ class _Experts:
         if len(self._slots.banks) < len(specs):
             self._slots.close()
             raise GpuMemoryError(f"{device.name}: no memory to measure with")
-        lib = ggml.library()
+        lib = library()
         for bank in self._slots.banks.values():
             lib.ggml_backend_buffer_clear(ggml.Tensor.from_address(bank.tensors[0]).buffer, _FILL)
         self._row_bytes = self._slots.banks[0, 0].row_bytes
@@ -185,7 +186,7 @@ class _Dense:
     """
 
     def __init__(self, device: GpuDevice, n: int) -> None:
-        self._device, self._lib = device, ggml.library()
+        self._device, self._lib = device, library()
         lib, f32 = self._lib, 0
         n_tensors = 2 * _DENSE_MATRICES + _NORMS + _BATCH_NORMS + 8
         size = n_tensors * lib.ggml_tensor_overhead() + 5 * lib.ggml_graph_overhead_custom(n_tensors, False)

@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from localrun.alignment import align_up
 from localrun.errors import BudgetError, DecodeError, LocalrunError
-from localrun.ggml import library as ggml
+from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
+from localrun.ggml.library import library
 from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
 from localrun.offload.device.view import F32, I32
 from localrun.offload.kernels import FfnSpec
@@ -41,7 +42,6 @@ MAX_SLOTS = 1024
 """Of a bank: more than any model has experts in a layer."""
 
 _GRAPH_NODES = 16
-_F32, _I32 = 0, 26  # enum ggml_type
 _SPARE_BYTES = 1 << 20
 _UPLOAD_BYTES = 4 << 20
 """Piece of an upload: what a graph may have to wait for."""
@@ -119,7 +119,7 @@ class GpuSlots:
     ) -> None:
         self.device = device
         self.banks: dict[BankKey, Bank] = {}
-        self._lib = ggml.library()
+        self._lib = library()
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._gallocr = 0
@@ -323,10 +323,10 @@ class GpuSlots:
 def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, one_token: bool) -> _Graph:
     """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
     fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
-    lib = ggml.library()
+    lib = library()
     n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
-    x = lib.ggml_new_tensor_3d(context, _F32, spec.n_embd, 1, n_columns)
-    ids = lib.ggml_new_tensor_2d(context, _I32, n_rows, n_columns)
+    x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
+    ids = lib.ggml_new_tensor_2d(context, ggml.TYPE_I32, n_rows, n_columns)
     gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
     if math.isinf(spec.limit):
         active = lib.ggml_swiglu_split(context, gate, up)
@@ -346,7 +346,7 @@ def _size(n_pairs: int) -> int:
 
 
 def _supports(device: GpuDevice, graph: int) -> bool:
-    lib = ggml.library()
+    lib = library()
     nodes = (lib.ggml_graph_node(graph, index) for index in range(lib.ggml_graph_n_nodes(graph)))
     return all(lib.ggml_backend_dev_supports_op(device.address, node) for node in nodes)
 
@@ -357,7 +357,7 @@ def _kinds(spec: FfnSpec) -> str:
 
 def _stacked(context: int, spec: FfnSpec, n_slots: int) -> tuple[int, int, int]:
     """Gate, up and down of a bank; nothing is allocated."""
-    lib = ggml.library()
+    lib = library()
     shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
     gate, up, down = (
         int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
@@ -372,7 +372,7 @@ def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
     Returns:
         0 if the device can't multiply with such experts at all, with a warning; `MAX_SLOTS` without a limit.
     """
-    lib = ggml.library()
+    lib = library()
 
     def fits(n_slots: int) -> bool:
         size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
@@ -392,7 +392,7 @@ def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
 
 def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
     """What `n_slots` experts take on the device, its padding included; nothing is allocated."""
-    lib = ggml.library()
+    lib = library()
     context = lib.ggml_init(ggml.InitParams(3 * lib.ggml_tensor_overhead() + 1024, None, True))
     try:
         buffer_type = lib.ggml_backend_dev_buffer_type(device.address)

@@ -1,33 +1,26 @@
 """F32 rows to any block type and back: by our quantizers where there are some (`k_quantize`), by ggml's for all other types.
 
-A thin binding of `ggml_quantize_chunk` (ggml.h) in the library that llama-cpp-python bundles, with the checks that the C code
-lacks: it aborts the process on NaN, on rows that are no whole blocks, on missing importance weights, and where squares of tiny
-numbers vanish. Everything that gets past `quantize_rows` is safe for it. Calls release the interpreter lock and use one thread:
-callers bring the threads.
+Which one, and the checks that the C code lacks: it aborts the process on NaN, on rows that are no whole blocks, on missing
+importance weights, and where squares of tiny numbers vanish. Everything that gets past `quantize_rows` is safe for it. Calls
+release the interpreter lock and use one thread: callers bring the threads.
 
-Knows nothing about files or tensors.
+Knows nothing about files or tensors; how ggml is called is `ggml.types`' business.
 """
 
 from __future__ import annotations
-
-import ctypes as C
-import functools
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from localrun.errors import FormatError, IncompatibleLibraryError
+from localrun.errors import FormatError
+from localrun.ggml import types
 from localrun.quant.formats import k_quantize, kernels
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _T = GGMLQuantizationType
-_NEEDS_WEIGHTS = frozenset({_T.IQ2_XXS, _T.IQ2_XS})
-"""Types of TYPES for which `ggml_quantize_requires_imatrix` holds; compared with the library when it is loaded."""
-
 _GRID_TYPES = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S})
 
 TYPES = _GRID_TYPES | {_T.MXFP4, _T.Q8_0, _T.Q6_K, _T.Q5_K, _T.Q4_K, _T.Q3_K, _T.Q2_K, _T.IQ4_XS}
@@ -43,63 +36,9 @@ _F16_MAX_BITS = np.uint32(np.float32(65504).view(np.uint32))
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
-class _TypeTraits(C.Structure):
-    """struct ggml_type_traits (ggml.h, the same in ggml 0.25.3)."""
-
-    _fields_ = [
-        ("type_name", C.c_char_p),
-        ("blck_size", C.c_int64),
-        ("blck_size_interleave", C.c_int64),
-        ("type_size", C.c_size_t),
-        ("is_quantized", C.c_bool),
-        ("to_float", C.c_void_p),
-        ("from_float_ref", C.c_void_p),
-    ]
-
-
-_ToFloat = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
-
-
-@functools.cache
-def _library() -> Any:
-    """The library, its tables set up. llama-cpp-python's handle: another copy of the same file would have its own tables.
-
-    Raises:
-        IncompatibleLibraryError: it knows other types than gguf does.
-    """
-    import llama_cpp.llama_cpp as bindings
-
-    library: Any = bindings._lib
-    try:
-        library.ggml_quantize_chunk.restype = C.c_size_t
-        library.ggml_quantize_chunk.argtypes = [C.c_int, C.c_void_p, C.c_void_p, *[C.c_int64] * 3, C.c_void_p]
-        library.ggml_quantize_init.restype, library.ggml_quantize_init.argtypes = None, [C.c_int]
-        library.ggml_quantize_requires_imatrix.restype = C.c_bool
-        library.ggml_quantize_requires_imatrix.argtypes = [C.c_int]
-        library.ggml_get_type_traits.restype = C.POINTER(_TypeTraits)
-        library.ggml_get_type_traits.argtypes = [C.c_int]
-    except AttributeError as error:
-        raise IncompatibleLibraryError(f"the bundled llama.cpp lacks a function: {error}") from error
-    for kind in TYPES:
-        traits = library.ggml_get_type_traits(int(kind)).contents
-        name = (traits.type_name or b"").decode().upper()
-        known = (name, (traits.blck_size, traits.type_size), library.ggml_quantize_requires_imatrix(int(kind)))
-        if known != (kind.name, GGML_QUANT_SIZES[kind], kind in _NEEDS_WEIGHTS):
-            raise IncompatibleLibraryError(
-                f"the bundled llama.cpp's type {int(kind)} is not {kind.name} as gguf knows it"
-            )
-    return library
-
-
-@functools.cache
-def _set_up(kind: GGMLQuantizationType) -> None:
-    """Computes the type's tables (some take a second); ggml does it once, under a lock of its own."""
-    _library().ggml_quantize_init(int(kind))
-
-
 def needs_weights(kind: GGMLQuantizationType) -> bool:
     """Whether the type can't be quantized without importance; `quantize_rows` then takes all channels as alike."""
-    return kind in _NEEDS_WEIGHTS
+    return types.needs_importance(kind)
 
 
 def prepare_weights(weights: Floats | None, n_in: int, kind: GGMLQuantizationType, where: str) -> Floats | None:
@@ -169,9 +108,8 @@ def quantize_rows(
         flushed = np.empty_like(values)
         kernels.flush_tiny(values.reshape(-1), _TINY, flushed.reshape(-1))
         values = flushed
-    _set_up(kind)
-    address = None if weights is None else weights.ctypes.data
-    written = _library().ggml_quantize_chunk(int(kind), values.ctypes.data, out.ctypes.data, 0, n_out, n_in, address)
+    importance = None if weights is None else weights.ctypes.data
+    written = types.quantize(kind, values.ctypes.data, n_out, n_in, out.ctypes.data, importance)
     assert written == size
     return out
 
@@ -200,10 +138,5 @@ def dequantize_rows(rows: Bytes, kind: GGMLQuantizationType, out: Floats | None 
     out = np.empty(n, np.float32) if out is None else out
     assert out.size == n
     assert out.flags.c_contiguous
-    _to_float(kind)(rows.ctypes.data, out.ctypes.data, n)
+    types.dequantize(kind, rows.ctypes.data, n, out.ctypes.data)
     return out
-
-
-@functools.cache
-def _to_float(kind: GGMLQuantizationType) -> Any:
-    return _ToFloat(_library().ggml_get_type_traits(int(kind)).contents.to_float)

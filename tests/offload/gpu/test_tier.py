@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType as QT
 
 from localrun.engine.llama import StockModel
 from localrun.errors import BudgetError, LocalrunError, UsageError
-from localrun.ggml import library as ggml
 from localrun.ggml.devices import GpuDevice, choose_gpus
-from localrun.ggml.library import Tensor
+from localrun.ggml.library import library
+from localrun.ggml.structures import Tensor
 from localrun.offload.gpu import slots as gpu_slots
 from localrun.offload.gpu.slots import MAX_SLOTS, most_slots, scratch_bytes, slot_bytes
 from localrun.offload.gpu.tier import share_out
@@ -170,7 +170,7 @@ def test_a_bank_is_no_larger_than_the_device_can_address(
 
 def first_tensor(graph: int) -> Tensor:
     """The weights of a graph's first product."""
-    return Tensor.from_address(Tensor.from_address(ggml.library().ggml_graph_node(graph, 0)).src[0])
+    return Tensor.from_address(Tensor.from_address(library().ggml_graph_node(graph, 0)).src[0])
 
 
 def test_unknown_gpus_and_dead_servers_are_named(gpu: GpuDevice) -> None:

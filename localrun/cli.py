@@ -1,82 +1,191 @@
 """The command line: parses arguments, runs one command, turns errors into a line, a hint and an exit code.
 
-Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted. Only the module of the chosen command is imported, and each of
-those imports what is heavy when it runs, so that `--help` is quick.
+Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted (128 and its number after another signal). Only the module of the
+chosen command is imported, and each of those imports what is heavy when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import io
 import os
+import re
+import signal
 import sys
-import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from localrun import __version__, paths
-from localrun.errors import LocalrunError, UsageError
+from localrun import __version__, interrupts, paths
+from localrun.errors import LocalrunError, UsageError, host_error
 from localrun.textsafe import visible_line
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",
     "run": "print one answer",
+    "list": "list the models on this machine",
+    "show": "show what a model is and where its bytes lie",
+    "plan": "say what fits where on a machine, and how fast it will be",
     "convert": "convert an official checkpoint",
     "verify": "check every checksum of a converted model",
     "eval": "logits, perplexity, comparison with a reference",
-    "plan": "what fits where on a machine, and how fast it will be",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
     "completion": "print a script that completes commands and options in a shell",
 }
 """Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+_MODULES = {"list": "list_models"}
+"""Where a module has another name than its command."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, interrupts.EXIT_INTERRUPTED
 
 EXAMPLES = """\
 examples:
   localrun chat                                    the demo model
-  localrun chat ~/models/DeepSeek-V4-Flash         an official checkpoint as it lies
+  localrun chat ~/models/DeepSeek-V4-Flash         an official checkpoint, as downloaded
   localrun run -p "What is a mixture of experts?"
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = sys.argv[1:] if given is None else list(given)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the life of the process
+            setattr(sys, name, _Closed() if name == "stdout" else open(os.devnull, "w"))  # noqa: SIM115  # for the process's life
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, and nothing fails
+    with _signals(ending=given is None):
+        code = _guarded(arguments)
+        _leave_stdout()
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Runs the command; whatever happens becomes an exit code."""
     try:
-        parser = _parser([a for a in arguments if not a.startswith("-")][:1])
-        try:
-            args = parser.parse_args(arguments)
-        except SystemExit as leave:  # --help: 0, wrong usage: 2
-            return int(leave.code or 0)
-        if args.command is None:
-            parser.print_help(sys.stderr)
-            return EXIT_USAGE
-        _prepare_cache(args)
-        return int(import_module(f"localrun.commands.{args.command}").run(args))
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as leave:
+        return int(leave.code or 0)
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        return EXIT_FAILED  # whoever read our output has gone: nobody to tell
     except Exception as error:
         return _report(error, debug="--debug" in arguments)
 
 
+def _run(arguments: list[str]) -> int:
+    parser = _parser([a for a in arguments if not a.startswith("-")][:1])
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as leave:  # --help: 0, wrong usage: 2
+        return int(leave.code or 0)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    _prepare_cache(args)
+    return int(_module(args.command).run(args))
+
+
+def _module(command: str) -> Any:
+    return import_module(f"localrun.commands.{_MODULES.get(command, command)}")
+
+
+class _Closed(io.StringIO):
+    """Standard output that whoever started us has closed. Saying nothing there is fine; an answer must not vanish."""
+
+    refuses = True
+
+    def write(self, text: str) -> int:
+        if text:
+            raise LocalrunError("standard output is closed", hint="redirect it to a file, or to /dev/null")
+        return 0
+
+
+@contextlib.contextmanager
+def _signals(*, ending: bool) -> Iterator[None]:
+    """How signals end a command. SIGTERM and SIGHUP do it as an error would: what is open is closed, the engine ends, the last
+    event is written.
+
+    Args:
+        ending: the process ends with the block: what comes later must not break off its end.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    handlers: dict[str, tuple[Any, Any]] = {
+        "SIGINT": (signal.default_int_handler, interrupts.Once()),
+        "SIGTERM": (signal.SIG_DFL, end),
+        "SIGHUP": (signal.SIG_DFL, end),
+    }
+    installed = {}
+    for name, (usual, ours) in handlers.items():
+        number = getattr(signal, name, None)
+        with contextlib.suppress(ValueError):  # not the main thread
+            # Who ignores hang-ups (nohup) or interrupts (a shell's background) wants us to go on.
+            if number is not None and signal.getsignal(number) == usual:
+                signal.signal(number, ours)
+                installed[number] = usual
+    try:
+        yield
+    finally:
+        for number, usual in installed.items():
+            signal.signal(number, signal.SIG_IGN if ending else usual)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that names the flag or command that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"error: {visible_line(message)}", file=sys.stderr)
+        if hint := self._hint(message):
+            print(f"hint: {visible_line(hint)}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+    def _hint(self, message: str) -> str | None:
+        if match := re.fullmatch(r"unrecognized arguments: (.*)", message):
+            return self._for_unknown(match[1].split(" ")[0])
+        if match := re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from .*\)", message, re.S):
+            near = difflib.get_close_matches(match[1], COMMANDS, 1)
+            if near:
+                return f"did you mean: localrun {near[0]}"
+            if re.search(r"\s", match[1]):
+                return "to ask a question: localrun run -p TEXT"
+            if Path(match[1]).exists():
+                return f"to talk to that model: localrun chat {match[1]}"
+        return f"{self.prog} --help has examples"
+
+    def _for_unknown(self, flag: str) -> str:
+        known = [name for parser in self._all() for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag.split("=")[0], known, 1)
+        if near:
+            return f"did you mean {near[0]}?"
+        if not flag.startswith("-"):
+            return "a text of several words needs quotes"
+        return f"{self.prog} --help lists all options"
+
+    def _all(self) -> list[argparse.ArgumentParser]:
+        """This parser and those of its commands."""
+        subs = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [self, *(parser for action in subs for parser in action.choices.values())]
+
+
 def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
     """A parser of all commands; only those named in `with_options` get theirs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="localrun",
         description="Runs DeepSeek-V4-Flash and V4-Pro on one workstation, offline.",
         epilog=EXAMPLES,
@@ -89,7 +198,7 @@ def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in with_options:
-            import_module(f"localrun.commands.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
             command.set_defaults(open_ui=_open_ui, whole_parser=lambda: _parser(COMMANDS))
             command.add_argument(
                 "--cache-dir", type=Path, metavar="DIR", help="where rebuildable things are kept (~/.cache/localrun)"
@@ -102,7 +211,7 @@ def _prepare_cache(args: argparse.Namespace) -> None:
     """Obeys `--cache-dir`. A cache that keeps nothing costs time, so it is said and nothing fails."""
     if args.cache_dir is not None:
         paths.use_cache_dir(args.cache_dir)
-    if args.command != "doctor" and (problem := paths.cache_problem()):
+    if args.command not in ("doctor", "completion") and (problem := paths.cache_problem()):
         print(f"warning: the cache can't be used: {visible_line(problem)}", file=sys.stderr)
         print(
             "hint: --cache-dir DIR names a writable folder; without one, kernels are compiled each time",
@@ -120,8 +229,11 @@ def _open_ui(*arguments: Any, **options: Any) -> int:
 def _report(error: Exception, *, debug: bool) -> int:
     """Prints what went wrong; returns the exit code."""
     if debug:
+        import traceback
+
         traceback.print_exception(error)
     hint = None
+    error = host_error(error) or error
     if isinstance(error, LocalrunError):
         message, hint = str(error), error.hint
     elif isinstance(error, OSError) and error.strerror:
@@ -133,6 +245,15 @@ def _report(error: Exception, *, debug: bool) -> int:
     if hint:
         print(f"hint: {visible_line(hint)}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _leave_stdout() -> None:
+    """Python flushes at exit and would complain once more about an output that failed before."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ The command line prints both and no traceback. `assert` is for our own bugs only
 
 from __future__ import annotations
 
+import errno
+
 
 class LocalrunError(Exception):
     """Base of all expected failures.
@@ -74,3 +76,36 @@ class IncompatibleLibraryError(LocalrunError, ImportError):
 
 class UsageError(LocalrunError, ValueError):
     """Wrong command line or option value (exit code 2)."""
+
+
+class HostError(LocalrunError, OSError):
+    """The system refuses what every program needs: a home folder, processes, threads, memory, file handles."""
+
+
+def host_error(error: BaseException) -> HostError | None:
+    """What an unexpected exception says about the machine rather than about localrun; None: nothing."""
+    if isinstance(error, MemoryError):
+        return HostError(
+            "the system has no more memory for this process", hint="close other programs, or give less by --ram"
+        )
+    text = str(error)
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return HostError(
+            "the system allows this user no more threads",
+            hint="raise the limit (ulimit -u, the container's pids limit), or give fewer --threads",
+        )
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return HostError("no home folder to replace ~ by", hint="set HOME, or write the path without ~")
+    if isinstance(error, OSError) and not isinstance(error, LocalrunError):
+        if error.errno == errno.EAGAIN and error.filename is None:
+            return HostError(
+                "the system allows this user no more processes",
+                hint="raise the limit (ulimit -u, the container's pids limit)",
+            )
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return HostError("the system allows no more open files", hint="raise the limit (ulimit -n)")
+        if error.errno == errno.ENOMEM:
+            return HostError(
+                "the system has no more memory for this process", hint="close other programs, or give less by --ram"
+            )
+    return None

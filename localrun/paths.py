@@ -1,6 +1,7 @@
-"""All paths that localrun writes to, by the XDG base directory specification (freedesktop.org, version 0.8).
+"""All paths that localrun writes to: on Linux by the XDG base directory specification, elsewhere where the system keeps such things
+(platformdirs).
 
-`LOCALRUN_CACHE_DIR` and `LOCALRUN_DATA_DIR` override; nothing else in the package composes such a path.
+`LOCALRUN_CACHE_DIR`, `LOCALRUN_DATA_DIR` and `LOCALRUN_CONFIG_DIR` override; nothing else in the package composes such a path.
 """
 
 from __future__ import annotations
@@ -12,22 +13,57 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from localrun.errors import HostError
+
 _PROBE_BYTES = 1 << 20
 """A full drive still makes empty files; the compiled kernels of one type are some hundred kilobytes."""
 
 
-def _xdg(override: str, variable: str, default: str) -> Path:
+def home() -> Path:
+    """The user's home folder.
+
+    Raises:
+        HostError: HOME is empty, and no entry of the passwd database has another.
+    """
+    own = os.environ.get("HOME", "")
+    if not own and os.name == "posix":
+        import pwd
+
+        try:
+            own = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            own = ""
+    elif not own:
+        own = os.path.expanduser("~")
+    if not os.path.isabs(own):
+        raise HostError(
+            f"no home folder: HOME is {own!r}, and user {os.getuid()} has none in the passwd database",
+            hint="set HOME, or LOCALRUN_CACHE_DIR, LOCALRUN_DATA_DIR and LOCALRUN_CONFIG_DIR, to folders that you may write to",
+        )
+    return Path(own)
+
+
+def _folder(override: str, kind: str, variable: str, default: str) -> Path:
+    """A folder of ours.
+
+    Args:
+        kind: platformdirs' name of it.
+        variable, default: of the XDG specification.
+    """
     if own := os.environ.get(override):
         return Path(own)
+    if sys.platform != "linux":
+        import platformdirs
+
+        return Path(getattr(platformdirs, f"user_{kind}_path")("localrun", appauthor=False))
+    # platformdirs takes relative values, which the specification says to ignore, and "~" for a home folder that isn't there.
     base = os.environ.get(variable, "")
-    # The specification says to ignore relative values.
-    root = Path(base) if base and os.path.isabs(base) else Path.home() / default
-    return root / "localrun"
+    return (Path(base) if os.path.isabs(base) else home() / default) / "localrun"
 
 
 def cache_dir() -> Path:
     """Rebuildable things: compiled kernels, disk probes, routing profiles, the converted demo model, KV snapshots."""
-    return _xdg("LOCALRUN_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+    return _folder("LOCALRUN_CACHE_DIR", "cache", "XDG_CACHE_HOME", ".cache")
 
 
 def use_cache_dir(folder: Path) -> None:
@@ -77,12 +113,12 @@ def kernel_dir() -> Path:
 
 def data_dir() -> Path:
     """Things that belong to the user: conversations."""
-    return _xdg("LOCALRUN_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+    return _folder("LOCALRUN_DATA_DIR", "data", "XDG_DATA_HOME", ".local/share")
 
 
 def config_dir() -> Path:
     """The user's settings file."""
-    return _xdg("LOCALRUN_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
+    return _folder("LOCALRUN_CONFIG_DIR", "config", "XDG_CONFIG_HOME", ".config")
 
 
 def how_to_reinstall() -> str:

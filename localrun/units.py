@@ -7,7 +7,6 @@ import re
 from localrun.errors import UsageError
 
 _UNITS = {
-    "": 1,
     "B": 1,
     "KB": 10**3,
     "MB": 10**6,
@@ -23,17 +22,33 @@ _UNITS = {
     "T": 2**40,
 }
 
+_MAX_BYTES = 2**60
+
 
 def parse_size(text: str) -> int:
-    """Bytes of `8GiB`, `500MB`, `1.5G` (a bare letter means the binary unit) or a plain number.
+    """Bytes of `8GiB`, `500MB`, `1.5G` (a bare letter means the binary unit), or 0.
 
     Raises:
-        UsageError: not a size, or negative.
+        UsageError: not a size, negative, or without a unit: nobody means 24 bytes.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
+    if match is None or (match[2] and match[2].upper() not in _UNITS):
         raise UsageError(f"'{text}' is not a size", hint="write for example 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    number = float(match[1])
+    if not match[2] and number:
+        raise UsageError(f"'{text}' has no unit", hint=f"did you mean {_likely(match[1])}?")
+    size = number * _UNITS[match[2].upper() or "B"]
+    if size > _MAX_BYTES:
+        raise UsageError(f"'{text}' is larger than any machine", hint="write for example 8GiB or 500MB")
+    return int(size)
+
+
+def _likely(number: str) -> str:
+    """A bare number with the unit that it was most likely meant in."""
+    value = float(number)
+    if value < 4096:
+        return f"{number}GiB"
+    return f"{number}MiB" if value < 2**22 else f"{number}B ({format_size(value)})"
 
 
 def format_size(n_bytes: float) -> str:

@@ -117,7 +117,12 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ["eval"],
         ["eval", "model"],
         ["eval", "model", "--tokens", "a.json", "--text", "b.txt"],
-        ["run", "model"],  # nothing to answer
+        ["run"],  # nothing to answer
+        ["run", "-p", "x", "--threads", "100000"],
+        ["run", "-p", "x", "--max-tokens", "0"],
+        ["run", "-p", "x", "--max-tokens", "-1"],
+        ["run", "-p", "x", "--ram", "24"],
+        ["run", "-p", "x", "--batch", "0"],
     ],
 )
 def test_wrong_usage_is_2_and_says_why_on_stderr(arguments: list[str]) -> None:
@@ -258,7 +263,7 @@ def test_eval_compares_with_a_reference(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{}", "[]", "[1.5]", '["a"]', "[true]", "nonsense"])
 def test_eval_refuses_what_is_no_list_of_ids(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ids.json").write_text(text)
-    arguments = ["eval", "model", "--tokens", str(tmp_path / "ids.json"), "--logits", str(tmp_path / "out.npy")]
+    arguments = ["eval", str(tmp_path), "--tokens", str(tmp_path / "ids.json"), "--logits", str(tmp_path / "out.npy")]
     assert cli.main(arguments) == 2
     assert "ids.json" in capsys.readouterr().err
 

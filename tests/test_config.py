@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from localrun import config
-from localrun.config import EngineSettings, SamplingSettings, Settings
+from localrun.config import Settings
 from localrun.errors import UsageError
 
 
@@ -24,8 +24,7 @@ def test_nothing_given_means_defaults(path: Path) -> None:
 def test_file_overrides_defaults_and_environment_overrides_the_file(path: Path) -> None:
     path.write_text('[engine]\nram = "8GiB"\ncontext = 4096\n[sampling]\ntemperature = 0.5\n')
     settings = config.load(path, {"LOCALRUN_CONTEXT": "100", "LOCALRUN_MODEL": "/m"})
-    assert settings.engine == EngineSettings(ram=8 * 2**30, context=100, model="/m")
-    assert settings.sampling == SamplingSettings(temperature=0.5)
+    assert settings == Settings().changed(ram=8 * 2**30, context=100, model="/m", temperature=0.5)
 
 
 def test_empty_variables_count_as_unset(path: Path) -> None:
@@ -56,7 +55,19 @@ def test_wrong_variable_is_named(path: Path) -> None:
         config.load(path, {"LOCALRUN_THREADS": "two"})
 
 
-def test_every_setting_is_described() -> None:
-    for table in (EngineSettings, SamplingSettings):
-        for field in dataclasses.fields(table):
-            assert f"        {field.name}: " in (table.__doc__ or ""), field.name
+@pytest.mark.parametrize(
+    "text", ["[models]\nbig = 3", '[models]\n"a/b" = "/m"', '[models]\n" a" = "/m"', '[models]\n"" = "/m"']
+)
+def test_names_of_models_are_checked(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"\[models\]"):
+        config.load(path, {})
+
+
+def test_only_what_was_typed_overrides(path: Path) -> None:
+    path.write_text("[engine]\ncontext = 4096\n[models]\nbig = '/m'\n")
+    settings = config.load(path, {})
+    typed = SimpleNamespace(context=None, threads=3, max_tokens=0, option_names=())
+    changed = settings.overridden(typed, ("context", "threads"))
+    assert (changed["context"], changed["threads"], changed["max_tokens"]) == (4096, 3, None)
+    assert changed.models == {"big": "/m"}

@@ -12,55 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from localrun.engine.planner.hardware import Gpu, Hardware, described
+from localrun.engine.planner.boxes import BOXES, Box
 from localrun.engine.planner.hit_rates import Curve
 from localrun.engine.planner.plan import Plan, Settings
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Range
 from localrun.errors import BudgetError
-
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A machine. Rates in GB/s."""
-
-    name: str
-    ram_gib: int
-    memory: float
-    threads: int
-    disk: float
-    n_drives: int = 1
-    vram_gib: tuple[int, ...] = ()
-    gpu: float = 0.0
-
-    @property
-    def hardware(self) -> Hardware:
-        """For the planner."""
-        return described(
-            ram_bytes=self.ram_gib * GIB,
-            n_threads=self.threads,
-            gpus=[Gpu.described(size * GIB, bytes_per_s=self.gpu * 1e9) for size in self.vram_gib],
-            disk=self.disk * 1e9,
-            memory=self.memory * 1e9,
-            n_drives=self.n_drives,
-        )
-
-
-BOXES = (
-    Box("no GPU, 32 GB", 32, 45, 8, 3.5),
-    Box("no GPU, 128 GB", 128, 65, 16, 6.0),
-    Box("12 GB GPU, 32 GB", 32, 45, 8, 3.5, vram_gib=(12,), gpu=360),
-    Box("16 GB GPU, 64 GB", 64, 70, 8, 6.0, vram_gib=(16,), gpu=670),
-    Box("24 GB GPU, 64 GB", 64, 70, 12, 6.0, vram_gib=(24,), gpu=930),
-    Box("32 GB GPU, 64 GB", 64, 80, 16, 10.0, vram_gib=(32,), gpu=1700),
-    Box("24 GB GPU, 128 GB", 128, 70, 16, 6.0, vram_gib=(24,), gpu=930),
-    Box("2 x 24 GB GPU, 256 GB, 2 drives", 256, 180, 24, 6.0, n_drives=2, vram_gib=(24, 24), gpu=930),
-)
 
 
 def cell(plan: Plan) -> tuple[str, str, str, str]:

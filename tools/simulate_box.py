@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.engine.planner import speed
+from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.hardware import Hardware, detect
 from localrun.engine.planner.plan import Plan, Settings, residency
 from localrun.engine.planner.planner import make_plan
@@ -33,7 +34,6 @@ from localrun.errors import BudgetError, LocalrunError
 from localrun.offload.cache.policy import Key
 from localrun.offload.cache.trace import Call, Trace, TraceHeader
 from localrun.units import parse_size
-from tools.plan_table import BOXES
 from tools.simulate_cache import Step, Workload, engine_misses, learn, steps_of, synthetic_calls
 
 READ_START_S = 0.2e-3

@@ -34,28 +34,28 @@ DEFAULT_PROMPT_TOKENS, DEFAULT_NEW_TOKENS = 2048, 32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun bench`."""
     parser.epilog = EXAMPLES
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
-    )
+    common.add_model_argument(parser)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=common.count(0),
         default=DEFAULT_PROMPT_TOKENS,
         metavar="N",
         help=f"longest context; decode is measured at 0, N/4 and N ({DEFAULT_PROMPT_TOKENS})",
     )
     what.add_argument(
         "--new-tokens",
-        type=int,
+        type=common.count(1),
         default=DEFAULT_NEW_TOKENS,
         metavar="N",
         help=f"tokens decoded at each context length ({DEFAULT_NEW_TOKENS})",
     )
     what.add_argument("--frontiers", metavar="N,N,...", help="these context lengths instead")
     what.add_argument("--text", type=Path, metavar="FILE", help="tokens of this text (default: random ids)")
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the random ids (0)")
-    what.add_argument("--warm-up", type=int, default=32, metavar="N", help="tokens fed before, not counted (32)")
+    what.add_argument("--seed", type=common.count(0), default=0, metavar="N", help="of the random ids (0)")
+    what.add_argument(
+        "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens fed before, not counted (32)"
+    )
     what.add_argument(
         "--time-limit", type=float, default=600, metavar="S", help="leave out what would take longer (600 s)"
     )
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     out = Output()
     settings = common.settings_of(args)
-    path = common.model_path(settings, out)
+    path = common.model_path(args, settings, out)
     load_options = common.engine_options(settings)
     # Without --context the context is as long as the measurement needs.
     load_options = replace(load_options, n_ctx=load_options.n_ctx or options.n_tokens)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import select
 import sys
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from localrun import config
-from localrun.commands import common, demo
+from localrun import config, interrupts
+from localrun.commands import common, demo, models
 from localrun.commands.output import Output
+from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Delta, Finished, Generate, Loading, Ready
 from localrun.errors import LocalrunError
@@ -37,9 +39,7 @@ HELP = "Enter sends. /new starts over, /exit or Ctrl-D leaves, Ctrl-C ends an an
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun chat`."""
     parser.epilog = EXAMPLES
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
-    )
+    common.add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--plain", action="store_true", help="line by line, for simple terminals and screen readers")
     common.add_sampling_arguments(parser)
@@ -51,8 +51,12 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     settings = common.settings_of(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
+    options = common.engine_options(settings)
+    named = common.named_path(args, settings)
+    if args.model is None and settings["model"] is None and interactive:
+        named = models.last()
     if interactive and not args.plain:
-        return _run_ui(args, settings)
+        return _run_ui(args, settings, options, named)
     with common.engine_process(args, out) as engine:
         plan: dict[str, Any] = {}
 
@@ -60,11 +64,13 @@ def run(args: argparse.Namespace) -> int:
             if isinstance(event, Ready):
                 plan.update(event.plan)
 
-        facts = common.load(engine, common.model_path(settings, out), common.engine_options(settings), out, each=keep)
+        facts = common.load(engine, named or common.demo_model(out), options, out, each=keep)
+        if named is not None:
+            models.remember(named)
         template = Generate(
-            think=settings.sampling.think,
-            sampling=common.sampling_options(settings, args.seed),
-            max_tokens=args.max_tokens,
+            think=settings["think"],
+            sampling=common.sampling_options(settings),
+            max_tokens=settings["max_tokens"],
         )
         chat = _Chat(engine, template, args.system, out, plan)
         if not interactive:
@@ -79,27 +85,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_ui(args: argparse.Namespace, settings: config.Settings) -> int:
+def _run_ui(args: argparse.Namespace, settings: config.Settings, options: EngineOptions, named: Path | None) -> int:
     """Opens the terminal UI; the demo model is prepared while it is up."""
-    named = settings.engine.model
+    if named is not None:
+        models.remember(named)
     with EngineProcess() as engine:
         engine.start()  # it imports its libraries while the interface imports its own
-        return _open_ui(args, settings, named, engine)
-
-
-def _open_ui(args: argparse.Namespace, settings: config.Settings, named: str | None, engine: EngineProcess) -> int:
-    return int(
-        args.open_ui(
-            Path(named).expanduser() if named is not None else None,
-            common.engine_options(settings),
-            engine=engine,
-            prepare=None if named is not None else demo.converted,
-            sampling=common.sampling_options(settings, args.seed),
-            think=settings.sampling.think,
-            system=args.system or "",
-            max_tokens=args.max_tokens,
+        return int(
+            args.open_ui(
+                named,
+                options,
+                engine=engine,
+                prepare=None if named is not None else demo.converted,
+                sampling=common.sampling_options(settings),
+                think=settings["think"],
+                system=args.system or "",
+                max_tokens=settings["max_tokens"],
+                fresh=args.model is not None,
+            )
         )
-    )
 
 
 class _Chat:
@@ -138,10 +142,12 @@ class _Chat:
 def _loop(chat: _Chat, out: Output) -> None:
     """Reads lines until the user leaves."""
     with contextlib.suppress(ImportError):  # not on every platform
-        import readline  # noqa: F401  # gives input() editing and history
+        import readline  # gives input() editing and history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
-            text = input("> ").strip()
+            text = _read_message().strip()
         except (EOFError, KeyboardInterrupt):
             out.note("")
             return
@@ -156,8 +162,24 @@ def _loop(chat: _Chat, out: Output) -> None:
             try:
                 chat.ask(text)
             except KeyboardInterrupt:
+                interrupts.again()
                 out.note("(stopped)")
             except LocalrunError as error:
                 out.note(f"error: {visible_line(str(error))}")
                 if error.hint:
                     out.note(f"hint: {visible_line(error.hint)}")
+
+
+PASTE_PAUSE_S = 0.05
+"""Nobody types two lines within this time: what comes so soon after a line was pasted with it."""
+
+
+def _read_message() -> str:
+    """A line, and the lines that were pasted with it."""
+    lines = [input("> ")]
+    while select.select([sys.stdin], [], [], PASTE_PAUSE_S)[0]:
+        try:
+            lines.append(input())
+        except EOFError:  # what was pasted ends the message, not the conversation
+            break
+    return "\n".join(lines)

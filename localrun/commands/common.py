@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from localrun import config
-from localrun.commands import demo
+from localrun.commands import demo, models
 from localrun.commands.output import Output
+from localrun.engine import memory
 from localrun.engine.facts import ModelFacts, Timings
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
+from localrun.options import Where, add_flags, fields_of, those
 from localrun.units import format_duration, parse_size
 
 
@@ -28,91 +29,86 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
 
 
+def count(low: int, high: int = 2**24) -> Callable[[str], int]:
+    """argparse type of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+        return number
+
+    return parse
+
+
+def add_model_argument(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
+    """MODEL, as all commands take it."""
+    parser.add_argument(
+        "model",
+        nargs="?" if optional else None,
+        metavar="MODEL",
+        help="a converted directory, a GGUF, an official checkpoint, a name from `localrun list`, or demo",
+    )
+
+
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every command that loads a model; the user's settings are the defaults."""
-    group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--ram", type=size, metavar="SIZE", help="memory for experts, e.g. 16GiB (default: what is free)"
-    )
-    group.add_argument("--vram", type=size, metavar="SIZE", help="memory on the GPU (default: what is free)")
-    group.add_argument("--gpu", metavar="auto|none|NAME,...", help="which GPUs")
-    group.add_argument("--rpc", metavar="HOST:PORT,...", help="GPUs of other machines: their llama.cpp rpc-server")
-    group.add_argument("--context", type=int, metavar="N", help="tokens of context")
-    group.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="tokens of a prompt per step (512): more read long prompts faster, from the drive or through a GPU, and need memory",
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
-    group.add_argument("--mirror", metavar="MODEL", help="a second copy on another drive, read in parallel")
-    group.add_argument(
-        "--adaptive",
-        action="store_true",
-        default=None,
-        help="answer a miss from the smaller copy, fetch the better one later; the same seed may give other tokens",
-    )
-    group.add_argument("--kv", metavar="f16|bf16|q8_0|q4_0|f32", help="number format of the KV cache (f16)")
+    add_flags(parser, "loading", those("engine", Where.FLAG))
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates text."""
-    group = parser.add_argument_group("answers")
-    group.add_argument("--think", metavar="off|high|max", help="how much the model reasons before it answers")
-    group.add_argument(
-        "--temp", dest="temperature", type=float, metavar="T", help="temperature; 0: always the most likely token"
-    )
-    group.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens of this total probability")
-    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0: all")
-    group.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the first")
-    group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="end the answer after N tokens")
+    add_flags(parser, "answers", those("sampling", Where.FLAG))
 
 
 def settings_of(args: argparse.Namespace) -> config.Settings:
     """The user's settings, overridden by what was typed."""
-    settings = config.load()
-    return config.Settings(**{f.name: _override(getattr(settings, f.name), args) for f in dataclasses.fields(settings)})
+    return config.load().overridden(args, getattr(args, "option_names", ()))
 
 
 def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = "int8") -> EngineOptions:
-    """How to load a model."""
-    engine = settings.engine
-    return EngineOptions(
-        ram_bytes=engine.ram,
-        vram_bytes=engine.vram,
-        gpu=engine.gpu,
-        rpc=engine.rpc,
-        n_ctx=engine.context,
-        n_threads=engine.threads,
-        n_batch=engine.batch,
-        kv_type=engine.kv,
-        mirror=engine.mirror,
-        adaptive=engine.adaptive,
-        math=math,
-    )
-
-
-def sampling_options(settings: config.Settings, seed: int | None) -> SamplingOptions:
-    """How to choose tokens."""
-    sampling = settings.sampling
-    return SamplingOptions(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=seed,
-    )
-
-
-def model_path(settings: config.Settings, out: Output) -> Path:
-    """The model that was named, or the demo model, converted on its first use.
+    """How to load a model. What this machine can't do is refused before anything is read.
 
     Raises:
-        UsageError: none was named and this installation has no demo model.
+        UsageError, BudgetError: more threads or memory than there are.
     """
-    if settings.engine.model is not None:
-        return Path(settings.engine.model).expanduser()
+    memory.check_threads(settings["threads"])
+    memory.check_ram(settings["ram"])
+    if settings["mirror"] is not None and (mirror := models.resolve(settings["mirror"], settings)) is not None:
+        settings = settings.changed(mirror=str(mirror))
+    return EngineOptions(**fields_of("engine", settings.values), math=math)
+
+
+def sampling_options(settings: config.Settings) -> SamplingOptions:
+    """How to choose tokens."""
+    return SamplingOptions(**fields_of("sampling", settings.values))
+
+
+def model_path(args: argparse.Namespace, settings: config.Settings, out: Output) -> Path:
+    """The model that was named or is set, or the demo model, converted on its first use.
+
+    Raises:
+        UsageError: there is no such model, or none was named and this installation has no demo model.
+    """
+    return named_path(args, settings) or demo_model(out)
+
+
+def named_path(args: argparse.Namespace, settings: config.Settings) -> Path | None:
+    """The model that was named or is set; None: the demo model. Raises LocalrunError: there is no such model."""
+    named = args.model if args.model is not None else settings["model"]
+    return models.resolve(named, settings, command=args.command) if named is not None else None
+
+
+def named_model(text: str, out: Output, *, command: str = "run") -> Path:
+    """The path of a model that an option names. Raises LocalrunError: there is none."""
+    return models.resolve(text, config.load(), command=command) or demo_model(out)
+
+
+def demo_model(out: Output) -> Path:
+    """The converted demo model. Raises UsageError: this installation has none."""
     out.status("preparing the demo model")
     path = demo.converted()
     out.clear_status()
@@ -180,10 +176,3 @@ def speed(timings: Timings, plan: Mapping[str, Any] | None = None) -> str:
 
 def _rate(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['tokens_per_s']:.2g}"
-
-
-def _override(table: Any, args: argparse.Namespace) -> Any:
-    """`table` with the values of those options that were typed; options are named as the settings are."""
-    names = [f.name for f in dataclasses.fields(table)]
-    typed = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    return dataclasses.replace(table, **typed)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from localrun import paths
 from localrun.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+MANIFEST_NAME = "localrun.json"
+"""`quant.model.manifest` has it, too, and takes long to import; a test compares them."""
+
+PARTIAL_AGE_S = 3600
 
 
 def checkpoint() -> Path:
@@ -44,21 +51,23 @@ def converted() -> Path:
     stamp = paths.cache_dir() / f"demo-{_files_digest(source)}.stamp"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         known = paths.cache_dir() / Path(stamp.read_text().strip()).name
-        if known.name.startswith("demo-") and known.is_dir():
+        if known.name.startswith("demo-") and is_whole(known):
             return known
 
     from localrun.quant.convert.converter import convert
     from localrun.quant.open import open_model
 
     target = paths.cache_dir() / f"demo-{open_model(source).identity[:16]}"
-    if not target.is_dir():
+    if not is_whole(target):
+        shutil.rmtree(target, ignore_errors=True)
+        _remove_partial()
         # Converted beside the target and renamed: two first starts at once both end well.
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         try:
             convert(source, partial)
             partial.rename(target)
         except OSError as error:
-            if not target.is_dir():
+            if not is_whole(target):
                 log.info("%s: the demo model can't be kept: %s", target, error)
                 return source
         finally:
@@ -66,6 +75,30 @@ def converted() -> Path:
     with contextlib.suppress(OSError):  # next time it takes longer
         stamp.write_text(target.name)
     return target
+
+
+def is_whole(folder: Path) -> bool:
+    """The converted copy has all of its files, each as large as its manifest says: a power cut may leave empty ones."""
+    try:
+        files = json.loads((folder / MANIFEST_NAME).read_bytes())["files"]
+        return bool(files) and all((folder / file["name"]).stat().st_size == file["size_bytes"] for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def discard() -> None:
+    """Deletes the converted copy: what can't be loaded is made again."""
+    for folder in paths.cache_dir().glob("demo-*"):
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_partial() -> None:
+    """What killed runs left. One that is at work has touched its folder within the hour."""
+    with contextlib.suppress(OSError):
+        for folder in paths.cache_dir().glob("demo-*.partial"):
+            if time.time() - folder.stat().st_mtime > PARTIAL_AGE_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _files_digest(folder: Path) -> str:

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from localrun import paths
 from localrun.commands import common
-from localrun.commands.output import Output
+from localrun.commands.output import Output, Progress
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import EvalText, EvalTextResult
@@ -30,7 +30,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun eval`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint")
+    common.add_model_argument(parser, optional=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tokens", type=Path, metavar="FILE", help="JSON list of token ids; needs --logits")
     what.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity is measured")
@@ -38,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logits", type=Path, metavar="OUT.npy", help="gets float32 logits of all positions (T, n_vocab)"
     )
     parser.add_argument("--reference", metavar="MODEL", help="with --text: compare with this model's distributions")
-    parser.add_argument("--window", type=int, default=512, metavar="N", help="with --text: tokens per window (512)")
-    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="with --text: only the first N tokens")
+    parser.add_argument(
+        "--window", type=common.count(2), default=512, metavar="N", help="with --text: tokens per window (512)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=common.count(0), default=0, metavar="N", help="with --text: only the first N tokens"
+    )
     parser.add_argument("--math", choices=("int8", "f32"), default="int8", help="arithmetic of the experts (int8)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_load_arguments(parser)
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     settings = common.settings_of(args)
     options = common.engine_options(settings, math=args.math)
-    model = common.model_path(settings, out)
+    model = common.model_path(args, settings, out)
     if args.tokens is not None:
         return _logits(args, model, options, out)
     if args.logits is not None:
@@ -103,7 +107,7 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
     if args.reference is None:
         result = _measure(args, model, options, command, out)
     else:
-        result = compare(args, model, Path(args.reference).expanduser(), options, command, out)
+        result = compare(args, model, common.named_model(args.reference, out), options, command, out)
     values = {key: value for key, value in structs.asdict(result).items() if key != "request" and value is not None}
     if args.json:
         out.json({"model": str(model), "window": args.window, **values})
@@ -123,11 +127,12 @@ def _measure(
     args: argparse.Namespace, model: Path, options: EngineOptions, command: EvalText, out: Output
 ) -> EvalTextResult:
     with _loaded(args, model, options, out) as engine:
+        progress = Progress(out, in_bytes=False, unit="tokens")
         for event in engine.evaluate_text(command):
             if isinstance(event, EvalTextResult):
                 out.clear_status()
                 return event
-            out.status(f"{event.done} of {event.total} tokens")
+            progress(event.done, event.total)
     raise AssertionError("the iterator ends with EvalTextResult")
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any, TextIO
 
+from localrun.errors import LocalrunError
 from localrun.textsafe import visible, visible_line
+from localrun.units import format_duration, format_size
 
 _CLEAR_LINE = "\r\x1b[K"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -28,6 +31,12 @@ class Output:
         self._colour = self.err_is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._status_shown = False
         self._at_line_start = True
+
+    def check_open(self) -> None:
+        """Before long work: raises LocalrunError if there is no standard output for its result."""
+        self._out.write("")
+        if self._out.closed or getattr(self._out, "refuses", False):
+            raise LocalrunError("standard output is closed", hint="redirect it to a file, or to /dev/null")
 
     def status(self, text: str) -> None:
         """Replaces the transient line; nothing off a terminal."""
@@ -76,14 +85,78 @@ class Output:
 
     def json(self, value: Any) -> None:
         """Data for a program."""
-        self.line(json.dumps(value, ensure_ascii=False, indent=2))
+        self.line(self._json(value, indent=2))
 
     def json_line(self, value: Any) -> None:
         """One of several data objects, in one line and in one piece."""
-        self.line(json.dumps(value, ensure_ascii=False))
+        self.line(self._json(value))
+
+    def _json(self, value: Any, indent: int | None = None) -> str:
+        """JSON without loss: what this output can't show as it is gets JSON's own escapes."""
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        try:
+            text.encode(getattr(self._out, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            return json.dumps(value, indent=indent)
+        harmless = not self.out_is_terminal or visible(text) == text
+        return text if harmless else json.dumps(value, indent=indent)
 
     def line(self, text: str) -> None:
         """A line of data; harmless on a terminal."""
         self.clear_status()
         self._out.write((visible(text) if self.out_is_terminal else text) + "\n")
         self._out.flush()
+
+
+class Progress:
+    """How far a long piece of work is: share, amount, rate and time left, the same for every command.
+
+    A line that redraws itself on a terminal, elsewhere a line every ten seconds. One thread.
+
+    Args:
+        what: said before the figures, such as `splitting`.
+        skipped: of the amount, what counts as done but was done by an earlier run.
+        in_bytes: amounts are bytes; else things, and `unit` says which.
+    """
+
+    EVERY_S = 10.0
+    BAR_WIDTH = 30
+
+    def __init__(
+        self, out: Output, what: str = "", *, skipped: int = 0, in_bytes: bool = True, unit: str = "", bar: bool = False
+    ) -> None:
+        self._out, self._what, self._skipped = out, what, skipped
+        self._in_bytes, self._unit, self._bar = in_bytes, unit, bar
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int, *, rate: float | None = None, left_s: float | None = None) -> None:
+        """Shows it, if it is time to.
+
+        Args:
+            rate: per second, where the caller knows better than the mean so far.
+            left_s: likewise.
+        """
+        now = time.monotonic()
+        if now - self._shown < (0.1 if self._out.err_is_terminal else self.EVERY_S):
+            return
+        self._shown = now
+        if rate is None:
+            rate = (done - self._skipped) / max(now - self._started, 1e-9)
+        if left_s is None and rate > 0:
+            left_s = (total - done) / rate
+        text = self.text(done, total, rate, left_s)
+        if self._out.err_is_terminal:
+            self._out.status(text)
+        else:
+            self._out.note(text)
+
+    def text(self, done: int, total: int, rate: float, left_s: float | None) -> str:
+        """The line: `splitting  12%  1.20 GiB of 10.00 GiB  1.10 GB/s, 9.1s left`."""
+        share = min(1.0, done / max(1, total))
+        filled = int(share * self.BAR_WIDTH)
+        bar = f"[{'#' * filled}{'.' * (self.BAR_WIDTH - filled)}] " if self._bar and self._out.err_is_terminal else ""
+        amount = f"{format_size(done)} of {format_size(total)}" if self._in_bytes else f"{done} of {total} {self._unit}"
+        speed = f"  {rate / 1e9:.2f} GB/s" if self._in_bytes else ""
+        left = f", {format_duration(left_s)} left" if left_s is not None else ""
+        what = f"{self._what} " if self._what else ""
+        return f"{bar}{what}{share:4.0%}  {amount.rstrip()}{speed}{left}"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
 from localrun.commands import common
 from localrun.commands.output import Output
-from localrun.errors import UsageError
+from localrun.engine import memory
+from localrun.engine.options import check_context
+from localrun.errors import BudgetError, UsageError
+from localrun.options import BY_NAME, add_flags
 from localrun.units import format_size
 
 if TYPE_CHECKING:
@@ -20,9 +25,20 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   localrun plan flash                                        Flash on this machine, nothing downloaded
-  localrun plan pro --ram 192GiB --vram 24GiB --disk-gbps 7 --threads 16
-  localrun plan flash --base q2_k --context 131072 --kv q8_0 --json
+  localrun plan flash --ram 12GiB --context 131072           the same, with limits
+  localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-disk-gbps 7 --machine-threads 16
+  localrun plan flash --box gpu-24-ram-64 --base q2_k --json
 """
+
+LIMITS = ("ram", "vram", "context", "batch", "kv", "threads", "adaptive")
+"""Options of a load that a plan follows, with their meaning there."""
+
+
+BOX_NAMES = (
+    *("ram-32", "ram-128", "gpu-12-ram-32", "gpu-16-ram-64", "gpu-24-ram-64", "gpu-32-ram-64", "gpu-24-ram-128"),
+    "gpu-2x24-ram-256",
+)
+"""Repeated from `engine.planner.boxes`, so that `--help` need not load it; a test compares them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,45 +47,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="flash, pro, a config.json, a converted directory, a GGUF or an official checkpoint",
+        help="flash, pro, a config.json, a converted directory, a GGUF, an official checkpoint, or a name of one",
     )
-    machine = parser.add_argument_group("the machine (default: this one)")
+    add_flags(parser, "limits, as for a load", [BY_NAME[name] for name in LIMITS])
+    machine = parser.add_argument_group("another machine (default: this one)")
+    machine.add_argument("--box", metavar="NAME", help=f"one of {', '.join(BOX_NAMES)}")
+    machine.add_argument("--machine-ram", type=common.size, metavar="SIZE", help="its memory, 2 GiB of it in use")
     machine.add_argument(
-        "--ram", type=common.size, metavar="SIZE", help="memory of a machine that is described, 2 GiB of it in use"
+        "--machine-vram",
+        type=common.size,
+        metavar="SIZE",
+        action="append",
+        help="a GPU's memory; again for another GPU",
     )
-    machine.add_argument(
-        "--vram", type=common.size, metavar="SIZE", action="append", help="memory of a GPU; again for another one"
-    )
-    machine.add_argument("--gpu-gbps", type=_rate, metavar="X", help="GB/s of the GPUs' memory (500)")
-    machine.add_argument("--pcie-gbps", type=_rate, metavar="X", help="GB/s between RAM and GPU (12)")
-    machine.add_argument("--disk-gbps", type=_rate, metavar="X", help="GB/s of the model's drive")
-    machine.add_argument("--drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
-    machine.add_argument("--memory-gbps", type=_rate, metavar="X", help="GB/s of RAM")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    machine.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
-    how = parser.add_argument_group("how it is run")
-    how.add_argument("--experts-ram", type=common.size, metavar="SIZE", help="as --ram of the commands that load")
-    how.add_argument("--context", type=int, metavar="N", help="tokens of context (32768)")
-    how.add_argument("--kv", metavar="f16|bf16|q8_0|q4_0|f32", help="number format of the KV cache (f16)")
+    machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="its cores")
+    machine.add_argument("--machine-memory-gbps", type=_rate, metavar="X", help="GB/s of its RAM")
+    machine.add_argument("--machine-disk-gbps", type=_rate, metavar="X", help="GB/s of the model's drive")
+    machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
+    machine.add_argument("--machine-gpu-gbps", type=_rate, metavar="X", help="GB/s of the GPUs' memory (500)")
+    machine.add_argument("--machine-pcie-gbps", type=_rate, metavar="X", help="GB/s between RAM and GPU (12)")
+    machine.add_argument("--no-probe", action="store_true", help="don't measure drive and memory of this machine")
+    how = parser.add_argument_group("what is predicted")
     how.add_argument("--base", metavar="TYPE", help="format of all experts, for a model that is yet to be converted")
-    how.add_argument("--position", type=int, metavar="N", help="tokens in the context whose answer is predicted")
-    how.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="length of the prompt (2048)")
-    how.add_argument("--batch", type=int, metavar="N", help="tokens per step of a prompt (512)")
+    how.add_argument(
+        "--position", type=common.count(0), metavar="N", help="tokens in the context when an answer begins"
+    )
+    how.add_argument(
+        "--prompt-tokens", type=common.count(1), default=2048, metavar="N", help="length of the prompt (2048)"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    from localrun.engine.planner.builtin_models import BUILT_IN
     from localrun.engine.planner.planner import make_plan
     from localrun.engine.planner.sizes import format_of, sizes_of
 
     out = Output()
-    settings = _settings(args)
-    sizes = sizes_of(args.model, base=format_of(args.base) if args.base else None)
+    user = common.settings_of(args)
+    if _elsewhere(args):  # what this machine's owner set for this machine says nothing about another
+        user = config.Settings(models=user.models).overridden(args, args.option_names)
+    model: str | Path = args.model
+    if args.model not in BUILT_IN or Path(args.model).exists():
+        model = common.named_model(args.model, out, command="plan")
+    sizes = sizes_of(model, base=format_of(args.base) if args.base else None)
+    check_context(user["context"], sizes.n_ctx_train or 0)
     out.status("looking at the machine")
-    machine = _machine(args, sizes)
+    machine = _machine(args, user, sizes)
     out.clear_status()
-    plan = make_plan(sizes, machine, settings)
+    _check_limits(user, machine)
+    plan = make_plan(sizes, machine, _settings(args, user))
     if args.json:
         out.json(plan.to_json())
         return 0
@@ -92,7 +120,9 @@ def table(plan: Plan) -> list[str]:
         lines += ["", *_phase(name, span)]
     if plan.suggestions:
         lines += ["", f"{'what would be faster':<40}{'tokens/s':>10}{'gain':>8}"]
-        lines += [f"  {s.text:<38}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x  {s.phase}" for s in plan.suggestions]
+        lines += [
+            f"  {s.text:<38}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x  {s.phase}; {s.cost}" for s in plan.suggestions
+        ]
     return lines
 
 
@@ -107,57 +137,92 @@ def _phase(name: str, span: Range) -> list[str]:
     return lines
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace, user: config.Settings) -> Settings:
     from localrun.engine.planner.plan import Settings
-    from localrun.engine.planner.sizes import KV_BITS
 
-    engine = config.load().engine
-    kv_type = args.kv or engine.kv
-    if kv_type not in KV_BITS:
-        raise UsageError(f"unknown KV cache type {kv_type}", hint=f"one of {', '.join(KV_BITS)}")
-    n_ctx = engine.context if args.context is None else args.context
-    n_batch = engine.batch if args.batch is None else args.batch
-    if n_ctx < 0 or n_batch < 1 or args.prompt_tokens < 1 or min(args.position or 0, args.threads or 0) < 0:
-        raise UsageError("--context, --position, --prompt-tokens, --batch and --threads can't be negative")
     return Settings(
-        ram_bytes=args.experts_ram,
-        n_ctx=n_ctx,
-        kv_type=kv_type,
-        n_batch=n_batch,
+        ram_bytes=user["ram"],
+        vram_bytes=user["vram"],
+        n_ctx=user["context"],
+        kv_type=user["kv"],
+        n_batch=user["batch"],
+        adaptive=user["adaptive"],
         position=args.position,
         prompt_tokens=args.prompt_tokens,
     )
 
 
-def _machine(args: argparse.Namespace, sizes: ModelSizes) -> Hardware:
-    from localrun.engine.planner import hardware
-
-    elsewhere = args.ram is not None or args.vram
-    machine = hardware.detect(
-        sizes.files, n_threads=args.threads or 0, probe=not args.no_probe, gpus=not elsewhere, specs=sizes.specs
+def _elsewhere(args: argparse.Namespace) -> bool:
+    """The plan is for a machine that is described."""
+    return args.box is not None or any(
+        value is not None for name, value in vars(args).items() if name.startswith("machine_")
     )
+
+
+def _machine(args: argparse.Namespace, user: config.Settings, sizes: ModelSizes) -> Hardware:
+    """This machine, or the one that is described; what is not described is taken from this one, and marked so.
+
+    Raises:
+        UsageError: no such box.
+    """
+    from localrun.engine.planner import hardware
+    from localrun.engine.planner.boxes import BY_SLUG
+
+    elsewhere = _elsewhere(args)
+    if args.box is not None and args.box not in BY_SLUG:
+        raise UsageError(f"there is no box '{args.box}'", hint=f"one of {', '.join(BY_SLUG)}")
+    if not elsewhere:
+        memory.check_threads(user["threads"])
+    machine = (
+        BY_SLUG[args.box].hardware
+        if args.box is not None
+        else hardware.detect(
+            sizes.files, n_threads=user["threads"], probe=not args.no_probe, gpus=not elsewhere, specs=sizes.specs
+        )
+    )
+    if elsewhere and args.box is None:
+        machine = replace(machine, origin={name: _HERE.get(how, how) for name, how in machine.origin.items()})
     gpus = None
-    if args.vram:
+    if args.machine_vram:
         gpus = tuple(
             hardware.Gpu.described(
                 size,
                 name=f"GPU {number}",
-                bytes_per_s=args.gpu_gbps or hardware.ASSUMED_GPU_MEMORY,
-                pcie_bytes_per_s=args.pcie_gbps or hardware.ASSUMED_PCIE,
+                bytes_per_s=args.machine_gpu_gbps or hardware.ASSUMED_GPU_MEMORY,
+                pcie_bytes_per_s=args.machine_pcie_gbps or hardware.ASSUMED_PCIE,
             )
-            for number, size in enumerate(args.vram)
+            for number, size in enumerate(args.machine_vram)
             if size
         )
-    ram = args.ram
+    ram, threads = args.machine_ram, args.machine_threads
     return machine.given(
         ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
         total_ram_bytes=ram,
-        disk=args.disk_gbps,
-        n_drives=args.drives,
-        memory=args.memory_gbps,
-        n_threads=args.threads or None,
+        disk=args.machine_disk_gbps,
+        n_drives=args.machine_drives,
+        memory=args.machine_memory_gbps,
+        n_threads=min(user["threads"], threads) if user["threads"] and threads else threads,
         gpus=gpus,
     )
+
+
+_HERE = {"measured": "this machine's"}
+
+
+def _check_limits(user: config.Settings, machine: Hardware) -> None:
+    """Raises BudgetError for more memory than the machine has, however small the model."""
+    total = machine.total_ram_bytes
+    if user["ram"] is not None and total is not None and user["ram"] > total:
+        raise BudgetError(
+            f"--ram {format_size(user['ram'])}: the machine has {format_size(total)}, of which "
+            f"{format_size(machine.ram_bytes or 0)} are free",
+            hint="to plan for another machine: --machine-ram SIZE, or --box NAME",
+        )
+    if user["vram"] and user["vram"] > machine.vram_bytes:
+        raise BudgetError(
+            f"--vram {format_size(user['vram'])}: the machine's GPUs have {format_size(machine.vram_bytes)}",
+            hint="to plan for another machine: --machine-vram SIZE, or --box NAME",
+        )
 
 
 def _rate(text: str) -> float:

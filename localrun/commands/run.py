@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from localrun.commands import common
+from localrun import config
+from localrun.commands import common, models
 from localrun.commands.output import Output
 from localrun.engine.conversations.attachments import read_attachment, with_attachments
 from localrun.engine.facts import ModelFacts
 from localrun.engine.process.process import EngineProcess, GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, Generate, Loading, PromptProgress, Ready, ToolCall
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import LocalrunError, UsageError, host_error
 
 EXAMPLES = """\
 examples:
   localrun run -p "Why is the sky blue?"
+  localrun run "Why is the sky blue?"                      the same
   git diff | localrun run ~/models/v4-flash -p "Write a commit message for this:" --temp 0
   localrun run ~/models/v4-flash --file notes.txt -p "Sum this up" --jsonl | jq -r 'select(.event == "text").text'
 
@@ -31,15 +34,17 @@ standard input, give localrun another one: localrun run -p "$line" < /dev/null
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun run`."""
     parser.epilog = EXAMPLES
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
-    )
+    common.add_model_argument(parser)
     parser.add_argument(
         "-p", "--prompt", metavar="TEXT", help="the question; what comes from standard input follows it"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
-        "--file", type=Path, action="append", metavar="FILE", help="a text file before the question; may be repeated"
+        "--file",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a text file before the question; - is standard input; may be repeated",
     )
     parser.add_argument(
         "--tools", type=Path, metavar="FILE", help="JSON list of functions to offer; calls are printed, not run"
@@ -54,30 +59,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out = Output()
-    settings = common.settings_of(args)
-    command = Generate(
-        messages=_messages(args),
-        tools=_tools(args.tools),
-        think=settings.sampling.think,
-        sampling=common.sampling_options(settings, args.seed),
-        max_tokens=args.max_tokens,
-    )
     shown: _Shown = _Lines(out) if args.jsonl else _Whole(out) if args.json else _Text(out)
     try:
+        settings = common.settings_of(args)
+        options = common.engine_options(settings)
+        if args.prompt is None and args.model is not None and models.is_text(args.model, settings):
+            _take_as_question(args, settings, out)
+        command = Generate(
+            messages=_messages(args),
+            tools=_tools(args.tools),
+            think=settings["think"],
+            sampling=common.sampling_options(settings),
+            max_tokens=settings["max_tokens"],
+        )
+        named = common.named_path(args, settings)
+        out.check_open()
         with common.engine_process(args, out) as engine:
-            path = common.model_path(settings, out)
-            facts = common.load(engine, path, common.engine_options(settings), out, each=shown.load)
+            facts = common.load(engine, named or common.demo_model(out), options, out, each=shown.load)
             _answer(engine, command, facts, shown, out)
-    except LocalrunError as error:
-        shown.failed(error)
+    except BaseException as error:  # also an interrupt: whoever reads the events waits for the last one
+        with contextlib.suppress(OSError, LocalrunError):  # the output may be what failed
+            shown.failed(error)
         raise
     return 0
 
 
+def _take_as_question(args: argparse.Namespace, settings: config.Settings, out: Output) -> None:
+    """`localrun run "Why is the sky blue?"`: there is no such model, so it is what is asked."""
+    answers = settings["model"] or "the demo model"
+    out.note(f"no model of that name: {answers} is asked (-p TEXT asks without this note)")
+    args.prompt, args.model = args.model, None
+
+
 def _messages(args: argparse.Namespace) -> tuple[dict[str, Any], ...]:
     """The conversation: the system message if given, then files, prompt and standard input as one question."""
-    files = [read_attachment(path) for path in args.file or ()]
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    files = [read_attachment(path, pipes=True) for path in args.file or ()]
+    taken = any(str(path) == "-" for path in args.file or ())
+    piped = (
+        "" if taken or sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    )
     prompt = "\n\n".join(text for text in (args.prompt, piped) if text)
     if not prompt.strip() and not files:
         raise UsageError("nothing to answer", hint="give -p TEXT, or pipe a text in")
@@ -111,7 +131,7 @@ class _Shown(Protocol):
     def load(self, event: Loading | Ready) -> None: ...
     def event(self, event: GenerateEvent) -> None: ...
     def end(self, finished: Finished, facts: ModelFacts) -> None: ...
-    def failed(self, error: LocalrunError) -> None: ...
+    def failed(self, error: BaseException) -> None: ...
 
 
 class _Text:
@@ -151,7 +171,7 @@ class _Text:
                 self._out.note(f"note: the answer was cut off ({why})")
             self._out.note(f"({common.speed(finished.timings, self._plan)})")
 
-    def failed(self, error: LocalrunError) -> None:
+    def failed(self, error: BaseException) -> None:
         pass  # the command line prints it
 
 
@@ -183,8 +203,9 @@ class _Whole:
             }
         )
 
-    def failed(self, error: LocalrunError) -> None:
-        pass
+    def failed(self, error: BaseException) -> None:
+        texts = {name: "".join(self._texts[name]) for name in ("text", "thinking")}
+        self._out.json({"error": _problem(error), **texts, "tool_calls": self._calls})
 
 
 class _Lines:
@@ -211,11 +232,19 @@ class _Lines:
     def end(self, finished: Finished, facts: ModelFacts) -> None:
         self._line("end", **_closing(finished))
 
-    def failed(self, error: LocalrunError) -> None:
-        self._line("error", type=type(error).__name__, message=str(error), hint=error.hint)
+    def failed(self, error: BaseException) -> None:
+        self._line("error", **_problem(error))
 
     def _line(self, event: str, /, **values: Any) -> None:
         self._out.json_line({"event": event, **values})
+
+
+def _problem(error: BaseException) -> dict[str, Any]:
+    """Why there is no answer, or only a part of one."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return {"type": "Interrupted", "message": "interrupted", "hint": None}
+    error = host_error(error) or error
+    return {"type": type(error).__name__, "message": str(error), "hint": getattr(error, "hint", None)}
 
 
 def _call(event: ToolCall) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localrun.commands.output import Output
+from localrun.commands.output import Output, Progress
 from localrun.errors import UsageError
 from localrun.units import format_size, parse_size
 
@@ -72,10 +72,7 @@ def split(target: Path, size: int, out: Output) -> None:
     """
     from localrun.quant.convert.split import split_model
 
-    def progress(done: int, total: int) -> None:
-        out.status(f"splitting {done / total:4.0%}  {format_size(done)} of {format_size(total)}")
-
-    parts = split_model(target, size, progress)
+    parts = split_model(target, size, Progress(out, "splitting"))
     out.clear_status()
     if parts:
         out.note(f"split into {len(parts)} files: {parts[0].name} to {parts[-1].name}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localrun import paths
-from localrun.commands.output import Output
+from localrun.commands import common
+from localrun.commands.output import Output, Progress
 from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_duration, format_size
 
@@ -29,13 +30,12 @@ examples:
 """
 
 _SHOWN = 20
-_LINE_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun verify`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a converted directory, a GGUF, or a checkpoint")
+    common.add_model_argument(parser, optional=False)
     parser.add_argument(
         "--repair",
         type=Path,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from localrun.quant.open import open_model
 
     out = Output()
-    model = args.model.expanduser()
+    model = common.named_model(args.model, out)
     restored = _restore(model, args.repair.expanduser(), out) if args.repair is not None else False
     out.status("checking the structure")
     source = open_model(model)
@@ -107,7 +107,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     if skipped:
         out.note(f"going on after {format_size(skipped)} that an interrupted run has read (--restart reads all)")
     started = time.monotonic()
-    damages = verify(source, source.manifest, Progress(out, started, skipped), journal)
+    damages = verify(source, source.manifest, Progress(out, skipped=skipped), journal)
     seconds = time.monotonic() - started
     out.clear_status()
     n_damaged = len(damages)
@@ -201,30 +201,3 @@ def _as_json(damage: Damage) -> dict[str, object]:
         "found": damage.found,
         "problem": damage.problem,
     }
-
-
-class Progress:
-    """Share, speed and time left: a transient line on a terminal, else a line every ten seconds.
-
-    Args:
-        skipped: bytes that count as done but were not read by this run.
-    """
-
-    def __init__(self, out: Output, started: float, skipped: int = 0) -> None:
-        self._out = out
-        self._started = started
-        self._shown = started
-        self._skipped = skipped
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < (0.1 if self._out.err_is_terminal else _LINE_SECONDS):
-            return
-        self._shown = now
-        rate = (done - self._skipped) / max(now - self._started, 1e-9)
-        left = format_duration((total - done) / max(rate, 1.0))
-        text = f"{done / total:4.0%}  {format_size(done)} of {format_size(total)}  {rate / 1e9:.2f} GB/s, {left} left"
-        if self._out.err_is_terminal:
-            self._out.status(text)
-        else:
-            self._out.note(text)

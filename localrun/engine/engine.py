@@ -20,8 +20,8 @@ import xxhash
 from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
 from localrun.engine.facts import Json, ModelFacts
-from localrun.engine.llama import KV_TYPES, Context, StockModel, Vocab, metadata_int, metadata_str
-from localrun.engine.options import EngineOptions
+from localrun.engine.llama import Context, StockModel, Vocab, metadata_int, metadata_str
+from localrun.engine.options import EngineOptions, check_context
 from localrun.engine.planner import hardware
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.planner.plan import GpuShare, Plan
@@ -30,18 +30,16 @@ from localrun.engine.planner.sizes import sizes_of_source
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import GpuMemoryError, UsageError
+from localrun.errors import GpuMemoryError
 from localrun.ggml.structures import LLAMA_CPP_PYTHON_VERSION
 from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.options import check_fields
 from localrun.paths import cache_dir
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
 log = logging.getLogger(__name__)
-
-MAX_BATCH = 16384
-"""Tokens per step: llama.cpp's buffers for one of so many take gigabytes."""
 
 LoadProgress = Callable[[float, str], None]
 """Called with (0 to 1, what is being done)."""
@@ -114,9 +112,8 @@ class Engine:
         report = progress or (lambda fraction, text: None)
         report(0.0, "reading the model's headers")
         source = open_model(Path(path))
-        placement = (
-            place_on_gpus(source, options, _context_length(source, options)) if source.moe_layers else GpuPlacement()
-        )
+        n_ctx = _context_length(source, options)
+        placement = place_on_gpus(source, options, n_ctx) if source.moe_layers else GpuPlacement()
         try:
             plan, loaded = cls._load(source, options, placement, report, announce, learn=learn)
         except GpuMemoryError as error:
@@ -288,17 +285,16 @@ class Engine:
 
 
 def check_options(options: EngineOptions) -> None:
-    """Raises UsageError for values without a meaning."""
-    if options.n_ctx < 0 or options.n_threads < 0:
-        raise UsageError("context and threads must be positive")
-    if not 1 <= options.n_batch <= MAX_BATCH:
-        raise UsageError(f"a batch has 1 to {MAX_BATCH} tokens", hint="--batch 512 is the default")
-    if options.kv_type not in KV_TYPES:
-        raise UsageError(f"unknown KV cache type {options.kv_type}", hint=f"one of {', '.join(KV_TYPES)}")
+    """Raises UsageError for values out of bounds or beyond this machine."""
+    check_fields("engine", options)
+    memory.check_threads(options.n_threads)
+    memory.check_ram(options.ram_bytes)
 
 
 def _context_length(source: ModelSource, options: EngineOptions) -> int:
+    """Tokens of context. Raises UsageError: more than the model was trained for."""
     trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
+    check_context(options.n_ctx, trained if isinstance(trained, int) else 0)
     return options.n_ctx or min(trained if isinstance(trained, int) else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 

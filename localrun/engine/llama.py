@@ -14,15 +14,16 @@ from typing import Any
 import llama_cpp as L
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from localrun.engine.options import EngineOptions
 from localrun.errors import FormatError, LocalrunError
 from localrun.ggml import log as llama_log
 from localrun.ggml.devices import without_gpus
 from localrun.ggml.library import library
+from localrun.options import KV_TYPES
 
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-"""Our names -> enum ggml_type (ggml.h)."""
+_KV_TYPES = {name: GGMLQuantizationType[name.upper()] for name in KV_TYPES}
 
 # enum llama_token_attr (llama.h)
 ATTR_UNKNOWN: int = L.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -138,7 +139,7 @@ class Context:
         # A full-size window cache would hold all n_ctx rows of every layer, of which attention sees the last 128.
         params.swa_full = False
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.type_k = params.type_v = int(_KV_TYPES[options.kv_type])
         params.abort_callback = self.stop.callback
         params.abort_callback_data = self.stop.data
         llama_log.clear()

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from localrun.errors import BudgetError, UsageError
 from localrun.units import format_size
 
 PROC, SYS = Path("/proc"), Path("/sys")
 
 HEADROOM_BYTES = 2 * 2**30
 """Left to the desktop and the page cache by the automatic choice; at least a tenth of the machine."""
+
+_ALWAYS_THREADS = 16
+"""Allowed on the smallest machine, too: a script may be written for a larger one."""
 
 CONTEXT_BYTES = 2**30
 """Set aside for KV cache and compute buffers where a model's own are not known: in the chooser's look at what would fit."""
@@ -54,6 +58,32 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return len(cores)
+
+
+def logical_cores() -> int:
+    """CPUs that this process may run on, hyper-threads counted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(n_threads: int) -> None:
+    """Raises UsageError for more threads than do any good here, or than the system lets this user start."""
+    most = max(_ALWAYS_THREADS, 4 * logical_cores())
+    if n_threads > most:
+        raise UsageError(
+            f"{n_threads} threads on {logical_cores()} CPUs: at most {most}",
+            hint=f"leave out --threads: one per physical core ({physical_cores()}) is usually fastest",
+        )
+
+
+def check_ram(ram_bytes: int | None) -> None:
+    """Raises BudgetError for a promise larger than the machine, however small the model."""
+    total = total_memory()
+    if ram_bytes is not None and total is not None and ram_bytes > total:
+        raise BudgetError(
+            f"--ram {format_size(ram_bytes)}: this machine has {format_size(total)}, of which "
+            f"{format_size(available_memory() or 0)} are free",
+            hint="give less, or leave out --ram to take what is free",
+        )
 
 
 def describe() -> str:

@@ -1,12 +1,16 @@
 """How a model is loaded, and how its next token is chosen: what callers of the engine decide.
 
-Standard library only, so that a user interface can use it without loading numpy, numba or llama.cpp.
+Bounds, defaults and meanings are declared in `localrun.options`. Standard library only, so that a user interface can use it
+without loading numpy, numba or llama.cpp.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from localrun.errors import UsageError
+from localrun.options import BY_NAME
 
 ThinkMode = str
 """`off`, `high`, `max`, or another one of `ModelFacts.think_modes`."""
@@ -26,7 +30,7 @@ class EngineOptions:
         n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
         n_threads: CPU threads; 0: one per physical core.
         n_batch: most tokens per forward pass during prefill.
-        kv_type: number format of the KV cache: f16, bf16, q8_0, q4_0 or f32.
+        kv_type: number format of the KV cache, one of `KV_TYPES`.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
         mirror: a second copy of the model, best on another drive; experts are read from both.
         adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may give other tokens.
@@ -34,20 +38,20 @@ class EngineOptions:
 
     ram_bytes: int | None = None
     vram_bytes: int | None = None
-    gpu: Gpu = "auto"
+    gpu: Gpu = BY_NAME["gpu"].default
     rpc: str | None = None
-    n_ctx: int = 0
-    n_threads: int = 0
-    n_batch: int = 512
-    kv_type: str = "f16"
+    n_ctx: int = BY_NAME["context"].default
+    n_threads: int = BY_NAME["threads"].default
+    n_batch: int = BY_NAME["batch"].default
+    kv_type: str = BY_NAME["kv"].default
     math: Literal["int8", "f32"] = "int8"
     mirror: str | None = None
-    adaptive: bool = False
+    adaptive: bool = BY_NAME["adaptive"].default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. The defaults are DeepSeek's own; ranges are checked by `sampling.py`.
+    """How the next token is chosen. The defaults are DeepSeek's own.
 
     Attributes:
         temperature: 0 takes the most likely token.
@@ -57,8 +61,17 @@ class SamplingOptions:
         seed: same seed, same model, same prompt: same answer. None draws one (reported in `Finished`).
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float = BY_NAME["temperature"].default
+    top_p: float = BY_NAME["top_p"].default
+    top_k: int = BY_NAME["top_k"].default
+    min_p: float = BY_NAME["min_p"].default
     seed: int | None = None
+
+
+def check_context(n_ctx: int, trained: int) -> None:
+    """Raises UsageError for a context beyond what a model was trained for; `trained` 0: nobody knows."""
+    if trained and n_ctx > trained:
+        raise UsageError(
+            f"a context of {n_ctx} tokens is more than the {trained} that this model was trained for",
+            hint=f"--context {trained} is the most",
+        )

@@ -11,23 +11,12 @@ from typing import Any
 import llama_cpp as L
 
 from localrun.engine.options import SamplingOptions
-from localrun.errors import UsageError
-
-MAX_SEED = 2**32 - 2
-"""2**32 - 1 is llama.cpp's LLAMA_DEFAULT_SEED, "draw one"."""
+from localrun.options import MAX_SEED, check_fields
 
 
 def check(options: SamplingOptions) -> None:
-    """Raises UsageError for values without a meaning, by name."""
-    for name, value, low, high in (
-        ("temperature", options.temperature, 0.0, 100.0),
-        ("top_p", options.top_p, 0.0, 1.0),
-        ("top_k", options.top_k, 0, 2**31 - 1),
-        ("min_p", options.min_p, 0.0, 1.0),
-        ("seed", options.seed if options.seed is not None else 0, 0, MAX_SEED),
-    ):
-        if not low <= value <= high:  # also false for NaN
-            raise UsageError(f"{name} is {value}, but must lie between {low:g} and {high:g}")
+    """Raises UsageError for values out of bounds, by name."""
+    check_fields("sampling", options)
 
 
 class Sampler:

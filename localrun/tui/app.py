@@ -24,6 +24,7 @@ from localrun.engine.conversations import (
     DamagedConversationsError,
     salvage,
 )
+from localrun.engine.model_finder import default_folders
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.errors import UsageError
@@ -32,7 +33,6 @@ from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.chat_state import WIDE_COLUMNS
 from localrun.tui.commands import COMMANDS
 from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
-from localrun.tui.model_finder import default_folders
 from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
 
@@ -47,6 +47,7 @@ class Launch:
         model: model to load; None: `prepare` gives it, in a thread (the demo model may have to be converted first).
         chat: settings of new conversations.
         model_folders: where the chooser looks.
+        fresh: begin a new conversation instead of the last one.
     """
 
     model: Path | None = None
@@ -54,6 +55,7 @@ class Launch:
     options: EngineOptions = field(default_factory=EngineOptions)
     chat: ChatOptions = field(default_factory=ChatOptions)
     model_folders: Sequence[Path] = ()
+    fresh: bool = False
 
 
 class LocalrunCommands(Provider):
@@ -190,6 +192,7 @@ def run_app(
     system: str = "",
     max_tokens: int | None = None,
     model_folders: Sequence[Path] | None = None,
+    fresh: bool = False,
 ) -> int:
     """Runs the terminal UI until the user leaves; standard input and output must be a terminal.
 
@@ -200,6 +203,7 @@ def run_app(
         engine: an engine process that was started already; None: one is started when it is needed.
         sampling, think, system, max_tokens: settings of new conversations.
         model_folders: where the chooser looks for models; None: `default_folders()`.
+        fresh: begin a new conversation instead of the last one.
 
     Returns:
         The exit code.
@@ -215,6 +219,7 @@ def run_app(
         options=options or EngineOptions(),
         chat=ChatOptions(sampling or SamplingOptions(), think, system, max_tokens),
         model_folders=default_folders() if model_folders is None else model_folders,
+        fresh=fresh,
     )
 
     def adopt(on_death: OnDeath) -> EngineLike:

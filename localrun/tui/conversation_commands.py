@@ -22,8 +22,8 @@ class ConversationCommands(ChatState):
     """Part of `ChatScreen`."""
 
     async def reopen_last(self) -> None:
-        """The conversation of the last time."""
-        last = self.store.get_state("last_conversation")
+        """The conversation of the last time, unless another model was asked for by name."""
+        last = None if self.launch.fresh else self.store.get_state("last_conversation")
         try:
             if last is not None:
                 await self.open_conversation(int(last))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from localrun.engine.options import SamplingOptions
 from localrun.errors import UsageError
+from localrun.options import Option, Where, those
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +26,30 @@ class ChatOptions:
     max_tokens: int | None = None
 
 
-_RANGES: Mapping[str, tuple[type, float, float, str]] = {
-    "temperature": (float, 0, 5, "0 takes the most likely token"),
-    "top_p": (float, 0, 1, "1 keeps all"),
-    "top_k": (int, 0, 1_000_000, "0 keeps all"),
-    "min_p": (float, 0, 1, "0 keeps all"),
-    "seed": (int, 0, 2**32 - 1, "empty: another one each time"),
-    "max_tokens": (int, 1, 10_000_000, "empty: until the context is full"),
-}
-OPTIONAL = ("seed", "max_tokens")
-NAMES = tuple(_RANGES)
-_SHORT = {"temp": "temperature", "p": "top_p", "k": "top_k", "max": "max_tokens"}
+_OPTIONS = those(where=Where.CHAT)
+NAMES = tuple(option.name for option in _OPTIONS)
+_BY_NAME = {name: option for option in _OPTIONS for name in (option.name, *option.short)}
+
+
+def option_of(name: str) -> Option:
+    """The declaration of a sampling value, by any of its names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    name = name.replace("-", "_").lower()
+    if name not in _BY_NAME:
+        near = difflib.get_close_matches(name, _BY_NAME, 1)
+        meant = f"did you mean {_BY_NAME[near[0]].name}? " if near else ""
+        raise UsageError(f"there is no sampling value '{name}'", hint=f"{meant}known: {', '.join(NAMES)}")
+    return _BY_NAME[name]
 
 
 def describe(name: str) -> str:
     """What values mean, for the settings dialog."""
-    return _RANGES[name][3]
+    option = option_of(name)
+    unset = f"; {option.unset.replace('without it', 'empty')}" if option.unset else ""
+    return f"{option.bounds}{unset}" if unset else f"{option.bounds}: {option.help}"
 
 
 def value_of(options: ChatOptions, name: str) -> Any:
@@ -52,24 +62,13 @@ def with_value(options: ChatOptions, name: str, text: str) -> ChatOptions:
     Raises:
         UsageError: no such name or not a value of it.
     """
-    name = name.replace("-", "_").lower()
-    name = _SHORT.get(name, name)
-    if name not in _RANGES:
-        raise UsageError(f"there is no sampling value '{name}'", hint="known: " + ", ".join(NAMES))
-    kind, low, high, meaning = _RANGES[name]
-    value: Any
-    if name in OPTIONAL and text.strip().lower() in ("", "none", "off"):
-        value = None
-    else:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not low <= value <= high:
-            raise UsageError(f"{name} {text.strip()!r}: expected {low:g} to {high:g}", hint=meaning)
-    if name == "max_tokens":
+    option = option_of(name)
+    unset = option.default is None and text.strip().lower() in ("", "none", "off")
+    value: Any = None if unset else option.parse(text)
+    changed: dict[str, Any] = {option.field: value}
+    if option.name == "max_tokens":
         return replace(options, max_tokens=value)
-    return replace(options, sampling=replace(options.sampling, **{name: value}))
+    return replace(options, sampling=replace(options.sampling, **changed))
 
 
 def to_json(options: ChatOptions) -> dict[str, Any]:

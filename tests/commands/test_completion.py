@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from localrun import cli
-from localrun.commands.completion import SCRIPTS, describe
+from localrun.commands.completion import SHELLS, script
 
 # Completes each line of standard input, its last word being the one under the cursor, as readline would.
 _ASK_BASH = """
@@ -18,21 +20,16 @@ while IFS= read -r line; do
     IFS=$'\\x1f' read -ra COMP_WORDS <<< "$line"
     [[ $line == *$'\\x1f' ]] && COMP_WORDS+=("")
     COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
-    _localrun
+    _shtab_localrun
     echo "${COMPREPLY[*]}"
 done
 """
 
 
-@pytest.fixture(scope="module")
-def program() -> object:
-    return describe(cli._parser(cli.COMMANDS))
-
-
-def in_bash(script: Path, *lines: list[str]) -> list[list[str]]:
+def in_bash(path: Path, *lines: list[str]) -> list[list[str]]:
     asked = "".join("\x1f".join(["localrun", *words]) + "\n" for words in lines)
     done = subprocess.run(
-        ["bash", "--norc", "-c", _ASK_BASH, "bash", str(script)],
+        ["bash", "--norc", "-c", _ASK_BASH, "bash", str(path)],
         input=asked,
         capture_output=True,
         text=True,
@@ -47,13 +44,13 @@ def test_bash_completes_commands_options_values_and_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["completion", "bash"]) == 0
-    script = tmp_path / "script"
-    script.write_text(capsys.readouterr().out)
+    path = tmp_path / "script"
+    path.write_text(capsys.readouterr().out)
     (tmp_path / "v4-flash").mkdir()
     monkeypatch.chdir(tmp_path)
     names = list(cli.COMMANDS)
     answers = in_bash(
-        script,
+        path,
         [""],
         ["comp"],
         ["run", "--to"],
@@ -74,7 +71,7 @@ def test_bash_completes_commands_options_values_and_paths(
         [],
         ["v4-flash"],
         ["script"],
-        ["bash", "fish", "zsh"],
+        list(SHELLS),
     ]
     for name, offered in zip(names, answers[9:], strict=True):
         cli.main([name, "--help"])
@@ -84,15 +81,18 @@ def test_bash_completes_commands_options_values_and_paths(
         } & set(offered)
 
 
-@pytest.mark.parametrize("shell", sorted(SCRIPTS))
+@pytest.mark.parametrize("shell", SHELLS)
 def test_scripts_are_sound_shell_and_know_every_option(shell: str) -> None:
-    parsed = describe(cli._parser(cli.COMMANDS))
-    script = SCRIPTS[shell](parsed)
-    for command in parsed.commands:
-        assert command.name in script
-        for option in command.options:
-            for flag in option.flags:
-                assert (flag if shell != "fish" else f" {flag.lstrip('-')} ") in script, (command.name, flag)
+    parser = cli._parser(cli.COMMANDS)
+    text = script(parser, shell)
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        assert name in text
+        for action in command._actions:
+            for flag in action.option_strings:
+                # fish and tcsh have them without dashes.
+                word = flag.lstrip("-") if shell in ("fish", "tcsh") else flag
+                assert re.search(rf"(?<!\w){word}(?!\w)", text), (name, flag)
     if shutil.which(shell):
-        done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([shell, "-n"], input=text, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ from textual.app import App, ComposeResult
 
 from localrun.engine.conversations import Attachment, Message
 from localrun.engine.conversations.attachments import AttachmentError, read_attachment
+from localrun.engine.model_finder import FoundModel, find_models, fit
 from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import Delta, PromptProgress, Stats
 from localrun.errors import UsageError
@@ -20,7 +21,6 @@ from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate
 from localrun.tui.answering import Answering
 from localrun.tui.engine_link import AnswerFeed, estimate_tokens
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
-from localrun.tui.model_finder import FoundModel, find_models, fit
 from localrun.tui.options import ChatOptions, from_json, to_json, with_value
 from localrun.tui.widgets.expert_map import map_cells
 from localrun.tui.widgets.lean_markdown import LeanMarkdown
@@ -187,7 +187,7 @@ def test_options_survive_the_store_and_nonsense_is_ignored() -> None:
     assert from_json({}, options) == options
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", "9"), ("top_p", "2"), ("seed", "x"), ("colour", "1")])
+@pytest.mark.parametrize(("name", "value"), [("temperature", "101"), ("top_p", "2"), ("seed", "x"), ("colour", "1")])
 def test_wrong_sampling_values_are_refused(name: str, value: str) -> None:
     with pytest.raises(UsageError):
         with_value(ChatOptions(), name, value)

@@ -333,7 +333,7 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         await talk.press("f4")
         screen = talk.app.screen
         assert isinstance(screen, SettingsScreen)
-        screen.query_one("#temperature", Input).value = "99"
+        screen.query_one("#temperature", Input).value = "101"
         await talk.pilot.click("#apply")
         assert "temperature" in str(screen.query_one("#settings-error", Static).render())
         screen.query_one("#temperature", Input).value = "0.5"
@@ -348,7 +348,7 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         assert len(talk.engine.loads) == 1
         await talk.press("f4")
         talk.app.screen.query_one("#n_ctx", Input).value = "16384"
-        talk.app.screen.query_one("#ram", Input).value = "8GiB"
+        talk.app.screen.query_one("#ram_bytes", Input).value = "8GiB"
         await talk.pilot.click("#apply")
         await talk.until(lambda: len(talk.engine.loads) == 2)
         assert (talk.engine.loads[-1][1].n_ctx, talk.engine.loads[-1][1].ram_bytes) == (16384, 8 << 30)

@@ -96,7 +96,8 @@ class Suggestion:
     """A change and what it would give.
 
     Attributes:
-        text: the change.
+        text: the change, as a command or an option.
+        cost: what it takes.
         gain: of the likely speed of its phase, 1.5 is half as fast again.
         tokens_per_s: that speed.
         phase: what gets faster.
@@ -105,6 +106,7 @@ class Suggestion:
     text: str
     gain: float
     tokens_per_s: float
+    cost: str
     phase: Literal["answers", "prompts"] = "answers"
 
 

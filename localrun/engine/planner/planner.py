@@ -14,7 +14,7 @@ from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plan import GpuShare, Plan, Settings, residency
-from localrun.engine.planner.sizes import KV_BITS, ModelSizes, sizes_of_source
+from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
 from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
 from localrun.quant.model.source import ModelSource
@@ -104,6 +104,3 @@ def make_plan(
         return make_plan(sizes, machine, settings, suggest=False, rates=rates, gpu=gpu)
 
     return replace(plan, suggestions=tuple(suggestions(plan, again)))
-
-
-assert set(KV_BITS) == {"f32", "f16", "q4_0", "q8_0", "bf16"}  # those that llama.cpp's cache takes here

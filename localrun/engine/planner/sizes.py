@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from localrun.alignment import LINE_BYTES, PAGE_BYTES, align_up, ceil_div
 from localrun.engine.planner.builtin_models import BUILT_IN, NAMES
 from localrun.errors import FormatError, UsageError
+from localrun.options import KV_TYPES
 from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions, target_type
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
 from localrun.quant.checkpoint.schema import Role, TensorSpec, trunk_tensors
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _T = GGMLQuantizationType
 
-KV_BITS = {"f32": _T.F32, "f16": _T.F16, "q4_0": _T.Q4_0, "q8_0": _T.Q8_0, "bf16": _T.BF16}
+KV_FORMATS = {name: _T[name.upper()] for name in KV_TYPES}
 """Number formats of the KV cache by the name that options use."""
 
 CSA, HCA = 4, 128
@@ -421,7 +422,7 @@ def format_of(name: str) -> GGMLQuantizationType:
 
 def row_bytes(kv_type: str, n: int) -> int:
     """A row of n values of the KV cache."""
-    block, size = GGML_QUANT_SIZES[KV_BITS[kv_type]]
+    block, size = GGML_QUANT_SIZES[KV_FORMATS[kv_type]]
     return int(ceil_div(n, block) * size)
 
 

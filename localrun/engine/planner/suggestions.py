@@ -12,6 +12,7 @@ from localrun.engine.planner.placement import MIN_CONTEXT
 from localrun.engine.planner.plan import Plan, Settings, Suggestion
 from localrun.engine.planner.sizes import ModelSizes, padded
 from localrun.errors import BudgetError
+from localrun.units import format_size
 
 Again = Callable[[ModelSizes, Hardware, Settings], Plan]
 """Plans something else."""
@@ -39,7 +40,7 @@ def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
     assert plan.prefill is not None
     base = plan.decode.likely.tokens_per_s
     result = []
-    for text, changed_sizes, machine, settings in _changes(plan):
+    for text, cost, changed_sizes, machine, settings in _changes(plan):
         try:
             changed = again(changed_sizes, machine, settings)
         except BudgetError:
@@ -47,7 +48,8 @@ def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
         assert changed.decode is not None
         gain = changed.decode.likely.tokens_per_s / base
         if gain >= _WORTH:
-            result.append(Suggestion(text=text, gain=gain, tokens_per_s=changed.decode.likely.tokens_per_s))
+            rate = changed.decode.likely.tokens_per_s
+            result.append(Suggestion(text=text, cost=cost, gain=gain, tokens_per_s=rate))
     result.sort(key=lambda suggestion: -suggestion.gain)
     return result + _larger_steps(plan, again)
 
@@ -68,28 +70,30 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
     gain = rate / plan.prefill.likely.tokens_per_s
     if gain < _WORTH or changed.decode.likely.tokens_per_s * _WORTH < plan.decode.likely.tokens_per_s:
         return []
-    return [Suggestion(text=f"--batch {LARGE_BATCH}", gain=gain, tokens_per_s=rate, phase="prompts")]
+    more = changed.placement.compute_bytes - plan.placement.compute_bytes
+    cost = f"{format_size(more)} more for buffers"
+    return [Suggestion(text=f"--batch {LARGE_BATCH}", cost=cost, gain=gain, tokens_per_s=rate, phase="prompts")]
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, ModelSizes, Hardware, Settings]]:
+def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, Settings]]:
+    """Each change as a command or an option, with its cost. What the user set himself stays as it is."""
     sizes, machine, settings = plan.sizes, plan.machine, plan.settings
-    free = replace(settings, ram_bytes=None)
-    if settings.ram_bytes is not None:
-        yield "no --ram limit", sizes, machine, free
     total = machine.total_ram_bytes
-    if total is not None and machine.ram_bytes is not None:
+    if total is not None and machine.ram_bytes is not None and settings.ram_bytes is None:
         larger = next((size for size in _RAM_SIZES if size > 1.15 * total), None)
         if larger is not None:
             more = replace(machine, ram_bytes=machine.ram_bytes + larger - total, total_ram_bytes=larger)
-            yield f"{larger >> 30} GiB of RAM", sizes, more, free
+            yield f"--machine-ram {larger >> 30}GiB", f"{format_size(larger - total)} more RAM", sizes, more, settings
     if machine.n_drives == 1:
-        yield "a mirror on a second drive", sizes, replace(machine, n_drives=2), settings
+        cost = f"a copy of {format_size(sizes.expert_file_bytes + sizes.dense_bytes)} on a second drive"
+        yield "--mirror DIR", cost, sizes, replace(machine, n_drives=2), settings
     for kind in _SMALLER:
         smaller = sizes.with_experts(kind) if sizes.n_copies else sizes
         if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
-            yield f"experts in {kind.name}", smaller, machine, settings
-    if plan.n_ctx > 2 * MIN_CONTEXT:
+            cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, less exact answers"
+            yield f"convert --base {kind.name.lower()}", cost, smaller, machine, settings
+    if plan.n_ctx > 2 * MIN_CONTEXT and not settings.n_ctx:
         less = replace(settings, n_ctx=padded(plan.n_ctx // 2))
-        yield f"--context {less.n_ctx}", sizes, machine, less
+        yield f"--context {less.n_ctx}", "a shorter conversation", sizes, machine, less
     if settings.kv_type in ("f16", "bf16", "f32"):
-        yield "--kv q8_0", sizes, machine, replace(settings, kv_type="q8_0")
+        yield "--kv q8_0", "a rounded KV cache", sizes, machine, replace(settings, kv_type="q8_0")

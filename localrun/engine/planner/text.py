@@ -44,26 +44,30 @@ def plan_lines(plan: Plan) -> list[str]:
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction); most of the time: "
         f"{plan.decode.likely.limit}"
     )
-    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "answers"][:3]
-    best += [f"{s.text}: prompts {s.tokens_per_s:.3g} tokens/s" for s in plan.suggestions if s.phase == "prompts"]
+    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "answers"][:3]
+    best += [
+        f"{s.text}: prompts {s.tokens_per_s:.3g} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "prompts"
+    ]
     lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
     return lines
 
 
 def _machine(machine: Hardware) -> str:
     def marked(name: str, text: str) -> str:
-        return text + ("" if machine.origin.get(name) != "assumed" else " (assumed)")
+        how = machine.origin.get(name)
+        return text + (f" ({how})" if how in ("assumed", "this machine's") else "")
 
     parts = []
     if machine.ram_bytes is not None and machine.total_ram_bytes is not None:
-        parts.append(f"{format_size(machine.ram_bytes)} of {format_size(machine.total_ram_bytes)} RAM free")
+        free = f"{format_size(machine.ram_bytes)} of {format_size(machine.total_ram_bytes)} RAM free"
+        parts.append(marked("ram_bytes", free))
     parts += [
         marked("memory", f"memory {machine.memory / 1e9:.1f} GB/s"),
         marked(
             "disk",
             f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk / 1e9:.2f} GB/s",
         ),
-        f"{machine.n_threads} threads",
+        marked("n_threads", f"{machine.n_threads} threads"),
         *(f"{gpu.name} {format_size(gpu.vram_bytes)} free" for gpu in machine.gpus),
     ]
     return ", ".join(parts if machine.gpus else [*parts, "no GPU"])
@@ -160,6 +164,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "suggestions": [
             {
                 "change": s.text,
+                "cost": s.cost,
                 "gain": s.gain,
                 {"answers": "decode_tokens_per_s", "prompts": "prefill_tokens_per_s"}[s.phase]: s.tokens_per_s,
             }

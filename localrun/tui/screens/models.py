@@ -14,8 +14,8 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import DataTable, Input, Static
 
+from localrun.engine.model_finder import FoundModel, find_models, fit
 from localrun.textsafe import visible_line
-from localrun.tui.model_finder import FoundModel, find_models, fit
 from localrun.tui.screens.dialog import Dialog
 from localrun.tui.widgets.status_bar import short_size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Any
 
 from textual import on
 from textual.app import ComposeResult
@@ -12,16 +12,17 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Button, Input, Select, Static, TextArea
 
+from localrun.engine import memory
 from localrun.engine.facts import ModelFacts
-from localrun.engine.options import EngineOptions
+from localrun.engine.options import EngineOptions, check_context
 from localrun.errors import UsageError
+from localrun.options import THINK_MODES, Kind, Option, Where, those
 from localrun.textsafe import visible, visible_line
-from localrun.tui.options import NAMES, ChatOptions, describe, value_of, with_value
+from localrun.tui.options import NAMES, ChatOptions, describe, option_of, value_of, with_value
 from localrun.tui.screens.dialog import Dialog
-from localrun.units import format_size, parse_size
+from localrun.units import format_size
 
-KvType = Literal["f16", "bf16", "q8_0", "q4_0", "f32"]
-KV_TYPES = get_args(KvType)
+ENGINE_OPTIONS = those("engine", Where.DIALOG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class SettingsScreen(Dialog[SettingsResult]):
         self._theme, self._themes = theme, sorted(themes)
 
     def compose_content(self) -> ComposeResult:
-        modes = self._facts.think_modes if self._facts else ("off", "high", "max")
+        modes = self._facts.think_modes if self._facts else THINK_MODES
         with VerticalScroll(id="settings"):
             yield Static("Model", classes="help-group")
             yield Static(Content("\n".join(_facts_lines(self._facts))), id="facts")
@@ -56,22 +57,12 @@ class SettingsScreen(Dialog[SettingsResult]):
             )
             for name in NAMES:
                 value = value_of(self._chat, name)
-                yield from _row(
-                    name, Input("" if value is None else f"{value:g}", id=name, compact=True), describe(name)
-                )
+                yield from _row(name, Input(option_of(name).show(value), id=name, compact=True), describe(name))
             yield Static("system prompt", classes="setting-name")
             yield TextArea(self._chat.system, id="system")
             yield Static("Engine (changes load the model again)", classes="help-group")
-            yield from _row(
-                "RAM for experts", Input(_size(self._engine.ram_bytes), id="ram", compact=True), "empty: what is free"
-            )
-            yield from _row(
-                "context", Input(str(self._engine.n_ctx or ""), id="n_ctx", compact=True), "tokens; empty: the model's"
-            )
-            yield from _row(
-                "threads", Input(str(self._engine.n_threads or ""), id="n_threads", compact=True), "empty: cores"
-            )
-            yield from _row("KV cache", Select([(t, t) for t in KV_TYPES], value=self._engine.kv_type, id="kv_type"))
+            for option in ENGINE_OPTIONS:
+                yield from _row(option.name, _field(option, getattr(self._engine, option.field)), _meaning(option))
             yield Static("Program", classes="help-group")
             yield from _row("theme", Select([(t, t) for t in self._themes], value=self._theme, id="theme"))
         yield Static("", id="settings-error")
@@ -102,17 +93,21 @@ class SettingsScreen(Dialog[SettingsResult]):
         )
         for name in NAMES:
             chat = with_value(chat, name, self._typed(name))
-        ram = self._typed("ram")
-        before = _size(self._engine.ram_bytes)
-        engine = replace(
-            self._engine,
-            # The text is rounded: unchanged means the same number of bytes.
-            ram_bytes=self._engine.ram_bytes if ram == before else parse_size(ram) if ram else None,
-            n_ctx=_count("context", self._typed("n_ctx")),
-            n_threads=_count("threads", self._typed("n_threads")),
-            kv_type=cast(KvType, self.query_one("#kv_type", Select).value),
-        )
+        engine = replace(self._engine, **{option.field: self._engine_value(option) for option in ENGINE_OPTIONS})
+        memory.check_threads(engine.n_threads)
+        memory.check_ram(engine.ram_bytes)
+        if self._facts is not None:
+            check_context(engine.n_ctx, self._facts.n_ctx_train)
         return SettingsResult(chat, engine, str(self.query_one("#theme", Select).value))
+
+    def _engine_value(self, option: Option) -> Any:
+        before = getattr(self._engine, option.field)
+        if option.kind in (Kind.CHOICE, Kind.SWITCH):
+            return option.parse(self.query_one(f"#{option.field}", Select).value)
+        text = self._typed(option.field)
+        if text == _shown(option, before):  # a size is rounded: unchanged means the same number of bytes
+            return before
+        return option.parse(text) if text else option.default
 
     def _typed(self, name: str) -> str:
         return self.query_one(f"#{name}", Input).value.strip()
@@ -129,16 +124,24 @@ def _known(value: str, values: Sequence[str]) -> str:
     return value if value in values else values[0]
 
 
-def _size(n_bytes: int | None) -> str:
-    return "" if n_bytes is None else format_size(n_bytes).replace(" ", "")
+def _field(option: Option, value: Any) -> Input | Select[str]:
+    if option.kind in (Kind.CHOICE, Kind.SWITCH):
+        words = option.choices or ("false", "true")
+        return Select([(w, w) for w in words], value=option.show(value), allow_blank=False, id=option.field)
+    return Input(_shown(option, value), id=option.field, compact=True)
 
 
-def _count(name: str, text: str) -> int:
-    if not text:
-        return 0
-    if not text.isdecimal():
-        raise UsageError(f"{name} {text!r}: expected a whole number")
-    return int(text)
+def _shown(option: Option, value: Any) -> str:
+    """The default is an empty field."""
+    return "" if value == option.default else option.show(value)
+
+
+def _meaning(option: Option) -> str:
+    if option.default is None:
+        return option.unset.replace("without it", "empty")
+    if option.kind is Kind.COUNT and option.default:
+        return f"{option.unit}; empty: {option.default}"
+    return option.help.replace("; 0: ", "; empty: ")
 
 
 def _facts_lines(facts: ModelFacts | None) -> Iterator[str]:

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 from localrun import cli
 from localrun.commands import bench_report, common
+from localrun.commands import plan as plan_command
 from localrun.engine.engine import Engine
 from localrun.engine.facts import Timings
 from localrun.engine.llama import Context
 from localrun.engine.measure.benchmark import Benchmark, Phase
 from localrun.engine.options import EngineOptions
-from localrun.engine.planner import hardware, sizes
+from localrun.engine.planner import boxes, hardware, sizes
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, Gpu, Hardware
 from localrun.engine.planner.hit_rates import Curve, Learned, touched
@@ -242,14 +243,15 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert plan.decode is not None
     gains = {suggestion.text: suggestion for suggestion in plan.suggestions}
     assert list(gains.values()) == sorted(gains.values(), key=lambda it: (it.phase == "prompts", -it.gain))
-    bits = gains["experts in Q2_K"]
+    bits = gains["convert --base q2_k"]
     again = make_plan(flash.with_experts(format_of("q2_k")), BOX, suggest=False)
     assert again.decode is not None
     assert bits.tokens_per_s == pytest.approx(again.decode.likely.tokens_per_s)
     assert bits.gain == pytest.approx(bits.tokens_per_s / plan.decode.likely.tokens_per_s)
-    assert "96 GiB of RAM" in gains
+    assert "--machine-ram 96GiB" in gains
+    assert all(suggestion.cost for suggestion in plan.suggestions)
     resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
-    assert not any("RAM" in suggestion.text or "drive" in suggestion.text for suggestion in resident.suggestions)
+    assert not any("-ram" in suggestion.text or "mirror" in suggestion.text for suggestion in resident.suggestions)
     # Larger steps read each expert less often, which matters most where that is from the drive.
     assert gains["--batch 2048"].phase == "prompts"
     in_ram = max([s.gain for s in resident.suggestions if s.phase == "prompts"], default=1.0)
@@ -391,11 +393,12 @@ def test_gpus_are_measured_with_the_expert_path_s_own_work() -> None:
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-GIVEN = ["--no-probe", "--ram", "64GiB", "--disk-gbps", "3", "--memory-gbps", "50", "--threads", "8"]
+GIVEN = ["--no-probe", "--machine-ram", "64GiB", "--machine-disk-gbps", "3"]
+GIVEN += ["--machine-memory-gbps", "50", "--machine-threads", "8"]
 
 
 def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "pro", *GIVEN, "--vram", "24GiB", "--json"]) == 0
+    assert cli.main(["plan", "pro", *GIVEN, "--machine-vram", "24GiB", "--json"]) == 0
     value = json.load(io.StringIO(capsys.readouterr().out))
     assert value["model"]["n_experts"] == 61 * 384
     assert value["machine"]["origin"]["disk"] == "given"
@@ -419,16 +422,48 @@ def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "pro", "--no-probe", "--ram", "16GiB"]) == 1
+    assert cli.main(["plan", "pro", "--no-probe", "--machine-ram", "16GiB"]) == 1
     error = capsys.readouterr().err
     assert "does not fit" in error
     assert "hint:" in error
     assert cli.main(["plan", "flash", "--kv", "q9"]) == 2
     assert cli.main(["plan", "flash", "--threads", "-1"]) == 2
-    assert cli.main(["plan", "flash", "--no-probe", "--ram", "64GiB", "--threads", "0"]) == 0, (
+    assert cli.main(["plan", "flash", "--no-probe", "--machine-ram", "64GiB", "--threads", "0"]) == 0, (
         "as in the commands that load"
     )
     assert cli.main(["plan", "nowhere"]) == 1
+
+
+def test_limits_are_limits_and_the_machine_is_described_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "flash", *GIVEN, "--ram", "20GiB", "--context", "8192", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["placement"]["ram_bytes"] == 20 << 30
+    assert value["machine"]["total_ram_bytes"] == 64 << 30
+    changes = {suggestion["change"]: suggestion["cost"] for suggestion in value["suggestions"]}
+    assert not any("ram" in change or "--context" in change for change in changes), "those are the user's own limits"
+    assert "on the drive" in changes["convert --base q2_k"]
+    for limit, has in ((["--ram", "65GiB"], "has 64.00 GiB"), (["--vram", "1GiB"], "GPUs have 0 B")):
+        assert cli.main(["plan", "flash", *GIVEN, *limit]) == 1
+        assert has in capsys.readouterr().err
+    assert cli.main(["plan", "flash", *GIVEN, "--context", "1048577"]) == 2
+    assert "1048576" in capsys.readouterr().err
+
+
+def test_what_is_taken_from_this_machine_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "flash", "--no-probe", "--machine-ram", "64GiB"]) == 0
+    machine = capsys.readouterr().out.splitlines()[1]
+    assert "threads (this machine's)" in machine
+    assert "RAM free," in machine
+    assert cli.main(["plan", "flash", "--box", "gpu-24-ram-64"]) == 0
+    machine = capsys.readouterr().out.splitlines()[1]
+    assert "this machine" not in machine
+    assert "64.00 GiB RAM" in machine
+    assert cli.main(["plan", "flash", "--box", "mainframe"]) == 2
+    assert "gpu-24-ram-64" in capsys.readouterr().err
+
+
+def test_boxes_have_the_names_that_help_shows() -> None:
+    assert tuple(boxes.BY_SLUG) == plan_command.BOX_NAMES
 
 
 def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:

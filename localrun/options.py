@@ -1,0 +1,503 @@
+"""Every option that a user may set, declared once: name, type, bounds, unit, meaning, and where it applies.
+
+Everything else is derived from here: the tables of `config.toml` and the `LOCALRUN_*` variables (`config.py`), the flags of the
+commands (`add_flags`), `/set` and the settings dialog of the terminal UI, what a shell completes, the checks of the engine
+(`check`), and the reference in docs/options.md. A server reads a request's JSON with `Option.parse`, by the same names.
+
+Standard library only. What the machine or a model allows is not known here: see `engine/memory.py` and `Engine.open`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from localrun.errors import UsageError
+from localrun.units import format_size, parse_size
+
+KV_TYPES = ("f16", "bf16", "q8_0", "q4_0", "f32")
+"""Number formats of the KV cache, by ggml's names in lower case."""
+
+THINK_MODES = ("off", "high", "max")
+"""Of the models that localrun is made for; another model may have others (`ModelFacts.think_modes`)."""
+
+
+class Kind(Enum):
+    """What a value is."""
+
+    SIZE = "size"  # bytes, with a unit where it is text
+    COUNT = "whole number"
+    NUMBER = "number"
+    TEXT = "text"
+    PATH = "path"
+    SWITCH = "true or false"
+    CHOICE = "one of"
+
+
+class Where(Enum):
+    """Places where an option can be set."""
+
+    FILE = "config.toml"  # and the environment
+    FLAG = "flag"
+    CHAT = "/set"  # of one conversation; a server's request, too
+    DIALOG = "dialog"  # the settings dialog, for what a load decides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option. Immutable.
+
+    Attributes:
+        name: in `config.toml`, as `LOCALRUN_<NAME>`, in `/set` and in JSON.
+        field: of `EngineOptions` or `SamplingOptions`; empty: of neither.
+        help: what it does, one phrase.
+        default: None: see `unset`.
+        unset: what happens without a value.
+        low, high: bounds, both allowed; of a number or a count.
+        choices: of a CHOICE the only values; of a text those that are usual.
+        flag: `--name` if empty.
+        short: other names in `/set`.
+        metavar: of the value in `--help`.
+    """
+
+    name: str
+    table: str
+    kind: Kind
+    help: str
+    field: str = ""
+    default: Any = None
+    unset: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+    short: tuple[str, ...] = ()
+    metavar: str = ""
+    where: frozenset[Where] = frozenset({Where.FILE, Where.FLAG})
+
+    @property
+    def variable(self) -> str:
+        """Of the environment."""
+        return f"LOCALRUN_{self.name.upper()}"
+
+    @property
+    def flag_name(self) -> str:
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def bounds(self) -> str:
+        """`0 to 1`, `auto, none`, `SIZE`: what a value may be, for people."""
+        if self.kind is Kind.SIZE:
+            return "a size, such as 16GiB"
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.low > -math.inf and self.high < math.inf:
+            return f"{_plain(self.low)} to {_plain(self.high)}"
+        return str(self.kind.value)
+
+    def parse(self, value: object) -> Any:
+        """The value of what somebody wrote: text, or a value of TOML or JSON.
+
+        Raises:
+            UsageError: it is none, with what is expected; does not name the option's place.
+        """
+        result = self._converted(value)
+        self.check(result)
+        return result
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError for a value that is out of bounds. None is a value for an option without a default."""
+        if value is None and self.default is None:
+            return
+        if self.kind in (Kind.COUNT, Kind.NUMBER, Kind.SIZE):
+            low = max(self.low, 0) if self.kind is Kind.SIZE else self.low
+            if not low <= value <= self.high:  # also false for NaN
+                raise self._refusal(value)
+        elif self.kind is Kind.CHOICE and value not in self.choices:
+            raise self._refusal(value)
+
+    def show(self, value: Any) -> str:
+        """The value as `parse` reads it; empty for None."""
+        if value is None:
+            return ""
+        if self.kind is Kind.SIZE:
+            return format_size(value).replace(" ", "")
+        if self.kind is Kind.NUMBER:
+            return f"{value:g}"
+        return str(value).lower() if self.kind is Kind.SWITCH else str(value)
+
+    def _converted(self, value: object) -> Any:
+        text = value.strip() if isinstance(value, str) else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        try:
+            if self.kind is Kind.SIZE and (isinstance(text, str) or is_number):
+                return parse_size(str(text))
+            if self.kind is Kind.NUMBER and (isinstance(text, str) or is_number):
+                return float(text)  # type: ignore[arg-type]  # str, int or float
+            if self.kind is Kind.COUNT and (isinstance(text, str) or is_number):
+                return _whole(text)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}", hint=error.hint) from None
+        except (ValueError, OverflowError):
+            raise self._refusal(value) from None
+        if self.kind is Kind.SWITCH and str(text).lower() in _SWITCHES:
+            return _SWITCHES[str(text).lower()]
+        if self.kind in (Kind.TEXT, Kind.PATH, Kind.CHOICE) and isinstance(value, str):
+            return value
+        raise self._refusal(value)
+
+    def _refusal(self, value: object) -> UsageError:
+        shown = self.show(value) if isinstance(value, int | float) else repr(value)
+        expected = self.bounds if self.low > -math.inf or self.choices else f"a {self.kind.value}"
+        unit = f" {self.unit}" if self.unit else ""
+        return UsageError(f"{self.name} {shown}: expected {expected}{unit}", hint=self.unset or None)
+
+
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
+    return int(str(value))
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
+_LOAD = frozenset({Where.FILE, Where.FLAG, Where.DIALOG})
+_ANSWER = frozenset({Where.FILE, Where.FLAG, Where.CHAT})
+_ONE_ANSWER = frozenset({Where.FLAG, Where.CHAT})
+
+MAX_SEED = 2**32 - 2
+"""2**32 - 1 is llama.cpp's LLAMA_DEFAULT_SEED, "draw one"."""
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="model",
+        table="engine",
+        kind=Kind.PATH,
+        help="model to use when none is named: a path, or a name from [models]",
+        unset="without one: the demo model",
+        where=frozenset({Where.FILE}),
+    ),
+    Option(
+        name="ram",
+        table="engine",
+        kind=Kind.SIZE,
+        field="ram_bytes",
+        help="memory for experts",
+        unset="without it: what is free, less some headroom",
+        where=_LOAD,
+    ),
+    Option(
+        name="vram",
+        table="engine",
+        kind=Kind.SIZE,
+        field="vram_bytes",
+        help="GPU memory to use, all GPUs together",
+        unset="without it: what is free",
+        where=_LOAD,
+    ),
+    Option(
+        name="gpu",
+        table="engine",
+        kind=Kind.TEXT,
+        field="gpu",
+        default="auto",
+        choices=("auto", "none"),
+        help="GPUs to use: auto, none, or names from `localrun doctor`, separated by commas",
+        metavar="auto|none|NAME,...",
+        where=_LOAD,
+    ),
+    Option(
+        name="rpc",
+        table="engine",
+        kind=Kind.TEXT,
+        field="rpc",
+        help="GPUs of other machines: addresses of their llama.cpp rpc-server, separated by commas",
+        unset="without it: none",
+        metavar="HOST:PORT,...",
+    ),
+    Option(
+        name="context",
+        table="engine",
+        kind=Kind.COUNT,
+        field="n_ctx",
+        default=0,
+        low=0,
+        high=2**24,
+        unit="tokens",
+        help="tokens that a conversation may have; 0: what the model was trained for, at most 32768",
+        where=_LOAD,
+    ),
+    Option(
+        name="threads",
+        table="engine",
+        kind=Kind.COUNT,
+        field="n_threads",
+        default=0,
+        low=0,
+        high=4096,
+        help="CPU threads; 0: one per physical core",
+        where=_LOAD,
+    ),
+    Option(
+        name="batch",
+        table="engine",
+        kind=Kind.COUNT,
+        field="n_batch",
+        default=512,
+        low=1,
+        high=16384,
+        unit="tokens",
+        help="tokens of a prompt per step: larger steps read long prompts faster and take memory",
+        where=_LOAD,
+    ),
+    Option(
+        name="kv",
+        table="engine",
+        kind=Kind.CHOICE,
+        field="kv_type",
+        default="f16",
+        choices=KV_TYPES,
+        help="number format of the KV cache",
+        where=_LOAD,
+    ),
+    Option(
+        name="mirror",
+        table="engine",
+        kind=Kind.PATH,
+        field="mirror",
+        help="a second copy of the model on another drive; both are read at once",
+        unset="without it: none",
+        metavar="MODEL",
+    ),
+    Option(
+        name="adaptive",
+        table="engine",
+        kind=Kind.SWITCH,
+        field="adaptive",
+        default=False,
+        help="answer a miss from the smaller copy and fetch the better one later; the same seed may give other tokens",
+        where=_LOAD,
+    ),
+    Option(
+        name="temperature",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="temperature",
+        default=1.0,
+        low=0,
+        high=100,
+        flag="--temp",
+        short=("temp",),
+        metavar="T",
+        help="how freely tokens are drawn; 0 always takes the most likely one",
+        where=_ANSWER,
+    ),
+    Option(
+        name="top_p",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="top_p",
+        default=1.0,
+        low=0,
+        high=1,
+        short=("p",),
+        metavar="P",
+        help="keep the most likely tokens of this total probability; 1 keeps all",
+        where=_ANSWER,
+    ),
+    Option(
+        name="top_k",
+        table="sampling",
+        kind=Kind.COUNT,
+        field="top_k",
+        default=0,
+        low=0,
+        high=2**31 - 1,
+        short=("k",),
+        metavar="K",
+        help="keep the K most likely tokens; 0 keeps all",
+        where=_ANSWER,
+    ),
+    Option(
+        name="min_p",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="min_p",
+        default=0.0,
+        low=0,
+        high=1,
+        metavar="P",
+        help="keep tokens at least P times as likely as the first; 0 keeps all",
+        where=_ANSWER,
+    ),
+    Option(
+        name="seed",
+        table="sampling",
+        kind=Kind.COUNT,
+        field="seed",
+        low=0,
+        high=MAX_SEED,
+        help="same seed, same model, same prompt: same answer",
+        unset="without it: another one each time",
+        where=_ONE_ANSWER,
+    ),
+    Option(
+        name="max_tokens",
+        table="sampling",
+        kind=Kind.COUNT,
+        low=1,
+        high=2**24,
+        unit="tokens",
+        short=("max",),
+        help="end an answer after so many tokens",
+        unset="without it: when the context is full",
+        where=_ONE_ANSWER,
+    ),
+    Option(
+        name="think",
+        table="sampling",
+        kind=Kind.TEXT,
+        default="off",
+        choices=THINK_MODES,
+        metavar="off|high|max",
+        help="how much the model reasons before it answers",
+    ),
+)
+
+BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
+TABLES: tuple[str, ...] = tuple(dict.fromkeys(option.table for option in OPTIONS))
+
+
+def those(table: str | None = None, where: Where | None = None) -> tuple[Option, ...]:
+    """Options of a table and a place, in their order."""
+    return tuple(o for o in OPTIONS if table in (None, o.table) and (where is None or where in o.where))
+
+
+def check(**values: Any) -> None:
+    """Checks values by option name. Raises UsageError."""
+    for name, value in values.items():
+        BY_NAME[name].check(value)
+
+
+def check_fields(table: str, owner: object) -> None:
+    """Checks an `EngineOptions` or `SamplingOptions`, by its fields. Raises UsageError."""
+    for option in those(table):
+        if option.field:
+            option.check(getattr(owner, option.field))
+
+
+def fields_of(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `EngineOptions` or `SamplingOptions` from values by option name; what is missing keeps its default."""
+    return {o.field: values[o.name] for o in those(table) if o.field and o.name in values}
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
+    """Adds the flags of these options, in a group; they all default to None, "not typed".
+
+    `option_names` of the parsed arguments lists the options whose flags a command has.
+    """
+    group = parser.add_argument_group(title)
+    for option in options:
+        if option.kind is Kind.SWITCH:
+            group.add_argument(
+                option.flag_name, dest=option.name, action="store_true", default=None, help=_help(option)
+            )
+            continue
+        action = group.add_argument(
+            option.flag_name,
+            dest=option.name,
+            type=_argument(option),
+            metavar=option.metavar or _metavar(option),
+            help=_help(option),
+        )
+        if option.kind is Kind.CHOICE:
+            action.choices = option.choices
+    names: Sequence[str] = parser.get_default("option_names") or ()
+    parser.set_defaults(option_names=(*names, *(option.name for option in options)))
+
+
+def _argument(option: Option) -> Any:
+    """argparse's `type` of an option."""
+
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except UsageError as error:
+            # argparse puts the flag before it.
+            reason = str(error).removeprefix(f"{option.name}: ").removeprefix(f"{option.name} ")
+            raise argparse.ArgumentTypeError(f"{reason}{f' ({error.hint})' if error.hint else ''}") from None
+
+    return parse
+
+
+def _metavar(option: Option) -> str:
+    if option.kind is Kind.CHOICE:
+        return "|".join(option.choices)
+    return {Kind.SIZE: "SIZE", Kind.COUNT: "N", Kind.NUMBER: "X", Kind.PATH: "PATH"}.get(option.kind, "TEXT")
+
+
+def _help(option: Option) -> str:
+    """With the default, for `--help`."""
+    if option.kind is Kind.SWITCH:
+        text = option.help
+    elif option.default is None:
+        text = f"{option.help} ({option.unset.replace('without it: ', 'default: ')})" if option.unset else option.help
+    else:
+        text = f"{option.help} ({option.show(option.default)})"
+    return text.replace("%", "%%")
+
+
+def reference() -> str:
+    """docs/options.md: all options in tables."""
+    lines = [_REFERENCE_HEAD]
+    for table in TABLES:
+        lines += [f"## [{table}]\n", "| name | flag | value | default | what it does |", "|---|---|---|---|---|"]
+        for option in those(table):
+            flag = f"`{option.flag_name}`" if Where.FLAG in option.where else ""
+            name = f"`{option.name}`" + ("" if Where.FILE in option.where else " (not in the file)")
+            default = f"`{option.show(option.default)}`" if option.default is not None else ""
+            more = f"; {option.unset}" if option.unset else ""
+            value = option.bounds + (f" {option.unit}" if option.unit else "")
+            if option.kind is Kind.TEXT and option.choices:
+                value += ", …"
+            lines.append(f"| {name} | {flag} | {value} | {default} | {option.help}{more} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_REFERENCE_HEAD = """\
+# Options
+
+Made from `localrun/options.py`; a test compares them. Each option has one name and one meaning:
+
+* in `~/.config/localrun/config.toml` (or `$LOCALRUN_CONFIG_DIR/config.toml`), in the table that heads its section,
+* as the environment variable `LOCALRUN_<NAME>`,
+* as a flag of the commands that load a model or answer,
+* in the terminal UI: `/set NAME VALUE`, and the settings (F4).
+
+Defaults < file < environment < flag. Sizes need a unit: `16GiB` is 16 × 2³⁰ bytes, `16GB` is 16 × 10⁹.
+
+Names for models stand in the table `[models]`; they can be used wherever a command takes a MODEL:
+
+    [models]
+    flash2 = "/models/v4-flash-2bit"
+
+`LOCALRUN_CACHE_DIR`, `LOCALRUN_DATA_DIR`, `LOCALRUN_CONFIG_DIR` and `LOCALRUN_KERNEL_DIR` move localrun's folders.
+`LOCALRUN_MODELS` lists folders in which `localrun list` and the terminal UI look for models, separated by colons.
+"""
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -131,6 +131,7 @@ class Session:
         Args:
             boundaries: ascending positions in the prompt where messages end: states are saved at the first and the last one,
                 and between them at least `SNAPSHOT_DISTANCE` apart.
+            progress: called first with what need not be computed, then after each batch.
 
         Returns:
             How many tokens did not have to be computed.
@@ -142,9 +143,11 @@ class Session:
         prompt = list(prompt)
         self._check(prompt, room=self.n_ctx)
         held = self._go_back_to(prompt)
-        if held == len(prompt):
-            return held
         total, at = len(prompt), held
+        if progress is not None:
+            progress(held, total)
+        if held == total:
+            return held
         for end in [*self._snapshot_places(boundaries, held, total), total]:
             for batch in self._batches(prompt[at:end]):
                 self._decode(batch, all_logits=False)
@@ -398,9 +401,18 @@ class Generation:
 
     def _run(self) -> Iterator[int]:
         session, n_prompt = self._session, len(self._prompt)
-        start = time.perf_counter()
-        n_reused = session.prefill(self._prompt, boundaries=self._boundaries, progress=self._progress)
+        start: float | None = None  # of the prefill: looking for a saved state and reading it is no part of its rate
+
+        def progress(done: int, total: int) -> None:
+            nonlocal start
+            if start is None:
+                start = time.perf_counter()
+            if self._progress is not None:
+                self._progress(done, total)
+
+        n_reused = session.prefill(self._prompt, boundaries=self._boundaries, progress=progress)
         decode_start = time.perf_counter()
+        assert start is not None
         n_new = 0
         while self.reason is None:
             token = session._step(self._sampler)

@@ -1,20 +1,19 @@
 """What the engine process does for each long command: one model, one session, answers as typed events.
 
-Runs on the worker's main thread; `stop`, `stats` and `count_tokens` may be called from another one. Knows nothing about pipes.
+Runs on the worker's main thread; `stop`, `stats` and `count_tokens` may be called from others. Knows nothing about pipes.
 """
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from localrun.atomic import replacing
 from localrun.engine import memory
 from localrun.engine.chat.messages import messages_from_json, tools_from_json
 from localrun.engine.chat.parts import Special
@@ -55,6 +54,7 @@ from localrun.engine.process.protocol import (
     Stats,
     ToolCall,
 )
+from localrun.engine.process.shared import Shared
 from localrun.engine.session import Progress, Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Piece, StreamDecoder
@@ -64,48 +64,67 @@ from localrun.paths import cache_dir
 Send = Callable[[Event], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a load makes and `close` frees."""
+
+    engine: Engine
+    session: Session
+    snapshots: SnapshotStore
+
+
 class Host:
-    """The loaded model of an engine process, if there is one. Every method sends its events, the closing one last."""
+    """The loaded model of an engine process, if there is one. Every method sends its events, the closing one last.
+
+    The main thread alone loads, computes and frees. Other threads look at the model inside `Shared.use` only, for which freeing it
+    waits. Lock: that of `Shared`, and `Session.stop`'s inside it.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._engine: Engine | None = None
-        self._session: Session | None = None
-        self._snapshots: SnapshotStore | None = None
+        self._model: Shared[_Loaded] = Shared()
         self._stopping = False
+        self.has_model = False
+        """A model is loaded or being freed: there may be something to save. Any thread."""
 
     # --- from any thread
 
     def stop(self) -> None:
         """Ends the running command; remembered until `clear_stop` should it just be about to start."""
         self._stopping = True
-        if (session := self._session) is not None:
-            session.stop()
+        with self._model.use() as model:
+            if model is not None:
+                model.session.stop()
 
     def clear_stop(self) -> None:
+        """Forgets `stop`; before the next command."""
         self._stopping = False
-        if self._session is not None:
-            self._session.clear_stop()
+        with self._model.use() as model:
+            if model is not None:
+                model.session.clear_stop()
 
     def stats(self, command: GetStats, busy: bool) -> Stats:
-        """The event that answers `command`."""
-        engine, session = self._engine, self._session
-        return Stats(
-            request=command.request,
-            busy=busy,
-            context_used=session.position if session else 0,
-            n_ctx=session.n_ctx if session else 0,
-            rss_bytes=memory.resident_bytes(),
-            telemetry=engine.stats() if engine else {},
-            experts=engine.expert_map() if engine and command.expert_map else None,
-        )
+        """The event that answers `command`; takes no lock that is held while something is computed or read."""
+        with self._model.use() as model:
+            return Stats(
+                request=command.request,
+                busy=busy,
+                context_used=model.session.position if model else 0,
+                n_ctx=model.session.n_ctx if model else 0,
+                rss_bytes=memory.resident_bytes(),
+                telemetry=model.engine.stats() if model else {},
+                experts=model.engine.expert_map() if model and command.expert_map else None,
+            )
 
     def count_tokens(self, command: CountTokens) -> int:
         """See `protocol.CountTokens`. Raises LocalrunError without a model or a tokenizer, or for what can't be a prompt."""
-        engine, _ = self._loaded()
-        if command.text is not None:
-            return len(engine.tokenizer.encode(command.text))
-        return len(engine.tokenizer.encode_parts(_prompt(engine, command).parts))
+        with self._model.use() as model:
+            if model is None:
+                raise LocalrunError("no model is loaded")
+            engine = model.engine
+            if command.text is not None:
+                return len(engine.tokenizer.encode(command.text))
+            return len(engine.tokenizer.encode_parts(_prompt(engine, command).parts))
 
     # --- commands
 
@@ -133,11 +152,12 @@ class Host:
             snapshots = SnapshotStore(cache_dir() / "snapshots", engine.state_key)
             session = engine.session(snapshots=snapshots)
             if engine.facts.has_tokenizer:
-                engine.tokenizer.encode("warm")
+                engine.tokenizer.encode("warm")  # also makes it before several threads ask for it
         except BaseException:
             engine.close()
             raise
-        self._engine, self._session, self._snapshots = engine, session, snapshots
+        self.has_model = True
+        self._model.put(_Loaded(engine, session, snapshots))
         facts = replace(engine.facts, n_ctx=session.n_ctx)
         plan = engine.plan.to_json() if engine.plan is not None else {}
         self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start, plan=plan))
@@ -167,7 +187,7 @@ class Host:
             boundaries=boundaries,
             max_tokens=command.max_tokens,
             ignore_eos=command.ignore_eos,
-            progress=self._progress(command.request, prompt, session),
+            progress=self._progress(command.request),
         )
         out = _AnswerWriter(engine, command.request, start, self._send)
         for token in answer:
@@ -192,8 +212,8 @@ class Host:
         """See `protocol.Snapshot`."""
         _, session = self._loaded()
         data = session.snapshot()
-        with _atomic(Path(command.path)) as partial:
-            partial.write_bytes(data)
+        with replacing(Path(command.path)) as file:
+            file.write(data)
         self._send(Saved(request=command.request, n_tokens=session.position, n_bytes=len(data)))
 
     def restore(self, command: Restore) -> None:
@@ -208,10 +228,11 @@ class Host:
         tokens, n_vocab = list(command.tokens), engine.facts.n_vocab
         if not tokens:
             raise UsageError("no tokens to evaluate")
-        progress = self._progress(command.request, tokens, None)
+        progress = self._progress(command.request)
+        progress(0, len(tokens))
         start = time.perf_counter()
-        with engine.session(all_logits=True) as session, _atomic(Path(command.logits_path)) as partial:
-            out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(tokens), n_vocab))
+        with engine.session(all_logits=True) as session, replacing(Path(command.logits_path)) as file:
+            out = np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float32, shape=(len(tokens), n_vocab))
             done = 0
             for rows in session.feed_all_logits(tokens):
                 if self._stopping:
@@ -256,32 +277,36 @@ class Host:
         )
 
     def close(self) -> None:
-        """Frees the model."""
-        engine, self._engine, self._session = self._engine, None, None
-        if engine is not None:
-            engine.close()
-        if self._snapshots is not None:
-            self._snapshots.close()
-            self._snapshots = None
+        """Frees the model, after those who look at it; waits until what it leaves behind is written."""
+        model = self._model.take()
+        if model is not None:
+            try:
+                model.engine.close()
+            finally:
+                model.snapshots.close()
+        self.has_model = False
 
     # --- inside
 
     def _loaded(self) -> tuple[Engine, Session]:
-        engine, session = self._engine, self._session
-        if engine is None or session is None:
+        """For the main thread."""
+        model = self._model.value
+        if model is None:
             raise LocalrunError("no model is loaded")
-        return engine, session
+        return model.engine, model.session
 
-    def _progress(self, request: int, prompt: list[int], session: Session | None) -> Progress:
-        held = session.tokens if session else ()
-        reused = len(held) if len(held) < len(prompt) and list(held) == prompt[: len(held)] else 0
-        start = time.perf_counter()
+    def _progress(self, request: int) -> Progress:
+        """Sends PromptProgress; its first call says what need not be computed, and starts the clock."""
+        reused: int | None = None
+        start = 0.0
 
         def report(done: int, total: int) -> None:
-            elapsed_s = time.perf_counter() - start
-            self._send(PromptProgress(request=request, done=done, total=total, reused=reused, elapsed_s=elapsed_s))
+            nonlocal reused, start
+            now = time.perf_counter()
+            if reused is None:
+                reused, start = done, now
+            self._send(PromptProgress(request=request, done=done, total=total, reused=reused, elapsed_s=now - start))
 
-        report(reused, len(prompt))
         return report
 
 
@@ -379,16 +404,3 @@ class _AnswerWriter:
                 tokens=self.take_tokens(),
             )
         )
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A partial file that becomes `path` when the block ends well, and disappears otherwise."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,14 +1,13 @@
 """The engine process: reads commands from its standard input, sends events to its standard output (`protocol.py`).
 
-The main thread loads models and computes; a control thread reads commands and serves the short ones at once. Whatever C code
-prints goes to standard error, which the parent keeps as a log. When the command pipe ends, so does the process.
+Whatever C code prints goes to standard error, which the parent keeps as a log. When its parent has gone, so does this process:
+within `ORPHAN_S`, whatever it is doing.
 
-Started by `process.EngineProcess` as `python -m localrun.engine.process.worker`.
+Started by `connection.Connection` as `python -m localrun.engine.process.worker PARENT_PID`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import logging
 import os
@@ -19,8 +18,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from localrun.engine.process.outbox import Outbox
 from localrun.engine.process.protocol import (
     Close,
     Closed,
@@ -39,67 +39,105 @@ from localrun.engine.process.protocol import (
     Stop,
     TokenCount,
 )
-from localrun.engine.process.wire import decode_command, encode
+from localrun.engine.process.wire import ProtocolError, decode_command, encode
 from localrun.errors import LocalrunError, StoppedError
+
+if TYPE_CHECKING:
+    from localrun.engine.process.host import Host
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 20.0
-"""What closing may take before the process ends without it."""
+"""What closing may take before the process ends without it, when the parent asked for it and waits."""
+
+ORPHAN_S = 8.0
+"""The same when the parent has gone: the memory of a whole model is held for nobody."""
+
+ORPHAN_EMPTY_S = 2.0
+"""The same when there is no loaded model, so nothing worth saving."""
+
+PARENT_POLL_S = 0.5
+"""How often the parent is looked for. The end of the command pipe usually says it sooner, but a process that the parent forked may
+hold that pipe open."""
+
+_Send = Callable[[Event], None]
 
 
 class Worker:
     """The engine and its session behind the two pipes.
 
-    Threads: `run` on the main thread owns `_host`; `read_commands` on the control thread only stops it and reads its counters.
+    Threads:
+        main (`run`) owns the host: loads models, computes, frees them.
+        control (`read_commands`) reads every command as soon as it comes, whatever the others do: it never waits for a pipe or a
+            computation.
+        counting (`count_all`) tokenizes, which may take seconds for a large text.
+        parent (`watch_parent`) notices that the parent has gone.
+        events (in `Outbox`) writes.
+
+    Lock: `_lock` guards what stands below it. Held for moments; inside it only the locks of `Host.stop`.
+
+    Args:
+        commands: read by the control thread only.
+        events: file descriptor of the event pipe, owned from now on.
+        parent: process id of the parent.
     """
 
-    def __init__(self, commands: IO[bytes], events: IO[bytes]) -> None:
-        self._commands, self._events = commands, events
-        self._send_lock = threading.Lock()
+    def __init__(self, commands: IO[bytes], events: int, parent: int) -> None:
+        self._commands, self._parent = commands, parent
+        self._outbox = Outbox(events, name="events", on_broken=self._orphaned)
         self._queue: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the next three
+        self._counts: queue.SimpleQueue[CountTokens] = queue.SimpleQueue()
+        self._exit_code = 0
+        self._lock = threading.Lock()
         self._running = 0  # request of the command that runs, 0: none
         self._waiting: set[int] = set()
         self._stopped: set[int] = set()
-        self._host: Any = None  # localrun.engine.process.host.Host, once its imports are done
+        self._host: Host | None = None  # once its imports are done
+        self._deadline: float | None = None  # time.monotonic() at which the process ends in any case
 
     def send(self, event: Event) -> None:
-        """Any thread."""
+        """On the main thread; waits while the parent does not read what was sent before."""
         line = encode(event)
-        with self._send_lock:
-            self._events.write(line)
-            self._events.flush()
+        self._outbox.wait_for_room()
+        self._outbox.put(line)
+
+    def _reply(self, event: Event) -> None:
+        """On the other threads; never waits. Who asks and asks and never reads gets no answers."""
+        line = encode(event)
+        if self._outbox.has_room():
+            self._outbox.put(line)
+        else:
+            log.warning("%s is not sent: the parent does not read", type(event).__name__)
 
     # --- control thread
 
     def read_commands(self) -> None:
         """Serves commands until the pipe ends; then the main thread closes the model and ends the process."""
         try:
-            self._read_commands()
-        except Exception:
+            for line in self._commands:
+                self._take(decode_command(line))
+        except ProtocolError:
             log.exception("the command pipe can't be read")
-        # Whoever asked may be gone. What is worth saving (the routing profile, a conversation's state) is saved all the same.
-        self._queue.put(Close())
-        self._stop_all()
-        time.sleep(LAST_WORDS_S)
-        os._exit(0)
+            self._exit_code = 1
+        with self._lock:
+            asked = self._deadline is not None
+        if not asked:
+            self._orphaned()
 
-    def _read_commands(self) -> None:
-        for line in self._commands:
-            command = decode_command(line)
-            if isinstance(command, Stop):
-                self._stop(command.target)
-            elif isinstance(command, GetStats):
-                self._guarded(command, self._send_stats)
-            elif isinstance(command, CountTokens):
-                self._guarded(command, self._count_tokens)
-            else:
-                with self._lock:
-                    self._waiting.add(command.request)
-                self._queue.put(command)
-                if isinstance(command, Close):
-                    self._stop_all()
+    def _take(self, command: Command) -> None:
+        if isinstance(command, Stop):
+            self._stop(command.target)
+        elif isinstance(command, GetStats):
+            self._guarded(command, self._send_stats, self._reply)
+        elif isinstance(command, CountTokens):
+            self._counts.put(command)
+        else:
+            with self._lock:
+                self._waiting.add(command.request)
+            self._queue.put(command)
+            if isinstance(command, Close):
+                self._end_within(LAST_WORDS_S)
+                self._stop_all()
 
     def _stop(self, target: int) -> None:
         with self._lock:
@@ -118,19 +156,53 @@ class Worker:
         with self._lock:
             busy, host = self._running != 0, self._host
         if host is None:
-            self.send(Stats(request=command.request, busy=busy, context_used=0, n_ctx=0, rss_bytes=0, telemetry={}))
+            self._reply(Stats(request=command.request, busy=busy, context_used=0, n_ctx=0, rss_bytes=0, telemetry={}))
         else:
-            self.send(host.stats(command, busy))
+            self._reply(host.stats(command, busy))
 
-    def _count_tokens(self, command: CountTokens) -> None:
-        if self._host is None:
+    # --- counting thread
+
+    def count_all(self) -> None:
+        """Answers CountTokens, one after another."""
+        while True:
+            self._guarded(command := self._counts.get(), self._count, self._reply)
+            del command  # may be large
+
+    def _count(self, command: CountTokens) -> None:
+        host = self._host
+        if host is None:
             raise LocalrunError("no model is loaded")
-        self.send(TokenCount(request=command.request, n_tokens=self._host.count_tokens(command)))
+        self._reply(TokenCount(request=command.request, n_tokens=host.count_tokens(command)))
+
+    # --- ending
+
+    def watch_parent(self) -> None:
+        """Waits until the parent has gone, on a thread of its own."""
+        while os.getppid() == self._parent:
+            time.sleep(PARENT_POLL_S)
+        self._orphaned()
+
+    def _orphaned(self) -> None:
+        """Nobody is there any more. What is worth saving (the routing profile, a conversation's state) is saved all the same, in a
+        short time. Any thread, also several times."""
+        host = self._host
+        self._end_within(ORPHAN_S if host is not None and host.has_model else ORPHAN_EMPTY_S)
+        self._queue.put(Close())
+        self._stop_all()
+        self._outbox.close()  # the main thread must not wait for room
+
+    def _end_within(self, seconds: float) -> None:
+        """The process ends then in any case; an earlier deadline stays."""
+        with self._lock:
+            now = time.monotonic()
+            self._deadline = min(self._deadline or now + seconds, now + seconds)
+            # Needs neither this thread nor the interpreter's lock, and the log says where everybody was.
+            faulthandler.dump_traceback_later(max(0.01, self._deadline - now), exit=True)
 
     # --- main thread
 
-    def run(self) -> None:
-        """Runs long commands one after another until Close."""
+    def run(self) -> int:
+        """Runs long commands one after another until Close; returns the exit code."""
         from localrun.engine.process.host import Host
 
         host = Host(self.send)
@@ -155,14 +227,20 @@ class Worker:
                 if stopped:
                     host.stop()
             if isinstance(command, Close):
-                host.close()
-                self.send(Closed(request=command.request))
-                return
-            self._guarded(command, handlers[type(command)])
+                break
+            self._guarded(command, handlers[type(command)], self.send)
             with self._lock:
                 self._running = 0
+            del command  # a long conversation need not stay until the next one comes
+        try:
+            host.close()
+        except Exception:
+            log.exception("closing failed")
+        self._outbox.put(encode(Closed(request=command.request)))
+        self._outbox.close(timeout_s=1.0)
+        return self._exit_code
 
-    def _guarded(self, command: Command, handler: Callable[[Any], None]) -> None:
+    def _guarded(self, command: Command, handler: Callable[[Any], None], send: _Send) -> None:
         """Runs a handler; whatever it raises becomes a Failed event."""
         try:
             handler(command)
@@ -172,15 +250,13 @@ class Worker:
             message = str(error) or type(error).__name__
             hint = error.hint if isinstance(error, LocalrunError) else "this is a bug in localrun; --debug shows where"
             trace = "" if isinstance(error, StoppedError) else traceback.format_exc()
-            self.send(
-                Failed(request=command.request, kind=type(error).__name__, message=message, hint=hint, trace=trace)
-            )
+            send(Failed(request=command.request, kind=type(error).__name__, message=message, hint=hint, trace=trace))
 
 
-def take_over_pipes() -> tuple[IO[bytes], IO[bytes]]:
+def take_over_pipes() -> tuple[IO[bytes], int]:
     """Keeps the pipes for the protocol; standard input becomes empty, standard output joins standard error."""
     commands = os.fdopen(os.dup(0), "rb")
-    events = os.fdopen(os.dup(1), "wb")
+    events = os.dup(1)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
@@ -192,13 +268,22 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user interface decides what Ctrl-C means
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    worker = Worker(commands, events)
-    threading.Thread(target=worker.read_commands, name="control", daemon=True).start()
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone
-        worker.run()
-    # Skips the destructors of C libraries, which run in no defined order after a model was freed.
-    sys.stderr.flush()
-    os._exit(0)
+    code = 1
+    try:
+        worker = Worker(commands, events, int(sys.argv[1]))
+        for name, target in (
+            ("control", worker.read_commands),
+            ("counting", worker.count_all),
+            ("parent", worker.watch_parent),
+        ):
+            threading.Thread(target=target, name=name, daemon=True).start()
+        code = worker.run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Skips the destructors of C libraries, which run in no defined order after a model was freed.
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from msgspec.structs import replace
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
-from localrun.engine.process.process import EngineProcess, _cause_of_death
+from localrun.engine.process.connection import _cause_of_death
+from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import (
     CountTokens,
     Delta,

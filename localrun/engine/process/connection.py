@@ -1,0 +1,255 @@
+"""One engine process as its parent sees it: the child, its pipes, who waits for what, and what it died of.
+
+Knows requests and events, not what they mean. A dead process's connection is not used again; `process.EngineProcess` makes another.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from msgspec import structs
+
+import localrun
+from localrun.engine.facts import ModelFacts
+from localrun.engine.process.outbox import Outbox
+from localrun.engine.process.protocol import Close, Command, Event, Load, Ready, Stop
+from localrun.engine.process.wire import ProtocolError, decode_event, encode
+from localrun.errors import EngineDiedError, LocalrunError
+
+LOG_LINES = 200
+"""Lines of the C library's output that are kept to explain a crash."""
+
+_LOG_LINE_BYTES = 4096  # of one line; what is longer becomes several
+
+CLOSE_TIMEOUT_S = 25.0
+"""More than the engine gives itself to save what it has learned (`worker.LAST_WORDS_S`)."""
+
+KILL_TIMEOUT_S = 5.0
+"""What a killed process may take to disappear; one that a dead drive or driver keeps is left behind."""
+
+WORKER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "passive"}
+"""Unless the user sets them. Threads that spin between two parallel regions starve everybody else on a busy machine: four tokens of
+a tiny model took 0.6 s with waiting threads and 34 s with spinning ones (two cores, load 18)."""
+
+# How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
+_LAST_WORDS = re.compile(r"\.(?:c|cc|cpp|cu|h|m):\d+: |^\s*what\(\): ")
+
+Inbox = queue.SimpleQueue[Event | LocalrunError]
+"""Events of one request, or why there are no more. Holds at most one answer, however slowly it is read: others don't wait."""
+
+_requests = itertools.count(1)  # of all connections, so that a number never means two things
+
+
+class Connection:
+    """A running engine process. Methods may be called from any thread; none but `close` waits for anything.
+
+    Owns the child, its pipes, and three threads: one writes commands (`Outbox`), one hands out events, one keeps the log.
+
+    Lock: `_lock` guards what stands below it. Held for moments, never while a pipe is written or read, nor while callbacks run;
+    inside it only the outbox's.
+
+    Attributes:
+        facts: of the loaded model; None while there is none.
+        log: the last lines that the engine's C libraries printed.
+
+    Args:
+        on_death: called once, from the event thread, when the process ends without `close`.
+    """
+
+    def __init__(self, on_death: Callable[[Connection, EngineDiedError], None]) -> None:
+        self._on_death = on_death
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self.facts: ModelFacts | None = None
+        self._lock = threading.Lock()
+        self._inboxes: dict[int, Inbox] = {}
+        self._running: set[int] = set()  # long commands
+        self._stopped: set[int] = set()  # those of them that a Stop was sent for
+        self._ended: EngineDiedError | None = None
+        self._process = _start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._outbox = Outbox(os.dup(self._process.stdin.fileno()), name="engine-commands")
+        self._process.stdin.close()
+        self._log_reader = threading.Thread(
+            target=self._read_log, args=(self._process.stderr,), name="engine-log", daemon=True
+        )
+        self._log_reader.start()
+        threading.Thread(
+            target=self._read_events, args=(self._process.stdout,), name="engine-events", daemon=True
+        ).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """The process has not been found dead, nor closed."""
+        return self._ended is None
+
+    # --- commands
+
+    def post(self, command: Command, *, long: bool) -> tuple[int, Inbox]:
+        """Sends a command under a number of its own; its events come into the inbox until `forget`.
+
+        Raises:
+            EngineDiedError: the process has ended.
+            TypeError: the command holds something that can't be sent.
+        """
+        request, inbox = next(_requests), Inbox()
+        line = encode(structs.replace(command, request=request))
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            if isinstance(command, Load):
+                self.facts = None
+            self._inboxes[request] = inbox
+            if long:
+                self._running.add(request)
+            # A command whose caller has gone before its turn came need not be sent.
+            self._outbox.put(line, lambda: request in self._inboxes)
+        return request, inbox
+
+    def forget(self, request: int, *, stop: bool) -> None:
+        """Nobody waits for this request any more; `stop`: it still runs, and shall not."""
+        with self._lock:
+            if stop and request in self._running:
+                self._stop(request)
+            self._inboxes.pop(request, None)
+            self._running.discard(request)
+            self._stopped.discard(request)
+
+    def stop(self) -> None:
+        """Ends all long commands that are running or waiting."""
+        with self._lock:
+            for request in self._running:
+                self._stop(request)
+
+    def _stop(self, request: int) -> None:
+        if request not in self._stopped:
+            self._stopped.add(request)
+            self._outbox.put(encode(Stop(target=request)))
+
+    # --- ending
+
+    def close(self) -> None:
+        """Ends the process, politely at first; returns within `CLOSE_TIMEOUT_S` and `KILL_TIMEOUT_S`. Those who wait are told at
+        once."""
+        self._end(EngineDiedError("the engine was closed"))
+        self._outbox.put(encode(Close()))
+        self._outbox.close()  # the end of the pipe alone also ends the engine
+        try:
+            self._process.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> int | None:
+        self._process.kill()
+        try:
+            return self._process.wait(KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _end(self, cause: EngineDiedError) -> bool:
+        """Tells everybody who waits; False if the end had come before."""
+        with self._lock:
+            if self._ended is not None:
+                return False
+            self._ended, self.facts = cause, None
+            inboxes, self._inboxes = self._inboxes, {}
+            self._running.clear()
+        for inbox in inboxes.values():
+            inbox.put(cause)
+        return True
+
+    # --- threads
+
+    def _read_log(self, stream: IO[bytes]) -> None:
+        with io.BufferedReader(stream) as lines:  # type: ignore[type-var]
+            while line := lines.readline(_LOG_LINE_BYTES):
+                self.log.append(line.decode("utf-8", "replace").rstrip())
+
+    def _read_events(self, stream: IO[bytes]) -> None:
+        """Hands events out until the process is dead, then tells everybody who waits."""
+        death: EngineDiedError | None = None
+        try:
+            with io.BufferedReader(stream, 1 << 16) as lines:  # type: ignore[type-var]
+                for line in lines:
+                    self._hand_out(decode_event(line))
+        except ProtocolError as error:
+            death = _garbage_error(error)
+        except Exception as error:  # whatever it is: those who wait must not wait for ever
+            death = EngineDiedError(f"the engine's events can't be read: {error!r}")
+        try:
+            # A process that has closed its pipe is ending.
+            code = self._process.wait(KILL_TIMEOUT_S) if death is None else self._kill()
+        except subprocess.TimeoutExpired:
+            code = self._kill()
+        self._log_reader.join(timeout=1.0)
+        self._outbox.close()
+        death = death or _cause_of_death(code if code is not None else -signal.SIGKILL, list(self.log))
+        if self._end(death):
+            self._on_death(self, death)
+
+    def _hand_out(self, event: Event) -> None:
+        with self._lock:
+            inbox = self._inboxes.get(event.request)
+            if isinstance(event, Ready) and self._ended is None:
+                self.facts = event.facts
+        if inbox is not None:  # else: its caller has gone away
+            inbox.put(event)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -P and an explicit path: the worker is this package, and no file in the working directory shadows a module.
+    path = [str(Path(localrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "localrun.engine.process.worker", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        # ggml's backtrace would start a debugger and can hang in it.
+        env={**WORKER_ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p)},
+        start_new_session=True,  # Ctrl-C in the terminal is for the user interface, which then sends Stop
+    )
+
+
+def _garbage_error(error: ProtocolError) -> EngineDiedError:
+    message = f"the engine process sent something unreadable: {error}"
+    return EngineDiedError(message, hint="reinstall localrun: make setup")
+
+
+def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
+    """What to tell the user about exit code `code` (negative: signal number)."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        how = f"was killed by {name}"
+    else:
+        how = f"ended with exit code {code}"
+    hint = "the next question starts it again"
+    if code == -signal.SIGKILL:
+        hint = "probably out of memory: give a smaller --ram or --context"
+    reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
+    if code > 0:
+        reasons = log[-1:]  # the last line of a traceback
+    if any(word in reason for reason in reasons for word in ("shared object", "shared library")):
+        hint = "run `localrun doctor`: it says what is missing"  # e.g. the driver that llama.cpp was compiled for
+    last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
+    return EngineDiedError(f"the engine process {how}{last}", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -38,4 +39,5 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
         raise StoreError(f"{path}: can't be written: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed is told, not that there is nothing to delete
+            partial.unlink()

@@ -38,3 +38,8 @@ def test_a_block_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="state: can't be written"), replacing(tmp_path / "missing" / "state"):
         pass
+
+
+def test_name_that_can_not_be_written_is_the_error_that_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="can't be written: File name too long"), replacing(tmp_path / ("x" * 300)):
+        pass

@@ -155,8 +155,8 @@ def show_progress(event: Event, out: Output) -> None:
     if isinstance(event, Loading):
         out.status(f"loading {event.progress:4.0%}  {event.text}")
     elif isinstance(event, PromptProgress) and event.total - event.reused > 1:
-        rest_s = event.elapsed_s / max(1, event.done - event.reused) * (event.total - event.done)
-        left = f", {format_duration(rest_s)} left" if event.done > event.reused else ""
+        n_read = event.done - event.reused
+        left = f", {format_duration(event.elapsed_s / n_read * (event.total - event.done))} left" if n_read else ""
         out.status(f"reading the prompt: {event.done} of {event.total} tokens{left}")
     elif isinstance(event, Ready):
         out.clear_status()

@@ -69,6 +69,18 @@ def test_prefill_keeps_what_is_there(session: Session) -> None:
     assert session.prefill(TOKENS[:130]) == 130, "nothing to do"
 
 
+def test_prefill_says_first_what_need_not_be_computed(session: Session) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    session.prefill(TOKENS[:100], progress=progress)
+    session.prefill(TOKENS[:130], progress=progress)
+    session.prefill(TOKENS[:130], progress=progress)
+    assert seen == [(0, 100), (64, 100), (100, 100), (100, 130), (130, 130), (130, 130)]
+
+
 def test_prefill_starts_over_when_the_prompt_differs_or_is_shorter(session: Session) -> None:
     session.prefill(TOKENS[:100])
     other = [*TOKENS[:50], 1, *TOKENS[51:100]]

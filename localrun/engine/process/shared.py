@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """Holds a value, or None. Its owner puts and takes it; any thread may use it inside a block, and its owner, who wants to free it,
-    gets it back only after those blocks have ended.
+    """Holds a value, or None. Its owner puts and takes it; any thread may use it inside a block, and the owner, who wants to free
+    it, gets it back only after those blocks have ended.
 
     Lock: `_idle`, held for moments, never inside a block of `use`.
     """

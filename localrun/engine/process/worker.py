@@ -60,6 +60,9 @@ PARENT_POLL_S = 0.5
 """How often the parent is looked for. The end of the command pipe usually says it sooner, but a process that the parent forked may
 hold that pipe open."""
 
+TRACE_CHARACTERS = 20_000
+"""Of a traceback's end: a message may quote what it was given, and each cause quotes it again."""
+
 _Send = Callable[[Event], None]
 
 
@@ -249,7 +252,7 @@ class Worker:
                 log.exception("%s failed", type(command).__name__)
             message = str(error) or type(error).__name__
             hint = error.hint if isinstance(error, LocalrunError) else "this is a bug in localrun; --debug shows where"
-            trace = "" if isinstance(error, StoppedError) else traceback.format_exc()
+            trace = "" if isinstance(error, StoppedError) else traceback.format_exc()[-TRACE_CHARACTERS:]
             send(Failed(request=command.request, kind=type(error).__name__, message=message, hint=hint, trace=trace))
 
 

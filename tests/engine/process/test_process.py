@@ -132,6 +132,47 @@ def test_prompt_progress_counts_up_to_the_prompt(engine: EngineProcess) -> None:
     assert finished(events).timings.prompt_tokens == 150
 
 
+def progress_of(events: list[Event]) -> list[PromptProgress]:
+    return [event for event in events if isinstance(event, PromptProgress)]
+
+
+def test_progress_says_what_need_not_be_computed(engine: EngineProcess, tmp_path: Path) -> None:
+    prompt = tuple(range(10, 110))
+    new = ask(engine, tokens=prompt, messages=(), max_tokens=1)
+    assert [(event.done, event.reused) for event in progress_of(new)] == [(0, 0), (64, 0), (100, 0)]
+    engine.snapshot(tmp_path / "state")
+    longer = ask(engine, tokens=(*prompt, *range(10, 60)), messages=(), max_tokens=1)
+    assert [(event.done, event.reused) for event in progress_of(longer)] == [(100, 100), (150, 100)]
+    assert finished(longer).timings.reused_tokens == 100
+    again = ask(engine, tokens=(*prompt, *range(10, 60)), messages=(), max_tokens=1)
+    assert [(event.done, event.reused) for event in progress_of(again)] == [(150, 150)]
+    engine.restore(tmp_path / "state")
+    restored = ask(engine, tokens=(*prompt, 5, 6), messages=(), max_tokens=1)
+    assert [(event.done, event.reused) for event in progress_of(restored)] == [(100, 100), (102, 100)]
+
+
+def test_what_a_saved_state_spares_counts_as_reused(engine: EngineProcess) -> None:
+    """The conversation goes back to a place whose state was saved, not to what the context holds."""
+    first = ({"role": "user", "content": "One two three. " * 5},)
+    then = (*first, {"role": "assistant", "content": "Four"}, {"role": "user", "content": "Five"})
+    ask(engine, messages=first, max_tokens=4)
+    ask(engine, messages=then, max_tokens=4)
+    ask(engine, messages=({"role": "user", "content": "Something else"},), max_tokens=1)
+    events = ask(engine, messages=(*then[:-1], {"role": "user", "content": "Six"}), max_tokens=1)
+    reused = finished(events).timings.reused_tokens
+    assert reused > 75, "a saved state holds the first message at least"
+    progress = progress_of(events)
+    assert {event.reused for event in progress} == {reused}
+    assert progress[0].done == reused
+    assert progress[0].elapsed_s == 0
+    timings = finished(events).timings
+    read = timings.prompt_tokens - reused
+    assert timings.prompt_tokens_per_s == pytest.approx(read / timings.prompt_s)
+    assert progress[-1].elapsed_s == pytest.approx(timings.prompt_s, abs=timings.prompt_s), (
+        "the same clock, from the same moment"
+    )
+
+
 def test_next_question_reuses_the_conversation_so_far(engine: EngineProcess) -> None:
     prompt = tuple(range(10, 60))
     first = tokens_of(ask(engine, tokens=prompt, messages=()))

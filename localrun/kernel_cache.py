@@ -1,17 +1,14 @@
-"""Where numba keeps compiled code; import this in a module before it defines a function with `cache=True`.
+"""Where compiled kernels are kept: `@cached_jit` and `@cached_cfunc` are numba's `njit` and `cfunc` with a cache of our own.
 
-Code is kept under `kernel_dir()/<package>-<digest>`, the digest being that of the package's sources and of the compiler's version:
-numba itself notices changes of the file that holds a function, not of those whose functions and constants (offsets into C
-structures among them) went into the machine code. Folders of older sources are removed after a while.
+A kernel's file is named by what was compiled: the function's fingerprint (see `fingerprint`), the types of its arguments, the
+processor, and the versions of compiler and interpreter. So code is found whenever the same would come out of compiling, and only
+then: a changed docstring or another module recompiles nothing; a changed constant, helper or offset into a C structure recompiles
+whatever it went into. Nothing of numba's is changed: other users of numba in the process keep their caches where they are.
 
-Three departures from numba's own habits:
-
-* The cache is made of pickles, which can run anything when they are read. So a folder is only used when nobody else can write to
-  it; otherwise a private folder in the temporary directory takes its place.
-* A cache that can't be read or written (read-only, full, damaged) costs compiling again, never the command.
-* Each piece of code has a file name of its own. numba counts (`rows.7.nbc`), and all kernels that come out of one closure share
-  the count: two processes that compile different ones at the same time would take the same number, and from then on one kernel
-  would be found under the other's name.
+Files lie in a folder of their own for each version of the tools, `kernel_dir()/<digest>`, and go when nobody has used them for a
+month. They are pickles, which can run anything when they are read. So the folder is only used when nobody else can write to it;
+otherwise a private folder in the temporary directory takes its place. A cache that can't be read or written (read-only, full,
+damaged) costs compiling again, never the command.
 """
 
 from __future__ import annotations
@@ -21,60 +18,161 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import llvmlite
 import numba
-from numba.core import caching, config
+from numba.core import sigutils
+from numba.core.caching import _Cache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 
+from localrun.atomic import replacing
+from localrun.fingerprint import fingerprint
 from localrun.paths import has_room, kernel_dir
 
 log = logging.getLogger(__name__)
 
-_KEEP_S = 7 * 86400.0
-"""Unused compiled code of other versions stays so long: two checkouts may take turns."""
+_KEEP_S: Final = 30 * 86400.0
+_TOUCH_S: Final = 86400.0
+"""How often a file that is used says so."""
 
-_NAME = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
-_PACKAGE = Path(__file__).parent
-
-
-def folder_of(source: Path) -> Path:
-    """Where the compiled code of a source file of localrun is kept."""
-    return _folder(source.relative_to(_PACKAGE).parts[0])
+_FOLDER = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
+_SUFFIX: Final = ".kernel"
 
 
-def is_private(folder: Path) -> bool:
-    """Nobody but us (or root) can put files into `folder` or replace it: neither owned nor writable by others."""
-    try:
-        status = os.lstat(folder)
-    except OSError:
-        return False
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return stat.S_ISDIR(status.st_mode) and status.st_uid in (os.getuid(), 0) and not status.st_mode & others
+def cached_jit(**options: Any) -> Callable[[Any], Any]:
+    """`numba.njit(**options)` for a function whose machine code is kept."""
+
+    def decorate(function: Any) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        dispatcher._cache = KernelCache(dispatcher)
+        return dispatcher
+
+    return decorate
+
+
+def cached_cfunc(signature: str, **options: Any) -> Callable[[Any], Any]:
+    """`numba.cfunc(signature, **options)` for a function whose machine code is kept, and made when its address is asked for."""
+
+    def decorate(function: Any) -> Any:
+        return KeptCFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+
+    return decorate
+
+
+class KeptCFunc(CFunc):
+    """A C function that is compiled, or found compiled, at first use: importing a module of kernels costs nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cache = KernelCache(self)
+
+    @property
+    def address(self) -> int:
+        """Of the C function; valid for the life of the process."""
+        known: int | None = vars(self)["_wrapper_address"]
+        if known is None:
+            self.compile()
+        return int(vars(self)["_wrapper_address"])
+
+
+class KernelCache(_Cache):  # type: ignore[misc]
+    """The machine code of one function by its signatures; numba's interface of a cache. Any process, any thread."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        """The folder."""
+        return str(folder())
+
+    @functools.cached_property
+    def _name(self) -> tuple[str, str]:
+        """For people, and for the key; at first use, when the module's globals are all there."""
+        function = self._function.__wrapped__ if isinstance(self._function, CFunc) else self._function.py_func
+        people = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}".replace(".<locals>", "")
+        return re.sub(r"[^\w.]", "", people), fingerprint(self._function)
+
+    def _file(self, signature: Any, codegen: Any) -> Path:
+        people, ours = self._name
+        key = hashlib.sha256("\0".join((ours, str(signature), *map(str, codegen.magic_tuple()))).encode())
+        return folder() / f"{people}-{key.hexdigest()[:32]}{_SUFFIX}"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function, None if it has to be compiled."""
+        target_context.refresh()
+        if not self._enabled:
+            return None
+        file = self._file(sig, target_context.codegen())
+        try:
+            found = CompileResult._rebuild(target_context, *pickle.loads(file.read_bytes()))
+            if time.time() - file.stat().st_mtime > _TOUCH_S:
+                os.utime(file)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # reading a damaged pickle may raise anything
+            log.info("%s: can't be used: %s", file, error)
+            return None
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keeps what was compiled, if that is possible."""
+        if not self._enabled:
+            return
+        if data.lifted or data.library.has_dynamic_globals:
+            log.warning("%s: its code can't be kept: it holds addresses of this process", self._name[0])
+            return
+        file = self._file(sig, data.codegen)
+        try:
+            with replacing(file) as out:
+                out.write(dumps(data._reduce()))
+        except Exception as error:
+            log.info("%s: can't be kept: %s", file, error)
+
+    def enable(self) -> None:
+        """From now on the cache is used."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """From now on it is not."""
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Forgets the function's code, whatever its signature was."""
+        for file in folder().glob(f"{self._name[0]}-*{_SUFFIX}"):
+            file.unlink(missing_ok=True)
 
 
 @functools.cache
-def _folder(package: str) -> Path:
-    """The folder of a package's compiled code, made if possible."""
-    name = f"{package}-{_digest(package)}"
-    folder = kernel_dir() / name
+def folder() -> Path:
+    """Where this process keeps compiled code, made if possible."""
+    versions = [f"{name} {version(name)}" for name in ("numba", "llvmlite", "numpy", "gguf")]
+    name = hashlib.sha256(" ".join((*versions, sys.version)).encode()).hexdigest()[:16]
+    path = kernel_dir() / name
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.touch()
-        _remove_old(folder)
-    is_ours = is_private(folder)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch()
+        _remove_old(path)
+    is_ours = is_private(path)
     # Code that is there can be used, even if nothing can be added.
-    if is_ours and (has_room(folder) or any(folder.rglob("*.nbi"))):
-        return folder
+    if is_ours and (has_room(path) or any(path.glob(f"*{_SUFFIX}"))):
+        return path
     own = Path(tempfile.gettempdir()) / f"localrun-{os.getuid()}"
-    if folder.exists() and not is_ours:
-        log.warning("%s: other users can write to it; compiled kernels are kept in %s", folder, own)
+    if path.exists() and not is_ours:
+        log.warning("%s: other users can write to it; compiled kernels are kept in %s", path, own)
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)
         if is_private(own):
@@ -84,66 +182,23 @@ def _folder(package: str) -> Path:
     return Path(os.devnull) / name  # can neither be read nor made
 
 
-def _digest(package: str) -> str:
-    state = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in sorted((_PACKAGE / package).rglob("*.py")):
-        state.update(path.read_bytes())
-    return state.hexdigest()[:16]
+def is_private(path: Path) -> bool:
+    """Nobody but us (or root) can put files into the folder or replace it: neither owned nor writable by others."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in (os.getuid(), 0) and not status.st_mode & others
 
 
-def _remove_old(folder: Path) -> None:
-    for other in folder.parent.iterdir():
-        ours = _NAME.fullmatch(other.name)  # whoever names a folder full of other things must not lose them
-        if ours and other != folder and time.time() - other.stat().st_mtime > _KEEP_S:
+def _remove_old(path: Path) -> None:
+    """Code that nobody uses any more: of this version of the tools, and folders of others."""
+    before = time.time() - _KEEP_S
+    for file in path.iterdir():
+        if file.stat().st_mtime < before:
+            file.unlink(missing_ok=True)
+    for other in path.parent.iterdir():
+        ours = _FOLDER.fullmatch(other.name)  # whoever names a folder full of other things must not lose them
+        if ours and other != path and other.stat().st_mtime < before:
             shutil.rmtree(other, ignore_errors=True)
-
-
-class KernelCacheLocator(caching.UserProvidedCacheLocator):  # type: ignore[misc]
-    """Tells numba the folder. Present even where nothing can be written: numba would go on to folders that others may write to."""
-
-    def __init__(self, py_func: Any, py_file: str) -> None:
-        super().__init__(py_func, py_file)
-        self._cache_path = str(folder_of(Path(py_file)) / self.get_suitable_cache_subpath(py_file))
-
-    def ensure_cache_path(self) -> None:
-        """Makes the folder if that is possible; saving notices if not."""
-        with contextlib.suppress(OSError):
-            os.makedirs(self._cache_path, mode=0o700, exist_ok=True)
-
-    @classmethod
-    def from_function(cls, py_func: Any, py_file: str) -> Any:
-        """A locator for functions of localrun, None for other packages'."""
-        return cls(py_func, py_file) if Path(py_file).is_relative_to(_PACKAGE) else None
-
-
-def _forgiving(method: Any) -> Any:
-    """A cache's method that fails like a cache without the entry."""
-
-    @functools.wraps(method)
-    def guarded(self: Any, *args: Any) -> Any:
-        try:
-            return method(self, *args)
-        except Exception as error:  # reading a damaged pickle may raise anything
-            log.info("%s: the compiled code can't be kept or read: %s", self.cache_path, error)
-            return None
-
-    return guarded
-
-
-def _save(self: Any, key: Any, data: Any) -> None:
-    """`IndexDataCacheFile.save` with names that follow from the key. Of two indices written at once one is lost: compiled again."""
-    name = f"{self._index_name.removesuffix('.nbi')}.{hashlib.sha256(self._dump(key)).hexdigest()[:24]}.nbc"
-    self._save_data(name, data)  # before the index that names it
-    self._save_index({**self._load_index(), key: name})
-
-
-def _install() -> None:
-    own = f"{KernelCacheLocator.__module__}.{KernelCacheLocator.__qualname__}"
-    others = [locator.__name__ for locator in caching.CacheImpl._locator_classes]
-    config.CACHE_LOCATOR_CLASSES = ",".join((own, *others))
-    caching.Cache.load_overload = _forgiving(caching.Cache.load_overload)
-    caching.Cache.save_overload = _forgiving(caching.Cache.save_overload)
-    caching.IndexDataCacheFile.save = _save
-
-
-_install()

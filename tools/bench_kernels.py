@@ -23,6 +23,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.ggml.types import block_type
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels import FfnSpec, make_kernel
 from localrun.offload.kernels.lowlevel import atomic_add, load_i64, pointer, store_i64
 from localrun.units import parse_size
@@ -31,7 +32,7 @@ K = 6  # experts per token
 CHUNK = 1 << 20
 
 
-@nb.cfunc("void(intp)", cache=True)
+@cached_cfunc("void(intp)")
 def _read(call: int) -> None:
     """call: int64 address, number of chunks, ticket, sum."""
     while True:
@@ -48,13 +49,13 @@ def reader(memory: npt.NDArray[np.uint8], n_threads: int) -> Callable[[], float]
     """A function that reads all of `memory` and returns bytes per second."""
     parallel = ctypes.CDLL("libgomp.so.1").GOMP_parallel
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    call = np.zeros(4, np.int64)
+    call, address = np.zeros(4, np.int64), _read.address
     call[:2] = memory.ctypes.data, memory.size // CHUNK
 
     def read() -> float:
         call[2] = 0
         start = time.perf_counter()
-        parallel(_read.address, call.ctypes.data, n_threads, 0)
+        parallel(address, call.ctypes.data, n_threads, 0)
         return memory.size / (time.perf_counter() - start)
 
     return read

@@ -25,12 +25,12 @@ from os import preadv
 from pathlib import Path
 from typing import Any, Final
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES
 from localrun.atomic import replacing
+from localrun.kernel_cache import cached_jit
 from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
 
@@ -317,7 +317,7 @@ def _remember(memory: Path, profile: DiskProfile) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(cache=True, nogil=True)
+@cached_jit(nogil=True)
 def read_memory(values: npt.NDArray[np.int64], rounds: int) -> Any:
     """Adds up an array, again and again, without the interpreter lock."""
     total = np.int64(0)

@@ -21,13 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from localrun.atomic import replacing
 from localrun.errors import FormatError
+from localrun.kernel_cache import cached_jit
 from localrun.offload.cache.policy import Key
 from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
@@ -47,7 +47,7 @@ MAX_HEADER_BYTES: Final = 1 << 20
 _RESCALE_AT: Final = 2.0**200  # of the growing weight; float64 holds 2**1023
 
 
-@nb.njit(cache=True, nogil=True)
+@cached_jit(nogil=True)
 def _count(counts: F64, last: I64, experts: I32, starts: I32, weight: float, clock: int) -> None:
     """Compiled because it runs once per layer and token: 0.8 us a call, against 12 in numpy."""
     for i in range(experts.size):

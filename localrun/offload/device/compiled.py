@@ -23,6 +23,7 @@ import numpy.typing as npt
 from localrun.alignment import align_up
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.cache.policy import TAIL_TOKENS
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
@@ -351,7 +352,7 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
     return True
 
 
-@nb.cfunc("int32(intp, intp)", cache=True)
+@cached_cfunc("int32(intp, intp)")
 def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)

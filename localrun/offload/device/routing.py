@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba as nb
 import numpy as np
 
 from localrun.errors import DecodeError
+from localrun.kernel_cache import cached_jit
 from localrun.offload.device.view import F32, I32, View, rows_at
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Routing:
     out_rows: I32
 
 
-@nb.njit(cache=True, nogil=True)
+@cached_jit(nogil=True)
 def _route(ids: I32, n_experts: int, experts: I32, starts: I32, x_rows: I32, out_rows: I32) -> int:
     """Counting sort of (T, K) expert ids; returns how many distinct experts there are, or -1 for an id out of range."""
     n_tokens, k_used = ids.shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from localrun import kernel_cache as _kernel_cache  # noqa: F401  sets the cache folder
-
 FAST = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; infinities and NaN keep their meaning."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
@@ -17,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from localrun.ggml.types import block_type
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.lowlevel import call_3, load_f32, load_i64, stack, store_f32
 from localrun.offload.kernels.simd import FLOATS, Simd
@@ -43,7 +43,7 @@ def _dot(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: An
     return types.float32(*[types.intp] * 4), codegen
 
 
-@nb.cfunc(ROWS, cache=True)
+@cached_cfunc(ROWS)
 def _exact_rows(
     matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
 ) -> None:

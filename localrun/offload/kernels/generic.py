@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.lowlevel import (
     float_of_bits,
@@ -208,7 +209,7 @@ def _rows_function() -> Any:
             for t in range(nt):
                 store_f32(out + t * out_stride + r * 4, sum_of(totals + t * 64))
 
-    return nb.cfunc(ROWS, cache=True)(rows)
+    return cached_cfunc(ROWS)(rows)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from localrun.offload.kernels import generic
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.exact import exact_rows
 from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
-from localrun.offload.kernels.interleaved.packing import pack_matrix
+from localrun.offload.kernels.interleaved.packing import pack_function, pack_matrix
 from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.interleaved.unpacking import unpack_matrix
 from localrun.offload.kernels.panels import FLOAT32, Panel
@@ -50,6 +50,7 @@ class PackedMatrix:
         if math == "int8" and runnable(type_):
             format_ = FORMATS[type_]
             address = int(rows_function(type_, level()).address)
+            pack_function()  # compiled now, not while the first expert waits for it
             return cls(
                 type_,
                 n_out,

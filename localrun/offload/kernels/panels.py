@@ -20,7 +20,6 @@ from typing import Any, Final
 import numba as nb
 import numpy as np
 
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
 from localrun.offload.kernels.activations import largest_of, quantize16
 from localrun.offload.kernels.lowlevel import copy, store_f32, store_i16, store_i32
 

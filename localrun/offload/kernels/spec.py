@@ -115,9 +115,11 @@ def warm_up(types: Iterable[GGMLQuantizationType], *, math: Math = "int8") -> No
 
     A kernel's making does the same for its own types: this is for a set-up step, so that no later start compiles anything.
     """
+    from localrun.offload.kernels.interleaved.unpacking import unpack_function
     from localrun.offload.kernels.kernel import PackedMatrix
     from localrun.offload.kernels.tasks import runner
 
     runner()
+    unpack_function()
     for type_ in types:
         PackedMatrix.choose(type_, 256, 256, math=math)

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import ceil_div
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.activations import swiglu16
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
@@ -282,7 +282,7 @@ def _run_task(call: int, job: int, stage: int, index: int, gates: int, ups: int)
         _project_rows(call, job, row, min(down_rows, _get(_matrix(call, 2), M_N_OUT) - row), gates)
 
 
-@nb.cfunc("void(intp)", cache=True)
+@cached_cfunc("void(intp)")
 def _worker(call: int) -> None:
     """Takes tasks until none is left; every thread of a region runs this."""
     gates, ups = stack(16384), stack(16384)  # 256 rows x 16 tokens of f32
@@ -296,12 +296,12 @@ def _worker(call: int) -> None:
         _run_task(call, _get(call, C_JOBS) + code // 4 * J_FIELDS * 8, code % 4, load_i32(task + 4), gates, ups)
 
 
-@nb.cfunc("intp(intp)", cache=True)
+@cached_cfunc("intp(intp)")
 def _next_window(call: int) -> int:
     return 1 if next_window(call) else 0
 
 
-@nb.cfunc("void(intp)", cache=True)
+@cached_cfunc("void(intp)")
 def _run(call: int) -> None:
     """A whole call; `C_EXPERT` must be 0 and `C_PAIR` `starts[0]`."""
     while next_window(call):

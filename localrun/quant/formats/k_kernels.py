@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from localrun.kernel_cache import cached_jit
 from localrun.quant.formats.kernels import _f16_bits, _f16_value
 
 U = np.uintp
@@ -55,14 +55,14 @@ MAGIC = np.float32(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds a float below 2^22 to the nearest integer."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def f16(x: Any) -> Any:
     """Nearest F16, as F32."""
     magnitude = _f16_value(_f16_bits(abs(x)))
     return -magnitude if x < np.float32(0) else magnitude
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def load(x: Any, importance: Any, first: int, size: int, s: Any) -> None:
     """Lays a batch out by lanes; super-blocks beyond the end of `x` are zeros that count nothing."""
     n_groups = 256 // size
@@ -84,7 +84,7 @@ def load(x: Any, importance: Any, first: int, size: int, s: Any) -> None:
         column = column + 256 if column + 256 < n_in else 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def begin(size: int, s: Any) -> None:
     """Sums of each group, and the fit without a step: all elements -m."""
     zero, tiny = np.float32(0), np.float32(1e-20)
@@ -112,7 +112,7 @@ def begin(size: int, s: Any) -> None:
         s[U(SUM_QQ * PITCH + j)] = zero
 
 
-@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+@cached_jit(nogil=True, error_model="numpy", forceinline=True)
 def _keep_if_better(s: Any, j: Any, sum_q: Any, sum_qq: Any, sum_qx: Any) -> None:
     """Weighted least squares for one lane's integers; minima below zero only, which is what the format has."""
     zero = np.float32(0)
@@ -133,7 +133,7 @@ def _keep_if_better(s: Any, j: Any, sum_q: Any, sum_qq: Any, sum_qx: Any) -> Non
     s[U(SUM_QQ * PITCH + j)] = sum_qq if better else s[U(SUM_QQ * PITCH + j)]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def fit_16(n_max: Any, s: Any) -> None:
     """One pass over groups of 16: rounds with LOW and INVERSE, fits, keeps what is better. The loop over elements is unrolled."""
     for j in range(LANES):
@@ -150,7 +150,7 @@ def fit_16(n_max: Any, s: Any) -> None:
         _keep_if_better(s, j, sum_q, sum_qq, sum_qx)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def fit_32(n_max: Any, s: Any) -> None:
     """The same for groups of 32, in two halves: LLVM does not unroll 32 elements, and then would not vectorise."""
     for j in range(LANES):
@@ -174,7 +174,7 @@ def fit_32(n_max: Any, s: Any) -> None:
         _keep_if_better(s, j, s[U(UPPER * PITCH + j)], s[U(LOWER * PITCH + j)], s[U(FIT * PITCH + j)])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def search(size: int, n_max: Any, first_step: Any, last_step: Any, n_steps: int, n_refine: int, s: Any) -> None:
     """Best d and m of every group: candidates (n_max + step) / span for 1 / d, then a few rounds of refining the best."""
     for i in range(n_steps):
@@ -196,7 +196,7 @@ def search(size: int, n_max: Any, first_step: Any, last_step: Any, n_steps: int,
             fit_32(n_max, s)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def fit_super(value: int, weight: int, target: int, n_groups: int, s_min: Any, s_max: Any, s: Any) -> None:
     """Integers s_min to s_max for one value of each group (row `value`) and an F16 step for each super-block (row SUPER).
 
@@ -243,7 +243,7 @@ def fit_super(value: int, weight: int, target: int, n_groups: int, s_min: Any, s
             s[U(target * PITCH + g * S + b)] = min(max(k, s_min), s_max)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def spread(super_row: int, integers: int, target: int, n_groups: int, s: Any) -> None:
     """`target` of every group = its integer times its super-block's step."""
     S = LANES // n_groups
@@ -252,7 +252,7 @@ def spread(super_row: int, integers: int, target: int, n_groups: int, s: Any) ->
             s[U(target * PITCH + g * S + b)] = s[U(super_row * PITCH + b)] * s[U(integers * PITCH + g * S + b)]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def round_elements(size: int, n_max: Any, s: Any) -> None:
     """Integers of all elements for the quantized d and m of their groups."""
     zero = np.float32(0)
@@ -265,7 +265,7 @@ def round_elements(size: int, n_max: Any, s: Any) -> None:
             s[U((Q + e) * PITCH + j)] = min(max(q, zero), n_max)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def refit_super(size: int, n_groups: int, steps_d: Any, steps_m: Any, s: Any) -> None:
     """Steps of d and m of every super-block, by least squares over its 256 weights with all integers as they are."""
     S = LANES // n_groups
@@ -300,7 +300,7 @@ def refit_super(size: int, n_groups: int, steps_d: Any, steps_m: Any, s: Any) ->
             steps_d[U(b)] = np.float32(b1 / a11)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def quantize_batch(
     x: Any,
     importance: Any,
@@ -352,7 +352,7 @@ def quantize_batch(
 # --- bytes -------------------------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def pack_q2(b: int, s: Any, at: Any, out: Any) -> None:
     """block_q2_K (ggml-common.h), 84 bytes: 16 x (d | m << 4), 64 bytes of 2 bits, then d and dmin by the caller."""
     for g in range(16):
@@ -367,7 +367,7 @@ def pack_q2(b: int, s: Any, at: Any, out: Any) -> None:
             out[U(at + 16 + half * 32 + j)] = np.uint8(byte)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def pack_scales_6(b: int, s: Any, at: Any, out: Any) -> None:
     """12 bytes for 8 pairs of 6 bits, as get_scale_min_k4 (ggml-quants.c) reads them."""
     for g in range(4):
@@ -379,7 +379,7 @@ def pack_scales_6(b: int, s: Any, at: Any, out: Any) -> None:
         out[U(at + 8 + g)] = np.uint8(high_k & 15 | (high_t & 15) << 4)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def pack_nibbles(b: int, s: Any, at: Any, out: Any) -> None:
     """128 bytes: groups 2k (low) and 2k + 1 (high nibbles), without the fifth bit."""
     for k in range(4):
@@ -389,7 +389,7 @@ def pack_nibbles(b: int, s: Any, at: Any, out: Any) -> None:
             out[U(at + 32 * k + j)] = np.uint8(low | high << 4)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def pack_fifth_bits(b: int, s: Any, at: Any, out: Any) -> None:
     """32 bytes: bit g of byte j is the fifth bit of element j of group g."""
     for j in range(32):
@@ -399,7 +399,7 @@ def pack_fifth_bits(b: int, s: Any, at: Any, out: Any) -> None:
         out[U(at + j)] = np.uint8(byte)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def quantize_q2_k(x: Any, importance: Any, steps: Any, s: Any, step_d: Any, step_m: Any, out: Any, out16: Any) -> None:
     """All of `x` to block_q2_K."""
     n_blocks = x.size // 256
@@ -412,7 +412,7 @@ def quantize_q2_k(x: Any, importance: Any, steps: Any, s: Any, step_d: Any, step
             out16[U(at // 2 + 41)] = _f16_bits(step_m[U(b)])
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def quantize_q45_k(
     x: Any, importance: Any, five: bool, steps: Any, s: Any, step_d: Any, step_m: Any, out: Any, out16: Any
 ) -> None:

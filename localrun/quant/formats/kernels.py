@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from localrun import kernel_cache as _kernel_cache  # noqa: F401  says where compiled code is kept
+from localrun.kernel_cache import cached_jit
 
 _U = np.uintp
 
@@ -56,7 +56,7 @@ def _shuffle_fp4_block(context: Any, target: Any, source: Any) -> Any:
     return types.void(types.uintp, types.uintp), generate
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def fp4_to_mxfp4(weight: Any, scale: Any, out: Any) -> None:
     source, target = weight.ctypes.data, out.ctypes.data
     for i in range(scale.size):
@@ -64,13 +64,13 @@ def fp4_to_mxfp4(weight: Any, scale: Any, out: Any) -> None:
         _shuffle_fp4_block(np.uintp(target + 17 * i + 1), np.uintp(source + 16 * i))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _e8m0(e: Any) -> Any:
     """E8M0 as f32; 2^-127 is subnormal there, hence the case."""
     return _as_f32(np.uint32(e) << np.uint32(23)) if e > 0 else _as_f32(np.uint32(0x00400000))
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def fp4_to_f32(weight: Any, scale: Any, magnitudes: Any, out: Any) -> None:
     for i in range(scale.size):
         d = _e8m0(scale[_U(i)])
@@ -81,7 +81,7 @@ def fp4_to_f32(weight: Any, scale: Any, magnitudes: Any, out: Any) -> None:
                 out[_U(32 * i + 2 * j + half)] = magnitudes[_U(nibble)] * d
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _decode_fp8(weight: Any, at: Any, n: Any, d: Any, out: Any) -> None:
     """`out[:n]` = E4M3 values of `weight[at:at + n]` times d.
 
@@ -98,7 +98,7 @@ def _decode_fp8(weight: Any, at: Any, n: Any, d: Any, out: Any) -> None:
         out[_U(j)] = _as_f32(np.uint32(_as_u32(x) | sign)) * d
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def fp8_to_f32(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any) -> None:
     n_blocks = (n_in + 127) // 128
     for r in range(n_out):
@@ -109,7 +109,7 @@ def fp8_to_f32(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: An
                 out[at + _U(j)] = row[_U(j)]
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def fp8_to_bf16(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any) -> None:
     n_blocks = (n_in + 127) // 128
     for r in range(n_out):
@@ -120,7 +120,7 @@ def fp8_to_bf16(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: A
                 out[at + _U(j)] = np.uint16(_as_u32(row[_U(j)]) >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _f16_bits(x: Any) -> Any:
     """IEEE half of a non-negative f32, round to nearest even; 0x7C00 (infinity) beyond its range."""
     bits = _as_u32(x)
@@ -133,7 +133,7 @@ def _f16_bits(x: Any) -> Any:
     return np.uint16((bits - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _f16_value(bits: Any) -> Any:
     """f32 of a finite non-negative half."""
     if bits < np.uint16(0x400):
@@ -141,7 +141,7 @@ def _f16_value(bits: Any) -> Any:
     return _as_f32((np.uint32(bits) << np.uint32(13)) + np.uint32(112 << 23))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _max_abs(x: Any, at: Any) -> Any:
     """Largest magnitude of 32 floats, compared as integers: the same order, vectorisable, and NaN comes out as itself.
 
@@ -155,7 +155,7 @@ def _max_abs(x: Any, at: Any) -> Any:
     return _as_f32(most)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _round_block(x: Any, at: Any, inverse: Any, out: Any, to: Any) -> None:
     half, one, zero = np.float32(0.5), np.float32(1), np.float32(0)
     for j in range(32):
@@ -167,7 +167,7 @@ def _round_block(x: Any, at: Any, inverse: Any, out: Any, to: Any) -> None:
         out[to + _U(j)] = np.int8(np.int32(-whole if y < zero else whole))
 
 
-@njit(nogil=True, cache=True, forceinline=True, fastmath={"reassoc"})
+@cached_jit(nogil=True, forceinline=True, fastmath={"reassoc"})
 def _block_loss(x: Any, at: Any, inverse: Any, q: Any, to: Any, step: Any) -> Any:
     """Squared error and power of a block in units of its step, where F32 neither over- nor underflows."""
     error, power = np.float32(0), np.float32(0)
@@ -179,7 +179,7 @@ def _block_loss(x: Any, at: Any, inverse: Any, q: Any, to: Any, step: Any) -> An
     return error, power
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _q8_0_blocks(x: Any, n_blocks: int, out: Any, out16: Any, at: Any) -> Any:
     """Quantises 32 * n_blocks floats to `out[at:]`; (number of the first block whose scale is no finite half or -1, loss)."""
     error, power, smallest = 0.0, 0.0, np.float32(2.0**-126)
@@ -200,7 +200,7 @@ def _q8_0_blocks(x: Any, n_blocks: int, out: Any, out16: Any, at: Any) -> Any:
     return -1, error, power
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def fp8_to_q8_0(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any, out16: Any) -> Any:
     n_blocks, error, power, to = (n_in + 127) // 128, 0.0, 0.0, 0
     for r in range(n_out):
@@ -216,7 +216,7 @@ def fp8_to_q8_0(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: A
     return -1, error, power
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def f32_to_q8_0(x: Any, row: Any, out: Any, out16: Any) -> Any:
     error, power = 0.0, 0.0
     for at in range(0, x.size, 128):
@@ -231,7 +231,7 @@ def f32_to_q8_0(x: Any, row: Any, out: Any, out16: Any) -> Any:
     return -1, error, power
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def f32_to_bf16(bits: Any, out: Any) -> None:
     """Round to nearest even, as ggml_compute_fp32_to_bf16; NaN is checked before."""
     for i in range(bits.size):
@@ -240,13 +240,13 @@ def f32_to_bf16(bits: Any, out: Any) -> None:
         out[_U(i)] = np.uint16((n + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def bf16_to_f32(bits: Any, out: Any) -> None:
     for i in range(bits.size):
         out[_U(i)] = np.uint32(bits[_U(i)]) << np.uint32(16)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def any_above(values: Any, mask: Any, limit: Any) -> Any:
     """Whether `value & mask > limit` holds anywhere (how NaN looks in every float format)."""
     found = False
@@ -255,7 +255,7 @@ def any_above(values: Any, mask: Any, limit: Any) -> Any:
     return found
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def flush_tiny(x: Any, limit: Any, out: Any) -> None:
     """Copies, with magnitudes below `limit` as zero."""
     zero = np.float32(0)
@@ -264,7 +264,7 @@ def flush_tiny(x: Any, limit: Any, out: Any) -> None:
         out[_U(i)] = value if abs(value) >= limit else zero
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@cached_jit(nogil=True, fastmath={"reassoc"})
 def squared_error(x: Any, y: Any) -> Any:
     """Sum of (x - y)^2 and of x^2, in F64 over runs of 4096 that are summed in F32 and in units where F32 does not underflow."""
     error, power = 0.0, 0.0

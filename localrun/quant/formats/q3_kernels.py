@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from localrun.kernel_cache import cached_jit
 from localrun.quant.formats.k_kernels import (
     BEST,
     DQ,
@@ -36,13 +36,13 @@ from localrun.quant.formats.k_kernels import (
 from localrun.quant.formats.kernels import _f16_bits
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@cached_jit(nogil=True, forceinline=True)
 def _signed_f16_bits(x: Any) -> Any:
     bits = _f16_bits(abs(x))
     return np.uint16(bits | np.uint16(0x8000)) if x < np.float32(0) else bits
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def fit_symmetric(s: Any) -> None:
     """One pass over groups of 16 for integers -4 to 3 and the step 1 / INVERSE of either sign; keeps what is better."""
     zero, one, low, high = np.float32(0), np.float32(1), np.float32(-4), np.float32(3)
@@ -62,7 +62,7 @@ def fit_symmetric(s: Any) -> None:
         s[U(SUM_QQ * PITCH + j)] = sum_qq if better else s[U(SUM_QQ * PITCH + j)]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def search_symmetric(s: Any) -> None:
     """Best step of every group: the element of largest magnitude becomes about -4 or about 3; then two rounds of refining."""
     zero, one = np.float32(0), np.float32(1)
@@ -90,7 +90,7 @@ def search_symmetric(s: Any) -> None:
         fit_symmetric(s)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def round_symmetric(s: Any) -> None:
     """Integers of all elements, -4 to 3, for the quantized steps of their groups."""
     zero, low, high = np.float32(0), np.float32(-4), np.float32(3)
@@ -103,7 +103,7 @@ def round_symmetric(s: Any) -> None:
             s[U((Q + e) * PITCH + j)] = min(max(q, low), high)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_jit(nogil=True, error_model="numpy")
 def quantize_batch_q3(x: Any, importance: Any, first: int, s: Any) -> None:
     """A batch of 16 super-blocks: integers in rows Q and INT_D, the super-blocks' steps in row SUPER."""
     load(x, importance, first, 16, s)
@@ -129,7 +129,7 @@ def quantize_batch_q3(x: Any, importance: Any, first: int, s: Any) -> None:
     round_symmetric(s)
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def pack_q3(b: int, s: Any, at: Any, out: Any) -> None:
     """block_q3_K (ggml-common.h), 110 bytes: 32 of third bits, 64 of 2 bits, 12 of 6-bit scales, then d by the caller."""
     for j in range(32):
@@ -156,7 +156,7 @@ def pack_q3(b: int, s: Any, at: Any, out: Any) -> None:
         out[U(at + 104 + g % 4)] |= np.uint8(step >> 4 << (2 * (g // 4)))
 
 
-@njit(nogil=True, cache=True)
+@cached_jit(nogil=True)
 def quantize_q3_k(x: Any, importance: Any, s: Any, out: Any, out16: Any) -> None:
     """All of `x` to block_q3_K."""
     n_blocks = x.size // 256

@@ -8,10 +8,10 @@ from pathlib import Path
 
 CODE = """
 import json, math
-import numba.core.caching as caching
+from localrun.kernel_cache import KernelCache
 misses = []
-original = caching.CacheImpl, caching.Cache.save_overload
-caching.Cache.save_overload = lambda self, sig, data: (misses.append(self._name), original[1](self, sig, data))
+original = KernelCache.save_overload
+KernelCache.save_overload = lambda self, sig, data: (misses.append(self._name), original(self, sig, data))
 import numpy as np
 from gguf import GGMLQuantizationType as T
 from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import COPY, FLIP, ODD_SIGNS, SIGNS
 from localrun.offload.kernels.lowlevel import load_i64, load_u8, load_u16, load_u32, store_u8, store_u16, store_u32
@@ -164,7 +164,7 @@ def _pack_field(source: int, row_bytes: int, n_rows: int, width: int, count: int
     _pack_items(source + done * 4, row_bytes, n_rows, width, count - done, target + done * 64, change)
 
 
-@nb.cfunc("void(intp, intp, intp, intp, intp)", cache=True)
+@cached_cfunc("void(intp, intp, intp, intp, intp)")
 def _pack_matrix(layout: int, raw: int, row_bytes: int, n_out: int, target: int) -> None:
     """ggml rows -> interleaved groups. layout: int64 block, meta and body bytes, number of fields, then 6 numbers per field."""
     block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
@@ -191,7 +191,10 @@ def _pack_matrix(layout: int, raw: int, row_bytes: int, n_out: int, target: int)
                     store_u8(place + i, np.uint8(0))
 
 
-_call_pack = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(_pack_matrix.address)
+@functools.cache
+def pack_function() -> Any:
+    """The compiled function; compiles it or finds it compiled."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(_pack_matrix.address)
 
 
 @functools.cache
@@ -206,4 +209,4 @@ def layout_numbers(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
 
 def pack_matrix(type_: GGMLQuantizationType, raw: int, row_bytes: int, n_out: int, target: int) -> None:
     """Interleaves `n_out` ggml rows at address `raw` into `target`; releases the interpreter lock."""
-    _call_pack(layout_numbers(type_).ctypes.data, raw, row_bytes, n_out, target)
+    pack_function()(layout_numbers(type_).ctypes.data, raw, row_bytes, n_out, target)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
-import numba as nb
 from gguf import GGMLQuantizationType
 from numba import types
 from numba.extending import intrinsic
 
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
@@ -99,4 +99,4 @@ def rows_function(type_: GGMLQuantizationType, level_: Level) -> Any:
             else:
                 _group_times_tile(level_name, name, 16, meta, body, n_units, panel, target, out_stride)
 
-    return nb.cfunc(ROWS, cache=True)(rows)
+    return cached_cfunc(ROWS)(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import numba as nb
@@ -11,7 +12,7 @@ from gguf import GGMLQuantizationType
 from numba import types
 from numba.extending import intrinsic
 
-from localrun.offload.kernels import compiled as _compiled  # noqa: F401  sets the cache folder
+from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.interleaved.layout import COPY, FLIP, ODD_SIGNS, SIGNS
 from localrun.offload.kernels.interleaved.packing import layout_numbers, shuffle
 from localrun.offload.kernels.lowlevel import load_i64, load_u8, load_u16, load_u32, store_u8, store_u16, store_u32
@@ -120,7 +121,7 @@ def _items(
                 store_u8(place, load_u8(item))
 
 
-@nb.cfunc("void(intp, intp, intp, intp, intp)", cache=True)
+@cached_cfunc("void(intp, intp, intp, intp, intp)")
 def _unpack_matrix(layout: int, packed: int, row_bytes: int, n_out: int, raw: int) -> None:
     """Interleaved groups -> ggml rows; `layout` as the packer's."""
     block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
@@ -154,9 +155,12 @@ def _unpack_matrix(layout: int, packed: int, row_bytes: int, n_out: int, raw: in
                 _items(place + unit * step, done, held, width, target, row_bytes, n_rows, change)
 
 
-_call_unpack = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(_unpack_matrix.address)
+@functools.cache
+def unpack_function() -> Any:
+    """The compiled function; compiles it or finds it compiled."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(_unpack_matrix.address)
 
 
 def unpack_matrix(type_: GGMLQuantizationType, packed: int, row_bytes: int, n_out: int, raw: int) -> None:
     """Writes `n_out` ggml rows to address `raw` from their interleaved form at `packed`; releases the interpreter lock."""
-    _call_unpack(layout_numbers(type_).ctypes.data, packed, row_bytes, n_out, raw)
+    unpack_function()(layout_numbers(type_).ctypes.data, packed, row_bytes, n_out, raw)

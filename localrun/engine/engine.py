@@ -214,7 +214,7 @@ class Engine:
             return {}
         telemetry = self._loaded.telemetry
         totals = telemetry.totals()
-        tier = self._loaded.pool.gpu
+        tier = self._loaded.pool.residency.gpu
         gpu = (
             {
                 "gpu_bytes": tier.used_bytes,
@@ -329,7 +329,7 @@ def _facts(
     vocab = Vocab(model)
     offloaded = loaded if isinstance(loaded, OffloadedModel) else None
     moe_layers = offloaded.source.moe_layers if offloaded else {}
-    tier = offloaded.pool.gpu if offloaded else None
+    tier = offloaded.pool.residency.gpu if offloaded else None
     return ModelFacts(
         path=str(path),
         name=metadata_str(model, "general.name") or path.stem,

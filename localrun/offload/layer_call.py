@@ -3,7 +3,7 @@
 Experts in RAM are computed at once; reads of the others start first, and they are computed as they arrive. Experts of the running
 call are pinned; when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts
 are released and their memory takes the next ones. Each expert is read at most once per call, in file order. Those of a long prompt
-may pass through a GPU instead (`gpu_stream.py`), whether they are in RAM or not.
+may pass through a GPU instead (`gpu/stream.py`), whether they are in RAM or not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,18 +21,17 @@ from localrun.offload.cache.store import Ticket
 from localrun.offload.device.routing import Routing, route
 from localrun.offload.device.view import I32
 from localrun.offload.gpu.stream import LONG_TOKENS, Passing
+from localrun.offload.gpu.tier import GpuCall
 from localrun.offload.kernels import FfnKernel
-
-if TYPE_CHECKING:
-    from localrun.offload.gpu.tier import GpuCall
-    from localrun.offload.pool import ExpertPool
+from localrun.offload.readahead import ReadAhead
+from localrun.offload.residency import Residency
 
 Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""
 
 
 class LayerCall:
-    """One call's state. For the decoding thread, which holds the pool's lock from `run` to the end of `release`.
+    """One call's state. For the decoding thread, which holds residency's lock from `run` to the end of `release`.
 
     Attributes:
         n_hits, n_misses: distinct experts that were in RAM or on a GPU, and the others.
@@ -41,13 +39,33 @@ class LayerCall:
         n_streamed: those that passed through a GPU.
         bytes_read: of reads that this call started.
         wait_ns, compute_ns: time without anything to compute, and in kernels.
+
+    Args:
+        residency: finds, reserves and reads experts.
+        ahead: knows which of them were guessed.
+        layer: block number.
+        ids: (T, K) expert of each token's k-th choice.
+        compute: multiplies.
+        gpu: this call's work on GPUs; None: it may not use them.
+        check_stop: raises StoppedError if the call should end.
     """
 
-    def __init__(self, pool: ExpertPool, layer: int, ids: I32, compute: Compute, gpu: GpuCall | None) -> None:
-        self._pool, self._layer, self._compute, self._gpu = pool, layer, compute, gpu
+    def __init__(
+        self,
+        residency: Residency,
+        ahead: ReadAhead,
+        layer: int,
+        ids: I32,
+        compute: Compute,
+        gpu: GpuCall | None = None,
+        *,
+        check_stop: Callable[[], None],
+    ) -> None:
+        self._residency, self._ahead, self._layer = residency, ahead, layer
+        self._compute, self._gpu, self._check_stop = compute, gpu, check_stop
         self._is_long = len(ids) >= LONG_TOKENS
         self._streamed: set[int] = set()  # indices whose slots in RAM are being unpacked
-        self._routing = route(ids, pool.layers[layer].n_experts)
+        self._routing = route(ids, residency.layers[layer].n_experts)
         # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
         self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
         self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
@@ -65,24 +83,25 @@ class LayerCall:
         """1. Find what is there. 2. Start GPUs and reads. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
         the GPUs' results."""
         ready, on_gpu = [], []
-        self._pool.table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
+        table = self._residency.table
+        table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
         for i, expert in enumerate(self._routing.experts):
-            if self._gpu is not None and self._pool.on_gpu(self._layer, int(expert)):
+            if self._gpu is not None and self._residency.on_gpu(self._layer, int(expert)):
                 on_gpu.append(i)
                 continue
-            slot = self._pool.table.peek(self._layer, int(expert))
+            slot = table.peek(self._layer, int(expert))
             if slot is None:
                 self._todo.append(i)
                 continue
             self._pin(i, slot)
             if self._in_tail(expert):
-                self._pool.table.touch(slot)
-            elif slot in self._pool.guessed:
-                self._pool.table.chill(slot)
+                table.touch(slot)
+            elif self._ahead.is_guess(slot):
+                table.chill(slot)
             if slot.state is SlotState.READY:
                 ready.append(i)
             else:
-                self._pool.store.hurry(slot)
+                self._residency.store.hurry(slot)
                 self._awaited[slot] = i
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
@@ -95,18 +114,18 @@ class LayerCall:
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
-            self._pool.check_stop()
+            self._check_stop()
         self._wait_for_gpu()
-        self._chill_wrong_guesses()
+        self._ahead.judge(self._layer, self._routing.experts)
 
     def _start_gpu(self, gpu: GpuCall, on_gpu: list[int], ready: list[int]) -> list[int]:
         """Starts what lives on GPUs and, in a long call, what passes through one; returns what is left of `ready`."""
-        part = self._part(on_gpu) if on_gpu else None
+        on_gpus = self._subset(on_gpu) if on_gpu else None
         if not self._is_long:
-            gpu.start(part)
+            gpu.start(on_gpus)
             return ready
         passing = self._choose_passing(gpu, on_gpu, ready)
-        gpu.start_long(part, [self._passing(i, ring) for i, ring in passing.items()])
+        gpu.start_long(on_gpus, [self._passing(i, ring) for i, ring in passing.items()])
         self.n_streamed = len(passing)
         self._streamed = {i for i in passing if i in self._pinned}
         self._todo = deque(i for i in self._todo if i not in passing)
@@ -116,7 +135,7 @@ class LayerCall:
         """Index -> ring of the experts to stream, in file order."""
         # What is not there and will be needed after the prompt has to come into RAM; while there is room, others may, too.
         missing = [i for i in self._todo if not self._in_tail(self._routing.experts[i])]
-        missing = missing[max(0, self._pool.room(self._layer) - (len(self._todo) - len(missing))) :]
+        missing = missing[max(0, self._residency.room(self._layer) - (len(self._todo) - len(missing))) :]
         indices = np.array(sorted([*ready, *missing]), np.int32)
         if indices.size == 0:
             return {}
@@ -132,7 +151,7 @@ class LayerCall:
     def _variant(self, i: int) -> int:
         """The copy of an expert that this call uses."""
         slot = self._pinned.get(i)
-        return slot.variant if slot else self._pool.variant_to_read(self._layer, int(self._routing.experts[i]))
+        return slot.variant if slot else self._residency.variant_to_read(self._layer, int(self._routing.experts[i]))
 
     def _passing(self, i: int, ring: int) -> Passing:
         slot, routing = self._pinned.get(i), self._routing
@@ -142,21 +161,13 @@ class LayerCall:
             ring, self._layer, expert, self._variant(i), address, routing.x_rows[pairs], routing.out_rows[pairs]
         )
 
-    def _chill_wrong_guesses(self) -> None:
-        guessed, table = self._pool.guessed, self._pool.table
-        for slot in [slot for slot in guessed if slot.layer == self._layer]:
-            stamp = guessed.pop(slot)
-            # Another stamp than its arrival's: the compiled path has used it since.
-            if slot.expert not in self._routing.experts and table.stamps[slot.layer, slot.expert] == stamp:
-                table.chill(slot)
-
     def _wait_for_gpu(self) -> None:
         gpu, self._gpu = self._gpu, None
         if gpu is None:
             return
         started = time.perf_counter_ns()
         try:
-            self.bytes_read += gpu.wait(self._pool.check_stop)
+            self.bytes_read += gpu.wait(self._check_stop)
         finally:
             gpu.abandon()
         self.compute_ns += time.perf_counter_ns() - started
@@ -169,37 +180,37 @@ class LayerCall:
         if self._gpu is not None:  # after an error; it writes into the caller's memory
             self._gpu.abandon()
         while self._awaited:
-            self._take(self._pool.store.completions.get(), raising=False)
+            self._take(self._residency.store.completions.get(), raising=False)
         for i in list(self._pinned):
             self._unpin(i)
 
     def _pin(self, i: int, slot: Slot) -> None:
-        self._pool.table.pin(slot)
+        self._residency.table.pin(slot)
         self._pinned[i] = slot
 
     def _in_tail(self, expert: int) -> bool:
         return self._tail is None or expert in self._tail
 
     def _unpin(self, i: int) -> None:
-        self._pool.table.unpin(self._pinned.pop(i))
+        self._residency.table.unpin(self._pinned.pop(i))
 
     def _start_reads(self) -> None:
-        store = self._pool.store
+        store = self._residency.store
         # More reservations than staging buffers would evict experts long before their memory is needed.
         while self._todo and len(self._awaited) < 2 * store.depth:
-            slot = self._pool.reserve(self._layer, int(self._routing.experts[self._todo[0]]))
+            slot = self._residency.reserve(self._layer, int(self._routing.experts[self._todo[0]]))
             if slot is None:
                 break
             i = self._todo.popleft()
             self._pin(i, slot)
             self._awaited[slot] = i
-            self.bytes_read += store.submit(slot).read_bytes
+            self.bytes_read += self._residency.read(slot)
         if self._todo and not self._awaited and self._streamed and len(self._pinned) == len(self._streamed):
             self._wait_for_gpu()  # the last slots are its
             self._start_reads()
             return
         if self._todo and not self._awaited and not self._pinned:
-            if self._pool.wait_for_read_ahead():
+            if self._residency.wait_for_read_ahead():
                 self._start_reads()  # memory that guesses were being read into can be taken now
                 return
             raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="give more --ram")
@@ -209,10 +220,10 @@ class LayerCall:
         if not self._awaited:
             return []
         started = time.perf_counter_ns()
-        arrived = [self._take(self._pool.store.completions.get())]
+        arrived = [self._take(self._residency.store.completions.get())]
         self.wait_ns += time.perf_counter_ns() - started
-        while not self._pool.store.completions.empty():
-            arrived.append(self._take(self._pool.store.completions.get()))
+        while not self._residency.store.completions.empty():
+            arrived.append(self._take(self._residency.store.completions.get()))
         return [i for i in arrived if i is not None]
 
     def _take(self, ticket: Ticket, *, raising: bool = True) -> int | None:
@@ -220,9 +231,9 @@ class LayerCall:
         i = self._awaited.pop(ticket.slot, None)
         if i is not None and ticket.error is not None:
             self._unpin(i)
-        self._pool.finished(ticket)
+        self._residency.finish(ticket)
         if i is not None and ticket.error is None and not self._in_tail(ticket.slot.expert):
-            self._pool.table.chill(ticket.slot)
+            self._residency.table.chill(ticket.slot)
         if i is not None and ticket.error is not None and raising:
             raise ticket.error
         return i if ticket.error is None else None
@@ -233,15 +244,15 @@ class LayerCall:
             return
         started = time.perf_counter_ns()
         indices.sort()
-        for variant, kernel in enumerate(self._pool.kernels(self._layer)):
+        for variant, kernel in enumerate(self._residency.kernels(self._layer)):
             same = [i for i in indices if self._pinned[i].variant == variant]
             if same:
-                self._compute(kernel, [self._pinned[i] for i in same], self._part(same))
+                self._compute(kernel, [self._pinned[i] for i in same], self._subset(same))
         for i in indices:
             self._unpin(i)
         self.compute_ns += time.perf_counter_ns() - started
 
-    def _part(self, indices: list[int]) -> Routing:
+    def _subset(self, indices: list[int]) -> Routing:
         whole = self._routing
         if len(indices) == len(whole.experts):
             return whole

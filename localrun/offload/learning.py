@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.offload.cache.profile import RoutingProfile
-from localrun.offload.pool import ExpertPool
+from localrun.offload.cache.telemetry import Telemetry
+from localrun.offload.residency import Residency
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.source import ModelSource
 
@@ -29,12 +30,14 @@ class Learner:
     """Feeds and saves one model's routing profile. For the decoding thread; `close` once at the end.
 
     Args:
+        residency: whose uses are counted.
+        telemetry: counts tokens.
         folder: where profiles lie, `<identity>.profile`; None: nothing is read or saved.
     """
 
-    def __init__(self, source: ModelSource, pool: ExpertPool, folder: Path | None) -> None:
-        self._pool = pool
-        self._seen = pool.table.uses.copy()
+    def __init__(self, source: ModelSource, residency: Residency, telemetry: Telemetry, folder: Path | None) -> None:
+        self._residency, self._telemetry = residency, telemetry
+        self._seen = residency.table.uses.copy()
         self._seen_tokens = 0
         self._path = folder / f"{source.identity}.profile" if folder is not None else None
         shapes = {layer: moe.n_experts for layer, moe in source.moe_layers.items()}
@@ -53,21 +56,21 @@ class Learner:
         """Protects the profile's hottest experts from eviction where others can go; how many."""
         if self.profile.clock < PROFILE_MIN_TOKENS:
             return 0
-        slots = self._pool.n_slots
-        gpu = self._pool.gpu
+        slots = self._residency.n_slots
+        gpu = self._residency.gpu
         ranking = (at for at in self.profile.ranking() if gpu is None or not gpu.has_place(*at))
         hottest = list(itertools.islice(ranking, int(slots * PINNED_SHARE)))
-        self._pool.table.keep(hottest)
+        self._residency.table.keep(hottest)
         return len(hottest)
 
     def learn(self) -> None:
         """Hands the uses since the last call to the profile."""
-        uses, n_tokens = self._pool.table.uses, self._pool.telemetry.totals().tokens
+        uses, n_tokens = self._residency.table.uses, self._telemetry.totals().tokens
         fresh = uses - self._seen
         self._seen += fresh
-        n_layers = max(1, len(self._pool.layers))
+        n_layers = max(1, len(self._residency.layers))
         tokens, self._seen_tokens = (n_tokens - self._seen_tokens) // n_layers, n_tokens
-        for layer in self._pool.layers:
+        for layer in self._residency.layers:
             experts = fresh[layer].nonzero()[0].astype(np.int32)
             starts = np.concatenate([[0], np.cumsum(fresh[layer][experts])]).astype(np.int32)
             self.profile.record(layer, experts, starts, max(tokens, 0))
@@ -78,8 +81,8 @@ class Learner:
 
     def fresh(self, layer: int) -> npt.NDArray[np.int64]:
         """(n_experts,) uses that the profile has not seen yet; any thread."""
-        n_experts = self._pool.layers[layer].n_experts
-        fresh: npt.NDArray[np.int64] = self._pool.table.uses[layer, :n_experts] - self._seen[layer, :n_experts]
+        n_experts = self._residency.layers[layer].n_experts
+        fresh: npt.NDArray[np.int64] = self._residency.table.uses[layer, :n_experts] - self._seen[layer, :n_experts]
         return fresh
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
-"""Reading experts before they are asked for: what is certain, and what is likely while nothing else happens.
+"""Reading experts before they are asked for: what is certain, what is nearly so, and what is likely while nothing else happens.
 
 * Hash-routed layers choose experts by token id alone (`ffn_gate_tid2eid`), so the experts of tokens that are about to run are
   known exactly: `prepare` starts their reads before `llama_decode` is called.
+* A long batch that used nearly all experts of a layer, or experts that nearly every token uses, will use the next layer's as
+  well: `follow` starts those reads while llama.cpp computes attention.
 * After a model is opened, a thread reads the experts that earlier runs used most, hottest first, into free memory, and keeps
-  away while an answer is being computed.
+  away while an answer is being computed: `warm`.
 
-Guesses never displace an expert that was used; only certain reads may.
+Likely ones never displace an expert that was used; only what will be asked for may.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload.pool import ExpertPool
+from localrun.offload.cache.slots import Slot
+from localrun.offload.device.view import I32
+from localrun.offload.residency import Residency
 from localrun.quant.model.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -28,20 +33,46 @@ QUIET_S = 0.1
 
 _POLL_S = 0.01
 
+PROMPT_TOKENS = 64
+"""Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
+CERTAIN = 0.9
+"""Least probability with which an expert must be needed to be read ahead."""
+PROMPT_SHARE = 1 / 3
+"""Of the slots. [m] Three Flash layers under 5 GB, 512 tokens that use every expert: the expert calls of a prefill took 4.7 s with
+it and 5.7 to 5.9 s without, the whole prefill 8.4 s and 8.6 to 9.0 s: attention slows down while reads are packed beside it."""
+
 
 class ReadAhead:
-    """Read-ahead for one model. `prepare` is for the decoding thread; `close` ends the warming thread before the pool is closed.
+    """Read-ahead for one model.
+
+    Owns the guesses (slots read for the next layer's call, until that call has shown whether it wanted them), which belong to the
+    decoding thread, and the warming thread, which `close` ends before residency is closed. It has no lock: slots change under
+    residency's, and the warming thread only looks at two numbers that the decoding thread writes.
 
     Args:
-        source: for the hash layers' tables.
-        pool: whose experts.
-        depth: most reads ahead that are under way at once.
+        residency: whose experts.
+        n_used: experts per token.
+        depth: most reads ahead that `prepare` and `warm` have under way at once.
+        hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
     """
 
-    def __init__(self, source: ModelSource, pool: ExpertPool, *, depth: int) -> None:
-        self._pool = pool
+    def __init__(
+        self,
+        residency: Residency,
+        n_used: int,
+        *,
+        depth: int,
+        hash_tables: Mapping[int, npt.NDArray[np.int32]] | None = None,
+    ) -> None:
+        self._residency = residency
+        self._n_used = n_used
         self._depth = depth
-        self._tables = _hash_tables(source)
+        self._tables = hash_tables or {}
+        self._guesses: set[Slot] = set()
+        self._decoding = False
+        self._last_call_s = (
+            0.0  # time.monotonic() of the last layer call that came to Python, or of the last decode's end
+        )
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -49,6 +80,22 @@ class ReadAhead:
     def hash_layers(self) -> tuple[int, ...]:
         """Layers whose experts follow from the token id."""
         return tuple(self._tables)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Around each `llama_decode`: warming keeps away from the drive meanwhile."""
+        self._decoding = True
+        try:
+            yield
+        finally:
+            self.note_call()
+            self._decoding = False
+
+    def note_call(self) -> None:
+        """A layer call was in Python: an answer is being computed."""
+        self._last_call_s = time.monotonic()
+
+    # -- what is certain -----------------------------------------------------------------------------------------------
 
     def prepare(self, tokens: Sequence[int]) -> int:
         """Starts reading what the hash layers will ask for when these tokens run next. Returns the number of reads started."""
@@ -58,8 +105,96 @@ class ReadAhead:
         started = 0
         for layer, table in self._tables.items():
             experts = np.unique(table[ids[(ids >= 0) & (ids < len(table))]])
-            started += self._pool.read_ahead(layer, [int(e) for e in experts], evict=True, limit=self._depth)
+            started += self.read(layer, [int(e) for e in experts], evict=True)
         return started
+
+    def read(self, layer: int, experts: Iterable[int], *, evict: bool) -> int:
+        """Starts reading experts that are not there, without waiting; any thread unless `evict`.
+
+        Args:
+            evict: may displace the coldest experts (for what is certain to be needed); else only free memory is used. Only on the
+                decoding thread: compiled code reads residency without the lock.
+
+        Returns:
+            Number of reads started; 0 also when the memory or the depth is exhausted.
+        """
+        where = self._residency
+        with where.lock:
+            where.settle()
+            started = 0
+            for expert in experts:
+                if where.n_ahead >= self._depth:
+                    break
+                # What is certain to be asked for counts as used, so that its neighbours' reads don't displace it.
+                present = where.table.find(layer, expert) if evict else where.table.peek(layer, expert)
+                if present is not None or where.on_gpu(layer, expert):
+                    continue
+                slot = where.reserve(layer, expert, evict=evict)
+                if slot is None:
+                    break
+                where.read_ahead(slot)
+                started += 1
+            return started
+
+    # -- what a long prompt will need next -----------------------------------------------------------------------------
+
+    def follow(self, layer: int, n_tokens: int, share_used: float) -> None:
+        """After a long batch's call of `layer`: starts reading what the next layer will almost certainly ask for, so that the drive
+        works while llama.cpp computes attention. On the decoding thread, which holds residency's lock.
+
+        Up to `PROMPT_SHARE` of the slots serve this, layer after layer: a slot that is filled again for each layer hides one read
+        per layer, one that keeps its expert saves one read per batch.
+
+        Args:
+            n_tokens: of the batch.
+            share_used: of the layer's experts, by this batch: where it was nearly all, the next layer's will be.
+        """
+        where, following = self._residency, layer + 1
+        if following not in where.layers or n_tokens < PROMPT_TOKENS:
+            return
+        # Where long prompts stream, what is missing passes through a GPU and displaces nothing.
+        evict = where.gpu is None or where.gpu.rings is None
+        missing = [e for e in self._certain(following, n_tokens, share_used) if not where.is_here(following, e)]
+        if not missing:
+            return
+        there = [slot for slot in where.table if slot.layer == following]
+        for present in there:  # they will be asked for as certainly
+            where.table.pin(present)
+        try:
+            for expert in missing[: int(where.n_slots * PROMPT_SHARE)]:
+                slot = where.reserve(following, expert, evict=evict)
+                if slot is None:
+                    break
+                self._guesses.add(slot)
+                where.read_ahead(slot)
+        finally:
+            for present in there:
+                where.table.unpin(present)
+
+    def _certain(self, layer: int, n_tokens: int, share_used: float) -> list[int]:
+        """Experts that a batch of so many tokens will almost certainly use, in file order."""
+        uses = self._residency.table.uses[layer, : self._residency.layers[layer].n_experts]
+        seen = int(uses.sum()) // self._n_used
+        if share_used >= CERTAIN:
+            return list(range(uses.size))
+        if seen < PROMPT_TOKENS:
+            return []
+        return [int(e) for e in np.flatnonzero(1 - (1 - np.minimum(uses / seen, 1.0)) ** n_tokens >= CERTAIN)]
+
+    def is_guess(self, slot: Slot) -> bool:
+        """The slot was read for the running call, before it began."""
+        return slot in self._guesses
+
+    def judge(self, layer: int, used: I32) -> None:
+        """At the end of a layer's call: guesses that it did not want, and nobody has used since, go next."""
+        table = self._residency.table
+        for slot in [slot for slot in self._guesses if slot.layer == layer]:
+            self._guesses.discard(slot)
+            # Another stamp than its arrival's: the compiled path has used it since.
+            if slot.expert not in used and table.stamps[slot.layer, slot.expert] == slot.ready_stamp:
+                table.chill(slot)
+
+    # -- what is likely ------------------------------------------------------------------------------------------------
 
     def warm(self, ranking: Sequence[tuple[int, int]]) -> None:
         """Starts the warming thread: reads (layer, expert) in this order until free memory runs out."""
@@ -75,25 +210,26 @@ class ReadAhead:
             self._thread.join()
 
     def _warm(self, ranking: list[tuple[int, int]]) -> None:
+        where = self._residency
         for layer, expert in ranking:
             while not self._closing.is_set():
-                quiet = not self._pool.busy and time.monotonic() - self._pool.last_call > QUIET_S
-                if quiet and self._pool.settle() < self._depth:
+                quiet = not self._decoding and time.monotonic() - self._last_call_s > QUIET_S
+                if quiet and where.settle() < self._depth:
                     break
                 self._closing.wait(_POLL_S)
             if self._closing.is_set():
                 return
-            elsewhere = self._pool.gpu is not None and self._pool.gpu.has_place(layer, expert)
-            missing = not elsewhere and self._pool.table.peek(layer, expert) is None
-            if missing and not self._pool.has_room(layer, expert):
+            elsewhere = where.gpu is not None and where.gpu.has_place(layer, expert)
+            missing = not elsewhere and where.table.peek(layer, expert) is None
+            if missing and not where.has_room(layer, expert):
                 break
             if missing:
-                self._pool.read_ahead(layer, [expert], evict=False, limit=self._depth)
-        while self._pool.settle() and not self._closing.is_set():
+                self.read(layer, [expert], evict=False)
+        while where.settle() and not self._closing.is_set():
             self._closing.wait(_POLL_S)
 
 
-def _hash_tables(source: ModelSource) -> dict[int, npt.NDArray[np.int32]]:
+def hash_tables(source: ModelSource) -> dict[int, npt.NDArray[np.int32]]:
     """(n_vocab, K) expert ids by layer, from blk.N.ffn_gate_tid2eid.weight (ggml shape K, n_vocab)."""
     tables = {}
     for layer in source.moe_layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,16 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class Upgrades:
-    """Which slots are to be exchanged. All methods: the caller holds the pool's lock; `step` on the decoding thread.
+    """Which slots are to be exchanged. A part of residency: all methods under its lock; `step` on the decoding thread.
 
     Args:
-        table: residency.
-        wanted: (n_layers, n_experts) the variant that each expert should be in; changed here where one can't be read.
+        table: whose slots.
+        wanted: by layer the variant that each expert should be in.
     """
 
-    def __init__(self, table: SlotTable, wanted: I32) -> None:
+    def __init__(self, table: SlotTable, wanted: Mapping[int, I32]) -> None:
         self._table = table
-        self._wanted = wanted
+        self._wanted: I32 = np.zeros(table.resident.shape, np.int32)  # less what can't be read
+        for layer, variants in wanted.items():
+            self._wanted[layer, : variants.size] = variants
         self._under_way = False
         self._arrived: deque[Ticket] = deque()
         self.n_done = 0

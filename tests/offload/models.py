@@ -59,4 +59,4 @@ def mean_kl(reference: F32, other: F32) -> float:
 def floor_ram(model: OffloadedModel) -> int:
     """Smallest `ram_bytes` that the model opens with."""
     pool = model.pool
-    return pool.floor_bytes + pool.staging_bytes
+    return pool.residency.floor_bytes + pool.residency.store.staging_bytes

@@ -63,8 +63,8 @@ def test_failed_read_ends_the_answer_and_leaves_a_clean_cache(
             logits(model, batch=5)
     assert "model.gguf" in str(caught.value)
     assert caught.value.hint is not None
-    model.pool.table.check()
-    assert all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.table)
+    model.pool.residency.table.check()
+    assert all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.residency.table)
     np.testing.assert_array_equal(logits(model, batch=5), expected)
 
 
@@ -165,7 +165,7 @@ def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(tmp_path: 
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         with pytest.raises(CheckpointError, match="no such recipe"):
             logits(model)
-        model.pool.table.check()
-        assert all(slot.pins == 0 for slot in model.pool.table)
+        model.pool.residency.table.check()
+        assert all(slot.pins == 0 for slot in model.pool.residency.table)
         broken = False
         assert np.isfinite(logits(model)).all()

@@ -51,8 +51,8 @@ def test_any_ram_budget_gives_identical_logits(model_path: Path, math: str) -> N
     for ram in (floor, (floor + everything) // 2, everything):
         with open_offloaded(source, OffloadOptions(ram_bytes=ram, n_threads=2, math=math)) as model:  # type: ignore[arg-type]
             np.testing.assert_array_equal(logits(model, batch=8), expected)
-            model.pool.table.check()
-            assert model.pool.table.arena.size_bytes + model.pool.staging_bytes <= ram
+            model.pool.residency.table.check()
+            assert model.pool.residency.table.arena.size_bytes + model.pool.residency.store.staging_bytes <= ram
             totals = model.telemetry.totals()
             assert (totals.evictions > 0) == (ram < everything)
             assert totals.misses * MODEL_EXPERT_BYTES == totals.bytes_read
@@ -99,7 +99,7 @@ def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_o
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         expected = logits(model)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
-        kernel = model.pool.kernels(1)[0]
+        kernel = model.pool.residency.kernels(1)[0]
         original = kernel.run
 
         def broken(*args: object) -> None:

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.offload.readahead import ReadAhead
+from localrun.offload.readahead import ReadAhead, hash_tables
 from localrun.quant.open import open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, write_model
 
 
 def wait_until_read(model: OffloadedModel) -> None:
     deadline = time.monotonic() + 30
-    while model.pool.settle() and time.monotonic() < deadline:
+    while model.pool.residency.settle() and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert model.pool.settle() == 0
+    assert model.pool.residency.settle() == 0
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def model_path(tmp_path: Path) -> Path:
 
 def test_hash_layer_experts_of_the_next_tokens_are_read_before_they_run(model_path: Path) -> None:
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
-        ahead = ReadAhead(model.source, model.pool, depth=64)
+        ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(model.source), depth=64)
         assert ahead.hash_layers == (0,)
         started = ahead.prepare(TOKENS[:4])
         assert 0 < started <= 4 * MODEL.n_used
@@ -44,10 +44,10 @@ def test_reading_ahead_does_not_change_logits(model_path: Path) -> None:
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         expected, floor = logits(model, batch=5), floor_ram(model)
     with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
-        ahead = ReadAhead(source, model.pool, depth=4)
+        ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(source), depth=4)
         ahead.prepare(TOKENS)
         np.testing.assert_array_equal(logits(model, batch=5), expected)
-        model.pool.table.check()
+        model.pool.residency.table.check()
 
 
 def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path) -> None:
@@ -55,22 +55,24 @@ def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         floor = floor_ram(model)
     with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
-        room = model.pool.table.arena.size_bytes // (-(-model.pool.kernels(0)[0].slot_bytes // 4096) * 4096)
+        room = model.pool.residency.table.arena.size_bytes // (
+            -(-model.pool.residency.kernels(0)[0].slot_bytes // 4096) * 4096
+        )
         ranking = [(2, expert) for expert in range(MODEL.n_experts)]
-        ahead = ReadAhead(source, model.pool, depth=2)
+        ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(source), depth=2)
         ahead.warm(ranking)
         deadline = time.monotonic() + 30
-        while len(model.pool.table) < room and time.monotonic() < deadline:
+        while len(model.pool.residency.table) < room and time.monotonic() < deadline:
             time.sleep(0.01)
         ahead.close()
         wait_until_read(model)
-        assert [(slot.layer, slot.expert) for slot in model.pool.table] == ranking[:room]
-        assert model.pool.table.n_evictions == 0
+        assert [(slot.layer, slot.expert) for slot in model.pool.residency.table] == ranking[:room]
+        assert model.pool.residency.table.n_evictions == 0
 
 
 def test_closing_while_warming_ends_at_once(model_path: Path) -> None:
     model = open_offloaded(open_model(model_path), OffloadOptions(n_threads=2))
-    ahead = ReadAhead(model.source, model.pool, depth=1)
+    ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(model.source), depth=1)
     ahead.warm([(layer, expert) for layer in range(4) for expert in range(MODEL.n_experts)])
     ahead.close()
     model.close()
@@ -82,13 +84,13 @@ def test_second_start_reads_what_the_first_one_used_most(model_path: Path, tmp_p
     source = open_model(model_path)
     with open_offloaded(source, options) as model:
         logits(model, TOKENS[:8], batch=1)
-        used = {(slot.layer, slot.expert) for slot in model.pool.table}
+        used = {(slot.layer, slot.expert) for slot in model.pool.residency.table}
     with open_offloaded(source, options) as model:
         deadline = time.monotonic() + 30
-        while len(model.pool.table) < len(used) and time.monotonic() < deadline:
+        while len(model.pool.residency.table) < len(used) and time.monotonic() < deadline:
             time.sleep(0.01)
         wait_until_read(model)
-        assert {(slot.layer, slot.expert) for slot in model.pool.table} == used
+        assert {(slot.layer, slot.expert) for slot in model.pool.residency.table} == used
         model.telemetry.reset()
         logits(model, TOKENS[:8], batch=1)
         assert model.telemetry.totals().misses == 0
@@ -100,9 +102,9 @@ def test_profile_counts_each_use_once_on_both_paths(model_path: Path) -> None:
             logits(model, TOKENS[:n_tokens], batch=5)
         model.learner.learn()
         totals = model.telemetry.totals()
-        counted = sum(model.learner.profile.counts(layer).sum() for layer in model.pool.layers)
+        counted = sum(model.learner.profile.counts(layer).sum() for layer in model.pool.residency.layers)
         assert totals.requests == 4 * 40 * MODEL.n_used
-        assert int(model.pool.table.uses.sum()) == totals.requests
+        assert int(model.pool.residency.table.uses.sum()) == totals.requests
         assert counted == pytest.approx(totals.requests, rel=0.01)
 
 
@@ -133,4 +135,4 @@ def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(
         assert sum(row["prefetched"] for row in rows[1:]) > 0
         expert_bytes = model.source.moe_layers[0].expert_bytes
         assert sum(row["bytes_read"] for row in rows) <= len(rows) * MODEL.n_experts * expert_bytes
-        model.pool.table.check()
+        model.pool.residency.table.check()

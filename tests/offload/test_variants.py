@@ -89,7 +89,7 @@ def test_mixed_formats_give_identical_logits_at_any_ram_budget(
     for ram in (floor, (2 * floor + everything) // 3):
         with open_offloaded(mixed, OffloadOptions(ram_bytes=ram, n_threads=2)) as model:
             np.testing.assert_array_equal(logits(model, batch=8), expected)
-            model.pool.table.check()
+            model.pool.residency.table.check()
             assert model.telemetry.totals().evictions > 0
 
 
@@ -104,13 +104,13 @@ def test_adaptive_mode_answers_from_the_base_and_ends_with_the_better_copies(
     with open_offloaded(mixed, OffloadOptions(n_threads=2, adaptive=True)) as model:
         pool = model.pool
         np.testing.assert_array_equal(logits(model), coarse)  # nothing was there: all misses
-        used = {(slot.layer, slot.expert) for slot in pool.table} & CHOSEN
+        used = {(slot.layer, slot.expert) for slot in pool.residency.table} & CHOSEN
         for _ in range(len(used) + 1):
             with model.decoding([]):
-                pool.table.check()
-            while pool.settle():
+                pool.residency.table.check()
+            while pool.residency.settle():
                 pass
-        assert {(slot.layer, slot.expert) for slot in pool.table if slot.variant == 1} == used
+        assert {(slot.layer, slot.expert) for slot in pool.residency.table if slot.variant == 1} == used
         np.testing.assert_array_equal(logits(model), fine)
 
 
@@ -120,19 +120,19 @@ def test_failed_upgrade_keeps_the_smaller_copy(
     _, mixed, _ = sources
     with open_offloaded(mixed, OffloadOptions(n_threads=2, adaptive=True)) as model:
         expected = logits(model)
-        fill = model.pool.store._fill
+        fill = model.pool.residency.store._fill
 
         def fail(ticket: Any, buffer: Any) -> None:
             if ticket.slot.variant == 1:
                 raise OSError("no such luck")
             fill(ticket, buffer)
 
-        monkeypatch.setattr(model.pool.store, "_fill", fail)
+        monkeypatch.setattr(model.pool.residency.store, "_fill", fail)
         for _ in range(3):
             with model.decoding([]):
                 pass
-            while model.pool.settle():
+            while model.pool.residency.settle():
                 pass
-        assert all(slot.variant == 0 for slot in model.pool.table)
+        assert all(slot.variant == 0 for slot in model.pool.residency.table)
         np.testing.assert_array_equal(logits(model), expected)
-        model.pool.table.check()
+        model.pool.residency.table.check()

@@ -2,8 +2,8 @@
 
 `Arena` hands out aligned ranges of one anonymous mapping whose size never changes; `SlotTable` maps (layer, expert) to ranges and
 evicts the least recently used one that is neither pinned nor being filled. Recency, use counts and addresses lie in plain arrays,
-because the compiled path (`native.py`) reads and updates them. Neither class knows files, formats or threads: callers hold the
-pool's lock, and I/O threads only fill memory of slots that are in state LOADING.
+because compiled code (`device/compiled.py`) reads and updates them. Neither class knows files, formats or threads: callers hold
+residency's lock, and I/O threads only fill memory of slots that are in state LOADING.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Slot:
         state: see `SlotState`.
         pins: running calls that need it; a pinned slot is never evicted.
         replaces: the slot whose place in the table this one takes when it is complete, see `SlotTable.begin_upgrade`.
+        ready_stamp: its recency when it became READY, -1 before.
     """
 
     layer: int
@@ -120,6 +121,7 @@ class Slot:
     state: SlotState = SlotState.LOADING
     pins: int = 0
     replaces: Slot | None = None
+    ready_stamp: int = -1
 
 
 ABSENT = 1 << 62
@@ -263,7 +265,8 @@ class SlotTable:
         """The slot's bytes are complete: LOADING -> READY, the most recently used one."""
         slot.state = SlotState.READY
         self.tick += 1
-        self.stamps[slot.layer, slot.expert] = self.tick[0]
+        slot.ready_stamp = int(self.tick[0])
+        self.stamps[slot.layer, slot.expert] = slot.ready_stamp
         self.variants[slot.layer, slot.expert] = slot.variant
         self.resident[slot.layer, slot.expert] = slot.address  # last: compiled code may use it from now on
 

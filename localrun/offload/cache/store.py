@@ -101,8 +101,39 @@ Receiver = Callable[[Ticket], None]
 """Called on a lane's thread when a read has ended; must not fail or wait."""
 
 
+class Store(Protocol):
+    """Fills slots with experts, in the background. Any thread; slots and `completions` are the caller's to keep in order.
+
+    Attributes:
+        depth: reads that go on at once; more wait their turn.
+        staging_bytes: RAM of reads in flight.
+        completions: tickets whose read has ended, well or not; none is lost, and none appears before its slot is filled.
+    """
+
+    depth: int
+    staging_bytes: int
+    completions: queue.SimpleQueue[Ticket]
+
+    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
+
+        Args:
+            ahead: nobody waits for it: every wanted expert goes first.
+            receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
+        """
+        ...
+
+    def hurry(self, slot: Slot) -> None:
+        """Somebody waits for this slot now: if its read has not started, it goes first."""
+        ...
+
+    def close(self) -> None:
+        """Ends the reads under way; those that have not started never end."""
+        ...
+
+
 class ExpertStore:
-    """The I/O side of the expert path.
+    """Reads experts from a model's files.
 
     Owns file descriptors, lanes and staging buffers; `staging_bytes` counts towards the RAM budget.
 
@@ -160,12 +191,7 @@ class ExpertStore:
         return all(handle.direct for copies in self._files for handle in copies)
 
     def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
-        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not. Any thread.
-
-        Args:
-            ahead: nobody waits for it: every wanted expert goes first.
-            receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
-        """
+        """See `Store`."""
         recipe = self._source.expert if slot.variant else self._source.base_expert
         ticket = Ticket(slot, (), ahead, receiver)
         try:
@@ -180,7 +206,7 @@ class ExpertStore:
         return ticket
 
     def hurry(self, slot: Slot) -> None:
-        """Somebody waits for this slot now: if its read has not started, it goes first."""
+        """See `Store`."""
         with self._lock:
             for ticket in self._waiting_ahead:
                 if ticket.slot is slot:

@@ -6,7 +6,7 @@ arrived is put to use between two decodes. An expert that leaves a GPU is on the
 asked for.
 
 Threads: the filling thread owns the staging buffer and uploads; calls of many tokens are driven by each GPU's own thread
-(`gpu_stream.py`); everything else happens on the decoding thread, under the pool's lock where it touches residency.
+(`stream.py`); everything else happens on the decoding thread, under residency's lock where it touches RAM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import Ticket
+from localrun.offload.cache.store import Receiver, Store, Ticket
 from localrun.offload.device.compiled import MAX_VARIANTS
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing
@@ -36,9 +36,6 @@ from localrun.offload.gpu.slots import BankKey, GpuSlots, most_slots, scratch_by
 from localrun.offload.gpu.stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
-
-if TYPE_CHECKING:
-    from localrun.offload.pool import ExpertPool
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +65,27 @@ class _Upload:
     expert: int
     place: _Place
     is_exchange: bool = False
+
+
+class RamCopies(Protocol):
+    """What the tier needs of residency in RAM."""
+
+    @property
+    def store(self) -> Store:
+        """Reads experts."""
+        ...
+
+    def drop_copies(self, elsewhere: npt.NDArray[np.bool_]) -> None:
+        """Frees the copies of experts that live elsewhere now, (n_layers, n_experts); the caller holds residency's lock."""
+        ...
+
+    def read_rows(self, slot: Slot, receiver: Receiver) -> None:
+        """Starts reading ggml rows into memory outside the slot table; any thread."""
+        ...
+
+    def copy_rows(self, layer: int, expert: int, variant: int, rows: npt.NDArray[np.uint8]) -> bool:
+        """Writes an expert's ggml rows from its copy in RAM; False if there is none in this variant. Any thread."""
+        ...
 
 
 class GpuTier:
@@ -195,26 +213,22 @@ class GpuTier:
 
     # -- residency -----------------------------------------------------------------------------------------------------
 
-    def begin(self, pool: ExpertPool, *, n_unpackers: int = 1) -> None:
+    def begin(self, in_ram: RamCopies, *, n_unpackers: int = 1) -> None:
         """Starts the threads."""
         for i, slots in enumerate(self.slots):
             kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
-            self.lanes.append(GpuLane(slots, kernels, pool.store, n_unpackers=n_unpackers))
+            self.lanes.append(GpuLane(slots, kernels, in_ram.store, n_unpackers=n_unpackers))
         self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, PAGE_BYTES))
-        self._thread = threading.Thread(target=self._fill, args=(pool,), name="localrun-gpu", daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(in_ram,), name="localrun-gpu", daemon=True)
         self._thread.start()
 
-    def step(self, pool: ExpertPool, heat: Heat) -> None:
-        """Between two decodes, on the decoding thread, which holds the pool's lock: takes in what was uploaded, and now and then
+    def step(self, in_ram: RamCopies, heat: Heat) -> None:
+        """Between two decodes, on the decoding thread, which holds residency's lock: takes in what was uploaded, and now and then
         gives the place of an expert that is little used to one that is used more."""
         while not self._uploaded.empty():
             upload, error = self._uploaded.get()
             self._settle(upload, error)
-        # Also those that were being read into RAM when their upload was settled.
-        for layer, expert in np.argwhere((self.where >= 0) & (pool.table.resident[: len(self.where)] != 0)).tolist():
-            slot = pool.table.peek(layer, expert)
-            if slot is not None and slot.pins == 0:
-                pool.drop(slot)
+        in_ram.drop_copies(self.where >= 0)  # also those that were being read when their upload was settled
         self._n_decodes += 1
         if self._n_decodes % EXCHANGE_EVERY == 0 and not self._under_way:
             self._exchange(heat)
@@ -277,7 +291,7 @@ class GpuTier:
 
     # -- the filling thread --------------------------------------------------------------------------------------------
 
-    def _fill(self, pool: ExpertPool) -> None:
+    def _fill(self, in_ram: RamCopies) -> None:
         assert self._staging is not None
         memory = self._staging.array
         while not self._closing.is_set():
@@ -285,25 +299,25 @@ class GpuTier:
             if upload is None:
                 return
             try:
-                self._copy(pool, upload, memory)
+                self._copy(in_ram, upload, memory)
             except BaseException as error:  # whatever it is: the expert stays where it was
                 self._uploaded.put((upload, error))
             else:
                 self._uploaded.put((upload, None))
 
-    def _copy(self, pool: ExpertPool, upload: _Upload, memory: npt.NDArray[np.uint8]) -> None:
+    def _copy(self, in_ram: RamCopies, upload: _Upload, memory: npt.NDArray[np.uint8]) -> None:
         slots = self.slots[upload.place.gpu]
         sizes = slots.banks[upload.place.key].row_bytes
         variant = upload.place.key[1]
         rows = memory[: sum(sizes)]
-        if not pool.copy_rows(upload.layer, upload.expert, variant, rows):
-            self._read(pool, Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant))
+        if not in_ram.copy_rows(upload.layer, upload.expert, variant, rows):
+            self._read(in_ram, Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant))
         ends = np.cumsum((0, *sizes))
         slots.upload(upload.place.key, upload.place.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
 
-    def _read(self, pool: ExpertPool, target: Slot) -> None:
+    def _read(self, in_ram: RamCopies, target: Slot) -> None:
         tickets: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        pool.read_rows(target, tickets.put)
+        in_ram.read_rows(target, tickets.put)
         ticket = tickets.get()  # also when the tier is closing: it writes into our memory
         if ticket.error is not None:
             raise ticket.error

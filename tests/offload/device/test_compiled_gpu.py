@@ -47,13 +47,13 @@ def run(model: OffloadedModel, batch: int, *, python: bool) -> tuple[Any, tuple[
     pool.ffn = counted  # type: ignore[method-assign,assignment]
     pool.record(Everything() if python else None)  # type: ignore[arg-type]
     model.telemetry.reset()
-    uses = pool.table.uses.copy()
+    uses = pool.residency.table.uses.copy()
     try:
         found = logits(model, SOME, batch=batch)
     finally:
         pool.ffn = ffn  # type: ignore[method-assign]
         pool.record(None)
-    return found, counts(model.telemetry.totals()), pool.table.uses - uses, len(came)
+    return found, counts(model.telemetry.totals()), pool.residency.table.uses - uses, len(came)
 
 
 @pytest.mark.parametrize(("n_gpus", "n_experts"), [(1, 10_000), (1, ALL // 2), (2, ALL // 4)])
@@ -63,7 +63,7 @@ def test_compiled_calls_give_what_python_gives_bit_for_bit(
     """Experts in two formats: up to four parts of a call, two of which wait for others."""
     _, mixed, _ = sources
     with open_offloaded(mixed, OffloadOptions()) as model:
-        specs = [kernel.spec for kernel in model.pool.kernels(0)]
+        specs = [kernel.spec for kernel in model.pool.residency.kernels(0)]
     budget = max(map(scratch_bytes, specs)) + n_experts * max(slot_bytes(spec, 1, gpu) for spec in specs)
     with open_offloaded(mixed, OffloadOptions(n_threads=2, gpus=[(gpu, budget)] * n_gpus)) as model:
         n_resident = filled(model)
@@ -81,7 +81,7 @@ def test_compiled_calls_give_what_python_gives_bit_for_bit(
         if n_experts >= ALL:
             _, fast_counts, _, n_python = run(model, 24, python=False)
             assert n_python == fast_counts[0]  # too many pairs for the compiled way
-        model.pool.table.check()
+        model.pool.residency.table.check()
 
 
 def test_a_device_that_fails_is_reported_and_can_be_used_again(
@@ -100,7 +100,7 @@ def test_a_device_that_fails_is_reported_and_can_be_used_again(
     with open_offloaded(base, OffloadOptions(n_threads=2, gpus=[(gpu, 1 << 30)])) as model:
         filled(model)
         expected = logits(model, SOME, batch=1)  # makes the graphs too
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         slots, compiled, python = tier.slots[0], failing("compiled"), failing("Python")
         fields = slots._record.fields

@@ -47,7 +47,7 @@ def reference(model_path: Path) -> tuple[Any, float]:
 def budget_for(path: Path, device: GpuDevice, n_experts: int) -> int:
     """Bytes that hold about so many experts and the ring, which may take a quarter of them."""
     with open_offloaded(open_model(path), OffloadOptions()) as model:
-        spec = model.pool.kernels(0)[0].spec
+        spec = model.pool.residency.kernels(0)[0].spec
     return scratch_bytes(spec) + max(4 * slot_bytes(spec, RING_SLOTS, device), n_experts * slot_bytes(spec, 1, device))
 
 
@@ -92,10 +92,10 @@ def test_streamed_experts_give_the_same_answers(
         least = floor_ram(model)
     budget = budget_for(model_path, gpu, 10)
     # A few experts more than one layer's, and what passes needs room, too.
-    ram = None if in_ram else least + 8 * (least - model.pool.staging_bytes)
+    ram = None if in_ram else least + 8 * (least - model.pool.residency.store.staging_bytes)
     with opened(model_path, gpu, budget, costs, ram_bytes=ram) as model:
         n_resident = filled(model)
-        tier, telemetry = model.pool.gpu, model.telemetry
+        tier, telemetry = model.pool.residency.gpu, model.telemetry
         assert tier is not None
         assert tier.used_bytes <= budget
         cold = logits(model, batch=150)  # while there is room, what is read comes into RAM and nothing passes
@@ -108,8 +108,8 @@ def test_streamed_experts_give_the_same_answers(
         if in_ram:
             assert telemetry.totals().bytes_read == read == 0
         assert tier.n_resident == n_resident
-        model.pool.table.check()
-        assert all(slot.pins == 0 for slot in model.pool.table)
+        model.pool.residency.table.check()
+        assert all(slot.pins == 0 for slot in model.pool.residency.table)
         one_by_one = logits(model, batch=1)
         assert telemetry.totals().streamed < 3 * passed + 1
     assert max(mean_kl(exact, other) for other in (cold, first, again, one_by_one)) <= allowed
@@ -128,7 +128,7 @@ def test_formats_of_a_layer_pass_through_rings_of_their_own(
         ours = mean_kl(exact, logits(model))
     offload = OffloadOptions(n_threads=2, gpus=[(gpu, 3 * budget_for(base.path, gpu, 10))], stream=FAST)
     with open_offloaded(mixed, offload) as model:
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         assert tier.rings is not None
         assert [kernel.spec.types[0] for kernel in tier.rings.kernels] == [MODEL.expert_type, QT.Q8_0]
@@ -154,7 +154,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST, ram_bytes=3 * least) as model:
         filled(model)
         logits(model, batch=150)
-        store = model.pool.store
+        store = model.pool.residency.store
         fill, failed = store._fill, threading.Event()
 
         def fail(ticket: Any, buffer: Any) -> None:
@@ -168,8 +168,8 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
             logits(model, batch=150)
         assert failed.is_set()
         monkeypatch.setattr(store, "_fill", fill)
-        assert all(slot.pins == 0 for slot in model.pool.table)
-        model.pool.table.check()
+        assert all(slot.pins == 0 for slot in model.pool.residency.table)
+        model.pool.residency.table.check()
         assert np.isfinite(logits(model, batch=150)).all()
 
 
@@ -178,7 +178,7 @@ def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice, monkey
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST) as model:
         filled(model)
         logits(model)
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         lane, fetched, jobs = tier.lanes[0], 0, []
         fetch = lane._fetch
@@ -202,7 +202,7 @@ def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice, monkey
         monkeypatch.setattr(lane, "_fetch", fetch)
         model.clear_stop()
         assert np.isfinite(logits(model, TOKENS, batch=150)).all()
-        assert all(slot.pins == 0 for slot in model.pool.table)
+        assert all(slot.pins == 0 for slot in model.pool.residency.table)
 
 
 def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
@@ -212,7 +212,7 @@ def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST) as model:
         filled(model)
         logits(model)
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         lane, jobs = tier.lanes[0], []
         submit, stream = lane.submit, lane._stream
@@ -245,7 +245,7 @@ def test_an_expert_that_nobody_can_unpack_fails_the_call(
     with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST) as model:
         filled(model)
         logits(model)
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
 
         def refuse(*_: Any) -> None:

@@ -28,7 +28,7 @@ from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
 
 def filled(model: OffloadedModel) -> int:
     """Waits until every expert that was to be uploaded is on the GPU; how many there are."""
-    tier = model.pool.gpu
+    tier = model.pool.residency.gpu
     assert tier is not None
     deadline = time.monotonic() + 60
     while tier.n_under_way:
@@ -54,7 +54,7 @@ def exact_and_allowed(path: Path) -> tuple[Any, float]:
 def budget_for(path: Path, device: GpuDevice, n_experts: int) -> int:
     """Bytes that hold about so many experts."""
     with open_offloaded(open_model(path), OffloadOptions()) as model:
-        spec = model.pool.kernels(0)[0].spec
+        spec = model.pool.residency.kernels(0)[0].spec
     return scratch_bytes(spec) + n_experts * slot_bytes(spec, 1, device)
 
 
@@ -70,7 +70,7 @@ def test_experts_on_a_gpu_give_the_same_answers(model_path: Path, gpu: GpuDevice
         n_resident = filled(model)
         assert min(n_experts, total) <= n_resident <= total
         found, one_by_one = logits(model), logits(model, batch=1)
-        tier, table = model.pool.gpu, model.pool.table
+        tier, table = model.pool.residency.gpu, model.pool.residency.table
         assert tier is not None
         assert tier.used_bytes <= budget
         # An expert is in one place only.
@@ -100,7 +100,7 @@ def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, 
     budget = budget_for(model_path, gpu, 20)
     with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
         filled(model)
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         at_first = tier.n_resident
         for _ in range(8):
@@ -111,7 +111,7 @@ def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, 
         assert tier.used_bytes <= budget
         hot = model.learner.heat(1)
         assert tier.where[1, int(hot.argmax())] >= 0
-        model.pool.table.check()
+        model.pool.residency.table.check()
     assert mean_kl(expected, found) < 0.02
 
 
@@ -130,7 +130,7 @@ def test_several_formats_and_two_gpus(tmp_path: Path, gpu: GpuDevice) -> None:
     budget = budget_for(path, gpu, 15)
     with open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, budget), (gpu, budget)])) as model:
         filled(model)
-        tier = model.pool.gpu
+        tier = model.pool.residency.gpu
         assert tier is not None
         assert set(np.unique(tier.where)) == {-1, 0, 1}
         found = logits(model)
@@ -160,7 +160,7 @@ def test_a_bank_is_no_larger_than_the_device_can_address(
     model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_offloaded(open_model(model_path), OffloadOptions()) as model:
-        spec = model.pool.kernels(0)[0].spec
+        spec = model.pool.residency.kernels(0)[0].spec
     assert most_slots(spec, gpu) == MAX_SLOTS or TEST_GPU
     monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= 13)
     assert most_slots(spec, gpu) == 13
@@ -191,7 +191,7 @@ def test_an_expert_that_cannot_be_read_costs_no_place(
     budget = budget_for(model_path, gpu, 20)
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2, gpus=[(gpu, budget)])) as model:
         at_first = filled(model)
-        tier, store = model.pool.gpu, model.pool.store
+        tier, store = model.pool.residency.gpu, model.pool.residency.store
         assert tier is not None
         fill = store._fill
         failed = []
@@ -202,7 +202,7 @@ def test_an_expert_that_cannot_be_read_costs_no_place(
                 raise OSError("unreadable")
             fill(ticket, buffer)
 
-        monkeypatch.setattr(model.pool, "copy_rows", lambda *_: False)  # else it comes from RAM
+        monkeypatch.setattr(model.pool.residency, "copy_rows", lambda *_: False)  # else it comes from RAM
         monkeypatch.setattr(store, "_fill", fail)
         for _ in range(3):
             decode_with_steps(model, [3] * 20)

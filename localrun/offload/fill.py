@@ -1,0 +1,188 @@
+"""Loads a model's dense part into llama.cpp; expert tensors become ours, without bytes.
+
+llama.cpp gets metadata and a callback that fills dense tensors one by one (`llama_model_init_from_user`); expert tensors are
+placed into our device's weights buffer, which holds nothing. With this entry llama.cpp checks no shapes against the file and
+creates optional tensors that the model lacks, so both are handled here.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from localrun.errors import FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
+from localrun.ggml import log as llama_log
+from localrun.ggml import structures as ggml
+from localrun.ggml.library import library
+from localrun.ggml.structures import Tensor
+from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
+from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
+from localrun.offload.place import OffloadOptions
+from localrun.quant.model.source import PROJECTIONS, ModelSource
+
+Adopt = Callable[[int, Weight], None]
+"""Called with the address of each stacked expert tensor that llama.cpp has created, and what it is."""
+
+
+def fill_model(source: ModelSource, options: OffloadOptions, adopt: Adopt, dense: DenseMatrices) -> Any:
+    """llama.cpp's `llama_model *` with all dense tensors read; the caller frees it.
+
+    Args:
+        adopt: gets the expert tensors.
+        dense: gets the matrices that our device multiplies.
+
+    Raises:
+        FormatError, UnsupportedModelError: llama.cpp does not accept the model.
+        GpuMemoryError: it does not accept it with the dense model on a GPU, as `options.n_gpu_layers` asks.
+        StoreError: a file can't be read.
+    """
+    import llama_cpp
+
+    lib = library()
+    llama_cpp.llama_backend_init()
+    header = source.gguf_header()
+    metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
+    if not metadata:
+        raise FormatError(f"{source.path}: llama.cpp does not accept the metadata: {llama_log.recent_errors()}")
+    filler = _Filler(source, adopt, dense, options.progress)
+    overrides = _overrides(source, options)
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.use_extra_bufts = False
+    # The dense model goes to one device: the first that was chosen. An empty list means none, whatever llama.cpp was built for.
+    devices = (C.c_void_p * 2)(options.gpus[0][0].address if options.n_gpu_layers else None, None)
+    params.devices = C.cast(devices, C.c_void_p)
+    params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
+    callback = llama_cpp.llama_model_set_tensor_data_t(filler)
+    llama_log.clear()
+    try:
+        model = llama_cpp.llama_model_init_from_user(metadata, callback, None, params)
+    finally:
+        lib.gguf_free(metadata)
+    if filler.error is not None:
+        if model:
+            llama_cpp.llama_model_free(model)
+        raise filler.error
+    if not model:
+        raise _refusal(source, options)
+    return model
+
+
+def free_model(model: Any) -> None:
+    """The inverse of `fill_model`; contexts of the model must be gone."""
+    import llama_cpp
+
+    llama_cpp.llama_model_free(model)
+
+
+def _overrides(source: ModelSource, options: OffloadOptions) -> C.Array[Any]:
+    """Which tensors go to our buffer type: experts, and dense matrices where no GPU takes them."""
+    patterns = [EXPERT_TENSORS]
+    if options.dense_on_device and options.math == "int8" and options.n_gpu_layers == 0:
+        patterns += filter(None, [dense_pattern(dense_tensors(source))])
+    overrides = (ggml.TensorBuftOverride * (len(patterns) + 1))()  # the last one, empty, ends the list
+    for override, pattern in zip(overrides, patterns, strict=False):
+        override.pattern, override.buft = pattern.encode(), expert_device().weights_buffer_type
+    return overrides
+
+
+def _refusal(source: ModelSource, options: OffloadOptions) -> LocalrunError:
+    if options.n_gpu_layers:
+        return GpuMemoryError(
+            f"{options.gpus[0][0].name} does not take the dense model: {llama_log.recent_errors()}", hint="--gpu none"
+        )
+    return UnsupportedModelError(f"{source.path}: llama.cpp can't load this model: {llama_log.recent_errors()}")
+
+
+class _Filler:
+    """llama.cpp's callback: fills each tensor that it created. Errors are kept; after the first one nothing more is read."""
+
+    def __init__(
+        self, source: ModelSource, adopt: Adopt, dense: DenseMatrices, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._source, self._adopt, self._dense, self._progress = source, adopt, dense, progress
+        self._lib = library()
+        self._n_dense = sum("_exps" not in name for name in source.tensors)
+        self._n_done = 0
+        self.error: BaseException | None = None
+
+    def __call__(self, address: int, user_data: Any) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._fill(address)
+        except BaseException as error:  # a callback from C: ctypes would swallow it
+            self.error = error
+
+    def _fill(self, address: int) -> None:
+        tensor = Tensor.from_address(address)
+        name = tensor.name.decode()
+        info = self._source.tensors.get(name)
+        if info is None:
+            self._fill_optional(address, name)
+            return
+        shape = tuple(tensor.ne)
+        # wo_a is stored as two dimensions and created as three (deepseek4.cpp): rows and elements must agree.
+        if shape[0] != info.shape[0] or math.prod(shape) != math.prod(info.shape) or tensor.type != info.type:
+            raise FormatError(
+                f"{self._source.path}: {name} is {info.type.name} {list(info.shape)}, llama.cpp expects "
+                f"{GGMLQuantizationType(tensor.type).name} {list(shape)}",
+                hint="the file does not fit its own metadata; convert it again",
+            )
+        weight = expert_weight(name)
+        if weight is not None and expert_device().is_ours(address):
+            self._adopt(address, weight)
+            return
+        if expert_device().is_ours(address):
+            expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name)))
+        else:
+            self._set(address, name, self._source.read_tensor(name))
+        self._n_done += 1
+        if self._progress is not None:
+            self._progress(self._n_done, self._n_dense)
+
+    def _set(self, address: int, name: str, data: np.ndarray[Any, Any]) -> None:
+        expected = self._lib.ggml_nbytes(address)
+        if data.nbytes != expected:
+            raise FormatError(f"{self._source.path}: {name} has {data.nbytes} bytes, llama.cpp expects {expected}")
+        self._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
+
+    def _fill_optional(self, address: int, name: str) -> None:
+        """Tensors that `llama_model_init_from_user` creates although the model has none: neutral values."""
+        tensor = Tensor.from_address(address)
+        n = math.prod(tensor.ne)
+        if name == "output.weight" and "token_embd.weight" in self._source.tensors:
+            self._set(address, name, self._tied_output(tensor))
+        elif tensor.type == ggml.TYPE_F32 and name.endswith(("scale", "bias")):
+            self._set(address, name, np.full(n, 1.0 if name.endswith("scale") else 0.0, np.float32))
+        else:
+            raise FormatError(
+                f"{self._source.path}: tensor {name} {list(tensor.ne)} is missing", hint="convert or download it again"
+            )
+
+    def _tied_output(self, tensor: Tensor) -> np.ndarray[Any, Any]:
+        """A model without output.weight uses its token embeddings; llama.cpp created the tensor as F32."""
+        import gguf
+
+        info = self._source.tensors["token_embd.weight"]
+        raw = self._source.read_tensor("token_embd.weight")
+        rows = gguf.dequantize(raw.reshape(info.shape[1], -1), info.type)
+        if tensor.type != ggml.TYPE_F32 or rows.shape != (tensor.ne[1], tensor.ne[0]):
+            raise LocalrunError(
+                f"{self._source.path}: output.weight is missing and can't be made from token_embd.weight"
+            )
+        return np.ascontiguousarray(rows, np.float32)
+
+
+def expert_weight(name: str) -> Weight | None:
+    """`blk.3.ffn_up_exps.weight` -> Weight(3, 1); None for other tensors."""
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[3] != "weight" or not parts[2].endswith("_exps"):
+        return None
+    projection = parts[2].removeprefix("ffn_").removesuffix("_exps")
+    return Weight(int(parts[1]), PROJECTIONS.index(projection)) if projection in PROJECTIONS else None

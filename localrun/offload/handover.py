@@ -1,0 +1,134 @@
+"""What compiled code and Python hand to each other about one model: records and thresholds one way, errors and stops the other.
+
+A layer call stays in compiled code (`device/compiled.py`) as long as it has fewer tokens than a threshold that Python sets; at zero
+every call comes to Python.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.errors import StoppedError
+from localrun.offload.cache.slots import SlotTable
+from localrun.offload.cache.telemetry import Telemetry
+from localrun.offload.device.compiled import LayerRecord, expert_record
+from localrun.offload.device.compiled_gpu import LayerOnGpu
+from localrun.offload.device.device import Weight, expert_device
+from localrun.offload.gpu.stream import LONG_TOKENS
+from localrun.offload.kernels import FfnKernel
+from localrun.quant.model.source import MoeLayer
+
+ANY_TOKENS: Final = 1 << 60
+"""More than any call has: nothing but a read sends it to Python."""
+
+
+class Handover:
+    """One model's records for compiled code, and why calls leave it.
+
+    Owns the records (compiled code points into them: `close` the model first), the threshold, the stop request and the first error.
+    There is no lock: records change between two decodes only, and the threshold is computed again until it agrees with its reasons,
+    so that `request_stop` may come from any thread and from a signal handler in the middle of any of these methods.
+
+    Args:
+        layers: shapes by block number.
+        kernels: by block number one kernel for each of the layer's variants.
+        table, telemetry: whose arrays compiled code reads and updates.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, MoeLayer],
+        kernels: Mapping[int, Sequence[FfnKernel]],
+        table: SlotTable,
+        telemetry: Telemetry,
+    ) -> None:
+        self.threshold: npt.NDArray[np.int64] = np.full(1, ANY_TOKENS, np.int64)
+        self._records = {
+            layer: LayerRecord(
+                moe.n_experts,
+                table.resident[layer],
+                table.variants[layer],
+                table.stamps[layer],
+                table.uses[layer],
+                table.tick,
+                telemetry.values[layer],
+                self.threshold,
+                [kernel.call for kernel in kernels[layer]],
+            )
+            for layer, moe in layers.items()
+        }
+        self._weights: dict[int, Weight] = {}
+        self._has_gpu = False
+        self._reasons: set[str] = set()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def weight(self, tensor: int) -> Weight | None:
+        """The stacked expert tensor at that address."""
+        return self._weights.get(tensor)
+
+    def adopt(self, tensor: int, weight: Weight) -> None:
+        """Called at load for each stacked expert tensor that llama.cpp created."""
+        self._weights[tensor] = weight
+        expert_device().attach(tensor, expert_record(weight.projection, self._records[weight.layer]))
+
+    def use_gpu(self, layers: Mapping[int, LayerOnGpu] | None) -> None:
+        """From now on these records say which experts are on GPUs (None: none are); between two decodes."""
+        for layer, record in self._records.items():
+            record.use_gpu(None if layers is None else layers[layer])
+        self._has_gpu = layers is not None
+        self._set_threshold()
+
+    # -- thresholds ----------------------------------------------------------------------------------------------------
+
+    def need_python(self, reason: str, needed: bool) -> None:
+        """All calls come to Python from now on for this reason, or no longer for this one; any thread."""
+        (self._reasons.add if needed else self._reasons.discard)(reason)
+        self._set_threshold()
+
+    def _compiled_below(self) -> int:
+        """Tokens from which a call goes to Python."""
+        if self._stop.is_set() or self._reasons:
+            return 0
+        return LONG_TOKENS if self._has_gpu else ANY_TOKENS
+
+    def _set_threshold(self) -> None:
+        """Whoever writes last has looked at the reasons after it wrote: no request is lost to another one's older value."""
+        while True:
+            self.threshold[0] = value = self._compiled_below()
+            if value == self._compiled_below():
+                return
+
+    # -- stops and errors ----------------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Makes the running (or next) decode fail with `StoppedError` at the next layer. Any thread, also signal handlers."""
+        self._stop.set()
+        self._set_threshold()
+
+    def clear_stop(self) -> None:
+        """Forgets an earlier stop request; before a new answer."""
+        self._stop.clear()
+        self._set_threshold()
+
+    def check_stop(self) -> None:
+        """Raises StoppedError if a stop was requested."""
+        if self._stop.is_set():
+            raise StoppedError("stopped")
+
+    def failed(self, error: BaseException) -> None:
+        """Keeps the cause of a failed decode; the first one counts."""
+        if self._error is None:
+            self._error = error
+
+    def take_error(self) -> BaseException | None:
+        """The cause of the last failed decode, once."""
+        error, self._error = self._error, None
+        return error

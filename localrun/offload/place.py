@@ -1,0 +1,274 @@
+"""Where a model's experts go: which kernel for each format, what passes through GPUs, and how the RAM for them is shared out.
+
+Everything here is decided from headers and measurements, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.alignment import PAGE_BYTES, align_up
+from localrun.errors import BudgetError, FormatError, UnsupportedModelError
+from localrun.ggml.devices import GpuDevice
+from localrun.offload.device.compiled import MAX_VARIANTS
+from localrun.offload.gpu.slots import scratch_bytes
+from localrun.offload.gpu.stream import Rings, StreamCosts, staging_bytes
+from localrun.offload.gpu.stream_probe import measure, unpackers
+from localrun.offload.gpu.tier import GpuTier
+from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
+from localrun.offload.residency import floor_bytes, largest_slot
+from localrun.quant.model.source import ModelSource, clamp_limits
+from localrun.units import format_size
+
+log = logging.getLogger(__name__)
+
+RING_SHARE = 0.25
+"""Most of a GPU's memory for experts that rings may take: what lives there serves every token, what passes only long prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadOptions:
+    """How a model is placed.
+
+    Attributes:
+        ram_bytes: RAM for experts, staging included; None: as much as all experts need.
+        ram_is_advice: nobody asked for `ram_bytes`: take what one layer needs if it is less, instead of refusing.
+        n_threads: threads of the expert kernels.
+        math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
+        n_gpu_layers: layers of the dense model that llama.cpp puts on the first of `gpus`.
+        gpus: devices that may be used, and how many bytes of each experts may take (0: none). Devices round experts' outputs in
+            their own way, so the same seed may give other tokens than without.
+        verify: compare checksums on an expert's first read.
+        dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
+        probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
+        profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.
+        stream: how long prompts use the GPUs for experts that have no place there: None: as measured at load (some tenths of a
+            second), and not at all where that gains nothing; else by these times of any expert.
+        mirror: a second copy of the model on another drive, read in parallel.
+        adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give other tokens.
+        progress: called with (tensors loaded, tensors in all) while dense tensors are read.
+    """
+
+    ram_bytes: int | None = None
+    ram_is_advice: bool = False
+    n_threads: int = 1
+    math: Literal["int8", "f32"] = "int8"
+    n_gpu_layers: int = 0
+    gpus: Sequence[tuple[GpuDevice, int]] = ()
+    verify: bool = True
+    dense_on_device: bool = True
+    probe: bool = False
+    profile_folder: Path | None = None
+    stream: StreamCosts | None = None
+    mirror: Path | None = None
+    adaptive: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlacement:
+    """What a load has decided about a model's experts.
+
+    Attributes:
+        kernels: by layer a kernel for each variant.
+        wanted: by layer (n_experts,) the variant that each expert is read in: its better copy where it has one.
+        n_used: experts per token.
+        gpus: devices that get experts, and how many bytes of each.
+        rings: what long prompts stream through which GPU; None: nothing.
+    """
+
+    kernels: Mapping[int, Sequence[FfnKernel]]
+    wanted: Mapping[int, npt.NDArray[np.int32]]
+    n_used: int
+    gpus: Sequence[tuple[GpuDevice, int]]
+    rings: Rings | None
+
+    @property
+    def slots_bytes(self) -> int:
+        """RAM in which every expert would have its slot."""
+        return sum(
+            align_up(self.kernels[layer][variant].slot_bytes, PAGE_BYTES)
+            for layer, variants in self.wanted.items()
+            for variant in variants
+        )
+
+    @property
+    def gpu_staging_bytes(self) -> int:
+        """RAM through which experts go on their way to GPUs, as ggml rows, which are no larger than a slot."""
+        if not self.gpus:
+            return 0
+        return largest_slot(self.kernels) + (staging_bytes(self.rings.kernels) if self.rings is not None else 0)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the largest call of a kernel needs."""
+        return max(kernel.call.scratch_bytes for variants in self.kernels.values() for kernel in variants)
+
+
+def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlacement:
+    """Chooses kernels and what passes through GPUs, which is measured.
+
+    Raises:
+        UnsupportedModelError: the model has no experts, or a layer has them in too many formats.
+    """
+    if not source.moe_layers:
+        raise UnsupportedModelError(
+            f"{source.path}: no routed experts (blk.N.ffn_gate_exps)",
+            hint="localrun runs mixture-of-experts models; dense ones run in llama.cpp itself",
+        )
+    kernels = _make_kernels(source, options)
+    wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
+    gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
+    return ExpertPlacement(
+        kernels, wanted, expert_used_count(source), gpus, _choose_rings(kernels, wanted, gpus, options)
+    )
+
+
+def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_bytes: int) -> int:
+    """RAM for slots: what `options` give less what reads and uploads take, and no more than all experts need.
+
+    Args:
+        reading_bytes: of the store's buffers.
+
+    Raises:
+        BudgetError: less than one layer's experts, and somebody asked for just that.
+    """
+    # In adaptive mode experts have two slots while copies change, and copies of two sizes leave holes.
+    all_bytes = placement.slots_bytes * (2 if options.adaptive else 1)
+    if options.ram_bytes is None:
+        return all_bytes
+    buffers = reading_bytes + placement.gpu_staging_bytes
+    budget = min(all_bytes, options.ram_bytes - buffers)
+    # An upgrade holds two slots until the next token, so that they can't serve its neighbours.
+    floor = floor_bytes(placement.kernels, placement.n_used + (2 if options.adaptive else 0))
+    if budget < floor and options.ram_is_advice:
+        log.warning("little memory is free: RAM for experts is the least that works, %s", format_size(floor))
+        return floor
+    if budget < floor:
+        raise BudgetError(
+            f"--ram {format_size(options.ram_bytes)} is too little: one layer's {placement.n_used} experts need "
+            f"{format_size(floor)} and reading needs {format_size(reading_bytes)}",
+            hint=f"give --ram at least {format_size(floor + buffers)}",
+        )
+    return budget
+
+
+def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
+    """The experts on GPUs, None if there are none.
+
+    Args:
+        ranking: (layer, expert), the likeliest first; those that it lacks follow.
+    """
+    if not placement.gpus:
+        return None
+    specs = {
+        (layer, variant): kernel.spec
+        for layer, variants in placement.kernels.items()
+        for variant, kernel in enumerate(variants)
+    }
+    ranked = set(ranking)
+    layers = source.moe_layers
+    n_experts = max(moe.n_experts for moe in layers.values())
+    others = [(layer, expert) for expert in range(n_experts) for layer, moe in layers.items() if expert < moe.n_experts]
+    order = [*ranking, *(at for at in others if at not in ranked)]
+    return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
+
+
+def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:
+    """By layer a kernel for each variant; one per distinct shape, shared by the layers that have it."""
+    limits = clamp_limits(source)
+    made: dict[FfnSpec, FfnKernel] = {}
+    kernels: dict[int, list[FfnKernel]] = {}
+    for layer, moe in source.moe_layers.items():
+        if len(moe.variants) > MAX_VARIANTS:
+            raise UnsupportedModelError(f"{source.path}: blk.{layer}: experts in {len(moe.variants)} formats")
+        for types in moe.variants:
+            spec = FfnSpec(types, moe.n_embd, moe.n_ff, limits.get(layer, math.inf))
+            if spec not in made:
+                made[spec] = make_kernel(spec, math=options.math, n_threads=options.n_threads)
+            kernels.setdefault(layer, []).append(made[spec])
+    return kernels
+
+
+def _wanted_variants(source: ModelSource, layer: int) -> npt.NDArray[np.int32]:
+    """(n_experts,) which of the layer's variants each expert is read in: its better copy where it has one."""
+    moe = source.moe_layers[layer]
+    wanted = np.zeros(moe.n_experts, np.int32)
+    if moe.better:
+        for expert in range(moe.n_experts):
+            gate, up, down = source.expert(layer, expert)
+            wanted[expert] = moe.variants.index((gate.type, up.type, down.type))
+    return wanted
+
+
+def expert_used_count(source: ModelSource) -> int:
+    """Experts per token, from the metadata."""
+    name = f"{source.metadata['general.architecture']}.expert_used_count"
+    value = source.metadata.get(name)
+    if not isinstance(value, int) or value <= 0:
+        raise FormatError(f"{source.path}: metadata key {name} is {value!r}, not a positive integer")
+    return value
+
+
+# -- what passes through a GPU -----------------------------------------------------------------------------------------
+
+
+def _choose_rings(
+    kernels: Mapping[int, Sequence[FfnKernel]],
+    wanted: Mapping[int, npt.NDArray[np.int32]],
+    gpus: Sequence[tuple[GpuDevice, int]],
+    options: OffloadOptions,
+) -> Rings | None:
+    """What long prompts stream through which GPU, by measurement; None: nothing.
+
+    All formats of the model, the commonest first, through the GPU on which that is fastest; rings take at most a quarter of what
+    experts may have there.
+    """
+    if not gpus:
+        return None
+    ordered = _by_frequency(kernels, wanted)
+    scratch = max(scratch_bytes(kernel.spec) for kernel in ordered)  # else what is left could hold no expert
+
+    def fit(gpu: int, streamed: Sequence[FfnKernel]) -> bool:
+        device, budget = gpus[gpu]
+        return Rings(gpu, streamed, ()).bytes_on(device) <= (budget - scratch) * RING_SHARE
+
+    def times(gpu: int, kernel: FfnKernel) -> StreamCosts | None:
+        return options.stream or measure(gpus[gpu][0], kernel, unpackers(options.n_threads))
+
+    measured = [(gpu, costs) for gpu in range(len(gpus)) if fit(gpu, ordered[:1]) and (costs := times(gpu, ordered[0]))]
+    if not measured:
+        return None
+    gpu, costs = min(measured, key=lambda item: item[1].expert_s)
+    streamed = [(ordered[0], costs)]
+    for kernel in ordered[1:]:
+        if not fit(gpu, [*(k for k, _ in streamed), kernel]):
+            break
+        other = times(gpu, kernel)
+        if other is not None:
+            streamed.append((kernel, other))
+    log.info("%s: long prompts stream experts (%s)", gpus[gpu][0].name, costs)
+    return Rings(gpu, [kernel for kernel, _ in streamed], [costs for _, costs in streamed])
+
+
+def _by_frequency(
+    kernels: Mapping[int, Sequence[FfnKernel]], wanted: Mapping[int, npt.NDArray[np.int32]]
+) -> list[FfnKernel]:
+    """One kernel for each shape and format, that of most experts first."""
+    count: Counter[FfnSpec] = Counter()
+    by_spec: dict[FfnSpec, FfnKernel] = {}
+    for layer, variants in wanted.items():
+        for variant, n in zip(*np.unique(variants, return_counts=True), strict=True):
+            kernel = kernels[layer][int(variant)]
+            by_spec[kernel.spec] = kernel
+            count[kernel.spec] += int(n)
+    return [by_spec[spec] for spec, _ in count.most_common()]

@@ -275,6 +275,7 @@ class Engine:
         """Frees the sessions, then the model."""
         for session in list(self._sessions):
             session.close()
+        self.vocab.close()
         self._loaded.close()
 
     def __enter__(self) -> Engine:

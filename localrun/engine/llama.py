@@ -48,12 +48,23 @@ def metadata_int(model: Any, key: str) -> int:
 
 
 class Vocab:
-    """A model's vocabulary. Valid as long as the model; immutable, any thread."""
+    """A model's vocabulary, which lies in the model: whoever frees that calls `close` before, when no other thread is in here.
+    Afterwards every question raises LocalrunError. Otherwise immutable; any thread."""
 
     def __init__(self, model: Any) -> None:
-        self._vocab = L.llama_model_get_vocab(model)
+        self._handle = L.llama_model_get_vocab(model)
         self.n_tokens: int = L.llama_vocab_n_tokens(self._vocab)
         self.has_tokenizer: bool = L.llama_vocab_type(self._vocab) != L.LLAMA_VOCAB_TYPE_NONE
+
+    @property
+    def _vocab(self) -> Any:
+        if self._handle is None:
+            raise LocalrunError("the model is closed")
+        return self._handle
+
+    def close(self) -> None:
+        """The model is about to be freed."""
+        self._handle = None
 
     def text(self, token: int) -> str:
         """The token's entry as the file has it (byte-level BPE: mapped bytes, not text)."""
@@ -159,8 +170,14 @@ class Context:
 
     @property
     def handle(self) -> Any:
-        """The `llama_context *`, for the sampler."""
+        """The `llama_context *`, for the sampler. Raises LocalrunError after `close`."""
+        self.require_open()
         return self._ctx
+
+    def require_open(self) -> None:
+        """Raises LocalrunError after `close`."""
+        if self._ctx is None:
+            raise LocalrunError("the session is closed")
 
     def decode(self, tokens: Sequence[int], position: int, *, all_logits: bool) -> int:
         """Runs one batch. Returns llama_decode's code: 0 is success, DECODE_NO_SLOT, DECODE_ABORTED, negative: failed.
@@ -169,28 +186,28 @@ class Context:
             tokens: at most n_batch ids, the first one at `position`.
             all_logits: of every token, else of the last one.
         """
-        batch, n = self._batch, len(tokens)
+        ctx, batch, n = self.handle, self._batch, len(tokens)
         batch.n_tokens = n
         for i, token in enumerate(tokens):
             batch.token[i] = token
             batch.pos[i] = position + i
             batch.logits[i] = all_logits or i == n - 1
-        return int(L.llama_decode(self._ctx, batch))
+        return int(L.llama_decode(ctx, batch))
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Logits (n_vocab,) of the last batch's token `row`, -1: its last one. llama.cpp's memory, valid until the next decode."""
-        pointer = L.llama_get_logits_ith(self._ctx, row)
+        pointer = L.llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise LocalrunError(f"llama.cpp has no logits for token {row} of the last batch")
         return np.ctypeslib.as_array(pointer, (self.n_vocab,))
 
     def clear(self) -> None:
         """Empties the KV cache."""
-        L.llama_memory_clear(L.llama_get_memory(self._ctx), True)
+        L.llama_memory_clear(L.llama_get_memory(self.handle), True)
 
     def state_size(self) -> int:
         """Most bytes that `save_state` writes now."""
-        return int(L.llama_state_seq_get_size(self._ctx, 0))
+        return int(L.llama_state_seq_get_size(self.handle, 0))
 
     def save_state(self, place: memoryview) -> int:
         """Writes the sequence's KV state, for `load_state` of a context of the same model and options; returns its size.
@@ -199,7 +216,7 @@ class Context:
             place: writable, `state_size()` bytes or more. A state of a long conversation is large: it is written where it stays.
         """
         buffer = (C.c_uint8 * len(place)).from_buffer(place)
-        n = int(L.llama_state_seq_get_data(self._ctx, buffer, len(place), 0))
+        n = int(L.llama_state_seq_get_data(self.handle, buffer, len(place), 0))
         if n == 0:
             raise LocalrunError(f"llama.cpp could not save the state: {llama_log.recent_errors()}")
         return n
@@ -208,7 +225,7 @@ class Context:
         """Replaces the sequence's KV state; False: llama.cpp refused it and the context must be cleared."""
         bytes_in_place = np.frombuffer(state, np.uint8)  # llama.cpp only reads
         llama_log.clear()
-        n = L.llama_state_seq_set_data(self._ctx, bytes_in_place.ctypes.data_as(C.POINTER(C.c_uint8)), len(state), 0)
+        n = L.llama_state_seq_set_data(self.handle, bytes_in_place.ctypes.data_as(C.POINTER(C.c_uint8)), len(state), 0)
         return int(n) == len(state)
 
     def close(self) -> None:

@@ -213,6 +213,7 @@ class Session:
 
     def _decode(self, batch: Sequence[int], *, all_logits: bool) -> None:
         """One llama_decode; on failure the session is emptied and the cause raised."""
+        self._context.require_open()  # before the experts are told
         with self._stop_lock:
             if self._stopping:
                 raise StoppedError("stopped")

@@ -6,7 +6,8 @@ of the same bytes; both have a budget, and the least recently used go first. The
 written, the one on disk the files of all models and of all running programs. A state is named by its token ids and by what it was
 computed with (model, KV type), and carries a checksum: nothing is restored into another model.
 
-Knows bytes and token ids only; `session.py` makes and takes them. One owner thread, plus one that writes files.
+Knows bytes and token ids only; `session.py` makes and takes them. One owner thread, plus one that writes files: a drive that hangs
+costs saved states, never an answer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ DISK_BYTES = 8 << 30
 MIN_FREE_BYTES = 1 << 30
 """Nothing is written that would leave less than this free on the drive: it is the user's home."""
 
+SLOW_DRIVE_S = 5.0
+"""What an answer waits for states that were saved before to be written; then its own is not saved."""
+
+CLOSE_S = 15.0
+"""What closing waits for the last states; a drive that hangs must not keep a whole model in memory."""
+
 _ABANDONED_S = 600.0
 """A partial file older than this has no writer any more; a younger one may be another program's."""
 
@@ -62,7 +69,9 @@ class SnapshotStore:
         self._root = folder
         self._folder = folder / key if folder is not None and disk_bytes > 0 else None
         self._files: dict[tuple[int, str], int] = {}  # -> size; this model's
-        self._lock = threading.Lock()  # guards _files and _unwritten
+        self._lock = (
+            threading.Lock()
+        )  # guards _files and _unwritten; held for moments, never while a file is read or written
         self._written = threading.Condition(self._lock)
         self._unwritten: dict[tuple[int, str], State] = {}
         self._writes: queue.SimpleQueue[tuple[tuple[int, str], State] | None] = queue.SimpleQueue()
@@ -88,16 +97,20 @@ class SnapshotStore:
             return name in self._ram or name in self._files or name in self._unwritten
 
     def put(self, tokens: Sequence[int], data: State) -> None:
-        """Saves a state, which is this store's from now on. The file is written in the background; waits for earlier ones where
-        all together would be more than the budget in RAM."""
+        """Saves a state, which is this store's from now on. The file is written in the background; where all together would be more
+        than the budget in RAM, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
         name = _name(tokens)
         if self._folder is not None and len(data) <= self._disk_bytes:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write_all, name="localrun-snapshots", daemon=True)
                 self._writer.start()
             with self._written:
-                while self._unwritten and self._waiting_bytes() + len(data) > self._ram_bytes:
-                    self._written.wait()
+                fits = self._written.wait_for(
+                    lambda: not self._unwritten or self._waiting_bytes() + len(data) <= self._ram_bytes, SLOW_DRIVE_S
+                )
+                if not fits:
+                    log.warning("%s: a conversation's state is not saved: the drive is too slow", self._folder)
+                    return
                 self._unwritten[name] = data
             self._writes.put((name, data))
         if len(data) <= self._ram_bytes:
@@ -138,10 +151,12 @@ class SnapshotStore:
         self._forget_file(name)
 
     def close(self) -> None:
-        """Waits until all files are written."""
+        """Waits until all files are written, `CLOSE_S` at most."""
         if self._writer is not None:
             self._writes.put(None)
-            self._writer.join()
+            self._writer.join(CLOSE_S)
+            if self._writer.is_alive():
+                log.warning("%s: states of conversations are not saved: the drive is too slow", self._folder)
             self._writer = None
 
     def _get(self, name: tuple[int, str]) -> State | None:
@@ -183,8 +198,11 @@ class SnapshotStore:
             name, data = item
             with self._lock:
                 wanted = name in self._unwritten
-            if wanted:
-                self._write(name, data)
+            try:
+                if wanted:
+                    self._write(name, data)
+            except Exception:  # whatever it is: those who wait for this thread must not wait for ever
+                log.exception("%s: a conversation's state could not be saved", self._folder)
             del item, data  # else the last state stays in memory until the next one comes
             with self._written:
                 self._unwritten.pop(name, None)

@@ -333,3 +333,26 @@ def test_closed_engine_frees_sessions_that_were_left_open(model_path: Path) -> N
     engine.close()
     engine.close()
     session.close()
+
+
+def test_what_was_closed_says_so_instead_of_touching_freed_memory(chat_model_path: Path) -> None:
+    engine = Engine.open(chat_model_path, OPTIONS)
+    session, tokenizer = engine.session(), engine.tokenizer
+    session.feed([5, 6])
+    engine.close()
+    for use in (
+        lambda: session.feed([7]),
+        lambda: session.logits,
+        lambda: session.snapshot(),
+        lambda: session.reset(),
+        lambda: list(session.generate([5, 6, 7], GREEDY)),
+    ):
+        with pytest.raises(LocalrunError, match="the session is closed"):
+            use()
+    for ask in (lambda: tokenizer.encode("Hello"), lambda: tokenizer.decode([5]), lambda: engine.vocab.is_end(1)):
+        with pytest.raises(LocalrunError, match="the model is closed"):
+            ask()
+    with pytest.raises(LocalrunError, match="context"):
+        engine.session()
+    session.stop()
+    session.clear_stop()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,3 +224,49 @@ def test_restored_conversation_agrees_with_the_undisturbed_one_over_thousands_of
     found = kl(straight, restored)
     assert found.mean() <= 2 * noise.mean() + 1e-4
     assert found[-500:].mean() <= 2 * noise[-500:].mean() + 1e-4  # it does not grow with distance
+
+
+def test_drive_that_hangs_costs_saved_states_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(snapshots, "SLOW_DRIVE_S", 0.05)
+    monkeypatch.setattr(snapshots, "CLOSE_S", 0.05)
+    goes_on, writes = threading.Event(), threading.Event()
+    write = SnapshotStore._write
+
+    def hang(self: SnapshotStore, *args: Any) -> None:
+        writes.set()
+        goes_on.wait(60)
+        write(self, *args)
+
+    monkeypatch.setattr(SnapshotStore, "_write", hang)
+    store = SnapshotStore(tmp_path, "key", ram_bytes=100)
+    store.put([1], bytes(80))
+    assert writes.wait(60)
+    store.put([1, 2], bytes(80))
+    assert "too slow" in caplog.text
+    assert not store.has([1, 2])
+    assert store.longest_prefix([1, 2, 3]) is not None, "what waits can be used"
+    writer = store._writer
+    store.close()
+    goes_on.set()
+    assert writer is not None
+    writer.join(60)
+    assert len(list(tmp_path.rglob("*.snapshot"))) == 1
+
+
+def test_fault_while_writing_does_not_end_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SnapshotStore(tmp_path, "key")
+    monkeypatch.setattr(store, "_make_room", lambda n_bytes: 1 / 0)
+    store.put([1], b"state")
+    deadline = time.monotonic() + 60
+    while store._unwritten:
+        assert time.monotonic() < deadline, "the writer is gone"
+        time.sleep(0.001)
+    monkeypatch.undo()
+    store.put([1, 2], b"state")
+    store.close()
+    assert "ZeroDivisionError" in caplog.text
+    assert [path.name.split("-")[0] for path in tmp_path.rglob("*.snapshot")] == ["2"]

@@ -92,8 +92,8 @@ def _text(*words: object) -> bytes:
 
 
 def _is_ours(value: Any) -> bool:
-    module = getattr(value, "__module__", None) or ""
-    return module.partition(".")[0] in (_PACKAGE, "tools", "tests", "__main__")
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
+    return name.partition(".")[0] in (_PACKAGE, "tools", "tests", "__main__")
 
 
 def _describe(value: Any) -> Iterator[_Part]:
@@ -219,7 +219,7 @@ def _globals_of(code: types.CodeType, scope: dict[str, Any]) -> Iterable[tuple[s
             continue
         for after in instructions[at + 1 :]:
             takes = after.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
-            if not takes or not isinstance(value, types.ModuleType) or not value.__name__.startswith(_PACKAGE):
+            if not takes or not isinstance(value, types.ModuleType) or not _is_ours(value):
                 break
             name, value = f"{name}.{after.argval}", getattr(value, after.argval)
         yield name, value

@@ -2,12 +2,11 @@
 
 A layer enters our device once per token, and with the dense matrices on it (see `dense.py`) about ten times. So the callback that
 ggml calls is a compiled C function: it walks the split's nodes, multiplies with dense matrices, and runs an expert chain whose
-experts are all in RAM or, in calls of few tokens, on GPUs (`gpu_native.py`). Whatever it does not know (an expert to be read, a
+experts are all in RAM or, in calls of few tokens, on GPUs (`compiled_gpu.py`). Whatever it does not know (an expert to be read, a
 graph of another architecture, a stop request) it gives to Python, which takes the interpreter lock.
 
-All structures are arrays of int64, the same for both sides; `P_` are the process's fields, `W_` a weight's, `L_` a layer's. A
-weight's record hangs on its tensor's `extra`. Everything is written by the decoding thread, except that read-ahead may add
-residents meanwhile (one aligned store of an address, after the bytes).
+Records are those of `layouts`, the same for both sides; a weight's hangs on its tensor's `extra`, the process's on the backend's
+context.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from localrun.kernel_cache import cached_cfunc
 from localrun.offload.cache.policy import TAIL_TOKENS
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
+from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT
+from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
     call_1,
     call_i32,
@@ -39,40 +40,8 @@ from localrun.offload.kernels.lowlevel import (
     store_i32,
     store_i64,
 )
-from localrun.offload.kernels.tasks import (
-    C_EXPERT,
-    C_JOBS,
-    C_LIMIT_BITS,
-    C_N_EXPERTS,
-    C_OUT,
-    C_OUT_ROWS,
-    C_OUT_STRIDE,
-    C_PAIR,
-    C_PANELS,
-    C_SLOTS,
-    C_STARTS,
-    C_TASKS,
-    C_X,
-    C_X_ROWS,
-    C_X_STRIDE,
-    Call,
-    runner,
-)
-
-# The process: functions of ggml and libc, the way back to Python, scratch, time in dense matrices
-P_N_NODES, P_NODE_AT, P_PYTHON, P_CLOCK, P_TIMESPEC, P_RUN, P_SCRATCH, P_CAPACITY = range(8)
-P_SLOTS, P_STARTS, P_X_ROWS, P_OUT_ROWS, P_COUNTS, P_PLACES, P_BOUNDS, P_IOTA, P_IOTA_SIZE, P_DENSE_NS, P_FIELDS = (
-    range(8, 19)
-)
-# A weight: what it is, for experts its layer and projection, for dense matrices their call
-W_KIND, W_PROJECTION, W_LAYER, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES, W_N_BATCH, W_PACKED, W_FIELDS = range(9)
-KIND_DENSE, KIND_EXPERTS = 1, 2
-# A layer: residency by expert (slot address or 0, which variant), recency and use, counters, the number of
-# tokens from which calls go to Python, calls by variant (K_ fields each: address, bytes of its jobs and tasks), experts on GPUs
-# (see gpu_native.py, 0: none)
-L_N_EXPERTS, L_RESIDENT, L_VARIANTS, L_STAMPS, L_USES, L_TICK, L_TELEMETRY = range(7)
-L_COMPILED_BELOW, L_N_CALLS, L_CALLS, L_GPU, L_FIELDS = range(7, 12)
-K_CALL, K_JOBS_BYTES, K_TASKS_BYTES, K_FIELDS = 0, 1, 2, 3
+from localrun.offload.kernels.records import Record, add, get, put
+from localrun.offload.kernels.tasks import Call, runner
 
 MAX_EXPERTS: Final = 4096
 MAX_VARIANTS: Final = 16
@@ -96,41 +65,31 @@ _CALLS, _TOKENS, _REQUESTS, _HITS = (
 _GPU_HITS, _COMPUTE_NS, _TOTAL_NS = Counter.GPU_HITS.value, Counter.COMPUTE_NS.value, Counter.TOTAL_NS.value
 
 
-@nb.njit(inline="always")
-def _get(structure: int, field: int) -> int:
-    return load_i64(structure + field * 8)
-
-
-@nb.njit(inline="always")
-def _add(structure: int, field: int, amount: int) -> None:
-    store_i64(structure + field * 8, load_i64(structure + field * 8) + amount)
-
-
 @nb.njit
 def _now_ns(process: int) -> int:
     clock_monotonic = (
         1  # <time.h>, Linux; macOS has 6, where the field is only a duration of unknown origin all the same
     )
-    call_i32(_get(process, P_CLOCK), clock_monotonic, _get(process, P_TIMESPEC))
-    timespec = _get(process, P_TIMESPEC)
+    call_i32(get(process, PROCESS.clock), clock_monotonic, get(process, PROCESS.timespec))
+    timespec = get(process, PROCESS.timespec)
     return load_i64(timespec) * 1_000_000_000 + load_i64(timespec + 8)
 
 
 @nb.njit
 def _begin(process: int, call: int, jobs_bytes: int, tasks_bytes: int) -> None:
     """Points a call at the process's scratch."""
-    scratch = _get(process, P_SCRATCH)
-    store_i64(call + C_JOBS * 8, scratch)
-    store_i64(call + C_TASKS * 8, scratch + jobs_bytes)
-    store_i64(call + C_PANELS * 8, scratch + jobs_bytes + tasks_bytes)
-    store_i64(call + C_EXPERT * 8, 0)
-    store_i64(call + C_PAIR * 8, 0)
+    scratch = get(process, PROCESS.scratch)
+    put(call, CALL.jobs, scratch)
+    put(call, CALL.tasks, scratch + jobs_bytes)
+    put(call, CALL.panels, scratch + jobs_bytes + tasks_bytes)
+    put(call, CALL.expert, 0)
+    put(call, CALL.pair, 0)
 
 
 @nb.njit
 def _dense(process: int, node: int, weight: int) -> bool:
     """One MUL_MAT with a matrix of ours; False for a layout that we don't know."""
-    source, call = load_i64(node + _SRC + 8), _get(weight, W_CALL)
+    source, call = load_i64(node + _SRC + 8), get(weight, WEIGHT.call)
     n_rows, n_batch = load_i64(source + _NE + 8), load_i64(source + _NE + 16)
     plain = (
         load_i32(source + _TYPE) == 0
@@ -138,28 +97,28 @@ def _dense(process: int, node: int, weight: int) -> bool:
         and load_i64(source + _NB) == 4
         and load_i64(node + _NB) == 4
         and load_i64(source + _NE + 24) == 1
-        and n_batch % _get(weight, W_N_BATCH) == 0
+        and n_batch % get(weight, WEIGHT.n_batch) == 0
     )
     if not plain:
         return False
-    repeat = n_batch // _get(weight, W_N_BATCH)  # ggml broadcasts a weight over consecutive matrices of the input
-    starts, iota, most = _get(process, P_STARTS), _get(process, P_IOTA), _get(process, P_IOTA_SIZE)
+    repeat = n_batch // get(weight, WEIGHT.n_batch)  # ggml broadcasts a weight over consecutive matrices of the input
+    starts, iota, most = get(process, PROCESS.starts), get(process, PROCESS.iota), get(process, PROCESS.iota_size)
     x_stride, out_stride = load_i64(source + _NB + 8), load_i64(node + _NB + 8)
     store_i32(starts, 0)
     for batch in range(n_batch):
         for row in range(0, n_rows, most):
             store_i32(starts + 4, min(most, n_rows - row))
-            _begin(process, call, _get(weight, W_JOBS_BYTES), _get(weight, W_TASKS_BYTES))
-            store_i64(call + C_N_EXPERTS * 8, 1)
-            store_i64(call + C_SLOTS * 8, _get(weight, W_PACKED) + batch // repeat * 8)
-            store_i64(call + C_STARTS * 8, starts)
-            store_i64(call + C_X_ROWS * 8, iota)
-            store_i64(call + C_OUT_ROWS * 8, iota)
-            store_i64(call + C_X * 8, load_i64(source + _DATA) + batch * load_i64(source + _NB + 16) + row * x_stride)
-            store_i64(call + C_X_STRIDE * 8, x_stride)
-            store_i64(call + C_OUT * 8, load_i64(node + _DATA) + batch * load_i64(node + _NB + 16) + row * out_stride)
-            store_i64(call + C_OUT_STRIDE * 8, out_stride)
-            call_1(_get(process, P_RUN), call)
+            _begin(process, call, get(weight, WEIGHT.jobs_bytes), get(weight, WEIGHT.tasks_bytes))
+            put(call, CALL.n_experts, 1)
+            put(call, CALL.slots, get(weight, WEIGHT.packed) + batch // repeat * 8)
+            put(call, CALL.starts, starts)
+            put(call, CALL.x_rows, iota)
+            put(call, CALL.out_rows, iota)
+            put(call, CALL.x, load_i64(source + _DATA) + batch * load_i64(source + _NB + 16) + row * x_stride)
+            put(call, CALL.x_stride, x_stride)
+            put(call, CALL.out, load_i64(node + _DATA) + batch * load_i64(node + _NB + 16) + row * out_stride)
+            put(call, CALL.out_stride, out_stride)
+            call_1(get(process, PROCESS.run), call)
     return True
 
 
@@ -186,7 +145,7 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
     """The weight record of a whole expert chain that begins at node `index`, 0 if there is none."""
     if index + 4 > n_nodes:
         return 0
-    node_at = _get(process, P_NODE_AT)
+    node_at = get(process, PROCESS.node_at)
     first, second = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 1)
     glu, down = call_i64(node_at, graph, index + 2), call_i64(node_at, graph, index + 3)
     if load_i32(second + _OP) != _MUL_MAT_ID or load_i32(glu + _OP) != _GLU or load_i32(down + _OP) != _MUL_MAT_ID:
@@ -201,13 +160,19 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
         return 0
     a, b = load_i64(load_i64(gate + _SRC) + _EXTRA), load_i64(load_i64(up + _SRC) + _EXTRA)
     c = load_i64(load_i64(down + _SRC) + _EXTRA)
-    if a == 0 or b == 0 or c == 0 or _get(a, W_LAYER) != _get(b, W_LAYER) or _get(b, W_LAYER) != _get(c, W_LAYER):
+    if (
+        a == 0
+        or b == 0
+        or c == 0
+        or get(a, WEIGHT.layer) != get(b, WEIGHT.layer)
+        or get(b, WEIGHT.layer) != get(c, WEIGHT.layer)
+    ):
         return 0
-    if _get(a, W_PROJECTION) != 0 or _get(b, W_PROJECTION) != 1 or _get(c, W_PROJECTION) != 2:
+    if get(a, WEIGHT.projection) != 0 or get(b, WEIGHT.projection) != 1 or get(c, WEIGHT.projection) != 2:
         return 0
     infinity = np.int32(0x7F800000)  # as F32
     limit_bits = infinity if load_i32(glu + _PARAMS) == _SWIGLU else np.int32(load_i32(glu + _PARAMS + 12))
-    if limit_bits != np.int32(_get(_get(_get(_get(c, W_LAYER), L_CALLS), K_CALL), C_LIMIT_BITS)):
+    if limit_bits != np.int32(get(get(get(get(c, WEIGHT.layer), LAYER.calls), VARIANT.call), CALL.limit_bits)):
         return 0
     return c
 
@@ -215,8 +180,8 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
 @nb.njit
 def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
     """Counts pairs by expert into the process's array; how many of them are on GPUs, -1 if an expert is nowhere."""
-    n_experts, resident, gpu = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_GPU)
-    counts, n_on_gpu = _get(process, P_COUNTS), 0
+    n_experts, resident, gpu = get(layer, LAYER.n_experts), get(layer, LAYER.resident), get(layer, LAYER.gpu)
+    counts, n_on_gpu = get(process, PROCESS.counts), 0
     for e in range(n_experts):
         store_i32(counts + e * 4, 0)
     for t in range(n_tokens):
@@ -236,13 +201,13 @@ def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: 
 def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
     """Groups the counted pairs of experts in RAM by expert, experts by variant, into the process's arrays; the number of distinct
     experts. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
-    n_experts, resident, variants = _get(layer, L_N_EXPERTS), _get(layer, L_RESIDENT), _get(layer, L_VARIANTS)
-    counts, places, gpu = _get(process, P_COUNTS), _get(process, P_PLACES), _get(layer, L_GPU)
-    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
-    n_distinct, at, n_variants = 0, 0, _get(layer, L_N_CALLS)
-    stamps, uses = _get(layer, L_STAMPS), _get(layer, L_USES)
-    tick = load_i64(_get(layer, L_TICK)) + 1
-    store_i64(_get(layer, L_TICK), tick)
+    n_experts, resident, variants = get(layer, LAYER.n_experts), get(layer, LAYER.resident), get(layer, LAYER.variants)
+    counts, places, gpu = get(process, PROCESS.counts), get(process, PROCESS.places), get(layer, LAYER.gpu)
+    starts, slots, bounds = get(process, PROCESS.starts), get(process, PROCESS.slots), get(process, PROCESS.bounds)
+    n_distinct, at, n_variants = 0, 0, get(layer, LAYER.n_calls)
+    stamps, uses = get(layer, LAYER.stamps), get(layer, LAYER.uses)
+    tick = load_i64(get(layer, LAYER.tick)) + 1
+    store_i64(get(layer, LAYER.tick), tick)
     for v in range(n_variants):
         store_i32(bounds + v * 4, n_distinct)
         for e in range(n_experts):
@@ -256,7 +221,7 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
                 at += n
     store_i32(bounds + n_variants * 4, n_distinct)
     store_i32(starts + n_distinct * 4, at)
-    x_rows, out_rows = _get(process, P_X_ROWS), _get(process, P_OUT_ROWS)
+    x_rows, out_rows = get(process, PROCESS.x_rows), get(process, PROCESS.out_rows)
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
@@ -274,8 +239,8 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
 @nb.njit
 def _note_gpu_uses(process: int, layer: int) -> int:
     """Counts the uses of the counted experts on GPUs; how many there are."""
-    counts, uses, gpu, n_distinct = _get(process, P_COUNTS), _get(layer, L_USES), _get(layer, L_GPU), 0
-    for e in range(_get(layer, L_N_EXPERTS)):
+    counts, uses, gpu, n_distinct = get(process, PROCESS.counts), get(layer, LAYER.uses), get(layer, LAYER.gpu), 0
+    for e in range(get(layer, LAYER.n_experts)):
         n = load_i32(counts + e * 4)
         if n > 0 and gpu_native.is_on_gpu(gpu, e):
             store_i64(uses + e * 8, load_i64(uses + e * 8) + n)
@@ -286,47 +251,47 @@ def _note_gpu_uses(process: int, layer: int) -> int:
 @nb.njit
 def _run_experts(process: int, layer: int, x: int, down: int) -> None:
     """The sorted pairs, variant by variant."""
-    starts, slots, bounds = _get(process, P_STARTS), _get(process, P_SLOTS), _get(process, P_BOUNDS)
-    for v in range(_get(layer, L_N_CALLS)):
+    starts, slots, bounds = get(process, PROCESS.starts), get(process, PROCESS.slots), get(process, PROCESS.bounds)
+    for v in range(get(layer, LAYER.n_calls)):
         first, last = load_i32(bounds + v * 4), load_i32(bounds + v * 4 + 4)
         if first == last:
             continue
-        record = _get(layer, L_CALLS) + v * K_FIELDS * 8
-        call = _get(record, K_CALL)
-        _begin(process, call, _get(record, K_JOBS_BYTES), _get(record, K_TASKS_BYTES))
-        store_i64(call + C_PAIR * 8, load_i32(starts + first * 4))
-        store_i64(call + C_N_EXPERTS * 8, last - first)
-        store_i64(call + C_SLOTS * 8, slots + first * 8)
-        store_i64(call + C_STARTS * 8, starts + first * 4)
-        store_i64(call + C_X_ROWS * 8, _get(process, P_X_ROWS))
-        store_i64(call + C_OUT_ROWS * 8, _get(process, P_OUT_ROWS))
-        store_i64(call + C_X * 8, load_i64(x + _DATA))
-        store_i64(call + C_X_STRIDE * 8, load_i64(x + _NB + 16))
-        store_i64(call + C_OUT * 8, load_i64(down + _DATA))
-        store_i64(call + C_OUT_STRIDE * 8, load_i64(down + _NB + 8))
-        call_1(_get(process, P_RUN), call)
+        record = get(layer, LAYER.calls) + v * VARIANT.size * 8
+        call = get(record, VARIANT.call)
+        _begin(process, call, get(record, VARIANT.jobs_bytes), get(record, VARIANT.tasks_bytes))
+        put(call, CALL.pair, load_i32(starts + first * 4))
+        put(call, CALL.n_experts, last - first)
+        put(call, CALL.slots, slots + first * 8)
+        put(call, CALL.starts, starts + first * 4)
+        put(call, CALL.x_rows, get(process, PROCESS.x_rows))
+        put(call, CALL.out_rows, get(process, PROCESS.out_rows))
+        put(call, CALL.x, load_i64(x + _DATA))
+        put(call, CALL.x_stride, load_i64(x + _NB + 16))
+        put(call, CALL.out, load_i64(down + _DATA))
+        put(call, CALL.out_stride, load_i64(down + _NB + 8))
+        call_1(get(process, PROCESS.run), call)
 
 
 @nb.njit
 def _experts(process: int, graph: int, index: int, weight: int) -> bool:
     """An expert chain whose experts are all in RAM or on GPUs; False: somebody must be read first, or Python has to see it."""
     started = _now_ns(process)
-    node_at = _get(process, P_NODE_AT)
+    node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
     x, ids = load_i64(first + _SRC + 8), load_i64(first + _SRC + 16)
     n_used, n_tokens = load_i64(ids + _NE), load_i64(ids + _NE + 8)
     if (
-        n_tokens >= load_i64(_get(_get(weight, W_LAYER), L_COMPILED_BELOW))
-        or n_used * n_tokens > _get(process, P_CAPACITY)
+        n_tokens >= load_i64(get(get(weight, WEIGHT.layer), LAYER.compiled_below))
+        or n_used * n_tokens > get(process, PROCESS.capacity)
         or load_i64(x + _NB) != 4
         or load_i64(down + _NB + 16) != (load_i64(down + _NB + 8) * n_used)
     ):
         return False
-    layer, chosen, ids_stride = _get(weight, W_LAYER), load_i64(ids + _DATA), load_i64(ids + _NB + 8)
+    layer, chosen, ids_stride = get(weight, WEIGHT.layer), load_i64(ids + _DATA), load_i64(ids + _NB + 8)
     n_gpu_pairs, n_parts = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
         return False
-    gpu, n_gpu, x_data, x_stride = _get(layer, L_GPU), 0, load_i64(x + _DATA), load_i64(x + _NB + 16)
+    gpu, n_gpu, x_data, x_stride = get(layer, LAYER.gpu), 0, load_i64(x + _DATA), load_i64(x + _NB + 16)
     begun = _now_ns(process)
     if n_gpu_pairs > 0:
         n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs)
@@ -341,14 +306,14 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
             return False
         n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
-    row = _get(layer, L_TELEMETRY)
-    _add(row, _CALLS, 1)
-    _add(row, _TOKENS, n_tokens)
-    _add(row, _REQUESTS, n_tokens * n_used)
-    _add(row, _HITS, n_in_ram + n_gpu)
-    _add(row, _GPU_HITS, n_gpu)
-    _add(row, _COMPUTE_NS, ended - begun)
-    _add(row, _TOTAL_NS, ended - started)
+    row = get(layer, LAYER.telemetry)
+    add(row, _CALLS, 1)
+    add(row, _TOKENS, n_tokens)
+    add(row, _REQUESTS, n_tokens * n_used)
+    add(row, _HITS, n_in_ram + n_gpu)
+    add(row, _GPU_HITS, n_gpu)
+    add(row, _COMPUTE_NS, ended - begun)
+    add(row, _TOTAL_NS, ended - started)
     return True
 
 
@@ -356,10 +321,10 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
 def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)
-    n_nodes = call_i32(_get(process, P_N_NODES), graph, 0)
+    n_nodes = call_i32(get(process, PROCESS.n_nodes), graph, 0)
     index = 0
     while index < n_nodes:
-        node = call_i64(_get(process, P_NODE_AT), graph, index)
+        node = call_i64(get(process, PROCESS.node_at), graph, index)
         op = load_i32(node + _OP)
         if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
             index += 1
@@ -368,9 +333,9 @@ def graph_compute(backend: int, graph: int) -> int:
         if op == _MUL_MAT:
             started = _now_ns(process)
             weight = load_i64(load_i64(node + _SRC) + _EXTRA)
-            if weight != 0 and _get(weight, W_KIND) == KIND_DENSE and _dense(process, node, weight):
+            if weight != 0 and get(weight, WEIGHT.kind) == KIND_DENSE and _dense(process, node, weight):
                 done = 1
-                _add(process, P_DENSE_NS, _now_ns(process) - started)
+                add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
             done = 1 if _glu(node) else 0
         elif op == _MUL_MAT_ID:
@@ -378,7 +343,7 @@ def graph_compute(backend: int, graph: int) -> int:
             if weight != 0 and _experts(process, graph, index, weight):
                 done = 4
         if done == 0:
-            answer = call_i64(_get(process, P_PYTHON), graph, index)
+            answer = call_i64(get(process, PROCESS.python), graph, index)
             if answer <= 0:
                 return int(-answer - 2)  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
             done = answer
@@ -398,25 +363,25 @@ class Process:
     """
 
     def __init__(self, lib: Library, python: int) -> None:
-        self.fields: npt.NDArray[np.int64] = np.zeros(P_FIELDS, np.int64)
+        self.fields = PROCESS.empty()
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._lib = lib  # keeps the functions' library
         libc = C.CDLL(None)
         functions: tuple[tuple[int, Any], ...] = (
-            (P_N_NODES, lib.ggml_graph_n_nodes),
-            (P_NODE_AT, lib.ggml_graph_node),
-            (P_CLOCK, libc.clock_gettime),
+            (PROCESS.n_nodes, lib.ggml_graph_n_nodes),
+            (PROCESS.node_at, lib.ggml_graph_node),
+            (PROCESS.clock, libc.clock_gettime),
         )
         for field, function in functions:
             self.fields[field] = C.cast(function, C.c_void_p).value or 0
-        self.fields[P_PYTHON] = python
-        self.fields[P_RUN] = runner().run_address
-        self._point(P_TIMESPEC, np.zeros(2, np.int64))
-        self._point(P_COUNTS, np.zeros(MAX_EXPERTS, np.int32))
-        self._point(P_PLACES, np.zeros(MAX_EXPERTS, np.int32))
-        self._point(P_BOUNDS, np.zeros(MAX_VARIANTS + 1, np.int32))
-        self._point(P_SLOTS, np.zeros(MAX_EXPERTS, np.uint64))
-        self._point(P_STARTS, np.zeros(MAX_EXPERTS + 1, np.int32))
+        self.fields[PROCESS.python] = python
+        self.fields[PROCESS.run] = runner().run_address
+        self._point(PROCESS.timespec, np.zeros(2, np.int64))
+        self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
+        self._point(PROCESS.places, np.zeros(MAX_EXPERTS, np.int32))
+        self._point(PROCESS.bounds, np.zeros(MAX_VARIANTS + 1, np.int32))
+        self._point(PROCESS.slots, np.zeros(MAX_EXPERTS, np.uint64))
+        self._point(PROCESS.starts, np.zeros(MAX_EXPERTS + 1, np.int32))
         self.grow(0, 64, 64)
 
     @property
@@ -427,19 +392,19 @@ class Process:
     @property
     def dense_ns(self) -> int:
         """Time spent in dense matrices."""
-        return int(self.fields[P_DENSE_NS])
+        return int(self.fields[PROCESS.dense_ns])
 
     def grow(self, scratch_bytes: int, n_pairs: int, n_rows: int) -> None:
         """Makes room for calls of that size; while nothing is decoded."""
-        if scratch_bytes > self._size(P_SCRATCH):
-            self._point(P_SCRATCH, np.zeros(scratch_bytes + 64, np.uint8), align=64)
-        if n_pairs > self.fields[P_CAPACITY]:
-            self.fields[P_CAPACITY] = n_pairs
-            self._point(P_X_ROWS, np.zeros(n_pairs, np.int32))
-            self._point(P_OUT_ROWS, np.zeros(n_pairs, np.int32))
-        if n_rows > self.fields[P_IOTA_SIZE]:
-            self.fields[P_IOTA_SIZE] = n_rows
-            self._point(P_IOTA, np.arange(n_rows, dtype=np.int32))
+        if scratch_bytes > self._size(PROCESS.scratch):
+            self._point(PROCESS.scratch, np.zeros(scratch_bytes + 64, np.uint8), align=64)
+        if n_pairs > self.fields[PROCESS.capacity]:
+            self.fields[PROCESS.capacity] = n_pairs
+            self._point(PROCESS.x_rows, np.zeros(n_pairs, np.int32))
+            self._point(PROCESS.out_rows, np.zeros(n_pairs, np.int32))
+        if n_rows > self.fields[PROCESS.iota_size]:
+            self.fields[PROCESS.iota_size] = n_rows
+            self._point(PROCESS.iota, np.arange(n_rows, dtype=np.int32))
 
     def _size(self, field: int) -> int:
         array = self._arrays.get(field)
@@ -466,12 +431,23 @@ class LayerRecord:
         calls: Sequence[Call],
     ) -> None:
         assert 1 <= len(calls) <= MAX_VARIANTS
-        self._calls = np.array([(call.address, call.jobs_bytes, call.tasks_bytes) for call in calls], np.int64)
+        self._calls = np.concatenate(
+            [VARIANT.make(call=c.address, jobs_bytes=c.jobs_bytes, tasks_bytes=c.tasks_bytes) for c in calls]
+        )
         self._keep = (resident, variants, stamps, uses, tick, telemetry, compiled_below, calls)
-        addresses = [a.ctypes.data for a in self._keep[:7]]
-        self.fields = np.array([n_experts, *addresses, len(calls), self._calls.ctypes.data, 0], np.int64)
-        assert self.fields.size == L_FIELDS
-        assert self._calls.shape[1] == K_FIELDS
+        self.fields = LAYER.make(
+            n_experts=n_experts,
+            resident=resident.ctypes.data,
+            variants=variants.ctypes.data,
+            stamps=stamps.ctypes.data,
+            uses=uses.ctypes.data,
+            tick=tick.ctypes.data,
+            telemetry=telemetry.ctypes.data,
+            compiled_below=compiled_below.ctypes.data,
+            n_calls=len(calls),
+            calls=self._calls.ctypes.data,
+            gpu=0,
+        )
 
     @property
     def address(self) -> int:
@@ -479,19 +455,26 @@ class LayerRecord:
 
     def use_gpu(self, experts: gpu_native.LayerOnGpu | None) -> None:
         """From now on these experts of the layer are on GPUs (None: none); between two decodes. The caller keeps them alive."""
-        self.fields[L_GPU] = 0 if experts is None else experts.address
+        self.fields[LAYER.gpu] = 0 if experts is None else experts.address
 
 
-def expert_record(projection: int, layer: LayerRecord) -> npt.NDArray[np.int64]:
+def expert_record(projection: int, layer: LayerRecord) -> Record:
     """Fields of a stacked expert tensor; the caller keeps the array as long as the tensor's `extra` points to it."""
-    fields = np.zeros(W_FIELDS, np.int64)
-    fields[[W_KIND, W_PROJECTION, W_LAYER]] = KIND_EXPERTS, projection, layer.address
-    return fields
+    record = WEIGHT.empty()
+    WEIGHT.fill(record, kind=KIND_EXPERTS, projection=projection, layer=layer.address)
+    return record
 
 
-def dense_record(call: Call, packed: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def dense_record(call: Call, packed: npt.NDArray[np.uint64]) -> Record:
     """Fields of a dense matrix; `packed`: address of each of its matrices (one, or one per group)."""
-    fields = np.zeros(W_FIELDS, np.int64)
-    fields[[W_KIND, W_CALL, W_JOBS_BYTES, W_TASKS_BYTES]] = KIND_DENSE, call.address, call.jobs_bytes, call.tasks_bytes
-    fields[[W_N_BATCH, W_PACKED]] = packed.size, packed.ctypes.data
-    return fields
+    record = WEIGHT.empty()
+    WEIGHT.fill(
+        record,
+        kind=KIND_DENSE,
+        call=call.address,
+        jobs_bytes=call.jobs_bytes,
+        tasks_bytes=call.tasks_bytes,
+        n_batch=packed.size,
+        packed=packed.ctypes.data,
+    )
+    return record

@@ -7,8 +7,8 @@ that come late or not at all cost time, never correctness.
 The region runs on OpenMP's pool (`GOMP_parallel` of the libgomp that ggml uses too), not on numba's: a second pool would compete
 with ggml's spinning threads. [m] Starting two threads takes 2-4 us, numba's `prange` milliseconds while other processes compute.
 
-Structures are int64 arrays, the same for Python and compiled callers; `C_...` are a call's fields, `M_...` a matrix's, `J_...`
-a job's. A job is up to `JOB_PAIRS` (token, expert) pairs of one expert, cut into tiles of at most 16 tokens.
+Records are those of `layouts`, the same for Python and compiled callers. A job is up to `JOB_PAIRS` (token,
+expert) pairs of one expert, cut into tiles of at most 16 tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from localrun.alignment import ceil_div
+from localrun.alignment import LINE_BYTES, align_up, ceil_div
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.activations import swiglu16
+from localrun.offload.kernels.layouts import CALL, JOB, MATRIX
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
     atomic_load,
@@ -41,9 +42,9 @@ from localrun.offload.kernels.lowlevel import (
     load_i64,
     stack,
     store_i32,
-    store_i64,
 )
 from localrun.offload.kernels.panels import SUPER256, Panel, clear_token, fill_panel
+from localrun.offload.kernels.records import Record, get, put
 from localrun.offload.kernels.workspace import workspace
 
 JOB_PAIRS: Final = 256
@@ -57,27 +58,12 @@ MOST_ROWS: Final = 256
 """Most rows per task: every task begins with reads that nothing has prefetched, so large ones are better while all threads have
 enough of them. Also the unit of gate and up tasks where the down projection takes activations in groups of 256."""
 
-# A call: threads, 1 if only `down` is applied to x, clamp; batch as in FfnKernel.run; scratch; work in progress; function addresses
-C_THREADS, C_MATRIX_ONLY, C_LIMIT_BITS, C_N_EXPERTS, C_SLOTS, C_STARTS, C_X_ROWS, C_OUT_ROWS = range(8)
-C_X, C_X_STRIDE, C_OUT, C_OUT_STRIDE, C_JOBS, C_TASKS, C_PANELS, C_TICKET, C_N_TASKS = range(8, 17)
-C_EXPERT, C_PAIR, C_UP_ROWS, C_DOWN_ROWS, C_YIELD, C_GOMP_PARALLEL, C_WORKER, C_MATRICES = range(17, 25)
-# A matrix: row kernel and its extra argument, offset in the slot, shape, activation panel
-M_ROWS, M_EXTRA, M_OFFSET, M_N_IN, M_N_OUT, M_KIND, M_AUX, M_UNIT, M_UNIT_BYTES, M_FIELDS = range(10)
-CALL_FIELDS: Final = C_MATRICES + 3 * M_FIELDS
-# A job: expert's slot, pairs, panels of gate, up and down inputs, counters of finished tasks
-J_SLOT, J_PAIR, J_N_PAIRS, J_N_TILES, J_PANEL, J_QUANTIZED, J_ACTIVATED, J_FIELDS = 0, 1, 2, 3, 4, 7, 8, 9
-
 _QUANTIZE, _ACTIVATE, _PROJECT = range(3)
 
 
 @nb.njit(inline="always")
 def _matrix(call: int, which: int) -> int:
-    return call + (C_MATRICES + which * M_FIELDS) * 8
-
-
-@nb.njit(inline="always")
-def _get(structure: int, field: int) -> int:
-    return load_i64(structure + field * 8)
+    return call + (CALL.matrices + which * MATRIX.size) * 8
 
 
 @nb.njit
@@ -97,21 +83,21 @@ def _tile_size(n: int) -> int:
 @nb.njit
 def _panel_bytes(matrix: int, n_tokens: int) -> int:
     """Bytes of a panel of n tokens, the last tile filled up."""
-    units = (_get(matrix, M_N_IN) + _get(matrix, M_UNIT) - 1) // _get(matrix, M_UNIT)
+    units = (get(matrix, MATRIX.n_in) + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit)
     padded = n_tokens // 16 * 16 + _tile_size(n_tokens % 16)
-    return int((units * _get(matrix, M_UNIT_BYTES) * padded + 63) // 64 * 64)
+    return int((units * get(matrix, MATRIX.unit_bytes) * padded + 63) // 64 * 64)
 
 
 @nb.njit
 def _same_panel(a: int, b: int) -> bool:
-    return bool(_get(a, M_KIND) == _get(b, M_KIND) and _get(a, M_AUX) == _get(b, M_AUX))
+    return bool(get(a, MATRIX.kind) == get(b, MATRIX.kind) and get(a, MATRIX.aux) == get(b, MATRIX.aux))
 
 
 @nb.njit
 def _rows_per_task(call: int, rows: int, least: int) -> int:
     """Largest block with which a stage of `rows` rows in all still gives every thread eight tasks."""
     block = MOST_ROWS
-    while block > least and rows < block * 8 * _get(call, C_THREADS):
+    while block > least and rows < block * 8 * get(call, CALL.threads):
         block //= 2
     return block
 
@@ -122,18 +108,18 @@ def _rows_per_task(call: int, rows: int, least: int) -> int:
 @nb.njit
 def _add_job(call: int, n_jobs: int, slot: int, pair: int, n_pairs: int, panels: int) -> int:
     """Fills in a job; returns the end of its panels."""
-    job = _get(call, C_JOBS) + n_jobs * J_FIELDS * 8
-    store_i64(job + J_SLOT * 8, slot)
-    store_i64(job + J_PAIR * 8, pair)
-    store_i64(job + J_N_PAIRS * 8, n_pairs)
-    store_i64(job + J_N_TILES * 8, (n_pairs + 15) // 16)
-    store_i64(job + J_QUANTIZED * 8, 0)
-    store_i64(job + J_ACTIVATED * 8, 0)
+    job = get(call, CALL.jobs) + n_jobs * JOB.size * 8
+    put(job, JOB.slot, slot)
+    put(job, JOB.pair, pair)
+    put(job, JOB.n_pairs, n_pairs)
+    put(job, JOB.n_tiles, (n_pairs + 15) // 16)
+    put(job, JOB.quantized, 0)
+    put(job, JOB.activated, 0)
     for which in range(3):
-        store_i64(job + (J_PANEL + which) * 8, panels)
-        if which == 0 and _get(call, C_MATRIX_ONLY) == 0 and _same_panel(_matrix(call, 0), _matrix(call, 1)):
+        put(job, JOB.panel + which, panels)
+        if which == 0 and get(call, CALL.matrix_only) == 0 and _same_panel(_matrix(call, 0), _matrix(call, 1)):
             continue  # up reads gate's panel
-        if which == 2 or _get(call, C_MATRIX_ONLY) == 0:
+        if which == 2 or get(call, CALL.matrix_only) == 0:
             panels += _panel_bytes(_matrix(call, which), n_pairs)
     return panels
 
@@ -149,9 +135,9 @@ def _add_tasks(tasks: int, n_tasks: int, job: int, stage: int, count: int) -> in
 @nb.njit
 def next_window(call: int) -> bool:
     """Lists the jobs and tasks of the next experts; False when all pairs are done."""
-    expert, pair, n_experts = _get(call, C_EXPERT), _get(call, C_PAIR), _get(call, C_N_EXPERTS)
-    starts, slots, tasks = _get(call, C_STARTS), _get(call, C_SLOTS), _get(call, C_TASKS)
-    n_jobs, n_pairs, panels = 0, 0, _get(call, C_PANELS)
+    expert, pair, n_experts = get(call, CALL.expert), get(call, CALL.pair), get(call, CALL.n_experts)
+    starts, slots, tasks = get(call, CALL.starts), get(call, CALL.slots), get(call, CALL.tasks)
+    n_jobs, n_pairs, panels = 0, 0, get(call, CALL.panels)
     while expert < n_experts and n_jobs < MAX_JOBS:
         left = load_i32(starts + expert * 4 + 4) - pair
         if left <= 0:
@@ -163,30 +149,30 @@ def next_window(call: int) -> bool:
             break
         panels = _add_job(call, n_jobs, load_i64(slots + expert * 8), pair, take, panels)
         n_jobs, n_pairs, pair = n_jobs + 1, n_pairs + padded, pair + take
-    store_i64(call + C_EXPERT * 8, expert)
-    store_i64(call + C_PAIR * 8, pair)
+    put(call, CALL.expert, expert)
+    put(call, CALL.pair, pair)
     # Stages of neighbouring jobs alternate, so that a stage's inputs were begun a whole stage earlier.
-    n_up, n_down = _get(_matrix(call, 0), M_N_OUT), _get(_matrix(call, 2), M_N_OUT)
-    least = MOST_ROWS if _get(_matrix(call, 2), M_KIND) == SUPER256 else ROW_BLOCK
+    n_up, n_down = get(_matrix(call, 0), MATRIX.n_out), get(_matrix(call, 2), MATRIX.n_out)
+    least = MOST_ROWS if get(_matrix(call, 2), MATRIX.kind) == SUPER256 else ROW_BLOCK
     up_rows, down_rows = _rows_per_task(call, n_up * n_jobs, least), _rows_per_task(call, n_down * n_jobs, ROW_BLOCK)
-    store_i64(call + C_UP_ROWS * 8, up_rows)
-    store_i64(call + C_DOWN_ROWS * 8, down_rows)
+    put(call, CALL.up_rows, up_rows)
+    put(call, CALL.down_rows, down_rows)
     down_blocks = (n_down + down_rows - 1) // down_rows
     activate_blocks, delay = 0, 1
-    if _get(call, C_MATRIX_ONLY) == 0:
+    if get(call, CALL.matrix_only) == 0:
         activate_blocks, delay = (n_up + up_rows - 1) // up_rows, 2
     n_tasks = 0
     for step in range(n_jobs + delay):
         if step < n_jobs:
             n_tasks = _add_tasks(
-                tasks, n_tasks, step, _QUANTIZE, _get(_get(call, C_JOBS) + step * J_FIELDS * 8, J_N_TILES)
+                tasks, n_tasks, step, _QUANTIZE, get(get(call, CALL.jobs) + step * JOB.size * 8, JOB.n_tiles)
             )
         if 1 <= step <= n_jobs:
             n_tasks = _add_tasks(tasks, n_tasks, step - 1, _ACTIVATE, activate_blocks)
         if step >= delay:
             n_tasks = _add_tasks(tasks, n_tasks, step - delay, _PROJECT, down_blocks)
-    store_i64(call + C_TICKET * 8, 0)
-    store_i64(call + C_N_TASKS * 8, n_tasks)
+    put(call, CALL.ticket, 0)
+    put(call, CALL.n_tasks, n_tasks)
     return n_jobs > 0
 
 
@@ -195,56 +181,60 @@ def next_window(call: int) -> bool:
 
 @nb.njit
 def _tile_panel(job: int, matrix: int, which: int, tile: int) -> int:
-    units = (_get(matrix, M_N_IN) + _get(matrix, M_UNIT) - 1) // _get(matrix, M_UNIT)
-    return int(_get(job, J_PANEL + which) + tile * 16 * units * _get(matrix, M_UNIT_BYTES))
+    units = (get(matrix, MATRIX.n_in) + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit)
+    return int(get(job, JOB.panel + which) + tile * 16 * units * get(matrix, MATRIX.unit_bytes))
 
 
 @nb.njit
 def _quantize_tile(call: int, job: int, which: int, tile: int) -> None:
     matrix = _matrix(call, which)
-    n_in, kind = _get(matrix, M_N_IN), _get(matrix, M_KIND)
-    used = min(16, _get(job, J_N_PAIRS) - tile * 16)
+    n_in, kind = get(matrix, MATRIX.n_in), get(matrix, MATRIX.kind)
+    used = min(16, get(job, JOB.n_pairs) - tile * 16)
     nt, panel = _tile_size(used), _tile_panel(job, matrix, which, tile)
-    x_rows = _get(call, C_X_ROWS) + (_get(job, J_PAIR) + tile * 16) * 4
+    x_rows = get(call, CALL.x_rows) + (get(job, JOB.pair) + tile * 16) * 4
     for t in range(used):
-        source = _get(call, C_X) + load_i32(x_rows + t * 4) * _get(call, C_X_STRIDE)
-        fill_panel(kind, _get(matrix, M_AUX), source, n_in, panel, 0, t, nt)
+        source = get(call, CALL.x) + load_i32(x_rows + t * 4) * get(call, CALL.x_stride)
+        fill_panel(kind, get(matrix, MATRIX.aux), source, n_in, panel, 0, t, nt)
     for t in range(used, nt):
-        clear_token(kind, panel, (n_in + _get(matrix, M_UNIT) - 1) // _get(matrix, M_UNIT), t, nt)
+        clear_token(kind, panel, (n_in + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit), t, nt)
 
 
 @nb.njit
 def _rows(matrix: int, slot: int, row: int, n_rows: int, panel: int, nt: int, out: int, out_stride: int) -> None:
-    call_9(_get(matrix, M_ROWS), slot + _get(matrix, M_OFFSET), _get(matrix, M_EXTRA), row, n_rows, _get(matrix, M_N_IN), panel, nt,
-           out, out_stride)  # fmt: skip
+    address, extra, n_in = slot + get(matrix, MATRIX.offset), get(matrix, MATRIX.extra), get(matrix, MATRIX.n_in)
+    call_9(get(matrix, MATRIX.rows), address, extra, row, n_rows, n_in, panel, nt, out, out_stride)
 
 
 @nb.njit
 def _activate_rows(call: int, job: int, row: int, n_rows: int, gates: int, ups: int) -> None:
     """Rows of gate and up for all tiles, SwiGLU, and the result into the down projection's panel."""
     gate, up, down = _matrix(call, 0), _matrix(call, 1), _matrix(call, 2)
-    slot, limit, stride = _get(job, J_SLOT), float_of_bits(np.int32(_get(call, C_LIMIT_BITS))), (n_rows + 15) // 16 * 64
-    for tile in range(_get(job, J_N_TILES)):
-        nt = _tile_size(min(16, _get(job, J_N_PAIRS) - tile * 16))
+    slot, limit, stride = (
+        get(job, JOB.slot),
+        float_of_bits(np.int32(get(call, CALL.limit_bits))),
+        (n_rows + 15) // 16 * 64,
+    )
+    for tile in range(get(job, JOB.n_tiles)):
+        nt = _tile_size(min(16, get(job, JOB.n_pairs) - tile * 16))
         _rows(gate, slot, row, n_rows, _tile_panel(job, gate, 0, tile), nt, gates, stride)
         _rows(up, slot, row, n_rows, _tile_panel(job, up, 1, tile), nt, ups, stride)
         target = _tile_panel(job, down, 2, tile)
         for t in range(nt):
             for offset in range(t * stride, (t + 1) * stride, 64):  # rows are filled up to a multiple of 16
                 swiglu16(gates + offset, ups + offset, limit)
-            fill_panel(_get(down, M_KIND), _get(down, M_AUX), gates + t * stride, n_rows, target, row, t, nt)
+            fill_panel(get(down, MATRIX.kind), get(down, MATRIX.aux), gates + t * stride, n_rows, target, row, t, nt)
 
 
 @nb.njit
 def _project_rows(call: int, job: int, row: int, n_rows: int, buffer: int) -> None:
     """Rows of the down projection for all tiles, into the output rows."""
     down, stride = _matrix(call, 2), (n_rows + 15) // 16 * 64
-    for tile in range(_get(job, J_N_TILES)):
-        used = min(16, _get(job, J_N_PAIRS) - tile * 16)
-        _rows(down, _get(job, J_SLOT), row, n_rows, _tile_panel(job, down, 2, tile), _tile_size(used), buffer, stride)
-        out_rows = _get(call, C_OUT_ROWS) + (_get(job, J_PAIR) + tile * 16) * 4
+    for tile in range(get(job, JOB.n_tiles)):
+        used = min(16, get(job, JOB.n_pairs) - tile * 16)
+        _rows(down, get(job, JOB.slot), row, n_rows, _tile_panel(job, down, 2, tile), _tile_size(used), buffer, stride)
+        out_rows = get(call, CALL.out_rows) + (get(job, JOB.pair) + tile * 16) * 4
         for t in range(used):
-            target = _get(call, C_OUT) + load_i32(out_rows + t * 4) * _get(call, C_OUT_STRIDE) + row * 4
+            target = get(call, CALL.out) + load_i32(out_rows + t * 4) * get(call, CALL.out_stride) + row * 4
             copy(target, buffer + t * stride, n_rows * 4)
 
 
@@ -253,47 +243,47 @@ def _wait(call: int, counter: int, target: int) -> None:
     spins = 0
     while atomic_load(counter) < target:
         spins += 1
-        if spins % 1024 == 0 and _get(call, C_YIELD):
-            call_0(_get(call, C_YIELD))
+        if spins % 1024 == 0 and get(call, CALL.sched_yield):
+            call_0(get(call, CALL.sched_yield))
 
 
 @nb.njit
 def _run_task(call: int, job: int, stage: int, index: int, gates: int, ups: int) -> None:
     if stage == _QUANTIZE:
-        if _get(call, C_MATRIX_ONLY):
+        if get(call, CALL.matrix_only):
             _quantize_tile(call, job, 2, index)
         else:
             _quantize_tile(call, job, 0, index)
-            if _get(job, J_PANEL) != _get(job, J_PANEL + 1):
+            if get(job, JOB.panel) != get(job, JOB.panel + 1):
                 _quantize_tile(call, job, 1, index)
-        atomic_add(job + J_QUANTIZED * 8, 1)
+        atomic_add(job + JOB.quantized * 8, 1)
     elif stage == _ACTIVATE:
-        _wait(call, job + J_QUANTIZED * 8, _get(job, J_N_TILES))
-        row, up_rows = index * _get(call, C_UP_ROWS), _get(call, C_UP_ROWS)
-        _activate_rows(call, job, row, min(up_rows, _get(_matrix(call, 0), M_N_OUT) - row), gates, ups)
-        atomic_add(job + J_ACTIVATED * 8, 1)
+        _wait(call, job + JOB.quantized * 8, get(job, JOB.n_tiles))
+        row, up_rows = index * get(call, CALL.up_rows), get(call, CALL.up_rows)
+        _activate_rows(call, job, row, min(up_rows, get(_matrix(call, 0), MATRIX.n_out) - row), gates, ups)
+        atomic_add(job + JOB.activated * 8, 1)
     else:
-        if _get(call, C_MATRIX_ONLY):
-            _wait(call, job + J_QUANTIZED * 8, _get(job, J_N_TILES))
+        if get(call, CALL.matrix_only):
+            _wait(call, job + JOB.quantized * 8, get(job, JOB.n_tiles))
         else:
-            blocks = (_get(_matrix(call, 0), M_N_OUT) + _get(call, C_UP_ROWS) - 1) // _get(call, C_UP_ROWS)
-            _wait(call, job + J_ACTIVATED * 8, blocks)
-        row, down_rows = index * _get(call, C_DOWN_ROWS), _get(call, C_DOWN_ROWS)
-        _project_rows(call, job, row, min(down_rows, _get(_matrix(call, 2), M_N_OUT) - row), gates)
+            blocks = (get(_matrix(call, 0), MATRIX.n_out) + get(call, CALL.up_rows) - 1) // get(call, CALL.up_rows)
+            _wait(call, job + JOB.activated * 8, blocks)
+        row, down_rows = index * get(call, CALL.down_rows), get(call, CALL.down_rows)
+        _project_rows(call, job, row, min(down_rows, get(_matrix(call, 2), MATRIX.n_out) - row), gates)
 
 
 @cached_cfunc("void(intp)")
 def _worker(call: int) -> None:
     """Takes tasks until none is left; every thread of a region runs this."""
     gates, ups = stack(16384), stack(16384)  # 256 rows x 16 tokens of f32
-    n_tasks = _get(call, C_N_TASKS)
+    n_tasks = get(call, CALL.n_tasks)
     while True:
-        ticket = atomic_add(call + C_TICKET * 8, 1)
+        ticket = atomic_add(call + CALL.ticket * 8, 1)
         if ticket >= n_tasks:
             return
-        task = _get(call, C_TASKS) + ticket * 8
+        task = get(call, CALL.tasks) + ticket * 8
         code = load_i32(task)
-        _run_task(call, _get(call, C_JOBS) + code // 4 * J_FIELDS * 8, code % 4, load_i32(task + 4), gates, ups)
+        _run_task(call, get(call, CALL.jobs) + code // 4 * JOB.size * 8, code % 4, load_i32(task + 4), gates, ups)
 
 
 @cached_cfunc("intp(intp)")
@@ -303,12 +293,12 @@ def _next_window(call: int) -> int:
 
 @cached_cfunc("void(intp)")
 def _run(call: int) -> None:
-    """A whole call; `C_EXPERT` must be 0 and `C_PAIR` `starts[0]`."""
+    """A whole call; `CALL.expert` must be 0 and `CALL.pair` `starts[0]`."""
     while next_window(call):
-        if _get(call, C_THREADS) == 1:
-            call_1(_get(call, C_WORKER), call)
+        if get(call, CALL.threads) == 1:
+            call_1(get(call, CALL.worker), call)
         else:
-            call_4(_get(call, C_GOMP_PARALLEL), _get(call, C_WORKER), call, _get(call, C_THREADS), 0)
+            call_4(get(call, CALL.gomp_parallel), get(call, CALL.worker), call, get(call, CALL.threads), 0)
 
 
 class Runner:
@@ -361,23 +351,41 @@ class Matrix:
     n_out: int
     panel: Panel
 
-    def fields(self) -> list[int]:
+    def record(self) -> Record:
         panel = self.panel
-        return [
-            self.rows_address,
-            self.extra,
-            self.offset,
-            self.n_in,
-            self.n_out,
-            panel.kind,
-            panel.offset,
-            panel.unit,
-            panel.unit_bytes,
-        ]
+        return MATRIX.make(
+            rows=self.rows_address,
+            extra=self.extra,
+            offset=self.offset,
+            n_in=self.n_in,
+            n_out=self.n_out,
+            kind=panel.kind,
+            aux=panel.offset,
+            unit=panel.unit,
+            unit_bytes=panel.unit_bytes,
+        )
 
     def panel_bytes(self) -> int:
         """Scratch that a window's activations of this matrix need at most."""
         return ceil_div(self.n_in, self.panel.unit) * self.panel.unit_bytes * WINDOW_PAIRS + 64 * MAX_JOBS
+
+
+_BATCH: Final = CALL.span(
+    *(
+        "n_experts",
+        "slots",
+        "starts",
+        "x_rows",
+        "out_rows",
+        "x",
+        "x_stride",
+        "out",
+        "out_stride",
+        "jobs",
+        "tasks",
+        "panels",
+    )
+)
 
 
 class Call:
@@ -386,22 +394,24 @@ class Call:
     def __init__(self, matrices: Sequence[Matrix], *, limit: float = math.inf, n_threads: int) -> None:
         run = runner()
         self.n_threads = n_threads
-        self._fields = np.zeros(CALL_FIELDS, np.int64)
+        self._fields = CALL.empty()
         self.address = int(self._fields.ctypes.data)
-        fields, alone = self._fields, len(matrices) == 1
-        fields[C_THREADS], fields[C_MATRIX_ONLY] = n_threads, alone
-        fields[C_LIMIT_BITS] = np.float32(limit).view(np.int32)
-        fields[C_YIELD], fields[C_GOMP_PARALLEL], fields[C_WORKER] = (
-            run.sched_yield,
-            run.gomp_parallel,
-            run.worker_address,
+        alone = len(matrices) == 1
+        CALL.fill(
+            self._fields,
+            threads=n_threads,
+            matrix_only=alone,
+            limit_bits=int(np.float32(limit).view(np.int32)),
+            sched_yield=run.sched_yield,
+            gomp_parallel=run.gomp_parallel,
+            worker=run.worker_address,
         )
         for which, matrix in enumerate(matrices):
-            at = C_MATRICES + (2 if alone else which) * M_FIELDS
-            fields[at : at + M_FIELDS] = matrix.fields()
+            at = CALL.matrices + (2 if alone else which) * MATRIX.size
+            self._fields[at : at + MATRIX.size] = matrix.record()
         blocks = 16 + sum(ceil_div(m.n_out, ROW_BLOCK) for m in (matrices if alone else (matrices[0], matrices[2])))
-        self.jobs_bytes = MAX_JOBS * J_FIELDS * 8
-        self.tasks_bytes = -(-MAX_JOBS * blocks * 8 // 64) * 64
+        self.jobs_bytes = MAX_JOBS * JOB.size * 8
+        self.tasks_bytes = align_up(MAX_JOBS * blocks * 8, LINE_BYTES)
         self.scratch_bytes = self.jobs_bytes + self.tasks_bytes + sum(m.panel_bytes() for m in matrices)
 
     def __call__(
@@ -419,12 +429,12 @@ class Call:
         assert slots.dtype.itemsize == 8
         assert starts.size == slots.size + 1
         scratch = workspace(self.scratch_bytes)
-        self._fields[C_N_EXPERTS : C_PANELS + 1] = (
+        self._fields[_BATCH] = (
             slots.size, address_of(slots), address_of(starts), address_of(x_rows), address_of(out_rows),
             address_of(x), x.strides[0], address_of(out), out.strides[0],
             scratch, scratch + self.jobs_bytes, scratch + self.jobs_bytes + self.tasks_bytes,
         )  # fmt: skip
-        self._fields[C_EXPERT], self._fields[C_PAIR] = 0, starts[0]
+        self._fields[CALL.expert], self._fields[CALL.pair] = 0, starts[0]
         runner()(self)
 
 

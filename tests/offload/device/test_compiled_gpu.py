@@ -12,7 +12,7 @@ import pytest
 from localrun.errors import DecodeError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.cache.telemetry import Totals
-from localrun.offload.device import compiled_gpu as gpu_native
+from localrun.offload.device.layouts import DEVICE
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource
@@ -107,7 +107,7 @@ def test_a_device_that_fails_is_reported_and_can_be_used_again(
         working = fields.copy()
         with monkeypatch.context() as patch:
             patch.setattr(slots._lib, "ggml_backend_graph_compute_async", python)
-            fields[gpu_native.D_COMPUTE] = C.cast(compiled, C.c_void_p).value or 0
+            fields[DEVICE.compute] = C.cast(compiled, C.c_void_p).value or 0
             with pytest.raises(DecodeError, match="computing experts failed"):
                 logits(model, SOME, batch=1)
         fields[:] = working

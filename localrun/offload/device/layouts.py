@@ -1,0 +1,230 @@
+"""The records of the compiled path: what the device's C callback finds from a tensor and from its own context.
+
+Written by the decoding thread between two decodes or while Python has the call, except where a field says otherwise. Read-ahead may
+add residents meanwhile: one aligned store of an address, after the bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from localrun.offload.kernels.records import Layout, Words
+
+MOST_PAIRS: Final = 64
+"""(token, expert) pairs on GPUs of a compiled call, and its tokens: enough for decode. Longer calls take so long that the way
+through Python does not matter."""
+
+
+class _Process(Layout):
+    """The process: ggml's and libc's functions, the way back to Python, scratch. `Process` writes, compiled code reads."""
+
+    n_nodes: int
+    """Address of `int32 ggml_graph_n_nodes(graph)`."""
+    node_at: int
+    """Address of `ggml_graph_node(graph, index)`."""
+    python: int
+    """Address of `int64 f(graph, index)`: nodes done, or what means failure."""
+    clock: int
+    """Address of `clock_gettime`."""
+    timespec: int
+    """Address of two int64 that the clock writes: s, ns."""
+    run: int
+    """Address of the driver's `run(call)`."""
+    scratch: int
+    """Address of the calls' scratch, 64-byte aligned."""
+    capacity: int
+    """Pairs that fit `x_rows` and `out_rows`."""
+    slots: int
+    """Address of `MAX_EXPERTS` uint64; compiled code writes and reads, as the next six."""
+    starts: int
+    """Address of `MAX_EXPERTS + 1` int32."""
+    x_rows: int
+    """Address of `capacity` int32."""
+    out_rows: int
+    """Address of `capacity` int32."""
+    counts: int
+    """Address of `MAX_EXPERTS` int32: pairs by expert."""
+    places: int
+    """Address of `MAX_EXPERTS` int32: where an expert's next pair goes."""
+    bounds: int
+    """Address of `MAX_VARIANTS + 1` int32: the distinct experts by variant."""
+    iota: int
+    """Address of int32 0, 1, ...: the rows of dense calls."""
+    iota_size: int
+    """How many."""
+    dense_ns: int
+    """Time in dense matrices; compiled code adds, Python reads."""
+
+
+PROCESS = _Process()
+
+
+class _Weight(Layout):
+    """What a tensor's `extra` points to: one weight of ours."""
+
+    kind: int
+    """`KIND_DENSE` or `KIND_EXPERTS`."""
+    projection: int
+    """Of experts: 0 gate, 1 up, 2 down."""
+    layer: int
+    """Of experts: address of the LAYER record."""
+    call: int
+    """Of a dense matrix: address of its CALL record."""
+    jobs_bytes: int
+    """Scratch of the call's jobs."""
+    tasks_bytes: int
+    """Scratch of the call's tasks."""
+    n_batch: int
+    """Matrices: one, or one per group."""
+    packed: int
+    """Address of `n_batch` uint64, the matrices' addresses."""
+
+
+WEIGHT = _Weight()
+KIND_DENSE, KIND_EXPERTS = 1, 2
+
+
+class _Layer(Layout):
+    """A layer's experts. Compiled code reads addresses and counts in what they point to."""
+
+    n_experts: int
+    """Experts that the router may choose."""
+    resident: int
+    """Address of (E,) uint64: the slot of an expert in RAM, or 0; read-ahead may write it while the layer runs."""
+    variants: int
+    """Address of (E,) int32: which kernel."""
+    stamps: int
+    """Address of (E,) int64: `tick` of the last use; compiled code writes."""
+    uses: int
+    """Address of (E,) int64: pairs computed; compiled code adds."""
+    tick: int
+    """Address of one int64: calls so far, of all layers; compiled code adds."""
+    telemetry: int
+    """Address of the layer's row of `telemetry.Counter`; compiled code adds."""
+    compiled_below: int
+    """Address of one int64: calls of this many tokens and more go to Python."""
+    n_calls: int
+    """Variants."""
+    calls: int
+    """Address of `n_calls` VARIANT records."""
+    gpu: int
+    """Address of the GPU_LAYER record, 0: no experts on GPUs."""
+
+
+LAYER = _Layer()
+
+
+class _Variant(Layout):
+    """One format that experts of a layer may have."""
+
+    call: int
+    """Address of the CALL record."""
+    jobs_bytes: int
+    """Scratch of its jobs."""
+    tasks_bytes: int
+    """Scratch of its tasks."""
+
+
+VARIANT = _Variant()
+
+
+class _Device(Layout):
+    """A GPU. `DeviceRecord` writes, compiled code reads."""
+
+    backend: int
+    """`ggml_backend_t`."""
+    ids: int
+    """Address of pinned memory for `MOST_PAIRS` parts of as many int32: slots."""
+    x: int
+    """Address of pinned memory for `MOST_PAIRS` rows of F32: inputs; a part has its range."""
+    out: int
+    """The same for outputs."""
+    n_embd: int
+    """Values of a row."""
+    set: int
+    """Address of `ggml_backend_tensor_set_async`."""
+    compute: int
+    """Address of `ggml_backend_graph_compute_async`."""
+    get: int
+    """Address of `ggml_backend_tensor_get_async`."""
+    synchronize: int
+    """Address of `ggml_backend_synchronize`."""
+
+
+DEVICE = _Device()
+
+
+class _Graph(Layout):
+    """A graph of one bank. `BankRecord.add` writes, compiled code reads."""
+
+    graph: int
+    """`ggml_cgraph *`, 0: not made yet."""
+    x: int
+    """Input tensor."""
+    ids: int
+    """Slots of the pairs, a tensor."""
+    out: int
+    """Output tensor."""
+    pairs: int
+    """How many it computes."""
+
+
+GRAPH = _Graph()
+
+
+class _Bank(Layout):
+    """Slots of one layer and format on one GPU."""
+
+    device: int
+    """Address of the DEVICE record."""
+    graphs: Annotated[int, Words(2 * (MOST_PAIRS + 1) * GRAPH.size)]
+    """GRAPH records for 0 to `MOST_PAIRS` pairs of one token, and as many for pairs of several (a single pair is one token's)."""
+
+
+BANK = _Bank()
+
+
+class _GpuLayer(Layout):
+    """A layer's experts on GPUs. `LayerOnGpu` writes, compiled code reads but for the running call's fields."""
+
+    where: int
+    """Address of (E,) int16: the GPU, -1: none."""
+    slot: int
+    """Address of (E,) int32: the slot in its bank."""
+    variant: int
+    """Address of (E,) int32: which format."""
+    n_gpus: int
+    """GPUs."""
+    n_variants: int
+    """Formats."""
+    banks: int
+    """Address of BANK addresses by GPU and variant, 0: none."""
+    n_tokens: int
+    """Of the running call; compiled code writes."""
+    n_used: int
+    """Experts of a token in the running call; compiled code writes."""
+    parts: int
+    """Address of `MOST_PAIRS` PART records of the running call; compiled code writes them."""
+    rows: int
+    """Address of `MOST_PAIRS` int32: output rows (token * n_used + choice) of the parts' pairs; compiled code writes them."""
+
+
+GPU_LAYER = _GpuLayer()
+
+
+class _Part(Layout):
+    """What one graph computes in the running call; compiled code writes and reads."""
+
+    bank: int
+    """Address of the BANK record."""
+    graph: int
+    """Address of the GRAPH record."""
+    first: int
+    """Its first pair in `GPU_LAYER.rows`."""
+    n_pairs: int
+    """How many."""
+    runs: int
+    """1 while the device is at work."""
+
+
+PART = _Part()

@@ -20,6 +20,7 @@ import xxhash
 from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
 from localrun.engine.facts import Json, ModelFacts
+from localrun.engine.grammar import Grammars
 from localrun.engine.llama import Context, StockModel, Vocab, metadata_int, metadata_str
 from localrun.engine.options import EngineOptions, check_context
 from localrun.engine.planner import hardware
@@ -186,6 +187,16 @@ class Engine:
     def chat_encoder(self) -> ChatEncoder:
         """The prompt format that the model was trained with."""
         return encoder_for(self._metadata)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars for the vocabulary. Raises LocalrunError if the model has no tokenizer."""
+        return Grammars(self.tokenizer, self.facts.n_vocab, self.end_tokens)
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return tuple(token for token in range(self.facts.n_vocab) if self.vocab.is_end(token))
 
     @property
     def state_key(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 Json = Any
 """A JSON value: None, bool, int, float, str, a list or a str-keyed dict of such."""
 
-FinishReason = Literal["eos", "length", "context", "stopped"]
+FinishReason = Literal["eos", "length", "context", "stopped", "stop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,10 @@ class SamplingOptions:
         top_k: the k most likely tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the most likely one; 0 keeps all.
         seed: same seed, same model, same prompt: same answer. None draws one (reported in `Finished`).
+        repeat_penalty: divides the logits of tokens that the answer has; 1 leaves them.
+        presence_penalty: taken from the logits of tokens that the answer has.
+        frequency_penalty: the same once for each time.
+        logit_bias: (token id, what is added to its logit); -100 and below ban it.
     """
 
     temperature: float = BY_NAME["temperature"].default
@@ -66,6 +70,10 @@ class SamplingOptions:
     top_k: int = BY_NAME["top_k"].default
     min_p: float = BY_NAME["min_p"].default
     seed: int | None = None
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 def check_context(n_ctx: int, trained: int) -> None:

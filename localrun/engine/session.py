@@ -23,6 +23,7 @@ from localrun.engine.llama import DECODE_ABORTED, DECODE_NO_SLOT, Context
 from localrun.engine.options import SamplingOptions
 from localrun.engine.sampling import Sampler
 from localrun.engine.snapshots import SnapshotStore
+from localrun.engine.steering import Steering, log_probabilities, most_likely
 from localrun.errors import (
     ChecksumError,
     ContextFullError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with (tokens in the context, tokens wanted) after each batch."""
+"""Called with (tokens in the context, tokens wanted): when it is known what was there before, and after each batch."""
 
 STOP_PATIENCE_S = 0.3
 """A stop lets a running step of one token end by itself for so long: that keeps the KV cache, an aborted step loses it."""
@@ -250,12 +251,31 @@ class Session:
         max_tokens: int | None = None,
         ignore_eos: bool = False,
         progress: Progress | None = None,
+        steering: Steering | None = None,
+        top_logprobs: int | None = None,
     ) -> Generation:
-        """Prepares an answer to `prompt`; iterate over the result. See `Generation`."""
-        return Generation(self, list(prompt), sampling, max_tokens, ignore_eos, progress, boundaries)
+        """Prepares an answer to `prompt`; iterate over the result. See `Generation`.
+
+        Args:
+            steering: rules for the tokens of this answer.
+            top_logprobs: keep each token's log probability and those of so many others.
+        """
+        return Generation(
+            self, list(prompt), sampling, max_tokens, ignore_eos, progress, boundaries, steering, top_logprobs
+        )
 
     def _step(self, sampler: Sampler) -> int:
         return sampler.sample(self._context.handle)
+
+    @property
+    def _next_logits(self) -> npt.NDArray[np.float32]:
+        """What the sampler will see; llama.cpp's memory."""
+        return self._context.logits(-1)
+
+    @property
+    def n_vocab(self) -> int:
+        """Ids that the model knows."""
+        return self._context.n_vocab
 
     def _is_end(self, token: int) -> bool:
         return self._engine.vocab.is_end(token)
@@ -374,6 +394,8 @@ class Generation:
         reason: why it ended; None before.
         seed: what the sampler was seeded with.
         timings: cost so far, final when the iterator is exhausted.
+        logprobs: if asked for: of the token given last, the model's (id, log probability) of itself and then of the most
+            likely ones, before sampling options and steering.
     """
 
     def __init__(
@@ -385,10 +407,14 @@ class Generation:
         ignore_eos: bool,
         progress: Progress | None,
         boundaries: Sequence[int] = (),
+        steering: Steering | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         self._session, self._prompt, self._progress, self._boundaries = session, prompt, progress, boundaries
         self._max_tokens, self._ignore_eos = max_tokens, ignore_eos
-        self._sampler = Sampler(sampling)
+        self._sampler = Sampler(sampling, session.n_vocab)
+        self._steering, self._top_logprobs = steering, top_logprobs
+        self.logprobs: tuple[tuple[int, float], ...] = ()
         self.seed = self._sampler.seed
         self.reason: FinishReason | None = None
         self.timings = Timings(prompt_tokens=len(prompt))
@@ -416,7 +442,7 @@ class Generation:
         assert start is not None
         n_new = 0
         while self.reason is None:
-            token = session._step(self._sampler)
+            token = self._draw()
             if not self._ignore_eos and session._is_end(token):
                 self.reason = "eos"
             else:
@@ -438,3 +464,16 @@ class Generation:
             if self.reason is None:
                 session.feed([token])
         session.save()
+
+    def _draw(self) -> int:
+        session = self._session
+        known = log_probabilities(session._next_logits) if self._top_logprobs is not None else None
+        if self._steering is not None:
+            self._steering.allow(session._next_logits)
+        token = session._step(self._sampler)
+        if self._steering is not None:
+            self._steering.accept(token)
+        if known is not None:
+            ids = [token, *most_likely(known, self._top_logprobs or 0)]
+            self.logprobs = tuple((i, float(known[i])) for i in ids)
+        return token

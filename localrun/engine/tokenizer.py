@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from localrun.engine.chat.parts import PROTOCOL_TOKENS, Part, Special, Text, merge_texts
+from localrun.engine.chat.parts import PROTOCOL_TOKENS, Part, Sampled, Special, Text, merge_texts
 from localrun.engine.llama import ATTR_CONTROL, ATTR_UNKNOWN, ATTR_USER_DEFINED, Vocab
 from localrun.errors import LocalrunError
 
@@ -84,6 +84,8 @@ class Tokenizer:
         for part in merge_texts(parts):
             if isinstance(part, Text):
                 ids += self.encode(part.text)
+            elif isinstance(part, Sampled):
+                ids += part.ids
             else:
                 ids.append(self.special(part))
         return ids

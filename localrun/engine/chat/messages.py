@@ -140,6 +140,24 @@ class UserMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledAnswer:
+    """An answer as the ids that the model drew; the text of the same meaning may be cut into others.
+
+    Attributes:
+        thinking: of the reasoning, without `<think>` and `</think>`; None: it began without any.
+        rest: of all that follows, tool calls included, without the end token.
+        text: what `rest` says, for people.
+    """
+
+    thinking: tuple[int, ...] | None
+    rest: tuple[int, ...]
+    text: str = ""
+
+    def __len__(self) -> int:
+        return len(self.thinking or ()) + len(self.rest)
+
+
+@dataclass(frozen=True, slots=True)
 class AssistantMessage:
     """What the model answered.
 
@@ -148,6 +166,7 @@ class AssistantMessage:
         wo_eos: leave out the end token after it, wherever it stands (the official encoder's switch).
         thinking_open: it was cut off inside the reasoning; matters only if the message is to be continued.
         task: `title` asks for a title of the conversation after this message.
+        sampled: what the model really wrote; stands in the prompt instead of the texts. Not part of the JSON.
     """
 
     content: str = ""
@@ -156,6 +175,7 @@ class AssistantMessage:
     wo_eos: bool = False
     thinking_open: bool = False
     task: Task | None = None
+    sampled: SampledAnswer | None = None
 
     def __post_init__(self) -> None:
         _check_text("assistant message", self.content + "\n" + self.reasoning)

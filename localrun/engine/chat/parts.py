@@ -5,7 +5,8 @@ then writes a role token. Here a prompt is a sequence of `Special` (one token of
 `Text` (ordinary text from anyone, to be tokenised with no added token matched inside it).
 
 A tokenizer splits its input at added tokens before it does anything else, so tokenising part by part gives exactly the
-ids of the whole string, provided that neighbouring texts are one part: `merge_texts`.
+ids of the whole string, provided that neighbouring texts are one part: `merge_texts`. What a model wrote before may stand there as
+its ids (`Sampled`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ class Text:
     text: str
 
 
-Part: TypeAlias = Special | Text
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Something that a model wrote, as the ids that it drew: they are not made of the text again."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+Part: TypeAlias = Special | Text | Sampled
 
 
 def split_protocol_text(text: str) -> list[Part]:

@@ -31,7 +31,6 @@ from localrun.engine.chat.parts import (
     USER,
     Part,
     Special,
-    Text,
     TokenFinder,
 )
 from localrun.engine.chat.stream_events import (
@@ -134,7 +133,7 @@ class StreamParser:
         return events
 
     def _take(self, part: Part) -> None:
-        if isinstance(part, Text):
+        if not isinstance(part, Special):
             self._take_text(part.text)
         elif not self.ended:
             self._take_special(part.token)

@@ -15,6 +15,7 @@ from localrun.engine.chat.messages import (
     DeveloperMessage,
     Message,
     MessageError,
+    SampledAnswer,
     SystemMessage,
     Task,
     ToolMessage,
@@ -32,6 +33,7 @@ from localrun.engine.chat.parts import (
     THINK_START,
     USER,
     Part,
+    Sampled,
     Special,
     Text,
     merge_texts,
@@ -247,6 +249,11 @@ class PromptWriter:
         answers_task = self.late_task or (i > 0 and self.turns[i - 1].task is not None)
         thinks = self.thinking and not answers_task and (not self.drop or i > self.last_question)
         self.completion, self.answer_open, self.unanswered, self.late_task = None, False, None, False
+        if message.sampled is not None and not resumes:
+            self._sampled(message.sampled, thinks=thinks)
+            if not message.wo_eos:
+                self.parts.append(Special(EOS))
+            return
         if thinks:
             if self.drop:
                 self._mark_unstable(text_joins=True)
@@ -262,6 +269,13 @@ class PromptWriter:
             self.completion = "content"
         else:
             self.parts.append(Special(EOS))
+
+    def _sampled(self, answer: SampledAnswer, *, thinks: bool) -> None:
+        if thinks:
+            if self.drop:
+                self._mark_unstable(text_joins=True)
+            self.parts += [Sampled(answer.thinking or (), ""), Special(THINK_END)]
+        self.parts.append(Sampled(answer.rest, answer.text))
 
     def _mark_unstable(self, *, text_joins: bool = False) -> None:
         """What is written from here on changes with the next question. `text_joins`: then a text may stand here, which

@@ -6,7 +6,6 @@ Runs on the worker's main thread; `stop`, `stats` and `count_tokens` may be call
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,26 +14,12 @@ import numpy as np
 
 from localrun.atomic import replacing
 from localrun.engine import memory
-from localrun.engine.chat.messages import messages_from_json, tools_from_json
-from localrun.engine.chat.parts import Special
-from localrun.engine.chat.stream_parser import (
-    End,
-    StreamEvent,
-    StreamParser,
-    TextDelta,
-    ThinkingDelta,
-    ToolCallDelta,
-    ToolCallEnd,
-)
-from localrun.engine.chat.writer import Prompt
 from localrun.engine.engine import Engine
-from localrun.engine.facts import FinishReason
 from localrun.engine.measure.evaluate import evaluate_text
 from localrun.engine.planner.plan import Plan
+from localrun.engine.process.answering import AnswerWriter, KeptAnswers, Prompts, steering_for
 from localrun.engine.process.protocol import (
-    Conversation,
     CountTokens,
-    Delta,
     EvalLogits,
     EvalResult,
     EvalText,
@@ -52,12 +37,10 @@ from localrun.engine.process.protocol import (
     Saved,
     Snapshot,
     Stats,
-    ToolCall,
 )
 from localrun.engine.process.shared import Shared
 from localrun.engine.session import Progress, Session
 from localrun.engine.snapshots import SnapshotStore
-from localrun.engine.tokenizer import Piece, StreamDecoder
 from localrun.errors import ContextFullError, LocalrunError, StoppedError, UsageError
 from localrun.paths import cache_dir
 
@@ -71,6 +54,8 @@ class _Loaded:
     engine: Engine
     session: Session
     snapshots: SnapshotStore
+    answers: KeptAnswers
+    prompts: Prompts
 
 
 class Host:
@@ -116,15 +101,14 @@ class Host:
                 experts=model.engine.expert_map() if model and command.expert_map else None,
             )
 
-    def count_tokens(self, command: CountTokens) -> int:
-        """See `protocol.CountTokens`. Raises LocalrunError without a model or a tokenizer, or for what can't be a prompt."""
+    def count_tokens(self, command: CountTokens) -> list[int]:
+        """The ids that `protocol.CountTokens` asks about. Raises LocalrunError: no tokenizer, or nothing that can be a prompt."""
         with self._model.use() as model:
             if model is None:
                 raise LocalrunError("no model is loaded")
-            engine = model.engine
             if command.text is not None:
-                return len(engine.tokenizer.encode(command.text))
-            return len(engine.tokenizer.encode_parts(_prompt(engine, command).parts))
+                return model.engine.tokenizer.encode(command.text)
+            return model.prompts.of_conversation(command).ids
 
     # --- commands
 
@@ -157,45 +141,43 @@ class Host:
             engine.close()
             raise
         self.has_model = True
-        self._model.put(_Loaded(engine, session, snapshots))
+        memory_file = cache_dir() / "answers" / f"{engine.state_key}.jsonl"
+        answers = KeptAnswers(memory_file if engine.facts.has_tokenizer else None)
+        self._model.put(_Loaded(engine, session, snapshots, answers, Prompts(engine, answers)))
         facts = replace(engine.facts, n_ctx=session.n_ctx)
         plan = engine.plan.to_json() if engine.plan is not None else {}
         self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start, plan=plan))
 
     def generate(self, command: Generate) -> None:
         """See `protocol.Generate`."""
-        engine, session = self._loaded()
-        warning = None
-        boundaries: list[int] = []
-        if command.tokens is not None:
-            prompt, start = list(command.tokens), "content"
-        else:
-            encoded = _prompt(engine, command)
-            if encoded.completion is None:
-                raise UsageError("it is not the model's turn", hint="the last message must be one to answer")
-            start = encoded.completion
-            prompt, boundaries = _encode(engine, encoded)
-            warning = engine.chat_encoder.max_context_advice(command.think, session.n_ctx)
-        if len(prompt) >= session.n_ctx:
+        model = self._loaded()
+        engine, session = model.engine, model.session
+        prompt = model.prompts.of_question(command)
+        if len(prompt.ids) >= session.n_ctx:
             raise ContextFullError(
-                f"the conversation takes {len(prompt)} tokens, the context has {session.n_ctx}",
+                f"the conversation takes {len(prompt.ids)} tokens, the context has {session.n_ctx}",
                 hint="shorten it, start a new one, or give a larger --context",
             )
         answer = session.generate(
-            prompt,
+            prompt.ids,
             command.sampling,
-            boundaries=boundaries,
+            boundaries=prompt.boundaries,
             max_tokens=command.max_tokens,
             ignore_eos=command.ignore_eos,
             progress=self._progress(command.request),
+            steering=steering_for(engine, command, prompt.start),
+            top_logprobs=command.logprobs,
         )
-        out = _AnswerWriter(engine, command.request, start, self._send)
+        out = AnswerWriter(engine, command, prompt.start, self._send)
         for token in answer:
-            out.push(token)
+            out.push(token, answer.logprobs)
             if out.ended:
                 break
-        reason: FinishReason = answer.reason or "eos"  # the model began somebody else's turn
+        reason = out.reason or answer.reason or "eos"  # the model began somebody else's turn
         problems = out.finish(reason)
+        if out.ended and answer.reason is None:
+            session.save()  # the iterator, which saves at its own end, was left before it
+        model.answers.keep(engine, command, prompt, out, reason)
         self._send(
             Finished(
                 request=command.request,
@@ -203,14 +185,15 @@ class Host:
                 timings=answer.timings,
                 seed=answer.seed,
                 problems=problems,
-                warning=warning,
+                warning=prompt.warning,
                 tokens=out.take_tokens(),
+                stop_string=out.stop_string,
             )
         )
 
     def snapshot(self, command: Snapshot) -> None:
         """See `protocol.Snapshot`."""
-        _, session = self._loaded()
+        session = self._loaded().session
         data = session.snapshot()
         with replacing(Path(command.path)) as file:
             file.write(data)
@@ -218,13 +201,13 @@ class Host:
 
     def restore(self, command: Restore) -> None:
         """See `protocol.Restore`."""
-        _, session = self._loaded()
+        session = self._loaded().session
         session.restore(Path(command.path).read_bytes())
         self._send(Restored(request=command.request, n_tokens=session.position))
 
     def eval_logits(self, command: EvalLogits) -> None:
         """See `protocol.EvalLogits`. Uses a session of its own, the conversation's stays."""
-        engine, _ = self._loaded()
+        engine = self._loaded().engine
         tokens, n_vocab = list(command.tokens), engine.facts.n_vocab
         if not tokens:
             raise UsageError("no tokens to evaluate")
@@ -246,7 +229,7 @@ class Host:
 
     def eval_text(self, command: EvalText) -> None:
         """See `protocol.EvalText`. Uses a session of its own, the conversation's stays."""
-        engine, _ = self._loaded()
+        engine = self._loaded().engine
         start = time.perf_counter()
 
         def report(done: int, total: int) -> None:
@@ -288,12 +271,12 @@ class Host:
 
     # --- inside
 
-    def _loaded(self) -> tuple[Engine, Session]:
+    def _loaded(self) -> _Loaded:
         """For the main thread."""
         model = self._model.value
         if model is None:
             raise LocalrunError("no model is loaded")
-        return model.engine, model.session
+        return model
 
     def _progress(self, request: int) -> Progress:
         """Sends PromptProgress; its first call says what need not be computed, and starts the clock."""
@@ -308,99 +291,3 @@ class Host:
             self._send(PromptProgress(request=request, done=done, total=total, reused=reused, elapsed_s=now - start))
 
         return report
-
-
-def _prompt(engine: Engine, command: Conversation) -> Prompt:
-    """Raises LocalrunError for messages that can't be a prompt."""
-    return engine.chat_encoder.encode_prompt(
-        messages_from_json(command.messages),
-        mode=command.think,
-        tools=tools_from_json(command.tools) if command.tools else (),
-        response_format=command.response_format,
-        task=command.task,  # type: ignore[arg-type]  # checked by the encoder
-        resume=command.resume,
-    )
-
-
-def _encode(engine: Engine, prompt: Prompt) -> tuple[list[int], list[int]]:
-    """A prompt's ids, and how many of them lie before each place where a message ends for good."""
-    stable = {boundary.part for boundary in prompt.boundaries if boundary.stable}
-    ids: list[int] = []
-    places = []
-    for i, part in enumerate(prompt.parts):
-        if i in stable and ids:
-            places.append(len(ids))
-        ids += engine.tokenizer.encode_parts([part])
-    return ids, places
-
-
-class _AnswerWriter:
-    """Turns sampled ids into Delta and ToolCall events."""
-
-    def __init__(self, engine: Engine, request: int, start: str, send: Send) -> None:
-        self._send, self._request = send, request
-        self._decoder = StreamDecoder(engine.tokenizer) if engine.facts.has_tokenizer else None
-        # Tool results name their call by id, so ids of different answers must differ.
-        prefix = f"call_{uuid.uuid4().hex[:8]}"
-        self._parser = StreamParser("thinking" if start == "thinking" else "content", id_prefix=prefix)
-        self._tokens: list[int] = []
-        self._problems: tuple[str, ...] = ()
-
-    @property
-    def ended(self) -> bool:
-        return self._parser.ended
-
-    def push(self, token: int) -> None:
-        self._tokens.append(token)
-        if self._decoder is None:
-            self._send(Delta(request=self._request, kind="text", text="", tokens=self.take_tokens()))
-        else:
-            self._write(self._decoder.push(token))
-
-    def finish(self, reason: str) -> tuple[str, ...]:
-        """Gives out what was held back; returns what was wrong with the form of the answer."""
-        if self._decoder is not None:
-            self._write(self._decoder.flush())
-        self._emit(self._parser.finish(reason))
-        return self._problems
-
-    def take_tokens(self) -> tuple[int, ...]:
-        tokens, self._tokens = tuple(self._tokens), []
-        return tokens
-
-    def _write(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            if piece.special:
-                self._emit(self._parser.feed(Special(piece.text)))
-            else:
-                self._emit(self._parser.feed_text(piece.text))
-
-    def _emit(self, events: list[StreamEvent]) -> None:
-        for event in events:
-            if isinstance(event, ThinkingDelta):
-                self._delta("thinking", event.text)
-            elif isinstance(event, TextDelta):
-                self._delta("text", event.text)
-            elif isinstance(event, ToolCallDelta):
-                self._delta("tool", event.text)
-            elif isinstance(event, ToolCallEnd):
-                self._tool_call(event)
-            elif isinstance(event, End):
-                self._problems = event.problems
-
-    def _delta(self, kind: str, text: str) -> None:
-        self._send(Delta(request=self._request, kind=kind, text=text, tokens=self.take_tokens()))  # type: ignore[arg-type]
-
-    def _tool_call(self, call: ToolCallEnd) -> None:
-        self._send(
-            ToolCall(
-                request=self._request,
-                index=call.index,
-                name=call.name,
-                arguments=call.arguments,
-                id=call.id,
-                usable=call.usable,
-                problems=call.problems,
-                tokens=self.take_tokens(),
-            )
-        )

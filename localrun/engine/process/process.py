@@ -47,11 +47,12 @@ from localrun.engine.process.protocol import (
     Stats,
     TokenCount,
     ToolCall,
+    ToolCallBegun,
 )
 from localrun.errors import EngineDiedError, LocalrunError
 
 LoadEvent = Loading | Ready
-GenerateEvent = Loading | Ready | PromptProgress | Delta | ToolCall | Finished
+GenerateEvent = Loading | Ready | PromptProgress | Delta | ToolCallBegun | ToolCall | Finished
 _E = TypeVar("_E", bound=Event)
 
 
@@ -172,6 +173,10 @@ class EngineProcess:
     def count(self, command: CountTokens, *, timeout_s: float = 30.0) -> int:
         """Length in tokens of a text or a whole conversation. Raises as `stats`, and LocalrunError if it can't be a prompt."""
         return self._ask(command, TokenCount, timeout_s).n_tokens
+
+    def tokenize(self, text: str, *, timeout_s: float = 30.0) -> tuple[int, ...]:
+        """Token ids of a text. Raises as `stats`."""
+        return self._ask(CountTokens(text=text, ids=True), TokenCount, timeout_s).ids
 
     def snapshot(self, path: Path | str) -> Saved:
         """Writes the session's state to a file. Raises as `generate`."""

@@ -70,14 +70,33 @@ class Generate(Conversation, frozen=True, kw_only=True):
 
     Attributes:
         tokens: the prompt as token ids instead of messages (models without a tokenizer, measurements).
+        text: the prompt as plain text instead of messages, behind the token that a text begins with.
         max_tokens: bound of the answer; None: until the context is full.
+        min_tokens: no end token before so many.
         ignore_eos: go on after the end token (measurements).
+        stop: texts that end the answer where they appear in it, outside of reasoning and tool calls; not part of it.
+        think_budget: most tokens of reasoning; then it is ended.
+        tool_choice: `none`: no calls, though the tools are shown; `required`: at least one, enforced while sampling.
+        tool_name: with `required`: this tool.
+        max_tool_calls: the answer ends after so many calls.
+        json_schema: the answer (not the reasoning) is made to follow it while sampling; what the model is told is
+            `response_format`.
+        logprobs: report each token's log probability and those of so many alternatives.
     """
 
     tokens: tuple[int, ...] | None = None
+    text: str | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_tokens: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    think_budget: int | None = None
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str | None = None
+    max_tool_calls: int | None = None
+    json_schema: Mapping[str, Json] | None = None
+    logprobs: int | None = None
 
 
 class Stop(Command, frozen=True, kw_only=True):
@@ -103,9 +122,11 @@ class CountTokens(Conversation, frozen=True, kw_only=True):
 
     Attributes:
         text: counted as text alone; None: the conversation is.
+        ids: also give the token ids.
     """
 
     text: str | None = None
+    ids: bool = False
 
 
 class Snapshot(Command, frozen=True, kw_only=True):
@@ -184,6 +205,20 @@ class PromptProgress(Event, frozen=True, kw_only=True):
     elapsed_s: float
 
 
+class TokenLogprob(Struct, frozen=True, kw_only=True):
+    """A token and the logarithm of the probability that the model gave it, before sampling options.
+
+    Attributes:
+        data: its bytes; a token may be part of a character.
+        top: the most likely tokens at this place, most likely first.
+    """
+
+    token: int
+    data: tuple[int, ...]
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
 class Delta(Event, frozen=True, kw_only=True):
     """A piece of the answer: whole characters, in order.
 
@@ -195,6 +230,15 @@ class Delta(Event, frozen=True, kw_only=True):
     kind: Literal["thinking", "text", "tool"]
     text: str
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ToolCallBegun(Event, frozen=True, kw_only=True):
+    """The model has begun a tool call; Deltas of its arguments and a ToolCall of the same `id` follow."""
+
+    index: int
+    name: str
+    id: str
 
 
 class ToolCall(Event, frozen=True, kw_only=True):
@@ -219,7 +263,8 @@ class Finished(Event, frozen=True, kw_only=True):
     """The answer is over.
 
     Attributes:
-        reason: the model's end token; `max_tokens` reached; context full; stopped by the user.
+        reason: the model's end token; `max_tokens` reached; context full; stopped by the user; a stop string.
+        stop_string: the one that was found.
         seed: what the sampler was seeded with.
         problems: what was wrong with the form of the answer (`stream_events.Problem`), e.g. `unclosed_think`.
         warning: one line that the user should know.
@@ -232,6 +277,7 @@ class Finished(Event, frozen=True, kw_only=True):
     problems: tuple[str, ...] = ()
     warning: str | None = None
     tokens: tuple[int, ...] = ()
+    stop_string: str | None = None
 
 
 class Stats(Event, frozen=True, kw_only=True):
@@ -256,6 +302,7 @@ class TokenCount(Event, frozen=True, kw_only=True):
     """Answer to CountTokens."""
 
     n_tokens: int
+    ids: tuple[int, ...] = ()
 
 
 class Saved(Event, frozen=True, kw_only=True):

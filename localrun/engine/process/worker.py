@@ -175,7 +175,8 @@ class Worker:
         host = self._host
         if host is None:
             raise LocalrunError("no model is loaded")
-        self._reply(TokenCount(request=command.request, n_tokens=host.count_tokens(command)))
+        ids = host.count_tokens(command)
+        self._reply(TokenCount(request=command.request, n_tokens=len(ids), ids=tuple(ids) if command.ids else ()))
 
     # --- ending
 

@@ -1,0 +1,181 @@
+"""What the model wrote, token by token, for conversations that come back.
+
+Clients send the whole conversation with each question, and send earlier answers not quite as they were: arguments of tool calls are
+serialised anew, blanks are trimmed, reasoning is left out. The text may even be the same and its tokens others, because a model
+does not always cut a text as its tokenizer would. Any difference makes the saved state behind it useless. So every answer's ids
+are kept, and an answer that comes back, recognised by the ids of its tool calls or by the conversation before it, enters the
+prompt as those ids.
+
+An answer that a client has changed in meaning (another text, other arguments) is the client's own and is written as it came.
+Kept in memory and in a file of one JSON line per answer; both are bounded, the oldest go first. One thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from localrun.engine.chat.messages import AssistantMessage, Message, SampledAnswer, ToolCall, ToolMessage, role_of
+
+log = logging.getLogger(__name__)
+
+MAX_ANSWERS = 4000
+MAX_IDS = 4_000_000
+"""Bounds of the memory; the file is rewritten when it has become twice as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One answer: what it says, to be compared with, and its ids."""
+
+    content: str
+    calls: tuple[tuple[str, str], ...]  # (name, arguments in a form without blanks)
+    sampled: SampledAnswer
+
+
+class AnswerMemory:
+    """Answers by what they are recognised by.
+
+    Args:
+        path: the file; None: memory only. It holds what the model wrote, so only its owner may read it.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._n_ids = 0
+        self._n_lines = 0
+        if path is not None:
+            self._read(path)
+
+    def recall(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation with `sampled` set in every answer that is known."""
+        result: list[Message] = []
+        before = xxhash.xxh3_128()
+        for message in messages:
+            shown = message
+            if isinstance(message, AssistantMessage):
+                record = self._find(message, before.hexdigest())
+                if record is not None:
+                    shown = replace(message, sampled=record.sampled)
+            result.append(shown)
+            _add(before, message)
+        return result
+
+    def remember(self, messages: Sequence[Message], answer: AssistantMessage, sampled: SampledAnswer) -> None:
+        """Keeps an answer to `messages`."""
+        before = xxhash.xxh3_128()
+        for message in messages:
+            _add(before, message)
+        record = _Record(answer.content.strip(), tuple(_comparable(call) for call in answer.tool_calls), sampled)
+        keys = [call.id for call in answer.tool_calls if call.id] or [before.hexdigest()]
+        for key in keys:
+            self._put(key, record)
+        self._write(keys, record)
+
+    def _find(self, message: AssistantMessage, before: str) -> _Record | None:
+        keys = [call.id for call in message.tool_calls if call.id] if message.tool_calls else [before]
+        for key in keys:
+            record = self._records.get(key)
+            if record is None:
+                continue
+            self._records.move_to_end(key)
+            calls = tuple(_comparable(call) for call in message.tool_calls)
+            if record.calls == calls and record.content == message.content.strip():
+                return record
+        return None
+
+    def _put(self, key: str, record: _Record) -> None:
+        old = self._records.pop(key, None)
+        self._n_ids += len(record.sampled) - (len(old.sampled) if old is not None else 0)
+        self._records[key] = record
+        while len(self._records) > MAX_ANSWERS or self._n_ids > MAX_IDS:
+            _, gone = self._records.popitem(last=False)
+            self._n_ids -= len(gone.sampled)
+
+    # --- the file
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("%s: earlier answers can't be used: %s", path, error.strerror)
+            return
+        self._n_lines = len(lines)
+        for line in lines[-2 * MAX_ANSWERS :]:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # another version's, or cut off
+                keys, record = _from_line(line)
+                for key in keys:
+                    self._put(key, record)
+
+    def _write(self, keys: Sequence[str], record: _Record) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._n_lines > 2 * MAX_ANSWERS:
+                self._path.unlink(missing_ok=True)  # begins anew with what is in memory
+                self._n_lines = 0
+                for key, kept in self._records.items():
+                    self._append(_to_line([key], kept))
+            else:
+                self._append(_to_line(keys, record))
+        except OSError as error:
+            log.warning("%s: an answer's tokens are not kept: %s", self._path, error.strerror)
+
+    def _append(self, line: bytes) -> None:
+        assert self._path is not None
+        with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+            file.write(line)  # in one piece: another program may append, too
+        self._n_lines += 1
+
+
+def _add(hasher: Any, message: Message) -> None:
+    """What of a message tells conversations apart and survives a client: not the reasoning, not blanks at the ends."""
+    content = message.content.strip()
+    parts = [role_of(message), content]
+    if isinstance(message, AssistantMessage):
+        parts += [call.id or call.name for call in message.tool_calls]
+    elif isinstance(message, ToolMessage):
+        parts.append(message.tool_call_id)
+    hasher.update(json.dumps(parts).encode())
+
+
+def _comparable(call: ToolCall) -> tuple[str, str]:
+    try:
+        arguments = json.dumps(json.loads(call.arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        arguments = call.arguments
+    return call.name, arguments
+
+
+def _to_line(keys: Sequence[str], record: _Record) -> bytes:
+    sampled = record.sampled
+    body = {
+        "keys": list(keys),
+        "content": record.content,
+        "calls": [list(call) for call in record.calls],
+        "thinking": None if sampled.thinking is None else list(sampled.thinking),
+        "rest": list(sampled.rest),
+        "text": sampled.text,
+    }
+    return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+
+
+def _from_line(line: bytes) -> tuple[list[str], _Record]:
+    body = json.loads(line)
+    thinking = None if body["thinking"] is None else tuple(map(int, body["thinking"]))
+    sampled = SampledAnswer(thinking, tuple(map(int, body["rest"])), str(body["text"]))
+    calls = tuple((str(name), str(arguments)) for name, arguments in body["calls"])
+    return [str(key) for key in body["keys"]], _Record(str(body["content"]), calls, sampled)

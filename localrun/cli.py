@@ -30,6 +30,7 @@ COMMANDS = {
     "list": "list the models on this machine",
     "show": "show what a model is and where its bytes lie",
     "plan": "say what fits where on a machine, and how fast it will be",
+    "serve": "answer other programs over HTTP, by OpenAI's and Anthropic's APIs",
     "convert": "convert an official checkpoint",
     "verify": "check every checksum of a converted model",
     "eval": "logits, perplexity, comparison with a reference",

@@ -1,0 +1,127 @@
+"""An answer while it grows: what the engine's events amount to, in the order in which the model wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from localrun.engine.facts import Timings
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import (
+    Delta,
+    Finished,
+    PromptProgress,
+    TokenLogprob,
+    ToolCall,
+    ToolCallBegun,
+)
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(slots=True)
+class Part:
+    """A run of one kind: reasoning, text, or one tool call.
+
+    Attributes:
+        text: for a tool call: its arguments as JSON, whole when `ended`.
+        call_id, name: of a tool call.
+    """
+
+    kind: Literal["thinking", "text", "tool"]
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice. `add` takes the engine's events in their order.
+
+    Attributes:
+        prompt: how far the prompt is.
+        n_thinking: tokens of reasoning.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: PromptProgress | None = None
+    finished: Finished | None = None
+    n_thinking: int = 0
+    n_tokens: int = 0
+
+    def add(self, event: GenerateEvent) -> None:
+        match event:
+            case PromptProgress():
+                self.prompt = event
+            case Delta(kind="tool"):
+                if self.parts and self.parts[-1].kind == "tool" and not self.parts[-1].ended:
+                    self.parts[-1].text += event.text
+                self.n_tokens += len(event.tokens)
+            case Delta(kind="thinking" | "text" as kind):
+                if event.text:
+                    self._run_of(kind).text += event.text
+                if kind == "thinking":
+                    self.n_thinking += len(event.tokens)
+                else:
+                    self.logprobs += event.logprobs
+                self.n_tokens += len(event.tokens)
+            case ToolCallBegun():
+                self._end_run()
+                self.parts.append(Part("tool", call_id=event.id, name=event.name))
+            case ToolCall():
+                self._end_call(event)
+                self.n_tokens += len(event.tokens)
+            case Finished():
+                self.finished = event
+                self._end_run()
+
+    def _run_of(self, kind: Literal["thinking", "text"]) -> Part:
+        if not self.parts or self.parts[-1].kind != kind or self.parts[-1].ended:
+            self._end_run()
+            self.parts.append(Part(kind))
+        return self.parts[-1]
+
+    def _end_run(self) -> None:
+        if self.parts:
+            self.parts[-1].ended = True
+
+    def _end_call(self, event: ToolCall) -> None:
+        if not event.name:
+            return  # nothing that a client could do with it
+        part = next((p for p in reversed(self.parts) if p.kind == "tool" and p.call_id == event.id), None)
+        if part is None:
+            part = Part("tool", call_id=event.id, name=event.name)
+            self.parts.append(part)
+        part.text, part.ended = event.arguments, True
+
+    # --- sums
+
+    def joined(self, kind: Literal["thinking", "text"]) -> str:
+        return "".join(part.text for part in self.parts if part.kind == kind)
+
+    @property
+    def calls(self) -> Sequence[Part]:
+        return [part for part in self.parts if part.kind == "tool"]
+
+    @property
+    def finish(self) -> Finish:
+        """OpenAI's reason; `stop` as long as there is none."""
+        reason = self.finished.reason if self.finished else "eos"
+        if reason in ("length", "context"):
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+    @property
+    def timings(self) -> Timings:
+        return self.finished.timings if self.finished else Timings()
+
+
+def total_usage(answers: Sequence[Answer]) -> tuple[int, int, int, int]:
+    """(prompt tokens, of those read from a saved state, answer tokens, of those reasoning) of all choices; the prompt counts
+    once, as it was for the first."""
+    first = answers[0].timings
+    n_new = sum(answer.timings.new_tokens for answer in answers)
+    return first.prompt_tokens, first.reused_tokens, n_new, sum(answer.n_thinking for answer in answers)

@@ -1,0 +1,327 @@
+"""What a client asks for, in our own terms: every API's requests become an `Ask`, an `Ask` becomes `Generate` commands.
+
+Here is decided, once for all APIs, what efforts and tool choices mean, and what of a prompt changes between requests without
+meaning anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+
+from localrun.engine.chat.messages import tools_from_json
+from localrun.engine.options import SamplingOptions
+from localrun.engine.process.protocol import CountTokens, Generate
+from localrun.errors import LocalrunError
+from localrun.server.faults import invalid, unsupported
+from localrun.server.limits import Limits, check_schema
+
+log = logging.getLogger(__name__)
+
+Json = Any
+
+ToolChoice = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request for one or several answers.
+
+    Attributes:
+        model: the name that the client used; it is echoed.
+        messages: as `chat/messages.py` reads them.
+        tools: OpenAI `function` objects.
+        tool_choice: `required` with `tool_name`: that tool.
+        one_call: at most one tool call (`parallel_tool_calls: false`).
+        schema: a JSON schema that the answer must follow, shown to the model and enforced; `{"type": "object"}` for any object.
+        show_schema: the model is told about it.
+        text: a raw prompt instead of messages (`/v1/completions`).
+        logprobs: how many alternatives are reported for each token; None: no log probabilities at all.
+        n: number of answers.
+        resume: the last message is the beginning of the answer.
+    """
+
+    model: str
+    messages: tuple[Mapping[str, Json], ...] = ()
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    think: str = "off"
+    think_budget: int | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Json], ...] = ()
+    tool_choice: ToolChoice = "auto"
+    tool_name: str | None = None
+    one_call: bool = False
+    schema: Mapping[str, Json] | None = None
+    show_schema: bool = True
+    logprobs: int | None = None
+    n: int = 1
+    resume: bool = False
+    stream: bool = False
+    ignore_eos: bool = False
+
+    def command(self) -> Generate:
+        """The command for the engine."""
+        return Generate(
+            messages=self.messages,
+            text=self.text,
+            tokens=self.tokens,
+            think=self.think,
+            think_budget=self.think_budget,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            tool_name=self.tool_name,
+            max_tool_calls=1 if self.one_call else None,
+            response_format=self.schema if self.show_schema else None,
+            json_schema=self.schema,
+            logprobs=self.logprobs,
+            resume=self.resume,
+            ignore_eos=self.ignore_eos,
+        )
+
+    def count_command(self) -> CountTokens | None:
+        """What asks the engine for the prompt's length; None if that is known without."""
+        if self.tokens is not None:
+            return None
+        if self.text is not None:
+            return CountTokens(text=self.text)
+        return CountTokens(
+            messages=self.messages,
+            think=self.think,
+            tools=self.tools,
+            response_format=self.schema if self.show_schema else None,
+            resume=self.resume,
+        )
+
+    def commands(self, room: int | None) -> tuple[Generate, ...]:
+        """One command for each choice.
+
+        Args:
+            room: tokens that fit behind the prompt; bounds the answer. None: unknown.
+        """
+        command = self.command()
+        if room is not None:
+            command = msgspec.structs.replace(command, max_tokens=max(1, min(room, command.max_tokens or room)))
+        if self.n == 1 or self.sampling.seed is None:
+            return (command,) * self.n
+        # The same seed for all would give the same answer n times.
+        seeds = [(self.sampling.seed + i) % (2**32 - 1) for i in range(self.n)]
+        options = [replace(self.sampling, seed=seed) for seed in seeds]
+        return tuple(msgspec.structs.replace(command, sampling=sampling) for sampling in options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a request that does not say otherwise gets; the user's settings.
+
+    Attributes:
+        model: the name under which the model is listed.
+        think: mode of thinking where the API leaves it open.
+        think_modes: what the model can do, least first.
+        n_ctx: tokens that prompt and answer have together.
+    """
+
+    model: str
+    think: str
+    think_modes: tuple[str, ...]
+    n_ctx: int
+    sampling: SamplingOptions
+    limits: Limits
+
+
+# --- thinking -------------------------------------------------------------------------------------------------------
+
+
+def think_mode(effort: str, modes: Sequence[str], param: str) -> str:
+    """The model's mode for an effort: none and minimal do not think, xhigh and max are the most, `high` is the model's own if it
+    has one, everything below is its first.
+
+    Raises:
+        ApiError: a word that no API knows.
+    """
+    thinking = [mode for mode in modes if mode != "off"]
+    if effort in ("none", "minimal", "off") or not thinking:
+        if effort not in EFFORTS:
+            raise _unknown_effort(effort, param)
+        return "off"
+    if effort in ("xhigh", "max", "ultra"):
+        return thinking[-1]
+    if effort in ("low", "medium"):
+        return thinking[0]
+    if effort == "high":
+        return "high" if "high" in thinking else thinking[0]
+    raise _unknown_effort(effort, param)
+
+
+EFFORTS = ("none", "off", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
+
+
+def _unknown_effort(effort: str, param: str) -> Exception:
+    return invalid(param, f"{effort!r:.40} is none of {', '.join(EFFORTS)}", code="invalid_value")
+
+
+# --- fields ---------------------------------------------------------------------------------------------------------
+
+_noted: set[tuple[str, str]] = set()
+
+
+def note_once(api: str, what: str) -> None:
+    """Logs something that was left out of a request, the first time it is seen; a client sends it with every request."""
+    key = (api, what[:100])
+    if key not in _noted and len(_noted) < 1000:
+        _noted.add(key)
+        log.info("%s: ignored: %s", api, what[:100])
+
+
+def note_unknown(api: str, body: Mapping[str, Json], known: Sequence[str]) -> None:
+    """Logs fields that nobody here knows."""
+    for name in body:
+        if name not in known:
+            note_once(api, f"field {name!r}")
+
+
+_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+
+
+def convert(body: Json, kind: type[Any]) -> Any:
+    """`body` as a typed request. Raises ApiError that names the field."""
+    try:
+        return msgspec.convert(body, kind, strict=True)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        match = _PATH.search(message)
+        param = match["path"] if match else None
+        raise invalid(param or None, message[: match.start()] if match else message, code="invalid_type") from None
+
+
+def new_id(prefix: str) -> str:
+    """An id that no other object has."""
+    return prefix + secrets.token_hex(12)
+
+
+def check_stop(stop: str | Sequence[str] | None, param: str, limits: Limits) -> tuple[str, ...]:
+    """Stop strings. Raises ApiError."""
+    words = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(words) > limits.stop_strings:
+        raise invalid(param, f"more than {limits.stop_strings} stop strings")
+    if any(len(word) > limits.stop_string_chars for word in words):
+        raise invalid(param, f"a stop string of more than {limits.stop_string_chars} characters")
+    return tuple(word for word in words if word)
+
+
+def check_logit_bias(bias: Mapping[str, float] | None, param: str) -> tuple[tuple[int, float], ...]:
+    """Pairs of token id and bias. Raises ApiError."""
+    pairs = []
+    for key, value in (bias or {}).items():
+        if not key.isdecimal() or not -100 <= value <= 100:
+            raise invalid(param, f"{key!r:.20}: a token id and a number from -100 to 100 are wanted")
+        pairs.append((int(key), float(value)))
+    return tuple(pairs)
+
+
+def check_tools(functions: Sequence[Mapping[str, Json]], param: str, limits: Limits) -> tuple[Mapping[str, Json], ...]:
+    """OpenAI `function` objects, checked. Raises ApiError."""
+    if len(functions) > limits.tools:
+        raise invalid(param, f"{len(functions)} tools > {limits.tools} maximum")
+    for i, function in enumerate(functions):
+        if (parameters := function.get("parameters")) is not None:
+            check_schema(parameters, f"{param}[{i}].parameters", limits, len(msgspec.json.encode(parameters)))
+    try:
+        tools_from_json([dict(function) for function in functions], where=param)
+    except LocalrunError as error:
+        raise invalid(None, str(error)) from None
+    return tuple(functions)
+
+
+def function(name: str, description: str | None, parameters: Json, *, strict: bool | None = None) -> dict[str, Json]:
+    """A tool as the model is shown it. `strict` is for the engine: it is not part of the prompt."""
+    shown: dict[str, Json] = {"name": name}
+    if description is not None:
+        shown["description"] = description
+    if parameters is not None:
+        shown["parameters"] = parameters
+    if strict:
+        shown["strict"] = True
+    return shown
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+_BILLING = re.compile(r"\s*x-anthropic-billing-header:")
+
+
+def is_billing_line(text: str) -> bool:
+    """A system text of Claude Code that changes with every request and tells the model nothing."""
+    return _BILLING.match(text) is not None
+
+
+_NOT_TEXT = {
+    "image": "images",
+    "image_url": "images",
+    "input_image": "images",
+    "input_audio": "audio",
+    "audio": "audio",
+    "file": "files",
+    "input_file": "files",
+    "document": "documents that are not plain text",
+    "video_url": "videos",
+}
+
+
+def text_of(content: Json, param: str, *, joint: str = "\n\n") -> str:
+    """The text of a message's content: a string, null, or a list of text parts.
+
+    A list of one part and the string itself are the same prompt: clients send now the one and now the other.
+
+    Raises:
+        ApiError: a part that is not text, by name.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(param, "must be text or a list of parts", code="invalid_type")
+    texts = []
+    for i, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, Mapping):
+            raise invalid(f"{param}[{i}]", "must be an object with a type", code="invalid_type")
+        text = part_text(part, f"{param}[{i}]")
+        if text is not None:
+            texts.append(text)
+    return joint.join(texts)
+
+
+def part_text(part: Mapping[str, Json], param: str) -> str | None:
+    """The text of one part; None for one that says nothing to a model. Raises ApiError."""
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text", "summary_text", "reasoning_text"):
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise invalid(f"{param}.text", "must be a string", code="invalid_type")
+        return text
+    if kind == "refusal":
+        return str(part.get("refusal") or "")
+    if kind == "document" and isinstance(source := part.get("source"), Mapping) and source.get("type") == "text":
+        return str(source.get("data") or "")
+    if isinstance(kind, str) and kind in _NOT_TEXT:
+        raise unsupported(f"{param}.type", f"the model reads text only, not {_NOT_TEXT[kind]} ({kind})")
+    if not isinstance(kind, str):
+        raise invalid(f"{param}.type", "must be a string", code="invalid_type")
+    raise unsupported(f"{param}.type", f"parts of type {kind!r:.40} are not known here")

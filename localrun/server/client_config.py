@@ -1,0 +1,159 @@
+"""Ready configurations of the clients that people use with a local server (`localrun serve --print-config NAME`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server is, and what it serves.
+
+    Attributes:
+        key: what clients send; any word if the server asks for none.
+    """
+
+    host: str
+    port: int
+    model: str
+    key: str
+    n_ctx: int
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def _claude_code(at: Address) -> str:
+    return f"""\
+# in the shell that starts claude
+export ANTHROPIC_BASE_URL={at.url}
+export ANTHROPIC_API_KEY={at.key}
+export CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1
+export CLAUDE_CODE_ATTRIBUTION_HEADER=0
+export CLAUDE_CODE_MAX_OUTPUT_TOKENS=8192
+claude --model {at.model}
+"""
+
+
+def _opencode(at: Address) -> str:
+    config = {
+        "$schema": "https://opencode.ai/config.json",
+        "model": f"localrun/{at.model}",
+        "small_model": f"localrun/{at.model}",
+        "provider": {
+            "localrun": {
+                "npm": "@ai-sdk/openai-compatible",
+                "name": "localrun",
+                "options": {"baseURL": f"{at.url}/v1", "apiKey": at.key},
+                "models": {at.model: {"name": at.model, "limit": {"context": at.n_ctx, "output": at.n_ctx // 4}}},
+            }
+        },
+    }
+    return f"// ~/.config/opencode/opencode.json\n{json.dumps(config, indent=2)}\n"
+
+
+def _codex(at: Address) -> str:
+    return f"""\
+# ~/.codex/config.toml; then: LOCALRUN_KEY={at.key} codex
+model = "{at.model}"
+model_provider = "localrun"
+model_context_window = {at.n_ctx}
+
+[model_providers.localrun]
+name = "localrun"
+base_url = "{at.url}/v1"
+env_key = "LOCALRUN_KEY"
+wire_api = "responses"
+stream_idle_timeout_ms = 600000
+"""
+
+
+def _pi(at: Address) -> str:
+    config = {
+        "providers": {
+            "localrun": {
+                "baseUrl": f"{at.url}/v1",
+                "apiKey": at.key,
+                "api": "openai-completions",
+                "models": [
+                    {
+                        "id": at.model,
+                        "name": at.model,
+                        "reasoning": True,
+                        "input": ["text"],
+                        "contextWindow": at.n_ctx,
+                        "maxTokens": at.n_ctx // 4,
+                        "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+                    }
+                ],
+            }
+        }
+    }
+    return (
+        f"// ~/.pi/agent/models.json; then: pi --provider localrun --model {at.model}\n{json.dumps(config, indent=2)}\n"
+    )
+
+
+def _qwen(at: Address) -> str:
+    return f"""\
+# in the shell that starts qwen
+export OPENAI_BASE_URL={at.url}/v1
+export OPENAI_API_KEY={at.key}
+export OPENAI_MODEL={at.model}
+qwen --auth-type openai
+"""
+
+
+def _continue(at: Address) -> str:
+    return f"""\
+# ~/.continue/config.yaml
+name: localrun
+version: 1.0.0
+schema: v1
+models:
+  - name: {at.model}
+    provider: openai
+    model: {at.model}
+    apiBase: {at.url}/v1
+    apiKey: {at.key}
+    roles: [chat, edit, apply]
+    capabilities: [tool_use]
+    defaultCompletionOptions:
+      contextLength: {at.n_ctx}
+"""
+
+
+def _zed(at: Address) -> str:
+    config = {
+        "language_models": {
+            "openai_compatible": {
+                "localrun": {
+                    "api_url": f"{at.url}/v1",
+                    "available_models": [
+                        {
+                            "name": at.model,
+                            "max_tokens": at.n_ctx,
+                            "capabilities": {"tools": True, "images": False, "parallel_tool_calls": True},
+                        }
+                    ],
+                }
+            }
+        }
+    }
+    return f"// settings.json; the key goes into LOCALRUN_API_KEY\n{json.dumps(config, indent=2)}\n"
+
+
+CLIENTS: dict[str, Callable[[Address], str]] = {
+    "claude-code": _claude_code,
+    "opencode": _opencode,
+    "codex": _codex,
+    "pi": _pi,
+    "qwen": _qwen,
+    "continue": _continue,
+    "zed": _zed,
+}
+"""Name -> what is to be put where."""

@@ -1,0 +1,127 @@
+"""Who may ask: the key, the names under which the server is reached, the pages that browsers load.
+
+A page in a browser can send requests to this machine, and by DNS rebinding it can even read the answers. So the `Host` header
+must be an address or a known name, and a request with the `Origin` of a page is refused unless that origin was named.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from localrun.server.faults import ApiError
+
+OPEN_PATHS = ("/health", "/")
+"""Asked by things that know no key."""
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        keys: any of them opens; none: everything is open.
+        hosts: names under which the server may be reached, besides addresses and `localhost`.
+        origins: of pages that may ask; `*`: all.
+        refuse: gives the answer for a request that is turned away.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Collection[str],
+        hosts: Iterable[str] = (),
+        origins: Collection[str] = (),
+        refuse: Callable[[Scope, ApiError], Response],
+    ) -> None:
+        self._app, self._refuse = app, refuse
+        self._keys = [key.encode() for key in keys]
+        self._hosts = {"localhost", socket.gethostname().lower(), *(host.lower() for host in hosts)}
+        self._origins = set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        try:
+            self._check_host(headers.get("host"))
+            self._check_origin(origin)
+            if scope["method"] == "OPTIONS" and origin is not None:
+                await self._preflight(origin)(scope, receive, send)
+                return
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers)
+        except ApiError as error:
+            await self._refuse(scope, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, self._with_origin(send, origin))
+
+    def _check_host(self, host: str | None) -> None:
+        name = _host_name(host)
+        if name is None or (name not in self._hosts and not _is_address(name)):
+            raise ApiError("forbidden", f"this server is not known as {host!r:.100}; --allow-host names others")
+
+    def _check_origin(self, origin: str | None) -> None:
+        if origin is None or not origin.startswith(("http://", "https://", "null")):
+            return  # no browser's page: programs, and editors built on a browser
+        if "*" not in self._origins and origin not in self._origins:
+            raise ApiError("forbidden", f"pages from {origin!r:.100} may not ask; --cors-origin names those that may")
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self._keys:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+        # All are compared, each in constant time: the answer's time says nothing about how much was right.
+        fits = [hmac.compare_digest(key, text.encode("utf-8", "replace")) for key in self._keys for text in given]
+        if not any(fits):
+            raise ApiError("unauthorized", "the API key is missing or wrong", code="invalid_api_key")
+
+    def _preflight(self, origin: str) -> Response:
+        headers = {
+            "access-control-allow-origin": origin,
+            "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+            "access-control-allow-headers": "*, authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+            "access-control-max-age": "600",
+            "vary": "origin",
+        }
+        return Response(status_code=204, headers=headers)
+
+    def _with_origin(self, send: Send, origin: str | None) -> Callable[[Message], Awaitable[None]]:
+        if origin is None or not self._origins:
+            return send
+
+        async def with_origin(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["access-control-allow-origin"] = origin
+                headers.add_vary_header("origin")
+            await send(message)
+
+        return with_origin
+
+
+def _host_name(host: str | None) -> str | None:
+    if not host:
+        return None
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True

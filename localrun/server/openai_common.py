@@ -1,0 +1,127 @@
+"""What OpenAI's APIs share: errors, tool choices, response formats, log probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from localrun.engine.options import SamplingOptions
+from localrun.engine.process.protocol import TokenLogprob
+from localrun.server.asks import Defaults, ToolChoice, check_logit_bias
+from localrun.server.faults import ApiError, Kind, invalid, unsupported
+from localrun.server.limits import Limits, check_schema
+
+Json = Any
+
+_TYPES: Mapping[Kind, str] = {
+    "invalid": "invalid_request_error",
+    "context": "invalid_request_error",
+    "too_large": "invalid_request_error",
+    "unauthorized": "authentication_error",
+    "forbidden": "permission_error",
+    "not_found": "invalid_request_error",
+    "overloaded": "rate_limit_error",
+    "unavailable": "server_error",
+    "internal": "server_error",
+}
+
+_CODES: Mapping[Kind, str] = {"unauthorized": "invalid_api_key", "not_found": "not_found"}
+
+
+def error_object(error: ApiError) -> dict[str, Json]:
+    """The object under `error`."""
+    return {
+        "message": error.message,
+        "type": _TYPES[error.kind],
+        "param": error.param,
+        "code": error.code or _CODES.get(error.kind),
+    }
+
+
+class OpenAi:
+    """Errors of OpenAI's APIs."""
+
+    def __init__(self, name: str = "openai") -> None:
+        self.name = name
+
+    def error(self, error: ApiError) -> tuple[int, dict[str, Json]]:
+        return error.status, {"error": error_object(error)}
+
+
+def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -> tuple[ToolChoice, str | None]:
+    """(choice, the tool that must be called). Raises ApiError: an unknown word, or a tool that is not offered."""
+    if value is None or value == "auto":
+        return "auto", None
+    if value in ("none", "required"):
+        if value == "required" and not names:
+            raise invalid(param, "'required' without tools")
+        return value, None
+    if not isinstance(value, Mapping):
+        raise invalid(param, f"{value!r:.40} is none of none, auto, required", code="invalid_value")
+    kind = value.get("type")
+    if kind == "allowed_tools":
+        inner = value.get("allowed_tools", value)
+        mode = inner.get("mode") if isinstance(inner, Mapping) else None
+        return ("required" if mode == "required" else "auto"), None
+    if kind not in ("function", "custom"):
+        raise unsupported(f"{param}.type", f"tools of type {kind!r:.40} can't be called here")
+    inner = value.get(kind)
+    name = inner.get("name") if isinstance(inner, Mapping) else value.get("name")
+    if name not in names:
+        raise invalid(f"{param}.name", f"{name!r:.60} is not among the tools")
+    return "required", name
+
+
+def response_schema(value: Json, param: str, limits: Limits) -> tuple[Mapping[str, Json] | None, bool]:
+    """(schema that the answer must follow, whether the model is shown it) of a response format. Raises ApiError."""
+    if value is None:
+        return None, False
+    if not isinstance(value, Mapping):
+        raise invalid(param, "must be an object", code="invalid_type")
+    kind = value.get("type")
+    if kind in (None, "text"):
+        return None, False
+    if kind == "json_object":
+        return {"type": "object"}, False
+    if kind == "json_schema":
+        where = f"{param}.json_schema" if "json_schema" in value else param
+        inner = value.get("json_schema", value)
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+        if schema is None:
+            raise invalid(f"{where}.schema", "is missing", code="missing_required_parameter")
+        return check_schema(schema, f"{where}.schema", limits, len(msgspec.json.encode(schema))), True
+    raise unsupported(f"{param}.type", f"{kind!r:.40} is none of text, json_object, json_schema")
+
+
+def logprob(token: TokenLogprob, *, alternatives: bool = True) -> dict[str, Json]:
+    """One token's log probability, with the alternatives."""
+    shown: dict[str, Json] = {
+        "token": bytes(token.data).decode("utf-8", "replace"),
+        "logprob": max(token.logprob, -9999.0),
+        "bytes": list(token.data),
+    }
+    if alternatives:
+        shown["top_logprobs"] = [logprob(other, alternatives=False) for other in token.top]
+    return shown
+
+
+def sampling(request: Any, defaults: Defaults) -> SamplingOptions:
+    """Sampling options of a Chat or Completions request, over the user's own."""
+    repeat = request.repetition_penalty if request.repetition_penalty is not None else request.repeat_penalty
+    values = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": None if request.top_k is None else max(0, request.top_k),  # -1 is "all" elsewhere
+        "min_p": request.min_p,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repeat_penalty": repeat,
+        "logit_bias": check_logit_bias(request.logit_bias, "logit_bias") or None,
+        "seed": None if request.seed is None else request.seed % (2**32 - 1),
+    }
+    return dataclasses.replace(
+        defaults.sampling, **{name: value for name, value in values.items() if value is not None}
+    )

@@ -1,0 +1,124 @@
+"""What all endpoints share: the engine behind its queue, the defaults, the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import Finished
+from localrun.errors import EngineDiedError
+from localrun.server.asks import Ask, Defaults
+from localrun.server.dispatch import Dispatcher, Job
+from localrun.server.engine import EngineLike
+from localrun.server.faults import ApiError, from_engine, prompt_too_long
+from localrun.server.metrics import Metrics
+from localrun.server.signatures import Signer
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 2.0
+"""Between two signs of life. Clients give up after 120 s at the earliest; people look at progress."""
+
+FIRST_KEEP_ALIVE_S = 0.5
+"""Until the first one: an answer that comes sooner needs none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerLine:
+    """What the log says about a request that is over. Nothing of its content."""
+
+    api: str
+    client: str
+    outcome: str
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    waited_s: float = 0.0
+    total_s: float = 0.0
+    decode_tokens_per_s: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """The server without HTTP. Used from the event loop's thread.
+
+    Attributes:
+        created: when the server was started, for `created` fields that need a time (seconds since 1970).
+        prompts_log: called with every request's API and body if the user asked for that.
+        on_answer: called when a request is over.
+    """
+
+    engine: EngineLike
+    dispatcher: Dispatcher
+    defaults: Defaults
+    metrics: Metrics
+    signer: Signer
+    keep_alive_s: float = KEEP_ALIVE_S
+    first_keep_alive_s: float = FIRST_KEEP_ALIVE_S
+    created: int = field(default_factory=lambda: int(time.time()))
+    prompts_log: Callable[[str, object], None] | None = None
+    on_answer: Callable[[AnswerLine], None] | None = None
+
+    async def count(self, ask: Ask) -> int | None:
+        """Tokens of the prompt; None while there is no engine to ask: it is started by the request itself.
+
+        Raises:
+            ApiError: the prompt can't be made, or leaves no room for an answer.
+        """
+        if self.engine.facts is None:
+            return None
+        try:
+            command = ask.count_command()
+            n_tokens = len(ask.tokens or ()) if command is None else await asyncio.to_thread(self.engine.count, command)
+        except (EngineDiedError, TimeoutError):
+            return None
+        except Exception as error:
+            raise from_engine(error) from error
+        if n_tokens >= self.defaults.n_ctx:
+            raise prompt_too_long(n_tokens, self.defaults.n_ctx)
+        return n_tokens
+
+    def submit(self, ask: Ask, n_prompt: int | None, client: str) -> Job:
+        """Puts a request into the queue. Raises ApiError: it is full."""
+        room = None if n_prompt is None else self.defaults.n_ctx - n_prompt
+        job = Job(ask.commands(room), client, asyncio.get_running_loop())
+        self.dispatcher.submit(job)
+        return job
+
+    def waiting(self, job: Job, event: GenerateEvent | None) -> dict[str, object]:
+        """What a waiting client is told: the extension field `localrun`."""
+        if job.started is None:
+            return {"state": "queued", "requests_ahead": self.dispatcher.place(job)}
+        if event is None:
+            return {"state": "started"}
+        done, total = getattr(event, "done", None), getattr(event, "total", None)
+        if done is not None:
+            reused = getattr(event, "reused", 0)
+            return {"state": "prompt", "prompt_done": done, "prompt_tokens": total, "prompt_cached": reused}
+        progress = getattr(event, "progress", None)
+        return {"state": "loading", "progress": progress} if progress is not None else {"state": "answering"}
+
+    def over(self, api: str, job: Job, finished: list[Finished], error: ApiError | None, *, left: bool) -> None:
+        """Counts and logs a request that is over."""
+        outcome = "left" if left else "ok" if error is None else error.kind
+        now = time.monotonic()
+        first = finished[0].timings if finished else None
+        line = AnswerLine(
+            api=api,
+            client=job.client,
+            outcome=outcome,
+            prompt_tokens=first.prompt_tokens if first else 0,
+            cached_tokens=first.reused_tokens if first else 0,
+            new_tokens=sum(f.timings.new_tokens for f in finished),
+            waited_s=(job.started or now) - job.submitted,
+            total_s=now - job.submitted,
+            decode_tokens_per_s=first.decode_tokens_per_s if first else None,
+        )
+        self.metrics.answered(line.api, line.outcome, line.prompt_tokens, line.cached_tokens, line.new_tokens)
+        self.metrics.waited(line.waited_s)
+        if self.on_answer is not None:
+            self.on_answer(line)

@@ -10,8 +10,8 @@ import re
 import threading
 import time
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localrun import config
 from localrun.commands import common
@@ -24,7 +24,9 @@ from localrun.server.asks import Defaults
 from localrun.server.client_config import CLIENTS, Address
 from localrun.server.dispatch import Dispatcher
 from localrun.server.limits import Limits
-from localrun.server.service import AnswerLine
+
+if TYPE_CHECKING:  # prometheus_client, which --help does not need
+    from localrun.server.service import AnswerLine
 
 EXAMPLES = """\
 examples:
@@ -43,9 +45,7 @@ RECENT = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun serve`."""
     parser.epilog = EXAMPLES
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a converted directory, a GGUF or an official checkpoint"
-    )
+    common.add_model_argument(parser)
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (127.0.0.1)")
     group.add_argument("--port", type=int, default=8080, metavar="N", help="port (8080); 0: one that is free")
@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[_Notes(out)], force=True)
     from localrun.server.web import listen
 
+    options = common.engine_options(settings)
+    named = common.named_path(args, settings)
     sock = listen(args.host, args.port, limits)  # before the model: a port that is taken is known at once
     with sock, common.engine_process(args, out) as engine:
-        path = common.model_path(settings, out)
-        facts = common.load(engine, path, common.engine_options(settings), out)
+        facts = common.load(engine, named or common.demo_model(out), options, out)
         _serve(args, settings, engine, facts, limits, keys, sock, out)
     return 0
 
@@ -116,10 +117,11 @@ def _serve(  # the pieces meet here
     assert isinstance(sock, socket.socket)
     defaults = Defaults(
         model=args.model_name or model_name(facts.name),
-        think=settings.sampling.think,
+        think=settings["think"],
         think_modes=facts.think_modes,
         n_ctx=facts.n_ctx,
-        sampling=common.sampling_options(settings, args.seed),
+        sampling=common.sampling_options(settings),
+        max_tokens=settings["max_tokens"],
         limits=limits,
     )
     dispatcher = Dispatcher(engine, most_waiting=limits.queue)
@@ -261,6 +263,6 @@ def _is_loopback(host: str) -> bool:
 
 def _configuration(args: argparse.Namespace, settings: config.Settings, keys: list[str]) -> str:
     """For the client that was named; without loading the model, whose name is its folder's unless one is given."""
-    name = args.model_name or (model_name(Path(settings.engine.model).name) if settings.engine.model else "localrun")
-    at = Address(args.host, args.port, name, keys[0] if keys else "any", settings.engine.context or 32768)
-    return CLIENTS[args.print_config](replace(at))
+    name = args.model_name or (model_name(Path(settings["model"]).name) if settings["model"] else "localrun")
+    at = Address(args.host, args.port, name, keys[0] if keys else "any", settings["context"] or 32768)
+    return CLIENTS[args.print_config](at)

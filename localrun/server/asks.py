@@ -132,6 +132,7 @@ class Defaults:
         think: mode of thinking where the API leaves it open.
         think_modes: what the model can do, least first.
         n_ctx: tokens that prompt and answer have together.
+        max_tokens: bound of answers that the request does not bound.
     """
 
     model: str
@@ -140,6 +141,7 @@ class Defaults:
     n_ctx: int
     sampling: SamplingOptions
     limits: Limits
+    max_tokens: int | None = None
 
 
 # --- thinking -------------------------------------------------------------------------------------------------------

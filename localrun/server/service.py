@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Finished
@@ -85,6 +85,8 @@ class Service:
     def submit(self, ask: Ask, n_prompt: int | None, client: str) -> Job:
         """Puts a request into the queue. Raises ApiError: it is full."""
         room = None if n_prompt is None else self.defaults.n_ctx - n_prompt
+        if ask.max_tokens is None:
+            ask = replace(ask, max_tokens=self.defaults.max_tokens)
         job = Job(ask.commands(room), client, asyncio.get_running_loop())
         self.dispatcher.submit(job)
         return job

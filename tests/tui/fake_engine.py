@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from localrun.engine.facts import ModelFacts, Timings
+from localrun.engine.facts import FinishReason, ModelFacts, Timings
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import GenerateEvent, LoadEvent
 from localrun.engine.process.protocol import (
     Delta,
     Finished,
-    FinishReason,
     Generate,
     Loading,
     PromptProgress,

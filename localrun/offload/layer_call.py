@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from localrun.errors import BudgetError
-from localrun.offload.cache.policy import TAIL_TOKENS
-from localrun.offload.cache.slots import Slot, SlotState
+from localrun.offload.cache.slots import TAIL_TOKENS, Slot, SlotState
 from localrun.offload.cache.store import Ticket
 from localrun.offload.device.routing import Routing, route
 from localrun.offload.device.view import I32

@@ -20,7 +20,7 @@ from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.source import ModelSource
 
 PINNED_SHARE = 0.05
-"""Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulate_cache.py compares shares."""
+"""Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulator compares shares."""
 
 PROFILE_MIN_TOKENS = 2000
 """Fewer tokens say too little about what is hot to keep anything because of them."""

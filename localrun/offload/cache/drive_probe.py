@@ -31,7 +31,6 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES
 from localrun.atomic import replacing
 from localrun.kernel_cache import cached_jit
-from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)

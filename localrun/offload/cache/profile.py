@@ -28,8 +28,6 @@ import xxhash
 from localrun.atomic import replacing
 from localrun.errors import FormatError
 from localrun.kernel_cache import cached_jit
-from localrun.offload.cache.policy import Key
-from localrun.offload.kernels import compiled  # sets where compiled code is kept  # noqa: F401
 from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -38,6 +36,9 @@ I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+
+Key = tuple[int, int]
+"""(layer, expert)."""
 
 HALF_LIFE_TOKENS: Final = 20_000
 """Tokens after which a use counts half: a long working session or two."""

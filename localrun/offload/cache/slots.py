@@ -24,6 +24,11 @@ from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.units import format_size
 
+TAIL_TOKENS = 16
+"""A long batch (a prompt) touches nearly every expert of every layer, and the last layers' would be all that recency keeps. With
+policies that go by recency alone it is better to count only what the batch's last tokens used as used: simulated on prompts of 256
+tokens with answers of 144, LRU at 30 % resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
+
 
 class Arena:
     """One anonymous mapping of fixed size; ranges of it by first fit, free neighbours merged.

@@ -23,7 +23,7 @@ from localrun.alignment import align_up
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.cache.policy import TAIL_TOKENS
+from localrun.offload.cache.slots import TAIL_TOKENS
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT

@@ -9,7 +9,7 @@ The device is registered once per process and never goes away (ggml can't unregi
 *owners*, one per loaded model, found through the buffer that a weight lies in. This module knows how ggml calls us; what an
 expert is and where its bytes are is the owner's business.
 
-ggml calls `graph_compute` on the thread that called `llama_decode`; that is a compiled function (`native.py`), which comes to
+ggml calls `graph_compute` on the thread that called `llama_decode`; that is a compiled function (`compiled.py`), which comes to
 Python only for what it can't do. Exceptions must not reach C (ctypes would print and swallow them): they are handed to the owner
 and ggml gets a failure status, so that `llama_decode` returns an error.
 """

@@ -2,8 +2,8 @@
 
 A bank is the slots of one layer in one format: three stacked tensors, as llama.cpp's own expert tensors are, with slots in the
 place of experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started without waiting, so that the CPU computes its
-share meanwhile. Which expert is in which slot is `gpu_tier.py`'s business. Calls of few tokens use the same graphs without coming
-here, see `gpu_native.py`.
+share meanwhile. Which expert is in which slot is `tier.py`'s business. Calls of few tokens use the same graphs without coming
+here, see `device/compiled_gpu.py`.
 
 Everything that is allocated counts towards the budget: slots and the buffer of intermediate results.
 """

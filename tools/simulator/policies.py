@@ -1,4 +1,4 @@
-"""Which expert leaves RAM next: replacement policies behind one small interface, used by the slot table and the simulator.
+"""Which expert leaves RAM next: replacement policies behind one small interface, to be compared with the engine's slot table.
 
 A policy orders the keys that are resident; it knows nothing of bytes, slots, files or threads. Its owner tells it every change:
 
@@ -10,7 +10,7 @@ resident for the policy. All operations take constant time, except that `victim`
 experts), LFU's halving is amortised, and Belady's heap costs a logarithm.
 
 Published traces (ds4, colibri, OLMoE, V4.1): recency beats static lists, LFU, 2Q and LRU-2 gain nothing at 30-50 % resident,
-S3-FIFO sometimes. Hence LRU, or LRU with a small profiled set, in the engine; the rest for `tools/simulate_cache.py`.
+S3-FIFO sometimes. Hence LRU, or LRU with a small profiled set, in the engine.
 """
 
 from __future__ import annotations
@@ -20,16 +20,10 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
-Key = tuple[int, int]
-"""(layer, expert)."""
+from localrun.offload.cache.profile import Key
 
 Evictable = Callable[[Key], bool]
 """False for keys that must stay: needed by the running call, or still being read."""
-
-TAIL_TOKENS = 16
-"""A long batch (a prompt) touches nearly every expert of every layer, and the last layers' would be all that recency keeps. With
-policies that go by recency alone it is better to count only what the batch's last tokens used as used: simulated on prompts of 256
-tokens with answers of 144, LRU at 30 % resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
 
 
 class Policy(Protocol):
@@ -42,7 +36,7 @@ class Policy(Protocol):
         """A key that was not resident became so.
 
         Args:
-            cold: it was needed once and is no likelier than others to be needed again (see `TAIL_TOKENS`). Policies that tell
+            cold: it was needed once and is no likelier than others to be needed again (see `slots.TAIL_TOKENS`). Policies that tell
                 newcomers from regulars by themselves take no notice.
         """
 

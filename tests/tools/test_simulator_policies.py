@@ -12,19 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localrun.offload.cache.policy import POLICIES, Belady, Key, Lfu, Lru, PinnedLru, Policy, S3Fifo
+from localrun.offload.cache.profile import Key
 from localrun.offload.cache.trace import Call, Trace, TraceHeader
-from tools import simulate_cache as sim
+from tools.simulator import cache as sim
+from tools.simulator.policies import POLICIES, Belady, Lfu, Lru, PinnedLru, Policy, S3Fifo
+from tools.simulator.replay import Step, replay, steps_of
+from tools.simulator.traces import Workload, synthetic_calls
 
 MAKERS: dict[str, Callable[[], Policy]] = {**POLICIES, "lru+pin of 5": lambda: PinnedLru((0, e) for e in range(5))}
 ALWAYS = lambda key: True  # noqa: E731
 
 
-def steps(*experts: int) -> list[sim.Step]:
-    return [sim.Step(((0, expert),), 1) for expert in experts]
+def steps(*experts: int) -> list[Step]:
+    return [Step(((0, expert),), 1) for expert in experts]
 
 
-def zipf(n: int, seed: int, n_experts: int = 40) -> list[sim.Step]:
+def zipf(n: int, seed: int, n_experts: int = 40) -> list[Step]:
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, n_experts + 1)
     return steps(*rng.choice(n_experts, n, p=weights / weights.sum()).tolist())
@@ -71,21 +74,21 @@ def test_lru_equals_a_plain_recency_list() -> None:
         order.move_to_end(key)
         if len(order) > 10:
             order.popitem(last=False)
-    assert sim.replay(trace, Lru(), 10).hits == hits
+    assert replay(trace, Lru(), 10).hits == hits
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_beats_belady(seed: int) -> None:
     trace = zipf(2000, seed)
-    bound = sim.replay(trace, Belady((t, key) for t, step in enumerate(trace) for key in step.keys), 8).hits
-    assert bound > max(sim.replay(trace, make(), 8).hits for make in MAKERS.values())
+    bound = replay(trace, Belady((t, key) for t, step in enumerate(trace) for key in step.keys), 8).hits
+    assert bound > max(replay(trace, make(), 8).hits for make in MAKERS.values())
 
 
 def test_belady_on_the_textbook_sequence() -> None:
     # Silberschatz, Operating System Concepts: 20 references, 3 frames, 9 faults at the optimum, 12 for LRU.
     trace = steps(7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1)
-    assert sim.replay(trace, Belady((t, step.keys[0]) for t, step in enumerate(trace)), 3).misses == 9
-    assert sim.replay(trace, Lru(), 3).misses == 12
+    assert replay(trace, Belady((t, step.keys[0]) for t, step in enumerate(trace)), 3).misses == 9
+    assert replay(trace, Lru(), 3).misses == 12
 
 
 def test_pinned_experts_stay_through_a_scan_and_go_as_a_last_resort() -> None:
@@ -107,24 +110,24 @@ def test_pinning_others_later_keeps_everything_resident() -> None:
 def test_s3fifo_keeps_what_is_used_again_through_a_long_scan() -> None:
     hot = list(range(5))
     trace = steps(*[e for e in hot for _ in range(3)], *range(100, 160), *hot)
-    assert sim.replay(trace, S3Fifo(), 20).hits - sim.replay(trace, Lru(), 20).hits == 5
+    assert replay(trace, S3Fifo(), 20).hits - replay(trace, Lru(), 20).hits == 5
 
 
 def test_lfu_keeps_the_frequent_and_forgets_the_formerly_frequent() -> None:
     old, new = steps(*[1, 2, 3] * 40), steps(*[4, 5, 6] * 400)
     scan = steps(*range(10, 16))
-    assert sim.replay(old + scan + steps(1, 2, 3), Lfu(), 4).misses == 3 + 6
+    assert replay(old + scan + steps(1, 2, 3), Lfu(), 4).misses == 3 + 6
     policy = Lfu(halve_after=2)
-    sim.replay(old + new, policy, 4)
+    replay(old + new, policy, 4)
     first, *rest = [policy.victim(ALWAYS) for _ in range(4)]
     assert first in {(0, 1), (0, 2), (0, 3)}
     assert set(rest) == {(0, 4), (0, 5), (0, 6)}
 
 
 def test_batch_that_does_not_fit_goes_through_in_waves() -> None:
-    call = sim.Step(tuple((0, e) for e in range(10)), 64)
+    call = Step(tuple((0, e) for e in range(10)), 64)
     for make in MAKERS.values():
-        outcome = sim.replay([call, call], make(), 4)
+        outcome = replay([call, call], make(), 4)
         assert outcome.misses <= 20
         assert outcome.n_tokens == 128
 
@@ -142,8 +145,8 @@ def test_cold_newcomers_go_before_everything_that_was_used() -> None:
 def test_prompt_does_not_displace_what_answers_use_when_only_its_tail_counts() -> None:
     answer = [Call(0, np.array([[e % 8]], np.int32)) for e in range(80)]
     prompt = Call(0, np.array([[10 + e] for e in range(50)] + [[e % 8] for e in range(16)], np.int32))
-    played = sim.steps_of([*answer, prompt, *answer[:8]])
-    outcomes = [sim.replay(played, Lru(), 12, warm_up=81, tail=tail) for tail in (False, True)]
+    played = steps_of([*answer, prompt, *answer[:8]])
+    outcomes = [replay(played, Lru(), 12, warm_up=81, tail=tail) for tail in (False, True)]
     assert [outcome.misses for outcome in outcomes] == [8, 0]
 
 
@@ -151,7 +154,7 @@ def test_prompt_does_not_displace_what_answers_use_when_only_its_tail_counts() -
 
 
 def test_synthetic_flash_has_the_published_hit_rates() -> None:
-    calls = sim.synthetic_calls(sim.Workload(2, 256, 6, 900), seed=1)
+    calls = synthetic_calls(Workload(2, 256, 6, 900), seed=1)
     header = TraceHeader("x", {0: (256, 6), 1: (256, 6)}, 0.0)
     rows = sim.study(calls, header, [sim.LRU_PER_LAYER], [0.10, 0.15, 0.25, 0.30], warm_up=0.3)
     np.testing.assert_allclose([row.hit_rate for row in rows], [0.58, 0.68, 0.77, 0.80], atol=0.025)
@@ -167,7 +170,7 @@ def test_profile_learned_in_the_warm_up_helps_its_pinned_set() -> None:
 
 
 def test_engines_own_slot_table_hits_what_the_simulated_lru_hits() -> None:
-    calls = sim.synthetic_calls(sim.Workload(3, 32, 4, n_tokens=200, topic_tokens=100, prompt_tokens=40), seed=2)
+    calls = synthetic_calls(Workload(3, 32, 4, n_tokens=200, topic_tokens=100, prompt_tokens=40), seed=2)
     header = TraceHeader("x", dict.fromkeys(range(3), (32, 4)), 0.0)
     table, lru = sim.study(calls, header, [sim.ENGINE, "lru"], [0.3], warm_up=0.2)
     assert table.hit_rate == pytest.approx(lru.hit_rate, abs=0.02)  # order within a call differs
@@ -175,8 +178,8 @@ def test_engines_own_slot_table_hits_what_the_simulated_lru_hits() -> None:
 
 
 def test_prompts_and_topics_make_batches_of_the_right_size() -> None:
-    work = sim.Workload(2, 16, 2, n_tokens=100, topic_tokens=50, prompt_tokens=30, chunk=20)
-    calls = sim.synthetic_calls(work, seed=0)
+    work = Workload(2, 16, 2, n_tokens=100, topic_tokens=50, prompt_tokens=30, chunk=20)
+    calls = synthetic_calls(work, seed=0)
     assert [len(call.ids) for call in calls if call.layer == 0] == [20, 10, *[1] * 20] * 2
     assert all(len(set(row)) == 2 for call in calls for row in call.ids.tolist())
 

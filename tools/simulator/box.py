@@ -1,8 +1,8 @@
 """Tokens per second of boxes that nobody here has: routing traces through the engine's cache code, time from modelled resources.
 
-    python -m tools.simulate_box --model flash --tokens 800 --prompt-tokens 256
-    python -m tools.simulate_box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"
-    python -m tools.simulate_box --model slice.lr --trace run.trace --ram 3GiB --disk-gbps 1.7 --memory-gbps 25 --threads 2
+    python -m tools.simulator.box --model flash --tokens 800 --prompt-tokens 256
+    python -m tools.simulator.box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"
+    python -m tools.simulator.box --model slice.lr --trace run.trace --ram 3GiB --disk-gbps 1.7 --memory-gbps 25 --threads 2
 
 Every layer call of the trace goes through `localrun.offload.cache.slots` with as many slots as the planner finds room for, at
 the model's full number of experts. A call then takes what its parts take: reads of what was missing run while the experts that
@@ -31,10 +31,11 @@ from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import slowest
 from localrun.errors import BudgetError, LocalrunError
-from localrun.offload.cache.policy import Key
+from localrun.offload.cache.profile import Key
 from localrun.offload.cache.trace import Call, Trace, TraceHeader
 from localrun.units import parse_size
-from tools.simulate_cache import Step, Workload, engine_misses, learn, steps_of, synthetic_calls
+from tools.simulator.replay import Step, engine_misses, learn, steps_of
+from tools.simulator.traces import Workload, synthetic_calls
 
 READ_START_S = 0.2e-3
 """Until the first piece of a miss has arrived."""

@@ -12,8 +12,9 @@ from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, sizes_of
 from localrun.offload.cache.trace import TraceHeader
 from tools import plan_table
-from tools.simulate_box import simulate
-from tools.simulate_cache import Workload, replay_engine, steps_of, synthetic_calls
+from tools.simulator.box import simulate
+from tools.simulator.replay import replay_engine, steps_of
+from tools.simulator.traces import Workload, synthetic_calls
 
 GIB = 1 << 30
 LAYERS = 3

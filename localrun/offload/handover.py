@@ -52,7 +52,6 @@ class Handover:
             layer: LayerRecord(
                 moe.n_experts,
                 table.resident[layer],
-                table.variants[layer],
                 table.stamps[layer],
                 table.uses[layer],
                 table.tick,

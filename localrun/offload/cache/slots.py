@@ -129,6 +129,9 @@ class Slot:
     ready_stamp: int = -1
 
 
+VARIANT_MASK = PAGE_BYTES - 1
+"""Of a word of `SlotTable.resident`: slots begin at pages, so the lower bits of an address are free for the variant."""
+
 ABSENT = 1 << 62
 """Recency of an expert that is not in RAM or not yet READY: never the smallest."""
 _PINNED = 1 << 61
@@ -143,7 +146,8 @@ class SlotTable:
     """Which experts are in RAM.
 
     Attributes, all (n_layers, n_experts) and shared with compiled code:
-        resident: address of the READY slot, 0 if there is none.
+        resident: address of the READY slot plus its variant (`VARIANT_MASK`), 0 if there is none. One word, because compiled code
+            reads it without a lock: two stores may arrive in another order on processors other than x86.
         variants: which of the layer's types the READY slot is in.
         stamps: value of `tick` at the last use; `ABSENT` if not READY.
         uses: (token, expert) pairs served since the model was opened, for the routing profile.
@@ -273,7 +277,7 @@ class SlotTable:
         slot.ready_stamp = int(self.tick[0])
         self.stamps[slot.layer, slot.expert] = slot.ready_stamp
         self.variants[slot.layer, slot.expert] = slot.variant
-        self.resident[slot.layer, slot.expert] = slot.address  # last: compiled code may use it from now on
+        self.resident[slot.layer, slot.expert] = _word(slot)  # last: compiled code may use it from now on
 
     def pin(self, slot: Slot) -> None:
         """Keeps the slot until as many `unpin`s."""
@@ -388,7 +392,7 @@ class SlotTable:
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "slots overlap"
         assert all(self.arena.address <= a and b <= self.arena.address + self.arena.size_bytes for a, b in ranges)
         assert sum(b - a for a, b in ranges) + self.arena.free_bytes == self.arena.size_bytes, "bytes lost"
-        ready = {(s.layer, s.expert): s.address for s in self._slots.values() if s.state is SlotState.READY}
+        ready = {(s.layer, s.expert): _word(s) for s in self._slots.values() if s.state is SlotState.READY}
         assert ready == {
             (int(a), int(b)): int(self.resident[a, b]) for a, b in zip(*self.resident.nonzero(), strict=True)
         }
@@ -403,3 +407,9 @@ class SlotTable:
         self._addresses.clear()
         self.resident[:] = 0
         self.arena.close()
+
+
+def _word(slot: Slot) -> int:
+    assert slot.address & VARIANT_MASK == 0
+    assert slot.variant <= VARIANT_MASK
+    return slot.address + slot.variant

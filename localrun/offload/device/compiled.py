@@ -23,7 +23,7 @@ from localrun.alignment import align_up
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.cache.slots import TAIL_TOKENS
+from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT
@@ -201,7 +201,7 @@ def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: 
 def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
     """Groups the counted pairs of experts in RAM by expert, experts by variant, into the process's arrays; the number of distinct
     experts. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
-    n_experts, resident, variants = get(layer, LAYER.n_experts), get(layer, LAYER.resident), get(layer, LAYER.variants)
+    n_experts, resident = get(layer, LAYER.n_experts), get(layer, LAYER.resident)
     counts, places, gpu = get(process, PROCESS.counts), get(process, PROCESS.places), get(layer, LAYER.gpu)
     starts, slots, bounds = get(process, PROCESS.starts), get(process, PROCESS.slots), get(process, PROCESS.bounds)
     n_distinct, at, n_variants = 0, 0, get(layer, LAYER.n_calls)
@@ -212,9 +212,12 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
         store_i32(bounds + v * 4, n_distinct)
         for e in range(n_experts):
             n = load_i32(counts + e * 4)
-            if n > 0 and (n_variants == 1 or load_i32(variants + e * 4) == v) and not gpu_native.is_on_gpu(gpu, e):
+            if n == 0 or gpu_native.is_on_gpu(gpu, e):
+                continue
+            word = load_i64(resident + e * 8)
+            if word & VARIANT_MASK == v:
                 store_i32(places + e * 4, at)  # where the expert's next pair goes
-                store_i64(slots + n_distinct * 8, load_i64(resident + e * 8))
+                store_i64(slots + n_distinct * 8, word - v)
                 store_i32(starts + n_distinct * 4, at)
                 store_i64(uses + e * 8, load_i64(uses + e * 8) + n)
                 n_distinct += 1
@@ -422,7 +425,6 @@ class LayerRecord:
         self,
         n_experts: int,
         resident: npt.NDArray[np.uint64],
-        variants: npt.NDArray[np.int32],
         stamps: npt.NDArray[np.int64],
         uses: npt.NDArray[np.int64],
         tick: npt.NDArray[np.int64],
@@ -434,11 +436,10 @@ class LayerRecord:
         self._calls = np.concatenate(
             [VARIANT.make(call=c.address, jobs_bytes=c.jobs_bytes, tasks_bytes=c.tasks_bytes) for c in calls]
         )
-        self._keep = (resident, variants, stamps, uses, tick, telemetry, compiled_below, calls)
+        self._keep = (resident, stamps, uses, tick, telemetry, compiled_below, calls)
         self.fields = LAYER.make(
             n_experts=n_experts,
             resident=resident.ctypes.data,
-            variants=variants.ctypes.data,
             stamps=stamps.ctypes.data,
             uses=uses.ctypes.data,
             tick=tick.ctypes.data,

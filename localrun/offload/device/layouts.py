@@ -1,7 +1,7 @@
 """The records of the compiled path: what the device's C callback finds from a tensor and from its own context.
 
 Written by the decoding thread between two decodes or while Python has the call, except where a field says otherwise. Read-ahead may
-add residents meanwhile: one aligned store of an address, after the bytes.
+add residents meanwhile: one aligned store of address and variant, after the bytes.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ class _Layer(Layout):
     n_experts: int
     """Experts that the router may choose."""
     resident: int
-    """Address of (E,) uint64: the slot of an expert in RAM, or 0; read-ahead may write it while the layer runs."""
-    variants: int
-    """Address of (E,) int32: which kernel."""
+    """Address of (E,) uint64: address plus variant of an expert's slot in RAM (`SlotTable.resident`), or 0; read-ahead may write it
+    while the layer runs."""
     stamps: int
     """Address of (E,) int64: `tick` of the last use; compiled code writes."""
     uses: int

@@ -102,6 +102,7 @@ def test_upgrade_replaces_the_smaller_copy_or_leaves_it() -> None:
     table.end_upgrade(new, complete=True)
     assert table.peek(0, 1) is new
     assert table.variants[0, 1] == 1
+    assert table.resident[0, 1] == new.address + 1, "address and variant change in one store"
     again = table.begin_upgrade(new, PAGE, 2)
     assert again is not None
     table.end_upgrade(again, complete=False)

@@ -1,15 +1,49 @@
-"""No test reads or writes the user's folders; compiled kernels are shared, because compiling them takes a minute."""
+"""No test reads or writes the user's folders; compiled kernels are shared, because compiling them takes a minute.
+
+`LOCALRUN_KERNELS=avx2 make test` runs all tests as on a processor of that level: numba's compiler then uses nothing newer either.
+(llama.cpp is as it was built.) Tests of numerics run at every level that there is in any case: fixture `kernel_level`.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
+import pytest
+
 from localrun.paths import kernel_dir
 
+_AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt,+sse3,+ssse3,+sse4.1,+sse4.2"
+_PROCESSORS = {
+    "generic": ("x86-64", "+sse2"),
+    "avx2": ("haswell", _AVX2),
+    "avx-vnni": ("haswell", f"{_AVX2},+avxvnni"),
+    "avx512": ("skylake-avx512", f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"),
+}
+"""Level -> LLVM's name of a processor that has it and no more, and its features. The best level: this machine's own."""
+
+if os.environ.get("LOCALRUN_KERNELS") in _PROCESSORS:  # read by numba when it is imported
+    _name, _features = _PROCESSORS[os.environ["LOCALRUN_KERNELS"]]
+    os.environ.setdefault("NUMBA_CPU_NAME", _name)
+    os.environ.setdefault("NUMBA_CPU_FEATURES", _features)
 os.environ.setdefault("LOCALRUN_KERNEL_DIR", str(kernel_dir()))
 _folder = tempfile.TemporaryDirectory(prefix="localrun-tests-")
 for _name in ("CACHE", "DATA", "CONFIG"):
     os.environ[f"LOCALRUN_{_name}_DIR"] = os.path.join(_folder.name, _name.lower())
 # Spinning threads starve each other when cores are shared; read by libgomp when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take `kernel_level` run once per level that this processor has."""
+    if "kernel_level" in metafunc.fixturenames:
+        from localrun.offload.kernels.cpu import levels
+
+        metafunc.parametrize("kernel_level", [level.value for level in levels()], indirect=True)
+
+
+@pytest.fixture
+def kernel_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernels that are made during the test are of this level."""
+    monkeypatch.setenv("LOCALRUN_KERNELS", request.param)
+    return str(request.param)

@@ -218,6 +218,8 @@ def check_processor() -> Check:
         return Check("processor", "ok", f"{kind}, generic kernels")
     if {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} <= flags:
         return Check("processor", "ok", f"{kind}, AVX-512 VNNI")
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        return Check("processor", "ok", f"{kind}, AVX-512")
     if "avx2" in flags:
         return Check("processor", "ok", f"{kind}, AVX2")
     return Check("processor", "warn", f"{kind}, no AVX2: answers will be slow")

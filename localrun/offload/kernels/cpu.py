@@ -1,16 +1,16 @@
 """Which kernels this processor can run.
 
-`LOCALRUN_KERNELS` forces a level: `generic` (no processor-specific instructions), `avx2`, `avxvnni` (AVX2 with VNNI) or `avx512`
-(with VNNI). Asking for more than the processor has is an error.
+Levels, each with what it needs: `generic` (nothing: plain vector code), `avx2` (with FMA and F16C), `avx-vnni` (AVX2 with 256-bit
+VNNI), `avx512` (F, BW, VL, DQ) and `avx512-vnni`. The best one that the processor has is used; `LOCALRUN_KERNELS` names another.
+The level is part of what compiled code is cached under, so that levels can be used in turn.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from enum import Enum
 
-import llvmlite.binding
+from numba.core import codegen, config
 
 from localrun.errors import UsageError
 
@@ -20,22 +20,32 @@ class Level(Enum):
 
     GENERIC = "generic"
     AVX2 = "avx2"
-    AVX_VNNI = "avxvnni"
+    AVX_VNNI = "avx-vnni"
     AVX512 = "avx512"
+    AVX512_VNNI = "avx512-vnni"
 
 
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _NEEDS = {
-    Level.GENERIC: set[str](),
-    Level.AVX2: {"avx2", "fma", "f16c"},
-    Level.AVX_VNNI: {"avx2", "fma", "f16c", "avxvnni"},
-    Level.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"},
+    Level.GENERIC: frozenset[str](),
+    Level.AVX2: _AVX2,
+    Level.AVX_VNNI: _AVX2 | {"avxvnni"},
+    Level.AVX512: _AVX512,
+    Level.AVX512_VNNI: _AVX512 | {"avx512vnni"},
 }
 
 
-@functools.cache
 def features() -> frozenset[str]:
-    """LLVM's names of what the processor has."""
-    return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
+    """LLVM's names of what code may use: all that the processor has, or what `NUMBA_CPU_FEATURES` leaves of it."""
+    chosen = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
+
+
+def levels() -> list[Level]:
+    """What can run here, best last."""
+    present = features()
+    return [level for level in Level if present >= _NEEDS[level]]
 
 
 def level() -> Level:
@@ -44,15 +54,19 @@ def level() -> Level:
     Raises:
         UsageError: `LOCALRUN_KERNELS` names no level, or one that the processor lacks.
     """
-    runnable = [known for known in Level if features() >= _NEEDS[known]]
+    runnable = levels()
     asked = os.environ.get("LOCALRUN_KERNELS")
     if not asked:
         return runnable[-1]
+    here = ", ".join(known.value for known in runnable)
     if asked not in [known.value for known in Level]:
         raise UsageError(
             f"LOCALRUN_KERNELS={asked} is not a kernel level",
-            hint=f"one of {', '.join(known.value for known in Level)}",
+            hint=f"this processor has {here}; unset: the last of these",
         )
     if Level(asked) not in runnable:
-        raise UsageError(f"this processor can't run LOCALRUN_KERNELS={asked}", hint="unset it")
+        missing = ", ".join(sorted(_NEEDS[Level(asked)] - features()))
+        raise UsageError(
+            f"LOCALRUN_KERNELS={asked}: this processor lacks {missing}", hint=f"it has {here}; unset: the last of these"
+        )
     return Level(asked)

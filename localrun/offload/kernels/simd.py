@@ -2,14 +2,14 @@
 
 Lane r of a 32-bit vector belongs to weight row r of a group of 16 rows; in a byte vector, bytes 4r to 4r + 3 hold four
 consecutive elements of row r. Python runs once per compilation: loops and lists here unroll code, `Simd.loop` emits a loop.
-`Simd` is plain LLVM, which any processor runs; `Avx2`, `AvxVnni` and `Avx512` add what formats need beyond it. The 256-bit ones
-work on both halves of a vector in turn.
+`Simd` is plain LLVM, which any processor runs; `Avx2`, `AvxVnni`, `Avx512` and `Avx512Vnni` add what formats need beyond it. The
+256-bit ones work on both halves of a vector in turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from llvmlite import ir
 
@@ -236,16 +236,38 @@ class Simd:
         return results
 
 
-class Avx512(Simd):
-    """AVX-512 F, BW, VL, DQ and VNNI; the methods for grids need VBMI and GFNI too."""
+class _Pairs(Simd):
+    """Dot products without VNNI, by way of sums of two products."""
+
+    def byte_pairs(self, unsigned_bytes: Any, signed_bytes: Any) -> Any:
+        """Sums of neighbouring products as saturating 16-bit values."""
+        raise NotImplementedError
 
     def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
-        return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
+        """total + four products per lane; small: weights are below 128, so that sums of two products fit 16 bits."""
+        if small:
+            return self.b.add(total, self.madd(self.byte_pairs(unsigned_bytes, signed_bytes), self.words(1)))
+        weights, values, eight = (
+            self.b.bitcast(unsigned_bytes, WORDS),
+            self.b.bitcast(signed_bytes, WORDS),
+            self.words(8),
+        )
+        even = self.madd(self.b.and_(weights, self.words(255)), self.b.ashr(self.b.shl(values, eight), eight))
+        return self.b.add(self.b.add(total, even), self.madd(self.b.lshr(weights, eight), self.b.ashr(values, eight)))
 
     def dot_words(self, total: Any, a: Any, b: Any) -> Any:
-        return self.call(
-            "llvm.x86.avx512.vpdpwssd.512", INTS, total, self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
-        )
+        """total + two products of signed 16-bit values per lane."""
+        return self.b.add(total, self.madd(self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)))
+
+
+class Avx512(_Pairs):
+    """AVX-512 F, BW, VL and DQ; the methods for grids need VBMI and GFNI too."""
+
+    def byte_pairs(self, unsigned_bytes: Any, signed_bytes: Any) -> Any:
+        return self.call("llvm.x86.avx512.pmaddubs.w.512", WORDS, unsigned_bytes, signed_bytes)
+
+    def madd(self, a: Any, b: Any) -> Any:
+        return self.call("llvm.x86.avx512.pmaddw.d.512", INTS, a, b)
 
     def lookup16(self, table: Any, indices: Any) -> Any:
         return self.call("llvm.x86.avx512.pshuf.b.512", BYTES, table, indices)
@@ -272,7 +294,19 @@ class Avx512(Simd):
         return self._ternary(a, b, c, 0xEA)
 
 
-class Avx2(Simd):
+class Avx512Vnni(Avx512):
+    """AVX-512 with its VNNI instructions."""
+
+    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
+        return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
+
+    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
+        return self.call(
+            "llvm.x86.avx512.vpdpwssd.512", INTS, total, self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)
+        )
+
+
+class Avx2(_Pairs):
     """AVX2; methods that only 512-bit code uses are missing."""
 
     def _halves_of(self, vector: Any) -> list[Any]:
@@ -289,25 +323,11 @@ class Avx2(Simd):
         lanes = ir.Constant(ir.VectorType(I32, 2 * result.count), list(range(2 * result.count)))
         return self.b.shuffle_vector(low, high, lanes)
 
-    def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
-        """total + four products per lane; small: weights are below 128, so that sums of two products fit 16 bits."""
-        if small:
-            pairs = self._both("llvm.x86.avx2.pmadd.ub.sw", I16, unsigned_bytes, signed_bytes)
-            return self.b.add(total, self._both("llvm.x86.avx2.pmadd.wd", I32, pairs, self.words(1)))
-        weights, values, eight = (
-            self.b.bitcast(unsigned_bytes, WORDS),
-            self.b.bitcast(signed_bytes, WORDS),
-            self.words(8),
-        )
-        even = self.madd(self.b.and_(weights, self.words(255)), self.b.ashr(self.b.shl(values, eight), eight))
-        return self.b.add(self.b.add(total, even), self.madd(self.b.lshr(weights, eight), self.b.ashr(values, eight)))
+    def byte_pairs(self, unsigned_bytes: Any, signed_bytes: Any) -> Any:
+        return self._both("llvm.x86.avx2.pmadd.ub.sw", I16, unsigned_bytes, signed_bytes)
 
     def madd(self, a: Any, b: Any) -> Any:
         return self._both("llvm.x86.avx2.pmadd.wd", I32, a, b)
-
-    def dot_words(self, total: Any, a: Any, b: Any) -> Any:
-        """total + two products of signed 16-bit values per lane."""
-        return self.b.add(total, self.madd(self.b.bitcast(a, WORDS), self.b.bitcast(b, WORDS)))
 
     def lookup16(self, table: Any, indices: Any) -> Any:
         """Per byte: `table[index & 15]` within each 128-bit lane."""
@@ -325,5 +345,14 @@ class AvxVnni(Avx2):
         return self._both("llvm.x86.avx512.vpdpwssd.256", I32, total, a, b)
 
 
+_CLASSES: Final[dict[Level, type[Simd]]] = {
+    Level.GENERIC: Simd,
+    Level.AVX2: Avx2,
+    Level.AVX_VNNI: AvxVnni,
+    Level.AVX512: Avx512,
+    Level.AVX512_VNNI: Avx512Vnni,
+}
+
+
 def simd_for(level: Level, builder: Any) -> Simd:
-    return {Level.GENERIC: Simd, Level.AVX2: Avx2, Level.AVX_VNNI: AvxVnni, Level.AVX512: Avx512}[level](builder)
+    return _CLASSES[level](builder)

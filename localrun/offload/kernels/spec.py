@@ -36,7 +36,7 @@ class FfnKernel(Protocol):
     """Arithmetic for one `FfnSpec`. `pack` may run in several threads at once, `run` and `project` in one at a time per thread.
 
     Attributes:
-        name: format and instruction set, e.g. `mxfp4-avx512`.
+        name: format and instruction set, e.g. `mxfp4-avx512-vnni`.
         slot_bytes: size of one packed expert, a multiple of 64.
         raw_bytes: sizes of gate, up and down as ggml rows.
         raw_is_packed: the packed form is gate|up|down ggml rows back to back, so bytes may be read straight into the slot.

@@ -8,9 +8,9 @@ from localrun.offload.kernels import DenseKernel
 from tests.offload.kernels.support import dequantize, ggml_matrix, quantize, relative_error
 
 
-@pytest.mark.parametrize("type_", [T.Q8_0, T.Q4_K, T.Q6_K, T.BF16, T.Q4_1], ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", [T.Q8_0, T.Q4_K, T.BF16, T.Q4_1], ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 21])
-def test_product_is_no_worse_than_ggmls(type_: T, n_tokens: int) -> None:
+def test_product_is_no_worse_than_ggmls(type_: T, n_tokens: int, kernel_level: str) -> None:
     rng = np.random.default_rng(int(type_))
     rows = quantize(type_, rng.standard_normal((1000, 512), dtype=np.float32))
     kernel = DenseKernel(type_, 1000, 512, n_threads=2)

@@ -22,5 +22,5 @@ def runnable(type_: GGMLQuantizationType) -> bool:
     if type_ not in FORMATS or level() == Level.GENERIC:
         return False
     if FORMATS[type_] in grids.FORMATS:
-        return level() == Level.AVX512 and features() >= _GRID_FEATURES
+        return level() in (Level.AVX512, Level.AVX512_VNNI) and features() >= _GRID_FEATURES
     return True

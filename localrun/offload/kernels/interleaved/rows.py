@@ -36,7 +36,7 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
         return None
     level_, format_ = Level(level_name.literal_value), FORMATS[GGMLQuantizationType[type_name.literal_value]]
     nt, kind = n_tokens.literal_value, format_.panel.kind
-    at_once = nt if level_ == Level.AVX512 else min(nt, 4)  # what the registers hold
+    at_once = nt if level_ in (Level.AVX512, Level.AVX512_VNNI) else min(nt, 4)  # what the registers hold
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = simd_for(level_, builder)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes as C
 import json
 import os
 import statistics
@@ -153,73 +152,9 @@ def _open(task: Task) -> Any:
     options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
     if task.engine == "localrun":
         return Engine.open(task.model, options, learn=False)
-    path = Path(task.gguf)
-    return Engine(_Stock(path, task.variant), options, path=path, identity="0" * 32, file_bytes=path.stat().st_size)
+    from tools.stock_model import open_stock
 
-
-class _Stock:
-    """A GGUF as llama.cpp loads it, in one of `VARIANTS`. A `LoadedModel` for `Engine`."""
-
-    def __init__(self, path: Path, variant: str) -> None:
-        import llama_cpp as L
-
-        from localrun.ggml import log as llama_log
-        from localrun.ggml.devices import without_gpus
-        from localrun.ggml.structures import TensorBuftOverride
-
-        llama_log.install()
-        L.llama_backend_init()
-        params = L.llama_model_default_params()
-        without_gpus(params)
-        params.use_extra_bufts = variant == "default"
-        overrides = (TensorBuftOverride * 2)()
-        if variant == "experts":
-            overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
-            overrides[0].buft = _repack_buffer_type()
-            params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
-        self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise LocalrunError(f"{path}: llama.cpp can't load it: {llama_log.recent_errors()}")
-
-    def take_error(self) -> BaseException | None:
-        return None
-
-    def request_stop(self) -> None:
-        pass
-
-    def clear_stop(self) -> None:
-        pass
-
-    def close(self) -> None:
-        import llama_cpp as L
-
-        L.llama_model_free(self.model)
-
-
-def _repack_buffer_type() -> int:
-    """llama.cpp's CPU_REPACK, by the public way: the CPU backend's list of extra buffer types (ggml-backend.h)."""
-    import llama_cpp
-
-    lib = llama_cpp.llama_cpp._lib
-    address = C.c_void_p
-
-    def function(name: str, result: Any, *arguments: Any) -> Any:
-        found = getattr(lib, name)
-        found.restype, found.argtypes = result, arguments
-        return found
-
-    device = function("ggml_backend_dev_by_type", address, C.c_int)(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
-    registry = function("ggml_backend_dev_backend_reg", address, address)(device)
-    lookup = function("ggml_backend_reg_get_proc_address", address, address, C.c_char_p)
-    entry = lookup(registry, b"ggml_backend_dev_get_extra_bufts")
-    name_of = function("ggml_backend_buft_name", C.c_char_p, address)
-    if entry:
-        for buffer_type in C.CFUNCTYPE(C.POINTER(address), address)(entry)(device):
-            if not buffer_type:
-                break
-            if name_of(buffer_type) == b"CPU_REPACK":
-                return int(buffer_type)
-    raise LocalrunError("this llama.cpp has no CPU_REPACK buffer type")
+    return open_stock(Path(task.gguf), options, task.variant)
 
 
 def _warm_up(engine: Any, session: Any, task: Task) -> None:

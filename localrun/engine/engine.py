@@ -21,7 +21,7 @@ from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
 from localrun.engine.facts import Json, ModelFacts
 from localrun.engine.grammar import Grammars
-from localrun.engine.llama import Context, StockModel, Vocab, metadata_int, metadata_str
+from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
 from localrun.engine.options import EngineOptions, check_context
 from localrun.engine.planner import hardware
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
@@ -47,7 +47,7 @@ LoadProgress = Callable[[float, str], None]
 
 
 class LoadedModel(Protocol):
-    """What the engine needs of a model; `OffloadedModel` and `StockModel` are such."""
+    """What the engine needs of a model; `OffloadedModel` is such, and so is llama.cpp's own in comparisons."""
 
     model: Any
 
@@ -161,14 +161,6 @@ class Engine:
             ),
         )
         return plan, open_offloaded(source, offload)
-
-    @classmethod
-    def open_stock(cls, path: Path | str, options: EngineOptions) -> Engine:
-        """Loads a GGUF by llama.cpp alone, as the reference for comparisons."""
-        check_options(options)
-        size = Path(path).stat().st_size
-        identity = xxhash.xxh3_128_hexdigest(f"stock {Path(path).resolve()} {size}".encode())
-        return cls._checked(StockModel(Path(path)), options, path=Path(path), identity=identity, file_bytes=size)
 
     @classmethod
     def _checked(cls, loaded: LoadedModel, options: EngineOptions, **rest: Any) -> Engine:

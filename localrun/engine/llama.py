@@ -1,14 +1,13 @@
-"""llama.cpp's C functions that the engine uses, typed and with Python's error habits: vocabulary, context, whole-file loading.
+"""llama.cpp's C functions that the engine uses, typed and with Python's error habits: vocabulary and context.
 
-Three owners of C objects: `Vocab` (borrows from a model), `Context` (owns a `llama_context`), `StockModel` (owns a model that
-llama.cpp loaded itself, experts included). Nothing here knows what a prompt or an expert is.
+Two owners of C objects: `Vocab` (borrows from a model) and `Context` (owns a `llama_context`). Nothing here knows what a prompt or
+an expert is.
 """
 
 from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import llama_cpp as L
@@ -17,10 +16,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.engine.options import EngineOptions
-from localrun.errors import FormatError, LocalrunError
+from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
-from localrun.ggml.devices import without_gpus
-from localrun.ggml.library import library
 from localrun.options import KV_TYPES
 
 _KV_TYPES = {name: GGMLQuantizationType[name.upper()] for name in KV_TYPES}
@@ -233,33 +230,3 @@ class Context:
             L.llama_batch_free(self._batch)
             L.llama_free(self._ctx)
             self._ctx = None
-
-
-class StockModel:
-    """A GGUF as llama.cpp loads it itself, experts in its own memory: the reference that ours is compared with."""
-
-    def __init__(self, path: Path) -> None:
-        llama_log.install()
-        library()  # loads the backends of a portable build
-        L.llama_backend_init()
-        params = L.llama_model_default_params()
-        without_gpus(params)
-        params.use_extra_bufts = False  # no repacked copy of the experts
-        llama_log.clear()
-        self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise FormatError(f"{path}: llama.cpp can't load it: {llama_log.recent_errors()}")
-
-    def take_error(self) -> BaseException | None:
-        return None
-
-    def request_stop(self) -> None:
-        """Nothing to do: the context's own flag is enough."""
-
-    def clear_stop(self) -> None:
-        """See `request_stop`."""
-
-    def close(self) -> None:
-        if self.model:
-            L.llama_model_free(self.model)
-            self.model = None

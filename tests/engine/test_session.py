@@ -23,6 +23,7 @@ from localrun.errors import (
     UsageError,
 )
 from tests.engine.conftest import OPTIONS
+from tools.stock_model import open_stock
 
 TOKENS = np.random.default_rng(5).integers(0, 64, 300).tolist()
 GREEDY = SamplingOptions(temperature=0)
@@ -317,7 +318,7 @@ def test_damaged_or_foreign_snapshots_change_nothing(engine: Engine, session: Se
 def test_stock_llama_cpp_agrees_with_the_experts_on_our_device(model_path: Path) -> None:
     options = replace(OPTIONS, math="f32")
     rows = []
-    for open_engine in (Engine.open, Engine.open_stock):
+    for open_engine in (Engine.open, open_stock):
         with open_engine(model_path, options) as engine, engine.session(all_logits=True) as session:
             rows.append(np.concatenate(list(session.feed_all_logits(TOKENS[:120]))))
     ours, stock = rows

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.engine.llama import StockModel
 from localrun.errors import BudgetError, DecodeError
 from localrun.offload.device.device import StoppedError, expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
@@ -17,6 +16,7 @@ from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, floor_ram, logits, mean_kl, write_model
 from tools.make_moe_gguf import write_moe_gguf
+from tools.stock_model import StockModel
 
 
 def test_f32_experts_agree_with_llama_cpp_to_rounding(tmp_path: Path) -> None:

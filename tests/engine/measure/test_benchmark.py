@@ -18,6 +18,7 @@ from localrun.engine.measure.benchmark import Benchmark, BenchOptions, measure, 
 from localrun.engine.options import EngineOptions
 from localrun.errors import UsageError
 from localrun.offload.cache.trace import Trace
+from tools.stock_model import open_stock
 
 OPTIONS = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5)
 
@@ -100,7 +101,7 @@ def test_too_few_tokens_and_senseless_frontiers_are_usage_errors(engine: Engine)
 
 
 def test_model_of_llama_cpp_alone_has_totals_only(model_path: Path) -> None:
-    with Engine.open_stock(model_path, EngineOptions(n_ctx=256, n_batch=64, n_threads=1)) as engine:
+    with open_stock(model_path, EngineOptions(n_ctx=256, n_batch=64, n_threads=1)) as engine:
         result = measure(
             engine, random_tokens(64, engine.facts.n_vocab, 0), BenchOptions(frontiers=(16,), new_tokens=2)
         )

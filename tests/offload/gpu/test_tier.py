@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.engine.llama import StockModel
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
 from localrun.ggml.library import library
@@ -24,6 +23,7 @@ from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4
 from tests.offload.models import MODEL, logits, mean_kl, write_model
 from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
+from tools.stock_model import StockModel
 
 
 def filled(model: OffloadedModel) -> int:

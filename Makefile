@@ -3,10 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup cuda vulkan rocm cpu chat test check format bundle test-bundle clean
+LINKS ?= $(HOME)/.local/bin
+
+.PHONY: help setup install uninstall cuda vulkan rocm cpu chat test check format bundle test-bundle clean
 
 help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
+	@echo "make install  the same, and a link to localrun in ~/.local/bin; make uninstall removes it"
 	@echo "make cuda    the same, llama.cpp for NVIDIA's GPUs; also: make vulkan, make rocm; make cpu: back"
 	@echo "make chat    talk to the demo model"
 	@echo "make test    run the tests in two processes; with PYTEST_ARGS=\"-n 0 tests/engine\" some of them in one"
@@ -18,6 +21,12 @@ help:
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
+
+install: setup
+	@$(PYTHON) tools/link.py install "$(LINKS)"
+
+uninstall:
+	@$(PYTHON) tools/link.py uninstall "$(LINKS)"
 
 cuda vulkan rocm cpu:
 	@$(PYTHON) tools/bootstrap.py $@

@@ -150,7 +150,6 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that names the flag or command that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
         print(f"error: {visible_line(message)}", file=sys.stderr)
         if hint := self._hint(message):
             print(f"hint: {visible_line(hint)}", file=sys.stderr)
@@ -167,7 +166,7 @@ class _Parser(argparse.ArgumentParser):
                 return "to ask a question: localrun run -p TEXT"
             if Path(match[1]).exists():
                 return f"to talk to that model: localrun chat {match[1]}"
-        return f"{self.prog} --help has examples"
+        return f"{self.prog} --help has examples and all options"
 
     def _for_unknown(self, flag: str) -> str:
         known = [name for parser in self._all() for action in parser._actions for name in action.option_strings]
@@ -237,8 +236,6 @@ def _report(error: Exception, *, debug: bool) -> int:
     error = host_error(error) or error
     if isinstance(error, LocalrunError):
         message, hint = str(error), error.hint
-    elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = None if debug else "this is a bug in localrun; --debug shows where"

@@ -79,15 +79,19 @@ class UsageError(LocalrunError, ValueError):
 
 
 class HostError(LocalrunError, OSError):
-    """The system refuses what every program needs: a home folder, processes, threads, memory, file handles."""
+    """The system refuses what every program needs: a home folder, processes, threads, memory, files."""
+
+
+_NO_MEMORY, _LESS_MEMORY = (
+    "the system has no more memory for this process",
+    "close other programs, or give less by --ram",
+)
 
 
 def host_error(error: BaseException) -> HostError | None:
     """What an unexpected exception says about the machine rather than about localrun; None: nothing."""
     if isinstance(error, MemoryError):
-        return HostError(
-            "the system has no more memory for this process", hint="close other programs, or give less by --ram"
-        )
+        return HostError(_NO_MEMORY, hint=_LESS_MEMORY)
     text = str(error)
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return HostError(
@@ -105,7 +109,7 @@ def host_error(error: BaseException) -> HostError | None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return HostError("the system allows no more open files", hint="raise the limit (ulimit -n)")
         if error.errno == errno.ENOMEM:
-            return HostError(
-                "the system has no more memory for this process", hint="close other programs, or give less by --ram"
-            )
+            return HostError(_NO_MEMORY, hint=_LESS_MEMORY)
+        if error.strerror:
+            return HostError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return None

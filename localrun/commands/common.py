@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localrun import config
-from localrun.commands import demo, models
+from localrun.commands import compiling, demo, models
 from localrun.commands.output import Output
 from localrun.engine import memory
 from localrun.engine.facts import ModelFacts, Timings
@@ -110,7 +110,8 @@ def named_model(text: str, out: Output, *, command: str = "run") -> Path:
 def demo_model(out: Output) -> Path:
     """The converted demo model. Raises UsageError: this installation has none."""
     out.status("preparing the demo model")
-    path = demo.converted()
+    with compiling.Notice(out):
+        path = demo.converted()
     out.clear_status()
     return path
 
@@ -138,13 +139,15 @@ def load(
     each: Callable[[Loading | Ready], None] | None = None,
 ) -> ModelFacts:
     """Loads a model and shows how far it is; `each` is handed every event, too."""
-    for event in engine.load(path, options):
-        if isinstance(event, Loading) and out.err_is_terminal:
-            for line in event.plan:
-                out.note(line)
-        show_progress(event, out)
-        if each is not None:
-            each(event)
+    with compiling.Notice(out) as notice:
+        for event in engine.load(path, options):
+            notice.something_else()
+            if isinstance(event, Loading) and out.err_is_terminal:
+                for line in event.plan:
+                    out.note(line)
+            show_progress(event, out)
+            if each is not None:
+                each(event)
     facts = engine.facts
     assert facts is not None
     return facts

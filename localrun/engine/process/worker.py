@@ -40,7 +40,7 @@ from localrun.engine.process.protocol import (
     TokenCount,
 )
 from localrun.engine.process.wire import ProtocolError, decode_command, encode
-from localrun.errors import LocalrunError, StoppedError
+from localrun.errors import LocalrunError, StoppedError, host_error
 
 if TYPE_CHECKING:
     from localrun.engine.process.host import Host
@@ -248,7 +248,8 @@ class Worker:
         """Runs a handler; whatever it raises becomes a Failed event."""
         try:
             handler(command)
-        except Exception as error:
+        except Exception as caught:
+            error = host_error(caught) or caught
             if not isinstance(error, LocalrunError):
                 log.exception("%s failed", type(command).__name__)
             message = str(error) or type(error).__name__

@@ -126,19 +126,14 @@ def _signals(*, ending: bool) -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    handlers: dict[str, tuple[Any, Any]] = {
-        "SIGINT": (signal.default_int_handler, interrupts.Once()),
-        "SIGTERM": (signal.SIG_DFL, end),
-        "SIGHUP": (signal.SIG_DFL, end),
-    }
+    handlers: dict[str, Any] = {"SIGINT": interrupts.Once(), "SIGTERM": end, "SIGHUP": end}
     installed = {}
-    for name, (usual, ours) in handlers.items():
+    for name, ours in handlers.items():
         number = getattr(signal, name, None)
         with contextlib.suppress(ValueError):  # not the main thread
             # Who ignores hang-ups (nohup) or interrupts (a shell's background) wants us to go on.
-            if number is not None and signal.getsignal(number) == usual:
-                signal.signal(number, ours)
-                installed[number] = usual
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                installed[number] = signal.signal(number, ours)
     try:
         yield
     finally:

@@ -47,6 +47,12 @@ _KEEP_S: Final = 30 * 86400.0
 _TOUCH_S: Final = 86400.0
 """How often a file that is used says so."""
 
+TELL: Final = "LOCALRUN_TELL_COMPILED"
+"""Environment variable: say on standard error what is compiled. The engine process does, for whoever waits for it."""
+
+n_compiled = 0
+"""Functions that this process had to compile, the one that is being compiled included."""
+
 _FOLDER = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
 _SUFFIX: Final = ".kernel"
 
@@ -122,6 +128,7 @@ class KernelCache(_Cache):  # type: ignore[misc]
             if time.time() - file.stat().st_mtime > _TOUCH_S:
                 os.utime(file)
         except FileNotFoundError:
+            _tell(self._name[0])
             return None
         except Exception as error:  # reading a damaged pickle may raise anything
             log.info("%s: can't be used: %s", file, error)
@@ -154,6 +161,14 @@ class KernelCache(_Cache):  # type: ignore[misc]
         """Forgets the function's code, whatever its signature was."""
         for file in folder().glob(f"{self._name[0]}-*{_SUFFIX}"):
             file.unlink(missing_ok=True)
+
+
+def _tell(name: str) -> None:
+    """A function is about to be compiled."""
+    global n_compiled
+    n_compiled += 1
+    if os.environ.get(TELL):
+        print(f"compiling {name}", file=sys.stderr, flush=True)
 
 
 @functools.cache

@@ -35,12 +35,12 @@ def home() -> Path:
             own = ""
     elif not own:
         own = os.path.expanduser("~")
-    if not os.path.isabs(own):
+    if not own:
         raise HostError(
-            f"no home folder: HOME is {own!r}, and user {os.getuid()} has none in the passwd database",
+            f"no home folder: HOME is empty, and user {os.getuid()} has none in the passwd database",
             hint="set HOME, or LOCALRUN_CACHE_DIR, LOCALRUN_DATA_DIR and LOCALRUN_CONFIG_DIR, to folders that you may write to",
         )
-    return Path(own)
+    return Path(own).absolute()
 
 
 def _folder(override: str, kind: str, variable: str, default: str) -> Path:

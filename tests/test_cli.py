@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import pty
+import pwd
 import signal
 import subprocess
 import sys
@@ -14,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localrun import cli, paths
+from localrun import cli, interrupts, paths
 from localrun.commands import doctor
 from localrun.commands.doctor import Check
-from localrun.errors import FormatError, LocalrunError, UsageError
+from localrun.commands.output import Output
+from localrun.engine.conversations.attachments import AttachmentError, read_attachment
+from localrun.errors import FormatError, HostError, LocalrunError, UsageError
 from tests.engine.models import CHAT_TOKENS, write_chat_model
 
 LONG_ANSWER = [
@@ -209,6 +214,177 @@ def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     assert process.returncode == 130
     assert (first + out).endswith(b"\n")
     assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([signal.SIGINT] * 5, 130), ([signal.SIGTERM], 143), ([signal.SIGTERM] * 3, 143), ([signal.SIGHUP], 129)],
+)
+def test_however_it_is_ended_the_last_event_is_written(signals: list[signal.Signals], code: int, model: str) -> None:
+    def usual_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localrun", *LONG_ANSWER[3:], model, "--jsonl"],
+        bufsize=0,
+        preexec_fn=usual_signals,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    seen = b""
+    while b'"text"' not in seen:
+        seen += process.stdout.read(4096)
+    for number in signals:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in err
+    events = [json.loads(line) for line in (seen + out).splitlines()]
+    assert events[-1] == {"event": "error", "type": "Interrupted", "message": "interrupted", "hint": None}
+
+
+def test_an_interrupt_that_was_dealt_with_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = interrupts.Once()
+    with pytest.raises(KeyboardInterrupt):
+        handler(2, None)
+    handler(2, None)  # the second one does not break off what the first one set going
+    handler.again()
+    with pytest.raises(KeyboardInterrupt):
+        handler(2, None)
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(interrupts, "PATIENCE_S", -1)
+    handler(2, None)
+    assert left == [130]
+
+
+def test_text_without_a_flag_is_a_question_and_it_is_said(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = localrun("run", "Hello you", "--max-tokens", "2", *FAST, LOCALRUN_MODEL=model)
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr.splitlines() == [f"no model of that name: {model} is asked (-p TEXT asks without this note)"]
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])
+def test_json_loses_no_character_in_any_locale(encoding: str) -> None:
+    value = {"text": "naïve “x” 你好 \ud800 € \u202e"}
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    out = Output(stream)
+    out.json_line(value)
+    out.json(value)
+    written = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    line, _, rest = written.partition("\n")
+    assert json.loads(line) == json.loads(rest) == value
+
+
+def test_a_pipe_is_read_to_its_end_and_one_without_a_writer_is_refused_at_once(tmp_path: Path, model: str) -> None:
+    def prompt_tokens(*arguments: str, stdin: str = "") -> int:
+        done = localrun("run", model, *arguments, "-p", "x", "--max-tokens", "1", "--json", *FAST, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        return int(json.loads(done.stdout)["timings"]["prompt_tokens"])
+
+    read, write = os.pipe()
+    os.write(write, b"one two three four")
+    os.close(write)
+    piped = read_attachment(Path(f"/dev/fd/{read}"), pipes=True)
+    os.close(read)
+    assert piped.text == "one two three four"
+    assert prompt_tokens("--file", "-", stdin="one two three four") > prompt_tokens()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(AttachmentError, match="nobody writes"):
+        read_attachment(tmp_path / "fifo", pipes=True)
+    with pytest.raises(AttachmentError, match="not a regular file"):
+        read_attachment(tmp_path / "fifo")
+    with pytest.raises(AttachmentError, match="not a regular file"):
+        read_attachment(Path("/dev/zero"), pipes=True)
+
+
+PLAIN_CHAT = """
+import sys
+from localrun.commands import chat
+class Chat:
+    def ask(self, text): print("asked", repr(text), flush=True)
+    def restart(self): print("new", flush=True)
+class Out:
+    def note(self, text): print("note", text, flush=True)
+print("ready", flush=True)
+chat._loop(Chat(), Out())
+"""
+
+
+def test_a_pasted_message_is_one_question() -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PLAIN_CHAT],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(follower)
+    seen = b""
+
+    def until(words: bytes) -> None:
+        nonlocal seen
+        while words not in seen:
+            seen += os.read(leader, 4096)
+
+    until(b"> ")
+    os.write(leader, b"first line\nsecond /exit\n\nlast line\n")
+    until(b"asked 'first line\\nsecond /exit\\n\\nlast line'")
+    os.write(leader, b"/new\n")
+    until(b"note a new conversation")
+    os.write(leader, b"/exit\n")
+    assert process.wait(timeout=60) == 0
+    os.close(leader)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "no more memory"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "no more processes"),
+        (OSError(24, "Too many open files", "x"), "no more open files"),
+        (RuntimeError("Could not determine home directory."), "no home folder"),
+        (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_is_no_bug_of_localrun(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert cli.main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "bug" not in captured.err
+
+
+def test_a_home_folder_is_needed_only_where_no_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_entry(number: int) -> Any:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    monkeypatch.setenv("HOME", "")
+    for name in ("XDG_DATA_HOME", "LOCALRUN_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HostError, match="HOME is empty"):
+        paths.data_dir()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert paths.data_dir() == tmp_path / "localrun"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert paths.data_dir() == tmp_path / "home/.local/share/localrun"
+    monkeypatch.setenv("LOCALRUN_DATA_DIR", str(tmp_path / "own"))
+    assert paths.data_dir() == tmp_path / "own"
 
 
 def test_reader_that_leaves_early_is_no_crash(model: str) -> None:

@@ -99,7 +99,7 @@ def model_path(args: argparse.Namespace, settings: config.Settings, out: Output)
 def named_path(args: argparse.Namespace, settings: config.Settings) -> Path | None:
     """The model that was named or is set; None: the demo model. Raises LocalrunError: there is no such model."""
     named = args.model if args.model is not None else settings["model"]
-    return models.resolve(named, settings, command=args.command) if named is not None else None
+    return models.resolve(named, settings, command=getattr(args, "command", "run")) if named is not None else None
 
 
 def named_model(text: str, out: Output, *, command: str = "run") -> Path:
@@ -139,7 +139,7 @@ def load(
     each: Callable[[Loading | Ready], None] | None = None,
 ) -> ModelFacts:
     """Loads a model and shows how far it is; `each` is handed every event, too."""
-    with compiling.Notice(out) as notice:
+    with compiling.Notice(out, compiling.compiled_by(engine)) as notice:
         for event in engine.load(path, options):
             notice.something_else()
             if isinstance(event, Loading) and out.err_is_terminal:

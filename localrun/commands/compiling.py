@@ -1,55 +1,44 @@
 """Says so while kernels are being compiled: the first start on a processor, or after an update, waits for the compiler.
 
-Set-up compiles all of them (`warm.py`); this is for whoever starts without. What the compiler has finished is seen in the kernel
-folder, so it does not matter which process compiles.
+Set-up compiles all of them (`warm.py`); this is for whoever starts without.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-from localrun import paths
 from localrun.commands.output import Output
+from localrun.engine.process.process import EngineProcess
 from localrun.units import format_duration
 
-USUAL_PIECES = 13
-"""Pieces of code that a first answer needs, with weights in two formats; other formats need a few more."""
+USUAL_FUNCTIONS = 13
+"""Functions that a first answer needs, with weights in two formats; other formats need a few more."""
 
 _PATIENCE_S = 2.0
 _POLL_S = 0.5
 
 
-class Watch:
-    """What has been compiled since its making. One thread."""
+def compiled_here() -> int:
+    """Functions that this process has begun to compile."""
+    module = sys.modules.get("localrun.kernel_cache")  # imported by whatever compiles, and takes long to import
+    return module.n_compiled if module is not None else 0
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known = set(self._pieces())
-        self._started = time.monotonic()
 
-    def _pieces(self) -> Iterator[Path]:
-        with contextlib.suppress(OSError):
-            yield from self._folder.glob("*/*/*.nbc")
-
-    def text(self) -> str | None:
-        """How far the compiler is; None while it has finished nothing."""
-        done = sum(piece not in self._known for piece in self._pieces())
-        if not done:
-            return None
-        total = f" of about {USUAL_PIECES}" if done < USUAL_PIECES else ""
-        elapsed = format_duration(time.monotonic() - self._started)
-        return f"compiling for this processor, only this once: {done}{total} pieces, {elapsed}"
+def compiled_by(engine: EngineProcess) -> Callable[[], int]:
+    """How many functions an engine process has begun to compile, as it says in its log."""
+    return lambda: sum(line.startswith("compiling ") for line in engine.log_tail())
 
 
 class Notice:
     """Shows the compiler's progress while nothing else is shown. A thread of its own, ended by `close`."""
 
-    def __init__(self, out: Output) -> None:
-        self._out, self._watch = out, Watch(paths.kernel_dir())
+    def __init__(self, out: Output, count: Callable[[], int] = compiled_here) -> None:
+        self._out, self._count = out, count
+        self._before, self._started = count(), time.monotonic()
         self._over = threading.Event()
         self._shown_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -61,13 +50,22 @@ class Notice:
     def _run(self) -> None:
         noted = False
         while not self._over.wait(_POLL_S):
-            if time.monotonic() - self._shown_at < _PATIENCE_S or (text := self._watch.text()) is None:
+            if time.monotonic() - self._shown_at < _PATIENCE_S or (text := self._text()) is None:
                 continue
             if self._out.err_is_terminal:
                 self._out.status(text)
             elif not noted:
                 noted = True
                 self._out.note("compiling for this processor, only this once: a minute or two")
+
+    def _text(self) -> str | None:
+        """How far the compiler is; None while it does nothing."""
+        done = self._count() - self._before
+        if not done:
+            return None
+        total = f" of about {USUAL_FUNCTIONS}" if done < USUAL_FUNCTIONS else ""
+        elapsed = format_duration(time.monotonic() - self._started)
+        return f"compiling for this processor, only this once: function {done}{total}, {elapsed}"
 
     def __enter__(self) -> Notice:
         with contextlib.suppress(RuntimeError):  # no more threads: whoever needs them says so

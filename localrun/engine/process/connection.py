@@ -39,7 +39,7 @@ CLOSE_TIMEOUT_S = 25.0
 KILL_TIMEOUT_S = 5.0
 """What a killed process may take to disappear; one that a dead drive or driver keeps is left behind."""
 
-WORKER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "passive"}
+WORKER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "passive", "LOCALRUN_TELL_COMPILED": "1"}
 """Unless the user sets them. Threads that spin between two parallel regions starve everybody else on a busy machine: four tokens of
 a tiny model took 0.6 s with waiting threads and 34 s with spinning ones (two cores, load 18)."""
 

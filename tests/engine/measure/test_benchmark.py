@@ -160,9 +160,12 @@ def test_options_from_the_command_line() -> None:
     assert bench.bench_options(parse("m")).frontiers == (0, 512, 2048)
     assert bench.bench_options(parse("m", "--prompt-tokens", "0")).frontiers == (0,)
     assert bench.bench_options(parse("m", "--frontiers", "5,100", "--new-tokens", "7")).n_tokens == 114
-    for wrong in (["--frontiers", "a"], ["--frontiers", "9,3"], ["--new-tokens", "0"], ["--prompt-tokens", "-1"]):
+    for wrong in (["--frontiers", "a"], ["--frontiers", "9,3"]):
         with pytest.raises(UsageError):
             bench.bench_options(parse("m", *wrong))
+    for wrong in (["--new-tokens", "0"], ["--prompt-tokens", "-1"]):
+        with pytest.raises(SystemExit):
+            parse("m", *wrong)
 
 
 def test_recorded_routing_is_what_ran(engine: Engine, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ _DIGEST_BYTES = 8  # xxh3_64 of all before it
 class Session:
     """The tokens that a context holds, and everything that adds to them.
 
-    Owns a llama.cpp context; made by `Engine.session`, freed by `close` or with the engine. Not thread-safe, except `stop`.
+    Owns a llama.cpp context; made by `Engine.session`, freed by `close` or with the engine (then every use raises LocalrunError).
+    Not thread-safe, except `stop`. Lock: `_stop_lock`, held for moments, never during a step; inside it nothing is locked.
 
     After a failed or stopped batch the context's contents are undefined in llama.cpp; the session is then empty, and usable.
     `prefill` makes that invisible to callers that hand over whole prompts.

@@ -76,8 +76,20 @@ class Connection:
         self._inboxes: dict[int, Inbox] = {}
         self._running: set[int] = set()  # long commands
         self._stopped: set[int] = set()  # those of them that a Stop was sent for
+        self._loads: set[int] = set()  # those of them that are loads
         self._ended: EngineDiedError | None = None
-        self._process = _start()
+        try:
+            self._process = _start()
+        except OSError as error:
+            hint = "too little memory, or `ulimit -u` allows no more processes"
+            raise EngineDiedError(f"the engine process can't be started: {error.strerror}", hint=hint) from error
+        try:
+            self._start_threads()
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def _start_threads(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -100,6 +112,11 @@ class Connection:
         """The process has not been found dead, nor closed."""
         return self._ended is None
 
+    @property
+    def loading(self) -> bool:
+        """A model is being loaded, or will be."""
+        return bool(self._loads)
+
     # --- commands
 
     def post(self, command: Command, *, long: bool) -> tuple[int, Inbox]:
@@ -116,6 +133,7 @@ class Connection:
                 raise self._ended
             if isinstance(command, Load):
                 self.facts = None
+                self._loads.add(request)
             self._inboxes[request] = inbox
             if long:
                 self._running.add(request)
@@ -131,6 +149,7 @@ class Connection:
             self._inboxes.pop(request, None)
             self._running.discard(request)
             self._stopped.discard(request)
+            self._loads.discard(request)
 
     def stop(self) -> None:
         """Ends all long commands that are running or waiting."""
@@ -171,6 +190,7 @@ class Connection:
             self._ended, self.facts = cause, None
             inboxes, self._inboxes = self._inboxes, {}
             self._running.clear()
+            self._loads.clear()
         for inbox in inboxes.values():
             inbox.put(cause)
         return True
@@ -251,5 +271,7 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
         reasons = log[-1:]  # the last line of a traceback
     if any(word in reason for reason in reasons for word in ("shared object", "shared library")):
         hint = "run `localrun doctor`: it says what is missing"  # e.g. the driver that llama.cpp was compiled for
+    if any("can't start new thread" in reason for reason in reasons):
+        hint = "too little memory, or `ulimit -u` allows no more threads"
     last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""
     return EngineDiedError(f"the engine process {how}{last}", hint=hint)

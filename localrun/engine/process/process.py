@@ -140,13 +140,15 @@ class EngineProcess:
         return cast(Iterator[LoadEvent], self._events(_without_lost_servers(load)))
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
-        """One answer; the last event is Finished. `command.request` is assigned here.
+        """One answer; the last event is Finished. `command.request` is assigned here. Waits for a load that is under way; without a
+        model, the last one is loaded again first.
 
         Raises:
             LocalrunError: the answer failed; the engine lives on.
             EngineDiedError: the engine ended meanwhile.
         """
-        if self.facts is None:
+        connection = self._connection
+        if self.facts is None and not (connection is not None and connection.loading):
             yield from self.reload()
         yield from cast(Iterator[GenerateEvent], self._events(command))
 

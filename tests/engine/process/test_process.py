@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -348,6 +349,32 @@ def test_killed_engine_costs_the_running_answer_only(chat_model_path: Path) -> N
         assert tokens_of(events) == expected
         wait_until(lambda: len(deaths) == 1)
         assert "SIGKILL" in str(deaths[0])
+
+
+def test_question_during_a_load_waits_for_it_and_loads_nothing_again(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        loading = engine.load(chat_model_path, OPTIONS)
+        next(loading)
+        answers: list[list[Event]] = []
+        thread = threading.Thread(target=lambda: answers.append(ask(engine)))
+        thread.start()
+        *_, ready = loading
+        assert isinstance(ready, Ready)
+        thread.join(PATIENCE_S)
+        (events,) = answers
+        assert finished(events).reason == "length"
+        assert not any(isinstance(event, Ready) for event in events)
+
+
+def test_process_that_can_not_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with EngineProcess() as engine, pytest.raises(EngineDiedError, match="can't be started: Resource temp") as caught:
+        engine.start()
+    assert "ulimit" in str(caught.value.hint)
+    assert "ulimit" in str(_cause_of_death(1, ["RuntimeError: can't start new thread"]).hint)
 
 
 def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from localrun.ggml import log as llama_log
-from localrun.ggml.devices import without_gpus
+from tests.stock_llama import decode_whole, stock_model
 
 FIXTURES = Path(__file__).parent / "fixtures" / "oracle"
 NAMES = tuple(sorted(path.name.removesuffix(".tar.xz") for path in FIXTURES.glob("*.tar.xz")))
@@ -120,51 +120,15 @@ def write_f32(source: Path, target: Path) -> None:
     write_safetensors(target / "model.safetensors", result)
 
 
-def stock_logits(path: Path, tokens: list[int], *, kv_type: str = "f32", n_threads: int = 1) -> Logits:
+def stock_logits(path: Path, tokens: Sequence[int], *, kv_type: str = "f32") -> Logits:
     """Logits (T, n_vocab) that llama.cpp itself computes for a GGUF, all tokens in one batch.
 
     Args:
         path: the GGUF.
         kv_type: number format of the KV cache; llama.cpp's default is f16, f32 shows the weights' error alone.
     """
-    import llama_cpp as L
-
-    llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
-    L.llama_backend_init()
-    model_params = L.llama_model_default_params()
-    without_gpus(model_params)  # tests of GPUs leave dead ones behind
-    model_params.use_mmap = False
-    # Repacking into AMX tiles aborts for deepseek4's three-dimensional attn_output_a.
-    model_params.use_extra_bufts = False
-    model = L.llama_model_load_from_file(str(path).encode(), model_params)
-    assert model, f"llama.cpp refuses {path}"
-    params = L.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = -(-len(tokens) // 256) * 256
-    params.n_threads = params.n_threads_batch = n_threads
-    params.type_k = params.type_v = {"f32": 0, "f16": 1, "q8_0": 8}[kv_type]
-    context = L.llama_init_from_model(model, params)
-    assert context, f"llama.cpp makes no context for {path}"
-    try:
-        return _decode(L, model, context, tokens)
-    finally:
-        L.llama_free(context)
-        L.llama_model_free(model)
-
-
-def _decode(L: Any, model: Any, context: Any, tokens: list[int]) -> Logits:
-    n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
-    batch = L.llama_batch_init(len(tokens), 0, 1)
-    try:
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-            batch.seq_id[i][0] = 0
-        code = L.llama_decode(context, batch)
-        assert code == 0, f"llama_decode: {code}"
-        rows = L.llama_get_logits(context)
-        return np.ctypeslib.as_array(rows, (len(tokens), n_vocab)).copy()
-    finally:
-        L.llama_batch_free(batch)
+    with stock_model(path) as model:
+        return decode_whole(model, tokens, kv_type=kv_type)
 
 
 def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:

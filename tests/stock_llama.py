@@ -57,25 +57,49 @@ def gguf_context(header: bytes) -> Iterator[tuple[Any, Any]]:
         library.gguf_free(context)
 
 
-def stock_logits(path: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Logits after `tokens`, by llama.cpp alone: (n_vocab,)."""
-    llama_log.install()
+@contextmanager
+def stock_model(path: Path) -> Iterator[Any]:
+    """A GGUF loaded by llama.cpp alone, in its plain buffers: repacked and AMX ones exist on some processors only, round otherwise,
+    can't hold a three-dimensional attn_output_a, and need rights that containers may lack."""
+    llama_log.install()  # one log callback for the whole process: llama.cpp keeps the pointer
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     without_gpus(params)  # tests of GPUs leave dead ones behind
-    # Repacked and AMX buffers can't hold a three-dimensional attn_output_a and need rights that containers may lack.
+    params.use_mmap = False
     params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    assert model, "llama.cpp can't load the model"
-    options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_threads = 256, 64, 1
-    context = llama_cpp.llama_init_from_model(model, options)
+    assert model, f"llama.cpp refuses {path}"
     try:
-        batch = (llama_cpp.llama_token * len(tokens))(*tokens)
-        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(batch, len(tokens))) == 0
-        n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocab,))
-        return np.array(logits, dtype=np.float32)
+        yield model
     finally:
-        llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
+
+
+def decode_whole(model: Any, tokens: Sequence[int], *, kv_type: str = "f32") -> npt.NDArray[np.float32]:
+    """Logits (T, n_vocab) of a fresh context, all tokens in one batch, on one thread."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = -(-len(tokens) // 256) * 256
+    params.n_threads = params.n_threads_batch = 1
+    params.type_k = params.type_v = {"f32": 0, "f16": 1, "q8_0": 8}[kv_type]
+    context = llama_cpp.llama_init_from_model(model, params)
+    assert context, "llama.cpp makes no context"
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        code = llama_cpp.llama_decode(context, batch)
+        assert code == 0, f"llama_decode: {code}"
+        n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        rows = llama_cpp.llama_get_logits(context)
+        return np.ctypeslib.as_array(rows, (len(tokens), n_vocab)).copy()
+    finally:
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+
+
+def stock_logits(path: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits after `tokens`, by llama.cpp alone: (n_vocab,)."""
+    with stock_model(path) as model:
+        return decode_whole(model, tokens, kv_type="f16")[-1]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from localrun.alignment import PAGE_BYTES, align_up
+from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.offload.readahead import ReadAhead, hash_tables
+from localrun.offload.readahead import CERTAIN, ReadAhead, hash_tables
+from localrun.offload.residency import Residency
 from localrun.quant.open import open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, write_model
+from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, MemoryStore
 
 
 def wait_until_read(model: OffloadedModel) -> None:
@@ -136,3 +141,98 @@ def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(
         expert_bytes = model.source.moe_layers[0].expert_bytes
         assert sum(row["bytes_read"] for row in rows) <= len(rows) * MODEL.n_experts * expert_bytes
         model.pool.residency.table.check()
+
+
+# -- alone, on a store that does as it is told ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def residency(store: MemoryStore) -> Iterator[Residency]:
+    """Twelve slots for three layers of twelve experts."""
+    wanted = {layer: np.zeros(N_EXPERTS, np.int32) for layer in LAYERS}
+    budget = 12 * align_up(EXPERT_BYTES, PAGE_BYTES)
+    made = Residency(LAYERS, KERNELS, wanted, store, budget, 3, Telemetry(len(LAYERS)))
+    yield made
+    made.close()
+
+
+def present(residency: Residency, layer: int) -> list[int]:
+    residency.settle()
+    return sorted(slot.expert for slot in residency.table if slot.layer == layer)
+
+
+def test_no_more_than_the_depth_is_under_way(residency: Residency, store: MemoryStore) -> None:
+    ahead = ReadAhead(residency, 3, depth=2)
+    store.hold()
+    assert ahead.read(0, range(5), evict=False) == 2
+    assert ahead.read(0, range(5), evict=False) == 0
+    store.release()
+    assert [ahead.read(0, range(5), evict=False) for _ in range(3)] == [2, 1, 0]
+
+
+def test_only_what_is_certain_displaces_what_was_used(residency: Residency) -> None:
+    ahead = ReadAhead(residency, 3, depth=16)
+    assert ahead.read(0, range(12), evict=False) == 12
+    residency.settle()
+    assert ahead.read(1, [4], evict=False) == 0
+    assert ahead.read(1, [4], evict=True) == 1
+    assert present(residency, 0) == list(range(1, 12))
+
+
+def test_tokens_outside_the_hash_table_are_passed_over(residency: Residency) -> None:
+    tables = {0: np.array([[0, 1, 2], [2, 3, 4]], np.int32)}
+    ahead = ReadAhead(residency, 3, depth=16, hash_tables=tables)
+    assert ahead.prepare([]) == 0
+    assert ahead.prepare([-1, 7]) == 0
+    assert ahead.prepare([1, 1]) == 3
+    assert present(residency, 0) == [2, 3, 4]
+
+
+def follow(ahead: ReadAhead, residency: Residency, layer: int, *, n_tokens: int = 64, share_used: float = 1.0) -> None:
+    with residency.lock:
+        ahead.follow(layer, n_tokens, share_used)
+
+
+@pytest.mark.parametrize(
+    ("layer", "n_tokens", "share_used", "expected"),
+    [(0, 64, 1.0, [0, 1, 2, 3]), (0, 63, 1.0, []), (0, 64, 0.5, []), (2, 64, 1.0, [])],
+    ids=["a long batch that used all", "a short one", "one that used half", "the last layer"],
+)
+def test_the_next_layer_follows_a_long_batch_with_a_third_of_the_slots(
+    residency: Residency, layer: int, n_tokens: int, share_used: float, expected: list[int]
+) -> None:
+    follow(ReadAhead(residency, 3, depth=1), residency, layer, n_tokens=n_tokens, share_used=share_used)
+    assert present(residency, 1) == expected
+
+
+def test_experts_that_nearly_every_token_used_are_certain_as_well(residency: Residency) -> None:
+    residency.table.uses[1, :4] = [100, 100, 90, 10]  # by 100 tokens of three experts each
+    follow(ReadAhead(residency, 3, depth=1), residency, 0, n_tokens=64, share_used=0.3)
+    assert present(residency, 1) == [0, 1, 2, 3]
+    assert CERTAIN < 1 - (1 - 10 / 100) ** 64
+
+
+def test_wrong_guesses_go_first_unless_somebody_has_used_them_since(residency: Residency) -> None:
+    ahead = ReadAhead(residency, 3, depth=1)
+    follow(ahead, residency, 0)
+    assert present(residency, 1) == [0, 1, 2, 3]
+    slots = [slot for slot in residency.table if slot.layer == 1]
+    assert all(ahead.is_guess(slot) for slot in slots)
+    residency.table.touch(slots[3])
+    ahead.judge(1, np.array([0], np.int32))
+    assert not any(ahead.is_guess(slot) for slot in slots)
+    assert [int(residency.table.stamps[1, e]) == 0 for e in range(4)] == [False, True, True, False]
+
+
+def test_a_guess_that_could_not_be_read_is_forgotten(residency: Residency, store: MemoryStore) -> None:
+    store.fail(1, 2)
+    ahead = ReadAhead(residency, 3, depth=1)
+    follow(ahead, residency, 0)
+    assert present(residency, 1) == [0, 1, 3]
+    ahead.judge(1, np.array([], np.int32))
+    residency.table.check()

@@ -43,7 +43,8 @@ EXCHANGE_EVERY = 16
 """Decodes between two looks at whether an expert in RAM has become hotter than one on a GPU; at most one is exchanged each time."""
 EXCHANGE_GAIN = 1.5
 """How much hotter it must be, so that experts of similar use don't change places for ever."""
-_LEAST_HEAT = 4.0
+LEAST_HEAT = 4.0
+"""What an expert must have been used at least to come to a GPU while running."""
 
 _STOP_POLL_S = 0.05
 """A stop request ends a long call so soon."""
@@ -262,7 +263,7 @@ class GpuTier:
                 gain = float(values[hot]) - EXCHANGE_GAIN * float(values[cold])
                 if self._free_place(layer, int(variant), take=False) is not None:
                     gain, cold = float(values[hot]), -1
-                if gain >= _LEAST_HEAT and (best is None or gain > best[0]):
+                if gain >= LEAST_HEAT and (best is None or gain > best[0]):
                     best = (gain, layer, hot, cold)
         if best is None:
             return

@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.engine.planner.builtin_models import BUILT_IN
     from localrun.engine.planner.planner import make_plan
     from localrun.engine.planner.sizes import format_of, sizes_of
+    from localrun.quant.checkpoint.official import BUILT_IN
 
     out = Output()
     user = common.settings_of(args)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model not in BUILT_IN or Path(args.model).exists():
         model = common.named_model(args.model, out, command="plan")
     sizes = sizes_of(model, base=format_of(args.base) if args.base else None)
-    check_context(user["context"], sizes.n_ctx_train or 0)
+    check_context(user["context"], sizes.shape.n_ctx_train or 0)
     out.status("looking at the machine")
     machine = _machine(args, user, sizes)
     out.clear_status()

@@ -27,7 +27,7 @@ from localrun.engine.planner import hardware
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.planner.plan import GpuShare, Plan
 from localrun.engine.planner.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
-from localrun.engine.planner.sizes import sizes_of_source
+from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
@@ -113,14 +113,15 @@ class Engine:
         report = progress or (lambda fraction, text: None)
         report(0.0, "reading the model's headers")
         source = open_model(Path(path))
-        n_ctx = _context_length(source, options)
-        placement = place_on_gpus(source, options, n_ctx) if source.moe_layers else GpuPlacement()
+        sizes = sizes_of_source(source)
+        n_ctx = _context_length(sizes, options)
+        placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()
         try:
-            plan, loaded = cls._load(source, options, placement, report, announce, learn=learn)
+            plan, loaded = cls._load(source, sizes, options, placement, report, announce, learn=learn)
         except GpuMemoryError as error:
             log.warning("%s; it stays on the CPU", error)
             placement = replace(placement, n_gpu_layers=0)
-            plan, loaded = cls._load(source, options, placement, report, announce, learn=learn)
+            plan, loaded = cls._load(source, sizes, options, placement, report, announce, learn=learn)
         file_bytes = sum(file.stat().st_size for file in source.files)
         return cls._checked(
             loaded,
@@ -135,6 +136,7 @@ class Engine:
     @staticmethod
     def _load(
         source: ModelSource,
+        sizes: ModelSizes,
         options: EngineOptions,
         placement: GpuPlacement,
         report: Callable[[float, str], None],
@@ -142,7 +144,7 @@ class Engine:
         *,
         learn: bool,
     ) -> tuple[Plan, OffloadedModel]:
-        plan = _plan(source, options, placement, learn=learn)
+        plan = _plan(source, sizes, options, placement, learn=learn)
         if announce is not None:
             announce(plan)
         offload = OffloadOptions(
@@ -295,14 +297,16 @@ def check_options(options: EngineOptions) -> None:
     memory.check_ram(options.ram_bytes)
 
 
-def _context_length(source: ModelSource, options: EngineOptions) -> int:
+def _context_length(sizes: ModelSizes, options: EngineOptions) -> int:
     """Tokens of context. Raises UsageError: more than the model was trained for."""
-    trained = source.metadata.get(f"{source.metadata.get('general.architecture')}.context_length")
-    check_context(options.n_ctx, trained if isinstance(trained, int) else 0)
-    return options.n_ctx or min(trained if isinstance(trained, int) else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    trained = sizes.shape.n_ctx_train
+    check_context(options.n_ctx, trained)
+    return options.n_ctx or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
-def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement, *, learn: bool) -> Plan:
+def _plan(
+    source: ModelSource, sizes: ModelSizes, options: EngineOptions, placement: GpuPlacement, *, learn: bool
+) -> Plan:
     """Budgets and expectations of a load. A model that is small enough not to matter costs no measurement."""
     is_large = sum(info.n_bytes for info in source.tensors.values()) >= SMALL_BYTES
     n_drives = 2 if options.mirror else 1
@@ -311,13 +315,13 @@ def _plan(source: ModelSource, options: EngineOptions, placement: GpuPlacement, 
         n_threads=options.n_threads,
         probe=is_large,
         n_drives=n_drives,
-        specs=sizes_of_source(source).specs,
+        specs=sizes.specs,
     )
     gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
     share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
     ram_bytes = None if machine.ram_bytes is None else max(0, machine.ram_bytes - placement.ram_bytes)
     machine = replace(machine, gpus=gpus, ram_bytes=ram_bytes)
-    return plan_load(source, options, machine, share, suggest=is_large, learned=learn)
+    return plan_load(sizes, options, machine, share, suggest=is_large, learned=learn)
 
 
 def dense_bytes(source: ModelSource) -> int:

@@ -26,7 +26,8 @@ from localrun.offload.gpu.stream_probe import measure, unpackers
 from localrun.offload.gpu.tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.residency import floor_bytes, largest_slot
-from localrun.quant.model.source import ModelSource, clamp_limits
+from localrun.quant.model.shape import shape_of
+from localrun.quant.model.source import ModelSource
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
@@ -125,12 +126,14 @@ def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlaceme
             f"{source.path}: no routed experts (blk.N.ffn_gate_exps)",
             hint="localrun runs mixture-of-experts models; dense ones run in llama.cpp itself",
         )
+    n_used = shape_of(source).n_used
+    if n_used < 1:
+        key = f"{source.metadata.get('general.architecture')}.expert_used_count"
+        raise FormatError(f"{source.path}: metadata key {key} does not say how many experts a token uses")
     kernels = _make_kernels(source, options)
     wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
     gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
-    return ExpertPlacement(
-        kernels, wanted, expert_used_count(source), gpus, _choose_rings(kernels, wanted, gpus, options)
-    )
+    return ExpertPlacement(kernels, wanted, n_used, gpus, _choose_rings(kernels, wanted, gpus, options))
 
 
 def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_bytes: int) -> int:
@@ -185,7 +188,7 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:
     """By layer a kernel for each variant; one per distinct shape, shared by the layers that have it."""
-    limits = clamp_limits(source)
+    limits = shape_of(source).clamp_limits
     made: dict[FfnSpec, FfnKernel] = {}
     kernels: dict[int, list[FfnKernel]] = {}
     for layer, moe in source.moe_layers.items():
@@ -208,15 +211,6 @@ def _wanted_variants(source: ModelSource, layer: int) -> npt.NDArray[np.int32]:
             gate, up, down = source.expert(layer, expert)
             wanted[expert] = moe.variants.index((gate.type, up.type, down.type))
     return wanted
-
-
-def expert_used_count(source: ModelSource) -> int:
-    """Experts per token, from the metadata."""
-    name = f"{source.metadata['general.architecture']}.expert_used_count"
-    value = source.metadata.get(name)
-    if not isinstance(value, int) or value <= 0:
-        raise FormatError(f"{source.path}: metadata key {name} is {value!r}, not a positive integer")
-    return value
 
 
 # -- what passes through a GPU -----------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class _Clock:
         machine, at = plan.machine, plan.placement
         self._gpu = slowest([gpu.rates for gpu in machine.gpus])
         place = residency(sizes, machine, at)
-        n_layers = max(1, len(sizes.moe_layers))
+        n_layers = max(1, len(sizes.shape.moe_layers))
         self._token_s = (
             sum(speed.dense_token(sizes, place, machine, plan.settings.position or 0, "f16").values()) / n_layers
         )
@@ -130,7 +130,7 @@ class _Clock:
             sum(speed.dense_batch(sizes, place, machine, batch, position).values()) / n_layers / batch
         )
         self._expert = speed.experts_on(machine, sizes)
-        self._file_bytes, self._weights = sizes.mean_file_bytes, 3 * sizes.n_embd * sizes.n_ff
+        self._file_bytes, self._weights = sizes.mean_file_bytes, 3 * sizes.shape.n_embd * sizes.shape.n_ff
         self._read_s = sizes.mean_file_bytes / speed.drive_rate(machine)
 
     def call(self, step: Step, in_ram: Step, missing: Sequence[Key], call: Call) -> float:
@@ -182,7 +182,7 @@ def trace_of(args: argparse.Namespace, sizes: ModelSizes) -> tuple[list[Call], T
     if args.trace is not None:
         trace = Trace(args.trace)
         return list(trace), trace.header
-    shape = (len(sizes.moe_layers), sizes.n_experts, sizes.n_used)
+    shape = (len(sizes.shape.moe_layers), sizes.shape.n_experts, sizes.shape.n_used)
     work = Workload(*shape, args.tokens, args.topic_tokens, args.prompt_tokens, args.batch)
     header = TraceHeader("synthetic", dict.fromkeys(range(shape[0]), shape[1:]), 0.0)
     return synthetic_calls(work, args.seed), header

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.placement import gpu_budgets
-from localrun.engine.planner.sizes import sizes_of_source
+from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
@@ -34,10 +34,11 @@ class GpuPlacement:
     ram_bytes: int = 0
 
 
-def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> GpuPlacement:
+def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int) -> GpuPlacement:
     """Chooses devices and shares out their memory.
 
     Args:
+        sizes: the source's.
         n_ctx: tokens of context that the cache must hold.
 
     Raises:
@@ -69,7 +70,6 @@ def place_on_gpus(source: ModelSource, options: EngineOptions, n_ctx: int) -> Gp
             + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
             hint="give less, or leave out --vram to take what fits",
         )
-    sizes = sizes_of_source(source)
     cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
     needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
     budgets = gpu_budgets(free, options.vram_bytes, needed)

@@ -14,10 +14,9 @@ from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plan import GpuShare, Plan, Settings, residency
-from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
+from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
-from localrun.quant.model.source import ModelSource
 
 DEFAULT_CONTEXT = 32768
 """Tokens, when the user says nothing and the model was trained for more."""
@@ -27,7 +26,7 @@ SMALL_BYTES = 256 << 20
 
 
 def plan_load(
-    source: ModelSource,
+    sizes: ModelSizes,
     options: EngineOptions,
     machine: Hardware,
     gpu: GpuShare | None = None,
@@ -44,8 +43,7 @@ def plan_load(
     Raises:
         BudgetError: it can't fit; the message has the numbers, the hint the nearest setting that fits.
     """
-    sizes = sizes_of_source(source)
-    rates = hit_rates(sizes.identity, dict.fromkeys(sizes.moe_layers, sizes.n_experts))
+    rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
     return make_plan(
         sizes,
         machine,
@@ -76,10 +74,10 @@ def make_plan(
         BudgetError: as `plan_load`.
     """
     settings = settings or Settings()
-    n_ctx = settings.n_ctx or min(sizes.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    n_ctx = settings.n_ctx or min(sizes.shape.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     placement = place(sizes, machine, settings, n_ctx, gpu)
     if rates is None:
-        rates = hit_rates(sizes.identity, dict.fromkeys(sizes.moe_layers, sizes.n_experts))
+        rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
     decode = prefill = None
     if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
         at = residency(sizes, machine, placement, adaptive=settings.adaptive)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from localrun.alignment import LINE_BYTES, PAGE_BYTES, align_up, ceil_div
-from localrun.engine.planner.builtin_models import BUILT_IN, NAMES
+from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import FormatError, UsageError
+from localrun.offload.cache.store import staging_bytes, staging_bytes_aligned
+from localrun.offload.kernels.layout import expert_layout
 from localrun.options import KV_TYPES
 from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions, target_type
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
+from localrun.quant.checkpoint.official import BUILT_IN, NAMES
 from localrun.quant.checkpoint.schema import Role, TensorSpec, trunk_tensors
 from localrun.quant.gguf.file import tensor_bytes
+from localrun.quant.model.shape import CSA, HCA, ModelShape, shape_of
 from localrun.quant.model.source import ExpertTypes, ModelSource
 from localrun.quant.open import open_model
 
@@ -35,16 +38,10 @@ _T = GGMLQuantizationType
 KV_FORMATS = {name: _T[name.upper()] for name in KV_TYPES}
 """Number formats of the KV cache by the name that options use."""
 
-CSA, HCA = 4, 128
-"""Compression ratios of deepseek4's two kinds of compressed layers."""
-
 LLAMA_PAD = 256
 """llama.cpp rounds contexts and caches up to this many rows."""
 
-STAGED_EXPERTS = 4
-"""Experts whose reads the store has under way; each needs a buffer beside the slots."""
-
-_PARTS = (
+_COMPONENTS = (
     ("embedding", ("token_embd",)),
     ("output head", ("output.weight", "output_norm", "output_hc")),
     ("indexer", ("indexer",)),
@@ -59,29 +56,6 @@ _PARTS = (
 
 LOOKED_UP = ("embedding", "hash tables")
 """Parts of which a token reads one row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """What the KV cache depends on. `ratios` is empty for models without compressed layers.
-
-    Attributes:
-        kv_row: values per token and layer of a plain cache (keys and values of all heads).
-        ratios: compression ratio per layer of deepseek4.
-    """
-
-    n_heads: int
-    head_dim: int
-    kv_row: int
-    window: int = 0
-    ratios: tuple[int, ...] = ()
-    index_heads: int = 0
-    index_dim: int = 0
-    index_top_k: int = 0
-
-    def count(self, ratio: int) -> int:
-        """Layers of that compression ratio."""
-        return self.ratios.count(ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +88,23 @@ class ModelSizes:
     Attributes:
         identity: of the weights, for their routing profile; empty where there are none.
         files: of the model, to measure the drive; empty where there are none.
-        dense: by part, see `_PARTS`.
+        shape: dimensions.
+        dense: by part, see `_COMPONENTS`.
         dense_weights: weights of all matrices that every token is multiplied with.
         experts: the copies that would be used, by format.
+        staging_bytes: buffers of reads under way.
         base_bytes: all experts in the base's copies, where an overlay has better ones; else 0.
         convertible: another format of the experts is a matter of converting again.
     """
 
     name: str
-    architecture: str
     identity: str
     files: tuple[Path, ...]
-    n_layers: int
-    n_embd: int
-    n_vocab: int
-    n_ctx_train: int
-    moe_layers: tuple[int, ...]
-    n_experts: int
-    n_used: int
-    n_ff: int
-    attention: Attention
+    shape: ModelShape
     dense: Mapping[str, int]
     dense_weights: int
     experts: tuple[ExpertGroup, ...]
+    staging_bytes: int
     base_bytes: int = 0
     convertible: bool = False
 
@@ -180,41 +148,36 @@ class ModelSizes:
         return self.expert_slot_bytes / max(1, self.n_copies)
 
     @property
-    def staging_bytes(self) -> int:
-        """Buffers of reads under way."""
-        return STAGED_EXPERTS * (max((group.file_bytes for group in self.experts), default=0) + 6 * PAGE_BYTES)
-
-    @property
     def floor_bytes(self) -> int:
         """Least RAM for experts: one token's experts of one layer, and the reads."""
         largest = max((page_rounded(group.slot_bytes) for group in self.experts), default=0)
-        return self.n_used * largest + self.staging_bytes
+        return self.shape.n_used * largest + self.staging_bytes
 
     @property
     def used_weights(self) -> int:
         """Expert weights that a token is multiplied with."""
-        return len(self.moe_layers) * self.n_used * 3 * self.n_embd * self.n_ff
+        return len(self.shape.moe_layers) * self.shape.n_used * self.shape.expert_weights
 
     @property
     def specs(self) -> tuple[FfnSpec, ...]:
         """Shapes of the experts, by format, for measuring kernels; the clamp costs nothing."""
         from localrun.offload.kernels import FfnSpec
 
-        return tuple(FfnSpec(group.types, self.n_embd, self.n_ff, 10.0) for group in self.experts)
+        return tuple(FfnSpec(group.types, self.shape.n_embd, self.shape.n_ff, 10.0) for group in self.experts)
 
     def kv(self, n_ctx: int, kv_type: str, n_batch: int) -> dict[str, int]:
         """The KV cache as llama.cpp allocates it, by part: window, CSA rows, HCA rows, indexer rows, frontiers."""
-        at, n_ctx = self.attention, padded(n_ctx)
+        at, n_ctx = self.shape, padded(n_ctx)
         if not at.ratios:
-            return {"rows": self.n_layers * row_bytes(kv_type, at.kv_row) * n_ctx}
-        n_csa, n_hca = at.count(CSA), at.count(HCA)
+            return {"rows": at.n_layers * row_bytes(kv_type, at.kv_row) * n_ctx}
+        n_csa, n_hca = at.n_layers_of(CSA), at.n_layers_of(HCA)
         window = padded(min(n_ctx, at.window + min(n_batch, n_ctx)))
         csa_rows, hca_rows = padded(ceil_div(n_ctx, CSA)), padded(ceil_div(n_ctx, HCA))
         row, index_row = row_bytes(kv_type, at.head_dim), row_bytes(kv_type, at.index_dim)
         # F32 keys and gates: CSA's blocks overlap, so it keeps two of them, of doubled rows.
         frontiers = 2 * 4 * (n_csa * 2 * CSA * 2 * (at.head_dim + at.index_dim) + n_hca * HCA * at.head_dim)
         return {
-            "window": self.n_layers * window * row,
+            "window": at.n_layers * window * row,
             "CSA rows": n_csa * csa_rows * row,
             "HCA rows": n_hca * hca_rows * row,
             "indexer rows": n_csa * csa_rows * index_row,
@@ -227,23 +190,22 @@ class ModelSizes:
 
     def kv_read_bytes(self, position: int, kv_type: str) -> int:
         """What attention reads for one token at a position: the window, the chosen rows, all indexer rows."""
-        at = self.attention
+        at = self.shape
         if not at.ratios:
-            return self.n_layers * row_bytes(kv_type, at.kv_row) * position
+            return at.n_layers * row_bytes(kv_type, at.kv_row) * position
         row, index_row = row_bytes(kv_type, at.head_dim), row_bytes(kv_type, at.index_dim)
         csa = position // CSA
         return (
-            self.n_layers * min(position, at.window) * row
-            + at.count(CSA) * (min(csa, at.index_top_k) * row + csa * index_row)
-            + at.count(HCA) * (position // HCA) * row
+            at.n_layers * min(position, at.window) * row
+            + at.n_layers_of(CSA) * (min(csa, at.index_top_k) * row + csa * index_row)
+            + at.n_layers_of(HCA) * (position // HCA) * row
         )
 
     def with_experts(self, kind: GGMLQuantizationType) -> ModelSizes:
         """The same model converted with all experts in another format."""
-        from dataclasses import replace
-
-        group = expert_group((kind, kind, kind), self.n_copies, self.n_embd, self.n_ff)
-        return replace(self, experts=(group,))
+        layout = expert_layout((kind, kind, kind), self.shape.n_embd, self.shape.n_ff)
+        group = ExpertGroup((kind, kind, kind), self.n_copies, sum(layout.raw_bytes), layout.slot_bytes)
+        return replace(self, experts=(group,), staging_bytes=staging_bytes_aligned(layout.raw_bytes))
 
 
 # --- where sizes come from --------------------------------------------------------------------------------------------
@@ -291,51 +253,25 @@ def sizes_of_config(config: ModelConfig, name: str, options: PlanOptions | None 
             weights += _weights(spec)
         elif spec.expert == 0 and len(expert_types) < 3:
             expert_types.append(target_type(spec, spec.dtype, options))
-    n_layers, n_experts = config.num_hidden_layers, config.n_routed_experts
+    shape = config.shape
     gate, up, down = expert_types
+    layout = expert_layout((gate, up, down), shape.n_embd, shape.n_ff)
+    n_copies = len(shape.moe_layers) * shape.n_experts
     return ModelSizes(
         name=name,
-        architecture="deepseek4",
         identity="",
         files=(),
-        n_layers=n_layers,
-        n_embd=config.hidden_size,
-        n_vocab=config.vocab_size,
-        n_ctx_train=config.max_position_embeddings,
-        moe_layers=tuple(range(n_layers)),
-        n_experts=n_experts,
-        n_used=config.num_experts_per_tok,
-        n_ff=config.moe_intermediate_size,
-        attention=Attention(
-            n_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            kv_row=2 * config.head_dim,
-            window=config.sliding_window,
-            ratios=config.compress_ratios[:n_layers],
-            index_heads=config.index_n_heads,
-            index_dim=config.index_head_dim,
-            index_top_k=config.index_topk,
-        ),
+        shape=shape,
         dense=dict(dense),
         dense_weights=weights,
-        experts=(
-            expert_group((gate, up, down), n_layers * n_experts, config.hidden_size, config.moe_intermediate_size),
-        ),
+        experts=(ExpertGroup((gate, up, down), n_copies, sum(layout.raw_bytes), layout.slot_bytes),),
+        staging_bytes=staging_bytes_aligned(layout.raw_bytes),
         convertible=True,
     )
 
 
 def sizes_of_source(source: ModelSource) -> ModelSizes:
     """Sizes of a model that lies on the disk, each expert in the copy that the engine would read."""
-    meta = source.metadata
-    architecture = str(meta.get("general.architecture", "unknown"))
-
-    def number(key: str, default: int = 0) -> int:
-        value: Any = meta.get(f"{architecture}.{key}", default)
-        if isinstance(value, int):
-            return value
-        return max((int(item) for item in value), default=default)  # per layer: the cache is counted with the largest
-
     dense: Counter[str] = Counter()
     weights = 0
     for tensor, info in source.tensors.items():
@@ -346,66 +282,23 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
                 weights += info.shape[0] * info.shape[1]
     if "output.weight" not in source.tensors:  # tied: the embeddings are the output head, too
         dense["output head"] += dense.pop("embedding", 0)
-    moe = source.moe_layers
-    first = next(iter(moe.values()), None)
-    heads = max(1, number("attention.head_count", 1))
-    head_dim = number("attention.key_length") or number("embedding_length") // heads
-    value_dim = number("attention.value_length") or head_dim
-    is_v4 = architecture == "deepseek4"
-    ratios: Any = meta.get(f"{architecture}.attention.compress_ratios", ()) if is_v4 else ()
-    n_layers = number("block_count")
+    moe = source.moe_layers.values()
+    has_better = any(layer.better for layer in moe)
     return ModelSizes(
-        name=str(meta.get("general.name") or source.path.stem),
-        architecture=architecture,
+        name=str(source.metadata.get("general.name") or source.path.stem),
         identity=source.identity,
         files=tuple(source.files),
-        n_layers=n_layers,
-        n_embd=number("embedding_length"),
-        n_vocab=number("vocab_size") or _rows(source, "token_embd.weight"),
-        n_ctx_train=number("context_length"),
-        moe_layers=tuple(moe),
-        n_experts=first.n_experts if first else 0,
-        n_used=number("expert_used_count"),
-        n_ff=first.n_ff if first else 0,
-        attention=Attention(
-            n_heads=heads,
-            head_dim=head_dim,
-            kv_row=number("attention.head_count_kv", heads) * (head_dim + value_dim),
-            window=number("attention.sliding_window"),
-            ratios=tuple(int(ratio) for ratio in ratios)[:n_layers],
-            index_heads=number("attention.indexer.head_count"),
-            index_dim=number("attention.indexer.key_length"),
-            index_top_k=number("attention.indexer.top_k"),
-        ),
+        shape=shape_of(source),
         dense=dict(dense),
         dense_weights=weights,
         experts=tuple(
-            ExpertGroup(types, count, size, slot_bytes(types, n_embd, n_ff))
+            ExpertGroup(types, count, size, expert_layout(types, n_embd, n_ff).slot_bytes)
             for (types, n_embd, n_ff, size), count in sorted(_expert_kinds(source).items(), key=str)
         ),
-        base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe.values())
-        if any(layer.better for layer in moe.values())
-        else 0,
+        staging_bytes=staging_bytes(source),
+        base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe) if has_better else 0,
         convertible=(source.path / "config.json").is_file(),
     )
-
-
-def expert_group(types: ExpertTypes, count: int, n_embd: int, n_ff: int) -> ExpertGroup:
-    """Experts of these types and shape."""
-    shapes = ((n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd))
-    size = sum(tensor_bytes(kind, shape) for kind, shape in zip(types, shapes, strict=True))
-    return ExpertGroup(types, count, size, slot_bytes(types, n_embd, n_ff))
-
-
-def slot_bytes(types: ExpertTypes, n_embd: int, n_ff: int) -> int:
-    """An expert in RAM, in the layout of this machine's kernels."""
-    from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
-
-    total = 0
-    for kind, (n_in, n_out) in zip(types, ((n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd)), strict=True):
-        size = FORMATS[kind].matrix_bytes(n_out, n_in) if runnable(kind) else tensor_bytes(kind, (n_in, n_out))
-        total += align_up(size, LINE_BYTES)
-    return total
 
 
 def format_of(name: str) -> GGMLQuantizationType:
@@ -450,12 +343,7 @@ def _expert_kinds(source: ModelSource) -> Counter[tuple[ExpertTypes, int, int, i
 
 
 def _part(name: str) -> str:
-    return next((part for part, marks in _PARTS if any(mark in name for mark in marks)), "other")
-
-
-def _rows(source: ModelSource, name: str) -> int:
-    info = source.tensors.get(name)
-    return int(info.shape[1]) if info is not None else 0
+    return next((part for part, marks in _COMPONENTS if any(mark in name for mark in marks)), "other")
 
 
 def _tensor_bytes(spec: TensorSpec, options: PlanOptions) -> int:

@@ -17,9 +17,11 @@ from dataclasses import dataclass, fields, replace
 
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, touched
-from localrun.engine.planner.sizes import CSA, HCA, ModelSizes, expert_group
+from localrun.engine.planner.sizes import ModelSizes
 from localrun.offload.gpu.rates import GpuRates
+from localrun.offload.kernels.layout import expert_layout
 from localrun.offload.kernels.rates import ExpertRates, assumed_dense, assumed_expert
+from localrun.quant.model.shape import CSA, HCA
 from localrun.quant.model.source import ExpertTypes
 
 LAYER_S = 0.5e-3
@@ -134,7 +136,7 @@ def predict_decode(
     sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
 ) -> Range:
     """Speed of answers with `position` tokens in the context."""
-    used = len(sizes.moe_layers) * sizes.n_used
+    used = len(sizes.shape.moe_layers) * sizes.shape.n_used
     dense_parts = dense_token(sizes, place, machine, position, kv_type)
     expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
 
@@ -143,7 +145,7 @@ def predict_decode(
         on_cpu_s, on_gpu_s = (1 - on_gpu) * expert_s, 0.0
         if place.gpu is not None and on_gpu:
             on_gpu_s = on_gpu * used * sizes.mean_file_bytes / place.gpu.decode_bytes_per_s
-            on_gpu_s += len(sizes.moe_layers) * place.gpu.latency_s
+            on_gpu_s += len(sizes.shape.moe_layers) * place.gpu.latency_s
         parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
         disk_bytes = (1 - hits) * used * place.miss_bytes
         read_s = disk_bytes / (DISK_SHARE[estimate] * drive_rate(machine))
@@ -167,12 +169,12 @@ def dense_token(
         gpu = place.gpu
         return {
             "dense model on the GPU": n_bytes / gpu.dense_bytes_per_s + attention / gpu.dense_macs_per_s,
-            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
+            "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
         }
-    layer_s = LAYER_S + LAYER_VALUE_S * sizes.n_embd
+    layer_s = LAYER_S + LAYER_VALUE_S * sizes.shape.n_embd
     return {
         "dense model in RAM": n_bytes / dense_on(machine)[0],
-        "layers": sizes.n_layers * layer_s + attention / (machine.n_threads * ATTENTION_MACS_PER_CORE) + TOKEN_S,
+        "layers": sizes.shape.n_layers * layer_s + attention / (machine.n_threads * ATTENTION_MACS_PER_CORE) + TOKEN_S,
     }
 
 
@@ -199,10 +201,10 @@ def predict_prefill(
     Experts that a GPU could compute of a long prompt besides those that live on it (`offload/gpu/stream.py`) are not counted.
     """
     batch = max(1, min(n_batch, prompt_tokens))
-    n_layers, n_experts = len(sizes.moe_layers), max(1, sizes.n_experts)
+    n_layers, n_experts = len(sizes.shape.moe_layers), max(1, sizes.shape.n_experts)
     dense_parts = dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
     expert = experts_on(machine, sizes)
-    n_pairs = batch * n_layers * sizes.n_used
+    n_pairs = batch * n_layers * sizes.shape.n_used
     on_gpu = rates.hottest(place.gpu_share) if place.gpu is not None and place.gpu_share > 0 else 0.0
 
     def rate(distinct: float, missing: float, hidden: float) -> Rate:
@@ -223,8 +225,8 @@ def predict_prefill(
             parts=per_token,
         )
 
-    even = touched(None, place.share, batch, sizes.n_used, n_experts)
-    real = touched(rates, place.share, batch, sizes.n_used, n_experts)
+    even = touched(None, place.share, batch, sizes.shape.n_used, n_experts)
+    real = touched(rates, place.share, batch, sizes.shape.n_used, n_experts)
     low, likely, high = PROMPT_HIDDEN_READS
     return _widened(
         rate(even.distinct, even.distinct * (1 - place.share), low),
@@ -236,12 +238,13 @@ def predict_prefill(
 def dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
     """Seconds of a batch by resource, all but its experts."""
     weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
-    values = batch * sizes.n_layers * sizes.n_embd
+    values = batch * sizes.shape.n_layers * sizes.shape.n_embd
     if place.dense_on_gpu and place.gpu is not None:
         gpu = place.gpu
         return {
             "dense model on the GPU": (weights + attention) / gpu.dense_macs_per_s,
-            "layers": sizes.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + values * LAYER_VALUES * gpu.value_s,
+            "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s)
+            + values * LAYER_VALUES * gpu.value_s,
         }
     return {
         "dense model on the CPU": weights / dense_on(machine)[1],
@@ -254,18 +257,18 @@ def dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: i
 
 def matrix_weights(sizes: ModelSizes) -> int:
     """Weights that every token of a prompt is multiplied with; the output head is for the last one only."""
-    return max(0, sizes.dense_weights - sizes.n_vocab * sizes.n_embd)
+    return max(0, sizes.dense_weights - sizes.shape.n_vocab * sizes.shape.n_embd)
 
 
 def attention_macs(sizes: ModelSizes, position: int) -> float:
     """Multiplications of attention and indexer for one token: queries with keys, and values."""
-    at = sizes.attention
+    at = sizes.shape
     if not at.ratios:
-        return sizes.n_layers * at.n_heads * at.head_dim * 2.0 * position
+        return sizes.shape.n_layers * at.n_heads * at.head_dim * 2.0 * position
     csa = position // CSA
-    rows = sizes.n_layers * min(position, at.window) + at.count(CSA) * min(csa, at.index_top_k)
-    rows += at.count(HCA) * (position // HCA)
-    return rows * at.n_heads * at.head_dim * 2.0 + at.count(CSA) * csa * at.index_heads * at.index_dim
+    rows = sizes.shape.n_layers * min(position, at.window) + at.n_layers_of(CSA) * min(csa, at.index_top_k)
+    rows += at.n_layers_of(HCA) * (position // HCA)
+    return rows * at.n_heads * at.head_dim * 2.0 + at.n_layers_of(CSA) * csa * at.index_heads * at.index_dim
 
 
 def drive_rate(machine: Hardware) -> float:
@@ -297,9 +300,9 @@ def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
     """The model's mean expert on this CPU; formats that were not measured are assumed, and scaled by those that were."""
 
     def assumed(types: ExpertTypes) -> ExpertRates:
-        group = expert_group(types, 1, sizes.n_embd, sizes.n_ff)
-        weights = 3 * sizes.n_embd * sizes.n_ff
-        return assumed_expert(types, group.file_bytes, weights, machine.memory, machine.n_threads)
+        layout = expert_layout(types, sizes.shape.n_embd, sizes.shape.n_ff)
+        weights = sizes.shape.expert_weights
+        return assumed_expert(types, sum(layout.raw_bytes), weights, machine.memory, machine.n_threads)
 
     known = machine.cpu.experts if machine.cpu is not None else {}
     slower = [rates.decode_s / assumed(types).decode_s for types, rates in known.items()]

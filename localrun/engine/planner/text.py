@@ -22,7 +22,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Model, machine, memory, experts, speed, what would be faster."""
     sizes, machine, at = plan.sizes, plan.machine, plan.placement
     kinds = ", ".join(f"{group.count} in {group.name}" for group in sizes.experts)
-    model = f"{sizes.name}, {sizes.n_layers} layers, dense {format_size(sizes.dense_bytes)}"
+    model = f"{sizes.name}, {sizes.shape.n_layers} layers, dense {format_size(sizes.dense_bytes)}"
     if sizes.n_copies:
         model += f", {sizes.n_copies} experts {format_size(sizes.expert_file_bytes)} ({kinds})"
     place = "on the GPU" if at.dense_on_gpu else "in RAM"
@@ -107,14 +107,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "model": {
             "name": sizes.name,
-            "architecture": sizes.architecture,
-            "n_layers": sizes.n_layers,
+            "architecture": sizes.shape.architecture,
+            "n_layers": sizes.shape.n_layers,
             "dense_bytes": sizes.dense_bytes,
             "dense": dict(sizes.dense),
             "dense_token_bytes": sizes.dense_token_bytes,
             "n_experts": sizes.n_copies,
-            "n_experts_per_layer": sizes.n_experts,
-            "n_experts_used": sizes.n_used,
+            "n_experts_per_layer": sizes.shape.n_experts,
+            "n_experts_used": sizes.shape.n_used,
             "expert_bytes": sizes.expert_file_bytes,
             "experts": [
                 {"type": g.name, "count": g.count, "file_bytes": g.file_bytes, "slot_bytes": g.slot_bytes}

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
+N_BUFFERS = 4
+"""Experts whose reads are under way at once, where nobody says otherwise."""
+
 
 class Packer(Protocol):
     """What the store needs of a kernel: the slot's layout."""
@@ -156,7 +159,7 @@ class ExpertStore:
         mirror: ModelSource | None = None,
         n_lanes: int = DEFAULT_LANES,
         piece_bytes: int = DEFAULT_PIECE_BYTES,
-        n_buffers: int = 4,
+        n_buffers: int = N_BUFFERS,
         verify: bool = True,
     ) -> None:
         self._source = source
@@ -172,10 +175,7 @@ class ExpertStore:
         copies = [source] if mirror is None else [source, mirror]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
-        samples = list(_samples(source))
-        buffer_bytes = max((_staging_bytes(sample) for sample in samples), default=PAGE_BYTES)
-        # Decoded or unaligned experts are put together in a second buffer before they are packed.
-        halves = 1 if all(_reads_contiguously(sample) for sample in samples) else 2
+        buffer_bytes, halves = _buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
         self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
@@ -388,13 +388,30 @@ def _open_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
 
 
-def _staging_bytes(projections: tuple[Projection, Projection, Projection]) -> int:
-    """Largest space that an expert's aligned reads can take."""
-    return sum(
-        (ceil_div(extent.n_bytes, PAGE_BYTES) + 1) * PAGE_BYTES
-        for projection in projections
-        for extent in projection.extents
+def staging_bytes(source: ModelSource) -> int:
+    """RAM that reading this model's experts takes beside their slots, where nobody says otherwise."""
+    buffer_bytes, halves = _buffers(source)
+    return N_BUFFERS * buffer_bytes * halves
+
+
+def staging_bytes_aligned(matrix_bytes: Sequence[int]) -> int:
+    """The same for experts whose matrices begin and end at pages, as they do in a conversion of an official checkpoint."""
+    return N_BUFFERS * sum(_read_bytes(n_bytes) for n_bytes in matrix_bytes)
+
+
+def _buffers(source: ModelSource) -> tuple[int, int]:
+    """Largest space that an expert's aligned reads can take, and how often an expert that is being read needs it."""
+    samples = list(_samples(source))
+    needed = (
+        sum(_read_bytes(extent.n_bytes) for projection in sample for extent in projection.extents) for sample in samples
     )
+    # Decoded or unaligned experts are put together in a second buffer before they are packed.
+    return max(needed, default=PAGE_BYTES), 1 if all(map(_reads_contiguously, samples)) else 2
+
+
+def _read_bytes(n_bytes: int) -> int:
+    """Pages that so many bytes touch at most."""
+    return (ceil_div(n_bytes, PAGE_BYTES) + 1) * PAGE_BYTES
 
 
 def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Projection]]:

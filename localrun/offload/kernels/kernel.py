@@ -9,15 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.alignment import LINE_BYTES, align_up
-from localrun.ggml.types import block_type
 from localrun.offload.kernels import generic
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.exact import exact_rows
-from localrun.offload.kernels.interleaved.formats import FORMATS, runnable
+from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.packing import pack_function, pack_matrix
 from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.interleaved.unpacking import unpack_matrix
+from localrun.offload.kernels.layout import expert_layout, is_interleaved, packed_matrix_bytes, raw_matrix_bytes
 from localrun.offload.kernels.panels import FLOAT32, Panel
 from localrun.offload.kernels.spec import FfnSpec, Math
 from localrun.offload.kernels.tasks import Call, Matrix
@@ -46,8 +45,8 @@ class PackedMatrix:
 
     @classmethod
     def choose(cls, type_: GGMLQuantizationType, n_out: int, n_in: int, *, math: Math) -> PackedMatrix:
-        raw_bytes = n_out * block_type(type_).row_bytes(n_in)
-        if math == "int8" and runnable(type_):
+        raw_bytes = raw_matrix_bytes(type_, n_out, n_in)
+        if is_interleaved(type_, math):
             format_ = FORMATS[type_]
             address = int(rows_function(type_, level()).address)
             pack_function()  # compiled now, not while the first expert waits for it
@@ -58,7 +57,7 @@ class PackedMatrix:
                 True,
                 level().value,
                 raw_bytes,
-                format_.matrix_bytes(n_out, n_in),
+                packed_matrix_bytes(type_, n_out, n_in, math),
                 format_.panel,
                 address,
                 0,
@@ -98,15 +97,9 @@ class ExpertKernel:
         self._matrices = tuple(
             PackedMatrix.choose(t, *shape, math=math) for t, shape in zip(spec.types, shapes, strict=True)
         )
-        gate, up, down = self._matrices
-        self.raw_bytes = (gate.raw_bytes, up.raw_bytes, down.raw_bytes)
-        self.raw_is_packed = not any(m.interleaved for m in self._matrices)
-        self._offsets, end = [], 0
-        for matrix in self._matrices:
-            self._offsets.append(end)
-            # Vector code reads aligned slots; raw rows must stay back to back.
-            end += matrix.packed_bytes if self.raw_is_packed else align_up(matrix.packed_bytes, LINE_BYTES)
-        self.slot_bytes = align_up(end, LINE_BYTES)
+        layout = expert_layout(spec.types, spec.n_embd, spec.n_ff, math=math)
+        self.raw_bytes, self.raw_is_packed, self.slot_bytes = layout.raw_bytes, layout.raw_is_packed, layout.slot_bytes
+        self._offsets = layout.offsets
         kinds = dict.fromkeys(f"{m.type.name.lower()}-{m.arithmetic}" for m in self._matrices)
         self.name = "+".join(kinds)
         views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import FormatError, UnsupportedModelError
+from localrun.quant.model.shape import DEEPSEEK4, ModelShape, clamp_limits
 
 FP8_BLOCK = 128
 """FP8 matrices have one scale per 128 x 128 weights."""
@@ -94,6 +95,38 @@ class ModelConfig:
     def has_dspark(self) -> bool:
         """Whether this is a later checkpoint with the DSpark drafter (its chat encoder differs too)."""
         return bool(self.dspark_target_layer_ids)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the trunk, which is what is converted and run."""
+        layers = range(self.num_hidden_layers)
+        return ModelShape(
+            architecture=DEEPSEEK4,
+            n_layers=self.num_hidden_layers,
+            n_embd=self.hidden_size,
+            n_vocab=self.vocab_size,
+            n_ctx_train=self.max_position_embeddings,
+            n_heads=self.num_attention_heads,
+            n_kv_heads=1,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            moe_layers=tuple(layers),
+            n_experts=self.n_routed_experts,
+            n_used=self.num_experts_per_tok,
+            n_ff=self.moe_intermediate_size,
+            n_shared=self.n_shared_experts,
+            clamp_limits=clamp_limits(self.swiglu_limit, layers),
+            window=self.sliding_window,
+            ratios=self.compress_ratios[: self.num_hidden_layers],
+            index_heads=self.index_n_heads,
+            index_dim=self.index_head_dim,
+            index_top_k=self.index_topk,
+            n_hash_layers=self.num_hash_layers,
+            q_rank=self.q_lora_rank,
+            o_groups=self.o_groups,
+            o_rank=self.o_lora_rank,
+            n_streams=self.hc_mult,
+        )
 
 
 class _Reader:

@@ -25,9 +25,10 @@ from localrun.quant.gguf.checks import (
     Metadata,
     Tensors,
 )
+from localrun.quant.model.shape import CSA, DEEPSEEK4, HCA, ModelShape, read_shape
 from localrun.quant.model.source import TensorInfo
 
-ARCHITECTURE = "deepseek4"
+ARCHITECTURE = DEEPSEEK4
 
 
 class Kind(Enum):
@@ -52,169 +53,153 @@ class Expected:
     kind: Kind
 
 
-@dataclass(frozen=True, slots=True)
-class Deepseek4Shape:
-    """The numbers that decide deepseek4's tensor shapes, checked against one another."""
+def read_deepseek4(path: Path, metadata: Metadata, common: Common) -> ModelShape:
+    """Checks every key that llama.cpp's deepseek4 loader reads.
 
-    n_layers: int
-    n_embd: int
-    n_vocab: int
-    n_heads: int
-    head_dim: int
-    q_rank: int
-    o_groups: int
-    o_rank: int
-    n_experts: int
-    n_used: int
-    n_ff: int
-    n_shared: int
-    n_hash_layers: int
-    index_heads: int
-    index_dim: int
-    hc: int
-    ratios: tuple[int, ...]
+    Raises:
+        FormatError: a key is missing, has another type, or a value that llama.cpp could not run.
+        UnsupportedModelError: layer kinds that crash llama.cpp.
+    """
+    keys, n_layers = KeyReader(path, metadata), common.n_layers
+    prefix = ARCHITECTURE + "."
+    _check_scalars(keys, prefix, n_layers)
+    for name in ("expert_feed_forward_length", "attention.head_count", "expert_used_count"):
+        keys.uniform(prefix + name, n_layers)
+    for name in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        if name == "swiglu_clamp_exp" or prefix + name in metadata:
+            limits = keys.per_layer(prefix + name, n_layers, (GGUFValueType.FLOAT32,))
+            if not all(math.isfinite(limit) and limit >= 0 for limit in limits):
+                raise keys.error(f"{prefix}{name}: {limits[0]} is not a limit")
+    bounds = {
+        "embedding_length": (1, MAX_DIMENSION),
+        "attention.key_length": (1, 1 << 14),
+        "attention.value_length": (1, 1 << 14),
+        "attention.q_lora_rank": (1, MAX_DIMENSION),
+        "attention.output_group_count": (1, MAX_DIMENSION),
+        "attention.output_lora_rank": (1, MAX_DIMENSION),
+        "expert_count": (1, MAX_EXPERTS),
+        "expert_shared_count": (1, 64),
+        "hash_layer_count": (0, n_layers),
+        "attention.indexer.head_count": (1, 1 << 12),
+        "attention.indexer.key_length": (1, 1 << 12),
+        "hyper_connection.count": (4, 4),
+    }
+    for name, (low, high) in bounds.items():
+        keys.integer(prefix + name, low, high)
+    _check_ratios(keys, prefix + "attention.compress_ratios", n_layers)
+    own = {key: value.value for key, value in metadata.items() if key.startswith((prefix, "general.architecture"))}
+    own.pop(prefix + "vocab_size", None)  # the token list's length counts
+    shape = read_shape(
+        own,
+        moe_layers=range(n_layers),
+        n_experts=keys.integer(prefix + "expert_count", 1, MAX_EXPERTS),
+        n_ff=keys.uniform(prefix + "expert_feed_forward_length", n_layers),
+        n_vocab=common.n_vocab,
+    )
+    _check_shape(shape, keys, prefix)
+    return shape
 
-    @classmethod
-    def read(cls, path: Path, metadata: Metadata, common: Common) -> Deepseek4Shape:
-        """Checks every key that llama.cpp's deepseek4 loader reads.
 
-        Raises:
-            FormatError: a key is missing, has another type, or a value that llama.cpp could not run.
-            UnsupportedModelError: layer kinds that crash llama.cpp.
-        """
-        keys = KeyReader(path, metadata)
-        prefix = ARCHITECTURE + "."
-
-        def integer(name: str, high: int = MAX_DIMENSION, low: int = 1) -> int:
-            return keys.integer(prefix + name, low, high)
-
-        n_layers = common.n_layers
-        _check_scalars(keys, prefix, n_layers)
-        n_ff = keys.uniform(prefix + "expert_feed_forward_length", n_layers)
-        for name in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
-            if name == "swiglu_clamp_exp" or prefix + name in metadata:
-                limits = keys.per_layer(prefix + name, n_layers, (GGUFValueType.FLOAT32,))
-                if not all(math.isfinite(limit) and limit >= 0 for limit in limits):
-                    raise keys.error(f"{prefix}{name}: {limits[0]} is not a limit")
-        shape = cls(
-            n_layers=n_layers,
-            n_embd=integer("embedding_length"),
-            n_vocab=common.n_vocab,
-            n_heads=keys.uniform(prefix + "attention.head_count", n_layers),
-            head_dim=integer("attention.key_length", 1 << 14),
-            q_rank=integer("attention.q_lora_rank"),
-            o_groups=integer("attention.output_group_count"),
-            o_rank=integer("attention.output_lora_rank"),
-            n_experts=integer("expert_count", MAX_EXPERTS),
-            n_used=keys.uniform(prefix + "expert_used_count", n_layers),
-            n_ff=n_ff,
-            n_shared=integer("expert_shared_count", 64),
-            n_hash_layers=integer("hash_layer_count", n_layers, 0),
-            index_heads=integer("attention.indexer.head_count", 1 << 12),
-            index_dim=integer("attention.indexer.key_length", 1 << 12),
-            hc=integer("hyper_connection.count", 4, 4),
-            ratios=_compress_ratios(keys, prefix + "attention.compress_ratios", n_layers),
+def _check_shape(shape: ModelShape, keys: KeyReader, prefix: str) -> None:
+    """Values against one another."""
+    rope = keys.integer(prefix + "rope.dimension_count", 2, shape.head_dim)
+    if shape.value_dim != shape.head_dim:
+        raise keys.error(f"{prefix}attention.value_length: differs from key_length {shape.head_dim}")
+    if rope % 2 or rope > shape.index_dim:
+        raise keys.error(f"{prefix}rope.dimension_count: {rope} of a head of {shape.head_dim}, index {shape.index_dim}")
+    if shape.index_dim % 64:
+        raise keys.error(f"{prefix}attention.indexer.key_length: {shape.index_dim} is not a multiple of 64")
+    if shape.n_heads % shape.o_groups:
+        raise keys.error(f"{prefix}attention.output_group_count: {shape.o_groups} groups of {shape.n_heads} heads")
+    # llama.cpp divides by zero for a compressed cache without layers when it rotates keys: always in the indexer's,
+    # and in the others where their head size is the indexer's (llama_kv_cache::build_input_k_rot).
+    needed = {CSA, HCA} if shape.head_dim == shape.index_dim else {CSA}
+    if absent := needed - set(shape.ratios):
+        raise UnsupportedModelError(
+            f"{keys.path}: {prefix}attention.compress_ratios: no layer of ratio {min(absent)}",
+            hint="llama.cpp can only run models that have one",
         )
-        shape._check(keys, prefix)
-        return shape
+    if not 1 <= shape.n_used <= shape.n_experts:
+        raise keys.error(f"{prefix}expert_used_count: {shape.n_used} of {shape.n_experts} experts")
 
-    def _check(self, keys: KeyReader, prefix: str) -> None:
-        rope = keys.integer(prefix + "rope.dimension_count", 2, self.head_dim)
-        if keys.integer(prefix + "attention.value_length", 1, 1 << 14) != self.head_dim:
-            raise keys.error(f"{prefix}attention.value_length: differs from key_length {self.head_dim}")
-        if rope % 2 or rope > self.index_dim:
-            raise keys.error(
-                f"{prefix}rope.dimension_count: {rope} of a head of {self.head_dim}, index {self.index_dim}"
-            )
-        if self.index_dim % 64:
-            raise keys.error(f"{prefix}attention.indexer.key_length: {self.index_dim} is not a multiple of 64")
-        if self.n_heads % self.o_groups:
-            raise keys.error(f"{prefix}attention.output_group_count: {self.o_groups} groups of {self.n_heads} heads")
-        # llama.cpp divides by zero for a compressed cache without layers when it rotates keys: always in the indexer's,
-        # and in the others where their head size is the indexer's (llama_kv_cache::build_input_k_rot).
-        needed = {4, 128} if self.head_dim == self.index_dim else {4}
-        if absent := needed - set(self.ratios):
-            raise UnsupportedModelError(
-                f"{keys.path}: {prefix}attention.compress_ratios: no layer of ratio {min(absent)}",
-                hint="llama.cpp can only run models that have one",
-            )
-        if not 1 <= self.n_used <= self.n_experts:
-            raise keys.error(f"{prefix}expert_used_count: {self.n_used} of {self.n_experts} experts")
 
-    def tensors(self) -> dict[str, Expected]:
-        """Every tensor that llama.cpp requires, in its order."""
-        d, hc_dim = self.n_embd, self.hc * self.n_embd
-        expected = {
-            "token_embd.weight": Expected((d, self.n_vocab), Kind.MATRIX),
-            "output_norm.weight": Expected((d,), Kind.VECTOR),
-            "output.weight": Expected((d, self.n_vocab), Kind.MATRIX),
-            "output_hc_fn.weight": Expected((hc_dim, self.hc), Kind.MATRIX),
-            "output_hc_base.weight": Expected((self.hc,), Kind.VECTOR),
-            "output_hc_scale.weight": Expected((1,), Kind.VECTOR),
+def expected_tensors(shape: ModelShape) -> dict[str, Expected]:
+    """Every tensor that llama.cpp requires, in its order."""
+    d, hc_dim = shape.n_embd, shape.n_streams * shape.n_embd
+    expected = {
+        "token_embd.weight": Expected((d, shape.n_vocab), Kind.MATRIX),
+        "output_norm.weight": Expected((d,), Kind.VECTOR),
+        "output.weight": Expected((d, shape.n_vocab), Kind.MATRIX),
+        "output_hc_fn.weight": Expected((hc_dim, shape.n_streams), Kind.MATRIX),
+        "output_hc_base.weight": Expected((shape.n_streams,), Kind.VECTOR),
+        "output_hc_scale.weight": Expected((1,), Kind.VECTOR),
+    }
+    for layer, ratio in enumerate(shape.ratios[: shape.n_layers]):
+        parts = _attention(shape) | _compressor(shape, ratio) | _feed_forward(shape, layer)
+        expected.update({f"blk.{layer}.{name}": value for name, value in parts.items()})
+    return expected
+
+
+def _attention(shape: ModelShape) -> dict[str, Expected]:
+    d, heads, rank = shape.n_embd, shape.n_heads * shape.head_dim, shape.o_groups * shape.o_rank
+    mix = (2 + shape.n_streams) * shape.n_streams
+    parts = {
+        "attn_norm.weight": Expected((d,), Kind.VECTOR),
+        "attn_sinks.weight": Expected((shape.n_heads,), Kind.VECTOR),
+        "attn_q_a.weight": Expected((d, shape.q_rank), Kind.MATRIX),
+        "attn_q_a_norm.weight": Expected((shape.q_rank,), Kind.VECTOR),
+        "attn_q_b.weight": Expected((shape.q_rank, heads), Kind.MATRIX),
+        "attn_kv.weight": Expected((d, shape.head_dim), Kind.MATRIX),
+        "attn_kv_a_norm.weight": Expected((shape.head_dim,), Kind.VECTOR),
+        "attn_output_a.weight": Expected((heads // shape.o_groups, rank), Kind.MATRIX),
+        "attn_output_b.weight": Expected((rank, d), Kind.MATRIX),
+    }
+    for sublayer in ("attn", "ffn"):
+        parts[f"hc_{sublayer}_fn.weight"] = Expected((shape.n_streams * d, mix), Kind.MATRIX)
+        parts[f"hc_{sublayer}_base.weight"] = Expected((mix,), Kind.VECTOR)
+        parts[f"hc_{sublayer}_scale.weight"] = Expected((3,), Kind.VECTOR)
+    return parts
+
+
+def _compressor(shape: ModelShape, ratio: int) -> dict[str, Expected]:
+    if ratio == 0:
+        return {}
+    d, width = shape.n_embd, (2 if ratio == CSA else 1) * shape.head_dim
+    parts = {
+        "attn_compressor_kv.weight": Expected((d, width), Kind.MATRIX),
+        "attn_compressor_gate.weight": Expected((d, width), Kind.MATRIX),
+        "attn_compressor_ape.weight": Expected((width, ratio), Kind.MATRIX),
+        "attn_compressor_norm.weight": Expected((shape.head_dim,), Kind.VECTOR),
+    }
+    if ratio == CSA:
+        index = shape.index_dim
+        parts |= {
+            "indexer.proj.weight": Expected((d, shape.index_heads), Kind.MATRIX),
+            "indexer.attn_q_b.weight": Expected((shape.q_rank, shape.index_heads * index), Kind.MATRIX),
+            "indexer_compressor_kv.weight": Expected((d, 2 * index), Kind.MATRIX),
+            "indexer_compressor_gate.weight": Expected((d, 2 * index), Kind.MATRIX),
+            "indexer_compressor_ape.weight": Expected((2 * index, ratio), Kind.MATRIX),
+            "indexer_compressor_norm.weight": Expected((index,), Kind.VECTOR),
         }
-        for layer, ratio in enumerate(self.ratios[: self.n_layers]):
-            parts = self._attention() | self._compressor(ratio) | self._feed_forward(layer)
-            expected.update({f"blk.{layer}.{name}": value for name, value in parts.items()})
-        return expected
+    return parts
 
-    def _attention(self) -> dict[str, Expected]:
-        d, heads, rank = self.n_embd, self.n_heads * self.head_dim, self.o_groups * self.o_rank
-        mix = (2 + self.hc) * self.hc
-        parts = {
-            "attn_norm.weight": Expected((d,), Kind.VECTOR),
-            "attn_sinks.weight": Expected((self.n_heads,), Kind.VECTOR),
-            "attn_q_a.weight": Expected((d, self.q_rank), Kind.MATRIX),
-            "attn_q_a_norm.weight": Expected((self.q_rank,), Kind.VECTOR),
-            "attn_q_b.weight": Expected((self.q_rank, heads), Kind.MATRIX),
-            "attn_kv.weight": Expected((d, self.head_dim), Kind.MATRIX),
-            "attn_kv_a_norm.weight": Expected((self.head_dim,), Kind.VECTOR),
-            "attn_output_a.weight": Expected((heads // self.o_groups, rank), Kind.MATRIX),
-            "attn_output_b.weight": Expected((rank, d), Kind.MATRIX),
-        }
-        for sublayer in ("attn", "ffn"):
-            parts[f"hc_{sublayer}_fn.weight"] = Expected((self.hc * d, mix), Kind.MATRIX)
-            parts[f"hc_{sublayer}_base.weight"] = Expected((mix,), Kind.VECTOR)
-            parts[f"hc_{sublayer}_scale.weight"] = Expected((3,), Kind.VECTOR)
-        return parts
 
-    def _compressor(self, ratio: int) -> dict[str, Expected]:
-        if ratio == 0:
-            return {}
-        d, width = self.n_embd, (2 if ratio == 4 else 1) * self.head_dim
-        parts = {
-            "attn_compressor_kv.weight": Expected((d, width), Kind.MATRIX),
-            "attn_compressor_gate.weight": Expected((d, width), Kind.MATRIX),
-            "attn_compressor_ape.weight": Expected((width, ratio), Kind.MATRIX),
-            "attn_compressor_norm.weight": Expected((self.head_dim,), Kind.VECTOR),
-        }
-        if ratio == 4:
-            index = self.index_dim
-            parts |= {
-                "indexer.proj.weight": Expected((d, self.index_heads), Kind.MATRIX),
-                "indexer.attn_q_b.weight": Expected((self.q_rank, self.index_heads * index), Kind.MATRIX),
-                "indexer_compressor_kv.weight": Expected((d, 2 * index), Kind.MATRIX),
-                "indexer_compressor_gate.weight": Expected((d, 2 * index), Kind.MATRIX),
-                "indexer_compressor_ape.weight": Expected((2 * index, ratio), Kind.MATRIX),
-                "indexer_compressor_norm.weight": Expected((index,), Kind.VECTOR),
-            }
-        return parts
-
-    def _feed_forward(self, layer: int) -> dict[str, Expected]:
-        d, ff, shared = self.n_embd, self.n_ff, self.n_ff * self.n_shared
-        parts = {"ffn_gate_inp.weight": Expected((d, self.n_experts), Kind.MATRIX)}
-        if layer < self.n_hash_layers:
-            parts["ffn_gate_tid2eid.weight"] = Expected((self.n_used, self.n_vocab), Kind.IDS)
-        else:
-            parts["exp_probs_b.bias"] = Expected((self.n_experts,), Kind.VECTOR)
-        return parts | {
-            "ffn_norm.weight": Expected((d,), Kind.VECTOR),
-            "ffn_gate_exps.weight": Expected((d, ff, self.n_experts), Kind.MATRIX),
-            "ffn_down_exps.weight": Expected((ff, d, self.n_experts), Kind.MATRIX),
-            "ffn_up_exps.weight": Expected((d, ff, self.n_experts), Kind.MATRIX),
-            "ffn_gate_shexp.weight": Expected((d, shared), Kind.MATRIX),
-            "ffn_down_shexp.weight": Expected((shared, d), Kind.MATRIX),
-            "ffn_up_shexp.weight": Expected((d, shared), Kind.MATRIX),
-        }
+def _feed_forward(shape: ModelShape, layer: int) -> dict[str, Expected]:
+    d, ff, shared = shape.n_embd, shape.n_ff, shape.n_ff * shape.n_shared
+    parts = {"ffn_gate_inp.weight": Expected((d, shape.n_experts), Kind.MATRIX)}
+    if layer < shape.n_hash_layers:
+        parts["ffn_gate_tid2eid.weight"] = Expected((shape.n_used, shape.n_vocab), Kind.IDS)
+    else:
+        parts["exp_probs_b.bias"] = Expected((shape.n_experts,), Kind.VECTOR)
+    return parts | {
+        "ffn_norm.weight": Expected((d,), Kind.VECTOR),
+        "ffn_gate_exps.weight": Expected((d, ff, shape.n_experts), Kind.MATRIX),
+        "ffn_down_exps.weight": Expected((ff, d, shape.n_experts), Kind.MATRIX),
+        "ffn_up_exps.weight": Expected((d, ff, shape.n_experts), Kind.MATRIX),
+        "ffn_gate_shexp.weight": Expected((d, shared), Kind.MATRIX),
+        "ffn_down_shexp.weight": Expected((shared, d), Kind.MATRIX),
+        "ffn_up_shexp.weight": Expected((d, shared), Kind.MATRIX),
+    }
 
 
 def _check_scalars(keys: KeyReader, prefix: str, n_layers: int) -> None:
@@ -238,27 +223,25 @@ def _check_scalars(keys: KeyReader, prefix: str, n_layers: int) -> None:
             keys.real(prefix + name, low, high)
 
 
-def _compress_ratios(keys: KeyReader, key: str, n_layers: int) -> tuple[int, ...]:
+def _check_ratios(keys: KeyReader, key: str, n_layers: int) -> None:
     value = keys.metadata.get(key)
     if value is None or value.item_type not in (GGUFValueType.INT32, GGUFValueType.UINT32):
         raise keys.error(f"{key}: expected a list of INT32")
     if not n_layers <= value.count <= MAX_LAYERS:
         raise keys.error(f"{key}: {value.count} values for {n_layers} layers")
-    ratios = tuple(value.value[:n_layers])
-    if not set(ratios) <= {0, 4, 128}:
-        raise keys.error(f"{key}: {min(set(ratios) - {0, 4, 128})} is not 0, 4 or 128")
-    return ratios
+    if unknown := set(value.value[:n_layers]) - {0, CSA, HCA}:
+        raise keys.error(f"{key}: {min(unknown)} is not 0, 4 or 128")
 
 
-def check_deepseek4(path: Path, metadata: Metadata, tensors: Tensors, common: Common) -> Deepseek4Shape:
+def check_deepseek4(path: Path, metadata: Metadata, tensors: Tensors, common: Common) -> ModelShape:
     """Every tensor that llama.cpp will create exists with exactly its shape and a type that can be computed with.
 
     Raises:
         FormatError: names the key or tensor.
     """
-    shape = Deepseek4Shape.read(path, metadata, common)
+    shape = read_deepseek4(path, metadata, common)
     keys = KeyReader(path, metadata)
-    expected = shape.tensors()
+    expected = expected_tensors(shape)
     for name, want in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -288,7 +271,7 @@ _SCALED = re.compile(r"blk\.([0-9]+)\.[a-z_]+\.(scale|input_scale)")
 _IMAGE_BIAS = re.compile(r"blk\.([0-9]+)\.exp_probs_b_vl\.bias")
 
 
-def _check_optional(keys: KeyReader, shape: Deepseek4Shape, name: str, tensor: TensorInfo) -> None:
+def _check_optional(keys: KeyReader, shape: ModelShape, name: str, tensor: TensorInfo) -> None:
     """Tensors that llama.cpp takes if they are there: scales of quantized matrices, the image router's bias."""
     match = _SCALED.fullmatch(name) or _IMAGE_BIAS.fullmatch(name)
     if match is None or int(match[1]) >= shape.n_layers:

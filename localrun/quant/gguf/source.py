@@ -25,10 +25,11 @@ from gguf import GGUFValueType
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf.checks import EXPERT_STACK, check_common, check_dense_types, drop_next_token_layers, moe_layers
 from localrun.quant.gguf.deepseek4 import ARCHITECTURE as DEEPSEEK4
-from localrun.quant.gguf.deepseek4 import Deepseek4Shape, check_deepseek4
+from localrun.quant.gguf.deepseek4 import check_deepseek4
 from localrun.quant.gguf.file import GgufFile, GgufTensor, GgufValue, build_header, read_gguf
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
+from localrun.quant.model.shape import ModelShape
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 from localrun.reading import read_fully
 
@@ -220,7 +221,7 @@ class GgufSource:
             }
             self._where["output.weight"] = embedding
 
-    def _check_contents(self, shape: Deepseek4Shape) -> None:
+    def _check_contents(self, shape: ModelShape) -> None:
         """Values that llama.cpp uses as addresses or sorts by: token-to-expert tables and the router's biases."""
         for layer in range(shape.n_layers):
             table, bias = f"blk.{layer}.ffn_gate_tid2eid.weight", f"blk.{layer}.exp_probs_b.bias"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -168,15 +168,3 @@ class ModelSource(Protocol):
     def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
         """The copy that every expert has, in the layer's `types`."""
         ...
-
-
-def clamp_limits(source: ModelSource) -> dict[int, float]:
-    """SwiGLU's clamp limit by block number, for layers that have one: llama.cpp clamps where the key's value exceeds 1e-6
-    (llama-graph.cpp, build_moe_ffn)."""
-    values: Any = source.metadata.get(f"{source.metadata['general.architecture']}.swiglu_clamp_exp")
-    if values is None:
-        return {}
-    limits = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * (max(source.moe_layers) + 1)
-    return {
-        layer: float(limit) for layer, limit in enumerate(limits) if layer in source.moe_layers and float(limit) > 1e-6
-    }

@@ -23,7 +23,8 @@ from gguf import GGMLQuantizationType
 from localrun.errors import FormatError, StoreError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
 from localrun.quant.formats.transcode import decode_projection
-from localrun.quant.model.source import Encoding, ModelSource, Projection, clamp_limits
+from localrun.quant.model.shape import shape_of
+from localrun.quant.model.source import Encoding, ModelSource, Projection
 from localrun.quant.precision.importance import F32, F64, Importance
 from localrun.quant.precision.samples import ActivationSamples
 from localrun.reading import read_fully
@@ -155,7 +156,7 @@ def measure_errors(
         number: _experts_to_measure(importance, number, moe.n_embd * moe.n_ff * 3, sampled_experts, seed)
         for number, moe in source.moe_layers.items()
     }
-    limits = clamp_limits(source)
+    limits = shape_of(source).clamp_limits
     n_total, n_done = sum(map(len, chosen.values())), 0
     layers = {}
     with ThreadPoolExecutor(max(1, n_threads)) as pool:

@@ -15,7 +15,7 @@ from localrun.engine.measure.calibration_text import CalibrationText, default_te
 from localrun.engine.measure.choose import TierRequest, check_tier_request, choose_tiers
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
-from localrun.quant.model.source import clamp_limits
+from localrun.quant.model.shape import shape_of
 from localrun.quant.open import open_model
 from localrun.quant.precision.copies import EXPERT_TYPES
 from localrun.quant.precision.error import exact_weights, measure_errors, rounded, swiglu
@@ -58,7 +58,7 @@ def test_sums_samples_and_routing_are_those_of_the_model(chat_model_path: Path) 
             rows = sampled.rows[sampled.chosen[:, expert]]
             np.testing.assert_allclose(layer.x[expert], np.square(rows).sum(0), rtol=1e-4)
             gate, up, _ = (exact_weights(source, recipe) for recipe in source.base_expert(number, int(expert)))
-            activated = swiglu(rows @ gate.T, rows @ up.T, clamp_limits(source)[number])
+            activated = swiglu(rows @ gate.T, rows @ up.T, shape_of(source).clamp_limits[number])
             np.testing.assert_allclose(layer.activated[expert], np.square(activated).sum(0), rtol=2e-3, atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_output_errors_are_those_of_quantized_experts(chat_model_path: Path) -> 
                 dequantize_rows(quantize_rows(w, kind).reshape(len(w), -1), kind).reshape(w.shape)
                 for w in (gate, up, down)
             )
-        outputs.append(swiglu(x @ gate.T, x @ up.T, clamp_limits(source)[layer]) @ down.T)
+        outputs.append(swiglu(x @ gate.T, x @ up.T, shape_of(source).clamp_limits[layer]) @ down.T)
     error = np.square(outputs[1] - outputs[0]).mean() / table.layers[layer].power
     assert table.errors(layer, q8)[expert] == pytest.approx(error, rel=1e-3)
     drawn = measure_errors(source, (q8,), result.importance, drawn_samples(result.importance), n_rows=16)

@@ -14,6 +14,7 @@ import pytest
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
 from localrun.engine.planner.gpu import place_on_gpus
+from localrun.engine.planner.sizes import sizes_of_source
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Delta, Finished, Generate, Ready
 from localrun.errors import BudgetError, EngineDiedError, LocalrunError, UsageError
@@ -82,8 +83,9 @@ def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path:
     device = GpuDevice(0, "iGPU", "", 4 << 30, 8 << 30, is_integrated=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [device])
+        source = open_model(chat_model_path)
         with pytest.raises(UsageError, match="no memory of its own"):
-            place_on_gpus(open_model(chat_model_path), replace(OPTIONS, gpu="iGPU"), 256)
+            place_on_gpus(source, sizes_of_source(source), replace(OPTIONS, gpu="iGPU"), 256)
 
 
 def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -> None:

@@ -41,7 +41,9 @@ from localrun.offload.cache.profile import RoutingProfile
 from localrun.offload.kernels import FfnSpec
 from localrun.offload.kernels.probe import probe_cpu
 from localrun.offload.kernels.rates import CpuRates, ExpertRates
+from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
+from tests.gguf_models import TinyDeepseek4, write_deepseek4
 from tests.rpc_server import rpc_server
 from tools.synthetic_config import FLASH, PRO
 
@@ -78,8 +80,10 @@ def test_built_in_models_have_the_official_sizes(
     assert replace(from_file, name=built_in.name) == built_in
     assert built_in.expert_file_bytes == experts
     assert built_in.experts[0].file_bytes == expert
-    embedding = built_in.n_vocab * built_in.n_embd
-    all_weights = built_in.n_copies * 3 * built_in.n_embd * built_in.n_ff + built_in.dense_weights + embedding
+    embedding = built_in.shape.n_vocab * built_in.shape.n_embd
+    all_weights = (
+        built_in.n_copies * 3 * built_in.shape.n_embd * built_in.shape.n_ff + built_in.dense_weights + embedding
+    )
     assert all_weights == pytest.approx(params, rel=2e-4)
 
 
@@ -94,9 +98,9 @@ def test_cache_of_official_models_matches_the_published_figures() -> None:
         model = sizes_of(name)
         kv = model.kv(n_ctx, "f16", 512)
         rows = sum(kv[part] for part in ("CSA rows", "HCA rows", "indexer rows"))
-        ring = model.n_layers * 128 * 512 * 2
+        ring = model.shape.n_layers * 128 * 512 * 2
         assert (rows + ring) / GIB == pytest.approx(gib, rel=0.005), (name, n_ctx)
-        assert kv["window"] == model.n_layers * 768 * 512 * 2, "128 rows and a batch of 512, padded"
+        assert kv["window"] == model.shape.n_layers * 768 * 512 * 2, "128 rows and a batch of 512, padded"
     assert sizes_of("flash").kv(4096, "f16", 512)["frontiers"] == pytest.approx(11.6 * 2**20, rel=0.01)
     assert sizes_of("pro").kv(4096, "f16", 512)["frontiers"] == pytest.approx(17.8 * 2**20, rel=0.01)
 
@@ -501,3 +505,14 @@ def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     timings = Timings(new_tokens=10, decode_s=1.0)
     assert "(planned: " in common.speed(timings, plan.to_json())
     assert "planned" not in common.speed(timings, {})
+
+
+def test_a_plan_counts_the_slots_and_buffers_that_a_load_takes(tmp_path: Path) -> None:
+    path = write_deepseek4(tmp_path / "model.gguf", TinyDeepseek4(ratios=(0, 4, 128)))[0]
+    sizes = sizes_of(path)
+    with open_offloaded(open_model(path), OffloadOptions()) as model:
+        residency = model.pool.residency
+        assert sizes.staging_bytes == residency.store.staging_bytes
+        assert sizes.floor_bytes == residency.floor_bytes + residency.store.staging_bytes
+        assert sizes.expert_slot_bytes == residency.table.arena.size_bytes
+        assert sizes.expert_slot_bytes + sizes.staging_bytes == model.ram_bytes

@@ -24,8 +24,9 @@ LAYERS = 3
 def slice_of_flash() -> ModelSizes:
     flash = sizes_of("flash")
     (group,) = flash.experts
-    group = replace(group, count=LAYERS * flash.n_experts)
-    return replace(flash, n_layers=LAYERS, moe_layers=tuple(range(LAYERS)), experts=(group,))
+    group = replace(group, count=LAYERS * flash.shape.n_experts)
+    shape = replace(flash.shape, n_layers=LAYERS, moe_layers=tuple(range(LAYERS)))
+    return replace(flash, shape=shape, experts=(group,))
 
 
 def test_time_follows_from_what_the_slot_table_misses(slice_of_flash: ModelSizes) -> None:

@@ -43,8 +43,9 @@ class Where(Enum):
 
     FILE = "config.toml"  # and the environment
     FLAG = "flag"
-    CHAT = "/set"  # of one conversation; a server's request, too
+    CHAT = "/set"  # of one conversation, or of a request to a server
     DIALOG = "dialog"  # the settings dialog, for what a load decides
+    REQUEST = "request"  # to a server only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +177,7 @@ def _plain(value: float) -> str:
 _LOAD = frozenset({Where.FILE, Where.FLAG, Where.DIALOG})
 _ANSWER = frozenset({Where.FILE, Where.FLAG, Where.CHAT})
 _ONE_ANSWER = frozenset({Where.FLAG, Where.CHAT})
+_REQUEST = frozenset({Where.REQUEST})
 
 MAX_SEED = 2**32 - 2
 """2**32 - 1 is llama.cpp's LLAMA_DEFAULT_SEED, "draw one"."""
@@ -366,6 +368,39 @@ OPTIONS: tuple[Option, ...] = (
         where=_ONE_ANSWER,
     ),
     Option(
+        name="repeat_penalty",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="repeat_penalty",
+        default=1.0,
+        low=0.01,
+        high=100,
+        help="divides the logits of tokens that the answer has; 1 leaves them",
+        where=_REQUEST,
+    ),
+    Option(
+        name="presence_penalty",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="presence_penalty",
+        default=0.0,
+        low=-2,
+        high=2,
+        help="taken from the logits of tokens that the answer has",
+        where=_REQUEST,
+    ),
+    Option(
+        name="frequency_penalty",
+        table="sampling",
+        kind=Kind.NUMBER,
+        field="frequency_penalty",
+        default=0.0,
+        low=-2,
+        high=2,
+        help="taken from the logits of tokens that the answer has, once for each time",
+        where=_REQUEST,
+    ),
+    Option(
         name="think",
         table="sampling",
         kind=Kind.TEXT,
@@ -466,7 +501,8 @@ def reference() -> str:
         lines += [f"## [{table}]\n", "| name | flag | value | default | what it does |", "|---|---|---|---|---|"]
         for option in those(table):
             flag = f"`{option.flag_name}`" if Where.FLAG in option.where else ""
-            name = f"`{option.name}`" + ("" if Where.FILE in option.where else " (not in the file)")
+            where = " (requests to a server)" if Where.REQUEST in option.where else " (not in the file)"
+            name = f"`{option.name}`" + ("" if Where.FILE in option.where else where)
             default = f"`{option.show(option.default)}`" if option.default is not None else ""
             more = f"; {option.unset}" if option.unset else ""
             value = option.bounds + (f" {option.unit}" if option.unit else "")

@@ -17,8 +17,8 @@ from localrun.options import BY_NAME, OPTIONS, Kind, Option, Where, those
 from localrun.tui.options import ChatOptions, with_value
 from localrun.units import parse_size
 
-OF_REQUESTS = {"repeat_penalty", "presence_penalty", "frequency_penalty", "logit_bias"}
-"""What a request to the server may ask for and a user does not set."""
+NO_OPTIONS = {"logit_bias"}
+"""A list, which only a request to a server can have; the sampler checks it against the vocabulary."""
 
 BOUNDED = [option for option in OPTIONS if option.kind in (Kind.COUNT, Kind.NUMBER)]
 
@@ -27,7 +27,7 @@ def test_every_field_is_declared_and_every_declared_field_exists() -> None:
     declared = {option.field for option in those("engine") if option.field}
     assert declared == {field.name for field in fields(EngineOptions)} - {"math"}
     declared = {option.field for option in those("sampling") if option.field}
-    assert declared == {field.name for field in fields(SamplingOptions)} - OF_REQUESTS
+    assert declared == {field.name for field in fields(SamplingOptions)} - NO_OPTIONS
     assert EngineOptions() == EngineOptions(**options.fields_of("engine", config.Settings().values))
     assert SamplingOptions() == SamplingOptions(**options.fields_of("sampling", config.Settings().values))
 
@@ -39,11 +39,9 @@ def test_bounds_agree_in_file_environment_flag_chat_and_engine(option: Option, t
     for value, right in [*((v, True) for v in inside), (option.low - step, False), (option.high + step, False)]:
         typed = int(value) if option.kind is Kind.COUNT else value
         takers = [_in_file, _in_environment] if Where.FILE in option.where else []
-        takers += [
-            _as_flag,
-            *([_in_chat] if Where.CHAT in option.where else []),
-            *([_in_engine] if option.field else []),
-        ]
+        takers += [_as_flag] if Where.FLAG in option.where else []
+        takers += [_in_chat] if Where.CHAT in option.where else []
+        takers += [_in_engine] if option.field else []
         for taker in takers:
             if right:
                 taker(option, typed, tmp_path)

@@ -70,9 +70,9 @@ class SamplingOptions:
     top_k: int = BY_NAME["top_k"].default
     min_p: float = BY_NAME["min_p"].default
     seed: int | None = None
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repeat_penalty: float = BY_NAME["repeat_penalty"].default
+    presence_penalty: float = BY_NAME["presence_penalty"].default
+    frequency_penalty: float = BY_NAME["frequency_penalty"].default
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 

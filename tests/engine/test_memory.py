@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from localrun.engine import memory
+from localrun.errors import BudgetError, UsageError
 
 GIB = 2**30
 
@@ -77,3 +78,23 @@ def test_resident_size_follows_what_is_touched() -> None:
     block = bytearray(os.urandom(1)) * (64 * 2**20)
     assert memory.resident_bytes() - before > 48 * 2**20
     del block
+
+
+@pytest.mark.parametrize(("cpus", "most"), [(1, 16), (2, 16), (4, 16), (64, 256)])
+def test_more_threads_than_do_any_good_are_refused(cpus: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "logical_cores", lambda: cpus)
+    memory.check_threads(0)
+    memory.check_threads(most)
+    with pytest.raises(UsageError, match=f"{most + 1} threads on {cpus} CPUs: at most {most}"):
+        memory.check_threads(most + 1)
+
+
+def test_a_promise_larger_than_the_machine_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 8 << 30)
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 << 30)
+    memory.check_ram(None)
+    memory.check_ram(8 << 30)
+    with pytest.raises(BudgetError, match=r"--ram 8\.01 GiB: this machine has 8\.00 GiB, of which 5\.00 GiB are free"):
+        memory.check_ram((8 << 30) + (11 << 20))
+    monkeypatch.setattr(memory, "total_memory", lambda: None)
+    memory.check_ram(1 << 50)

@@ -296,6 +296,7 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
         here = f"{where}[{i}]"
         if not isinstance(item, Mapping):
             raise MessageError(f"{here}: expected an object, got {_kind(item)}")
+        item = {key: part for key, part in item.items() if part is not None}  # an optional null is absent
         if (kind := item.get("type", "function")) != "function":
             raise MessageError(f"{here}: a tool of type {kind!r:.40}", hint="only functions can be offered")
         function = item.get("function", item if "name" in item else None)
@@ -303,6 +304,7 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
             raise MessageError(f"{here}: 'function' must be an object with name, description and parameters")
         if function is item:
             function = {key: part for key, part in item.items() if key != "type"}
+        function = {key: part for key, part in function.items() if part is not None}
         try:
             tool = ToolSchema(function)
         except MessageError as error:
@@ -314,15 +316,17 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
 
 
 def _tools(fields: Mapping[str, Json], where: str) -> tuple[ToolSchema, ...]:
-    return tools_from_json(fields.get("tools", []), where=f"{where}.tools")
+    return tools_from_json(fields.get("tools") or [], where=f"{where}.tools")
 
 
 def _tool_call(value: Json, where: str) -> ToolCall:
     if not isinstance(value, Mapping) or not isinstance(function := value.get("function"), Mapping):
         raise MessageError(f"{where}: expected an object with 'function'")
-    if (kind := value.get("type", "function")) != "function":
+    if (kind := value.get("type") or "function") != "function":
         raise MessageError(f"{where}: a call of type {kind!r:.40}", hint="only functions can be called")
-    arguments = function.get("arguments", "")
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = ""
     if isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False)
     name, call_id = function.get("name"), value.get("id") or function.get("id") or ""

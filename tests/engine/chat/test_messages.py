@@ -147,3 +147,14 @@ def test_bad_tool_is_refused_by_name(tools: object, complaint: str) -> None:
 def test_empty_developer_message_is_refused_also_when_built_in_code() -> None:
     with pytest.raises(MessageError):
         DeveloperMessage("")
+
+
+def test_optional_nulls_are_absent() -> None:
+    null = {"type": "function", "function": {"name": "now", "description": None, "parameters": None, "strict": None}}
+    bare = {"type": None, "name": "now", "parameters": None}
+    for tool in (null, bare):
+        assert tools_from_json([tool]) == (ToolSchema({"name": "now"}),)
+    call = {"id": None, "type": None, "function": {"name": "now", "arguments": None}}
+    (message,) = messages_from_json([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert isinstance(message, AssistantMessage)
+    assert [(made.name, made.arguments) for made in message.tool_calls] == [("now", "")]

@@ -493,6 +493,12 @@ def test_a_load_announces_its_plan_and_follows_it(model_path: Path, monkeypatch:
         Engine.open(model_path, options, learn=False)
 
 
+def test_a_context_beyond_the_trained_length_is_refused(model_path: Path) -> None:
+    trained = sizes.sizes_of(model_path).n_ctx_train
+    with pytest.raises(UsageError, match=f"more than the {trained} that this model was trained for"):
+        Engine.open(model_path, EngineOptions(n_ctx=trained + 1), learn=False)
+
+
 def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     plan = plan_of(flash)
     expected = plan.decode_at(100).likely.tokens_per_s

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from localrun.commands import convert_tiers
 from localrun.commands import split as splitting
-from localrun.commands.output import Output
-from localrun.errors import DiskSpaceError, UsageError
+from localrun.commands.convert_output import ConvertOutput
+from localrun.errors import DiskSpaceError, LocalrunError, UsageError
 from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from localrun.engine.measure.choose import TierChoice
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ConversionPlan
-    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.convert.converter import ConversionResult
     from localrun.quant.convert.report import PlanLine
     from localrun.quant.precision.solver import TierSolution
 
@@ -43,9 +43,6 @@ examples:
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-small --hot mxfp4:20GiB     (another overlay, same base)
   localrun convert ~/downloads/DeepSeek-V4-Pro ~/models/v4-pro --target 24GiB-vram,128GiB-ram
 """
-
-_BAR_WIDTH = 30
-_LINE_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,37 +74,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check the source, print sizes and the plan, write nothing"
     )
     splitting.add_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="progress and result for a program: one JSON object a line on stdout"
+    )
     convert_tiers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    out = ConvertOutput(as_json=args.json)
+    try:
+        return _run(args, out)
+    except KeyboardInterrupt:
+        out.note("interrupted; the same command goes on from here")
+        out.event("interrupted", {})
+        raise
+    except LocalrunError as error:
+        out.failed(error)
+        raise
+    except OSError as error:
+        out.failed(LocalrunError(f"{error.filename or args.target_folder}: {error.strerror or error}"))
+        raise
+
+
+def _run(args: argparse.Namespace, out: ConvertOutput) -> int:
+    """Finds out what there is to do."""
     from localrun.quant.convert.converter import DEFAULT_JOBS, LEARNED_NAME
     from localrun.quant.model.manifest import MANIFEST_NAME
 
-    out = Output()
     jobs = DEFAULT_JOBS if args.jobs is None else args.jobs
     if not 1 <= jobs <= 256:
         raise UsageError(f"--jobs {jobs}: expected 1 to 256")
     options = convert_tiers.format_options(args, DENSE_DEFAULT)
-    try:
-        if (args.target_folder / MANIFEST_NAME).is_file():
-            # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
-            if (args.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
-                return _complete(args, options, jobs, out)
-            if args.split is not None and splitting.is_waiting(args.source, args.target_folder) and not args.dry_run:
-                splitting.split(args.target_folder, args.split, out)
-                if not options.hot:
-                    return 0
-            return _change_overlay(args, options, jobs, out)
+    if not (args.target_folder / MANIFEST_NAME).is_file():
         return _convert(args, options, jobs, out)
-    except KeyboardInterrupt:
-        out.note("interrupted; the same command goes on from here")
-        raise
+    # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
+    if (args.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
+        return _complete(args, options, jobs, out)
+    if args.split is not None and splitting.is_waiting(args.source, args.target_folder) and not args.dry_run:
+        splitting.split(args.target_folder, args.split, out)
+        if not options.hot:
+            out.event("finished", {"path": str(args.target_folder)})
+            return 0
+    return _change_overlay(args, options, jobs, out)
 
 
-def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: ConvertOutput) -> int:
     """Everything from a checkpoint."""
     from localrun.commands.eval import read_text
     from localrun.engine.measure.choose import check_tier_request
@@ -136,17 +148,17 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: O
     convert_tiers.evaluation_types(args, open_model(args.source).moe_layers if args.evaluate_types else {})
     if args.dry_run:
         # The plan first: it is what was asked for, also where the disk turns out to be too small.
-        if args.json:
-            out.json(plan_as_json(plan))
+        out.event("plan", plan_as_json(plan))
         needed = check_space(plan, args.target_folder)
         out.note(f"dry run: nothing written; the disk has room for the {format_size(needed)} that are needed")
+        out.event("finished", {"path": None})
         return 0
     if options.target is None:
         check_space(plan, args.target_folder)
     choice, plan = _choose(args, checkpoint, options, jobs, plan, out)
     _check_space_for_both(plan, choice.solution if choice is not None else None, args.target_folder)
     _describe_choice(choice, out)
-    result = write_plan(plan, args.target_folder, jobs=jobs, progress=ProgressPrinter(out))
+    result = write_plan(plan, args.target_folder, jobs=jobs, progress=out.progress("base"))
     _say_result(result, out)
     return _after_base(args, options, checkpoint, choice, result, jobs, out)
 
@@ -157,7 +169,7 @@ def _choose(
     options: FormatOptions,
     jobs: int,
     plan: ConversionPlan,
-    out: Output,
+    out: ConvertOutput,
 ) -> tuple[TierChoice | None, ConversionPlan]:
     """What is learned where something must be, and the plan of the base that follows from it."""
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
@@ -182,7 +194,7 @@ def _after_base(
     choice: TierChoice | None,
     result: ConversionResult,
     jobs: int,
-    out: Output,
+    out: ConvertOutput,
 ) -> int:
     """Everything that follows once the base is finished; each step finds out whether it is done already."""
     from localrun.quant.convert.overlay import write_overlay
@@ -199,14 +211,14 @@ def _after_base(
                 args.target_folder,
                 choice.importance,
                 jobs=jobs,
-                progress=ProgressPrinter(out),
+                progress=out.progress("overlay"),
                 sections=sections,
             )
             _say_result(overlay, out)
     return _finish(args, options, choice, result, out)
 
 
-def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: ConvertOutput) -> int:
     """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
     from localrun.quant.convert.converter import ConversionResult, described_options
@@ -232,7 +244,7 @@ def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: 
     return _after_base(args, options, checkpoint, choice, ConversionResult(folder, size, 0.0, 0, 0, {}), jobs, out)
 
 
-def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: Output) -> int:
+def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: ConvertOutput) -> int:
     """Another overlay, or none, for a model that was converted before; the base stays as it is."""
     from localrun.engine.measure.choose import check_tier_request
     from localrun.quant.checkpoint.mapping import BASE_TYPES
@@ -244,6 +256,7 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
         remove_overlay(folder)
         convert_tiers.remove_report(folder)
         out.note(f"{folder}: the overlay is gone, and the report about it")
+        out.event("finished", {"path": str(folder)})
         return 0
     manifest = read_base(folder)
     has = next(iter(open_model(folder).moe_layers.values())).types[0]
@@ -267,6 +280,7 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
     check_tier_request(open_model(args.source), convert_tiers.tier_request(args, options))
     if args.dry_run:
         out.note("dry run: nothing written")
+        out.event("finished", {"path": None})
         return 0
     choice = convert_tiers.learn(args, checkpoint, options, jobs, 0, out)
     assert choice is not None
@@ -278,7 +292,7 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
         folder,
         choice.importance,
         jobs=jobs,
-        progress=ProgressPrinter(out),
+        progress=out.progress("overlay"),
         sections={"profile": convert_tiers.profile_section(choice)},
     )
     _say_result(result, out)
@@ -286,7 +300,11 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
 
 
 def _finish(
-    args: argparse.Namespace, options: FormatOptions, choice: TierChoice | None, result: ConversionResult, out: Output
+    args: argparse.Namespace,
+    options: FormatOptions,
+    choice: TierChoice | None,
+    result: ConversionResult,
+    out: ConvertOutput,
 ) -> int:
     """Comparison with the source, report, JSON."""
     from localrun.quant.checkpoint.mapping import DENSE_TYPES
@@ -298,8 +316,7 @@ def _finish(
     if choice is not None or evaluations:
         convert_tiers.write_report(args, options, choice, args.source.resolve().name, evaluations)
         out.note(f"report: {args.target_folder / 'report.md'}")
-    if args.json:
-        out.json(_result_as_json(result))
+    out.event("finished", _result_as_json(result))
     return 0
 
 
@@ -322,7 +339,7 @@ def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, f
         )
 
 
-def _describe_choice(choice: TierChoice | None, out: Output) -> None:
+def _describe_choice(choice: TierChoice | None, out: ConvertOutput) -> None:
     from localrun.quant.precision.report import tier_lines
 
     if choice is None:
@@ -336,7 +353,7 @@ def _describe_choice(choice: TierChoice | None, out: Output) -> None:
         out.note(line)
 
 
-def _say_result(result: ConversionResult, out: Output) -> None:
+def _say_result(result: ConversionResult, out: ConvertOutput) -> None:
     for line in _describe_result(result):
         out.note(line)
 
@@ -424,24 +441,3 @@ def _result_as_json(result: ConversionResult) -> dict[str, Any]:
         "written_bytes": result.written_bytes,
         "relative_rms_error": {step: loss.relative_rms for step, loss in sorted(result.losses.items())},
     }
-
-
-class ProgressPrinter:
-    """Progress for people: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._noted_at = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        share = progress.done_bytes / max(1, progress.total_bytes)
-        remaining = progress.remaining_s
-        left = "" if remaining is None else f", {format_duration(remaining)} left"
-        sizes = f"{format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
-        text = f"{share:4.0%}  {sizes}  {progress.bytes_per_s / 1e9:.2f} GB/s{left}"
-        if self._out.err_is_terminal:
-            filled = int(share * _BAR_WIDTH)
-            self._out.status(f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {text}")
-        elif progress.elapsed_s - self._noted_at >= _LINE_SECONDS:
-            self._noted_at = progress.elapsed_s
-            self._out.note(text)

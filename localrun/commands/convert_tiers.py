@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.commands import common
-from localrun.commands.output import Output
+from localrun.commands.convert_output import ConvertOutput
 from localrun.errors import UsageError
 from localrun.units import format_size
 
@@ -143,7 +143,12 @@ def needs_learning(options: FormatOptions, args: argparse.Namespace) -> bool:
 
 
 def learn(
-    args: argparse.Namespace, checkpoint: Checkpoint, options: FormatOptions, jobs: int, dense_bytes: int, out: Output
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    options: FormatOptions,
+    jobs: int,
+    dense_bytes: int,
+    out: ConvertOutput,
 ) -> TierChoice | None:
     """Calibrates or reads, measures, solves; None where nothing can be learned and nothing was asked for.
 
@@ -165,9 +170,6 @@ def learn(
         out.note("warning: no tokenizer.json, so no text can be run: the base is rounded without knowing what matters")
         return None
 
-    def tell(what: str, done: int, total: int) -> None:
-        out.status(f"{what}: {done / max(1, total):4.0%}")
-
     threads = min(jobs, 256) if args.jobs is not None else 0
     choice = choose_tiers(
         checkpoint.path,
@@ -175,7 +177,7 @@ def learn(
         EngineOptions(ram_bytes=args.ram, n_threads=threads, gpu="none"),
         work_folder=args.target_folder / LEARNED_NAME,
         dense_bytes=dense_bytes,
-        report=tell,
+        report=out.step,
     )
     out.clear_status()
     return choice
@@ -294,7 +296,7 @@ def evaluate(
     source: Path,
     dense: GGMLQuantizationType,
     importance: ImportanceLookup | None,
-    out: Output,
+    out: ConvertOutput,
 ) -> list[Evaluation]:
     """The finished model, and uniform ones in the formats that were asked for, against the source on the held-out text.
 
@@ -329,7 +331,7 @@ def evaluate(
             read_text(args.evaluate),
             EngineOptions(ram_bytes=args.ram, gpu="none"),
             window=EVAL_WINDOW,
-            progress=lambda name, done, total: out.status(f"comparing: {name}: {done} of {total} tokens"),
+            progress=lambda name, done, total: out.step(f"comparing {name}", done, total),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

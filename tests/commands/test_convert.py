@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,17 @@ def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def events(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The last event of each name, in the order of their last lines."""
+    found: dict[str, Any] = {}
+    for line in capsys.readouterr().out.splitlines():
+        event = json.loads(line)
+        name = event.pop("event")
+        found.pop(name, None)
+        found[name] = event
+    return found
 
 
 def test_choices_are_those_of_the_plan() -> None:
@@ -50,14 +62,45 @@ def test_dry_run_as_json_agrees_with_what_is_written(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(small, tmp_path / "out", "--dry-run", "--json") == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = events(capsys)["plan"]
     assert plan["left_out"]["kind"] == "MTP"
     assert run(small, tmp_path / "out", "--json", "--jobs", 2) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = events(capsys)["finished"]
     assert result["output_bytes"] == plan["output_bytes"] == (tmp_path / "out" / "model.gguf").stat().st_size
     assert len(open_model(tmp_path / "out").tensors) == plan["output_tensors"]
     assert sum(step["output_bytes"] for step in plan["steps"]) == result["written_bytes"]
     assert 0 < result["relative_rms_error"]["F8_E4M3 -> Q8_0"] < 0.02
+
+
+def test_a_program_can_follow_a_conversion_and_the_last_line_says_how_it_ended(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small, tmp_path / "out", "--json") == 0
+    told = events(capsys)
+    assert list(told)[-1] == "finished"
+    assert told["finished"]["path"] == str(tmp_path / "out")
+    progress = told["progress"]
+    assert progress["step"] == "base"
+    assert progress["done_bytes"] == progress["total_bytes"] > 0
+    assert "report" in told["note"]["text"] or "relative RMS error" in told["note"]["text"]
+    with pytest.raises(UsageError):
+        run(small, tmp_path / "out", "--json", "--base", "q8_0", "--hot", "mxfp4:1GiB")
+    told = events(capsys)
+    assert list(told)[-1] == "failed"
+    assert told["failed"]["message"]
+    assert told["failed"]["hint"]
+
+
+def test_an_interrupted_conversion_says_so_last(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("localrun.quant.convert.converter.write_plan", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(small, tmp_path / "out", "--json")
+    assert list(events(capsys))[-1] == "interrupted"
 
 
 def test_exact_types_are_shown_as_exact(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,99 @@
+"""What `localrun convert` says while it runs: a bar and lines for people, and with `--json` one JSON object a line for programs.
+
+Events on standard output (docs/quantization.md lists their fields); the last one is `finished`, `failed` or `interrupted`:
+
+    {"event": "note", "text": "..."}
+    {"event": "plan", "output_bytes": ..., "steps": [...], ...}
+    {"event": "step", "step": "calibrating", "done": 3, "total": 40}
+    {"event": "progress", "step": "base", "done_bytes": ..., "total_bytes": ..., "bytes_per_s": ..., "remaining_s": ...}
+    {"event": "finished", "path": "...", ...}
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from localrun.commands.output import Output
+from localrun.errors import LocalrunError
+from localrun.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from localrun.quant.convert.converter import Progress
+
+_BAR_WIDTH = 30
+_LINE_SECONDS = 10.0
+_EVENT_SECONDS = 0.2
+"""Programs that draw a bar need no more."""
+
+
+class ConvertOutput(Output):
+    """As `Output`; with `as_json` a program can follow."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+        self._told_at = 0.0
+        self._told_step = ""
+
+    def event(self, name: str, fields: Mapping[str, Any]) -> None:
+        """One line for a program; nothing without `--json`."""
+        if self._as_json:
+            self.json_line({"event": name, **fields})
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self.event("note", {"text": text})
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress of something that is counted in its own units."""
+        self.status(f"{what}: {done / max(1, total):4.0%}")
+        if self._is_due(what, is_last=done >= total):
+            self.event("step", {"step": what, "done": done, "total": total})
+
+    def progress(self, step: str) -> Callable[[Progress], None]:
+        """Takes the converter's progress: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
+        noted_at = 0.0
+
+        def take(progress: Progress) -> None:
+            nonlocal noted_at
+            text = _progress_text(progress)
+            if self.err_is_terminal:
+                filled = int(progress.done_bytes / max(1, progress.total_bytes) * _BAR_WIDTH)
+                self.status(f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {text}")
+            elif progress.elapsed_s - noted_at >= _LINE_SECONDS:
+                noted_at = progress.elapsed_s
+                super(ConvertOutput, self).note(text)
+            if self._is_due(step, is_last=progress.done_bytes >= progress.total_bytes):
+                self.event("progress", _progress_fields(step, progress))
+
+        return take
+
+    def failed(self, error: LocalrunError) -> None:
+        """The last event of a run that ends with an error."""
+        self.event("failed", {"message": str(error), "hint": error.hint})
+
+    def _is_due(self, step: str, *, is_last: bool) -> bool:
+        now = time.monotonic()
+        due = is_last or step != self._told_step or now - self._told_at >= _EVENT_SECONDS
+        if due:
+            self._told_at, self._told_step = now, step
+        return due
+
+
+def _progress_text(progress: Progress) -> str:
+    share = progress.done_bytes / max(1, progress.total_bytes)
+    left = "" if progress.remaining_s is None else f", {format_duration(progress.remaining_s)} left"
+    sizes = f"{format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
+    return f"{share:4.0%}  {sizes}  {progress.bytes_per_s / 1e9:.2f} GB/s{left}"
+
+
+def _progress_fields(step: str, progress: Progress) -> dict[str, Any]:
+    return {
+        "step": step,
+        "done_bytes": progress.done_bytes,
+        "total_bytes": progress.total_bytes,
+        "bytes_per_s": round(progress.bytes_per_s),
+        "remaining_s": None if progress.remaining_s is None else round(progress.remaining_s, 1),
+    }

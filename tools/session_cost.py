@@ -131,23 +131,23 @@ async def live_map(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     rates: dict[str, list[float]] = {"off": [], "side": []}
     async with app.run_test(size=(160, 50)):
-        while app.chat is None or not app.chat.is_mounted or app.chat.facts is None:
+        while app.chat is None or not app.chat.is_mounted or app.chat.model.facts is None:
             await asyncio.sleep(0.05)
         screen = app.chat
         for number in range(-1, args.pairs):  # the first pair only warms up
             for panel in ("off", "side") if number % 2 else ("side", "off"):
-                await screen.do_new("")
-                screen.set_panels(engine=panel)
-                await screen.ask("Tell me everything you know.")
-                while screen.answering.running or screen.pending_parent is not None:
+                screen.run_command("new")
+                screen.panels.set(engine=panel)
+                screen.composer.submit("Tell me everything you know.")
+                while screen.asking.busy or not screen.queue.idle:
                     await asyncio.sleep(0.1)
-                answer = screen.answering.answer
+                answer = screen.asking.answering.answer
                 assert answer is not None
                 rate = answer.decode_tokens_per_s
                 assert rate is not None, answer.error
                 if number >= 0:
                     rates[panel].append(rate)
-        n_cells = screen.facts.n_moe_layers * screen.facts.n_experts if screen.facts else 0
+        n_cells = screen.model.facts.n_moe_layers * screen.model.facts.n_experts if screen.model.facts else 0
     costs = [1 - with_map / without for with_map, without in zip(rates["side"], rates["off"], strict=True)]
     return {
         "experts": n_cells,

@@ -49,10 +49,10 @@ async def picture(out: Path, name: str, size: tuple[int, int], ram_bytes: int, *
     with tempfile.TemporaryDirectory() as folder:
         app = LocalrunApp(launch, store_path=Path(folder) / "c.sqlite3")
         async with app.run_test(size=size) as pilot:
-            await until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.facts)
+            await until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.model.facts)
             screen = app.chat
             assert screen is not None
-            screen.set_panels(engine="side" if panel else "off", conversations=panel)
+            screen.panels.set(engine="side" if panel else "off", conversations=panel)
             for question in QUESTIONS:
                 screen.prompt.set_text(question)
                 await pilot.press("enter")
@@ -64,14 +64,14 @@ async def picture(out: Path, name: str, size: tuple[int, int], ram_bytes: int, *
 
 
 def is_idle(screen: ChatScreen) -> bool:
-    return not screen.answering.running and screen.pending_parent is None
+    return screen.queue.idle and not screen.asking.busy
 
 
 async def settle(screen: ChatScreen, pilot: Any) -> None:
     """Lets the last counters arrive."""
-    screen.link.ask_stats(expert_map=True)
+    screen.model.link.ask_stats(expert_map=True)
     await asyncio.sleep(2.0)
-    screen.tick_live()
+    screen.monitor.tick_live()
     await pilot.pause(0.5)
 
 

@@ -141,7 +141,7 @@ async def piece_times(app: TimedApp, pilot: Pilot[None], engine: FakeEngine, cha
     app.paintings.clear()
     app.chat.prompt.set_text("go on")
     await pilot.press("enter")
-    await until(lambda: len(sent) == n and app.chat is not None and not app.chat.answering.running)
+    await until(lambda: len(sent) == n and app.chat is not None and not app.chat.asking.answering.running)
     await settle(app, chat)
     latest = [(done, max(map(int, re.findall(r"\bw(\d{4})\b", shown)), default=-1)) for done, shown in app.paintings]
     return [next(done for done, last in latest if last >= number) - at for number, at in enumerate(sent)]
@@ -163,7 +163,7 @@ async def measure(n_messages: int, args: argparse.Namespace) -> dict[str, dict[s
         app = TimedApp(Launch(model=Path("/models/scripted")), engine_factory=factory, store_path=store)
         app.paintings = []
         async with app.run_test(size=SIZE) as pilot:
-            await until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.facts)
+            await until(lambda: app.chat is not None and app.chat.is_mounted and app.chat.model.facts)
             assert app.chat is not None
             chat = app.chat.chat
             await until(lambda: chat.is_vertical_scroll_end and chat.max_scroll_y > 0)

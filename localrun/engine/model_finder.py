@@ -1,7 +1,6 @@
-"""Models on this machine: what lies in a few folders, how large it is and whether it fits. Reads headers only.
+"""Models on this machine: what lies in a few folders, how large it is and whether it fits.
 
-Knows the three kinds that the engine loads. Runs in a thread; the libraries that parse headers are imported there, so that
-the interface starts without them.
+Runs in a thread. Knows where models may lie; what they are is found out by the code that loads them (`model_look`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Literal
 
 from localrun import paths
 from localrun.engine import memory
-from localrun.errors import LocalrunError
+from localrun.engine.model_look import Look, Looker
 from localrun.units import format_size
 
 Kind = Literal["converted", "GGUF", "checkpoint"]
@@ -32,19 +31,26 @@ class FoundModel:
     """One model.
 
     Attributes:
+        format: number format of most experts.
         n_bytes: of all its files.
-        dense_bytes, expert_bytes: of its tensors; 0 where the header does not say (an official checkpoint).
-        problem: why it can't be run; empty: nothing seen so far.
+        dense_bytes, expert_bytes: of its tensors.
+        problem: why it can't be run; empty: it can.
     """
 
     path: Path
     kind: Kind
     name: str
     n_bytes: int
+    format: str = ""
     dense_bytes: int = 0
     expert_bytes: int = 0
     n_experts: int = 0
     problem: str = ""
+
+    @property
+    def place(self) -> str:
+        """File or folder: what tells apart two models of one name."""
+        return self.path.name or str(self.path)
 
 
 def default_folders() -> list[Path]:
@@ -56,12 +62,27 @@ def default_folders() -> list[Path]:
 def find_models(folders: Iterable[Path]) -> Iterator[FoundModel]:
     """Models below the folders, each once, as they are found. Unreadable folders are passed over."""
     seen: set[Path] = set()
-    for folder in folders:
-        for path, kind in _candidates(folder.expanduser()):
-            real = path.resolve()
-            if real not in seen:
-                seen.add(real)
-                yield look_at(path, kind)
+    with Looker() as looker:
+        for folder in folders:
+            for path, kind in _candidates(folder.expanduser()):
+                real = path.resolve()
+                if real not in seen:
+                    seen.add(real)
+                    yield _found(path, kind, looker.look(path))
+
+
+def _found(path: Path, kind: Kind, look: Look) -> FoundModel:
+    return FoundModel(
+        path,
+        kind,
+        look.name or path.name,
+        look.n_bytes,
+        look.format,
+        look.dense_bytes,
+        look.expert_bytes,
+        look.n_experts,
+        look.problem,
+    )
 
 
 def _candidates(root: Path) -> Iterator[tuple[Path, Kind]]:
@@ -93,65 +114,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def look_at(path: Path, kind: Kind) -> FoundModel:
-    """Size and fit of one model; a damaged one is listed with its problem."""
-    try:
-        if kind == "checkpoint":
-            return _look_at_checkpoint(path)
-        return _look_at_gguf(path, kind)
-    except (LocalrunError, OSError) as error:
-        return FoundModel(path, kind, path.name, 0, problem=str(error))
-
-
-def _look_at_gguf(path: Path, kind: Kind) -> FoundModel:
-    from localrun.quant.gguf.file import read_gguf
-
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else _parts(path)
-    if not files:
-        return FoundModel(path, kind, path.name, 0, problem="no GGUF file in it")
-    dense = experts = n_experts = 0
-    name = path.name
-    for number, file in enumerate(files):
-        header = read_gguf(file)
-        if number == 0:
-            arch = header.metadata.get("general.architecture")
-            n = header.metadata.get(f"{arch.value}.expert_count") if arch else None
-            n_experts = int(n.value) if n is not None and isinstance(n.value, int) else 0
-            given = header.metadata.get("general.name")
-            name = str(given.value) if given is not None and given.value else path.name
-        for tensor in header.tensors.values():
-            if "_exps." in tensor.info.name:
-                experts += tensor.info.n_bytes
-            else:
-                dense += tensor.info.n_bytes
-    problem = "" if n_experts else "no experts: llama.cpp itself runs it"
-    return FoundModel(path, kind, name, sum(f.stat().st_size for f in files), dense, experts, n_experts, problem)
-
-
-def _parts(path: Path) -> list[Path]:
-    part = _PART.fullmatch(path.name)
-    if part is None:
-        return [path]
-    return sorted(path.parent.glob(f"{_escape(part[1])}-?????-of-{part[3]}.gguf"))
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _look_at_checkpoint(path: Path) -> FoundModel:
-    from localrun.quant.checkpoint.safetensors import parse_json_object
-
-    config_path = path / "config.json"
-    config = parse_json_object(config_path, config_path.read_bytes())
-    n_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    experts = config.get("n_routed_experts")
-    n_experts = experts if isinstance(experts, int) else 0
-    kind = str(config.get("model_type", "unknown"))
-    problem = "" if kind.startswith("deepseek") and n_experts else f"a model of type {kind}"
-    return FoundModel(path, "checkpoint", path.name, n_bytes, n_experts=n_experts, problem=problem)
 
 
 def fit(model: FoundModel, available: int | None = None) -> str:

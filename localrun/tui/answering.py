@@ -6,17 +6,18 @@ Text is drawn and saved at fixed rates however fast it comes: drawing costs the 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 from textual.timer import Timer
 from textual.widget import Widget
 
-from localrun.engine.conversations import ConversationError, ConversationStore, Message
+from localrun.engine.conversations import Message
 from localrun.engine.process.protocol import Generate, PromptProgress
 from localrun.errors import LocalrunError
 from localrun.tui.answer import Answer, prompt_rate, prompt_time_left
 from localrun.tui.engine_link import AnswerFeed, EngineLink
+from localrun.tui.parts.records import Records
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
 from localrun.tui.widgets.status_bar import time_left
@@ -34,21 +35,21 @@ class Answering:
 
     Args:
         host: whose event loop and timers are used.
-        ended: called with an answer when its last event was taken in, after it was saved.
+        ended: called with an answer when its last event was taken in; all of it is on its way to the store by then.
         failed_to_save: called with the first error of the store; the answer goes on.
     """
 
     def __init__(
         self,
         host: Widget,
-        store: ConversationStore,
+        records: Records,
         link: EngineLink,
-        chat: ChatView,
+        chat: Callable[[], ChatView],
         *,
-        ended: Callable[[Answer], Awaitable[None]],
+        ended: Callable[[Answer], None],
         failed_to_save: Callable[[LocalrunError], None],
     ) -> None:
-        self._host, self._store, self._link, self._chat = host, store, link, chat
+        self._host, self._records, self._link, self._chat = host, records, link, chat
         self._ended, self._failed_to_save = ended, failed_to_save
         self.answer: Answer | None = None
         self._entry: Entry | None = None
@@ -61,6 +62,11 @@ class Answering:
     @property
     def running(self) -> bool:
         return self._feed is not None
+
+    @property
+    def live(self) -> int | None:
+        """Id of the message that is being written."""
+        return self.answer.message.id if self.running and self.answer is not None else None
 
     def start(self, entry: Entry, command: Generate) -> None:
         """`entry` is the empty message that the answer goes into; the chat shows it already."""
@@ -108,40 +114,45 @@ class Answering:
         if ended or now - self._saved_at >= SAVE_INTERVAL_S:
             self._saved_at = now
             self._save(answer)
-        else:
-            answer.message = self._unsaved(answer)
+        answer.message = _as_message(answer)
         self._entry = replace(entry, message=answer.message, live=not ended)
-        await self._chat.sync(self._entry, thinking_live=answer.is_thinking)
-        view = self._chat.view(answer.message.id)
+        await self._chat().sync(self._entry, thinking_live=answer.is_thinking)
+        view = self._chat().view(answer.message.id)
         if view is not None:
             await view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
         if ended:
-            await self._ended(answer)
+            self._ended(answer)
         return bool(events)
 
-    def _unsaved(self, answer: Answer) -> Message:
-        return replace(
-            answer.message,
-            content=answer.text,
-            reasoning=answer.thinking,
-            state=answer.state,
-            details={**answer.message.details, **answer.details},
-        )
+    def save(self) -> None:
+        """Saves what is there of the answer under way."""
+        if self.running and self.answer is not None:
+            self._save(self.answer)
 
     def _save(self, answer: Answer) -> None:
-        try:
-            answer.message = self._store.write(
-                answer.message,
-                content=answer.text,
-                reasoning=answer.thinking,
-                state=answer.state,
-                details=answer.details,
-            )
-        except (ConversationError, KeyError) as error:
-            answer.message = self._unsaved(answer)
-            if isinstance(error, ConversationError) and not self._save_failed:
-                self._save_failed = True
-                self._failed_to_save(error)
+        """Hands what there is to the store's thread."""
+        message, details = answer.message, answer.details
+        text, thinking, state = answer.text, answer.thinking, answer.state
+        self._records.post(
+            lambda store: store.write(message, content=text, reasoning=thinking, state=state, details=details),
+            self._not_saved,
+        )
+
+    def _not_saved(self, error: LocalrunError) -> None:
+        if not self._save_failed:
+            self._save_failed = True
+            self._failed_to_save(error)
+
+
+def _as_message(answer: Answer) -> Message:
+    """The answer's message with all that has come."""
+    return replace(
+        answer.message,
+        content=answer.text,
+        reasoning=answer.thinking,
+        state=answer.state,
+        details={**answer.message.details, **answer.details},
+    )
 
 
 def _progress_line(progress: PromptProgress | None) -> str:

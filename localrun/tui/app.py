@@ -1,27 +1,31 @@
 """The program behind `localrun chat`: opens the conversations, starts the engine, shows the chat screen, cleans up.
 
-Whatever happens, the terminal is given back in order: signals end the program the normal way, and the engine is a process
-of its own whose death is an event like others.
+Whatever happens, the terminal is given back in order: signals end the program the normal way, if that takes no longer than
+`lifeline` allows, and the engine is a process of its own whose death is an event like others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from textual import work
+from textual import events, work
 from textual.app import App
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.theme import Theme
+from textual.widgets import Input, TextArea
 
 from localrun.engine.conversations import (
     ConversationError,
     ConversationStore,
     DamagedConversationsError,
+    StoreThread,
     salvage,
 )
 from localrun.engine.model_finder import default_folders
@@ -30,13 +34,20 @@ from localrun.engine.process.process import EngineProcess
 from localrun.errors import UsageError
 from localrun.textsafe import visible
 from localrun.tui.chat_screen import ChatScreen
-from localrun.tui.chat_state import WIDE_COLUMNS
 from localrun.tui.commands import COMMANDS
+from localrun.tui.driver import TerminalDriver
 from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
+from localrun.tui.lifeline import Lifeline
 from localrun.tui.options import ChatOptions
+from localrun.tui.parts.panels import WIDE_COLUMNS
+from localrun.tui.parts.records import Records
 from localrun.tui.screens.dialog import ChoiceDialog
+from localrun.tui.widgets.prompt import PromptArea
 
 DEFAULT_THEME = "textual-dark"
+
+STORE_CLOSE_S = 10.0
+"""More than a change of another program's may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,11 @@ class LocalrunCommands(Provider):
 
 
 class LocalrunApp(App[None]):
-    """Owns the store; the chat screen owns the engine."""
+    """Owns the store's thread; the chat screen owns the engine.
+
+    Attributes:
+        on_leaving: called when the user leaves, before anything is closed.
+    """
 
     CSS_PATH = "localrun.tcss"
     TITLE = "localrun"
@@ -94,42 +109,43 @@ class LocalrunApp(App[None]):
         engine_factory: EngineFactory = start_engine,
         store_path: Path | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(driver_class=None if "TEXTUAL_DRIVER" in os.environ else TerminalDriver)
         self.launch = launch
         self.chat: ChatScreen | None = None
-        self.store: ConversationStore | None = None
+        self.records: Records | None = None
+        self.on_leaving: Callable[[], None] = lambda: None
         self._engine_factory = engine_factory
         self._store_path = store_path
         # Over SSH every frame of an animation is traffic, and here it would take time from the model.
         self.animation_level = "none"
 
     def on_mount(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            try:
-                loop.add_signal_handler(number, self._leave, 128 + number)
-            except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or no such thing here
-                break
         self._begin()
 
     @work
     async def _begin(self) -> None:
-        store = await self._open_store()
-        if store is None:
+        records = await self._open_records()
+        if records is None:
             self.exit(return_code=1)
             return
-        self.store = store
-        theme = store.get_state("theme", DEFAULT_THEME)
+        self.records = records
+        theme = await records(lambda store: store.get_state("theme", DEFAULT_THEME))
         self.theme = theme if theme in self.available_themes else DEFAULT_THEME
-        self.theme_changed_signal.subscribe(self, lambda theme: store.set_state("theme", theme.name))
-        self.chat = ChatScreen(store, self._engine_factory, self.launch)
+        self.theme_changed_signal.subscribe(self, self._keep_theme)
+        self.chat = ChatScreen(records, self._engine_factory, self.launch)
         await self.push_screen(self.chat)
 
-    async def _open_store(self) -> ConversationStore | None:
+    def _keep_theme(self, theme: Theme) -> None:
+        if self.records is not None:
+            self.records.post(lambda store: store.set_state("theme", theme.name), lambda error: None)
+
+    async def _open_records(self) -> Records | None:
         """The user's conversations; asks what to do if they can't be opened. None: leave."""
+        records = Records(StoreThread(partial(ConversationStore.open, self._store_path)))
         while True:
             try:
-                return ConversationStore.open(self._store_path)
+                await records.open()
+                return records
             except DamagedConversationsError as error:
                 choices = {
                     "salvage": "Rescue what can be read",
@@ -145,8 +161,8 @@ class LocalrunApp(App[None]):
                 choice = await self._ask("The conversations can't be opened", error, choices)
             if choice == "memory":
                 self.notify("Nothing of this session will be saved.", severity="warning", timeout=20)
-                return ConversationStore.in_memory()
-            if choice != "retry":
+                records = Records(StoreThread(ConversationStore.in_memory))
+            elif choice != "retry":
                 return None
 
     async def _ask(self, title: str, error: ConversationError, choices: dict[str, str]) -> str | None:
@@ -166,19 +182,38 @@ class LocalrunApp(App[None]):
             timeout=30,
         )
 
-    async def action_quit(self) -> None:
-        self._leave(0)
+    async def on_event(self, event: events.Event) -> None:
+        """A paste goes to the text field that has the focus, in the chat to the input whatever has it."""
+        if isinstance(event, events.Paste) and not event.is_forwarded:
+            if not isinstance(self.focused, Input | TextArea) and self.chat is not None and self.screen is self.chat:
+                if self.chat.panels.engine != "full":
+                    self.chat.prompt.area.focus()
+                    self.chat.prompt.area.post_message(events.Paste(event.text))
+                return
+            if not isinstance(self.focused, PromptArea):
+                event = events.Paste(visible(event.text))
+        await super().on_event(event)
 
-    def _leave(self, return_code: int) -> None:
+    async def action_quit(self) -> None:
+        self.on_leaving()
+        self.leave(0)
+
+    def call_from_outside(self, return_code: int) -> None:
+        """As `leave`, from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.leave, return_code)
+
+    def leave(self, return_code: int) -> None:
+        """Ends the program; what stands in the input and what is written so far is kept."""
         if self.chat is not None and self.chat.is_mounted:
-            self.chat.save_draft()
+            self.chat.save()
         self.exit(return_code=return_code)
 
     async def on_unmount(self) -> None:
         if self.chat is not None:
             await asyncio.to_thread(self.chat.close_engine)
-        if self.store is not None:
-            self.store.close()
+        if self.records is not None:
+            await asyncio.to_thread(self.records.close, STORE_CLOSE_S)
 
 
 def run_app(
@@ -229,5 +264,12 @@ def run_app(
         return engine
 
     app = LocalrunApp(launch, engine_factory=adopt)
-    app.run()
+
+    def leave(return_code: int) -> None:
+        with contextlib.suppress(RuntimeError, AttributeError):  # the loop has not begun, or has ended
+            app.call_from_outside(return_code)
+
+    with Lifeline(leave) as lifeline:
+        app.on_leaving = lifeline.leaving
+        app.run()
     return app.return_code or 0

@@ -1,31 +1,54 @@
-"""The chat screen: puts the widgets together, owns engine, conversation and settings on view, and carries out commands.
+"""The chat screen: puts widgets and parts together, and brings keys, slash commands and messages to the part they belong to.
 
-Every command of `commands.COMMANDS` is a method `do_<name>` in one of the parts that this class is made of
-(`message_commands`, `conversation_commands`, `model_commands`); keys, slash commands, palette and buttons all come through
-`run_command`, where errors become panels. What the engine sends arrives as messages (`engine_events`).
+Every command of `commands.COMMANDS` is a method of one of the parts (`localrun.tui.parts`); keys, slash commands, palette and
+buttons all come through `run_command`, where errors become notes or panels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
+from textual.screen import Screen
 from textual.widgets import Footer, OptionList, Static
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.tui.chat_state import WIDE_COLUMNS, ChatState
-from localrun.tui.commands import BY_SLASH, screen_bindings
-from localrun.tui.conversation_commands import ConversationCommands
-from localrun.tui.engine_events import EngineEvents
-from localrun.tui.message_commands import MessageCommands
-from localrun.tui.messages import ConversationAction, ConversationChosen, ErrorAction, MessageAction, PromptSubmitted
-from localrun.tui.model_commands import ModelCommands
+from localrun.tui.answer import Answer
+from localrun.tui.commands import BY_NAME, screen_bindings
+from localrun.tui.engine_link import EngineLink
+from localrun.tui.messages import (
+    AnswerEvents,
+    ConversationAction,
+    ConversationChosen,
+    ConversionTold,
+    EngineDied,
+    EngineFailed,
+    EngineLoading,
+    EngineReady,
+    ErrorAction,
+    MessageAction,
+    ModelChecked,
+    PromptSubmitted,
+    StatsArrived,
+)
+from localrun.tui.parts.asking import Asking
+from localrun.tui.parts.composer import Composer
+from localrun.tui.parts.conversation import OpenConversation
+from localrun.tui.parts.conversions import Conversions
+from localrun.tui.parts.finder import Finder
+from localrun.tui.parts.library import Library
+from localrun.tui.parts.model import LoadedModel
+from localrun.tui.parts.monitor import Monitor
+from localrun.tui.parts.notices import Notices
+from localrun.tui.parts.panels import Panels
+from localrun.tui.parts.versions import Versions
+from localrun.tui.parts.work import Call, Handler, WorkQueue
+from localrun.tui.screens.help import HelpScreen
+from localrun.tui.screens.settings import SettingsResult, SettingsScreen
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.conversation_list import ConversationList
 from localrun.tui.widgets.engine_panel import EnginePanel
@@ -36,24 +59,113 @@ from localrun.tui.widgets.prompt import Prompt
 from localrun.tui.widgets.status_bar import StatusBar
 
 if TYPE_CHECKING:
-    from localrun.engine.conversations import ConversationStore
     from localrun.tui.app import Launch
     from localrun.tui.engine_link import EngineFactory
+    from localrun.tui.parts.records import Records
 
 _LIVE_TICK_S = 0.25
 _STATS_TICK_S = 1.0
+_CONVERSION_STOP_S = 5.0
 
 
-class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEvents, ChatState):
-    """One conversation and everything around it."""
+class ChatScreen(Screen[None]):
+    """One conversation and everything around it. Owns the parts; each of those owns its state."""
 
     BINDINGS: ClassVar[list[BindingType]] = list(screen_bindings())
     AUTO_FOCUS = "#input"
 
-    def __init__(self, store: ConversationStore, engine_factory: EngineFactory, launch: Launch) -> None:
+    def __init__(self, records: Records, engine_factory: EngineFactory, launch: Launch) -> None:
         super().__init__()
-        self._was_narrow = True
-        self.init_state(store, engine_factory, launch)
+        self._launch = launch
+        self.records = records
+        self.notices = Notices(self)
+        self.queue = WorkQueue(self.notices.guard)
+        self.panels = Panels(self, to_input=self._to_input)
+        self.model = LoadedModel(
+            self,
+            EngineLink(engine_factory, self.post_message),
+            self.notices,
+            launch.model_folders,
+            launch.options,
+            begun=lambda: self.monitor.forget(),
+            ready=self._model_ready,
+            changed=self.show_header,
+            to_input=self._to_input,
+        )
+        self.asking = Asking(
+            self,
+            records,
+            self.queue,
+            self.notices,
+            self.model,
+            refused=lambda question: self.composer.put_back(question),
+            answered=self._answered,
+            changed=self._conversation_changed,
+        )
+        self.current = OpenConversation(
+            records,
+            lambda: self.chat,
+            launch.chat,
+            live=lambda: self.asking.answering.live,
+            changed=self.show_header,
+            failed=self.notices.tell,
+        )
+        self.asking.current = self.current
+        self.composer = Composer(
+            self,
+            records,
+            self.queue,
+            self.notices,
+            self.model,
+            self.asking,
+            self.current,
+            run=self.run_command,
+            room=lambda: self.monitor.room,
+            open_settings=self.open_settings,
+        )
+        self.versions = Versions(self, self.notices, self.current, self.asking, self.composer)
+        self.library = Library(
+            self,
+            records,
+            self.queue,
+            self.notices,
+            self.panels,
+            self.current,
+            check_free=self.asking.check_free,
+            leaving=self._leave_conversation,
+            to_input=self._to_input,
+        )
+        self.finder = Finder(self)
+        self.conversions = Conversions(self, self.notices, load=self.model.switch)
+        self.monitor = Monitor(
+            self, self.model, self.asking, self.current, self.panels, extra=lambda: self.conversions.status
+        )
+        self.panels.opened = self._panels_changed
+        self.handlers = self._all_handlers()
+
+    def _all_handlers(self) -> dict[str, Handler]:
+        handlers: dict[str, Handler] = {
+            "stop": self._stop,
+            "interrupt": self._interrupt,
+            "settings": lambda call: self.open_settings(),
+            "help": lambda call: self._push(HelpScreen()),
+            "palette": lambda call: self.app.action_command_palette(),
+            "theme": self._theme,
+            "quit": lambda call: self._quit(),
+            "scroll_up": lambda call: self._scroll_page("up"),
+            "scroll_down": lambda call: self._scroll_page("down"),
+            "scroll_top": self._scroll_top,
+            "scroll_end": self._scroll_end,
+        }
+        parts = (
+            *(self.panels, self.model, self.composer, self.versions, self.library),
+            *(self.finder, self.conversions, self.monitor),
+        )
+        for part in parts:
+            handlers |= part.commands()
+        return handlers
+
+    # --- widgets
 
     def compose(self) -> ComposeResult:
         yield Static("", id="header")
@@ -70,177 +182,229 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
         yield StatusBar()
         yield Footer(compact=True, show_command_palette=False)
 
-    async def on_mount(self) -> None:
+    @property
+    def chat(self) -> ChatView:
+        return self.query_one(ChatView)
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.query_one(Prompt)
+
+    def on_mount(self) -> None:
         self.query_one("#notices").can_focus = False
         self.query_one(LoadingPanel).display = False
         self.query_one(FindBar).display = False
-        self.set_panels(conversations=False, engine="side" if self.app.size.width >= 140 else "off")
-        self.begin_answering()
-        self.prompt.set_history(self.store.recent_user_texts())
-        self.prompt.set_text(str(self.store.get_state("draft", "")))
-        await self.reopen_last()
-        self.set_interval(_LIVE_TICK_S, self.tick_live)
-        self.set_interval(_STATS_TICK_S, self.tick_stats)
-        self.start_first_model()
-        self.prompt.area.focus()
+        self.records.slow = self._store_is_slow
+        self.run_worker(self.queue.run(), name="commands")
+        self.panels.begin()
+        self.queue.add(self.composer.begin())
+        self.queue.add(self.current.show() if self._launch.fresh else self.current.open_last())
+        self.set_interval(_LIVE_TICK_S, self.monitor.tick_live)
+        self.set_interval(_STATS_TICK_S, self.monitor.tick_stats)
+        self.model.begin(self._launch.model, self._launch.prepare)
+        self._to_input()
 
     def on_resize(self, event: events.Resize) -> None:
-        """Panels that have no place beside the chat any more are closed: they would cover it."""
-        narrow = event.size.width < WIDE_COLUMNS
-        if narrow and not self._was_narrow:
-            self.set_panels(conversations=False, engine="off")
-            self.prompt.area.focus()
-        self._was_narrow = narrow
+        self.panels.resized(event.size.width)
+
+    def close_engine(self) -> None:
+        """Ends the processes; blocks."""
+        self.conversions.close(_CONVERSION_STOP_S)
+        self.model.link.close()
+
+    def save(self) -> None:
+        """What is not in the file yet: the text in the input, and what is written of an answer."""
+        self.composer.save_draft()
+        self.asking.answering.save()
 
     # --- commands
 
-    async def run_command(self, name: str, argument: str = "", message_id: int | None = None) -> None:
-        """Carries out a command; an error becomes a panel.
+    def run_command(self, name: str, argument: str = "", message_id: int | None = None) -> None:
+        """Carries out a command, at once or after those under way.
 
         Args:
             message_id: which message a command of scope `message` means; None: the focused or the last one.
         """
-        self.target_message = message_id
+        if message_id is None and BY_NAME[name].scope == "message":
+            message_id = self.chat.focused_message
         try:
-            result = getattr(self, f"do_{name}")(argument)
-            if inspect.isawaitable(result):
-                await result
-        except UsageError as error:
-            self.complain(error)
+            work = self.handlers[name](Call(argument, message_id))
         except LocalrunError as error:
-            self.show_error("That did not work", error)
-        finally:
-            self.target_message = None
+            self.notices.tell(error)
+        else:
+            if work is not None:
+                self.queue.add(work)
 
-    async def action_do(self, name: str) -> None:
-        await self.run_command(name)
+    def action_do(self, name: str) -> None:
+        self.run_command(name)
 
     @on(MessageAction)
-    async def do_message_action(self, event: MessageAction) -> None:
-        await self.run_command(event.command, message_id=event.message_id)
+    def do_message_action(self, event: MessageAction) -> None:
+        self.run_command(event.command, message_id=event.message_id)
 
     @on(ErrorAction)
-    async def do_error_action(self, event: ErrorAction) -> None:
-        await self.run_command(event.command)
+    def do_error_action(self, event: ErrorAction) -> None:
+        self.run_command(event.command)
 
     @on(ConversationChosen)
-    async def do_chosen(self, event: ConversationChosen) -> None:
-        await self.run_guarded(self.open_conversation(event.conversation_id, event.message_id))
-        if self.has_class("-narrow"):
-            self.set_panels(conversations=False)
-        self.prompt.area.focus()
+    def do_chosen(self, event: ConversationChosen) -> None:
+        self.queue.add(self.library.open(event.conversation_id, event.message_id))
 
     @on(ConversationAction)
-    async def do_conversation_action(self, event: ConversationAction) -> None:
-        await self.run_guarded(self.act_on_conversation(event.conversation_id, event.command))
+    def do_conversation_action(self, event: ConversationAction) -> None:
+        self.library.act(event.conversation_id, event.command)
 
     @on(PromptSubmitted)
-    async def submit(self, event: PromptSubmitted) -> None:
-        text = event.text
-        if text.startswith("/") and not text.startswith("//"):
-            await self._run_slash(text)
-            return
-        if not text.strip() and not self.prompt.attachments:
-            return
-        await self.run_guarded(self.ask(text.removeprefix("/") if text.startswith("//") else text))
+    def submit(self, event: PromptSubmitted) -> None:
+        try:
+            self.composer.submit(event.text)
+        except LocalrunError as error:
+            self.notices.tell(error)
 
-    async def _run_slash(self, text: str) -> None:
-        """The text stays in the input if there is no such command."""
-        name, _, argument = text[1:].partition(" ")
-        command = BY_SLASH.get(name.strip().lower())
-        if command is None:
-            self.complain(
-                UsageError(
-                    f"there is no command /{name.strip()}", hint="/help lists them; // sends a text with a slash"
-                )
-            )
-            return
-        attachments = self.prompt.attachments
-        self.prompt.clear()
-        self.prompt.set_attachments(attachments)
-        await self.run_command(command.name, argument.strip())
+    @on(Prompt.Changed)
+    def prompt_changed(self) -> None:
+        self.composer.changed()
+
+    @on(FindBar.Changed)
+    def find_words(self) -> None:
+        self.finder.look()
+
+    @on(FindBar.Goto)
+    async def go_to_found(self, event: FindBar.Goto) -> None:
+        await self.finder.go_to(event.message_id)
+
+    # --- what threads tell
+
+    @on(EngineLoading)
+    def engine_loading(self, event: EngineLoading) -> None:
+        self.model.show_loading(event)
+
+    @on(EngineReady)
+    def engine_ready(self, event: EngineReady) -> None:
+        self.model.loaded(event)
+
+    @on(EngineFailed)
+    def engine_failed(self, event: EngineFailed) -> None:
+        self.model.failed(event)
+
+    @on(EngineDied)
+    def engine_died(self, event: EngineDied) -> None:
+        self.model.died(event)
+
+    @on(ModelChecked)
+    def model_checked(self, event: ModelChecked) -> None:
+        self.model.checked(event)
+
+    @on(ConversionTold)
+    def conversion_told(self, event: ConversionTold) -> None:
+        self.conversions.told(event.news)
+
+    @on(AnswerEvents)
+    async def answer_events(self, event: AnswerEvents) -> None:
+        await self.asking.answering.news(event.feed)
+
+    @on(StatsArrived)
+    def stats_arrived(self, event: StatsArrived) -> None:
+        self.monitor.show(event)
+
+    def _store_is_slow(self) -> None:
+        self.notices.note(
+            "waiting for the file of conversations: another program holds it", severity="warning", timeout_s=6
+        )
+
+    # --- from part to part
+
+    def _to_input(self) -> None:
+        self.prompt.area.focus()
+
+    def _model_ready(self) -> None:
+        self.monitor.look()
+        self.asking.model_ready()
+
+    def _answered(self, answer: Answer) -> None:
+        self.monitor.look()
+
+    def _conversation_changed(self) -> None:
+        self.show_header()
+        self.library.refresh()
+
+    def _leave_conversation(self) -> None:
+        self.composer.cancel_editing()
+        self.asking.forget_pending()
+        self.notices.clear()
+
+    def _panels_changed(self) -> None:
+        self.library.refresh()
+        if self.panels.engine != "off":
+            self.monitor.look()
 
     # --- the program
 
-    def do_stop(self, argument: str) -> None:
-        prompt = self.prompt
-        if prompt.close_suggestions():
-            return
-        if self.answering.running or self.pending_parent is not None:
-            self.stop_answer()
-        elif self.query_one(FindBar).display:
-            self.query_one(FindBar).display = False
-        elif self.editing is not None:
-            self.cancel_editing()
-        elif self.has_class("-narrow") and (self.panel_conversations or self.panel_engine != "off"):
-            self.set_panels(conversations=False, engine="off")
-        elif self.panel_engine == "full":
-            self.set_panels(engine="side")
-        prompt.area.focus()
+    def _push(self, screen: Screen[Any]) -> None:
+        self.app.push_screen(screen)
 
-    def do_interrupt(self, argument: str) -> None:
-        selected = self.prompt.area.selected_text or self.get_selected_text()
+    def _stop(self, call: Call) -> None:
+        """Esc: the first of what can be ended or closed."""
+        if self.prompt.close_suggestions():
+            return
+        _ = self.asking.stop() or self.finder.close() or self.composer.cancel_editing() or self.panels.close_one()
+        self._to_input()
+
+    def _interrupt(self, call: Call) -> None:
+        selected = self.prompt.selected_text or self.get_selected_text()
         if selected:
             self.app.copy_to_clipboard(selected)
-            self.app.notify("Copied", timeout=2)
-        elif self.answering.running or self.pending_parent is not None:
-            self.stop_answer()
-        elif self.prompt.text:
-            self.prompt.clear()
-        else:
-            self.app.notify("Ctrl+Q quits", timeout=3)
+            self.notices.note("Copied", timeout_s=2)
+        elif not self.asking.stop():
+            if self.prompt.text:
+                self.prompt.clear()
+            else:
+                self.notices.note("Ctrl+Q quits", timeout_s=3)
 
-    def do_help(self, argument: str) -> None:
-        from localrun.tui.screens.help import HelpScreen
+    def open_settings(self) -> None:
+        screen = SettingsScreen(
+            self.current.options,
+            self.model.options,
+            self.model.facts,
+            self.app.theme,
+            list(self.app.available_themes),
+        )
+        self.app.push_screen(screen, self._apply_settings)
 
-        self.app.push_screen(HelpScreen())
+    def _apply_settings(self, result: SettingsResult | None) -> None:
+        if result is not None:
+            self.current.set_options(result.chat)
+            self.app.theme = result.theme
+            self.model.change_options(result.engine)
 
-    def do_palette(self, argument: str) -> None:
-        self.app.action_command_palette()
-
-    def do_theme(self, argument: str) -> None:
-        if not argument:
+    def _theme(self, call: Call) -> None:
+        if not call.argument:
             self.app.search_themes()
-        elif argument in self.app.available_themes:
-            self.app.theme = argument
+        elif call.argument in self.app.available_themes:
+            self.app.theme = call.argument
         else:
-            raise UsageError(f"there is no theme '{argument}'", hint=", ".join(sorted(self.app.available_themes)))
+            raise UsageError(f"there is no theme '{call.argument}'", hint=", ".join(sorted(self.app.available_themes)))
 
-    async def do_quit(self, argument: str) -> None:
-        await self.app.action_quit()
-
-    def save_draft(self) -> None:
-        """What stands in the input is there again at the next start."""
-        with contextlib.suppress(LocalrunError):  # nothing may keep the user from leaving
-            self.store.set_state("draft", self.prompt.text)
-
-    def do_scroll_up(self, argument: str) -> None:
-        self._scroll_page("up")
-
-    def do_scroll_down(self, argument: str) -> None:
-        self._scroll_page("down")
+    def _quit(self) -> None:
+        self.app.call_later(self.app.action_quit)
 
     def _scroll_page(self, direction: str) -> None:
         focused = self.focused
-        if isinstance(focused, OptionList | ExpertMap):
-            focused.scroll_page_up(animate=False) if direction == "up" else focused.scroll_page_down(animate=False)
-        elif direction == "up":
-            self.chat.scroll_page_up(animate=False)
-        else:
-            self.chat.scroll_page_down(animate=False)
+        target = focused if isinstance(focused, OptionList | ExpertMap) else self.chat
+        target.scroll_page_up(animate=False) if direction == "up" else target.scroll_page_down(animate=False)
 
-    async def do_scroll_top(self, argument: str) -> None:
+    async def _scroll_top(self, call: Call) -> None:
         if self.chat.entries:
             await self.chat.scroll_to_message(self.chat.entries[0].message.id)
 
-    async def do_scroll_end(self, argument: str) -> None:
+    async def _scroll_end(self, call: Call) -> None:
         await self.chat.scroll_to_end()
 
     def show_header(self) -> None:
         """Program, model and conversation in one line; what to do next in an empty conversation."""
-        model, title = self.model_label(), self.conversation_title()
+        label = self.model.label
         self.query_one("#header", Static).update(
-            Content.assemble((" localrun ", "bold reverse"), f" {model}", (" │ ", "dim"), (title, "bold"))
+            Content.assemble((" localrun ", "bold reverse"), f" {label}", (" │ ", "dim"), (self.current.title, "bold"))
         )
         welcome = self.query_one("#welcome", Static)
         welcome.display = not self.chat.entries
@@ -248,7 +412,7 @@ class ChatScreen(MessageCommands, ConversationCommands, ModelCommands, EngineEve
         welcome.update(
             Content.assemble(
                 ("localrun\n\n", "bold"),
-                f"{model}\n\n",
+                f"{label}\n\n",
                 ("Enter sends · Ctrl+J new line · / commands · F1 help\n", "dim"),
                 ("Ctrl+L models · F2 conversations · F3 engine", "dim"),
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess, GenerateEvent, LoadEvent
 from localrun.engine.process.protocol import Generate, Loading, Ready, Stats
 from localrun.errors import EngineDiedError, LocalrunError
+from localrun.tui.faults import as_ours
 from localrun.tui.messages import AnswerEvents, EngineDied, EngineFailed, EngineLoading, EngineReady, StatsArrived
 
 OnDeath = Callable[[EngineDiedError], None]
@@ -199,15 +199,6 @@ class EngineLink:
     def _post(self, message: Message) -> None:
         if not self._closed:
             self._post_message(message)
-
-
-def as_ours(error: Exception) -> LocalrunError:
-    """An unexpected exception as one that can be shown, with its traceback for the details."""
-    if isinstance(error, LocalrunError):
-        return error
-    ours = LocalrunError(f"unexpected {type(error).__name__}: {error}", hint="please report this with the details")
-    ours.add_note("".join(traceback.format_exception(error)))
-    return ours
 
 
 def estimate_tokens(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
@@ -13,6 +14,7 @@ from localrun.engine.process.protocol import Stats
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
+    from localrun.tui.converter_process import ConversionNews
     from localrun.tui.engine_link import AnswerFeed
 
 
@@ -49,6 +51,14 @@ class EngineDied(Message):
 
 
 @dataclass
+class ModelChecked(Message):
+    """The headers of a model were looked at; `error` says what is wrong with them."""
+
+    path: Path
+    error: LocalrunError | None
+
+
+@dataclass
 class AnswerEvents(Message):
     """There are events to take from `feed`."""
 
@@ -61,6 +71,13 @@ class StatsArrived(Message):
 
     stats: Stats
     seconds: float
+
+
+@dataclass
+class ConversionTold(Message):
+    """The converter said something."""
+
+    news: ConversionNews
 
 
 @dataclass

@@ -20,6 +20,7 @@ from localrun.engine.conversations import (
     ConversationError,
     ConversationStore,
     DamagedConversationsError,
+    StoreThread,
     salvage,
 )
 from localrun.engine.conversations.export import export_json, export_markdown, slug, write_export
@@ -355,3 +356,85 @@ def test_export_never_replaces_a_file(store: ConversationStore, tmp_path: Path) 
 
 def test_slug_of_a_title_without_letters_is_a_name() -> None:
     assert slug("../..") == "conversation"
+
+
+# --- on a thread of its own
+
+
+def test_the_store_thread_does_all_in_order_and_what_is_awaited_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite3"
+    thread = StoreThread(lambda: ConversationStore.open(path))
+    assert thread.open().result(30) == path
+    talk = thread.submit(lambda store: store.create("t").id).result(30)
+    pending = [thread.submit(lambda store, n=n: store.add(talk, None, "user", str(n))) for n in range(50)]
+    pending[-1].result(30)
+    with ConversationStore.open(path) as other:
+        assert [other.message(m.result().id).content for m in pending] == [str(n) for n in range(50)]
+    assert thread.close(30)
+
+
+def test_errors_of_the_store_reach_whoever_waits_and_the_thread_goes_on(tmp_path: Path) -> None:
+    thread = StoreThread(lambda: ConversationStore.open(tmp_path / "c.sqlite3"))
+    with pytest.raises(ConversationError, match="not open"):
+        thread.submit(ConversationStore.conversations).result(30)
+    thread.open().result(30)
+    with pytest.raises(KeyError):
+        thread.submit(lambda store: store.message(99)).result(30)
+    given_up = thread.submit(lambda store: store.create("made all the same"))
+    given_up.cancel()
+    assert [c.title for c in thread.submit(ConversationStore.conversations).result(30)] == ["made all the same"]
+    assert thread.close(30)
+
+
+def test_a_file_that_another_program_holds_is_said_and_closing_does_not_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite3"
+    thread = StoreThread(lambda: ConversationStore.open(path))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ConversationError, match="in use by another program") as caught:
+        thread.open().result(30)
+    assert "close it" in str(caught.value.hint)
+    other.execute("COMMIT")
+    other.close()
+    thread.open().result(30)  # trying again is enough
+
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    waiting = thread.submit(lambda store: store.create("waits"))
+    assert not thread.close(0.05), "the deadline counts, not the lock"
+    holder.execute("COMMIT")
+    assert waiting.result(30).title == "waits", "and what was asked for is done as soon as it can be"
+    holder.close()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from localrun.engine.conversations import ConversationStore, StoreThread
+thread = StoreThread(lambda: ConversationStore.open(Path(sys.argv[1])))
+thread.open().result()
+talk = thread.submit(lambda store: store.create("t").id).result()
+for n in range(100000):
+    thread.submit(lambda store, n=n: store.add(talk, store.conversation(talk).head, "user", str(n))).result()
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("n_lines", [1, 7, 40])
+def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path, n_lines: int) -> None:
+    path = tmp_path / "c.sqlite3"
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert process.stdout is not None
+    told = [process.stdout.readline() for _ in range(n_lines)]
+    process.kill()
+    told += process.stdout.read().splitlines()
+    process.wait()
+    n_told = len([line for line in told if line.strip().isdigit()])
+    with ConversationStore.open(path) as store:
+        kept = [message.content for message in store.branch(store.conversations()[0].id)]
+    assert kept == [str(n) for n in range(len(kept))]
+    assert n_told <= len(kept) <= n_told + 1

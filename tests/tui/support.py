@@ -13,6 +13,7 @@ from typing import Any
 from textual.message_pump import MessagePump
 from textual.pilot import Pilot
 
+from localrun.engine.conversations import Conversation, ConversationStore
 from localrun.errors import EngineDiedError
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.chat_screen import ChatScreen
@@ -49,6 +50,11 @@ class Talk:
     def notes(self) -> list[str]:
         return [notification.message for notification in self.app._notifications]
 
+    async def stored(self) -> list[Conversation]:
+        """All conversations, as they are in the file after everything that was asked for."""
+        await self.settled()
+        return await self.screen.records(ConversationStore.conversations)
+
     @property
     def clipboard(self) -> str:
         return self.app.clipboard
@@ -63,7 +69,7 @@ class Talk:
 
     async def idle(self) -> None:
         """Until no answer is being written and none is waiting."""
-        await self.until(lambda: not self.screen.answering.running and self.screen.pending_parent is None, "idle")
+        await self.until(lambda: self.screen.queue.idle and not self.screen.asking.busy, "idle")
 
     async def type(self, text: str, *, send: bool = True) -> None:
         """Puts a text into the input, as a paste does, and sends it."""
@@ -86,8 +92,8 @@ class Talk:
             await self.settled()
 
     async def settled(self) -> None:
-        """Until the key's messages have gone their way, from the app to the focused widget, up to the screen and back. The
-        pilot alone waits for that only for a while, which is too short on a busy machine."""
+        """Until the key's messages have gone their way, from the app to the focused widget, up to the screen and back, and what
+        they ask for is done. The pilot alone waits for that only for a while, which is too short on a busy machine."""
         focused = self.app.focused
         way: list[MessagePump] = [
             self.app,
@@ -98,7 +104,7 @@ class Talk:
                 passed = asyncio.Event()
                 pump.call_later(passed.set)
                 await asyncio.wait_for(passed.wait(), PATIENCE_S)
-        await self.pilot.pause()
+        await self.until(lambda: self.app.chat is None or self.screen.queue.idle, "commands are carried out")
 
 
 @dataclass
@@ -123,7 +129,12 @@ class Setup:
         app = LocalrunApp(self.launch, engine_factory=factory, store_path=self.folder / "c.sqlite3")
         async with app.run_test(size=self.size) as pilot:
             end = time.monotonic() + PATIENCE_S
-            while self.ready and (app.chat is None or not app.chat.is_mounted or app.chat.facts is None):
+            while app.chat is None and len(app.screen_stack) == 1:
+                assert time.monotonic() < end, "neither the chat nor a question came"
+                await asyncio.sleep(0.01)
+            while self.ready and (
+                app.chat is None or not app.chat.is_mounted or not app.chat.queue.idle or app.chat.model.facts is None
+            ):
                 assert time.monotonic() < end, "the model was never ready"
                 await asyncio.sleep(0.01)
             await pilot.pause()

@@ -32,7 +32,7 @@ async def test_a_question_is_answered_and_both_are_saved(setup: Setup) -> None:
         assert talk.shown == [("user", "Hello there"), ("assistant", "You said: Hello there")]
         assert last_view(talk).query_one(Markdown).source == "You said: Hello there"
         assert talk.screen.prompt.text == ""
-        assert talk.screen.conversation_title() == "Hello there"
+        assert talk.screen.current.title == "Hello there"
         await talk.ask("And again")
         roles = [m["role"] for m in talk.engine.commands[-1].messages]
         assert roles == ["user", "assistant", "user"]
@@ -49,7 +49,7 @@ async def test_the_answer_is_on_screen_and_on_disk_while_it_is_written(setup: Se
         talk.engine.scripts.put(held("one ", "two ", "three"))
         await talk.type("count")
         await talk.until(lambda: "three" in last_view(talk).query_one(Markdown).source)
-        assert talk.screen.answering.running
+        assert talk.screen.asking.answering.running
         with ConversationStore.open(setup.folder / "c.sqlite3") as other:
             question, answer = other.branch(other.conversations()[0].id)
             assert question.content == "count"
@@ -64,9 +64,8 @@ async def test_a_crash_of_the_interface_keeps_what_was_written(setup: Setup) -> 
     async with setup.start() as talk:
         talk.engine.scripts.put(held("partial"))
         await talk.type("question")
-        await talk.until(lambda: talk.screen.answering.answer and talk.screen.answering.answer.text)
-        talk.screen.answering._saved_at = 0.0  # a second has passed
-        talk.screen.answering._save(talk.screen.answering.answer)  # type: ignore[arg-type]
+        await talk.until(lambda: talk.screen.asking.answering.answer and talk.screen.asking.answering.answer.text)
+        talk.screen.asking.answering.save()  # as it does every second
     async with setup.start() as talk:
         assert talk.shown == [("user", "question"), ("assistant", "partial")]
         assert talk.screen.chat.entries[-1].message.state == "writing"
@@ -178,9 +177,9 @@ async def test_editing_can_be_given_up(setup: Setup) -> None:
     async with setup.start() as talk:
         await talk.ask("one")
         await talk.type("/edit ")
-        assert talk.screen.editing is not None
+        assert talk.screen.composer.editing is not None
         await talk.press("escape")
-        assert talk.screen.editing is None
+        assert talk.screen.composer.editing is None
         assert talk.screen.prompt.text == ""
         assert len(talk.shown) == 2
 
@@ -238,9 +237,11 @@ async def test_engine_killed_in_the_middle_is_shown_restarted_and_the_partial_an
     async with setup.start() as talk:
         talk.engine.scripts.put(held("half an answer"))
         await talk.type("q")
-        await talk.until(lambda: talk.screen.answering.answer and talk.screen.answering.answer.text)
+        await talk.until(lambda: talk.screen.asking.answering.answer and talk.screen.asking.answering.answer.text)
         talk.engine.die()
-        await talk.until(lambda: talk.errors and talk.screen.facts is not None and not talk.screen.answering.running)
+        await talk.until(
+            lambda: talk.errors and talk.screen.model.facts is not None and not talk.screen.asking.answering.running
+        )
         assert talk.engine.n_reloads == 1
         assert "SIGKILL" in talk.errors[0]
         assert talk.shown[-1] == ("assistant", "half an answer")
@@ -252,7 +253,7 @@ async def test_engine_killed_in_the_middle_is_shown_restarted_and_the_partial_an
 async def test_engine_dying_while_idle_is_shown_and_it_is_started_again(setup: Setup) -> None:
     async with setup.start() as talk:
         talk.engine.die()
-        await talk.until(lambda: talk.errors and talk.screen.facts is not None)
+        await talk.until(lambda: talk.errors and talk.screen.model.facts is not None)
         assert talk.engine.n_reloads == 1
 
 
@@ -260,7 +261,7 @@ async def test_a_second_question_while_an_answer_is_written_stays_in_the_input(s
     async with setup.start() as talk:
         talk.engine.scripts.put(held("..."))
         await talk.type("first")
-        await talk.until(lambda: talk.screen.answering.running)
+        await talk.until(lambda: talk.screen.asking.answering.running)
         await talk.type("second")
         assert talk.screen.prompt.text == "second"
         assert any("being written" in note for note in talk.notes)
@@ -278,7 +279,7 @@ async def test_a_question_before_the_model_is_loaded_waits_for_it(setup: Setup) 
 
     setup.prepare, setup.ready = prepare, False
     async with setup.start() as talk:
-        await talk.until(lambda: talk.screen.is_mounted and talk.screen.model_loading)
+        await talk.until(lambda: talk.screen.is_mounted and talk.screen.model.loading)
         await talk.type("early")
         assert talk.engine.commands == []
         gate.set()

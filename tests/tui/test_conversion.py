@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from textual.widgets import Button, Input, RichLog
+import pytest
+from textual.widgets import Button, Input, RichLog, Select
 
+from localrun.commands.convert import add_arguments
 from localrun.quant.open import open_model
-from localrun.tui.conversion import Conversion, ConversionNews
+from localrun.tui.converter_process import ConversionNews, ConverterProcess
+from localrun.tui.parts.conversions import Conversions
 from localrun.tui.screens.convert import ConvertScreen
 from tests.checkpoints import write_small
 from tests.tui.support import Setup
@@ -26,7 +32,7 @@ def run(source: Path, target: Path) -> list[ConversionNews]:
         if item.ended:
             ended.set()
 
-    Conversion(source, target, ["--dense", "bf16"], take)
+    ConverterProcess(source, target, ["--dense", "bf16"], take)
     assert ended.wait(PATIENCE_S)
     return news
 
@@ -47,17 +53,20 @@ def test_a_conversion_that_fails_says_why(tmp_path: Path) -> None:
     assert "empty" in news[-1].error
 
 
-async def test_a_conversion_is_started_watched_and_its_result_loaded(setup: Setup, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(80, 24), (160, 50)])
+async def test_a_conversion_is_started_watched_and_its_result_loaded(
+    setup: Setup, tmp_path: Path, size: tuple[int, int]
+) -> None:
     write_small(tmp_path / "src")
-    setup.size = (120, 40)
+    setup.size = size
     async with setup.start() as talk:
         await talk.type(f"/convert {tmp_path / 'src'} {tmp_path / 'dst'}")
         screen = talk.app.screen
         assert isinstance(screen, ConvertScreen)
         assert screen.query_one("#source", Input).value == str(tmp_path / "src")
         await talk.pilot.click("#convert-start")
-        assert talk.screen.conversion is not None
-        assert talk.screen.conversion_status().startswith("converting")
+        assert talk.screen.conversions.running is not None
+        assert talk.screen.conversions.status.startswith("converting")
         await talk.until(lambda: not screen.query_one("#convert-load", Button).disabled)
         assert any("wrote" in line.text for line in screen.query_one(RichLog).lines)
         await talk.pilot.click("#convert-load")
@@ -65,13 +74,72 @@ async def test_a_conversion_is_started_watched_and_its_result_loaded(setup: Setu
         assert talk.engine.loads[-1][0] == str(tmp_path / "dst")
 
 
+async def test_the_dialog_can_be_filled_and_started_by_keys_alone_in_a_small_terminal(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Path, Path, list[str]]] = []
+
+    def start(self: Conversions, source: Path, target: Path, options: list[str]) -> Any:
+        started.append((source, target, options))
+        return SimpleNamespace(running=True, last=ConversionNews(), source=source, target=target)
+
+    monkeypatch.setattr(Conversions, "_start", start)
+    async with setup.start() as talk:
+        await talk.type("/convert ")
+        screen = talk.app.screen
+        await talk.press(*"src", "tab", *"dst", "enter")
+        assert started == [(Path("src"), Path("dst"), [])]
+    async with setup.start() as talk:
+        await talk.type("/convert src dst")
+        screen = talk.app.screen
+        assert isinstance(screen, ConvertScreen)
+        screen.query_one("#recipe", Select).value = "ram-64"
+        screen.query_one("#base", Select).value = "q2_k"
+        screen.query_one("#hot", Input).value = "mxfp4:12GiB, q8_0:1GiB"
+        screen.query_one("#for-box", Input).value = "24GiB-vram,64GiB-ram"
+        screen.query_one("#dense", Select).value = "q6_k"
+        for field in screen.query("Input, Select"):
+            field.focus()
+            await talk.settled()
+            assert screen.query_one("#dialog").region.contains_region(field.region), field.id
+            for button in screen.query(Button):
+                assert screen.region.contains_region(button.region), "buttons stay in view"
+        screen.query_one("#hot", Input).focus()
+        await talk.press("enter")
+        words = started[-1][2]
+        assert words == [
+            *("--recipe", "ram-64", "--base", "q2_k", "--dense", "q6_k"),
+            *("--hot", "mxfp4:12GiB", "--hot", "q8_0:1GiB", "--target", "24GiB-vram,64GiB-ram"),
+        ]
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        parser.parse_args([*words, "src", "dst"])
+
+
 async def test_a_hidden_conversion_reports_its_failure_as_a_panel(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    setup.size = (120, 40)
     async with setup.start() as talk:
         await talk.type(f"/convert {tmp_path / 'empty'} {tmp_path / 'dst'}")
         await talk.pilot.click("#convert-start")
         await talk.pilot.click("#convert-hide")
         await talk.until(lambda: talk.errors)
         assert "empty" in talk.errors[0]
-        assert talk.screen.conversion_status() == ""
+        assert talk.screen.conversions.status == ""
+
+
+def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(tmp_path: Path) -> None:
+    write_small(tmp_path / "src")
+    news: list[ConversionNews] = []
+    ended = threading.Event()
+
+    def take(item: ConversionNews) -> None:
+        news.append(item)
+        if item.note:
+            process.stop()
+        if item.ended:
+            ended.set()
+
+    process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
+    assert ended.wait(PATIENCE_S)
+    assert news[-1].error == "stopped"
+    assert "goes on" in str(news[-1].hint)

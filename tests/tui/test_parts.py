@@ -17,6 +17,7 @@ from localrun.engine.model_finder import FoundModel, find_models, fit
 from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import Delta, PromptProgress, Stats
 from localrun.errors import UsageError
+from localrun.textsafe import visible
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
 from localrun.tui.answering import Answering
 from localrun.tui.engine_link import AnswerFeed, estimate_tokens
@@ -295,6 +296,45 @@ async def test_streamed_lists_and_tables_end_as_written_at_once() -> None:
             await markdown.append(char)
         await pilot.pause(0.1)
         assert streamed.lines() == expected
+
+
+ENTITIES = """evil &#x202e;entity lrm &lrm;a rlm &rlm;b iso &#x2066;c&#x2069; sep &#x2028;d tag &#xE0041;e ff &#12;x cr&#13;over
+
+[link &#x202e;text](http://a.b/%E2%80%AE&#x202e; "t&#x202e;t") and `code &#x202e;` and **b&#8238;old** ![im&#x202e;g](x "y&#x202e;")
+
+| h&#x202e;1 | h2 |
+|---|---|
+| c&#13;ell | x |
+
+# head&#x202e;ing
+
+- item &#x202e;
+  1. inner &#xE0041;
+
+> quote &#x2067;
+
+```p&#x202e;y
+a &#x202e;
+```
+"""
+
+
+async def test_what_entities_hide_from_the_filter_is_visible_too() -> None:
+    """HTML entities are decoded by the parser of Markdown, after the text itself was made harmless."""
+    app = Document(ENTITIES)
+    async with app.run_test(size=(120, 60)) as pilot:
+        await pilot.pause(0.1)
+        shown = "\n".join(app.lines())
+        links = [
+            str(span.style)
+            for content in app.query("MarkdownParagraph")
+            for span in content._content.spans  # type: ignore[attr-defined]
+        ]
+    assert shown == visible(shown)
+    for word in ("evil <U+202E>entity", "h<U+202E>1", "c␍ell", "head<U+202E>ing", "tag <U+E0041>e", "quote <U+2067>"):
+        assert word in shown, word
+    assert not any("\u202e" in link for link in links)
+    assert "a &#x202e;" in shown, "code is not decoded"
 
 
 def test_short_numbers() -> None:

@@ -52,7 +52,7 @@ async def repainted(talk: Talk) -> str:
     Textual paints up to a sixtieth of a second later, and a dialog keeps its copy of the screen behind it until it is painted
     itself: what is on view at one moment depends on the machine's speed.
     """
-    talk.screen.tick_live()
+    talk.screen.monitor.tick_live()
     talk.app.screen.refresh()
     await talk.pilot.pause(0.02)
     return picture(talk)
@@ -102,7 +102,7 @@ async def test_screen(setup: Setup, name: str, size: tuple[int, int], act: Calla
     setup.size, setup.prepare = size, prepare
     async with setup.start() as talk:
         await act(talk)
-        await talk.until(lambda: talk.screen.last_stats)
+        await talk.until(lambda: talk.screen.monitor.last_stats)
         path = FOLDER / f"{name}.txt"
         if os.environ.get("LOCALRUN_UPDATE_PICTURES"):
             await asyncio.sleep(1)

@@ -35,31 +35,33 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
     async with app.run_test(size=(100, 30)) as pilot:
         talk = Talk(app, pilot, FakeEngine(lambda error: None))
         await talk.until(lambda: app.chat is not None and app.chat.is_mounted)
-        await talk.until(lambda: talk.screen.facts or talk.errors)
+        await talk.until(lambda: talk.screen.model.facts or talk.errors)
         assert talk.errors == []
         await talk.ask("Hello")
         assert talk.errors == []
         answer = talk.screen.chat.entries[-1].message
         assert answer.state in ("length", "complete")
         assert answer.details["timings"]["new_tokens"] > 0
-        assert talk.screen.status().hit_rate is None or 0 <= talk.screen.status().hit_rate <= 1  # type: ignore[operator]
+        assert talk.screen.monitor.status().hit_rate is None or 0 <= talk.screen.monitor.status().hit_rate <= 1  # type: ignore[operator]
 
-        talk.screen.set_options(replace(talk.screen.options, max_tokens=None))
+        talk.screen.current.set_options(replace(talk.screen.current.options, max_tokens=None))
         await talk.type("Go on for long")
-        await talk.until(lambda: talk.screen.answering.answer and talk.screen.answering.answer.n_tokens > 3)
-        pid = talk.screen.link.engine.pid
+        await talk.until(
+            lambda: talk.screen.asking.answering.answer and talk.screen.asking.answering.answer.n_tokens > 3
+        )
+        pid = talk.screen.model.link.engine.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        await talk.until(lambda: talk.errors and not talk.screen.answering.running)
+        await talk.until(lambda: talk.errors and not talk.screen.asking.answering.running)
         assert "SIGKILL" in talk.errors[0]
         partial = talk.screen.chat.entries[-1].message
         assert partial.state == "failed"
         assert partial.content
 
-        await talk.until(lambda: talk.screen.facts is not None)
-        talk.screen.set_options(replace(talk.screen.options, max_tokens=8))
+        await talk.until(lambda: talk.screen.model.facts is not None)
+        talk.screen.current.set_options(replace(talk.screen.current.options, max_tokens=8))
         await talk.ask("And now?")
         assert talk.screen.chat.entries[-1].message.state in ("length", "complete")
-        engine = talk.screen.link.engine
+        engine = talk.screen.model.link.engine
         assert engine.count_tokens("Hello there") > 0
     assert not engine.alive

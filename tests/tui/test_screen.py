@@ -15,7 +15,6 @@ from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 from localrun.engine.conversations import ConversationStore
 from localrun.errors import BudgetError
 from localrun.tui.app import Launch
-from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matching_slashes
 from localrun.tui.screens.dialog import ChoiceDialog, TextDialog
 from localrun.tui.screens.help import HelpScreen
@@ -24,6 +23,7 @@ from localrun.tui.screens.plan import PlanScreen
 from localrun.tui.screens.search import SearchScreen
 from localrun.tui.screens.settings import SettingsScreen
 from localrun.tui.widgets.conversation_list import ConversationOptions
+from localrun.tui.widgets.engine_panel import EnginePanel
 from localrun.tui.widgets.find_bar import FindBar
 from localrun.tui.widgets.message_view import MessageView
 from localrun.tui.widgets.prompt import PromptArea
@@ -35,15 +35,18 @@ from tests.tui.support import Setup
 # --- the list of commands
 
 
-def test_every_command_can_be_carried_out_and_names_are_unique() -> None:
+def test_names_and_keys_of_commands_are_unique() -> None:
     for command in COMMANDS:
-        assert callable(getattr(ChatScreen, f"do_{command.name}")), command.name
         assert command.keys or command.slash, command.name
     slashes = [slash for command in COMMANDS for slash in command.slash]
     keys = [key for command in COMMANDS for key in command.keys]
     assert len(set(slashes)) == len(slashes)
     assert len(set(keys)) == len(keys)
-    assert {name[3:] for name in dir(ChatScreen) if name.startswith("do_")} >= set(BY_NAME)
+
+
+async def test_every_command_belongs_to_a_part(setup: Setup) -> None:
+    async with setup.start() as talk:
+        assert set(talk.screen.handlers) == set(BY_NAME)
 
 
 def test_slash_names_are_completed_canonical_ones_first() -> None:
@@ -85,7 +88,7 @@ async def test_the_palette_offers_every_command_and_runs_it(setup: Setup) -> Non
         palette = talk.app.screen
         await talk.until(lambda: palette.query_one(OptionList).option_count)
         await talk.press("enter")
-        await talk.until(lambda: talk.screen.panel_conversations)
+        await talk.until(lambda: talk.screen.panels.conversations)
 
 
 async def test_an_unknown_slash_command_stays_in_the_input(setup: Setup) -> None:
@@ -156,7 +159,7 @@ async def test_ctrl_c_copies_stops_or_clears(setup: Setup) -> None:
         assert talk.screen.prompt.text == ""
         talk.engine.scripts.put(held("x"))
         await talk.type("go")
-        await talk.until(lambda: talk.screen.answering.running)
+        await talk.until(lambda: talk.screen.asking.answering.running)
         await talk.press("ctrl+c")
         await talk.idle()
         assert talk.screen.chat.entries[-1].message.state == "stopped"
@@ -226,7 +229,7 @@ async def test_new_conversations_start_empty_and_the_list_opens_old_ones(setup: 
         assert options.option_count == 2
         await talk.press("down", "enter")
         await talk.until(lambda: talk.shown[:1] == [("user", "first talk")])
-        assert not talk.screen.panel_conversations  # a narrow screen shows the conversation now
+        assert not talk.screen.panels.conversations  # a narrow screen shows the conversation now
 
 
 async def test_renaming_and_deleting_from_the_list(setup: Setup) -> None:
@@ -237,15 +240,15 @@ async def test_renaming_and_deleting_from_the_list(setup: Setup) -> None:
         assert isinstance(talk.app.screen, TextDialog)
         talk.app.screen.query_one(Input).value = "Better name"
         await talk.press("enter")
-        assert talk.screen.conversation_title() == "Better name"
+        assert talk.screen.current.title == "Better name"
         await talk.press("d")
         assert isinstance(talk.app.screen, ChoiceDialog)
         await talk.press("enter")  # the safe choice has the focus
-        assert len(talk.screen.store.conversations()) == 1
+        assert len(await talk.stored()) == 1
         await talk.press("d")
         await talk.pilot.click("#choose-delete")
-        await talk.until(lambda: talk.screen.conversation is None)
-        assert talk.screen.store.conversations() == []
+        await talk.until(lambda: talk.screen.current.conversation is None)
+        assert (await talk.stored()) == []
         assert talk.shown == []
 
 
@@ -253,10 +256,10 @@ async def test_rename_and_delete_commands(setup: Setup) -> None:
     async with setup.start() as talk:
         await talk.ask("q")
         await talk.type("/rename Named")
-        assert talk.screen.store.conversations()[0].title == "Named"
+        assert (await talk.stored())[0].title == "Named"
         await talk.type("/delete ")
         await talk.pilot.click("#choose-delete")
-        await talk.until(lambda: talk.screen.conversation is None)
+        await talk.until(lambda: talk.screen.current.conversation is None)
 
 
 async def test_export_writes_a_file(setup: Setup, tmp_path: Path) -> None:
@@ -313,7 +316,7 @@ async def test_search_opens_the_conversation_and_the_branch_of_the_place(setup: 
 async def test_think_mode_is_switched_and_sent(setup: Setup) -> None:
     async with setup.start() as talk:
         await talk.press("ctrl+t")
-        assert talk.screen.options.think == "high"
+        assert talk.screen.current.options.think == "high"
         await talk.ask("q")
         assert talk.engine.commands[-1].think == "high"
         await talk.type("/think sideways")
@@ -342,8 +345,8 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         screen.query_one("#theme", Select).value = "nord"
         screen.query_one("#apply", Button).press()  # the complaint moves it: a click might go where it was
         await talk.until(lambda: talk.app.screen is talk.screen)
-        assert talk.screen.options.sampling.temperature == 0.5
-        assert (talk.screen.options.max_tokens, talk.screen.options.think) == (100, "high")
+        assert talk.screen.current.options.sampling.temperature == 0.5
+        assert (talk.screen.current.options.max_tokens, talk.screen.current.options.think) == (100, "high")
         assert talk.app.theme == "nord"
         assert len(talk.engine.loads) == 1
         await talk.press("f4")
@@ -382,13 +385,15 @@ async def test_the_chooser_lists_models_with_size_and_fit_and_loads_one(setup: S
         rows = {
             str(row[0]): [str(cell) for cell in row] for row in (table.get_row_at(i) for i in range(table.row_count))
         }
-        assert rows["tiny.gguf"][1:2] == ["GGUF"]
-        assert rows["tiny.gguf"][3] == "all in RAM"
-        assert rows["official"][1:3] == ["checkpoint", "1000B"]
-        assert "broken[/b]␛[2J.g" in rows["b]␛[2J.gguf"][3], "neither markup nor an escape sequence"
-        table.move_cursor(row=list(rows).index("b]␛[2J.gguf"))
-        await talk.until(lambda: "broken[/b]␛[2J" in str(screen.query_one("#dialog")._border_subtitle))
-        table.move_cursor(row=list(rows).index("tiny.gguf"))
+        assert list(rows) == ["tiny.gguf", "b]␛[2J.gguf", "official"], "what can be run first"
+        assert (rows["tiny.gguf"][1], rows["tiny.gguf"][3]) == ("mxfp4", "all in RAM")
+        assert rows["official"][2:] == ["1.0K", "can't be run"]
+        assert rows["b]␛[2J.gguf"][3] == "can't be run"
+        details = screen.query_one("#model-details", Static)
+        table.move_cursor(row=1)
+        await talk.until(lambda: "broken[/b]␛[2J" in str(details.render()), "neither markup nor an escape sequence")
+        assert "✗ " in str(details.render()), "says what is wrong"
+        table.move_cursor(row=0)
         await talk.press("enter")
         await talk.until(lambda: talk.engine.loads)
         assert Path(talk.engine.loads[0][0]).resolve() == tmp_path / "tiny.gguf"
@@ -404,7 +409,7 @@ async def test_a_model_that_cannot_be_loaded_is_a_panel_and_another_can_be_named
         assert talk.errors == ["too little RAM"]
         assert {b.id for b in talk.screen.query("ErrorPanel Button")} >= {"do-models", "do-settings", "do-reload"}
         await talk.type("/model /models/other")
-        await talk.until(lambda: talk.screen.facts is not None)
+        await talk.until(lambda: talk.screen.model.facts is not None)
         assert talk.engine.loads[-1][0] == "/models/other"
         assert talk.errors == []
 
@@ -440,7 +445,7 @@ async def test_the_engine_panel_shows_tiers_and_map_and_costs_nothing_when_close
         await talk.ask("q")
         assert talk.engine.n_map_looks == 0
         await talk.press("f3")
-        await talk.until(lambda: talk.screen.engine_panel.grid is not None)
+        await talk.until(lambda: talk.screen.query_one(EnginePanel).grid is not None)
         shown = str(talk.screen.query_one("#engine-text", Static).render())
         assert re.search(r"RAM +█.* 3 +3.00 MiB", shown)
         assert re.search(r"GPU +█.* 3 +3.00 MiB", shown)
@@ -449,16 +454,16 @@ async def test_the_engine_panel_shows_tiers_and_map_and_costs_nothing_when_close
         picture = talk.app.export_screenshot()
         assert "█▓·············◌".replace("·", "·") in re.sub(r"<[^>]+>|\s|&#160;", "", picture)
         await talk.press("f9")
-        assert talk.screen.engine_panel.map.view == "precision"
+        assert talk.screen.query_one(EnginePanel).map.view == "precision"
         assert not talk.screen.query_one("#main").region  # narrow: it has the whole screen
         await talk.press("f3")
-        assert talk.screen.panel_engine == "off"
+        assert talk.screen.panels.engine == "off"
 
 
 async def test_a_wide_screen_shows_panels_beside_the_chat(setup: Setup) -> None:
     setup.size = (160, 50)
     async with setup.start() as talk:
-        assert talk.screen.panel_engine == "side"
+        assert talk.screen.panels.engine == "side"
         await talk.press("f2")
         widths = [talk.screen.query_one(name).size.width for name in ("#conversations", "#main", "#engine")]
         assert all(widths)
@@ -470,13 +475,13 @@ async def test_panels_that_lose_their_place_are_closed_and_typing_never_goes_to_
     setup.size = (160, 50)
     async with setup.start() as talk:
         await talk.press("f2", "f3")
-        assert talk.screen.panel_engine == "full"
+        assert talk.screen.panels.engine == "full"
         await talk.press(*"typed")
         assert talk.screen.prompt.text == ""
         await talk.press("escape")
-        assert talk.screen.panel_engine == "side"
+        assert talk.screen.panels.engine == "side"
         await talk.pilot.resize_terminal(80, 24)
-        await talk.until(lambda: talk.screen.panel_engine == "off" and not talk.screen.panel_conversations)
+        await talk.until(lambda: talk.screen.panels.engine == "off" and not talk.screen.panels.conversations)
         assert talk.screen.query_one("#main").size.width == 80
 
 
@@ -484,9 +489,9 @@ async def test_the_engine_can_be_restarted(setup: Setup) -> None:
     async with setup.start() as talk:
         talk.engine.scripts.put(held("stuck"))
         await talk.type("q")
-        await talk.until(lambda: talk.screen.answering.running)
+        await talk.until(lambda: talk.screen.asking.answering.running)
         await talk.type("/restart ")
-        await talk.until(lambda: len(talk.engine.loads) == 2 and talk.screen.facts is not None)
+        await talk.until(lambda: len(talk.engine.loads) == 2 and talk.screen.model.facts is not None)
         assert talk.engine.closed
         await talk.idle()
         await talk.ask("again")
@@ -539,7 +544,7 @@ async def test_the_plan_is_shown_while_loading_and_whole_by_a_command_beside_wha
         assert lines.region.right <= 80
         assert talk.screen.query_one("#prompt").region.bottom < 24
         talk.engine.load_gate.set()
-        await talk.until(lambda: talk.screen.facts is not None)
+        await talk.until(lambda: talk.screen.model.facts is not None)
         await talk.ask("q")
         await talk.type("/plan")
         await talk.until(lambda: isinstance(talk.app.screen, PlanScreen))
@@ -549,7 +554,7 @@ async def test_the_plan_is_shown_while_loading_and_whole_by_a_command_beside_wha
         assert shown["machine"].region.height > 2, "wrapped, not cut"
         assert "answers 1 tokens/s, prompts 20 tokens/s" in str(shown["measured"].render())
         await talk.press("escape")
-        assert talk.screen.status().planned == (0.9, 1.5)
+        assert talk.screen.monitor.status().planned == (0.9, 1.5)
 
 
 # --- beginnings and ends
@@ -564,7 +569,7 @@ async def test_damaged_conversations_can_be_rescued_at_the_start(setup: Setup, t
         await talk.press("enter")
         await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted)
         assert [p.name for p in tmp_path.glob("c.sqlite3.damaged-*")]
-        await talk.until(lambda: talk.screen.facts is not None)
+        await talk.until(lambda: talk.screen.model.facts is not None)
         await talk.ask("works")
         assert len(talk.shown) == 2
 
@@ -575,7 +580,7 @@ async def test_without_a_place_for_conversations_one_can_go_on_unsaved(setup: Se
     async with setup.start() as talk:
         await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
         await talk.pilot.click("#choose-memory")
-        await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted and talk.app.chat.facts)
+        await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted and talk.app.chat.model.facts)
         await talk.ask("works")
         assert len(talk.shown) == 2
 
@@ -584,7 +589,7 @@ async def test_quitting_ends_the_engine(setup: Setup) -> None:
     async with setup.start() as talk:
         talk.engine.scripts.put(held("x"))
         await talk.type("go")
-        await talk.until(lambda: talk.screen.answering.running)
+        await talk.until(lambda: talk.screen.asking.answering.running)
         await talk.press("ctrl+q")
     assert talk.engine.closed
     with ConversationStore.open(setup.folder / "c.sqlite3") as store:

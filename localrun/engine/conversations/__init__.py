@@ -8,6 +8,7 @@ the message that is being written. Knows nothing about the engine, prompts or te
 
 from __future__ import annotations
 
+from localrun.engine.conversations.background import StoreThread
 from localrun.engine.conversations.damaged import Salvage, salvage
 from localrun.engine.conversations.database import ConversationError, DamagedConversationsError
 from localrun.engine.conversations.records import Attachment, Conversation, Message, MessageState, Role, SearchHit
@@ -24,5 +25,6 @@ __all__ = [
     "Role",
     "Salvage",
     "SearchHit",
+    "StoreThread",
     "salvage",
 ]

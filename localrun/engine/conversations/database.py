@@ -13,8 +13,11 @@ FILE_NAME = "conversations.sqlite3"
 APPLICATION_ID = 0x4C52434E
 """SQLite's header field that says whose file it is ("LRCN")."""
 
-BUSY_TIMEOUT_S = 10.0
+BUSY_TIMEOUT_S = 5.0
 """Another localrun may be writing; its transactions take milliseconds."""
+
+OPEN_TIMEOUT_S = 0.5
+"""Whoever opens the file is somebody who waits for a program to begin: a file that another program holds is said at once."""
 
 _SCHEMA = """
 CREATE TABLE conversations (
@@ -68,11 +71,16 @@ def connect(path: Path) -> sqlite3.Connection:
             f"{path}: conversations can't be kept there: {error.strerror}",
             hint="set LOCALRUN_DATA_DIR to another folder",
         ) from error
-    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None)
+    return sqlite3.connect(path, timeout=OPEN_TIMEOUT_S, check_same_thread=False, isolation_level=None)
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Checks what is there and makes what is not."""
+    """Checks what is there and makes what is not; from then on others may take their time."""
+    _check(db, path)
+    db.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA foreign_keys = ON")
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
@@ -111,6 +119,8 @@ def as_our_error(path: Path, error: sqlite3.Error) -> ConversationError:
         sqlite3.SQLITE_READONLY: "make the file and its folder writable, or set LOCALRUN_DATA_DIR",
         sqlite3.SQLITE_CANTOPEN: "make the folder writable, or set LOCALRUN_DATA_DIR",
         sqlite3.SQLITE_BUSY: "another program holds the file: close it and try again",
+        sqlite3.SQLITE_LOCKED: "another program holds the file: close it and try again",
         sqlite3.SQLITE_IOERR: "the disk reports an error: look at its health before anything else",
     }
-    return ConversationError(f"{path}: {error}", hint=hints.get(code))
+    what = "in use by another program" if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) else error
+    return ConversationError(f"{path}: {what}", hint=hints.get(code))

@@ -15,13 +15,15 @@ from textual.message import Message
 from textual.widgets import DataTable, Input, Static
 
 from localrun.engine.model_finder import FoundModel, find_models, fit
-from localrun.textsafe import visible_line
+from localrun.textsafe import visible, visible_line
 from localrun.tui.screens.dialog import Dialog
 from localrun.tui.widgets.status_bar import short_size
 
+NAME_CELLS = 30
+
 
 class ModelsScreen(Dialog[Path]):
-    """Gives the path of the chosen model."""
+    """Gives the path of the chosen model. Models that can be run come first; below the table stands all of the highlighted one."""
 
     TITLE_TEXT = "Choose a model"
 
@@ -38,12 +40,13 @@ class ModelsScreen(Dialog[Path]):
 
     def compose_content(self) -> ComposeResult:
         yield DataTable(id="models", cursor_type="row", zebra_stripes=True)
+        yield Static("", id="model-details")
         yield Static("looking for models…", id="models-note")
         yield Input(placeholder="or the path of a converted folder, a GGUF or a checkpoint", id="model-path")
 
     def on_mount(self) -> None:
         table = self.query_one(DataTable)
-        for label, width in (("Model", 28), ("Kind", 10), ("Size", 7), ("Fit", None)):
+        for label, width in (("Model", NAME_CELLS), ("Experts", 8), ("Size", 7), ("Fit", None)):
             table.add_column(label, width=width)
         table.focus()
         threading.Thread(target=self._search, name="tui-models", daemon=True).start()
@@ -62,21 +65,48 @@ class ModelsScreen(Dialog[Path]):
             where = ", ".join(visible_line(str(folder)) for folder in self._folders)
             note.update(Content(f"{len(self._models)} found in {where}" if self._models else f"no models in {where}"))
             return
-        key = str(model.path)
-        self._models[key] = model
-        mark = "● " if self._current is not None and model.path == self._current else ""
-        name, fits = visible_line(mark + model.name, max_chars=28), visible_line(fit(model), max_chars=80)
-        # A table would read plain strings as markup: a model named `x[/b]` would be an error.
-        cells = [Text(cell) for cell in (name, model.kind, short_size(model.n_bytes), fits)]
-        self.query_one(DataTable).add_row(*cells, key=key)
+        self._models[str(model.path)] = model
+        self._fill()
         note.update(f"{len(self._models)} found, still looking…")
 
+    def _fill(self) -> None:
+        """All rows anew, in order; the highlighted model stays highlighted."""
+        table = self.query_one(DataTable)
+        models = sorted(
+            self._models.values(), key=lambda m: (bool(m.problem), m.path != self._current, m.name.casefold())
+        )
+        kept = None
+        if table.row_count and table.cursor_row > 0:
+            kept = str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value)
+        names = [model.name for model in models]
+        table.clear()
+        for model in models:
+            mark = "● " if model.path == self._current else ""
+            # Of two with one name, the file or folder tells which is which.
+            name = model.place if names.count(model.name) > 1 else model.name
+            fits = "can't be run" if model.problem else fit(model)
+            cells = (
+                visible_line(mark + name, max_chars=NAME_CELLS),
+                model.format or ("–" if model.problem else ""),
+                short_size(model.n_bytes),
+                visible_line(fits, max_chars=60),
+            )
+            # A table would read plain strings as markup: a model named `x[/b]` would be an error.
+            style = "dim" if model.problem else ""
+            table.add_row(*(Text(cell, style) for cell in cells), key=str(model.path))
+        keys = [str(model.path) for model in models]
+        table.move_cursor(row=keys.index(kept) if kept in keys else 0)
+
     @on(DataTable.RowHighlighted)
-    def show_path(self, event: DataTable.RowHighlighted) -> None:
-        if event.row_key.value:
-            path = visible_line(str(event.row_key.value))
-            # Of a long path the end tells models apart.
-            self.query_one("#dialog").border_subtitle = Content(path if len(path) <= 70 else f"…{path[-69:]}")
+    def show_details(self, event: DataTable.RowHighlighted) -> None:
+        model = self._models.get(str(event.row_key.value)) if event.row_key is not None else None
+        if model is None:
+            return
+        path = visible_line(str(model.path))
+        details = [f"{visible_line(model.name)} ({model.kind})", path]
+        if model.problem:
+            details.append(f"✗ {visible(model.problem)}")
+        self.query_one("#model-details", Static).update(Content("\n".join(details)))
 
     @on(DataTable.RowSelected)
     def choose(self, event: DataTable.RowSelected) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
+from markdown_it.token import Token
 from rich.segment import Segment
 from textual.app import ComposeResult
 from textual.content import Content
@@ -28,6 +30,8 @@ from textual.widgets._markdown import (
     MarkdownParagraph,
     MarkdownTable,
 )
+
+from localrun.textsafe import visible, visible_line
 
 MIN_COLUMN = 4
 _GAP = " │ "
@@ -207,5 +211,32 @@ class LeanMarkdown(Markdown):
 
 
 def markdown_parser() -> MarkdownIt:
-    """The parser of all that a model writes."""
+    """As `parse_markdown`; what it gives is harmless for a terminal, whatever was written as an entity."""
+    parser = _plain_parser()
+    parser.core.ruler.push("visible", _make_visible)
+    return parser
+
+
+def parse_markdown(text: str) -> Sequence[Token]:
+    """What a model has written, as it is: to be copied, not to be shown."""
+    return _plain_parser().parse(text)
+
+
+def _plain_parser() -> MarkdownIt:
     return MarkdownIt("gfm-like", {"html": False})
+
+
+def _make_visible(state: StateCore) -> None:
+    """The last rule: entities (`&#x202e;`) and percent signs are decoded by now."""
+    for token in state.tokens:
+        _make_token_visible(token)
+
+
+def _make_token_visible(token: Token) -> None:
+    token.content = visible(token.content)
+    token.info = visible_line(token.info)
+    for name, value in token.attrs.items():
+        if isinstance(value, str):
+            token.attrs[name] = visible_line(value)
+    for child in token.children or ():
+        _make_token_visible(child)

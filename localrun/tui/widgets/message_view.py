@@ -19,7 +19,7 @@ from localrun.engine.conversations import Message
 from localrun.textsafe import visible, visible_line
 from localrun.tui.commands import message_bindings
 from localrun.tui.messages import MessageAction
-from localrun.tui.widgets.lean_markdown import LeanMarkdown, markdown_parser
+from localrun.tui.widgets.lean_markdown import LeanMarkdown, parse_markdown
 from localrun.tui.widgets.thinking import ThinkingBlock
 from localrun.units import format_duration
 
@@ -34,7 +34,7 @@ _ENDINGS = {
 
 def code_blocks(markdown: str) -> list[str]:
     """Contents of the fenced and indented code blocks."""
-    tokens = markdown_parser().parse(markdown)
+    tokens = parse_markdown(markdown)
     return [token.content.rstrip("\n") for token in tokens if token.type in ("fence", "code_block")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -16,6 +17,7 @@ from localrun.engine.conversations import Attachment
 from localrun.textsafe import visible_line
 from localrun.tui.commands import matching_slashes
 from localrun.tui.messages import PromptSubmitted
+from localrun.tui.sealed import pictures, sealed, unsealed
 
 MAX_ROWS = 10
 MAX_SUGGESTIONS = 8
@@ -26,11 +28,24 @@ _NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 class PromptArea(TextArea):
     """The text field itself; what a key means here is decided in `on_key` before `TextArea` sees it."""
 
-    @dataclass
-    class Key(Message):
-        """A key that the prompt handles: `enter`, `up`, `down`, `tab`, `backspace`."""
+    def get_line(self, line_index: int) -> Text:
+        """A line as it is drawn: a picture in place of each character that a terminal would obey."""
+        return Text(pictures(self.document.get_line(line_index)), end="", no_wrap=True)
 
-        key: str
+    async def _on_paste(self, event: events.Paste) -> None:
+        event.stop()
+        event.prevent_default()
+        self.insert_text(event.text)
+
+    def action_paste(self) -> None:
+        self.insert_text(self.app.clipboard)
+
+    def insert_text(self, text: str) -> None:
+        """In place of the selection, whatever is in it."""
+        result = self._replace_via_keyboard(sealed(text), *self.selection)
+        if result is not None:
+            self.move_cursor(result.end_location)
+        self.focus()
 
     async def _on_key(self, event: events.Key) -> None:
         prompt = self.parent
@@ -51,6 +66,10 @@ class Prompt(Vertical):
 
     Owns the history and the files that go with the next message.
     """
+
+    @dataclass
+    class Changed(Message):
+        """Another text stands in it."""
 
     def __init__(self) -> None:
         super().__init__(id="prompt")
@@ -77,11 +96,15 @@ class Prompt(Vertical):
 
     @property
     def text(self) -> str:
-        return self.area.text
+        return unsealed(self.area.text)
+
+    @property
+    def selected_text(self) -> str:
+        return unsealed(self.area.selected_text)
 
     def set_text(self, text: str) -> None:
         """Replaces the draft, cursor at its end."""
-        self.area.text = text
+        self.area.text = sealed(text)
         self.area.move_cursor(self.area.document.end)
 
     def set_history(self, texts: list[str]) -> None:
@@ -159,6 +182,7 @@ class Prompt(Vertical):
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
         event.stop()
         self._suggest()
+        self.post_message(self.Changed())
 
     def _suggest(self) -> None:
         options = self.query_one("#suggestions", OptionList)

@@ -1,0 +1,151 @@
+"""`localrun convert --json` in a process of its own: started and stopped by the interface, followed line by line.
+
+A conversion that is stopped goes on from there when it is started again: that is the converter's own promise. It ends with the
+interface, whose pipe it writes to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import localrun
+
+GO_ON = "start it again: it goes on from here"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionNews:
+    """How a conversion stands.
+
+    Attributes:
+        note: text for the log; empty: none.
+        step: what is being done.
+        done, total: bytes, or what else is counted; total 0: not known yet.
+        is_bytes: they are bytes.
+        ended: it is over; `error` and `hint` say why if it failed.
+    """
+
+    note: str = ""
+    step: str = ""
+    done: int = 0
+    total: int = 0
+    is_bytes: bool = True
+    bytes_per_s: float = 0.0
+    remaining_s: float | None = None
+    ended: bool = False
+    error: str = ""
+    hint: str | None = None
+
+
+class ConverterProcess:
+    """A running conversion. `on_news` is called from a reader thread, last with `ended`.
+
+    Args:
+        options: of `localrun convert`, without source and target.
+    """
+
+    def __init__(self, source: Path, target: Path, options: Sequence[str], on_news: Callable[[ConversionNews], Any]):
+        self.source, self.target = source, target
+        self.last = ConversionNews()
+        self._on_news = on_news
+        self._stopped = False
+        self._complaints: deque[str] = deque(maxlen=20)
+        path = [str(Path(localrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, "-P", "-m", "localrun.cli", "convert", "--json", *options]
+        self._process = subprocess.Popen(
+            [*command, "--", str(source), str(target)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,  # Ctrl-C in the terminal is the interface's
+        )
+        assert self._process.stderr is not None
+        self._log_reader = threading.Thread(
+            target=self._read_complaints, args=(self._process.stderr,), name="tui-conversion-log", daemon=True
+        )
+        self._log_reader.start()
+        threading.Thread(target=self._read, name="tui-conversion", daemon=True).start()
+
+    @property
+    def running(self) -> bool:
+        return not self.last.ended
+
+    def stop(self) -> None:
+        """Interrupts it, as Ctrl-C would: once, so that it can say its last words."""
+        if self._stopped:
+            return
+        self._stopped = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits for the end; kills it after `timeout_s`. It can be gone on with either way."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _read_complaints(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            self._complaints.append(line.decode("utf-8", "replace").strip())
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # something else printed
+                self._tell(news_of(json.loads(line), self.last))
+        code = self._process.wait()
+        self._log_reader.join(1.0)
+        if not self.last.ended:
+            reason = next((line for line in reversed(self._complaints) if line), f"exit code {code}")
+            self._tell(ConversionNews(ended=True, error=f"the conversion ended: {reason}", hint=GO_ON))
+
+    def _tell(self, news: ConversionNews) -> None:
+        self.last = news
+        self._on_news(news)
+
+
+def news_of(event: Mapping[str, Any], last: ConversionNews) -> ConversionNews:
+    """What an event of `localrun convert --json` says, on top of what was known before.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such event.
+    """
+    kind = event["event"]
+    last = replace(last, note="")
+    if kind == "note":
+        return replace(last, note=str(event["text"]))
+    if kind == "step":
+        done, total = int(event["done"]), int(event["total"])
+        return replace(
+            last, step=str(event["step"]), done=done, total=total, is_bytes=False, bytes_per_s=0.0, remaining_s=None
+        )
+    if kind == "progress":
+        return replace(
+            last,
+            step=str(event["step"]),
+            done=int(event["done_bytes"]),
+            total=int(event["total_bytes"]),
+            is_bytes=True,
+            bytes_per_s=float(event["bytes_per_s"]),
+            remaining_s=event["remaining_s"],
+        )
+    if kind == "finished":
+        return replace(last, ended=True)
+    if kind == "failed":
+        return replace(last, ended=True, error=str(event["message"]), hint=event["hint"])
+    if kind == "interrupted":
+        return replace(last, ended=True, error="stopped", hint=GO_ON)
+    return last

@@ -1,0 +1,198 @@
+"""Writing: the text in the input, the files that go with it, the message that it edits, and its way to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from textual.screen import Screen
+from textual.timer import Timer
+
+from localrun.engine.conversations import Attachment, Message
+from localrun.errors import UsageError
+from localrun.tui.commands import BY_SLASH
+from localrun.tui.options import with_value
+from localrun.tui.parts.asking import Asking, Question
+from localrun.tui.parts.conversation import OpenConversation
+from localrun.tui.parts.model import LoadedModel
+from localrun.tui.parts.notices import Notices
+from localrun.tui.parts.records import Records
+from localrun.tui.parts.work import Call, Handler, WorkQueue
+from localrun.tui.screens.attach import AttachScreen
+from localrun.tui.widgets.prompt import Prompt
+
+DRAFT_DELAY_S = 0.5
+"""From the last key to the saving of what stands in the input."""
+
+
+class Composer:
+    """Owns which message is being edited, and the saving of the draft.
+
+    Args:
+        run: carries out a command by its name.
+        room: tokens that are left in the context; 0: not known.
+        open_settings: shows the dialog.
+    """
+
+    def __init__(
+        self,
+        screen: Screen[Any],
+        records: Records,
+        queue: WorkQueue,
+        notices: Notices,
+        model: LoadedModel,
+        asking: Asking,
+        current: OpenConversation,
+        *,
+        run: Callable[[str, str], None],
+        room: Callable[[], int],
+        open_settings: Callable[[], None],
+    ) -> None:
+        self._screen, self._records, self._queue, self._notices = screen, records, queue, notices
+        self._model, self._asking, self._current = model, asking, current
+        self._run, self._room, self._open_settings = run, room, open_settings
+        self.editing: Message | None = None
+        self._saved_draft = ""
+        self._timer: Timer | None = None
+
+    def commands(self) -> dict[str, Handler]:
+        return {
+            "attach": self._attach,
+            "think": self._think,
+            "system": self._system,
+            "sampling": self._sampling,
+        }
+
+    @property
+    def prompt(self) -> Prompt:
+        return self._screen.query_one(Prompt)
+
+    def to_input(self) -> None:
+        """Gives the focus to the input."""
+        self.prompt.area.focus()
+
+    async def begin(self) -> None:
+        """Input and history as the last program left them."""
+        texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state("draft", "")))
+        self._saved_draft = str(draft)
+        self.prompt.set_history(texts)
+        if not self.prompt.text:
+            self.prompt.set_text(self._saved_draft)
+
+    # --- sending
+
+    def submit(self, text: str) -> None:
+        """Enter was pressed."""
+        if text.startswith("/") and not text.startswith("//"):
+            self._run_slash(text)
+            return
+        if not text.strip() and not self.prompt.attachments:
+            return
+        self._asking.check_free()
+        attachments = tuple(self.prompt.attachments)
+        question = Question(text.removeprefix("/") if text.startswith("//") else text, attachments, self.editing)
+        self._end_editing()
+        self.prompt.clear()
+        self._queue.add(self._asking.ask(question))
+
+    def put_back(self, question: Question) -> None:
+        """It could not be sent: nothing of it is lost, unless there is something newer in the input."""
+        if not self.prompt.text:
+            self.prompt.set_text(question.text)
+            self.prompt.set_attachments(list(question.attachments))
+            if question.instead_of is not None:
+                self._begin_editing(question.instead_of)
+
+    def _run_slash(self, text: str) -> None:
+        """The text stays in the input if there is no such command."""
+        name, _, argument = text[1:].partition(" ")
+        command = BY_SLASH.get(name.strip().lower())
+        if command is None:
+            raise UsageError(
+                f"there is no command /{name.strip()}", hint="/help lists them; // sends a text with a slash"
+            )
+        attachments = self.prompt.attachments
+        self.prompt.clear()
+        self.prompt.set_attachments(attachments)
+        self._run(command.name, argument.strip())
+
+    # --- editing
+
+    def edit(self, message: Message) -> None:
+        """Puts a message into the input; what is sent then is a new version of it."""
+        self.put_into_input(message)
+        self._begin_editing(message)
+
+    def put_into_input(self, message: Message) -> None:
+        """Its text and files."""
+        self.prompt.set_text(message.content)
+        self.prompt.set_attachments(list(message.attachments))
+        self.to_input()
+
+    def cancel_editing(self) -> bool:
+        """Returns whether something was edited."""
+        if self.editing is None:
+            return False
+        self._end_editing()
+        self.prompt.clear(remember=False)
+        return True
+
+    def _begin_editing(self, message: Message) -> None:
+        self.editing = message
+        self.prompt.border_title = "editing: Enter sends a new version, Esc cancels"
+
+    def _end_editing(self) -> None:
+        self.editing = None
+        self.prompt.border_title = ""
+
+    # --- the draft
+
+    def changed(self) -> None:
+        """Another text is in the input: it is saved as soon as the typing pauses."""
+        if self._timer is not None:
+            self._timer.stop()
+        self._timer = self._screen.set_timer(DRAFT_DELAY_S, self.save_draft)
+
+    def save_draft(self) -> None:
+        """What stands in the input is there again at the next start, however this one ends."""
+        text = self.prompt.text
+        if text != self._saved_draft and self.editing is None:
+            self._saved_draft = text
+            self._records.post(lambda store: store.set_state("draft", text), lambda error: None)
+
+    # --- what goes with a question
+
+    def _attach(self, call: Call) -> None:
+        def take(attachment: Attachment | None) -> None:
+            if attachment is not None:
+                self.prompt.set_attachments([*self.prompt.attachments, attachment])
+            self.to_input()
+
+        path = str(Path(call.argument).expanduser()) if call.argument else ""
+        self._screen.app.push_screen(AttachScreen(self._model.link, self._room(), path), take)
+
+    def _think(self, call: Call) -> None:
+        facts, options = self._model.facts, self._current.options
+        modes = facts.think_modes if facts is not None else ("off", "high", "max")
+        if call.argument and call.argument not in modes:
+            raise UsageError(f"there is no think mode '{call.argument}'", hint="one of " + ", ".join(modes))
+        following = modes[(modes.index(options.think) + 1) % len(modes)] if options.think in modes else modes[0]
+        chosen = call.argument or following
+        self._current.set_options(replace(options, think=chosen))
+        self._notices.note(f"Thinking: {chosen}", timeout_s=3)
+
+    def _system(self, call: Call) -> None:
+        if call.argument:
+            self._current.set_options(replace(self._current.options, system=call.argument))
+            self._notices.note("The system prompt is set for this conversation.")
+        else:
+            self._open_settings()
+
+    def _sampling(self, call: Call) -> None:
+        name, _, value = call.argument.replace("=", " ").partition(" ")
+        if not name:
+            raise UsageError("name a value", hint="for example /set temperature 0.6")
+        self._current.set_options(with_value(self._current.options, name, value.strip()))
+        self._notices.note(f"{name} is set: {value.strip() or 'default'}")

@@ -1,0 +1,247 @@
+"""The model: which one is loaded or being loaded, how, and what to do when that fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from textual.screen import Screen
+
+from localrun.engine.facts import ModelFacts
+from localrun.engine.model_look import check
+from localrun.engine.options import EngineOptions
+from localrun.errors import EngineDiedError, StoppedError, UsageError
+from localrun.textsafe import visible_line
+from localrun.tui.engine_link import EngineLink
+from localrun.tui.faults import as_ours
+from localrun.tui.messages import EngineDied, EngineFailed, EngineLoading, EngineReady, ModelChecked
+from localrun.tui.parts.notices import Notices
+from localrun.tui.parts.work import Call, Handler
+from localrun.tui.screens.models import ModelsScreen
+from localrun.tui.screens.plan import planned
+from localrun.tui.widgets.notices import LoadingPanel
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A model and how it is loaded."""
+
+    path: Path
+    options: EngineOptions
+
+
+class LoadedModel:
+    """Owns the way to the engine, what is loaded in it, and what was loaded before, in case the next one fails.
+
+    Args:
+        prepare: gives the first model where none was named (it may have to be made); None: the chooser opens.
+        begun: called when a load takes the model away.
+        ready: called when there is a model.
+        changed: called when what `label` says has changed.
+        to_input: gives the focus to the input.
+
+    Attributes:
+        link: the engine.
+        facts: of the model that can answer now; None: there is none.
+        loading: a load is under way.
+        plan_lines: of the present load; none for models too small for a plan.
+        planned: tokens per second of answers that the plan expects, from and to.
+    """
+
+    def __init__(
+        self,
+        screen: Screen[Any],
+        link: EngineLink,
+        notices: Notices,
+        folders: Sequence[Path],
+        options: EngineOptions,
+        *,
+        begun: Callable[[], None],
+        ready: Callable[[], None],
+        changed: Callable[[], None],
+        to_input: Callable[[], Any],
+    ) -> None:
+        self._screen, self.link, self._notices, self._folders = screen, link, notices, folders
+        self._begun, self._ready, self._changed, self._to_input = begun, ready, changed, to_input
+        self.options = options
+        self.facts: ModelFacts | None = None
+        self.loading = False
+        self.plan_lines: tuple[str, ...] = ()
+        self.planned: tuple[float, float] | None = None
+        self._loaded: Choice | None = None
+        self._wanted: Choice | None = None
+
+    def commands(self) -> dict[str, Handler]:
+        return {"models": self._models, "reload": self._reload}
+
+    @property
+    def label(self) -> str:
+        """The model in a few words."""
+        if self.facts is not None:
+            return visible_line(self.facts.name, max_chars=40)
+        return "loading…" if self.loading else "no model (Ctrl+L)"
+
+    @property
+    def path(self) -> Path | None:
+        """Of the model that is loaded, or being loaded."""
+        return None if self._wanted is None else self._wanted.path
+
+    # --- loading
+
+    def begin(self, path: Path | None, prepare: Callable[[], Path] | None) -> None:
+        """The first model."""
+        if path is not None:
+            self.load(path)
+        elif prepare is not None:
+            self.loading = True
+            self._changed()
+            self._screen.post_message(EngineLoading(0.0, "preparing the demo model"))
+            threading.Thread(target=self._prepare, args=(prepare,), name="tui-prepare", daemon=True).start()
+        else:
+            self._changed()
+            self._choose()
+
+    def _prepare(self, prepare: Callable[[], Path]) -> None:
+        try:
+            path = prepare()
+        except Exception as error:  # whatever it is, the screen must not go on waiting
+            self._screen.post_message(EngineFailed(as_ours(error)))
+        else:
+            self._screen.app.call_from_thread(self.load, path)
+
+    def load(self, path: Path, options: EngineOptions | None = None, *, restart: bool = False) -> None:
+        """Loads in place of the present model; a running answer is stopped first.
+
+        Args:
+            options: how; None: as the one before.
+            restart: in a new process, for an engine that does not react any more.
+        """
+        self.link.stop()
+        self.options = options or self.options
+        self._wanted = Choice(path, self.options)
+        self.facts, self.loading, self.plan_lines, self.planned = None, True, (), None
+        self._notices.clear()
+        self._begun()
+        self._screen.query_one(LoadingPanel).show(f"starting the engine for {visible_line(str(path))}", 0.0)
+        self._changed()
+        self.link.load(path, self.options, restart=restart)
+
+    def switch(self, path: Path) -> None:
+        """Loads another model if its headers are sound; else the present one stays."""
+        path = path.expanduser()
+        if self.facts is None:
+            self.load(path)
+            return
+        self._notices.note(f"looking at {path}…", timeout_s=2)
+
+        def run() -> None:
+            self._screen.post_message(ModelChecked(path, check(path)))
+
+        threading.Thread(target=run, name="tui-check", daemon=True).start()
+
+    def checked(self, event: ModelChecked) -> None:
+        """Its headers were looked at."""
+        if event.error is None:
+            self.load(event.path)
+        else:
+            self._notices.error("This model can't be loaded; the present one stays", event.error, ("models", "close"))
+
+    def raise_context(self, n_ctx: int) -> None:
+        """Loads the model again with more context."""
+        assert self._wanted is not None
+        self.load(self._wanted.path, replace(self.options, n_ctx=n_ctx))
+
+    def change_options(self, options: EngineOptions) -> None:
+        """Loads the model again if they differ."""
+        if options != self.options:
+            self.options = options
+            if self._wanted is not None:
+                self.load(self._wanted.path, options)
+
+    # --- what the engine says
+
+    def show_loading(self, event: EngineLoading) -> None:
+        if not self.loading:
+            self.loading, self.facts, self.plan_lines = True, None, ()
+            self._changed()
+        self.plan_lines = event.plan or self.plan_lines
+        self._screen.query_one(LoadingPanel).show(event.text, event.progress, self.plan_lines)
+
+    def loaded(self, event: EngineReady) -> None:
+        self.loading, self.facts = False, event.facts
+        self.planned = planned(event.plan)
+        self._loaded = self._wanted
+        self._screen.query_one(LoadingPanel).display = False
+        self._changed()
+        self._ready()
+
+    def failed(self, event: EngineFailed) -> None:
+        """Says so; the model that worked before is loaded again."""
+        self.loading, self.facts = False, None
+        self._screen.query_one(LoadingPanel).display = False
+        before, failed = self._loaded, self._wanted
+        self._changed()
+        if isinstance(event.error, StoppedError):
+            return
+        log = self.link.engine.log_tail() if isinstance(event.error, EngineDiedError) else []
+        if before is None or before == failed:
+            self._notices.error(
+                "The model could not be loaded", event.error, ("models", "settings", "reload", "close"), log
+            )
+            return
+        self._loaded = None  # if that fails too, nothing is tried any more
+        self.load(before.path, before.options)
+        self._notices.error(
+            "The model could not be loaded; the one before is loaded again",
+            event.error,
+            ("models", "settings", "close"),
+            log,
+        )
+
+    def died(self, event: EngineDied) -> None:
+        """Says so and starts the engine again; a death while loading is told by the load itself."""
+        if self.loading:
+            return
+        self.facts = None
+        self._notices.error(
+            "The engine has died; it is started again",
+            event.error,
+            ("reload", "models", "close"),
+            self.link.engine.log_tail(),
+        )
+        self.loading = True
+        self._begun()
+        self._changed()
+        self.link.reload()
+
+    # --- commands
+
+    def choose_for_a_question(self) -> None:
+        """A question was asked and there is no model to answer it."""
+        self._notices.note("Your question is kept: choose a model, and it is answered.", timeout_s=6)
+        self._choose()
+
+    def _models(self, call: Call) -> None:
+        if call.argument:
+            self.switch(Path(call.argument))
+        else:
+            self._choose()
+
+    def _choose(self) -> None:
+        if isinstance(self._screen.app.screen, ModelsScreen):
+            return
+
+        def chosen(path: Path | None) -> None:
+            if path is not None:
+                self.switch(path)
+            self._to_input()
+
+        self._screen.app.push_screen(ModelsScreen(self._folders, self.path), chosen)
+
+    def _reload(self, call: Call) -> None:
+        if self._wanted is None:
+            raise UsageError("no model was chosen", hint="Ctrl+L chooses one")
+        self.load(self._wanted.path, restart=True)

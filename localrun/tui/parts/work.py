@@ -1,0 +1,64 @@
+"""Commands and the queue in which those that take time are carried out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a command.
+
+    Attributes:
+        argument: what followed the slash command.
+        message_id: which message a command of scope `message` means; None: the last one that fits.
+    """
+
+    argument: str = ""
+    message_id: int | None = None
+
+
+Handler = Callable[[Call], Coroutine[Any, Any, None] | None]
+"""Carries out a command: at once, or, as a coroutine, in the work queue."""
+
+
+class WorkQueue:
+    """Carries out coroutines in the order in which they came, one at a time, so that none finds another half done.
+
+    Neither keys nor painting wait for it: with a conversations file that is slow to answer one can still scroll, stop and quit.
+    Belongs to one event loop.
+
+    Args:
+        guard: awaits a piece of work and tells the user of its errors.
+    """
+
+    def __init__(self, guard: Callable[[Awaitable[None]], Awaitable[None]]) -> None:
+        self._guard = guard
+        self._queue: asyncio.Queue[Coroutine[Any, Any, None]] = asyncio.Queue()
+        self._busy = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being done and nothing waits."""
+        return not self._busy and self._queue.empty()
+
+    def add(self, work: Coroutine[Any, Any, None]) -> None:
+        """To be done after all that was added before."""
+        self._queue.put_nowait(work)
+
+    async def run(self) -> None:
+        """Works until it is cancelled."""
+        try:
+            while True:
+                work = await self._queue.get()
+                self._busy = True
+                try:
+                    await self._guard(work)
+                finally:
+                    self._busy = False
+        finally:
+            while not self._queue.empty():
+                self._queue.get_nowait().close()

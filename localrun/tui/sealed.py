@@ -1,0 +1,43 @@
+"""Text with control characters in a text field: kept as it is, drawn harmlessly.
+
+A text field draws its document, counts its cells and splits it into lines; a terminal obeys control characters, and Python's line
+ends are more than newline. So each unsafe character stands in the document as one of the last private-use characters, which is
+one cell wide like the picture that is drawn for it.
+"""
+
+from __future__ import annotations
+
+from localrun.textsafe import visible
+
+_FIRST = 0x10F000
+
+_UNSAFE = [
+    *(code for code in range(0x20) if code not in (0x09, 0x0A)),
+    *range(0x7F, 0xA0),
+    *(0x061C, 0x200E, 0x200F),
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xE0000, 0xE0080),
+]
+"""What `textsafe.visible` replaces, halves of surrogate pairs apart: no terminal sends them."""
+
+_SEAL = {code: chr(_FIRST + index) for index, code in enumerate(_UNSAFE)}
+_UNSEAL = {_FIRST + index: chr(code) for index, code in enumerate(_UNSAFE)}
+_DRAW = {
+    _FIRST + index: picture if len(picture := visible(chr(code))) == 1 else "�" for index, code in enumerate(_UNSAFE)
+}
+
+
+def sealed(text: str) -> str:
+    """For a document; line ends become newlines."""
+    return text.replace("\r\n", "\n").translate(_SEAL)
+
+
+def unsealed(document: str) -> str:
+    """The text that was sealed."""
+    return document.translate(_UNSEAL)
+
+
+def pictures(document: str) -> str:
+    """What a terminal may see of it, character by character."""
+    return document.translate(_DRAW)

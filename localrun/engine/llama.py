@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.engine.company import Company
 from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
@@ -157,6 +158,8 @@ class Context:
                 f"llama.cpp can't make a context of {n_ctx} tokens: {llama_log.recent_errors()}",
                 hint="give a smaller --context or another KV type, or a smaller --vram where experts fill a GPU",
             )
+        self._n_threads, self._n_threads_now, self._company = n_threads, n_threads, Company()
+        self._follows_company = False
         self.n_ctx: int = L.llama_n_ctx(self._ctx)
         self.n_batch: int = L.llama_n_batch(self._ctx)
         self.n_vocab: int = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
@@ -176,6 +179,21 @@ class Context:
         if self._ctx is None:
             raise LocalrunError("the session is closed")
 
+    @property
+    def follows_company(self) -> bool:
+        """Tokens are computed by as many threads as find a core (`company`), instead of all.
+
+        Not for answers that shall come out the same again: from 512 rows of context on, llama.cpp's attention adds up in as many
+        parts as there are threads (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
+        """
+        return self._follows_company
+
+    @follows_company.setter
+    def follows_company(self, follows: bool) -> None:
+        self._follows_company = follows
+        if not follows:
+            self._use_threads(self._n_threads)
+
     def decode(self, tokens: Sequence[int], position: int, *, all_logits: bool) -> int:
         """Runs one batch. Returns llama_decode's code: 0 is success, DECODE_NO_SLOT, DECODE_ABORTED, negative: failed.
 
@@ -189,7 +207,15 @@ class Context:
             batch.token[i] = token
             batch.pos[i] = position + i
             batch.logits[i] = all_logits or i == n - 1
+        if self.follows_company:
+            self._use_threads(self._company.threads(self._n_threads))
         return int(L.llama_decode(ctx, batch))
+
+    def _use_threads(self, n_threads: int) -> None:
+        """For operations on one token; prompts have work enough to share unevenly."""
+        if n_threads != self._n_threads_now:
+            L.llama_set_n_threads(self._ctx, n_threads, self._n_threads)
+            self._n_threads_now = n_threads
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Logits (n_vocab,) of the last batch's token `row`, -1: its last one. llama.cpp's memory, valid until the next decode."""

@@ -79,6 +79,15 @@ class Session:
         self._stop_timer: threading.Timer | None = None
 
     @property
+    def follows_company(self) -> bool:
+        """See `Context.follows_company`; `generate` switches it on for answers that nobody asked to come out the same again."""
+        return self._context.follows_company
+
+    @follows_company.setter
+    def follows_company(self, follows: bool) -> None:
+        self._context.follows_company = follows
+
+    @property
     def tokens(self) -> Sequence[int]:
         """Ids in the context, oldest first."""
         return tuple(self._tokens)
@@ -261,6 +270,7 @@ class Session:
             steering: rules for the tokens of this answer.
             top_logprobs: keep each token's log probability and those of so many others.
         """
+        self.follows_company = sampling.seed is None and sampling.temperature > 0
         return Generation(
             self, list(prompt), sampling, max_tokens, ignore_eos, progress, boundaries, steering, top_logprobs
         )

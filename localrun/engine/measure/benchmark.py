@@ -245,6 +245,7 @@ class _Run:
     def __init__(self, engine: Engine, tokens: Sequence[int], options: BenchOptions, progress: Progress) -> None:
         self._engine, self._tokens, self._options, self._progress = engine, tokens, options, progress
         self._session = engine.session()
+        self._session.follows_company = True  # as most answers
         self._phases: list[Phase] = []
         self._skipped: list[str] = []
         self._deadline = time.monotonic() + options.time_limit_s

@@ -66,8 +66,6 @@ class _Call(Layout):
     """Address of scratch for tasks, two int32 each: job * 4 + stage, and which block or tile."""
     panels: int
     """Address of scratch for activations."""
-    ticket: int
-    """The next task; the driver resets it for each window, threads take one by adding atomically."""
     n_tasks: int
     """Of the window; the driver writes."""
     expert: int
@@ -80,10 +78,10 @@ class _Call(Layout):
     """Rows of a down task; the driver writes for each window."""
     sched_yield: int
     """Address of libc's function, 0: none; `Call` writes once, as the next two."""
-    gomp_parallel: int
-    """Address of libgomp's function, 0: none."""
-    worker: int
-    """Address of the function that every thread of a region runs."""
+    pool: int
+    """Address of the POOL record whose threads help, 0: this thread alone."""
+    task: int
+    """Address of `int64 f(call, ticket)`, which runs one task."""
     matrices: Annotated[int, Words(3 * MATRIX.size)]
     """MATRIX records of gate, up, down; `Call` writes once."""
 

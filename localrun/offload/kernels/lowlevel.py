@@ -6,6 +6,7 @@ no alignment. Nothing here checks anything; callers own the memory.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,12 @@ def call_5(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any) 
 
 
 @intrinsic
+def call_6(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
+    """Calls a C function of six int64 by address."""
+    return types.void(*[types.intp] * 7), _make_call(6)
+
+
+@intrinsic
 def call_9(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
     """Calls a C function of nine int64 by address."""
     return types.void(*[types.intp] * 10), _make_call(9)
@@ -197,3 +204,30 @@ def atomic_load(_typing: Any, address: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def atomic_exchange(_typing: Any, address: Any, value: Any) -> Any:
+    """Stores to the int64 at `address`, returns the value before; ordered against all other memory operations."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("xchg", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def pause(_typing: Any) -> Any:
+    """Tells the processor that this is a waiting loop (x86 `pause`, ARM `yield`)."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        if platform.machine() == "x86_64":
+            function_type = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.sse2.pause"), [])
+        elif platform.machine() == "aarch64":
+            function_type = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            hint = cgutils.get_or_insert_function(builder.module, function_type, "llvm.aarch64.hint")
+            builder.call(hint, [ir.IntType(32)(1)])  # YIELD
+        return context.get_dummy_value()
+
+    return types.void(), codegen

@@ -1,11 +1,8 @@
 """One call's work as tasks for several threads: quantize activations, gate and up with SwiGLU, down.
 
 All tasks of a window of experts stand in one list, in an order in which each task's inputs come from tasks before it; threads
-take them one after another and wait (rarely) until the inputs are complete. So a call is a single parallel region, and threads
-that come late or not at all cost time, never correctness.
-
-The region runs on OpenMP's pool (`GOMP_parallel` of the libgomp that ggml uses too), not on numba's: a second pool would compete
-with ggml's spinning threads. [m] Starting two threads takes 2-4 us, numba's `prange` milliseconds while other processes compute.
+take them one after another and wait (rarely) until the inputs are complete. So a window is published once, and threads that come
+late or not at all cost time, never correctness (`threads`).
 
 Records are those of `layouts`, the same for Python and compiled callers. A job is up to `JOB_PAIRS` (token,
 expert) pairs of one expert, cut into tiles of at most 16 tokens.
@@ -16,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,15 +23,15 @@ import numpy.typing as npt
 
 from localrun.alignment import LINE_BYTES, align_up, ceil_div
 from localrun.kernel_cache import cached_cfunc
+from localrun.offload.kernels import threads
 from localrun.offload.kernels.activations import swiglu16
 from localrun.offload.kernels.layouts import CALL, JOB, MATRIX
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
     atomic_load,
     call_0,
-    call_1,
-    call_4,
     call_9,
+    call_i64,
     copy,
     float_of_bits,
     load_i32,
@@ -45,6 +41,7 @@ from localrun.offload.kernels.lowlevel import (
 )
 from localrun.offload.kernels.panels import SUPER256, Panel, clear_token, fill_panel
 from localrun.offload.kernels.records import Record, get, put
+from localrun.offload.kernels.threads import run_tasks
 from localrun.offload.kernels.workspace import workspace
 
 JOB_PAIRS: Final = 256
@@ -171,7 +168,6 @@ def next_window(call: int) -> bool:
             n_tasks = _add_tasks(tasks, n_tasks, step - 1, _ACTIVATE, activate_blocks)
         if step >= delay:
             n_tasks = _add_tasks(tasks, n_tasks, step - delay, _PROJECT, down_blocks)
-    put(call, CALL.ticket, 0)
     put(call, CALL.n_tasks, n_tasks)
     return n_jobs > 0
 
@@ -272,66 +268,39 @@ def _run_task(call: int, job: int, stage: int, index: int, gates: int, ups: int)
         _project_rows(call, job, row, min(down_rows, get(_matrix(call, 2), MATRIX.n_out) - row), gates)
 
 
-@cached_cfunc("void(intp)")
-def _worker(call: int) -> None:
-    """Takes tasks until none is left; every thread of a region runs this."""
+@cached_cfunc("int64(intp, intp)")
+def _task(call: int, ticket: int) -> int:
+    """One task by its number in the list."""
     gates, ups = stack(16384), stack(16384)  # 256 rows x 16 tokens of f32
-    n_tasks = get(call, CALL.n_tasks)
-    while True:
-        ticket = atomic_add(call + CALL.ticket * 8, 1)
-        if ticket >= n_tasks:
-            return
-        task = get(call, CALL.tasks) + ticket * 8
-        code = load_i32(task)
-        _run_task(call, get(call, CALL.jobs) + code // 4 * JOB.size * 8, code % 4, load_i32(task + 4), gates, ups)
-
-
-@cached_cfunc("intp(intp)")
-def _next_window(call: int) -> int:
-    return 1 if next_window(call) else 0
+    task = get(call, CALL.tasks) + ticket * 8
+    code = load_i32(task)
+    _run_task(call, get(call, CALL.jobs) + code // 4 * JOB.size * 8, code % 4, load_i32(task + 4), gates, ups)
+    return 0
 
 
 @cached_cfunc("void(intp)")
 def _run(call: int) -> None:
     """A whole call; `CALL.expert` must be 0 and `CALL.pair` `starts[0]`."""
     while next_window(call):
-        if get(call, CALL.threads) == 1:
-            call_1(get(call, CALL.worker), call)
+        task, n_tasks = get(call, CALL.task), get(call, CALL.n_tasks)
+        if get(call, CALL.pool) != 0:
+            run_tasks(get(call, CALL.pool), task, call, n_tasks, get(call, CALL.threads))
         else:
-            call_4(get(call, CALL.gomp_parallel), get(call, CALL.worker), call, get(call, CALL.threads), 0)
+            for ticket in range(n_tasks):
+                call_i64(task, call, ticket)
 
 
 class Runner:
-    """Runs calls: on OpenMP's pool where libgomp is loaded, else on Python threads."""
+    """Runs calls."""
 
     def __init__(self) -> None:
-        self.run_address = int(_run.address)
-        self.worker_address = int(_worker.address)
-        self.gomp_parallel = self._symbol("libgomp.so.1", "GOMP_parallel")
-        self.sched_yield = self._symbol(None, "sched_yield")
-        prototype = ctypes.CFUNCTYPE(None, ctypes.c_int64)
-        self._run, self._worker = prototype(self.run_address), prototype(self.worker_address)
-        self._next_window = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_next_window.address)
-
-    @staticmethod
-    def _symbol(library: str | None, name: str) -> int:
-        try:
-            return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
-        except (OSError, AttributeError, TypeError):
-            return 0
+        self.run_address, self.task_address = int(_run.address), int(_task.address)
+        self.sched_yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.run_address)
 
     def __call__(self, call: Call) -> None:
         """Computes a filled-in call; the interpreter lock is free meanwhile."""
-        if self.gomp_parallel or call.n_threads == 1:
-            self._run(call.address)
-            return
-        while self._next_window(call.address):
-            threads = [threading.Thread(target=self._worker, args=(call.address,)) for _ in range(call.n_threads - 1)]
-            for thread in threads:
-                thread.start()
-            self._worker(call.address)
-            for thread in threads:
-                thread.join()
+        self._run(call.address)
 
 
 @functools.cache
@@ -403,8 +372,8 @@ class Call:
             matrix_only=alone,
             limit_bits=int(np.float32(limit).view(np.int32)),
             sched_yield=run.sched_yield,
-            gomp_parallel=run.gomp_parallel,
-            worker=run.worker_address,
+            pool=threads.pool_for(n_threads),
+            task=run.task_address,
         )
         for which, matrix in enumerate(matrices):
             at = CALL.matrices + (2 if alone else which) * MATRIX.size

@@ -4,6 +4,7 @@ llguidance compiles them and says, in well under a millisecond a token, which id
 bytes, so that masks are exact for every way of cutting a text into tokens. Special tokens stand in a grammar by id (`<[7]>`);
 no text, a parameter's value among it, can contain one.
 
+Keywords of a schema that llguidance does not know (`propertyNames`, ...) are not enforced, and the log says so.
 Of a tool's schema the order of parameters, those that must be there and their values' types are enforced; of a string, which
 stands raw in DSML, only `enum` and `const`.
 """
@@ -11,6 +12,7 @@ stands raw in DSML, only `enum` and `const`.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ from localrun.engine.chat.parts import DSML, Special
 from localrun.engine.facts import Json
 from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 _BLANKS = r"(\n[ ]{0,40})?|[ ]?"
 """Between JSON's signs: without a bound a small model may write blanks for ever."""
@@ -67,6 +71,10 @@ class Grammars:
 
         limits = LLParserLimits(initial_lexer_fuel=5_000_000, max_grammar_size=1_000_000)
         matcher = LLMatcher(self._of_vocabulary(), grammar, log_level=0, limits=limits)
+        if matcher.is_error() and "Unimplemented keys" in (reason := str(matcher.get_error()).splitlines()[0]):
+            log.warning("not enforced: %s", reason[:300])
+            lenient = grammar.replace('{"whitespace_pattern"', '{"lenient": true, "whitespace_pattern"')
+            matcher = LLMatcher(self._of_vocabulary(), lenient, log_level=0, limits=limits)
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0]
             raise UsageError(f"the schema can't be enforced: {reason[:300]}", hint="simplify it, or leave `strict` out")

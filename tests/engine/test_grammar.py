@@ -121,7 +121,9 @@ def test_reasoning_is_free_and_ends_within_its_budget(tokenizer: Tokenizer, gram
     assert json.loads(answer)["city"] in ("Oslo", "Rome")
 
 
-@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/$defs/missing"}, {"type": "string", "pattern": "("}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "#/$defs/missing"}, {"type": "string", "pattern": "("}]
+)
 def test_schema_that_can_not_be_enforced_is_refused(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="schema"):
         grammars.of_schema(schema)

@@ -9,7 +9,15 @@ import pytest
 
 from localrun.engine import replay
 from localrun.engine.chat.format import ENCODERS
-from localrun.engine.chat.messages import AssistantMessage, Message, SampledAnswer, ToolCall, ToolMessage, ToolSchema, UserMessage
+from localrun.engine.chat.messages import (
+    AssistantMessage,
+    Message,
+    SampledAnswer,
+    ToolCall,
+    ToolMessage,
+    ToolSchema,
+    UserMessage,
+)
 from localrun.engine.chat.parts import Sampled
 from localrun.engine.replay import AnswerMemory
 
@@ -25,7 +33,9 @@ def remembering(path: Path | None = None) -> AnswerMemory:
     return memory
 
 
-def recalled(memory: AnswerMemory, answer: AssistantMessage, question: list[Message] | None = None) -> SampledAnswer | None:
+def recalled(
+    memory: AnswerMemory, answer: AssistantMessage, question: list[Message] | None = None
+) -> SampledAnswer | None:
     before: list[Message] = [*QUESTION] if question is None else question
     message = memory.recall([*before, answer, ToolMessage("x", "call_1")])[len(before)]
     assert isinstance(message, AssistantMessage)

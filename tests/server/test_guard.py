@@ -47,12 +47,12 @@ def test_health_needs_no_key_and_the_rest_does(locked: Running) -> None:
 
 
 def test_missing_key_is_the_sdks_exception(locked: Running) -> None:
-    with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0) as client:
-        with pytest.raises(openai.AuthenticationError):
-            client.models.list()
-    with anthropic.Anthropic(base_url=locked.url, api_key="wrong", max_retries=0) as claude:
-        with pytest.raises(anthropic.AuthenticationError):
-            claude.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}])
+    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0)
+    with client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    claude = anthropic.Anthropic(base_url=locked.url, api_key="wrong", max_retries=0)
+    with claude, pytest.raises(anthropic.AuthenticationError):
+        claude.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}])
 
 
 @pytest.mark.parametrize(

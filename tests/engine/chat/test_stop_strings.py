@@ -43,4 +43,4 @@ def test_pieces_make_no_difference_to_where_it_ends(pieces: list[str], stops: li
         assert whole.startswith(text)
         assert text == whole[: len(text)]
         # Character by character it can't end later than the first stop that is complete.
-        assert len(text) <= min(place + len(stop) for stop in stops if (place := whole.find(stop)) >= 0)
+        assert len(text) <= min(whole.find(stop) + len(stop) for stop in stops if stop in whole)

@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 LINKS ?= $(HOME)/.local/bin
 
-.PHONY: help setup install uninstall cuda vulkan rocm cpu chat test check format bundle test-bundle clean
+.PHONY: help setup install uninstall cuda vulkan rocm cpu chat test test-clients check format bundle test-bundle clean
 
 help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
@@ -13,6 +13,7 @@ help:
 	@echo "make cuda    the same, llama.cpp for NVIDIA's GPUs; also: make vulkan, make rocm; make cpu: back"
 	@echo "make chat    talk to the demo model"
 	@echo "make test    run the tests in two processes; with PYTEST_ARGS=\"-n 0 tests/engine\" some of them in one"
+	@echo "make test-clients  pi, Claude Code, Codex, OpenCode and Qwen Code from npm against localrun serve"
 	@echo "make check   formatting, lint, types, import directions"
 	@echo "make format  format the code"
 	@echo "make bundle  a folder and a tar under dist/ for machines without a network"
@@ -36,6 +37,9 @@ chat: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist worksteal $(PYTEST_ARGS)
+
+test-clients: setup
+	$(BIN)/python -m tools.test_clients $(CLIENTS)
 
 check: setup
 	$(BIN)/ruff format --check .

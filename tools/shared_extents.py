@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from localrun.alignment import align_up
 from localrun.errors import LocalrunError
 from localrun.units import parse_size
 
@@ -45,7 +46,7 @@ def share(source: Path, source_offset: int, target: Path, target_offset: int, n_
     """
     if source_offset % BLOCK_BYTES or target_offset % BLOCK_BYTES:
         raise ValueError(f"offsets {source_offset} and {target_offset} are not multiples of {BLOCK_BYTES}")
-    length = -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    length = align_up(n_bytes, BLOCK_BYTES)
     with source.open("rb") as src, target.open("r+b") as dst:
         if source_offset + length > os.fstat(src.fileno()).st_size:
             length = 0  # to the source's end

@@ -19,6 +19,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from localrun.alignment import ceil_div
 from tools.synthetic_config import CheckpointSpec
 from tools.synthetic_router import CALIBRATED, TARGET_HIT_RATE, calibrate, hash_table, router_bias
 
@@ -94,7 +95,7 @@ def _mtp(spec: CheckpointSpec, prefix: str) -> Iterator[Tensor]:
 
 def _fp8(name: str, n_out: int, n_in: int, gain: float = 1.0) -> Iterator[Tensor]:
     yield Tensor(f"{name}.weight", "F8_E4M3", (n_out, n_in), Fill.FP8)
-    scale_shape = (-(-n_out // 128), -(-n_in // 128))
+    scale_shape = (ceil_div(n_out, 128), ceil_div(n_in, 128))
     yield Tensor(f"{name}.scale", "F8_E8M0", scale_shape, Fill.SCALE, gain * n_in**-0.5 / _FP8_STD)
 
 

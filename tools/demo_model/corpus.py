@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from localrun.alignment import align_up
 from tools.demo_model import prose, tokenizer
 from tools.demo_model.conversations import Conversations, tokenizer_texts
 from tools.demo_model.dialogue import Dialogue
@@ -123,7 +124,7 @@ class Packer:
     @staticmethod
     def _start(position: int, tokens: list[int]) -> int:
         step = 128 if len(tokens) >= 128 else 4
-        return -(-position // step) * step
+        return align_up(position, step)
 
 
 class BatchSource:

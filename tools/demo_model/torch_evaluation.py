@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
 
+from localrun.alignment import align_up
 from tools.demo_model.dialogue import Dialogue
 from tools.demo_model.evaluate import MAX_ANSWER_TOKENS
 from tools.demo_model.model import Batch, DemoModel
@@ -39,7 +40,7 @@ class TorchTalker:
             active = [i for i in range(len(rows)) if not done[i]]
             if not active:
                 break
-            length = -(-max(len(rows[i]) for i in active) // 4) * 4
+            length = align_up(max(len(rows[i]) for i in active), 4)
             ids = torch.tensor([rows[i] + [2] * (length - len(rows[i])) for i in active])
             hidden, _ = self._model(Batch(ids, torch.zeros_like(ids)))
             last = torch.tensor([k * length + len(rows[i]) - 1 for k, i in enumerate(active)])

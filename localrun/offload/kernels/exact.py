@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from localrun.ggml.types import block_type
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.compiled import ROWS
-from localrun.offload.kernels.lowlevel import call_3, load_f32, load_i64, stack, store_f32
+from localrun.offload.kernels.lowlevel import blocks_of, call_3, load_f32, load_i64, rounded_up, stack, store_f32
 from localrun.offload.kernels.simd import FLOATS, Simd
 
 
@@ -62,12 +62,12 @@ def _exact_rows(
             else:
                 for i in range(n):
                     store_f32(weights + i * 4, load_f32(source + i * 4))
-            for i in range(n, (n + 31) // 32 * 32):
+            for i in range(n, rounded_up(n, 32)):
                 store_f32(weights + i * 4, np.float32(0))
             for t in range(nt):
                 target = out + t * out_stride + r * 4
                 record = panel + (first // 32 * nt + t) * 128
-                store_f32(target, load_f32(target) + _dot(weights, record, nt * 128, (n + 31) // 32))
+                store_f32(target, load_f32(target) + _dot(weights, record, nt * 128, blocks_of(n, 32)))
 
 
 @functools.cache

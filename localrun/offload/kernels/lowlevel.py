@@ -1,4 +1,5 @@
-"""What numba lacks for kernels on raw memory: typed loads and stores by address, calls through addresses, atomic tickets.
+"""What numba lacks for kernels on raw memory: typed loads and stores by address, calls through addresses, atomic tickets,
+rounding up.
 
 Addresses are signed 64-bit integers throughout (`types.intp`): numba turns uint64 + int64 into a float. Loads and stores need
 no alignment. Nothing here checks anything; callers own the memory.
@@ -10,6 +11,7 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
+import numba as nb
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -231,3 +233,15 @@ def pause(_typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@nb.njit(inline="always")
+def blocks_of(n: int, size: int) -> int:
+    """`alignment.ceil_div` for compiled code; n >= 0."""
+    return (n + size - 1) // size
+
+
+@nb.njit(inline="always")
+def rounded_up(n: int, multiple: int) -> int:
+    """`alignment.align_up` for compiled code; n >= 0."""
+    return (n + multiple - 1) // multiple * multiple

@@ -29,6 +29,7 @@ from localrun.offload.kernels.layouts import CALL, JOB, MATRIX
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
     atomic_load,
+    blocks_of,
     call_0,
     call_9,
     call_i64,
@@ -36,6 +37,7 @@ from localrun.offload.kernels.lowlevel import (
     float_of_bits,
     load_i32,
     load_i64,
+    rounded_up,
     stack,
     store_i32,
 )
@@ -80,9 +82,9 @@ def _tile_size(n: int) -> int:
 @nb.njit
 def _panel_bytes(matrix: int, n_tokens: int) -> int:
     """Bytes of a panel of n tokens, the last tile filled up."""
-    units = (get(matrix, MATRIX.n_in) + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit)
+    units = blocks_of(get(matrix, MATRIX.n_in), get(matrix, MATRIX.unit))
     padded = n_tokens // 16 * 16 + _tile_size(n_tokens % 16)
-    return int((units * get(matrix, MATRIX.unit_bytes) * padded + 63) // 64 * 64)
+    return int(rounded_up(units * get(matrix, MATRIX.unit_bytes) * padded, 64))
 
 
 @nb.njit
@@ -109,7 +111,7 @@ def _add_job(call: int, n_jobs: int, slot: int, pair: int, n_pairs: int, panels:
     put(job, JOB.slot, slot)
     put(job, JOB.pair, pair)
     put(job, JOB.n_pairs, n_pairs)
-    put(job, JOB.n_tiles, (n_pairs + 15) // 16)
+    put(job, JOB.n_tiles, blocks_of(n_pairs, 16))
     put(job, JOB.quantized, 0)
     put(job, JOB.activated, 0)
     for which in range(3):
@@ -154,10 +156,10 @@ def next_window(call: int) -> bool:
     up_rows, down_rows = _rows_per_task(call, n_up * n_jobs, least), _rows_per_task(call, n_down * n_jobs, ROW_BLOCK)
     put(call, CALL.up_rows, up_rows)
     put(call, CALL.down_rows, down_rows)
-    down_blocks = (n_down + down_rows - 1) // down_rows
+    down_blocks = blocks_of(n_down, down_rows)
     activate_blocks, delay = 0, 1
     if get(call, CALL.matrix_only) == 0:
-        activate_blocks, delay = (n_up + up_rows - 1) // up_rows, 2
+        activate_blocks, delay = blocks_of(n_up, up_rows), 2
     n_tasks = 0
     for step in range(n_jobs + delay):
         if step < n_jobs:
@@ -177,7 +179,7 @@ def next_window(call: int) -> bool:
 
 @nb.njit
 def _tile_panel(job: int, matrix: int, which: int, tile: int) -> int:
-    units = (get(matrix, MATRIX.n_in) + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit)
+    units = blocks_of(get(matrix, MATRIX.n_in), get(matrix, MATRIX.unit))
     return int(get(job, JOB.panel + which) + tile * 16 * units * get(matrix, MATRIX.unit_bytes))
 
 
@@ -192,7 +194,7 @@ def _quantize_tile(call: int, job: int, which: int, tile: int) -> None:
         source = get(call, CALL.x) + load_i32(x_rows + t * 4) * get(call, CALL.x_stride)
         fill_panel(kind, get(matrix, MATRIX.aux), source, n_in, panel, 0, t, nt)
     for t in range(used, nt):
-        clear_token(kind, panel, (n_in + get(matrix, MATRIX.unit) - 1) // get(matrix, MATRIX.unit), t, nt)
+        clear_token(kind, panel, blocks_of(n_in, get(matrix, MATRIX.unit)), t, nt)
 
 
 @nb.njit
@@ -208,7 +210,7 @@ def _activate_rows(call: int, job: int, row: int, n_rows: int, gates: int, ups: 
     slot, limit, stride = (
         get(job, JOB.slot),
         float_of_bits(np.int32(get(call, CALL.limit_bits))),
-        (n_rows + 15) // 16 * 64,
+        blocks_of(n_rows, 16) * 64,
     )
     for tile in range(get(job, JOB.n_tiles)):
         nt = _tile_size(min(16, get(job, JOB.n_pairs) - tile * 16))
@@ -224,7 +226,7 @@ def _activate_rows(call: int, job: int, row: int, n_rows: int, gates: int, ups: 
 @nb.njit
 def _project_rows(call: int, job: int, row: int, n_rows: int, buffer: int) -> None:
     """Rows of the down projection for all tiles, into the output rows."""
-    down, stride = _matrix(call, 2), (n_rows + 15) // 16 * 64
+    down, stride = _matrix(call, 2), blocks_of(n_rows, 16) * 64
     for tile in range(get(job, JOB.n_tiles)):
         used = min(16, get(job, JOB.n_pairs) - tile * 16)
         _rows(down, get(job, JOB.slot), row, n_rows, _tile_panel(job, down, 2, tile), _tile_size(used), buffer, stride)
@@ -262,7 +264,7 @@ def _run_task(call: int, job: int, stage: int, index: int, gates: int, ups: int)
         if get(call, CALL.matrix_only):
             _wait(call, job + JOB.quantized * 8, get(job, JOB.n_tiles))
         else:
-            blocks = (get(_matrix(call, 0), MATRIX.n_out) + get(call, CALL.up_rows) - 1) // get(call, CALL.up_rows)
+            blocks = blocks_of(get(_matrix(call, 0), MATRIX.n_out), get(call, CALL.up_rows))
             _wait(call, job + JOB.activated * 8, blocks)
         row, down_rows = index * get(call, CALL.down_rows), get(call, CALL.down_rows)
         _project_rows(call, job, row, min(down_rows, get(_matrix(call, 2), MATRIX.n_out) - row), gates)

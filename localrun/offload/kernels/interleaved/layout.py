@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
-from localrun.alignment import ceil_div
+from localrun.alignment import LINE_BYTES, align_up, ceil_div
 from localrun.offload.kernels.panels import BLOCK32, FLOAT32, SUPER256, Panel
 from localrun.offload.kernels.simd import Simd
 
@@ -66,7 +66,7 @@ class Format:
     def group_bytes(self, n_in: int) -> int:
         """Bytes of 16 rows of `n_in` elements."""
         units = ceil_div(n_in, self.unit)
-        return -(-units * self.meta_bytes // 64) * 64 + units * self.body_bytes
+        return align_up(units * self.meta_bytes, LINE_BYTES) + units * self.body_bytes
 
     def matrix_bytes(self, n_out: int, n_in: int) -> int:
         return ceil_div(n_out, 16) * self.group_bytes(n_in)

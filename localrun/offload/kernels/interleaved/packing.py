@@ -17,7 +17,17 @@ from numba.extending import intrinsic
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import COPY, FLIP, ODD_SIGNS, SIGNS
-from localrun.offload.kernels.lowlevel import load_i64, load_u8, load_u16, load_u32, store_u8, store_u16, store_u32
+from localrun.offload.kernels.lowlevel import (
+    blocks_of,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    rounded_up,
+    store_u8,
+    store_u16,
+    store_u32,
+)
 from localrun.offload.kernels.simd import I32, I64, Simd
 
 
@@ -169,8 +179,8 @@ def _pack_matrix(layout: int, raw: int, row_bytes: int, n_out: int, target: int)
     """ggml rows -> interleaved groups. layout: int64 block, meta and body bytes, number of fields, then 6 numbers per field."""
     block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
     n_fields = load_i64(layout + 24)
-    n_units = (row_bytes + block_bytes - 1) // block_bytes
-    metas = (n_units * meta_bytes + 63) // 64 * 64
+    n_units = blocks_of(row_bytes, block_bytes)
+    metas = rounded_up(n_units * meta_bytes, 64)
     for row in range(0, n_out, 16):
         group = target + row // 16 * (metas + n_units * body_bytes)
         if row + 16 <= n_out and _pack_small_blocks(

@@ -18,6 +18,7 @@ from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import Tile
+from localrun.offload.kernels.lowlevel import blocks_of, rounded_up
 from localrun.offload.kernels.simd import I64, simd_for
 
 _AHEAD: Final = 4096
@@ -80,8 +81,8 @@ def rows_function(type_: GGMLQuantizationType, level_: Level) -> Any:
     def rows(
         matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
     ) -> None:
-        n_units = (n_in + unit - 1) // unit
-        metas = (n_units * meta_bytes + 63) // 64 * 64
+        n_units = blocks_of(n_in, unit)
+        metas = rounded_up(n_units * meta_bytes, 64)
         group_bytes = metas + n_units * body_bytes
         for r in range(0, n_rows, 16):
             meta = matrix + (row0 + r) // 16 * group_bytes

@@ -15,7 +15,17 @@ from numba.extending import intrinsic
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.interleaved.layout import COPY, FLIP, ODD_SIGNS, SIGNS
 from localrun.offload.kernels.interleaved.packing import layout_numbers, shuffle
-from localrun.offload.kernels.lowlevel import load_i64, load_u8, load_u16, load_u32, store_u8, store_u16, store_u32
+from localrun.offload.kernels.lowlevel import (
+    blocks_of,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    rounded_up,
+    store_u8,
+    store_u16,
+    store_u32,
+)
 from localrun.offload.kernels.simd import I64, INTS, Simd
 
 
@@ -126,8 +136,8 @@ def _unpack_matrix(layout: int, packed: int, row_bytes: int, n_out: int, raw: in
     """Interleaved groups -> ggml rows; `layout` as the packer's."""
     block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
     n_fields = load_i64(layout + 24)
-    n_units = (row_bytes + block_bytes - 1) // block_bytes
-    metas = (n_units * meta_bytes + 63) // 64 * 64
+    n_units = blocks_of(row_bytes, block_bytes)
+    metas = rounded_up(n_units * meta_bytes, 64)
     for row in range(0, n_out, 16):
         group, n_rows = packed + row // 16 * (metas + n_units * body_bytes), min(16, n_out - row)
         rows = raw + row * row_bytes

@@ -23,16 +23,27 @@ from localrun.errors import (
     UsageError,
 )
 from tests.engine.conftest import OPTIONS
+from tests.reference import Logits, kl
 from tools.stock_model import open_stock
 
 TOKENS = np.random.default_rng(5).integers(0, 64, 300).tolist()
+TEXTS = [TOKENS, *np.random.default_rng(6).integers(0, 64, (2, 300)).tolist()]
 GREEDY = SamplingOptions(temperature=0)
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    """Batches of other sizes give sums in another order, which a random model turns into visible noise: bounded as KL."""
-    p, q = (x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum()) for x in (expected, found))
-    assert float((np.exp(p) * (p - q)).sum()) < 5e-3
+def assert_close(found: list[Logits], expected: list[Logits]) -> None:
+    """Batches of other sizes and restored states give sums in another order, which a random model's near-ties turn into visible
+    noise at some positions: 1e-4 in the median; a wrong token or place in the cache gives a nat everywhere."""
+    assert np.median(kl(np.stack(expected), np.stack(found))) < 1e-3
+
+
+def one_by_one(session: Session, tokens: list[int]) -> list[Logits]:
+    """Logits after each token, fed alone."""
+    rows = []
+    for token in tokens:
+        session.feed([token])
+        rows.append(session.logits)
+    return rows
 
 
 @pytest.fixture
@@ -42,16 +53,19 @@ def session(engine: Engine) -> Iterator[Session]:
 
 
 def test_chunks_and_single_tokens_agree_with_one_batch(engine: Engine) -> None:
-    with engine.session(all_logits=True) as whole, engine.session() as chunks, engine.session() as single:
-        rows = np.concatenate(list(whole.feed_all_logits(TOKENS[:60])))
-        chunks.feed(TOKENS[:23])
-        assert_close(chunks.logits, rows[22])
-        chunks.feed(TOKENS[23:60])
-        assert_close(chunks.logits, rows[59])
-        for token in TOKENS[:60]:
-            single.feed([token])
-        assert_close(single.logits, rows[59])
-        assert list(whole.tokens) == list(chunks.tokens) == list(single.tokens) == TOKENS[:60]
+    rows: list[Logits] = []
+    of_chunks: list[Logits] = []
+    of_single: list[Logits] = []
+    for text in TEXTS:
+        with engine.session(all_logits=True) as whole:
+            rows += list(np.concatenate(list(whole.feed_all_logits(text[:60]))))
+        with engine.session(all_logits=True) as chunks:
+            of_chunks += list(np.concatenate([next(chunks.feed_all_logits(p)) for p in (text[:23], text[23:60])]))
+        with engine.session() as single:
+            of_single += one_by_one(single, text[:60])
+        assert list(whole.tokens) == list(chunks.tokens) == list(single.tokens) == text[:60]
+    assert_close(of_chunks, rows)
+    assert_close(of_single, rows)
 
 
 def test_feeding_more_than_a_batch_reports_progress(session: Session) -> None:
@@ -60,26 +74,14 @@ def test_feeding_more_than_a_batch_reports_progress(session: Session) -> None:
     assert seen == [(64, 150), (128, 150), (150, 150)]
 
 
-def test_prefill_keeps_what_is_there(session: Session) -> None:
+def test_prefill_keeps_what_is_there(engine: Engine, session: Session) -> None:
     assert session.prefill(TOKENS[:100]) == 0
     assert session.prefill(TOKENS[:130]) == 100
-    continued = session.logits
-    session.reset()
-    session.prefill(TOKENS[:130])
-    assert_close(session.logits, continued)
+    with engine.session() as other:
+        for batch in (TOKENS[:64], TOKENS[64:100], TOKENS[100:130]):
+            other.feed(batch)
+        np.testing.assert_array_equal(session.logits, other.logits, "the same batches")
     assert session.prefill(TOKENS[:130]) == 130, "nothing to do"
-
-
-def test_prefill_says_first_what_need_not_be_computed(session: Session) -> None:
-    seen: list[tuple[int, int]] = []
-
-    def progress(done: int, total: int) -> None:
-        seen.append((done, total))
-
-    session.prefill(TOKENS[:100], progress=progress)
-    session.prefill(TOKENS[:130], progress=progress)
-    session.prefill(TOKENS[:130], progress=progress)
-    assert seen == [(0, 100), (64, 100), (100, 100), (100, 130), (130, 130), (130, 130)]
 
 
 def test_prefill_starts_over_when_the_prompt_differs_or_is_shorter(session: Session) -> None:
@@ -256,34 +258,41 @@ def test_failed_batch_empties_the_session_and_gives_the_cause(
 
 
 def test_snapshot_brings_a_session_back(engine: Engine, session: Session) -> None:
-    session.feed(TOKENS[:100])
-    snapshot = session.snapshot()
-    session.feed(TOKENS[100:110])
-    straight = session.logits
-    session.restore(snapshot)
-    assert list(session.tokens) == TOKENS[:100]
-    with pytest.raises(LocalrunError, match="feed a token"):
-        _ = session.logits
-    session.feed(TOKENS[100:110])
-    assert_close(session.logits, straight)
-    with engine.session() as other:
-        other.restore(snapshot)
-        other.feed(TOKENS[100:110])
-        assert_close(other.logits, straight)
+    straight: list[Logits] = []
+    here: list[Logits] = []
+    elsewhere: list[Logits] = []
+    for text in TEXTS:
+        session.prefill(text[:100])
+        snapshot = session.snapshot()
+        straight += one_by_one(session, text[100:115])
+        session.restore(snapshot)
+        assert list(session.tokens) == text[:100]
+        with pytest.raises(LocalrunError, match="feed a token"):
+            _ = session.logits
+        here += one_by_one(session, text[100:115])
+        with engine.session() as other:
+            other.restore(snapshot)
+            elsewhere += one_by_one(other, text[100:115])
+    assert_close(here, straight)
+    assert_close(elsewhere, straight)
 
 
 @pytest.mark.parametrize(("saved", "restored"), [(256, 32), (32, 256)])
 def test_snapshot_fits_a_context_of_another_batch_size(model_path: Path, saved: int, restored: int) -> None:
     """The window's cache has as many more rows as a batch has tokens."""
+    snapshots: list[bytes] = []
+    straight: list[Logits] = []
+    found: list[Logits] = []
     with Engine.open(model_path, replace(OPTIONS, n_batch=saved)) as engine, engine.session() as session:
-        session.prefill(TOKENS[:150])
-        snapshot = session.snapshot()
-        session.feed(TOKENS[150:160])
-        straight = session.logits.copy()
+        for text in TEXTS:
+            session.prefill(text[:150])
+            snapshots.append(session.snapshot())
+            straight += one_by_one(session, text[150:165])
     with Engine.open(model_path, replace(OPTIONS, n_batch=restored)) as engine, engine.session() as session:
-        session.restore(snapshot)
-        session.feed(TOKENS[150:160])
-        assert_close(session.logits, straight)
+        for text, snapshot in zip(TEXTS, snapshots, strict=True):
+            session.restore(snapshot)
+            found += one_by_one(session, text[150:165])
+    assert_close(found, straight)
 
 
 def test_empty_session_can_be_saved(session: Session) -> None:
@@ -323,8 +332,7 @@ def test_stock_llama_cpp_agrees_with_the_experts_on_our_device(model_path: Path)
             rows.append(np.concatenate(list(session.feed_all_logits(TOKENS[:120]))))
     ours, stock = rows
     # llama.cpp rounds activations to 8 bits, ours are exact here: close, not equal.
-    assert np.corrcoef(ours.ravel(), stock.ravel())[0, 1] > 0.99
-    assert (ours.argmax(1) == stock.argmax(1)).mean() > 0.8
+    assert_close(list(ours), list(stock))
 
 
 def test_closed_engine_frees_sessions_that_were_left_open(model_path: Path) -> None:

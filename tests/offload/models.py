@@ -17,6 +17,8 @@ F32 = npt.NDArray[np.float32]
 
 MODEL = TinyDeepseek4(ratios=(0, 4, 128, 4), n_experts=16, n_used=3)
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, MODEL.vocab, 150)]
+TEXTS: list[list[int]] = [TOKENS, *np.random.default_rng(8).integers(0, MODEL.vocab, (5, 150)).tolist()]
+"""For comparisons of arithmetics, which one text does not decide (`tests.paired`)."""
 
 
 def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> Path:
@@ -42,18 +44,6 @@ def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: 
         return np.stack(rows)
     finally:
         context.close()
-
-
-def mean_kl(reference: F32, other: F32) -> float:
-    """Mean over positions of KL(reference || other), from logits."""
-
-    def log_softmax(x: F32) -> npt.NDArray[np.float64]:
-        y = x.astype(np.float64)
-        y -= y.max(-1, keepdims=True)
-        return y - np.log(np.exp(y).sum(-1, keepdims=True))
-
-    p, q = log_softmax(reference), log_softmax(other)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
 def floor_ram(model: OffloadedModel) -> int:

@@ -17,7 +17,8 @@ from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
-from tests.reference import kl
+from tests.paired import median, same_but_for_rounding
+from tests.reference import Logits, kl
 
 GREEDY = SamplingOptions(temperature=0.0)
 PROMPT = [int(t) for t in np.random.default_rng(5).integers(2, 64, 220)]
@@ -149,6 +150,15 @@ def answer(session: Session, prompt: list[int], *boundaries: int, n: int = 6) ->
     return list(session.generate(prompt, GREEDY, boundaries=boundaries, max_tokens=n, ignore_eos=True))
 
 
+def answered(session: Session) -> Logits:
+    """Logits after each token of an answer."""
+    rows = []
+    for token in PROMPT[:15]:
+        session.feed([token])
+        rows.append(session.logits)
+    return np.stack(rows)
+
+
 def test_regenerating_computes_only_what_follows_the_last_message(session: Session) -> None:
     generation = session.generate(PROMPT, GREEDY, boundaries=[100, 215], max_tokens=6, ignore_eos=True)
     first = list(generation)
@@ -164,11 +174,12 @@ def test_editing_an_earlier_message_goes_back_to_the_one_before(session: Session
     list(generation)
     assert generation.timings.reused_tokens == 40
     session.prefill(PROMPT)
-    assert session.prefill(edited, boundaries=[40, 215]) in (40, 215)
-    found = session.logits
+    assert session.prefill(edited, boundaries=[40, 215]) == 215
+    found = answered(session)
     session.reset()
     session.feed(edited)
-    assert kl(session.logits[None], found[None]).mean() < 0.05  # near-ties of a random model's indexer
+    # Other batches round otherwise: 1e-4, and more where a random model's indexer has a near-tie. Another text: a nat.
+    assert median(kl(answered(session), found)) < 5e-3
 
 
 def test_continuing_an_answered_conversation_in_a_new_session_starts_behind_the_answer(
@@ -222,8 +233,8 @@ def test_restored_conversation_agrees_with_the_undisturbed_one_over_thousands_of
         restored = logits(session, tokens[1000:])
     noise = kl(straight, rebatched)
     found = kl(straight, restored)
-    assert found.mean() <= 2 * noise.mean() + 1e-4
-    assert found[-500:].mean() <= 2 * noise[-500:].mean() + 1e-4  # it does not grow with distance
+    assert same_but_for_rounding(found, noise)
+    assert same_but_for_rounding(found[-500:], noise[-500:]), "it does not grow with distance"
 
 
 def test_drive_that_hangs_costs_saved_states_and_nothing_else(

@@ -27,6 +27,7 @@ from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, Direct
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest
 from localrun.quant.open import open_model
 from tests.checkpoints import edit_json, write_small
+from tests.paired import median
 from tests.reference import (
     NAMES,
     agreement,
@@ -38,9 +39,9 @@ from tests.reference import (
     write_safetensors,
 )
 
-# Measured with llama-cpp-python 0.3.36 on these fixtures: F32 2e-7 to 1e-5, exact official weights (activations in BF16 and
-# 8 bits) 0.014 to 0.023, with Q8_0 dense matrices 0.015 to 0.042. What remains in F32 are near-ties of the indexer's top-k.
-F32_KL, EXACT_KL, Q8_0_KL = 1e-3, 0.05, 0.09
+# Medians, which near-ties of the router and of the indexer don't decide. [m] llama-cpp-python 0.3.36 on these fixtures: F32 1e-7,
+# exact official weights (activations in BF16 and 8 bits) and Q8_0 dense matrices 0.001 to 0.003.
+F32_KL, ROUNDED_KL = 1e-6, 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,16 +51,16 @@ def test_stock_llama_cpp_agrees_with_transformers_in_f32(name: str, tmp_path: Pa
     convert(tmp_path / "f32", tmp_path / "out")
     logits = stock_logits(tmp_path / "out" / MODEL_NAME, oracle.tokens)
     assert agreement(oracle.logits, logits) >= 0.99
-    assert kl(oracle.logits, logits).mean() < F32_KL
+    assert median(kl(oracle.logits, logits)) < F32_KL
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_llama_cpp_runs_official_weights(name: str, tmp_path: Path) -> None:
     oracle = unpack(name, tmp_path)
-    for options, limit in ((PlanOptions(QT.BF16), EXACT_KL), (PlanOptions(), Q8_0_KL)):
+    for options in (PlanOptions(QT.BF16), PlanOptions()):
         target = tmp_path / options.dense.name
         convert(oracle.path, target, options)
-        assert kl(oracle.logits, stock_logits(target / MODEL_NAME, oracle.tokens)).mean() < limit
+        assert median(kl(oracle.logits, stock_logits(target / MODEL_NAME, oracle.tokens))) < ROUNDED_KL
 
 
 @pytest.fixture(scope="module")

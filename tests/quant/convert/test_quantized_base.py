@@ -21,6 +21,7 @@ from localrun.quant.gguf.file import read_gguf
 from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 from localrun.quant.open import open_model
 from tests.checkpoints import write_small
+from tests.paired import median
 from tests.reference import kl, stock_logits
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256}
@@ -73,8 +74,8 @@ def test_stock_llama_cpp_runs_every_base(
     assert metadata["general.file_type"].value == LlamaFileType["MOSTLY_" + FILE_TYPES.get(base, base.upper())]
     assert metadata["general.quantization_version"].value == 2
     assert all(0 < loss.relative_rms < 0.5 for loss in result.losses.values())
-    # Random weights of a tiny model are far more sensitive than trained ones: measured 0.001 (bf16) to 0.4 (iq2_xxs).
-    assert kl(exact, stock_logits(tmp_path / "out" / MODEL_NAME, TOKENS)).mean() < 1.0
+    # [m] 1e-5 (bf16) to 0.03 (iq2_xxs). Random weights of a tiny model are far more sensitive than trained ones.
+    assert median(kl(exact, stock_logits(tmp_path / "out" / MODEL_NAME, TOKENS))) < 0.1
 
 
 def test_importance_lowers_the_error_that_it_weighs_and_is_named(source: Path, tmp_path: Path) -> None:

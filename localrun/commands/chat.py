@@ -87,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_ui(args: argparse.Namespace, settings: config.Settings, options: EngineOptions, named: Path | None) -> int:
     """Opens the terminal UI; the demo model is prepared while it is up."""
-    if named is not None:
-        models.remember(named)
     with EngineProcess() as engine:
         engine.start()  # it imports its libraries while the interface imports its own
         return int(

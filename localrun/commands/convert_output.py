@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from localrun.commands.output import Output
+from localrun.commands.output import Progress as ProgressLine
 from localrun.errors import LocalrunError
-from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.quant.convert.converter import Progress
 
-_BAR_WIDTH = 30
-_LINE_SECONDS = 10.0
 _EVENT_SECONDS = 0.2
 """Programs that draw a bar need no more."""
 
@@ -53,18 +51,11 @@ class ConvertOutput(Output):
             self.event("step", {"step": what, "done": done, "total": total})
 
     def progress(self, step: str) -> Callable[[Progress], None]:
-        """Takes the converter's progress: a bar that redraws itself on a terminal, a line every ten seconds elsewhere."""
-        noted_at = 0.0
+        """Takes the converter's progress."""
+        line = ProgressLine(self, bar=True, note=super().note)
 
         def take(progress: Progress) -> None:
-            nonlocal noted_at
-            text = _progress_text(progress)
-            if self.err_is_terminal:
-                filled = int(progress.done_bytes / max(1, progress.total_bytes) * _BAR_WIDTH)
-                self.status(f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {text}")
-            elif progress.elapsed_s - noted_at >= _LINE_SECONDS:
-                noted_at = progress.elapsed_s
-                super(ConvertOutput, self).note(text)
+            line(progress.done_bytes, progress.total_bytes, rate=progress.bytes_per_s, left_s=progress.remaining_s)
             if self._is_due(step, is_last=progress.done_bytes >= progress.total_bytes):
                 self.event("progress", _progress_fields(step, progress))
 
@@ -80,13 +71,6 @@ class ConvertOutput(Output):
         if due:
             self._told_at, self._told_step = now, step
         return due
-
-
-def _progress_text(progress: Progress) -> str:
-    share = progress.done_bytes / max(1, progress.total_bytes)
-    left = "" if progress.remaining_s is None else f", {format_duration(progress.remaining_s)} left"
-    sizes = f"{format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
-    return f"{share:4.0%}  {sizes}  {progress.bytes_per_s / 1e9:.2f} GB/s{left}"
 
 
 def _progress_fields(step: str, progress: Progress) -> dict[str, Any]:

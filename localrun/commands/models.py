@@ -86,7 +86,9 @@ def in_hub_cache(repository: str) -> Path | None:
 
 
 def remember(path: Path) -> None:
-    """Keeps a model that was opened: `chat` without a MODEL opens it again."""
+    """Keeps a model that was opened: `chat` without a MODEL opens it again. The demo model's copy in the cache is none."""
+    if path.absolute().is_relative_to(paths.cache_dir()):
+        return
     with contextlib.suppress(OSError):
         paths.data_dir().mkdir(parents=True, exist_ok=True)
         with replacing(paths.data_dir() / _LAST) as file:

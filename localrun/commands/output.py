@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from localrun.errors import LocalrunError
@@ -117,15 +118,26 @@ class Progress:
         what: said before the figures, such as `splitting`.
         skipped: of the amount, what counts as done but was done by an earlier run.
         in_bytes: amounts are bytes; else things, and `unit` says which.
+        bar: draw one, on a terminal.
+        note: takes the lines off a terminal; None: the output's own.
     """
 
     EVERY_S = 10.0
     BAR_WIDTH = 30
 
     def __init__(
-        self, out: Output, what: str = "", *, skipped: int = 0, in_bytes: bool = True, unit: str = "", bar: bool = False
+        self,
+        out: Output,
+        what: str = "",
+        *,
+        skipped: int = 0,
+        in_bytes: bool = True,
+        unit: str = "",
+        bar: bool = False,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self._out, self._what, self._skipped = out, what, skipped
+        self._note = note or out.note
         self._in_bytes, self._unit, self._bar = in_bytes, unit, bar
         self._started = self._shown = time.monotonic()
 
@@ -148,7 +160,7 @@ class Progress:
         if self._out.err_is_terminal:
             self._out.status(text)
         else:
-            self._out.note(text)
+            self._note(text)
 
     def text(self, done: int, total: int, rate: float, left_s: float | None) -> str:
         """The line: `splitting  12%  1.20 GiB of 10.00 GiB  1.10 GB/s, 9.1s left`."""

@@ -61,7 +61,7 @@ def _facts(path: Path, source: ModelSource, sizes: ModelSizes) -> dict[str, Any]
         "context": sizes.shape.n_ctx_train,
         "dense_bytes": sizes.dense_bytes,
         "dense": dict(sizes.dense),
-        "experts": [{"type": g.name, "count": g.count, "size_bytes": g.file_bytes} for g in sizes.experts],
+        "experts": [{"type": g.name, "count": g.count, "size_bytes": g.count * g.file_bytes} for g in sizes.experts],
         "convertible": sizes.convertible,
         "has_tokenizer": "tokenizer.ggml.tokens" in source.metadata,
     }

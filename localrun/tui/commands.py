@@ -13,6 +13,8 @@ from typing import Literal
 
 from textual.binding import Binding
 
+from localrun.tui.options import NAMES
+
 Scope = Literal["screen", "message"]
 
 
@@ -84,7 +86,7 @@ COMMANDS: tuple[Command, ...] = (
         name="sampling",
         group="Asking",
         title="Set a sampling value",
-        help="For example /set temperature 0.6, /set seed 7, /set max_tokens 500.",
+        help=f"For example /set temperature 0.6. NAME is one of {', '.join(NAMES)}.",
         slash=("set",),
         argument="NAME VALUE",
     ),
@@ -242,7 +244,7 @@ COMMANDS: tuple[Command, ...] = (
         name="models",
         group="Model",
         title="Choose a model",
-        help="Lists models found on this machine with size and fit; or loads the one at PATH.",
+        help="Lists models found on this machine with size and fit; or loads the one at PATH, or of that name.",
         keys=("ctrl+l",),
         slash=("model", "load"),
         argument="PATH",

@@ -10,6 +10,8 @@ from typing import Any
 
 from textual.screen import Screen
 
+from localrun import config
+from localrun.commands import demo, models
 from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions
@@ -174,6 +176,8 @@ class LoadedModel:
         self.loading, self.facts = False, event.facts
         self.planned = planned(event.plan)
         self._loaded = self._wanted
+        if self._wanted is not None:  # writes to the disk, durably
+            threading.Thread(target=models.remember, args=(self._wanted.path,), name="tui-remember").start()
         self._screen.query_one(LoadingPanel).display = False
         self._changed()
         self._ready()
@@ -226,7 +230,7 @@ class LoadedModel:
 
     def _models(self, call: Call) -> None:
         if call.argument:
-            self.switch(Path(call.argument))
+            self.switch(models.resolve(call.argument, config.load()) or demo.converted())
         else:
             self._choose()
 

@@ -1,4 +1,4 @@
-"""Do tiers beat uniform formats at equal size, in files that `localrun convert` writes, run by the CPU's kernels?
+"""Do better copies beat uniform formats at equal size, in files that `localrun convert` writes, run by the CPU's kernels?
 
     python -m tools.tier_files [MODEL] [--tokens 6144] [--json OUT.json]
 
@@ -30,7 +30,7 @@ from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
 from localrun.quant.convert.overlay import write_overlay
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 from localrun.quant.precision.imatrix import read_imatrix
 from localrun.quant.precision.solver import bits_per_weight, expert_bytes
 
@@ -76,7 +76,7 @@ class Files:
         for layer, expert in order:
             formats.setdefault(layer, {})[expert] = _T.MXFP4
         importance = read_imatrix(like / "imatrix.gguf", open_model(like).moe_layers)
-        write_overlay(Checkpoint.open(self._checkpoint), TierPlan(formats), target, importance)
+        write_overlay(Checkpoint.open(self._checkpoint), BetterCopies(formats), target, importance)
 
 
 def make_models(files: Files, checkpoint: Path) -> None:

@@ -20,12 +20,12 @@ from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.commands.convert_tiers import FormatOptions
-    from localrun.engine.measure.choose import TierChoice
+    from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ConversionPlan
     from localrun.quant.convert.converter import ConversionResult
     from localrun.quant.convert.report import PlanLine
-    from localrun.quant.precision.solver import TierSolution
+    from localrun.quant.precision.solver import PrecisionSolution
 
 DENSE_DEFAULT = "q8_0"
 DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace, out: ConvertOutput) -> int:
 def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: ConvertOutput) -> int:
     """Everything from a checkpoint."""
     from localrun.commands.eval import read_text
-    from localrun.engine.measure.choose import check_tier_request
+    from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
     from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
     from localrun.quant.open import open_model
@@ -134,9 +134,9 @@ def _convert(args: argparse.Namespace, options: FormatOptions, jobs: int, out: C
     out.status("checking the source")
     checkpoint = open_checkpoint(args.source)
     plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
-    request = convert_tiers.tier_request(args, options)
+    request = convert_tiers.precision_request(args, options)
     if convert_tiers.needs_learning(options, args):
-        check_tier_request(open_model(args.source), request)
+        check_precision_request(open_model(args.source), request)
         if options.target is not None:
             bytes_for_experts(options.target, _dense_bytes(plan))
     for line in (*(f"warning: {warning}" for warning in plan.warnings), *describe(plan, options)):
@@ -170,7 +170,7 @@ def _choose(
     jobs: int,
     plan: ConversionPlan,
     out: ConvertOutput,
-) -> tuple[TierChoice | None, ConversionPlan]:
+) -> tuple[PrecisionChoice | None, ConversionPlan]:
     """What is learned where something must be, and the plan of the base that follows from it."""
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
 
@@ -191,7 +191,7 @@ def _after_base(
     args: argparse.Namespace,
     options: FormatOptions,
     checkpoint: Checkpoint,
-    choice: TierChoice | None,
+    choice: PrecisionChoice | None,
     result: ConversionResult,
     jobs: int,
     out: ConvertOutput,
@@ -246,7 +246,7 @@ def _complete(args: argparse.Namespace, options: FormatOptions, jobs: int, out: 
 
 def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int, out: ConvertOutput) -> int:
     """Another overlay, or none, for a model that was converted before; the base stays as it is."""
-    from localrun.engine.measure.choose import check_tier_request
+    from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import BASE_TYPES
     from localrun.quant.convert.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
     from localrun.quant.open import open_model
@@ -277,7 +277,7 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
         )
     checkpoint = open_overlay_source(args.source, folder)
     options = replace(options, base=BASE_TYPES[has.name.lower()])
-    check_tier_request(open_model(args.source), convert_tiers.tier_request(args, options))
+    check_precision_request(open_model(args.source), convert_tiers.precision_request(args, options))
     if args.dry_run:
         out.note("dry run: nothing written")
         out.event("finished", {"path": None})
@@ -302,7 +302,7 @@ def _change_overlay(args: argparse.Namespace, options: FormatOptions, jobs: int,
 def _finish(
     args: argparse.Namespace,
     options: FormatOptions,
-    choice: TierChoice | None,
+    choice: PrecisionChoice | None,
     result: ConversionResult,
     out: ConvertOutput,
 ) -> int:
@@ -326,7 +326,7 @@ def _add_to_manifest(folder: Path, sections: Mapping[str, Mapping[str, object]])
     write_manifest(replace(read_manifest(folder / MANIFEST_NAME), **sections), folder)  # type: ignore[arg-type]
 
 
-def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, folder: Path) -> None:
+def _check_space_for_both(plan: ConversionPlan, solution: PrecisionSolution | None, folder: Path) -> None:
     from localrun.quant.convert.converter import check_space
 
     needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
@@ -339,8 +339,8 @@ def _check_space_for_both(plan: ConversionPlan, solution: TierSolution | None, f
         )
 
 
-def _describe_choice(choice: TierChoice | None, out: ConvertOutput) -> None:
-    from localrun.quant.precision.report import tier_lines
+def _describe_choice(choice: PrecisionChoice | None, out: ConvertOutput) -> None:
+    from localrun.quant.precision.report import precision_lines
 
     if choice is None:
         return
@@ -349,7 +349,7 @@ def _describe_choice(choice: TierChoice | None, out: ConvertOutput) -> None:
         f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and are"
         f" taken as their layer's average, {summary.n_rare} rarely"
     )
-    for line in tier_lines(choice.solution) if choice.solution is not None else []:
+    for line in precision_lines(choice.solution) if choice.solution is not None else []:
         out.note(line)
 
 

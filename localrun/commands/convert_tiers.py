@@ -22,7 +22,7 @@ from localrun.units import format_size
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-    from localrun.engine.measure.choose import TierChoice, TierRequest
+    from localrun.engine.measure.choose import PrecisionChoice, PrecisionRequest
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ImportanceLookup
     from localrun.quant.model.source import MoeLayer
@@ -40,21 +40,23 @@ EVAL_WINDOW = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options about formats and what decides them."""
-    tiers = parser.add_argument_group(
-        "tiers: better copies of the experts that matter most, in an overlay beside the base"
+    precision = parser.add_argument_group(
+        "precision: better copies of the experts that matter most, in an overlay beside the base"
     )
-    tiers.add_argument(
+    precision.add_argument(
         "--hot",
         action="append",
         metavar="TYPE:SIZE",
         help="so many bytes of better copies in this type, e.g. mxfp4:12GiB; may be repeated; none: take the overlay away",
     )
-    tiers.add_argument(
+    precision.add_argument(
         "--target",
         metavar="SIZE-vram,SIZE-ram",
         help="choose base and copies for a box with this memory, e.g. 24GiB-vram,64GiB-ram",
     )
-    tiers.add_argument("--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64")
+    precision.add_argument(
+        "--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64"
+    )
     learn = parser.add_argument_group("what decides (default: a text that ships, where a type rounds)")
     learn.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="run this text (UTF-8, or JSONL of conversations) instead"
@@ -94,7 +96,7 @@ class FormatOptions:
     remove_overlay: bool = False
 
     @property
-    def wants_tiers(self) -> bool:
+    def wants_better_copies(self) -> bool:
         """There is something for the solver to do."""
         return bool(self.hot) or self.target is not None
 
@@ -137,7 +139,7 @@ def needs_learning(options: FormatOptions, args: argparse.Namespace) -> bool:
     """True where importance or routing decides something."""
     from localrun.quant.checkpoint.mapping import EXACT_OR_EIGHT_BIT
 
-    if options.wants_tiers or args.calibrate is not None or args.imatrix is not None:
+    if options.wants_better_copies or args.calibrate is not None or args.imatrix is not None:
         return True
     return options.base is not None and options.base not in EXACT_OR_EIGHT_BIT and not args.no_calibrate
 
@@ -149,20 +151,20 @@ def learn(
     jobs: int,
     dense_bytes: int,
     out: ConvertOutput,
-) -> TierChoice | None:
+) -> PrecisionChoice | None:
     """Calibrates or reads, measures, solves; None where nothing can be learned and nothing was asked for.
 
     Raises:
-        UsageError: tiers of a checkpoint without a tokenizer, and no imatrix.
-        LocalrunError: see `choose_tiers`.
+        UsageError: better copies of a checkpoint without a tokenizer, and no imatrix.
+        LocalrunError: see `choose_precision`.
     """
-    from localrun.engine.measure.choose import choose_tiers
+    from localrun.engine.measure.choose import choose_precision
     from localrun.engine.options import EngineOptions
     from localrun.quant.convert.converter import LEARNED_NAME
 
-    request = tier_request(args, options)
+    request = precision_request(args, options)
     if request.imatrix is None and not (checkpoint.path / "tokenizer.json").is_file():
-        if options.wants_tiers or args.calibrate is not None:
+        if options.wants_better_copies or args.calibrate is not None:
             raise UsageError(
                 f"{checkpoint.path} has no tokenizer.json, so no text can be run to see which experts matter",
                 hint="put the release's tokenizer.json there, or give --imatrix FILE",
@@ -171,7 +173,7 @@ def learn(
         return None
 
     threads = min(jobs, 256) if args.jobs is not None else 0
-    choice = choose_tiers(
+    choice = choose_precision(
         checkpoint.path,
         request,
         EngineOptions(ram_bytes=args.ram, n_threads=threads, gpu="none"),
@@ -183,18 +185,18 @@ def learn(
     return choice
 
 
-def tier_request(args: argparse.Namespace, options: FormatOptions) -> TierRequest:
-    """For `choose_tiers`; reads the calibration text.
+def precision_request(args: argparse.Namespace, options: FormatOptions) -> PrecisionRequest:
+    """For `choose_precision`; reads the calibration text.
 
     Raises:
         UsageError, FormatError: a text that is empty, not UTF-8, or no conversation.
     """
     from localrun.engine.measure.calibration_text import read_calibration_text
-    from localrun.engine.measure.choose import TierRequest
+    from localrun.engine.measure.choose import PrecisionRequest
 
     if args.calibrate_tokens < 0:
         raise UsageError(f"--calibrate-tokens {args.calibrate_tokens}: expected a positive number")
-    return TierRequest(
+    return PrecisionRequest(
         base=options.base,
         hot=options.hot,
         target=options.target,
@@ -207,7 +209,7 @@ def tier_request(args: argparse.Namespace, options: FormatOptions) -> TierReques
 def write_report(
     args: argparse.Namespace,
     options: FormatOptions,
-    choice: TierChoice | None,
+    choice: PrecisionChoice | None,
     name: str,
     evaluations: Sequence[Evaluation],
 ) -> None:
@@ -215,7 +217,7 @@ def write_report(
     from localrun.engine.measure.choose import IMATRIX_NAME
     from localrun.quant.convert.converter import LEARNED_NAME
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.precision.report import TierReport
+    from localrun.quant.precision.report import PrecisionReport
 
     folder = args.target_folder
     manifest = read_manifest(folder / MANIFEST_NAME)
@@ -231,7 +233,7 @@ def write_report(
         "recipe": args.recipe or "",
         "learned from": learned if choice is not None else "",
     }
-    TierReport(
+    PrecisionReport(
         model=name,
         sizes=sizes,
         options={key: value for key, value in asked.items() if value},
@@ -264,7 +266,7 @@ def remove_report(folder: Path) -> None:
     shutil.rmtree(folder / LEARNED_NAME, ignore_errors=True)
 
 
-def profile_section(choice: TierChoice) -> dict[str, object]:
+def profile_section(choice: PrecisionChoice) -> dict[str, object]:
     """How often the calibration used each expert, for the manifest: `{"tokens": n, "counts": {"0": [...]}}`."""
     layers = choice.importance.layers
     return {

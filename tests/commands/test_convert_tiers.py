@@ -1,4 +1,4 @@
-"""`localrun convert` with tiers: all of it, what it leaves behind, how it goes on after a kill, and what it refuses."""
+"""`localrun convert` with better copies: all of it, what it leaves behind, how it goes on after a kill, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a text through a loaded model and collects what quantizers and the tier solver want to know about its experts.
+"""Runs a text through a loaded model and collects what quantizers and the precision solver want to know about its experts.
 
 Sums of squared inputs per expert and channel (`Importance`), the router weights that outputs were multiplied with, and for a sample
 of the text's positions the experts' input rows with the experts that were chosen, on which output errors are measured.

@@ -1,4 +1,4 @@
-"""From what the user asked for to tiers: calibrate (or read an imatrix), measure output errors, solve.
+"""From what the user asked for to a precision for every expert: calibrate (or read an imatrix), measure output errors, solve.
 
 What was learned is kept in a work folder, so that a conversion that goes on after a kill decides the same without running the
 text again: `imatrix.gguf` and `tiers.json`. Both are thrown away when the model, the text or the formats are others.
@@ -30,8 +30,8 @@ from localrun.quant.precision.samples import ActivationSamples, drawn_samples
 from localrun.quant.precision.solver import (
     ExpertCosts,
     HotBudget,
+    PrecisionSolution,
     Target,
-    TierSolution,
     check_request,
     solve_hot,
     solve_target,
@@ -46,7 +46,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class TierRequest:
+class PrecisionRequest:
     """What the user asked for.
 
     Attributes:
@@ -68,19 +68,19 @@ class TierRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class TierChoice:
+class PrecisionChoice:
     """What was decided, and on which grounds; `errors` and `solution` are None if only importance was asked for."""
 
     importance: Importance
     errors: ErrorTable | None = None
-    solution: TierSolution | None = None
+    solution: PrecisionSolution | None = None
 
 
-def check_tier_request(source: ModelSource, request: TierRequest) -> tuple[GGMLQuantizationType, ...]:
+def check_precision_request(source: ModelSource, request: PrecisionRequest) -> tuple[GGMLQuantizationType, ...]:
     """Everything that can be wrong before any work; the formats that will be measured.
 
     Raises:
-        UsageError, FormatError: see `tier_solver.check_request` and `read_imatrix`.
+        UsageError, FormatError: see `precision.solver.check_request` and `read_imatrix`.
     """
     if request.text is not None and request.imatrix is not None:
         raise UsageError(
@@ -99,15 +99,15 @@ def check_tier_request(source: ModelSource, request: TierRequest) -> tuple[GGMLQ
     return tuple(dict.fromkeys([base, *(budget.type for budget in request.hot)])) if request.hot else ()
 
 
-def choose_tiers(
+def choose_precision(
     model: Path,
-    request: TierRequest,
+    request: PrecisionRequest,
     options: EngineOptions,
     *,
     work_folder: Path | None = None,
     dense_bytes: int = 0,
     report: Report | None = None,
-) -> TierChoice:
+) -> PrecisionChoice:
     """Decides which expert gets which format.
 
     Args:
@@ -121,7 +121,7 @@ def choose_tiers(
     """
     tell = report or (lambda what, done, total: None)
     source = open_model(model)
-    kinds = check_tier_request(source, request)
+    kinds = check_precision_request(source, request)
     text = request.text or default_text()
     learned_from = text.digest if request.imatrix is None else read_imatrix(request.imatrix, source.moe_layers).digest
     key = "\n".join([source.identity, learned_from, str(request.max_tokens), *(kind.name for kind in kinds)])
@@ -145,17 +145,22 @@ def choose_tiers(
         if work_folder is not None:
             _keep(work_folder, key, importance, errors)
     if errors is None:
-        return TierChoice(importance)
+        return PrecisionChoice(importance)
     costs = ExpertCosts.build(source.moe_layers, kinds, importance.route_weights, errors.errors)
     if request.target is not None:
         solution = solve_target(costs, request.target, dense_bytes=dense_bytes, reserve_bytes=request.reserve_bytes)
     else:
         solution = solve_hot(costs, kinds[0], request.hot)
-    return TierChoice(importance, errors, solution)
+    return PrecisionChoice(importance, errors, solution)
 
 
 def _learn(
-    model: Path, source: ModelSource, request: TierRequest, text: CalibrationText, options: EngineOptions, tell: Report
+    model: Path,
+    source: ModelSource,
+    request: PrecisionRequest,
+    text: CalibrationText,
+    options: EngineOptions,
+    tell: Report,
 ) -> tuple[Importance, ActivationSamples]:
     if request.imatrix is not None:
         importance = read_imatrix(request.imatrix, source.moe_layers)

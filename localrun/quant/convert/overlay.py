@@ -34,13 +34,13 @@ from localrun.quant.gguf.file import GgufValue, build_header, tensor_offsets
 from localrun.quant.gguf.overlay_index import ARCHITECTURE, BASE_KEY, ids_key, stack_name
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from localrun.quant.model.source import PROJECTIONS
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 
 WORK_NAME = ".overlay"
 
 
 def plan_overlay(
-    checkpoint: Checkpoint, tiers: TierPlan, base: Manifest, importance: ImportanceLookup | None = None
+    checkpoint: Checkpoint, copies: BetterCopies, base: Manifest, importance: ImportanceLookup | None = None
 ) -> ConversionPlan:
     """Plans an overlay's file; `write_overlay` writes it, and `file_size` says what it takes.
 
@@ -54,15 +54,15 @@ def plan_overlay(
             f"{checkpoint.path} is not the checkpoint that the base was made from",
             hint="give that checkpoint, or convert this one into another directory",
         )
-    _check_experts(checkpoint, tiers)
-    if not tiers.n_experts:
+    _check_experts(checkpoint, copies)
+    if not copies.n_experts:
         raise UsageError("an overlay of no experts", hint="choose at least one, or remove the overlay")
     sources = {
         (*_place(tensor), tensor.spec.expert): tensor for tensor in checkpoint.tensors if tensor.spec.expert is not None
     }
     metadata = {"general.architecture": GgufValue.string(ARCHITECTURE), BASE_KEY: GgufValue.string(base.base_digest)}
     shaped = []
-    for layer, by_type in tiers.experts_by_type().items():
+    for layer, by_type in copies.experts_by_type().items():
         for kind, experts in by_type.items():
             metadata[ids_key(layer, kind)] = GgufValue.array(GGUFValueType.INT32, experts)
             for projection in range(len(PROJECTIONS)):
@@ -82,15 +82,15 @@ def plan_overlay(
     return ConversionPlan(checkpoint, options, metadata, tensors, header, file_size, ())
 
 
-def _check_experts(checkpoint: Checkpoint, tiers: TierPlan) -> None:
+def _check_experts(checkpoint: Checkpoint, copies: BetterCopies) -> None:
     config = checkpoint.config
-    for layer, experts in tiers.formats.items():
+    for layer, experts in copies.formats.items():
         if not 0 <= layer < config.num_hidden_layers:
-            raise UsageError(f"tiers: layer {layer}, the model has layers 0 to {config.num_hidden_layers - 1}")
+            raise UsageError(f"better copies: layer {layer}, the model has layers 0 to {config.num_hidden_layers - 1}")
         odd = [expert for expert in experts if not 0 <= expert < config.n_routed_experts]
         if odd:
             raise UsageError(
-                f"tiers: layer {layer}: expert {odd[0]}, the model has experts 0 to {config.n_routed_experts - 1}"
+                f"better copies: layer {layer}: expert {odd[0]}, the model has experts 0 to {config.n_routed_experts - 1}"
             )
 
 
@@ -131,7 +131,7 @@ def read_base(target: Path) -> Manifest:
 
 def write_overlay(
     checkpoint: Checkpoint,
-    tiers: TierPlan,
+    copies: BetterCopies,
     target: Path,
     importance: ImportanceLookup | None = None,
     *,
@@ -143,23 +143,23 @@ def write_overlay(
 
     Args:
         checkpoint: what the base was made from (`open_overlay_source`).
-        tiers: who gets which copy.
+        copies: who gets which.
         target: the converted model's directory.
         importance: for types that round.
         sections: what to put into the manifest along with it: `tiers`, `profile`, `report`. `tiers` defaults to the plan.
 
     Raises:
-        UsageError: not a converted model, another checkpoint, impossible tiers, or an unfinished run with other options.
+        UsageError: not a converted model, another checkpoint, impossible copies, or an unfinished run with other options.
         DiskSpaceError, StoreError: the disks, or the source has gone.
         FormatError: a weight that the target type can't hold.
     """
     base = read_base(target)
-    plan = plan_overlay(checkpoint, tiers, base, importance)
+    plan = plan_overlay(checkpoint, copies, base, importance)
     name = f"overlay-{plan.digest[:8]}.gguf"
-    options = {"tiers": _describe(tiers)}
+    options = {"tiers": _describe(copies)}
     if importance is not None:
         options["imatrix"] = importance.digest
-    added: dict[str, Mapping[str, object]] = {"tiers": tiers.to_json(), **(sections or {})}
+    added: dict[str, Mapping[str, object]] = {"tiers": copies.to_json(), **(sections or {})}
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
         section = overlay_section(plan, name, done, options, losses)
@@ -198,6 +198,6 @@ def _put(target: Path, manifest: Manifest) -> None:
             path.unlink()
 
 
-def _describe(tiers: TierPlan) -> str:
+def _describe(copies: BetterCopies) -> str:
     """For people, and different for different plans."""
-    return f"{tiers.n_experts} experts ({xxhash.xxh3_64_hexdigest(repr(tiers.to_json()).encode())})"
+    return f"{copies.n_experts} experts ({xxhash.xxh3_64_hexdigest(repr(copies.to_json()).encode())})"

@@ -38,7 +38,7 @@ from localrun.quant.gguf.overlay_index import stack_name
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import Manifest, ModelFile, checksum
 from localrun.quant.model.source import PROJECTIONS
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 
 
 def check_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -72,7 +72,7 @@ def restore_files(
         return []
     headers = _base_headers(manifest, checkpoint, importance)
     if overlay is not None:
-        plan = plan_overlay(checkpoint, TierPlan.from_json(manifest.tiers), manifest, importance)
+        plan = plan_overlay(checkpoint, BetterCopies.from_json(manifest.tiers), manifest, importance)
         headers[overlay.files[0].name] = plan.header
     for file in bad:
         header = headers.get(file.name, b"")

@@ -26,7 +26,7 @@ EXPERT_TYPES: Mapping[str, GGMLQuantizationType] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TierPlan:
+class BetterCopies:
     """Better copies by expert. Immutable.
 
     Attributes:
@@ -56,7 +56,7 @@ class TierPlan:
         }
 
     @classmethod
-    def from_json(cls, value: object, where: str = "tiers") -> TierPlan:
+    def from_json(cls, value: object, where: str = "tiers") -> BetterCopies:
         """Reads what `to_json` wrote.
 
         Args:

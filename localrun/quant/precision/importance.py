@@ -1,7 +1,7 @@
 """How much each input channel of each routed expert matters, and how often the expert is used: what a calibration text showed.
 
 Per layer: the sum of squared inputs of gate and up, the same of down, and how many rows each expert saw. A quantizer weighs a
-weight's squared error with its channel's mean square; the tier solver weighs an expert with its use. Knows nothing about where
+weight's squared error with its channel's mean square; the precision solver weighs an expert with its use. Knows nothing about where
 the sums come from (`localrun.engine.measure.calibrate`, or a file of llama.cpp's: `imatrix_file`).
 
 Experts that the text reached seldom or never: `PRIOR_ROWS` rows of the layer's average are added to every expert's sums, so one

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from localrun.quant.precision.error import ErrorTable
-from localrun.quant.precision.solver import CurvePoint, TierSolution
+from localrun.quant.precision.solver import CurvePoint, PrecisionSolution
 from localrun.units import format_size
 
 _FONT = "font-family='system-ui, sans-serif' font-size='13'"
@@ -42,7 +42,7 @@ def _page(width: float, height: float, title: str, summary: str, body: Iterator[
 # --- size against error -----------------------------------------------------------------------------------------------
 
 
-def curve_picture(solution: TierSolution, model: str) -> str:
+def curve_picture(solution: PrecisionSolution, model: str) -> str:
     """Expected error (logarithmic; exact at the bottom) over the size of the copies that are used."""
     points = [*solution.curve, *solution.uniform, solution.chosen]
     summary = "; ".join(f"all {p.label}: {format_size(p.n_bytes)}, {p.error:.6f}" for p in solution.uniform)
@@ -50,7 +50,7 @@ def curve_picture(solution: TierSolution, model: str) -> str:
     return _page(_WIDTH, _HEIGHT, f"{model}: size against expected error", summary, _curve(solution, points))
 
 
-def _curve(solution: TierSolution, points: Sequence[CurvePoint]) -> Iterator[str]:
+def _curve(solution: PrecisionSolution, points: Sequence[CurvePoint]) -> Iterator[str]:
     low_x, high_x = min(p.n_bytes for p in points), max(p.n_bytes for p in points)
     errors = [p.error for p in points if p.error > 0] or [1.0]
     high_y = math.ceil(math.log10(max(errors)))
@@ -75,7 +75,7 @@ def _curve(solution: TierSolution, points: Sequence[CurvePoint]) -> Iterator[str
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, solution.curve))
     yield f"<polyline points='{line}' fill='none' stroke='#4477aa' stroke-width='2'/>"
     x, y = place(solution.curve[len(solution.curve) // 2])
-    yield _text(x + 8, y - 8, f"best tiers over {solution.base.name.lower()}")
+    yield _text(x + 8, y - 8, f"best mix over {solution.base.name.lower()}")
     for point in solution.uniform:
         x, y = place(point)
         yield f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5' fill='#228833'><title>{escape(point.label)}</title></circle>"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from localrun.atomic import replacing
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 from localrun.quant.precision.error import ErrorTable
 from localrun.quant.precision.importance import PRIOR_ROWS, RARE_ROWS, ImportanceSummary
 from localrun.quant.precision.pictures import curve_picture, heat_map
-from localrun.quant.precision.solver import TierSolution, bits_per_weight
+from localrun.quant.precision.solver import PrecisionSolution, bits_per_weight
 from localrun.units import format_size
 
 REPORT_FORMAT = 1
@@ -45,7 +45,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class TierReport:
+class PrecisionReport:
     """The pieces of a report; None and empty ones are left out.
 
     Attributes:
@@ -61,7 +61,7 @@ class TierReport:
     options: Mapping[str, str]
     importance: ImportanceSummary | None = None
     errors: ErrorTable | None = None
-    solution: TierSolution | None = None
+    solution: PrecisionSolution | None = None
     evaluations: Sequence[Evaluation] = ()
     text: str = ""
 
@@ -143,7 +143,7 @@ def _importance(summary: ImportanceSummary | None) -> list[str]:
     return lines
 
 
-def tier_lines(solution: TierSolution) -> list[str]:
+def precision_lines(solution: PrecisionSolution) -> list[str]:
     """The decision as text, also for the terminal."""
     better = _count(solution.plan)
     named = ", ".join(f"{n:,} in {name}" for name, n in better.items()) or "none"
@@ -159,18 +159,18 @@ def tier_lines(solution: TierSolution) -> list[str]:
     return lines
 
 
-def curve_lines(solution: TierSolution, *, n_points: int = 9) -> list[str]:
+def curve_lines(solution: PrecisionSolution, *, n_points: int = 9) -> list[str]:
     """Size against expected error as a table, uniform formats and the decision marked."""
     curve = solution.curve
     picked = [curve[round(i * (len(curve) - 1) / max(1, n_points - 1))] for i in range(min(n_points, len(curve)))]
-    rows = [(point.n_bytes, point.error, f"best tiers over {solution.base.name.lower()}") for point in picked]
+    rows = [(point.n_bytes, point.error, f"best mix over {solution.base.name.lower()}") for point in picked]
     rows += [(point.n_bytes, point.error, f"all {point.label}") for point in solution.uniform]
     rows.append((solution.chosen.n_bytes, solution.chosen.error, "**chosen**"))
     lines = ["| size of used copies | expected error | |", "|---:|---:|---|"]
     return lines + [f"| {format_size(size)} | {error:.6f} | {label} |" for size, error, label in sorted(set(rows))]
 
 
-def _count(plan: TierPlan) -> dict[str, int]:
+def _count(plan: BetterCopies) -> dict[str, int]:
     counts: dict[str, int] = {}
     for by_type in plan.experts_by_type().values():
         for kind, experts in by_type.items():
@@ -178,13 +178,13 @@ def _count(plan: TierPlan) -> dict[str, int]:
     return counts
 
 
-def _tiers(solution: TierSolution | None) -> list[str]:
+def _tiers(solution: PrecisionSolution | None) -> list[str]:
     if solution is None:
         return []
     return [
-        "## Tiers",
+        "## Precision of the experts",
         "",
-        *tier_lines(solution),
+        *precision_lines(solution),
         "",
         "Expected error: squared error of routed experts' outputs relative to their power, weighted with use; mean over layers.",
         "",
@@ -224,7 +224,7 @@ def _errors(table: ErrorTable | None) -> list[str]:
     ]
 
 
-def _evaluation(report: TierReport) -> list[str]:
+def _evaluation(report: PrecisionReport) -> list[str]:
     if not report.evaluations:
         return []
     first = report.evaluations[0]
@@ -247,7 +247,7 @@ def _evaluation(report: TierReport) -> list[str]:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _solution_json(solution: TierSolution) -> dict[str, Any]:
+def _solution_json(solution: PrecisionSolution) -> dict[str, Any]:
     return {
         "base": solution.base.name.lower(),
         "base_bytes": solution.base_bytes,

@@ -26,7 +26,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.errors import UsageError
 from localrun.quant.model.source import MoeLayer
-from localrun.quant.precision.copies import EXPERT_TYPES, TierPlan
+from localrun.quant.precision.copies import EXPERT_TYPES, BetterCopies
 from localrun.units import format_size, parse_size
 
 F64 = npt.NDArray[np.float64]
@@ -207,7 +207,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True)
-class TierSolution:
+class PrecisionSolution:
     """What the solver decided.
 
     Attributes:
@@ -216,12 +216,12 @@ class TierSolution:
         chosen: size and error of the copies that are used.
         base_bytes, overlay_bytes: what lies on the drive.
         streamed_bytes: used copies that don't fit into a target's memory and are read when they are needed; 0 without a target.
-        curve: best tiers over this base by size, in ascending order of size.
+        curve: best mix over this base by size, in ascending order of size.
         uniform: all experts in one format, for comparison.
     """
 
     base: GGMLQuantizationType
-    plan: TierPlan
+    plan: BetterCopies
     chosen: CurvePoint
     base_bytes: int
     overlay_bytes: int
@@ -233,7 +233,7 @@ class TierSolution:
 # --- base and hot budgets ---------------------------------------------------------------------------------------------
 
 
-def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotBudget]) -> TierSolution:
+def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotBudget]) -> PrecisionSolution:
     """Better copies within a budget per format.
 
     Where layers differ in shape, a budget is counted in experts of its largest layer, so it is never exceeded.
@@ -299,7 +299,9 @@ def assign(gains: F64, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
-def solve_target(costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, reserve_bytes: int = 0) -> TierSolution:
+def solve_target(
+    costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, reserve_bytes: int = 0
+) -> PrecisionSolution:
     """Base and better copies for a box, so that the copies that are used fit into its memory if they can.
 
     What a CPU may have to compute is in `CPU_TYPES`: with any RAM in the target that is every expert, because which ones the GPU
@@ -314,7 +316,7 @@ def solve_target(costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, re
     """
     budget = bytes_for_experts(target, dense_bytes + reserve_bytes)
     smallest = min(costs.types, key=bits_per_weight)
-    best: TierSolution | None = None
+    best: PrecisionSolution | None = None
     for base in sorted(costs.types, key=bits_per_weight):
         b = costs.column(base)
         total = int(costs.n_bytes[:, b].sum())
@@ -396,7 +398,7 @@ _CURVE_POINTS = 48
 
 def _solution(
     costs: ExpertCosts, base: GGMLQuantizationType, chosen: npt.NDArray[np.int64], *, streamed_bytes: int = 0
-) -> TierSolution:
+) -> PrecisionSolution:
     b, rows = costs.column(base), np.arange(len(costs.keys))
     formats: dict[int, dict[int, GGMLQuantizationType]] = {}
     for row in np.flatnonzero(chosen != b):
@@ -404,9 +406,9 @@ def _solution(
         formats.setdefault(layer, {})[expert] = costs.types[chosen[row]]
     used = costs.n_bytes[rows, chosen]
     point = CurvePoint(int(used.sum()), float(costs.error[rows, chosen].sum()), "chosen")
-    return TierSolution(
+    return PrecisionSolution(
         base=base,
-        plan=TierPlan(formats),
+        plan=BetterCopies(formats),
         chosen=point,
         base_bytes=int(costs.n_bytes[:, b].sum()),
         overlay_bytes=int(used[chosen != b].sum()),

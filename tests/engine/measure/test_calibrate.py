@@ -12,7 +12,7 @@ import pytest
 from localrun.engine.engine import Engine
 from localrun.engine.measure.calibrate import Router, calibrate
 from localrun.engine.measure.calibration_text import CalibrationText, default_text, read_calibration_text
-from localrun.engine.measure.choose import TierRequest, check_tier_request, choose_tiers
+from localrun.engine.measure.choose import PrecisionRequest, check_precision_request, choose_precision
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
 from localrun.quant.model.shape import shape_of
@@ -140,9 +140,9 @@ def test_tiers_are_chosen_and_a_second_run_decides_the_same_without_the_text(
 ) -> None:
     source = open_model(chat_model_path)
     one = expert_bytes(source.moe_layers[0], EXPERT_TYPES["q8_0"])
-    request = TierRequest(hot=(HotBudget(EXPERT_TYPES["q8_0"], 5 * one),), max_tokens=300)
+    request = PrecisionRequest(hot=(HotBudget(EXPERT_TYPES["q8_0"], 5 * one),), max_tokens=300)
     seen: list[str] = []
-    first = choose_tiers(
+    first = choose_precision(
         chat_model_path, request, OPTIONS, work_folder=tmp_path, report=lambda what, done, total: seen.append(what)
     )
     assert {"calibrating", "measuring formats"} <= set(seen)
@@ -151,15 +151,15 @@ def test_tiers_are_chosen_and_a_second_run_decides_the_same_without_the_text(
     assert first.solution.plan.n_experts == 0, "nothing is better than exact"
 
     request = replace(request, base=EXPERT_TYPES["mxfp4"], hot=(), target=Target(ram_bytes=1 << 30))
-    target = choose_tiers(chat_model_path, request, OPTIONS, work_folder=tmp_path)
+    target = choose_precision(chat_model_path, request, OPTIONS, work_folder=tmp_path)
     assert target.solution is not None
     assert target.solution.chosen.error == 0
     monkeypatch.setattr("localrun.engine.measure.choose.calibrate", None)
-    again = choose_tiers(chat_model_path, request, OPTIONS, work_folder=tmp_path)
+    again = choose_precision(chat_model_path, request, OPTIONS, work_folder=tmp_path)
     assert again.solution == target.solution
     assert again.importance.digest == target.importance.digest
-    from_file = choose_tiers(chat_model_path, replace(request, imatrix=tmp_path / "imatrix.gguf"), OPTIONS)
+    from_file = choose_precision(chat_model_path, replace(request, imatrix=tmp_path / "imatrix.gguf"), OPTIONS)
     assert from_file.errors is not None
     assert not from_file.errors.real_rows
     with pytest.raises(UsageError, match="exclude each other"):
-        check_tier_request(source, replace(request, imatrix=tmp_path / "imatrix.gguf", text=default_text()))
+        check_precision_request(source, replace(request, imatrix=tmp_path / "imatrix.gguf", text=default_text()))

@@ -30,11 +30,11 @@ from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest, write_manifest
 from localrun.quant.model.source import Projection
 from localrun.quant.open import open_model
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 from tests.checkpoints import write_small
 from tests.quant.convert.test_quantized_base import WIDE, Importance
 
-TIERS = TierPlan({0: {3: QT.MXFP4, 1: QT.MXFP4}, 2: {0: QT.Q4_K, 2: QT.MXFP4, 3: QT.Q4_K}})
+TIERS = BetterCopies({0: {3: QT.MXFP4, 1: QT.MXFP4}, 2: {0: QT.Q4_K, 2: QT.MXFP4, 3: QT.Q4_K}})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_manifest_says_who_has_what_and_verify_reads_all_of_it(
 ) -> None:
     manifest = read_manifest(model / MANIFEST_NAME)
     assert manifest.overlay is not None
-    assert TierPlan.from_json(dict(manifest.tiers)) == TIERS
+    assert BetterCopies.from_json(dict(manifest.tiers)) == TIERS
     assert {k: s.ids for k, s in manifest.overlay.experts[2].items()} == {"q4_k": (0, 3), "mxfp4": (2,)}
     assert manifest.overlay.options["imatrix"] == "seed 0"
     assert list(manifest.overlay.rounding) == ["I8 -> Q4_K"]
@@ -138,7 +138,7 @@ def test_a_new_overlay_replaces_the_old_one_and_removing_it_leaves_the_base(
     result = write_overlay(checkpoint, TIERS, model, Importance(), sections={"profile": {"tokens": 7}})
     assert result.written_bytes == 0
     assert read_manifest(model / MANIFEST_NAME).profile == {"tokens": 7}
-    write_overlay(checkpoint, TierPlan({1: {2: QT.MXFP4}}), model, jobs=1)
+    write_overlay(checkpoint, BetterCopies({1: {2: QT.MXFP4}}), model, jobs=1)
     assert overlay_file(model).name != first
     manifest = read_manifest(model / MANIFEST_NAME)
     assert manifest.overlay is not None
@@ -186,7 +186,7 @@ def test_after_kill_9_the_model_is_sound_and_the_same_command_ends_with_the_same
 ) -> None:
     target = Path(shutil.copytree(base, tmp_path / "out"))
     checkpoint = Checkpoint.open(source)
-    write_overlay(checkpoint, TierPlan({1: {2: QT.MXFP4}}), target)
+    write_overlay(checkpoint, BetterCopies({1: {2: QT.MXFP4}}), target)
     child = subprocess.run(
         [sys.executable, "-c", CHILD, source, target, point], capture_output=True, text=True, env=os.environ
     )
@@ -195,7 +195,7 @@ def test_after_kill_9_the_model_is_sound_and_the_same_command_ends_with_the_same
     assert in_use == ({0, 2} if point == "clean-up" else {1})
     if point == "journal":
         with pytest.raises(UsageError, match=r"--hot or --target was 5 experts \(.*\) and is 1 experts \(.*\) now"):
-            write_overlay(checkpoint, TierPlan({0: {2: QT.MXFP4}}), target, Importance())
+            write_overlay(checkpoint, BetterCopies({0: {2: QT.MXFP4}}), target, Importance())
     write_overlay(checkpoint, TIERS, target, Importance())
     assert contents(target) == contents(finished)
     assert not (target / WORK_NAME).exists()
@@ -208,9 +208,9 @@ def test_what_an_overlay_can_not_be_made_of_is_refused_before_any_work(
     before = contents(target)
     checkpoint = Checkpoint.open(source)
     for tiers, message in (
-        (TierPlan({9: {0: QT.MXFP4}}), "layer 9, the model has layers 0 to 2"),
-        (TierPlan({0: {4: QT.MXFP4}}), "expert 4, the model has experts 0 to 3"),
-        (TierPlan({}), "no experts"),
+        (BetterCopies({9: {0: QT.MXFP4}}), "layer 9, the model has layers 0 to 2"),
+        (BetterCopies({0: {4: QT.MXFP4}}), "expert 4, the model has experts 0 to 3"),
+        (BetterCopies({}), "no experts"),
     ):
         with pytest.raises(UsageError, match=message):
             write_overlay(checkpoint, tiers, target)
@@ -225,7 +225,7 @@ def test_what_an_overlay_can_not_be_made_of_is_refused_before_any_work(
     convert(narrow, tmp_path / "narrow.lr")
     manifest = read_manifest(tmp_path / "narrow.lr" / MANIFEST_NAME)
     with pytest.raises(UsageError, match=r"layers\.1\.ffn\.experts\.2\.w2\.weight: rows of 32"):
-        plan_overlay(Checkpoint.open(narrow), TierPlan({1: {2: QT.Q3_K}}), manifest)
+        plan_overlay(Checkpoint.open(narrow), BetterCopies({1: {2: QT.Q3_K}}), manifest)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(DiskSpaceError, match=r"needs .* the disk has 1000 B free"):
@@ -307,7 +307,7 @@ def test_overlays_of_another_base_or_shape_are_refused(source: Path, model: Path
 
 
 def test_tier_plans_survive_json_and_refuse_what_is_none() -> None:
-    assert TierPlan.from_json(json.loads(json.dumps(TIERS.to_json()))) == TIERS
+    assert BetterCopies.from_json(json.loads(json.dumps(TIERS.to_json()))) == TIERS
     assert TIERS.to_json() == {"0": {"mxfp4": [1, 3]}, "2": {"q4_k": [0, 3], "mxfp4": [2]}}
     for value in (
         [],
@@ -318,4 +318,4 @@ def test_tier_plans_survive_json_and_refuse_what_is_none() -> None:
         {"0": {"mxfp4": 3}},
     ):
         with pytest.raises(FormatError):
-            TierPlan.from_json(value)
+            BetterCopies.from_json(value)

@@ -20,12 +20,12 @@ from localrun.quant.convert.split import split_model
 from localrun.quant.convert.verify_journal import VerifyJournal
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 from tests.checkpoints import write_small
 from tests.quant.convert.test_quantized_base import WIDE
 
 PART_BYTES = 700_000
-TIERS = TierPlan({0: {3: QT.BF16, 1: QT.BF16}, 2: {0: QT.Q8_0}})
+TIERS = BetterCopies({0: {3: QT.BF16, 1: QT.BF16}, 2: {0: QT.Q8_0}})
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as QT
 
-from localrun.quant.precision.copies import TierPlan
+from localrun.quant.precision.copies import BetterCopies
 from localrun.quant.precision.error import ErrorTable, LayerErrors
 from localrun.quant.precision.importance import ImportanceSummary
-from localrun.quant.precision.report import REPORT_NAMES, Evaluation, TierReport
+from localrun.quant.precision.report import REPORT_NAMES, Evaluation, PrecisionReport
 from localrun.quant.precision.solver import HotBudget, solve_hot
 from tests.quant.precision.test_solver import costs
 
@@ -34,7 +34,7 @@ def error_table() -> ErrorTable:
 def test_whole_report_is_complete_and_well_formed(tmp_path: Path) -> None:
     table = costs(np.random.default_rng(0), 4, n_layers=2)
     solution = solve_hot(table, QT.Q2_K, [HotBudget(QT.MXFP4, 320_000)])
-    report = TierReport(
+    report = PrecisionReport(
         model="A <b>model</b> | & more",
         sizes={"base": 2 << 30, "overlay": 1 << 30},
         options={"base": "q2_k", "hot": "mxfp4:1GiB"},
@@ -57,7 +57,7 @@ def test_whole_report_is_complete_and_well_formed(tmp_path: Path) -> None:
     ):
         assert wanted in text
     data = json.loads((tmp_path / "report.json").read_text())
-    assert TierPlan.from_json(data["tiers"]["better"]).formats == solution.plan.formats
+    assert BetterCopies.from_json(data["tiers"]["better"]).formats == solution.plan.formats
     again = ErrorTable.from_json(data["errors"])
     assert (again.n_measured, again.n_experts, again.real_rows) == (6, 8, True)
     np.testing.assert_allclose(again.errors(1, QT.Q2_K), [0.08, 0.04, 0.06, 0.06])
@@ -70,6 +70,6 @@ def test_whole_report_is_complete_and_well_formed(tmp_path: Path) -> None:
 
 
 def test_report_of_few_pieces(tmp_path: Path) -> None:
-    report = TierReport("m", {"base": 5}, {})
+    report = PrecisionReport("m", {"base": 5}, {})
     assert {path.name for path in report.write(tmp_path)} == {"report.md", "report.json"}
-    assert "Tiers" not in (tmp_path / "report.md").read_text()
+    assert "Precision of the experts" not in (tmp_path / "report.md").read_text()

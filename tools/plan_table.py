@@ -39,8 +39,8 @@ def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], settings: Settings)
     """One row per box and model."""
     result: list[tuple[str, ...]] = []
     for box in boxes:
-        rates = f"{box.memory:g} / {box.disk:g}" + (f" x {box.n_drives}" if box.n_drives > 1 else "")
-        rates += f" / {box.gpu:g}" if box.vram_gib else " / -"
+        rates = f"{box.memory_gb_per_s:g} / {box.disk_gb_per_s:g}" + (f" x {box.n_drives}" if box.n_drives > 1 else "")
+        rates += f" / {box.gpu_gb_per_s:g}" if box.vram_gib else " / -"
         for model in models:
             name = f"{model.name.removeprefix('DeepSeek-V4-')} {model.experts[0].name}"
             try:

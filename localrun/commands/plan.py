@@ -188,8 +188,8 @@ def _machine(args: argparse.Namespace, user: config.Settings, sizes: ModelSizes)
             hardware.Gpu.described(
                 size,
                 name=f"GPU {number}",
-                bytes_per_s=args.machine_gpu_gbps or hardware.ASSUMED_GPU_MEMORY,
-                pcie_bytes_per_s=args.machine_pcie_gbps or hardware.ASSUMED_PCIE,
+                bytes_per_s=args.machine_gpu_gbps or hardware.ASSUMED_VRAM_BYTES_PER_S,
+                pcie_bytes_per_s=args.machine_pcie_gbps or hardware.ASSUMED_PCIE_BYTES_PER_S,
             )
             for number, size in enumerate(args.machine_vram)
             if size
@@ -198,9 +198,9 @@ def _machine(args: argparse.Namespace, user: config.Settings, sizes: ModelSizes)
     return machine.given(
         ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
         total_ram_bytes=ram,
-        disk=args.machine_disk_gbps,
+        disk_bytes_per_s=args.machine_disk_gbps,
         n_drives=args.machine_drives,
-        memory=args.machine_memory_gbps,
+        memory_bytes_per_s=args.machine_memory_gbps,
         n_threads=min(user["threads"], threads) if user["threads"] and threads else threads,
         gpus=gpus,
     )

@@ -61,7 +61,8 @@ def test_a_stop_that_comes_in_the_middle_of_another_change_is_not_lost(
     handover: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a signal handler does it: between the look at the reasons and the writing of the threshold, on the same thread."""
-    look, interrupted = handover._compiled_below, []
+    look = handover._compiled_below
+    interrupted: list[bool] = []
 
     def looks_then_is_interrupted() -> int:
         value = look()

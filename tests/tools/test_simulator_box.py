@@ -32,11 +32,13 @@ def slice_of_flash() -> ModelSizes:
 def test_time_follows_from_what_the_slot_table_misses(slice_of_flash: ModelSizes) -> None:
     header = TraceHeader("synthetic", dict.fromkeys(range(LAYERS), (256, 6)), 0.0)
     calls = synthetic_calls(Workload(LAYERS, 256, 6, 200, 0, 64, 32), seed=1)
-    machine = Hardware(ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk=2e9, memory=20e9, n_threads=2)
+    machine = Hardware(
+        ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk_bytes_per_s=2e9, memory_bytes_per_s=20e9, n_threads=2
+    )
     results = {}
     for name, box, ram in (
         ("little", machine, 2 * GIB),
-        ("fast drive", replace(machine, disk=8e9), 2 * GIB),
+        ("fast drive", replace(machine, disk_bytes_per_s=8e9), 2 * GIB),
         ("more", machine, 5 * GIB),
         ("all", machine, 12 * GIB),
     ):

@@ -169,7 +169,7 @@ def boxes(args: argparse.Namespace, sizes: ModelSizes) -> Iterator[tuple[str, Ha
         )
         disk = args.disk_gbps * 1e9 if args.disk_gbps else None
         memory = args.memory_gbps * 1e9 if args.memory_gbps else None
-        yield "given", machine.given(disk=disk, memory=memory)
+        yield "given", machine.given(disk_bytes_per_s=disk, memory_bytes_per_s=memory)
         return
     wanted = [name.strip() for name in args.boxes.split(";")] if args.boxes else [box.name for box in BOXES]
     for box in BOXES:

@@ -18,12 +18,12 @@ class Box:
 
     name: str
     ram_gib: int
-    memory: float
+    memory_gb_per_s: float
     threads: int
-    disk: float
+    disk_gb_per_s: float
     n_drives: int = 1
     vram_gib: tuple[int, ...] = ()
-    gpu: float = 0.0
+    gpu_gb_per_s: float = 0.0
 
     @property
     def slug(self) -> str:
@@ -38,9 +38,9 @@ class Box:
         return described(
             ram_bytes=self.ram_gib * GIB,
             n_threads=self.threads,
-            gpus=[Gpu.described(size * GIB, bytes_per_s=self.gpu * 1e9) for size in self.vram_gib],
-            disk=self.disk * 1e9,
-            memory=self.memory * 1e9,
+            gpus=[Gpu.described(size * GIB, bytes_per_s=self.gpu_gb_per_s * 1e9) for size in self.vram_gib],
+            disk_bytes_per_s=self.disk_gb_per_s * 1e9,
+            memory_bytes_per_s=self.memory_gb_per_s * 1e9,
             n_drives=self.n_drives,
         )
 
@@ -48,12 +48,12 @@ class Box:
 BOXES = (
     Box("no GPU, 32 GB", 32, 45, 8, 3.5),
     Box("no GPU, 128 GB", 128, 65, 16, 6.0),
-    Box("12 GB GPU, 32 GB", 32, 45, 8, 3.5, vram_gib=(12,), gpu=360),
-    Box("16 GB GPU, 64 GB", 64, 70, 8, 6.0, vram_gib=(16,), gpu=670),
-    Box("24 GB GPU, 64 GB", 64, 70, 12, 6.0, vram_gib=(24,), gpu=930),
-    Box("32 GB GPU, 64 GB", 64, 80, 16, 10.0, vram_gib=(32,), gpu=1700),
-    Box("24 GB GPU, 128 GB", 128, 70, 16, 6.0, vram_gib=(24,), gpu=930),
-    Box("2 x 24 GB GPU, 256 GB, 2 drives", 256, 180, 24, 6.0, n_drives=2, vram_gib=(24, 24), gpu=930),
+    Box("12 GB GPU, 32 GB", 32, 45, 8, 3.5, vram_gib=(12,), gpu_gb_per_s=360),
+    Box("16 GB GPU, 64 GB", 64, 70, 8, 6.0, vram_gib=(16,), gpu_gb_per_s=670),
+    Box("24 GB GPU, 64 GB", 64, 70, 12, 6.0, vram_gib=(24,), gpu_gb_per_s=930),
+    Box("32 GB GPU, 64 GB", 64, 80, 16, 10.0, vram_gib=(32,), gpu_gb_per_s=1700),
+    Box("24 GB GPU, 128 GB", 128, 70, 16, 6.0, vram_gib=(24,), gpu_gb_per_s=930),
+    Box("2 x 24 GB GPU, 256 GB, 2 drives", 256, 180, 24, 6.0, n_drives=2, vram_gib=(24, 24), gpu_gb_per_s=930),
 )
 
 BY_SLUG = {box.slug: box for box in BOXES}

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ASSUMED_DISK = 3.0e9
+ASSUMED_DISK_BYTES_PER_S = 3.0e9
 """Bytes per second of a PCIe 3.0 NVMe drive, where there is nothing to measure."""
 
-ASSUMED_MEMORY = 40.0e9
+ASSUMED_MEMORY_BYTES_PER_S = 40.0e9
 """Two channels of DDR4-3200 give 51.2 GB/s on paper; a reader gets about four fifths."""
 
-ASSUMED_GPU_MEMORY = 500.0e9
+ASSUMED_VRAM_BYTES_PER_S = 500.0e9
 """A middle-class card of recent years."""
 
-ASSUMED_PCIE = 12.0e9
+ASSUMED_PCIE_BYTES_PER_S = 12.0e9
 """PCIe 3.0 x16 or 4.0 x8 after overhead."""
 
-ASSUMED_GPU = assumed_rates(ASSUMED_GPU_MEMORY, ASSUMED_PCIE)
+ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S, ASSUMED_PCIE_BYTES_PER_S)
 
 _PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
 """GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
@@ -64,8 +64,8 @@ class Gpu:
         vram_bytes: int,
         *,
         name: str = "GPU",
-        bytes_per_s: float = ASSUMED_GPU_MEMORY,
-        pcie_bytes_per_s: float = ASSUMED_PCIE,
+        bytes_per_s: float = ASSUMED_VRAM_BYTES_PER_S,
+        pcie_bytes_per_s: float = ASSUMED_PCIE_BYTES_PER_S,
     ) -> Gpu:
         """A card of which no more is known than its memory's bandwidth and its link's."""
         return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s, pcie_bytes_per_s))
@@ -73,15 +73,15 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """A machine. Rates in bytes per second.
+    """A machine.
 
     Attributes:
         ram_bytes: free for a whole program, what this process holds already included; None: nobody knows, and a plan assumes that
             everything fits.
         total_ram_bytes: of the machine, or of its cgroup.
-        disk: of the model's drive, several reads in flight, past the page cache.
+        disk_bytes_per_s: of the model's drive, several reads in flight, past the page cache.
         n_drives: 2: a mirror on a second one.
-        memory: of RAM, all cores reading.
+        memory_bytes_per_s: of RAM, all cores reading.
         n_threads: that compute.
         cpu: what our kernels do here; None: assumed from memory and threads.
         origin: name of a value -> "measured", "given" or "assumed".
@@ -89,9 +89,9 @@ class Hardware:
 
     ram_bytes: int | None
     total_ram_bytes: int | None
-    disk: float = ASSUMED_DISK
+    disk_bytes_per_s: float = ASSUMED_DISK_BYTES_PER_S
     n_drives: int = 1
-    memory: float = ASSUMED_MEMORY
+    memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     n_threads: int = 1
     cpu: CpuRates | None = None
     gpus: tuple[Gpu, ...] = ()
@@ -106,7 +106,7 @@ class Hardware:
         """With these values instead, and marked as given; None leaves a value as it is."""
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
-        if named.keys() & {"memory", "n_threads"}:  # what was measured with others says nothing
+        if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # what was measured with others says nothing
             named["cpu"] = None
             origin.pop("cpu", None)
         return replace(self, **named, origin=origin)  # type: ignore[arg-type]
@@ -133,15 +133,20 @@ def detect(
     """
     n_threads = n_threads or memory.physical_cores()
     cpu = None
-    origin = {"ram_bytes": "measured", "n_threads": "measured", "disk": "assumed", "memory": "assumed"}
-    disk, memory_rate = ASSUMED_DISK, ASSUMED_MEMORY
+    origin = {
+        "ram_bytes": "measured",
+        "n_threads": "measured",
+        "disk_bytes_per_s": "assumed",
+        "memory_bytes_per_s": "assumed",
+    }
+    disk_bytes_per_s, memory_bytes_per_s = ASSUMED_DISK_BYTES_PER_S, ASSUMED_MEMORY_BYTES_PER_S
     if probe:
         from localrun.offload.cache.drive_probe import disk_profiles_path, probe_disk, probe_memory
 
         drive = probe_disk(list(files) or [disk_profiles_path()])
         if drive.bytes_per_s is not None:
-            disk, origin["disk"] = drive.bytes_per_s, "measured"
-        memory_rate, origin["memory"] = probe_memory(), "measured"
+            disk_bytes_per_s, origin["disk_bytes_per_s"] = drive.bytes_per_s, "measured"
+        memory_bytes_per_s, origin["memory_bytes_per_s"] = probe_memory(), "measured"
         if specs:
             from localrun.offload.kernels.probe import probe_cpu
 
@@ -149,14 +154,14 @@ def detect(
                 cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
             except LocalrunError as error:  # loading says what it thinks of such a model
                 log.warning("the processor was not measured: %s", error)
-        memory_rate, cpu = _usual(memory_rate, cpu, specs, n_threads)
+        memory_bytes_per_s, cpu = _usual(memory_bytes_per_s, cpu, specs, n_threads)
     available = memory.available_memory()
     return Hardware(
         ram_bytes=None if available is None else available + memory.resident_bytes(),
         total_ram_bytes=memory.total_memory(),
-        disk=disk,
+        disk_bytes_per_s=disk_bytes_per_s,
         n_drives=n_drives,
-        memory=memory_rate,
+        memory_bytes_per_s=memory_bytes_per_s,
         n_threads=n_threads,
         cpu=cpu,
         gpus=local_gpus() if gpus else (),
@@ -165,7 +170,7 @@ def detect(
 
 
 def _usual(
-    memory_rate: float, cpu: CpuRates | None, specs: Collection[FfnSpec], n_threads: int
+    memory_bytes_per_s: float, cpu: CpuRates | None, specs: Collection[FfnSpec], n_threads: int
 ) -> tuple[float, CpuRates | None]:
     """These rates as this machine usually has them (`usual_rates.py`)."""
 
@@ -173,7 +178,7 @@ def _usual(
         kinds = "/".join(kind.name for kind in spec.types)
         return f"{name} of {kinds} {spec.n_embd}x{spec.n_ff}, {n_threads} threads"
 
-    measured = {"memory": memory_rate}
+    measured = {"memory": memory_bytes_per_s}
     if cpu is None:
         return usual_rates(measured)["memory"], None
     dense = {f.name: f"{f.name}, {n_threads} threads" for f in fields(cpu) if f.name != "experts"}
@@ -200,8 +205,8 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
     known = len(links) == len(devices)  # else nobody knows which is which
     result = []
     for number, device in enumerate(devices):
-        link = links[number] if known else ASSUMED_PCIE
-        rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_GPU_MEMORY, link)
+        link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_VRAM_BYTES_PER_S, link)
         result.append(Gpu(name=device.description or device.name, vram_bytes=device.free_bytes, rates=rates))
     return tuple(result)
 
@@ -220,18 +225,26 @@ def display_links() -> list[float]:
 
 
 def described(
-    *, ram_bytes: int, n_threads: int, disk: float, memory: float, n_drives: int = 1, gpus: Sequence[Gpu] = ()
+    *,
+    ram_bytes: int,
+    n_threads: int,
+    disk_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    n_drives: int = 1,
+    gpus: Sequence[Gpu] = (),
 ) -> Hardware:
     """A machine that somebody describes; all of its RAM but what a system takes is free."""
     return Hardware(
         ram_bytes=max(0, ram_bytes - SYSTEM_BYTES),
         total_ram_bytes=ram_bytes,
-        disk=disk,
+        disk_bytes_per_s=disk_bytes_per_s,
         n_drives=n_drives,
-        memory=memory,
+        memory_bytes_per_s=memory_bytes_per_s,
         n_threads=n_threads,
         gpus=tuple(gpus),
-        origin=dict.fromkeys(("ram_bytes", "n_threads", "gpus", "disk", "memory", "n_drives"), "given"),
+        origin=dict.fromkeys(
+            ("ram_bytes", "n_threads", "gpus", "disk_bytes_per_s", "memory_bytes_per_s", "n_drives"), "given"
+        ),
     )
 
 

@@ -273,14 +273,14 @@ def attention_macs(sizes: ModelSizes, position: int) -> float:
 
 def drive_rate(machine: Hardware) -> float:
     """Of all drives together."""
-    return machine.disk * (1 + SECOND_DRIVE_GAIN * (machine.n_drives - 1))
+    return machine.disk_bytes_per_s * (1 + SECOND_DRIVE_GAIN * (machine.n_drives - 1))
 
 
 def dense_on(machine: Hardware) -> tuple[float, float]:
     """Bytes per second with one row, multiplications per second with a batch: measured, or assumed."""
     if machine.cpu is not None:
         return machine.cpu.dense_bytes_per_s, machine.cpu.dense_macs_per_s
-    return assumed_dense(machine.memory, machine.n_threads)
+    return assumed_dense(machine.memory_bytes_per_s, machine.n_threads)
 
 
 def slowest(gpus: Sequence[GpuRates]) -> GpuRates | None:
@@ -302,7 +302,7 @@ def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
     def assumed(types: ExpertTypes) -> ExpertRates:
         layout = expert_layout(types, sizes.shape.n_embd, sizes.shape.n_ff)
         weights = sizes.shape.expert_weights
-        return assumed_expert(types, sum(layout.raw_bytes), weights, machine.memory, machine.n_threads)
+        return assumed_expert(types, sum(layout.raw_bytes), weights, machine.memory_bytes_per_s, machine.n_threads)
 
     known = machine.cpu.experts if machine.cpu is not None else {}
     slower = [rates.decode_s / assumed(types).decode_s for types, rates in known.items()]

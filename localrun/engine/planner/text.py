@@ -62,10 +62,10 @@ def _machine(machine: Hardware) -> str:
         free = f"{format_size(machine.ram_bytes)} of {format_size(machine.total_ram_bytes)} RAM free"
         parts.append(marked("ram_bytes", free))
     parts += [
-        marked("memory", f"memory {machine.memory / 1e9:.1f} GB/s"),
+        marked("memory_bytes_per_s", f"memory {machine.memory_bytes_per_s / 1e9:.1f} GB/s"),
         marked(
-            "disk",
-            f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk / 1e9:.2f} GB/s",
+            "disk_bytes_per_s",
+            f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk_bytes_per_s / 1e9:.2f} GB/s",
         ),
         marked("n_threads", f"{machine.n_threads} threads"),
         *(f"{gpu.name} {format_size(gpu.vram_bytes)} free" for gpu in machine.gpus),
@@ -124,9 +124,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "machine": {
             "ram_bytes": machine.ram_bytes,
             "total_ram_bytes": machine.total_ram_bytes,
-            "disk_bytes_per_s": machine.disk,
+            "disk_bytes_per_s": machine.disk_bytes_per_s,
             "n_drives": machine.n_drives,
-            "memory_bytes_per_s": machine.memory,
+            "memory_bytes_per_s": machine.memory_bytes_per_s,
             "n_threads": machine.n_threads,
             "cpu": _cpu_json(machine.cpu),
             "gpus": [

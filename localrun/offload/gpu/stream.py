@@ -201,7 +201,7 @@ class Job:
 _Arrival = tuple[Passing, npt.NDArray[np.uint8], BaseException | None]
 
 
-class GpuLane:
+class GpuThread:
     """The thread that drives one GPU through long calls. `close` before the GPU's slots and the store are closed.
 
     Args:

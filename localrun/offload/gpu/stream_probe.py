@@ -21,7 +21,7 @@ from localrun.offload.gpu.stream import (
     MEASURED_PAIRS,
     RING_SLOTS,
     Cost,
-    GpuLane,
+    GpuThread,
     Job,
     Passing,
     StreamCosts,
@@ -48,21 +48,21 @@ def measure(device: GpuDevice, kernel: FfnKernel, n_unpackers: int) -> StreamCos
         None where streaming does not make a made-up call of many experts and tokens `LEAST_GAIN` times as fast, both sides working
         at once; with a warning where the device can't be measured.
     """
-    lane: GpuLane | None = None
+    thread: GpuThread | None = None
     slots: GpuSlots | None = None
     key = ring_key(0)
     try:
         slots = GpuSlots(device, {key: RING_SLOTS}, {key: kernel.spec}, 1 << 62)
         if not slots.banks:
             raise GpuMemoryError("no memory")
-        lane = GpuLane(slots, [kernel], None, n_unpackers=n_unpackers)
-        return _costs(_Bench(kernel, lane))
+        thread = GpuThread(slots, [kernel], None, n_unpackers=n_unpackers)
+        return _costs(_Bench(kernel, thread))
     except LocalrunError as error:
         log.warning("%s: streaming was not measured: %s", device.name, error)
         return None
     finally:
-        if lane is not None:
-            lane.close()
+        if thread is not None:
+            thread.close()
         if slots is not None:
             slots.close()
 
@@ -97,8 +97,8 @@ def _line(x0: int, y0: float, x1: int, y1: float) -> Cost:
 class _Bench:
     """Made-up calls: one expert whose bytes are all alike, used again and again. Its methods give seconds."""
 
-    def __init__(self, kernel: FfnKernel, lane: GpuLane) -> None:
-        self._kernel, self._lane = kernel, lane
+    def __init__(self, kernel: FfnKernel, thread: GpuThread) -> None:
+        self._kernel, self._thread = kernel, thread
         raw_bytes = sum(kernel.raw_bytes)
         rng = np.random.default_rng(0)
         self._packed = np.zeros(kernel.slot_bytes + 64, np.uint8)
@@ -137,7 +137,7 @@ class _Bench:
         rows = np.arange(n_experts * n_pairs, dtype=np.int32).reshape(n_experts, n_pairs)
         passing = [Passing(0, 0, i, 0, self._address, rows[i], rows[i]) for i in range(n_experts)]
         job = Job(self._x, self._out, passing=passing)
-        self._lane.submit(job)
+        self._thread.submit(job)
 
         def wait() -> None:
             job.done.wait()

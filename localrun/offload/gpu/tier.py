@@ -33,7 +33,7 @@ from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32
 from localrun.offload.gpu.slots import BankKey, GpuSlots, most_slots, scratch_bytes, slot_bytes
-from localrun.offload.gpu.stream import RING_SLOTS, GpuLane, Job, Pairs, Passing, Rings, choose
+from localrun.offload.gpu.stream import RING_SLOTS, GpuThread, Job, Pairs, Passing, Rings, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
 
@@ -123,7 +123,7 @@ class GpuTier:
         self._n_decodes = 0
         self.n_exchanged = 0
         self.slots: list[GpuSlots] = []
-        self.lanes: list[GpuLane] = []
+        self.threads: list[GpuThread] = []
         self.rings = rings
         self._ring_of: dict[BankKey, int] = {}
         if rings is not None:
@@ -218,7 +218,7 @@ class GpuTier:
         """Starts the threads."""
         for i, slots in enumerate(self.slots):
             kernels = self.rings.kernels if self.rings is not None and i == self.rings.gpu else ()
-            self.lanes.append(GpuLane(slots, kernels, in_ram.store, n_unpackers=n_unpackers))
+            self.threads.append(GpuThread(slots, kernels, in_ram.store, n_unpackers=n_unpackers))
         self._staging = HostMemory(self.slots[0].device, max(self.staging_bytes, PAGE_BYTES))
         self._thread = threading.Thread(target=self._fill, args=(in_ram,), name="localrun-gpu", daemon=True)
         self._thread.start()
@@ -329,13 +329,13 @@ class GpuTier:
         self._uploads.put(None)
         if self._thread is not None:
             self._thread.join()
-        for lane in self.lanes:
-            lane.close()
+        for thread in self.threads:
+            thread.close()
         if self._staging is not None:
             self._staging.close()
         for slots in self.slots:
             slots.close()
-        self.lanes, self.slots = [], []
+        self.threads, self.slots = [], []
 
 
 class GpuCall:
@@ -418,7 +418,7 @@ class GpuCall:
             jobs.setdefault(self._tier.rings.gpu, Job(self._x, self._out)).passing = passing
         for gpu, job in jobs.items():
             self._jobs.append(job)
-            self._tier.lanes[gpu].submit(job)
+            self._tier.threads[gpu].submit(job)
 
     def wait(self, check_stop: Callable[[], None] = lambda: None) -> int:
         """Waits until all outputs are written; returns the bytes that were read.

@@ -48,7 +48,7 @@ from tests.rpc_server import rpc_server
 from tools.synthetic_config import FLASH, PRO
 
 GIB = 1 << 30
-BOX = Hardware(ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk=3e9, memory=50e9, n_threads=8)
+BOX = Hardware(ram_bytes=60 * GIB, total_ram_bytes=64 * GIB, disk_bytes_per_s=3e9, memory_bytes_per_s=50e9, n_threads=8)
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +186,15 @@ def test_a_plan_stays_within_the_machine(flash: ModelSizes) -> None:
 def test_more_of_anything_is_never_slower(ram: int, more: int, disk: float, context: int, change: str) -> None:
     model = sizes_of_flash()
     factor = 1 + more / 100
-    machine = replace(BOX, ram_bytes=ram * GIB, total_ram_bytes=(ram + 2) * GIB, disk=disk * 1e9)
+    machine = replace(BOX, ram_bytes=ram * GIB, total_ram_bytes=(ram + 2) * GIB, disk_bytes_per_s=disk * 1e9)
     options, better, other = Settings(n_ctx=context, position=1024), machine, model
     after = options
     if change == "ram":
         better = replace(machine, ram_bytes=(ram + more) * GIB)
     elif change == "disk":
-        better = replace(machine, disk=machine.disk * factor)
+        better = replace(machine, disk_bytes_per_s=machine.disk_bytes_per_s * factor)
     elif change == "memory":
-        better = replace(machine, memory=machine.memory * factor)
+        better = replace(machine, memory_bytes_per_s=machine.memory_bytes_per_s * factor)
     elif change == "threads":
         better = replace(machine, n_threads=8 + more)
     elif change == "drive":
@@ -405,7 +405,7 @@ def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["plan", "pro", *GIVEN, "--machine-vram", "24GiB", "--json"]) == 0
     value = json.load(io.StringIO(capsys.readouterr().out))
     assert value["model"]["n_experts"] == 61 * 384
-    assert value["machine"]["origin"]["disk"] == "given"
+    assert value["machine"]["origin"]["disk_bytes_per_s"] == "given"
     assert value["decode"]["low"]["tokens_per_s"] <= value["decode"]["likely"]["tokens_per_s"]
     assert sum(value["placement"]["kv"].values()) == value["placement"]["kv_bytes"]
     for part in (

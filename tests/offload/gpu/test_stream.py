@@ -131,14 +131,14 @@ def test_formats_of_a_layer_pass_through_rings_of_their_own(
         assert tier is not None
         assert tier.rings is not None
         assert [kernel.spec.types[0] for kernel in tier.rings.kernels] == [MODEL.expert_type, QT.Q8_0]
-        lane, rings = tier.lanes[0], set()
-        submit = lane.submit
+        thread, rings = tier.threads[0], set()
+        submit = thread.submit
 
         def watch(job: Job) -> None:
             rings.update(item.ring for item in job.passing)
             submit(job)
 
-        monkeypatch.setattr(lane, "submit", watch)
+        monkeypatch.setattr(thread, "submit", watch)
         logits(model)  # into RAM
         found = logits(model, batch=150)
         assert rings == {0, 1}
@@ -179,8 +179,8 @@ def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice, monkey
         logits(model)
         tier = model.pool.residency.gpu
         assert tier is not None
-        lane, fetched, jobs = tier.lanes[0], 0, []
-        fetch = lane._fetch
+        thread, fetched, jobs = tier.threads[0], 0, []
+        fetch = thread._fetch
 
         def stop_after_two(job: Job, *rest: Any) -> None:
             nonlocal fetched
@@ -193,12 +193,12 @@ def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice, monkey
                     time.sleep(0.001)
             fetch(job, *rest)
 
-        monkeypatch.setattr(lane, "_fetch", stop_after_two)
+        monkeypatch.setattr(thread, "_fetch", stop_after_two)
         with pytest.raises(StoppedError):
             logits(model, batch=150)
         assert [job.cancelled for job in jobs] == [True]
         assert fetched < len(jobs[0].passing)
-        monkeypatch.setattr(lane, "_fetch", fetch)
+        monkeypatch.setattr(thread, "_fetch", fetch)
         model.clear_stop()
         assert np.isfinite(logits(model, TOKENS, batch=150)).all()
         assert all(slot.pins == 0 for slot in model.pool.residency.table)
@@ -213,8 +213,8 @@ def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
         logits(model)
         tier = model.pool.residency.gpu
         assert tier is not None
-        lane, jobs = tier.lanes[0], []
-        submit, stream = lane.submit, lane._stream
+        thread, jobs = tier.threads[0], []
+        submit, stream = thread.submit, thread._stream
 
         def interrupted(job: Job) -> None:
             def wait(timeout: float | None = None) -> bool:
@@ -230,8 +230,8 @@ def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
             time.sleep(0.2)
             stream(job)
 
-        monkeypatch.setattr(lane, "submit", interrupted)
-        monkeypatch.setattr(lane, "_stream", slow)
+        monkeypatch.setattr(thread, "submit", interrupted)
+        monkeypatch.setattr(thread, "_stream", slow)
         with pytest.raises(KeyboardInterrupt):
             logits(model, batch=150)
         assert [job.done.is_set() for job in jobs] == [True]
@@ -251,7 +251,7 @@ def test_an_expert_that_nobody_can_unpack_fails_the_call(
             raise RuntimeError("can't start new thread")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tier.lanes[0]._unpackers, "submit", refuse)
+            patch.setattr(tier.threads[0]._unpackers, "submit", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
                 logits(model, batch=150)
         assert np.isfinite(logits(model, batch=150)).all()

@@ -114,7 +114,7 @@ def test_the_command_splits_what_it_converts_and_what_an_earlier_run_converted(
 ) -> None:
     earlier = Path(shutil.copytree(whole, tmp_path / "earlier"))
     for target in (tmp_path / "new", earlier):
-        assert cli.main(["convert", str(checkpoint), str(target), "--split", str(PART_BYTES)]) == 0
+        assert cli.main(["convert", str(checkpoint), str(target), "--split", f"{PART_BYTES}B"]) == 0
         assert "split into" in capsys.readouterr().err
         parts = {path.name: path.read_bytes() for path in target.glob("*.gguf")}
         assert parts == {path.name: path.read_bytes() for path in finished.glob("model-*.gguf")}

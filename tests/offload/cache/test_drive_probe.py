@@ -38,12 +38,13 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_measured_profile_is_one_of_the_combinations_and_has_a_rate(model: Path, memory: Path) -> None:
+    before = time.time()
     profile = probe_disk([model], memory=memory)
+    assert before - 1 <= profile.measured_at <= time.time() + 1  # rounded, perhaps
     assert profile.measured
     assert profile.lanes in LANES
     assert profile.piece_bytes in probe.PIECES
     assert profile.bytes_per_s == pytest.approx(profile.tried[f"{profile.lanes} x {profile.piece_bytes >> 10}"], abs=1)
-    assert abs(time.time() - profile.measured_at) < 60
 
 
 def test_same_drive_is_measured_once(model: Path, memory: Path) -> None:

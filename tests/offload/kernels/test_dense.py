@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from localrun.offload.kernels import DenseKernel
+from localrun.offload.kernels import DenseKernel, threads
+from localrun.offload.kernels.layouts import CALL
 from tests.offload.kernels.support import dequantize, ggml_matrix, quantize, relative_error
 
 
@@ -38,3 +39,20 @@ def test_many_tokens_equal_one_at_a_time() -> None:
     for token in range(0, 1500, 100):
         kernel.run(packed, x[token : token + 1], alone[token : token + 1])
         np.testing.assert_array_equal(together[token], alone[token])
+
+
+def test_where_no_threads_can_help_the_caller_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another system than Linux: two threads were asked for, and there is no pool to call."""
+    rng = np.random.default_rng(2)
+    rows = quantize(T.Q8_0, rng.standard_normal((640, 64), dtype=np.float32))
+    x, outputs = rng.standard_normal((33, 64), dtype=np.float32), []
+    for supported in (True, False):
+        monkeypatch.setattr(threads, "is_supported", lambda supported=supported: supported)
+        kernel = DenseKernel(T.Q8_0, 640, 64, n_threads=2)
+        assert bool(kernel._call._fields[CALL.pool]) == supported
+        memory = np.zeros(kernel.packed_bytes + 64, np.uint8)
+        packed = -(-memory.ctypes.data // 64) * 64
+        kernel.pack(rows.reshape(-1), packed)
+        outputs.append(np.zeros((33, 640), np.float32))
+        kernel.run(packed, x, outputs[-1])
+    np.testing.assert_array_equal(outputs[0], outputs[1])

@@ -64,7 +64,8 @@ class Packer:
     slot_bytes, raw_is_packed = EXPERT_BYTES, False
 
     def pack(self, raw: Bytes, slot: int) -> None:
-        ctypes.memmove(slot, packed(raw).ctypes.data, raw.size)
+        data = packed(raw)  # kept until it is copied
+        ctypes.memmove(slot, data.ctypes.data, raw.size)
 
 
 KERNELS = cast("Mapping[int, Sequence[FfnKernel]]", {layer: [Packer()] for layer in LAYERS})

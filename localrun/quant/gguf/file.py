@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -40,6 +41,19 @@ VERSION = 3
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 
+# ik_llama.cpp, ggml/include/ggml.h: types of its own, and those that it also has with rows interleaved (number + 200).
+_IK_TYPES = {
+    **{36: "I2_S", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K"},
+    **{141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 151: "Q8_KV", 152: "IQ5_KS", 153: "IQ2_KT"},
+    **{154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT"},
+}
+_IK_REPACKED = {
+    **{2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS"},
+    **{17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M"},
+    **{30: "BF16", 133: "Q6_0", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 144: "IQ4_KS"},
+    **{152: "IQ5_KS"},
+}
+
 MAX_HEADER_BYTES = 256 << 20
 """A vocabulary of V4's size makes a header of 6 MB; a larger claim than this is damage, and reading it costs memory."""
 MAX_ARRAY_STRINGS = 1 << 22
@@ -51,6 +65,15 @@ MAX_NAME_BYTES = 63
 """llama.cpp's GGML_MAX_NAME is 64 with the terminating zero."""
 MAX_ALIGNMENT = 1 << 20
 _FIRST_READ = 1 << 20
+
+FOREIGN_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        **{31 + i: f"{name}, retired from llama.cpp" for i, name in enumerate(("Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8"))},
+        **{number: f"{name} of ik_llama.cpp" for number, name in _IK_TYPES.items()},
+        **{number + 200: f"{name}_R4 of ik_llama.cpp" for number, name in _IK_REPACKED.items()},
+    }
+)
+"""Types of other programs by number: they can be named, not read."""
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -300,9 +323,7 @@ class _HeaderReader:
         try:
             ggml_type = GGMLQuantizationType(code)
         except ValueError:
-            raise UnsupportedModelError(
-                f"{self.path}: {name}: unknown ggml type {code}", hint="the file is damaged or newer than this program"
-            ) from None
+            raise self._unknown_type(name, code) from None
         if 0 in shape:
             raise self._error(f"{name}: empty dimension in shape {shape}")
         try:
@@ -310,6 +331,13 @@ class _HeaderReader:
         except ValueError as error:
             raise self._error(f"{name}: {error}") from None
         return TensorInfo(name, shape, ggml_type, n_bytes)
+
+    def _unknown_type(self, name: str, code: int) -> UnsupportedModelError:
+        what, hint = f"unknown ggml type {code}", "the file is damaged or newer than this program"
+        if foreign := FOREIGN_TYPES.get(code):
+            what = f"type {foreign}, which is not one of llama.cpp's ({code})"
+            hint = "take a file that was quantized for llama.cpp, or convert the official checkpoint"
+        return UnsupportedModelError(f"{self.path}: {name}: {what}", hint=hint)
 
     def _place(
         self, described: Iterable[tuple[TensorInfo, int]], data_offset: int, alignment: int
@@ -322,12 +350,21 @@ class _HeaderReader:
             if end > self.size:
                 raise self._error(f"{info.name}: ends at byte {end}, the file has {self.size}")
             tensors[info.name] = GgufTensor(info, data_offset + offset)
-        previous: GgufTensor | None = None
-        for tensor in sorted(tensors.values(), key=lambda t: t.offset):
-            if previous is not None and tensor.offset < previous.offset + previous.info.n_bytes:
-                raise self._error(f"{tensor.info.name}: overlaps {previous.info.name}")
-            previous = tensor
+        self._check_order(tensors.values(), data_offset, alignment)
         return tensors
+
+    def _check_order(self, tensors: Iterable[GgufTensor], data_offset: int, alignment: int) -> None:
+        """Tensors follow one another in the order of the header, without gaps: llama.cpp takes nothing else (gguf.cpp,
+        `gguf_init_from_reader`). A gap or an overlap is how a wrong type or shape shows."""
+        expected, previous = data_offset, "the header"
+        for tensor in tensors:
+            if tensor.offset != expected:
+                problem = "overlaps" if tensor.offset < expected else f"lies {tensor.offset - expected} bytes behind"
+                raise self._error(
+                    f"{tensor.info.name}: {problem} {previous}; tensors must follow one another, so a type or a shape is"
+                    " wrong"
+                )
+            expected, previous = align_up(tensor.offset + tensor.info.n_bytes, alignment), tensor.info.name
 
 
 def tensor_offsets(tensors: Iterable[TensorInfo], alignment: int) -> list[int]:

@@ -11,7 +11,6 @@ without an output matrix get the embedding's under that name, because llama.cpp 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +26,15 @@ from localrun.quant.gguf.checks import EXPERT_STACK, check_common, check_dense_t
 from localrun.quant.gguf.deepseek4 import ARCHITECTURE as DEEPSEEK4
 from localrun.quant.gguf.deepseek4 import check_deepseek4
 from localrun.quant.gguf.file import GgufFile, GgufTensor, GgufValue, build_header, read_gguf
+from localrun.quant.gguf.folder import only_model, split_files
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
+from localrun.quant.gguf.relatives import relative_of
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
 from localrun.quant.model.shape import ModelShape
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
+from localrun.quant.unfinished import refuse_holes, refuse_unfinished
 from localrun.reading import read_fully
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
-_MAX_PARTS = 9999
 _IDENTITY_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _DAMAGED = "the file is damaged or incomplete: fetch or convert it again"
@@ -107,9 +107,13 @@ class GgufSource:
             if manifest.overlay is not None:
                 overlay = _read_overlay(_manifest_files(manifest_path, manifest.overlay.files))
         else:
-            paths = _split_files(_only_model(path) if path.is_dir() else path)
+            paths = split_files(only_model(path) if path.is_dir() else path)
+        for part in paths:
+            refuse_unfinished(part)
         parts = _read_parts(paths)
         metadata, tensors = _merge(parts)
+        if (relative := relative_of(metadata, tensors)) is not None:
+            raise relative.error(parts[0].path)
         metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
         return cls(path, parts, metadata, tensors, manifest, overlay)
 
@@ -275,6 +279,7 @@ class GgufSource:
             step = max(1, span // _IDENTITY_SAMPLES)
             fd = _open(part.path)
             try:
+                refuse_holes(part.path, fd, part.data_offset, part.size_bytes)
                 for offset in range(part.data_offset, part.size_bytes, step):
                     digest.update(os.pread(fd, _SAMPLE_BYTES, offset))
             except OSError as error:
@@ -322,40 +327,6 @@ def _read_exactly(path: Path, offset: int, buffer: memoryview, what: str) -> Non
         read_fully(fd, f"{path}: {what}", offset, buffer, hint=_DAMAGED)
     finally:
         os.close(fd)
-
-
-def _only_model(folder: Path) -> Path:
-    """The one GGUF model in a folder without a manifest; of a split one its first part."""
-    models: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.gguf")):
-        match = _SPLIT_NAME.fullmatch(path.name)
-        models.setdefault(match["stem"] if match else path.name, path)
-    if not models:
-        raise FormatError(
-            f"{folder}: neither a converted model ({MANIFEST_NAME}), nor a checkpoint (config.json), nor a GGUF file",
-            hint="give a converted directory, a GGUF file or a checkpoint directory",
-        )
-    if len(models) > 1:
-        raise FormatError(f"{folder}: {len(models)} GGUF models: {', '.join(sorted(models)[:5])}", hint="name one file")
-    return next(iter(models.values()))
-
-
-def _split_files(path: Path) -> list[Path]:
-    """All parts of the model that `path` belongs to."""
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count <= _MAX_PARTS:
-        raise FormatError(f"{path}: part {match['number']} of {match['count']} can't exist")
-    paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in paths if not part.is_file()]
-    if missing:
-        raise FormatError(
-            f"{path}: {len(missing)} of {count} parts are missing, first {missing[0]}",
-            hint="put all parts into one folder",
-        )
-    return paths
 
 
 def _read_overlay(paths: Sequence[Path]) -> GgufFile:

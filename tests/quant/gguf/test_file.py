@@ -227,6 +227,9 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "huge offset": (make_file(tensors=[tensor(b"t", offset=1 << 63)]), "t: ends at byte"),
     "odd offset": (make_file(tensors=[tensor(b"t", offset=4)]), "t: offset 4 is not a multiple of the alignment 32"),
     "overlap": (make_file(tensors=[tensor(b"t", (64,)), tensor(b"u", offset=128)]), "u: overlaps t"),
+    "gap": (make_file(tensors=[tensor(b"t"), tensor(b"u", offset=256)]), "u: lies 128 bytes behind t"),
+    "late start": (make_file(tensors=[tensor(b"t", offset=32)]), "t: lies 32 bytes behind the header"),
+    "order": (make_file(tensors=[tensor(b"t", offset=128), tensor(b"u")]), "t: lies 128 bytes behind the header"),
     "no data": (make_file(tensors=[tensor(b"t")], data=0)[:-5], "truncated: tensor data should start at byte"),
 }  # fmt: skip
 
@@ -251,6 +254,12 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
         (make_file(version=0x03000000), "big-endian"),
         (make_file(tensors=[tensor(b"t", ggml_type=4)]), "t: unknown ggml type 4"),
         (make_file(tensors=[tensor(b"t", ggml_type=0x7FFFFFFF)]), "t: unknown ggml type 2147483647"),
+        (make_file(tensors=[tensor(b"t", ggml_type=137)]), "t: type IQ2_K of ik_llama.cpp, which is not one of"),
+        (make_file(tensors=[tensor(b"t", ggml_type=146)]), "t: type IQ4_KSS of ik_llama.cpp"),
+        (make_file(tensors=[tensor(b"t", ggml_type=153)]), "t: type IQ2_KT of ik_llama.cpp"),
+        (make_file(tensors=[tensor(b"t", ggml_type=337)]), "t: type IQ2_K_R4 of ik_llama.cpp"),
+        (make_file(tensors=[tensor(b"t", ggml_type=36)]), "t: type I2_S of ik_llama.cpp"),
+        (make_file(tensors=[tensor(b"t", ggml_type=31)]), "t: type Q4_0_4_4, retired from llama.cpp"),
     ],
 )
 def test_what_other_versions_have_is_unsupported(tmp_path: Path, data: bytes, problem: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -187,12 +188,12 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_must_hold_one_model(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"neither a converted model \(localrun.json\)"):
+    with pytest.raises(FormatError, match=r"no GGUF that is a model"):
         GgufSource.open(tmp_path)
     write_deepseek4(tmp_path / "a.gguf")
     assert GgufSource.open(tmp_path).files == (tmp_path / "a.gguf",)
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
-    with pytest.raises(FormatError, match=r"2 GGUF models: a.gguf, b.gguf"):
+    with pytest.raises(FormatError, match=r"2 GGUF models: a.gguf \([0-9.]+ MiB\), b.gguf"):
         GgufSource.open(tmp_path)
 
 
@@ -448,6 +449,22 @@ def test_layer_kinds_that_crash_llama_cpp_are_unsupported(tmp_path: Path, ratios
     (path,) = write_deepseek4(tmp_path / "m.gguf", TinyDeepseek4(ratios=ratios))
     with pytest.raises(UnsupportedModelError, match="no layer of ratio"):
         GgufSource.open(path)
+
+
+@pytest.mark.parametrize("other", [QT.Q4_0, QT.NVFP4, QT.F16])
+def test_a_changed_type_leaves_a_gap_or_an_overlap_and_is_refused_as_llama_cpp_refuses_it(
+    tiny: Path, tmp_path: Path, other: QT
+) -> None:
+    data, name = bytearray(tiny.read_bytes()), b"blk.1.attn_q_a.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8
+    assert struct.unpack_from("<I", data, at)[0] == QT.Q8_0
+    struct.pack_into("<I", data, at, other)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="tensors must follow one another"):
+        GgufSource.open(path)
+    with pytest.raises(AssertionError, match="refuses the header"), gguf_context(bytes(data)):
+        pass
 
 
 # Next-token-prediction blocks

@@ -1,0 +1,164 @@
+"""What a path means: which model in a folder, a hub's cache or a folder of quantizations is to be opened, and its name.
+
+Everything that shows models and everything that opens them asks here, so that both mean the same. Reads names, and headers of
+GGUFs where several lie together; whether a model is sound is found out by opening it.
+
+Hub cache: `models--OWNER--NAME/refs/BRANCH` names a commit, `snapshots/COMMIT/` holds links to the files of that commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from localrun.errors import FormatError, LocalrunError, UnsupportedModelError
+from localrun.quant.checkpoint.directory import CONFIG_NAME, INDEX_NAME
+from localrun.quant.gguf.folder import GgufModel, ggufs_in, is_companion, models_in, refuse_leftovers, several
+from localrun.quant.model.manifest import MANIFEST_NAME
+from localrun.quant.unfinished import refuse_unfinished
+
+Kind = Literal["converted", "GGUF", "checkpoint"]
+
+_HUB = "models--"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A model's place.
+
+    Attributes:
+        path: what to open: a converted or checkpoint directory, or a GGUF file (any part of a split one).
+        kind: what lies there.
+        name: for people: `owner/name` in a hub's cache, else the file's or folder's name.
+    """
+
+    path: Path
+    kind: Kind
+    name: str
+
+
+def locate(path: Path) -> Located:
+    """The one model that a user means by a path.
+
+    Raises:
+        FormatError: nothing there, an unfinished download, or several models; the message lists them with their sizes.
+    """
+    if path.is_symlink() and not path.exists():
+        raise FormatError(f"{path}: a link to a file that is not there", hint="run the download again")
+    if not path.exists():
+        raise FormatError(
+            f"{path}: no such file or directory",
+            hint="give a converted directory, a GGUF file or a checkpoint directory",
+        )
+    if not path.is_dir():
+        refuse_unfinished(path)
+        return Located(path, "GGUF", _name(path))
+    folder = _snapshot(path) or path
+    here = _in_folder(folder)
+    if here is not None and not _is_companion(here):
+        return here
+    below = list(_below(folder))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise several(path, "models", [(_label(found.path, folder), _bytes(found)) for found in below])
+    if here is not None:
+        return here  # opening it says what it is
+    refuse_leftovers(folder)
+    if ggufs := ggufs_in(folder):
+        return _gguf(ggufs[0])
+    raise FormatError(
+        f"{path}: neither a converted model ({MANIFEST_NAME}), nor a checkpoint ({CONFIG_NAME}), nor a GGUF file",
+        hint="give a converted directory, a GGUF file or a checkpoint directory",
+    )
+
+
+def _in_folder(folder: Path) -> Located | None:
+    """The model right in a folder; None without one."""
+    if (folder / MANIFEST_NAME).is_file():
+        return Located(folder, "converted", _name(folder))
+    models = models_in(folder)
+    if (folder / CONFIG_NAME).is_file() and (not models or _has_weights(folder)):
+        return Located(folder, "checkpoint", _name(folder))
+    if len(models) > 1:
+        raise several(folder, "GGUF models", [(model.path.name, model.n_bytes) for model in models])
+    return _gguf(models[0]) if models else None
+
+
+def _below(folder: Path) -> Iterator[Located]:
+    """Models in the folders right below: one for each quantization, or whole repositories of a hub's cache."""
+    for sub in sorted(folder.iterdir()):
+        if not sub.is_dir() or sub.name.startswith("."):
+            continue
+        try:
+            target = _snapshot(sub) or sub
+            found = _in_folder(target)
+        except LocalrunError:
+            yield Located(sub, "GGUF", _name(sub))  # a choice or a fault of its own: opening it says which
+            continue
+        if found is None and target != sub:
+            yield from _below(target)
+        elif found is not None and not _is_companion(found):
+            yield found
+
+
+def _is_companion(found: Located) -> bool:
+    return found.kind == "GGUF" and found.path.is_file() and is_companion(found.path)
+
+
+def _gguf(model: GgufModel) -> Located:
+    return Located(model.path, "GGUF", _name(model.path, model.name))
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file() or any(folder.glob("*.safetensors"))
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The snapshot that a repository of a hub's cache stands for: the one of branch `main`, else the only one."""
+    if not folder.name.startswith(_HUB) or not (folder / "snapshots").is_dir():
+        return None
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = ""
+    named = [path for path in snapshots if path.name == commit]
+    if named or len(snapshots) == 1:
+        return (named or snapshots)[0]
+    if not snapshots:
+        refuse_leftovers(folder)
+        raise FormatError(f"{folder}: no snapshot in this cache", hint="run the download again")
+    raise UnsupportedModelError(
+        f"{folder}: {len(snapshots)} snapshots and no refs/main that says which one counts", hint="name one of them"
+    )
+
+
+def _name(path: Path, own: str = "") -> str:
+    """`owner/name` for whatever lies in a hub's cache, a path inside the snapshot behind it."""
+    for parent in (path, *path.absolute().parents):
+        if parent.name.startswith(_HUB) and (owner_name := parent.name.removeprefix(_HUB).replace("--", "/")):
+            return owner_name
+    return own or path.name or str(path)
+
+
+def _label(path: Path, folder: Path) -> str:
+    """What tells a model below `folder` from its neighbours."""
+    relative = path.relative_to(folder)
+    if relative.parts[0].startswith(_HUB):
+        return relative.parts[0].removeprefix(_HUB).replace("--", "/")
+    return relative.parts[0]
+
+
+def _bytes(found: Located) -> int:
+    folder = found.path if found.path.is_dir() else found.path.parent
+    total = 0
+    for file in folder.iterdir():
+        if file.suffix in (".gguf", ".safetensors"):
+            try:
+                total += file.stat().st_size
+            except OSError:
+                continue
+    return total

@@ -12,6 +12,8 @@ import pytest
 from textual.command import CommandPalette
 from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 
+from localrun import paths
+from localrun.commands import models
 from localrun.engine.conversations import ConversationStore
 from localrun.errors import BudgetError
 from localrun.tui.app import Launch
@@ -404,14 +406,18 @@ async def test_a_model_that_cannot_be_loaded_is_a_panel_and_another_can_be_named
         engine.load_error = BudgetError("too little RAM", hint="give --ram at least 3 GiB")
 
     setup.prepare, setup.ready = prepare, False
+    (other := setup.folder / "other").mkdir()
+    paths.config_dir().mkdir()
+    (paths.config_dir() / "config.toml").write_text(f"[models]\nmine = '{other}'\n")
     async with setup.start() as talk:
         await talk.until(lambda: talk.app.chat and talk.app.chat.is_mounted and talk.errors)
         assert talk.errors == ["too little RAM"]
         assert {b.id for b in talk.screen.query("ErrorPanel Button")} >= {"do-models", "do-settings", "do-reload"}
-        await talk.type("/model /models/other")
+        await talk.type("/model mine")
         await talk.until(lambda: talk.screen.model.facts is not None)
-        assert talk.engine.loads[-1][0] == "/models/other"
+        assert talk.engine.loads[-1][0] == str(other)
         assert talk.errors == []
+        await talk.until(lambda: models.last() == other)
 
 
 async def test_the_demo_model_is_prepared_while_the_interface_is_up(setup: Setup) -> None:

@@ -51,7 +51,7 @@ class PrecisionRequest:
 
     Attributes:
         base: format of the base; None: the source's own. Of no meaning with a target.
-        hot, target: see `tier_solver`; neither: importance only.
+        hot, target: see `precision.solver`; neither: importance only.
         text: calibration text; None: the one that ships.
         imatrix: sums from a file in place of a calibration.
         max_tokens: run only the first ones of the text; 0: all.

@@ -57,7 +57,7 @@ class Totals:
 
 
 class Telemetry:
-    """Counters per layer. Written by the decoding thread, and under the pool's lock by read-ahead; readers may see half a call."""
+    """Counters per layer. Written by the decoding thread, and under residency's lock by read-ahead; readers may see half a call."""
 
     def __init__(self, n_layers: int) -> None:
         self.values: npt.NDArray[np.int64] = np.zeros((n_layers, len(Counter)), np.int64)

@@ -1,6 +1,6 @@
 """Whether streaming a prompt's experts through a GPU pays: measured when a model is loaded, with its own formats.
 
-One made-up expert on the CPU, through the GPU's own ring and thread, and on both sides at once, as `gpu_stream.py` will do it.
+One made-up expert on the CPU, through the GPU's own ring and thread, and on both sides at once, as `stream.py` will do it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,41 @@
+"""Which dense matrices are ours, and the pattern by which llama.cpp places exactly those."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType as QT
+
+from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
+from localrun.quant.open import open_model
+
+
+def test_the_pattern_finds_these_names_and_no_others(model_path: Path) -> None:
+    source = open_model(model_path)
+    ours = dense_tensors(source)
+    assert "blk.0.attn_q_a.weight" in ours
+    assert "output.weight" in ours
+    assert not [name for name in ours if "_exps" in name or "norm" in name or "gate_inp" in name]
+    pattern = dense_pattern(ours)
+    assert pattern is not None
+    assert {name for name in source.tensors if re.search(pattern, name)} == set(ours)
+    assert re.search(pattern, "blk.10.attn_q_a.weight") is None
+    assert re.search(pattern, "my_output.weight") is None
+
+
+def test_no_matrices_need_no_pattern() -> None:
+    assert dense_pattern({}) is None
+
+
+def test_memory_is_counted_and_given_back() -> None:
+    dense = DenseMatrices(n_threads=1)
+    n_in, n_out, n_groups = 64, 32, 2
+    rows = np.zeros(n_groups * n_out * n_in // 32 * 34, np.uint8)
+    record = dense.add(QT.Q8_0, (n_in, n_out, n_groups), rows)
+    assert dense.n_bytes >= rows.size
+    assert dense.scratch_bytes > 0
+    assert record.dtype == np.int64
+    dense.close()
+    assert dense.n_bytes == 0

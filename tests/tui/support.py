@@ -116,6 +116,7 @@ class Setup:
     launch: Launch = field(default_factory=lambda: Launch(model=Path("/models/fake")))
     prepare: Callable[[FakeEngine], None] = lambda engine: None
     ready: bool = True
+    toasts: bool = False
 
     @contextlib.asynccontextmanager
     async def start(self) -> AsyncIterator[Talk]:
@@ -127,7 +128,7 @@ class Setup:
             return engines[-1]
 
         app = LocalrunApp(self.launch, engine_factory=factory, store_path=self.folder / "c.sqlite3")
-        async with app.run_test(size=self.size) as pilot:
+        async with app.run_test(size=self.size, notifications=self.toasts) as pilot:
             end = time.monotonic() + PATIENCE_S
             while app.chat is None and len(app.screen_stack) == 1:
                 assert time.monotonic() < end, "neither the chat nor a question came"

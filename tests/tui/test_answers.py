@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from textual.widgets import Markdown, Static
+from textual.widgets import Button, Markdown, Static
 
 from localrun.engine.conversations import Attachment, ConversationStore
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Generate, PromptProgress, ToolCall
-from localrun.errors import ContextFullError, DecodeError
+from localrun.errors import BudgetError, ContextFullError, DecodeError
 from localrun.tui.answering import _progress_line
 from localrun.tui.screens.dialog import ChoiceDialog
+from localrun.tui.screens.models import ModelsScreen
 from localrun.tui.widgets.message_view import MessageView
 from localrun.tui.widgets.notices import ErrorPanel
 from localrun.tui.widgets.thinking import ThinkingBlock
+from tests.gguf_models import write_deepseek4
 from tests.tui.fake_engine import FakeEngine, failing, finished, held, text
 from tests.tui.support import Setup, Talk
 
@@ -369,3 +372,81 @@ async def test_backspace_in_an_empty_input_removes_the_attachment(setup: Setup) 
         talk.screen.prompt.set_attachments([Attachment("a", "x", 1)])
         await talk.press("backspace")
         assert talk.screen.prompt.attachments == []
+
+
+# --- models that fail
+
+
+async def test_a_model_with_unsound_headers_leaves_the_working_one_loaded(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
+    async with setup.start() as talk:
+        await talk.type("/model bad.gguf")
+        await talk.until(lambda: talk.errors)
+        assert "bad.gguf" in talk.errors[0]
+        assert talk.screen.model.facts is not None
+        assert len(talk.engine.loads) == 1
+        await talk.ask("still there?")
+        assert talk.shown[-1] == ("assistant", "You said: still there?")
+
+
+async def test_a_model_that_fails_later_makes_room_for_the_one_before(setup: Setup, tmp_path: Path) -> None:
+    write_deepseek4(tmp_path / "large.gguf")
+    async with setup.start() as talk:
+        talk.engine.load_error = BudgetError("too little RAM", hint="give --ram at least 3 GiB")
+        await talk.type("/model large.gguf")
+        await talk.until(lambda: talk.errors and talk.screen.model.facts is not None)
+        assert talk.errors == ["too little RAM"]
+        assert [path for path, _ in talk.engine.loads] == ["/models/fake", "large.gguf", "/models/fake"]
+        await talk.ask("still there?")
+        assert talk.shown[-1] == ("assistant", "You said: still there?")
+
+
+async def test_a_question_without_a_model_is_kept_whatever_fails_until_there_is_one(setup: Setup) -> None:
+    def prepare(engine: FakeEngine) -> None:
+        engine.load_error = BudgetError("too little RAM")
+
+    setup.prepare, setup.ready = prepare, False
+    async with setup.start() as talk:
+        await talk.until(lambda: talk.errors)
+        await talk.type("kept?")
+        await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
+        assert talk.screen.asking.pending is not None
+        talk.engine.load_error = BudgetError("too little RAM again")
+        talk.app.screen.dismiss(Path("/models/other"))
+        await talk.until(lambda: talk.errors == ["too little RAM again"])
+        assert talk.screen.asking.pending is not None
+        await talk.type("/model /models/third")
+        await talk.until(lambda: len(talk.shown) == 2)
+        await talk.idle()
+        assert talk.shown == [("user", "kept?"), ("assistant", "You said: kept?")]
+
+
+async def test_after_a_crash_there_are_restart_another_model_and_details(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.die()
+        await talk.until(lambda: talk.errors and talk.screen.model.facts is not None)
+        panel = talk.screen.query_one(ErrorPanel)
+        assert [button.id for button in panel.query(Button)] == ["do-reload", "do-models", "do-close"]
+        assert "last words of the engine" in str(panel.query_one(".error-details", Static).render())
+        await talk.pilot.click("#do-models")
+        await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
+
+
+async def test_with_a_locked_file_one_can_still_stop_and_quit_and_the_question_is_written_later(
+    setup: Setup, tmp_path: Path
+) -> None:
+    async with setup.start() as talk:
+        await talk.ask("one")
+        other = sqlite3.connect(tmp_path / "c.sqlite3", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        talk.screen.prompt.set_text("two")
+        talk.screen.prompt.area.focus()
+        await talk.pilot.press("enter")
+        await talk.until(lambda: any("another program holds it" in note for note in talk.notes))
+        assert talk.screen.prompt.text == "", "the interface goes on"
+        await talk.pilot.press("x")
+        await talk.until(lambda: talk.screen.prompt.text == "x")
+        other.execute("COMMIT")
+        other.close()
+        await talk.idle()
+        assert talk.shown[-1] == ("assistant", "You said: two")

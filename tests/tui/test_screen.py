@@ -30,6 +30,7 @@ from localrun.tui.widgets.find_bar import FindBar
 from localrun.tui.widgets.message_view import MessageView
 from localrun.tui.widgets.prompt import PromptArea
 from localrun.tui.widgets.status_bar import Status, StatusBar, status_line
+from localrun.units import format_rate
 from tests.gguf_models import write_deepseek4
 from tests.tui.fake_engine import FakeEngine, held, text
 from tests.tui.support import Setup
@@ -612,3 +613,49 @@ async def test_nothing_is_pushed_off_the_screen(setup: Setup, size: tuple[int, i
             assert region.height > 0
             assert region.bottom <= size[1]
             assert region.right <= size[0]
+
+
+@pytest.mark.parametrize("n_layers", [43, 61])
+@pytest.mark.parametrize("state", ["side", "full"])
+async def test_all_layers_of_a_real_model_are_on_view_at_once(setup: Setup, n_layers: int, state: str) -> None:
+    def prepare(engine: FakeEngine) -> None:
+        row = {"where": "r" * 100 + "d" * 156, "types": ["MXFP4"]}
+        engine.experts = {"n_experts": 256, "layers": [{"layer": n, **row} for n in range(n_layers)]}
+        engine.telemetry = {"hits": 90, "misses": 10, "tokens": 30, "bytes_read": 1, "total_s": 2.0, "wait_s": 0.5}
+
+    setup.size, setup.prepare = (160, 50), prepare
+    async with setup.start() as talk:
+        talk.screen.panels.set(engine=state)  # type: ignore[arg-type]
+        panel = talk.screen.query_one(EnginePanel)
+        await talk.until(lambda: panel.grid is not None)
+        await talk.settled()
+
+        def shown() -> str:
+            return "\n".join(strip.text for strip in talk.screen._compositor.render_strips())
+
+        def layers() -> set[int]:
+            return {int(number) for number in re.findall(r"(?<!\S) *(\d+) [▓░▒·]", shown())}
+
+        await talk.until(lambda: layers() == set(range(n_layers)) and "F9 map view" in shown(), shown())
+        assert panel.map.max_scroll_y == 0
+        assert "GPU" not in shown(), "there is none"
+        if state == "full":
+            text = panel.query_one("#engine-text").region
+            assert text.right <= panel.map.region.x, "numbers at the left"
+
+
+async def test_short_notes_leave_status_line_and_keys_alone(setup: Setup) -> None:
+    setup.toasts = True
+    async with setup.start() as talk:
+        for n in range(4):
+            talk.screen.notices.note(f"note {n}\nsecond line")
+        await talk.until(lambda: len(talk.app.screen.query("Toast")) == 4)
+        await talk.settled()
+        status = talk.screen.query_one(StatusBar).region
+        for toast in talk.app.screen.query("Toast"):
+            assert toast.region.bottom <= status.y
+
+
+def test_rates_are_written_without_exponents() -> None:
+    rates = (0.0123, 0.5, 4.125, 38.46, 1234.5, 123456.0, 0.0)
+    assert [format_rate(rate) for rate in rates] == ["0.0123", "0.5", "4.12", "38.5", "1,234", "123,456", "0"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.speed import Range
 from localrun.offload.kernels.rates import CpuRates
-from localrun.units import format_size
+from localrun.units import format_rate, format_size
 
 if TYPE_CHECKING:
     from localrun.engine.planner.plan import Plan
@@ -44,9 +44,13 @@ def plan_lines(plan: Plan) -> list[str]:
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction); most of the time: "
         f"{plan.decode.likely.limit}"
     )
-    best = [f"{s.text}: {s.tokens_per_s:.3g} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "answers"][:3]
+    best = [
+        f"{s.text}: {format_rate(s.tokens_per_s)} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "answers"
+    ][:3]
     best += [
-        f"{s.text}: prompts {s.tokens_per_s:.3g} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "prompts"
+        f"{s.text}: prompts {format_rate(s.tokens_per_s)} tokens/s, {s.cost}"
+        for s in plan.suggestions
+        if s.phase == "prompts"
     ]
     lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
     return lines

@@ -13,6 +13,7 @@ from textual.widgets import Static
 from localrun.engine.facts import Timings
 from localrun.textsafe import visible_line
 from localrun.tui.screens.dialog import Dialog
+from localrun.units import format_rate
 
 
 class PlanScreen(Dialog[None]):
@@ -53,7 +54,7 @@ class PlanScreen(Dialog[None]):
 def measured_line(timings: Timings) -> str:
     """Of the last answer: `answers 4.12 tokens/s, prompts 80.1 tokens/s (the last answer)`."""
     rates = (("answers", timings.decode_tokens_per_s), ("prompts", timings.prompt_tokens_per_s))
-    parts = [f"{name} {rate:.3g} tokens/s" for name, rate in rates if rate]
+    parts = [f"{name} {format_rate(rate)} tokens/s" for name, rate in rates if rate]
     return f"{', '.join(parts) or 'nothing'} (the last answer)"
 
 

@@ -37,12 +37,14 @@ class EnginePanel(Vertical):
         self._hits: deque[float] = deque(maxlen=HISTORY)
 
     def compose(self) -> ComposeResult:
-        yield Static("Engine", classes="panel-title")
-        yield Static("no model", id="engine-text")
-        yield Sparkline([], id="hit-curve", summary_function=max)
-        yield Static("", id="map-legend")
+        with Vertical(id="engine-numbers"):
+            yield Static("Engine", classes="panel-title")
+            yield Static("no model", id="engine-text")
+            yield Static("", id="hit-label")
+            yield Sparkline([], id="hit-curve", summary_function=max)
+            yield Static("", id="map-legend")
+            yield Static("F3 larger / off · F9 map view", classes="panel-foot")
         yield ExpertMap()
-        yield Static("F3 larger / off · F9 map view", classes="panel-foot")
 
     @property
     def map(self) -> ExpertMap:
@@ -67,7 +69,9 @@ class EnginePanel(Vertical):
             return
         self.query_one("#engine-text", Static).update(Content("\n".join(_lines(stats, facts, self.rates, self.grid))))
         curve = self.query_one(Sparkline)
-        curve.display = len(self._hits) > 1
+        label = self.query_one("#hit-label", Static)
+        curve.display = label.display = len(self._hits) > 1
+        label.update(f"hits, 0 to 100 %, last {len(self._hits)} looks")
         curve.data = [0.0, 1.0, *self._hits]
         if stats.experts is not None:
             self.map.show(self.grid)
@@ -94,7 +98,8 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     n_all = facts.n_moe_layers * facts.n_experts
     if grid is not None:
         on_gpu, in_ram = grid.count(GPU), grid.count(RAM)
-        yield _tier("GPU", on_gpu, n_all, on_gpu * facts.expert_bytes)
+        if on_gpu or facts.gpus:
+            yield _tier("GPU", on_gpu, n_all, on_gpu * facts.expert_bytes)
         yield _tier("RAM", in_ram, n_all, in_ram * facts.expert_bytes)
         yield _tier("disk", n_all - on_gpu - in_ram, n_all, (n_all - on_gpu - in_ram) * facts.expert_bytes)
     yield f"RAM for experts  {format_size(facts.ram_bytes)}   process {format_size(stats.rss_bytes)}"

@@ -1,12 +1,14 @@
 """Layers x experts as coloured glyphs: where each expert is, how precise, how much used.
 
-Every meaning has a glyph of its own, so the map can be read without colours. Cells are aggregated to the width at hand and
+Every meaning has a glyph of its own, so the map can be read without colours. Where there are more layers than lines they stand in
+columns beside each other, so that all are on view as long as cells keep a meaning. Cells are aggregated to the width at hand and
 drawn only for the lines on view, so a refresh costs about as much as a line of text per layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from rich.segment import Segment
@@ -22,6 +24,9 @@ MapView = Literal["residency", "precision", "heat"]
 VIEWS: tuple[MapView, ...] = ("residency", "precision", "heat")
 
 _LABEL_CELLS = 4
+_GAP_CELLS = 2
+MIN_CELLS = 12
+"""Of a row; columns are not made narrower: the map scrolls."""
 _PLACES = ((GPU, "█", "success"), (LOADING, "◌", "warning"), (RAM, "▓", "primary"), (DISK, "·", "foreground-muted"))
 _SHARES = "·░▒▓"
 _HEAT = " .:-=+*#%@"
@@ -29,7 +34,7 @@ _BITS_COLOURS = {"1": "error", "2": "warning", "3": "secondary", "4": "primary",
 
 
 class ExpertMap(ScrollView, can_focus=True):
-    """Draws an `ExpertGrid`; scrolls if there are more layers than lines."""
+    """Draws an `ExpertGrid`; scrolls if there are more layers than columns of lines hold."""
 
     def __init__(self) -> None:
         super().__init__(id="expert-map")
@@ -38,7 +43,13 @@ class ExpertMap(ScrollView, can_focus=True):
 
     def show(self, grid: ExpertGrid | None) -> None:
         self.grid = grid
-        self.virtual_size = Size(self.size.width, len(grid.layers) if grid else 0)
+        self._fit()
+
+    def on_resize(self) -> None:
+        self._fit()
+
+    def _fit(self) -> None:
+        self.virtual_size = Size(self.size.width, self._n_lines if self.grid else 0)
         self.refresh()
 
     def next_view(self) -> MapView:
@@ -50,7 +61,8 @@ class ExpertMap(ScrollView, can_focus=True):
         """What the glyphs mean."""
         if self.view == "residency":
             shared = "" if self.grid is None or self._cell_experts == 1 else " ░▒ part"
-            return f"█ GPU ▓ RAM{shared} ◌ read · disk"
+            gpu = "█ GPU " if self.grid is None or self.grid.count(GPU) else ""
+            return f"{gpu}▓ RAM{shared} ◌ read · disk"
         if self.view == "precision":
             return "digit: bits a weight  (1 2 3 4 5 6 8, g: 16)"
         return "use:  . : - = + * # % @  (logarithmic)"
@@ -60,24 +72,48 @@ class ExpertMap(ScrollView, can_focus=True):
         return len(column_groups(self.grid.n_experts, self._cells)[0]) if self.grid else 1
 
     @property
+    def _n_columns(self) -> int:
+        """As many as it takes to have all layers on view, as far as there is room."""
+        n_layers = len(self.grid.layers) if self.grid else 0
+        wanted = -(-n_layers // max(1, self.size.height))
+        room = (self.size.width + _GAP_CELLS) // (_LABEL_CELLS + MIN_CELLS + _GAP_CELLS)
+        return max(1, min(wanted, room))
+
+    @property
+    def _n_lines(self) -> int:
+        return -(-len(self.grid.layers) // self._n_columns) if self.grid else 0
+
+    @property
     def _cells(self) -> int:
-        return max(1, self.scrollable_content_region.width - _LABEL_CELLS)
+        """Of one row, without its label."""
+        n_columns = self._n_columns
+        width = self.scrollable_content_region.width - _GAP_CELLS * (n_columns - 1)
+        return max(1, width // n_columns - _LABEL_CELLS)
 
     def render_line(self, y: int) -> Strip:
-        row_number = y + round(self.scroll_offset.y)
-        width = self.size.width
-        if self.grid is None or row_number >= len(self.grid.layers):
+        line, width = y + round(self.scroll_offset.y), self.size.width
+        if self.grid is None or line >= self._n_lines:
             return Strip.blank(width, self.rich_style)
-        row = self.grid.layers[row_number]
-        runs: list[Segment] = [Segment(f"{row.layer:>3} ", self._style("foreground-muted"))]
+        cells = self._cells
+        runs: list[Segment] = []
+        for number in range(line, len(self.grid.layers), self._n_lines):
+            if runs:
+                runs.append(Segment(" " * _GAP_CELLS, self.rich_style))
+            row = list(self._row(self.grid.layers[number], self.grid, cells))
+            missing = _LABEL_CELLS + cells - sum(segment.cell_length for segment in row)
+            runs += [*row, Segment(" " * missing, self.rich_style)]
+        return Strip(runs).adjust_cell_length(width, self.rich_style).crop(0, width)
+
+    def _row(self, row: LayerExperts, grid: ExpertGrid, cells: int) -> Iterator[Segment]:
+        """A layer: its number and its cells, those of one colour in one piece."""
+        yield Segment(f"{row.layer:>3} ", self._style("foreground-muted"))
         last_colour, text = "", ""
-        for glyph, colour in map_cells(row, self.grid, self._cells, self.view):
+        for glyph, colour in map_cells(row, grid, cells, self.view):
             if colour != last_colour and text:
-                runs.append(Segment(text, self._style(last_colour)))
+                yield Segment(text, self._style(last_colour))
                 text = ""
             last_colour, text = colour, text + glyph
-        runs.append(Segment(text, self._style(last_colour)))
-        return Strip(runs).adjust_cell_length(width, self.rich_style).crop(0, width)
+        yield Segment(text, self._style(last_colour))
 
     def _style(self, colour: str) -> Style:
         value = self.app.theme_variables.get(colour, "")

@@ -85,6 +85,6 @@ def _repack_buffer_type() -> int:
         for buffer_type in C.CFUNCTYPE(C.POINTER(C.c_void_p), C.c_void_p)(entry)(device):
             if not buffer_type:
                 break
-            if lib.ggml_backend_buft_name(buffer_type) == b"CPU_REPACK":
+            if C.string_at(lib.ggml_backend_buft_name(buffer_type)) == b"CPU_REPACK":
                 return int(buffer_type)
     raise LocalrunError("this llama.cpp has no CPU_REPACK buffer type")

@@ -21,7 +21,7 @@ from localrun.engine.process.process import EngineProcess
 from localrun.errors import EngineDiedError, LocalrunError, UsageError
 from localrun.paths import data_dir
 from localrun.server.asks import Defaults
-from localrun.server.client_config import CLIENTS, Address
+from localrun.server.client_config import CLIENTS, Address, Configuration
 from localrun.server.dispatch import Dispatcher
 from localrun.server.limits import Limits
 
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     settings = common.settings_of(args)
     keys = _keys(args)
     if args.print_config is not None:
-        out.line(_configuration(args, settings, keys).rstrip("\n"))
+        configuration = _configuration(args, settings, keys)
+        out.note(configuration.hint)
+        out.line(configuration.text.rstrip("\n"))
         return 0
     if not _is_loopback(args.host) and not keys:
         raise UsageError(
@@ -261,8 +263,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _configuration(args: argparse.Namespace, settings: config.Settings, keys: list[str]) -> str:
+def _configuration(args: argparse.Namespace, settings: config.Settings, keys: list[str]) -> Configuration:
     """For the client that was named; without loading the model, whose name is its folder's unless one is given."""
-    name = args.model_name or (model_name(Path(settings["model"]).name) if settings["model"] else "localrun")
+    name = args.model_name or (model_name(Path(settings["model"]).name) if settings["model"] else "demo")
     at = Address(args.host, args.port, name, keys[0] if keys else "any", settings["context"] or 32768)
     return CLIENTS[args.print_config](at)

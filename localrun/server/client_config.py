@@ -8,6 +8,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a client is told.
+
+    Attributes:
+        hint: where the text belongs, and what to do then.
+        text: as it goes into a file or a shell.
+    """
+
+    hint: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     """Where the server is, and what it serves.
 
@@ -27,19 +40,18 @@ class Address:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-def _claude_code(at: Address) -> str:
-    return f"""\
-# in the shell that starts claude
+def _claude_code(at: Address) -> Configuration:
+    text = f"""\
 export ANTHROPIC_BASE_URL={at.url}
 export ANTHROPIC_API_KEY={at.key}
 export CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1
 export CLAUDE_CODE_ATTRIBUTION_HEADER=0
 export CLAUDE_CODE_MAX_OUTPUT_TOKENS=8192
-claude --model {at.model}
 """
+    return Configuration(f"in the shell that starts claude; then: claude --model {at.model}", text)
 
 
-def _opencode(at: Address) -> str:
+def _opencode(at: Address) -> Configuration:
     config = {
         "$schema": "https://opencode.ai/config.json",
         "model": f"localrun/{at.model}",
@@ -53,12 +65,11 @@ def _opencode(at: Address) -> str:
             }
         },
     }
-    return f"// ~/.config/opencode/opencode.json\n{json.dumps(config, indent=2)}\n"
+    return Configuration("~/.config/opencode/opencode.json; then: opencode", json.dumps(config, indent=2))
 
 
-def _codex(at: Address) -> str:
-    return f"""\
-# ~/.codex/config.toml; then: LOCALRUN_KEY={at.key} codex
+def _codex(at: Address) -> Configuration:
+    text = f"""\
 model = "{at.model}"
 model_provider = "localrun"
 model_context_window = {at.n_ctx}
@@ -70,9 +81,10 @@ env_key = "LOCALRUN_KEY"
 wire_api = "responses"
 stream_idle_timeout_ms = 600000
 """
+    return Configuration(f"~/.codex/config.toml; then: LOCALRUN_KEY={at.key} codex", text)
 
 
-def _pi(at: Address) -> str:
+def _pi(at: Address) -> Configuration:
     config = {
         "providers": {
             "localrun": {
@@ -93,24 +105,21 @@ def _pi(at: Address) -> str:
             }
         }
     }
-    return (
-        f"// ~/.pi/agent/models.json; then: pi --provider localrun --model {at.model}\n{json.dumps(config, indent=2)}\n"
-    )
+    hint = f"~/.pi/agent/models.json; then: pi --provider localrun --model {at.model}"
+    return Configuration(hint, json.dumps(config, indent=2))
 
 
-def _qwen(at: Address) -> str:
-    return f"""\
-# in the shell that starts qwen
+def _qwen(at: Address) -> Configuration:
+    text = f"""\
 export OPENAI_BASE_URL={at.url}/v1
 export OPENAI_API_KEY={at.key}
 export OPENAI_MODEL={at.model}
-qwen --auth-type openai
 """
+    return Configuration("in the shell that starts qwen; then: qwen --auth-type openai", text)
 
 
-def _continue(at: Address) -> str:
-    return f"""\
-# ~/.continue/config.yaml
+def _continue(at: Address) -> Configuration:
+    text = f"""\
 name: localrun
 version: 1.0.0
 schema: v1
@@ -125,9 +134,10 @@ models:
     defaultCompletionOptions:
       contextLength: {at.n_ctx}
 """
+    return Configuration("~/.continue/config.yaml", text)
 
 
-def _zed(at: Address) -> str:
+def _zed(at: Address) -> Configuration:
     config = {
         "language_models": {
             "openai_compatible": {
@@ -144,10 +154,10 @@ def _zed(at: Address) -> str:
             }
         }
     }
-    return f"// settings.json; the key goes into LOCALRUN_API_KEY\n{json.dumps(config, indent=2)}\n"
+    return Configuration("Zed's settings.json; LOCALRUN_API_KEY holds the key", json.dumps(config, indent=2))
 
 
-CLIENTS: dict[str, Callable[[Address], str]] = {
+CLIENTS: dict[str, Callable[[Address], Configuration]] = {
     "claude-code": _claude_code,
     "opencode": _opencode,
     "codex": _codex,

@@ -129,14 +129,14 @@ def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_o
         np.testing.assert_array_equal(logits(model), expected)
 
 
-def test_dense_matrices_on_our_device_give_the_same_answers(model_path: Path) -> None:
+def test_dense_matrices_on_our_device_give_the_same_answers(model_path: Path, kernel_level: str) -> None:
     source = open_model(model_path)
     with open_offloaded(source, OffloadOptions(n_threads=2, dense_on_device=False)) as model:
         theirs = logits(model)
         assert model.dense.n_bytes == 0
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         ours = logits(model)
-        assert model.dense.n_bytes > 0
+        assert (model.dense.n_bytes > 0) == (kernel_level != "generic"), "where our kernels are faster"
     with open_offloaded(source, OffloadOptions(n_threads=2, math="f32")) as model:
         exact_experts = logits(model)
     assert same_but_for_rounding(kl(exact_experts, ours), kl(exact_experts, theirs))

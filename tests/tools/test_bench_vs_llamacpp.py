@@ -19,7 +19,9 @@ from tools.memory_limit import MemoryLimit
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_deepseek4(tmp_path_factory.mktemp("model") / "m.gguf", TinyDeepseek4())[0]
+    """Every token uses all experts: near-ties of a random router would decide about the few positions that are compared."""
+    tiny = TinyDeepseek4(n_experts=4, n_used=4)
+    return write_deepseek4(tmp_path_factory.mktemp("model") / "m.gguf", tiny)[0]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_both_engines_are_measured_and_agree(model: Path, tmp_path: Path, capsys
     assert [run["engine"] for run in value["runs"]] == ["llama.cpp", "localrun"]
     assert all(len(run["decode_ms"]) == 3 and run["prefill_s"] > 0 for run in value["runs"])
     assert value["agreement"]["positions"] == 4
-    assert value["agreement"]["correlation"] > 0.9
+    assert value["agreement"]["correlation"] > 0.99
     theirs, ours = value["runs"]
     assert value["summary"]["prefill_ratio"] == pytest.approx(theirs["prefill_s"] / ours["prefill_s"])
     assert "ratio" in capsys.readouterr().out

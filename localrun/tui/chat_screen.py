@@ -63,6 +63,16 @@ if TYPE_CHECKING:
     from localrun.tui.engine_link import EngineFactory
     from localrun.tui.parts.records import Records
 
+LONG_ANSWER_S = 20.0
+"""From here on the end of an answer rings the bell."""
+
+DEMO_WORDS = (
+    "This is the demo: a toy of 33 million parameters. It knows capitals, elements,\n"
+    "small sums and stories, and shows how localrun works. A real model: Ctrl+L.\n\n"
+    "Tab puts one of these into the input:\n"
+)
+DEMO_QUESTIONS = ("What can you do?", "Tell me a story about a fox.", "What is an expert?")
+
 _LIVE_TICK_S = 0.25
 _STATS_TICK_S = 1.0
 _CONVERSION_STOP_S = 5.0
@@ -323,6 +333,9 @@ class ChatScreen(Screen[None]):
 
     def _answered(self, answer: Answer) -> None:
         self.monitor.look()
+        timings = answer.finished.timings if answer.finished is not None else None
+        if timings is not None and timings.prompt_s + timings.decode_s >= LONG_ANSWER_S:
+            self.app.bell()  # whoever waited so long looks elsewhere
 
     def _conversation_changed(self) -> None:
         self.show_header()
@@ -409,10 +422,13 @@ class ChatScreen(Screen[None]):
         welcome = self.query_one("#welcome", Static)
         welcome.display = not self.chat.entries
         self.chat.display = bool(self.chat.entries)
+        demo = self.model.is_demo
+        self.prompt.offers = DEMO_QUESTIONS if demo and not self.chat.entries else ()
         welcome.update(
             Content.assemble(
                 ("localrun\n\n", "bold"),
                 f"{label}\n\n",
+                *([DEMO_WORDS, *(f"  {question}\n" for question in DEMO_QUESTIONS), "\n"] if demo else []),
                 ("Enter sends · Ctrl+J new line · / commands · F1 help\n", "dim"),
                 ("Ctrl+L models · F2 conversations · F3 engine", "dim"),
             )

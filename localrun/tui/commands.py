@@ -66,6 +66,14 @@ COMMANDS: tuple[Command, ...] = (
         argument="PATH",
     ),
     Command(
+        name="editor",
+        group="Asking",
+        title="Write in an editor",
+        help="Opens the input's text in $VISUAL or $EDITOR; what is saved there is the input.",
+        keys=("alt+e",),
+        slash=("editor",),
+    ),
+    Command(
         name="think",
         group="Asking",
         title="Switch thinking",
@@ -239,6 +247,14 @@ COMMANDS: tuple[Command, ...] = (
         slash=("export",),
         argument="md|json [PATH]",
     ),
+    Command(
+        name="import_file",
+        group="Conversations",
+        title="Import conversations",
+        help="From JSONL of messages, ChatGPT's conversations.json, llama.cpp's export or /export json.",
+        slash=("import",),
+        argument="PATH",
+    ),
     # --- model
     Command(
         name="models",
@@ -380,7 +396,8 @@ INPUT_KEYS: tuple[tuple[str, str], ...] = (
     ("Enter", "Send the message, or run the slash command"),
     ("Ctrl+J", "New line; also Shift+Enter or Alt+Enter where the terminal tells them apart, or \\ and Enter"),
     ("Up / Down", "On the first or last line: earlier messages"),
-    ("Tab", "Completes a slash command; else goes to the messages"),
+    ("Tab", "Completes a slash command or a file; else goes to the messages"),
+    ("@PATH", "Attaches that file, with a list of files as you type"),
     ("/", "Slash commands, with a list; // sends a text that begins with a slash"),
 )
 """What the input line itself does, for the help page."""
@@ -401,6 +418,7 @@ _LABELS = {
     "delete": "Del",
     "home": "Home",
     "end": "End",
+    "alt": "Alt",
 }
 
 

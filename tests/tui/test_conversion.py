@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from textual.widgets import Button, Input, RichLog, Select
+from textual.widgets import Button, Input, RichLog, Select, Static
 
 from localrun.commands.convert import add_arguments
 from localrun.quant.open import open_model
@@ -69,6 +70,13 @@ async def test_a_conversion_is_started_watched_and_its_result_loaded(
         assert talk.screen.conversions.status.startswith("converting")
         await talk.until(lambda: not screen.query_one("#convert-load", Button).disabled)
         assert any("wrote" in line.text for line in screen.query_one(RichLog).lines)
+        await talk.settled()
+        rows = [
+            screen.query_one(name).region
+            for name in ("#convert-form", "#convert-rate", "#convert-bar", "#convert-load")
+        ]
+        assert all(above.bottom <= below.y for above, below in pairwise(rows)), "nothing covers how far it is"
+        assert str(screen.query_one("#convert-rate", Static).render()) == "finished"
         await talk.pilot.click("#convert-load")
         await talk.until(lambda: len(talk.engine.loads) == 2)
         assert talk.engine.loads[-1][0] == str(tmp_path / "dst")

@@ -279,6 +279,19 @@ async def test_export_writes_a_file(setup: Setup, tmp_path: Path) -> None:
         assert any("no export as 'pdf'" in note for note in talk.notes)
 
 
+async def test_conversations_of_other_programs_are_imported_and_shown(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "talk.jsonl").write_text(
+        '{"role": "user", "content": "old"}\n{"role": "assistant", "content": "answer"}'
+    )
+    async with setup.start() as talk:
+        await talk.type("/import talk.jsonl")
+        assert talk.shown == [("user", "old"), ("assistant", "answer")]
+        await talk.ask("and now?")
+        assert len(talk.engine.commands[0].messages) == 3
+        await talk.type("/import missing.jsonl")
+        assert "can't be read" in talk.errors[0]
+
+
 async def test_find_goes_from_place_to_place(setup: Setup) -> None:
     async with setup.start() as talk:
         for word in ("apple", "pear", "apple pie"):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from textual.app import SuspendNotSupported
 from textual.screen import Screen
 from textual.timer import Timer
 
 from localrun.engine.conversations import Attachment, Message
 from localrun.errors import UsageError
 from localrun.tui.commands import BY_SLASH
+from localrun.tui.engine_link import estimate_tokens
+from localrun.tui.files import mentioned_files
 from localrun.tui.options import with_value
 from localrun.tui.parts.asking import Asking, Question
 from localrun.tui.parts.conversation import OpenConversation
@@ -21,7 +28,13 @@ from localrun.tui.parts.notices import Notices
 from localrun.tui.parts.records import Records
 from localrun.tui.parts.work import Call, Handler, WorkQueue
 from localrun.tui.screens.attach import AttachScreen
+from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.widgets.prompt import Prompt
+
+LARGE_SHARE = 0.1
+"""Of the context: files that take more are asked about first."""
+
+CONFIRM = {"back": "Not yet", "send": "Send it"}
 
 DRAFT_DELAY_S = 0.5
 """From the last key to the saving of what stands in the input."""
@@ -60,6 +73,7 @@ class Composer:
     def commands(self) -> dict[str, Handler]:
         return {
             "attach": self._attach,
+            "editor": self._edit_outside,
             "think": self._think,
             "system": self._system,
             "sampling": self._sampling,
@@ -91,11 +105,32 @@ class Composer:
         if not text.strip() and not self.prompt.attachments:
             return
         self._asking.check_free()
-        attachments = tuple(self.prompt.attachments)
-        question = Question(text.removeprefix("/") if text.startswith("//") else text, attachments, self.editing)
+        text = text.removeprefix("/") if text.startswith("//") else text
+        named = [replace(file, n_tokens=estimate_tokens(file.text)) for file in mentioned_files(text)]
+        question = Question(text, (*self.prompt.attachments, *named), self.editing)
+        facts, n_tokens = self._model.facts, sum(file.n_tokens for file in named)
+        if facts is not None and n_tokens > LARGE_SHARE * facts.n_ctx:
+            self._confirm(question, n_tokens, facts.n_ctx)
+        else:
+            self._send(question)
+
+    def _send(self, question: Question) -> None:
         self._end_editing()
         self.prompt.clear()
         self._queue.add(self._asking.ask(question))
+
+    def _confirm(self, question: Question, n_tokens: int, n_ctx: int) -> None:
+        """Files that take much of the context are asked about; small ones just go along."""
+        share = f"about {n_tokens:,} of the context's {n_ctx:,} tokens"
+
+        def decided(choice: str | None) -> None:
+            if choice == "send":
+                self._send(question)
+            self.to_input()
+
+        self._screen.app.push_screen(
+            ChoiceDialog("Attach so much?", f"The files named in your message take {share}.", CONFIRM), decided
+        )
 
     def put_back(self, question: Question) -> None:
         """It could not be sent: nothing of it is lost, unless there is something newer in the input."""
@@ -172,6 +207,24 @@ class Composer:
 
         path = str(Path(call.argument).expanduser()) if call.argument else ""
         self._screen.app.push_screen(AttachScreen(self._model.link, self._room(), path), take)
+
+    def _edit_outside(self, call: Call) -> None:
+        """The input's text in the user's editor, which has the terminal meanwhile."""
+        editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+        with tempfile.TemporaryDirectory(prefix="localrun-") as folder:
+            path = Path(folder) / "message.md"
+            path.write_text(self.prompt.text, encoding="utf-8")
+            try:
+                with self._screen.app.suspend():
+                    code = subprocess.run([*editor, str(path)], check=False).returncode
+            except SuspendNotSupported:
+                raise UsageError("there is no terminal for an editor") from None
+            except OSError as error:
+                raise UsageError(f"{editor[0]}: {error.strerror}", hint="set EDITOR to an editor") from None
+            if code:
+                raise UsageError(f"{editor[0]} ended with exit code {code}", hint="the input is as it was")
+            self.prompt.set_text(path.read_text(encoding="utf-8", errors="replace").rstrip("\n"))
+        self.to_input()
 
     def _think(self, call: Call) -> None:
         facts, options = self._model.facts, self._current.options

@@ -10,6 +10,7 @@ from textual.screen import Screen
 
 from localrun.engine.conversations import ConversationStore, SearchHit
 from localrun.engine.conversations.export import ExportFormat, write_export
+from localrun.engine.conversations.importing import import_conversations, read_conversations
 from localrun.errors import UsageError
 from localrun.textsafe import visible_line
 from localrun.tui.parts.conversation import OpenConversation
@@ -54,6 +55,7 @@ class Library:
             "rename": self._rename_current,
             "delete": self._delete_current,
             "export": self._export,
+            "import_file": self._import,
             "search": self._search,
         }
 
@@ -151,6 +153,16 @@ class Library:
         place = Path(target.strip()) if target.strip() else None
         path = await self._records(lambda store: write_export(store, conversation.id, cast(ExportFormat, kind), place))
         self._notices.note(str(path.absolute()), title="Exported", timeout_s=8)
+
+    async def _import(self, call: Call) -> None:
+        """The newest one comes on view."""
+        if not call.argument:
+            raise UsageError("name a file", hint="/import conversations.json")
+        self._check_free()
+        path = Path(call.argument)
+        ids = await self._records(lambda store: import_conversations(store, read_conversations(path)))
+        self._notices.note(f"{len(ids)} conversations: F2 lists them", title="Imported", timeout_s=8)
+        await self.open(ids[-1])
 
     # --- finding
 

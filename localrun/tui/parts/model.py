@@ -26,6 +26,9 @@ from localrun.tui.screens.models import ModelsScreen
 from localrun.tui.screens.plan import planned
 from localrun.tui.widgets.notices import LoadingPanel
 
+DEMO_NAME = "demo"
+"""`general.name` of the model that ships."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -85,6 +88,11 @@ class LoadedModel:
         if self.facts is not None:
             return visible_line(self.facts.name, max_chars=40)
         return "loading…" if self.loading else "no model (Ctrl+L)"
+
+    @property
+    def is_demo(self) -> bool:
+        """The model is the one that ships, which is a toy."""
+        return self.facts is not None and self.facts.name == DEMO_NAME
 
     @property
     def path(self) -> Path | None:

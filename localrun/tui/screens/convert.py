@@ -60,7 +60,7 @@ class ConvertScreen(Dialog[Path]):
             yield from _row(
                 "dense", Select(_choices(DENSE_CHOICES), prompt="q8_0, or the recipe's", id="dense", compact=True)
             )
-            yield RichLog(id="convert-log", wrap=True, markup=False, max_lines=500)
+            yield RichLog(id="convert-log", wrap=True, markup=False, max_lines=500, min_width=20)
         yield Static("", id="convert-rate")
         yield ProgressBar(total=1.0, show_eta=False, id="convert-bar")
         with Horizontal(classes="buttons docked"):

@@ -16,11 +16,13 @@ from textual.widgets.option_list import Option
 from localrun.engine.conversations import Attachment
 from localrun.textsafe import visible_line
 from localrun.tui.commands import matching_slashes
+from localrun.tui.files import completions, is_long_paste
 from localrun.tui.messages import PromptSubmitted
 from localrun.tui.sealed import pictures, sealed, unsealed
 
 MAX_ROWS = 10
 MAX_SUGGESTIONS = 8
+PASTED = "pasted text"
 
 _NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 
@@ -35,7 +37,12 @@ class PromptArea(TextArea):
     async def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
-        self.insert_text(event.text)
+        prompt = self.parent
+        assert isinstance(prompt, Prompt)
+        if is_long_paste(event.text):
+            prompt.fold(event.text)
+        else:
+            self.insert_text(event.text)
 
     def action_paste(self) -> None:
         self.insert_text(self.app.clipboard)
@@ -65,6 +72,9 @@ class Prompt(Vertical):
     """Input, suggestions above it, chips of attached files.
 
     Owns the history and the files that go with the next message.
+
+    Attributes:
+        offers: questions that Tab puts into an empty input, one after the other.
     """
 
     @dataclass
@@ -78,6 +88,8 @@ class Prompt(Vertical):
         self._at = 0  # position in the history; len: the draft
         self._draft = ""
         self._dismissed = ""  # text whose suggestions were closed with Esc
+        self._kind = "/"  # of the suggestions on view: slash commands, or files after an @
+        self.offers: tuple[str, ...] = ()
 
     def compose(self) -> ComposeResult:
         suggestions = OptionList(id="suggestions", compact=True)
@@ -127,6 +139,14 @@ class Prompt(Vertical):
         names = (f"▤ {visible_line(a.name, max_chars=30)} · {a.n_tokens:,} tokens" for a in attachments)
         chips.update(Content("   ".join(names)))
 
+    def fold(self, text: str) -> None:
+        """A long paste goes with the message as a file does."""
+        number = sum(a.name.startswith(PASTED) for a in self.attachments) + 1
+        # 4 bytes a token: what an engine would count is not worth waiting for
+        n_tokens = -(-len(text.encode("utf-8", "replace")) // 4)
+        self.set_attachments([*self.attachments, Attachment(f"{PASTED} {number}", text, n_tokens)])
+        self.area.focus()
+
     def close_suggestions(self) -> bool:
         """Returns whether there were any."""
         options = self.query_one("#suggestions", OptionList)
@@ -147,6 +167,10 @@ class Prompt(Vertical):
             return True
         if key == "enter":
             self._enter()
+            return True
+        if key == "tab" and self.offers and self.text in ("", *self.offers):
+            at = self.offers.index(self.text) + 1 if self.text else 0
+            self.set_text(self.offers[at % len(self.offers)])
             return True
         if key in ("up", "down"):
             return self._go_in_history(key)
@@ -187,18 +211,29 @@ class Prompt(Vertical):
     def _suggest(self) -> None:
         options = self.query_one("#suggestions", OptionList)
         text = self.text
-        is_name = text.startswith("/") and not text.startswith("//") and not any(c.isspace() for c in text)
-        found = matching_slashes(text[1:])[:MAX_SUGGESTIONS] if is_name and text != self._dismissed else []
         if text != self._dismissed:
             self._dismissed = ""
+        found = [] if text == self._dismissed else self._slash_options(text) or self._file_options()
         options.clear_options()
-        options.add_options(
-            Option(Content.assemble((f"/{slash} {c.argument}".ljust(24), "bold"), f" {c.title}"), id=slash)
-            for slash, c in found
-        )
+        options.add_options(found)
         options.display = bool(found)
         if found:
             options.highlighted = 0
+
+    def _slash_options(self, text: str) -> list[Option]:
+        self._kind = "/"
+        is_name = text.startswith("/") and not text.startswith("//") and not any(c.isspace() for c in text)
+        found = matching_slashes(text[1:])[:MAX_SUGGESTIONS] if is_name else []
+        return [
+            Option(Content.assemble((f"/{slash} {c.argument}".ljust(24), "bold"), f" {c.title}"), id=slash)
+            for slash, c in found
+        ]
+
+    def _file_options(self) -> list[Option]:
+        self._kind = "@"
+        row, column = self.area.cursor_location
+        before = self.area.document.get_line(row)[:column]
+        return [Option(Content(f"▤ {visible_line(path)}"), id=path) for path in completions(unsealed(before))]
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """A click."""
@@ -211,11 +246,21 @@ class Prompt(Vertical):
         if highlighted is None:
             return False
         name = str(highlighted.id)
-        if run and self.text == f"/{name}":
+        if run and (self.text == f"/{name}" or (self._kind == "@" and self._word().endswith("@" + name))):
             return False
         self._take(name)
         return True
 
+    def _word(self) -> str:
+        """What stands before the cursor, back to the last blank."""
+        row, column = self.area.cursor_location
+        return self.area.document.get_line(row)[:column].rpartition(" ")[2]
+
     def _take(self, name: str) -> None:
         self.query_one("#suggestions", OptionList).display = False
-        self.set_text(f"/{name} ")
+        if self._kind == "/":
+            self.set_text(f"/{name} ")
+            return
+        row, column = self.area.cursor_location
+        start = column - len(self._word().rpartition("@")[2])
+        self.area.replace(sealed(name if name.endswith("/") else f"{name} "), (row, start), (row, column))

@@ -1,0 +1,154 @@
+"""Writing a message: files that it names, long pastes, an editor, suggestions of the demo, and the bell at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from textual import events
+from textual.widgets import OptionList, Static
+
+from localrun.engine.process.process import GenerateEvent
+from localrun.engine.process.protocol import Delta, Generate
+from localrun.tui.app import LocalrunApp
+from localrun.tui.chat_screen import DEMO_QUESTIONS
+from localrun.tui.files import completions, is_long_paste, mentioned_files
+from localrun.tui.screens.dialog import ChoiceDialog
+from tests.tui.fake_engine import FakeEngine, facts, finished
+from tests.tui.support import Setup
+
+
+def test_files_are_those_that_exist_each_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A")
+    (tmp_path / "folder").mkdir()
+    text = f"see @a.txt, and @{tmp_path}/a2.txt; mail me@a.txt @nobody @folder @a.txt."
+    assert [file.text for file in mentioned_files(text)] == ["A"]
+
+
+def test_completions_continue_the_word_at_the_cursor(tmp_path: Path) -> None:
+    for name in ("alpha.txt", "alps.txt", "beta.txt", ".hidden", "two words"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "alphabet").mkdir()
+    (tmp_path / "alphabet" / "x.py").write_text("")
+    assert completions("look at @al") == ["alpha.txt", "alphabet/", "alps.txt"]
+    assert completions("@alphabet/") == ["alphabet/x.py"]
+    assert completions("@.h") == [".hidden"]
+    assert completions("@") == ["alpha.txt", "alphabet/", "alps.txt", "beta.txt"]
+    assert completions("mail@al") == completions("nothing") == completions("@nosuch/") == []
+
+
+async def test_a_file_is_completed_in_the_input_and_goes_with_the_message(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("one two")
+    async with setup.start() as talk:
+        await talk.press(*"see @no")
+        suggestions = talk.screen.query_one("#suggestions", OptionList)
+        assert suggestions.display
+        await talk.press("enter")
+        assert talk.screen.prompt.text == "see @notes.txt "
+        assert not suggestions.display
+        await talk.press("enter")
+        await talk.idle()
+        assert talk.engine.commands[0].messages[-1]["content"] == (
+            "File `notes.txt`:\n\n```\none two\n```\n\nsee @notes.txt "
+        )
+
+
+async def test_a_file_that_takes_much_of_the_context_is_asked_about(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_text("words " * 400)
+    async with setup.start() as talk:
+        await talk.type("see @large.txt now")
+        await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
+        await talk.press("enter")
+        assert talk.shown == []
+        assert talk.screen.prompt.text == "see @large.txt now"
+        await talk.press("enter")
+        await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
+        await talk.pilot.click("#choose-send")
+        await talk.until(lambda: talk.shown)
+        await talk.idle()
+        assert talk.screen.chat.entries[0].message.attachments[0].name == "large.txt"
+
+
+async def test_a_file_that_is_no_text_is_refused_and_the_message_stays(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    async with setup.start() as talk:
+        await talk.type("see @image.png")
+        assert "not a text file" in talk.errors[0]
+        assert talk.screen.prompt.text == "see @image.png"
+        assert talk.shown == []
+
+
+async def test_a_long_paste_is_folded_and_sent_whole(setup: Setup) -> None:
+    pasted = "\n".join(f"line {n} \x1b[1m" for n in range(2500))
+    assert is_long_paste(pasted)
+    async with setup.start() as talk:
+        talk.app.post_message(events.Paste(pasted))
+        await talk.until(lambda: talk.screen.prompt.attachments)
+        assert talk.screen.prompt.text == ""
+        assert "pasted text 1" in str(talk.screen.query_one("#chips", Static).render())
+        await talk.ask("why?")
+        content = talk.engine.commands[0].messages[-1]["content"]
+        assert pasted in content
+        assert content.endswith("why?")
+
+
+async def test_an_editor_gets_the_input_and_gives_it_back(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def suspend(app: LocalrunApp) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(LocalrunApp, "suspend", suspend)
+    monkeypatch.setenv("VISUAL", "sed -i s/short/long/")
+    async with setup.start() as talk:
+        await talk.type("a short text", send=False)
+        await talk.press("alt+e")
+        assert talk.screen.prompt.text == "a long text"
+        monkeypatch.setenv("VISUAL", "false")
+        await talk.press("alt+e")
+        assert any("ended with exit code 1" in note for note in talk.notes)
+        assert talk.screen.prompt.text == "a long text"
+        monkeypatch.setenv("VISUAL", "no-such-editor-here")
+        await talk.press("alt+e")
+        assert any("set EDITOR" in note for note in talk.notes)
+
+
+async def test_the_demo_says_what_it_is_and_tab_offers_questions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.tui.fake_engine.facts", lambda path, **more: facts(path, name="demo", **more))
+    async with setup.start() as talk:
+        words = str(talk.screen.query_one("#welcome", Static).render())
+        assert "33 million" in words
+        assert all(question in words for question in DEMO_QUESTIONS)
+        await talk.press("tab")
+        assert talk.screen.prompt.text == DEMO_QUESTIONS[0]
+        await talk.press("tab")
+        assert talk.screen.prompt.text == DEMO_QUESTIONS[1]
+        await talk.press("enter")
+        await talk.idle()
+        assert talk.shown[0] == ("user", DEMO_QUESTIONS[1])
+
+
+async def test_other_models_offer_nothing(setup: Setup) -> None:
+    async with setup.start() as talk:
+        assert "33 million" not in str(talk.screen.query_one("#welcome", Static).render())
+        assert talk.screen.prompt.offers == ()
+
+
+@pytest.mark.parametrize(("seconds", "rings"), [(1.0, 0), (60.0, 1)])
+async def test_a_long_answer_rings_the_bell(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, seconds: float, rings: int
+) -> None:
+    rung: list[LocalrunApp] = []
+    monkeypatch.setattr(LocalrunApp, "bell", lambda app: rung.append(app))
+
+    def script(engine: FakeEngine, command: Generate) -> Iterator[GenerateEvent]:
+        yield Delta(request=1, kind="text", text="done", tokens=(1,))
+        end = finished()
+        yield type(end)(request=1, reason="eos", timings=replace(end.timings, decode_s=seconds), seed=1)
+
+    async with setup.start() as talk:
+        talk.engine.scripts.put(script)
+        await talk.ask("q")
+        assert len(rung) == rings

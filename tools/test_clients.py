@@ -180,20 +180,20 @@ CLIENTS = {
     "pi-responses": _pi("openai-responses"),
     "pi-messages": _pi("anthropic-messages"),
     "claude-code": Client(
-        "@anthropic-ai/claude-code",
+        "@anthropic-ai/claude-code@2.1.197",
         "claude",
         _claude_code,
         lambda prompt: ["-p", prompt, "--model", MODEL, "--permission-mode", "acceptEdits"],
     ),
     "codex": Client(
-        "@openai/codex",
+        "@openai/codex@0.169.0",
         "codex",
         _codex,
         lambda prompt: ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt],
     ),
-    "opencode": Client("opencode-ai", "opencode", _opencode, lambda prompt: ["run", prompt]),
+    "opencode": Client("opencode-ai@1.18.33", "opencode", _opencode, lambda prompt: ["run", prompt]),
     "qwen": Client(
-        "@qwen-code/qwen-code", "qwen", _qwen, lambda prompt: ["-p", prompt, "--auth-type", "openai", "--yolo"]
+        "@qwen-code/qwen-code@0.15.10", "qwen", _qwen, lambda prompt: ["-p", prompt, "--auth-type", "openai", "--yolo"]
     ),
 }
 

@@ -48,6 +48,9 @@ STOP_PATIENCE_S = 0.3
 SNAPSHOT_DISTANCE = 512
 """Tokens between two saved states inside one prompt: what going back costs at most, against a state's size."""
 
+SAVE_EVERY_S = 60.0
+"""A prompt that takes longer is saved on its way: whoever loses patience and asks again shall not begin at its beginning."""
+
 _MAGIC = b"LRSNAP01"
 _HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
 _DIGEST_BYTES = 8  # xxh3_64 of all before it
@@ -141,7 +144,7 @@ class Session:
 
         Args:
             boundaries: ascending positions in the prompt where messages end: states are saved at the first and the last one,
-                and between them at least `SNAPSHOT_DISTANCE` apart.
+                and between them at least `SNAPSHOT_DISTANCE` apart; elsewhere only after `SAVE_EVERY_S`.
             progress: called first with what need not be computed, then after each batch.
 
         Returns:
@@ -159,14 +162,19 @@ class Session:
             progress(held, total)
         if held == total:
             return held
+        saved_at = time.perf_counter()
         for end in [*self._snapshot_places(boundaries, held, total), total]:
             for batch in self._batches(prompt[at:end]):
                 self._decode(batch, all_logits=False)
                 if progress is not None:
                     progress(self.position, total)
+                if time.perf_counter() - saved_at >= SAVE_EVERY_S and self.position < total:
+                    self.save()
+                    saved_at = time.perf_counter()
             at = end
             if end < total:
                 self.save()
+                saved_at = time.perf_counter()
         return held
 
     def _go_back_to(self, prompt: list[int]) -> int:

@@ -92,6 +92,12 @@ class Ask:
             ignore_eos=self.ignore_eos,
         )
 
+    def n_chars(self) -> int:
+        """Characters of text in the prompt, tools left out."""
+        if self.text is not None:
+            return len(self.text)
+        return sum(len(str(message.get("content", ""))) for message in self.messages)
+
     def count_command(self) -> CountTokens | None:
         """What asks the engine for the prompt's length; None if that is known without."""
         if self.tokens is not None:

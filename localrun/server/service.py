@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 2.0
 """Between two signs of life. Clients give up after 120 s at the earliest; people look at progress."""
 
+MOST_CHARS_PER_TOKEN = 32
+"""On average, of any text (prose has 4 to 5): what can't fit for that reason is refused without being tokenized."""
+
 FIRST_KEEP_ALIVE_S = 0.5
 """Until the first one: an answer that comes sooner needs none."""
 
@@ -69,6 +72,9 @@ class Service:
         Raises:
             ApiError: the prompt can't be made, or leaves no room for an answer.
         """
+        least = ask.n_chars() // MOST_CHARS_PER_TOKEN
+        if least >= self.defaults.n_ctx:
+            raise prompt_too_long(least, self.defaults.n_ctx)
         if self.engine.facts is None:
             return None
         try:

@@ -17,6 +17,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
+from localrun.errors import StoppedError
 from tests.paired import median, same_but_for_rounding
 from tests.reference import Logits, kl
 
@@ -281,3 +282,22 @@ def test_fault_while_writing_does_not_end_the_writer(
     store.close()
     assert "ZeroDivisionError" in caplog.text
     assert [path.name.split("-")[0] for path in tmp_path.rglob("*.snapshot")] == ["2"]
+
+
+def test_long_prompt_that_is_stopped_goes_on_where_it_was_saved(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localrun.engine.session.SAVE_EVERY_S", 0.0)
+    store = SnapshotStore(None, engine.state_key)
+    prompt = list(range(1, 61)) * 5
+    with engine.session(snapshots=store) as session:
+
+        def lose_patience(done: int, total: int) -> None:
+            if done >= 128:
+                session.stop()
+
+        with pytest.raises(StoppedError):
+            session.prefill(prompt, progress=lose_patience)
+        session.clear_stop()
+        session.reset()
+        assert session.prefill(prompt) == 128

@@ -261,3 +261,12 @@ def test_what_is_not_served_says_so(small: Running, method: str, path: str, stat
     reply = send(small, method, path)
     assert reply.status == status
     assert json.loads(reply.body)["error"]["message"]
+
+
+def test_text_that_can_not_fit_is_refused_without_counting_it() -> None:
+    with serving(ScriptedEngine(n_ctx=1000)) as running:
+        reply = post(
+            running, "/v1/messages", {"messages": [{"role": "user", "content": "x" * 1_000_000}], "max_tokens": 5}
+        )
+    assert reply.status == 400
+    assert "prompt is too long: 31250 tokens > 1000 maximum" in reply.json["error"]["message"]

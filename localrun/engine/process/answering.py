@@ -88,8 +88,8 @@ class KeptAnswers:
             return self._memory.recall(messages)
 
     def keep(self, engine: Engine, command: Generate, question: Question, out: AnswerWriter, reason: str) -> None:
-        """Remembers an answer that the model ended by itself, or that was ended behind a call."""
-        if question.messages is None or command.resume or reason != "eos":
+        """Remembers an answer, unless a stop cut it in the middle of what its client has seen."""
+        if question.messages is None or command.resume or reason not in ("eos", "length", "context"):
             return
         answer = out.message()
         sampled = out.sampled(engine)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import select
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec.structs import replace
 
@@ -18,9 +20,9 @@ from localrun import config, interrupts
 from localrun.commands import common, demo, models
 from localrun.commands.output import Output
 from localrun.engine.options import EngineOptions
-from localrun.engine.process.process import EngineProcess
+from localrun.engine.process.process import EngineProcess, GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, Generate, Loading, Ready
-from localrun.errors import LocalrunError
+from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible_line
 from localrun.units import format_size
 
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     common.add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument(
+        "--server", metavar="URL", help="use the model of a running localrun serve; LOCALRUN_SERVER_KEY holds its key"
+    )
     parser.add_argument("--plain", action="store_true", help="line by line, for simple terminals and screen readers")
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
@@ -51,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     settings = common.settings_of(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
+    if args.server is not None:
+        return _run_remote(args, settings, out, interactive=interactive)
     options = common.engine_options(settings)
     named = common.named_path(args, settings)
     if args.model is None and settings["model"] is None and interactive:
@@ -85,6 +92,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output, *, interactive: bool) -> int:
+    """The same with a server's model: there is nothing to load."""
+    from localrun.server.remote import RemoteEngine
+
+    if args.model is not None:
+        raise UsageError("--server has a model of its own", hint="leave MODEL out")
+    template = Generate(
+        think=settings["think"], sampling=common.sampling_options(settings), max_tokens=settings["max_tokens"]
+    )
+    with RemoteEngine(args.server, key=os.environ.get("LOCALRUN_SERVER_KEY")) as engine:
+        (ready,) = engine.load()  # a wrong address is told before a screen is opened
+        assert isinstance(ready, Ready)
+        if interactive and not args.plain:
+            return int(
+                args.open_ui(
+                    Path(ready.facts.path),
+                    EngineOptions(n_ctx=ready.facts.n_ctx),
+                    engine=engine,
+                    sampling=template.sampling,
+                    think=template.think,
+                    system=args.system or "",
+                    max_tokens=template.max_tokens,
+                    fresh=False,
+                )
+            )
+        chat = _Chat(engine, template, args.system, out, {})
+        if not interactive:
+            out.note(f"{ready.facts.name} is asked: {QUESTION}")
+            chat.ask(QUESTION)
+            return 0
+        out.note(f"{ready.facts.name} at {args.server}, context {ready.facts.n_ctx} tokens")
+        out.note(HELP)
+        _loop(chat, out)
+    return 0
+
+
+class _Answers(Protocol):
+    """What answers: a process of ours, or a server."""
+
+    def generate(self, command: Generate) -> Iterator[GenerateEvent]: ...
+
+
 def _run_ui(args: argparse.Namespace, settings: config.Settings, options: EngineOptions, named: Path | None) -> int:
     """Opens the terminal UI; the demo model is prepared while it is up."""
     with EngineProcess() as engine:
@@ -108,7 +157,7 @@ class _Chat:
     """The conversation so far; a failed answer leaves it as it was."""
 
     def __init__(
-        self, engine: EngineProcess, template: Generate, system: str | None, out: Output, plan: dict[str, Any]
+        self, engine: _Answers, template: Generate, system: str | None, out: Output, plan: dict[str, Any]
     ) -> None:
         self._engine, self._template, self._out, self._plan = engine, template, out, plan
         self._system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

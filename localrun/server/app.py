@@ -24,6 +24,7 @@ from localrun.server.http import Dialect, answer, client_of, error_response, jso
 from localrun.server.messages import Anthropic, MessagesWriter
 from localrun.server.metrics import CONTENT_TYPE
 from localrun.server.models import anthropic_models, openai_models
+from localrun.server.native import Native
 from localrun.server.openai_common import OpenAi
 from localrun.server.responses import ResponsesWriter
 from localrun.server.responses_store import ResponseStore
@@ -80,7 +81,7 @@ class Endpoints:
         routes = [Route("/", self.root, methods=["GET", "HEAD"])]
         for method, path, handler in served:
             routes += [Route(prefix + path, self._guarded(handler), methods=[method]) for prefix in ("/v1", "")]
-        return routes
+        return [*routes, *Native(self._service).routes(self._guarded)]
 
     def _guarded(self, handler: Handler) -> Handler:
         """Turns what a handler raises into an answer."""

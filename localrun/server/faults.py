@@ -42,6 +42,7 @@ class ApiError(Exception):
         param: the field of the request that is meant, as a path (`messages[2].content`).
         code: OpenAI's word for it, where clients look for one.
         retry_after_s: when to try again, if that helps.
+        engine_kind: the class in `localrun.errors` that it came from.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.kind, self.message = kind, message
         self.param, self.code, self.retry_after_s = param, code, retry_after_s
+        self.engine_kind = "LocalrunError"
 
     @property
     def status(self) -> int:
@@ -84,6 +86,13 @@ def prompt_too_long(n_tokens: int, n_ctx: int) -> ApiError:
 
 def from_engine(error: Exception) -> ApiError:
     """What the engine raised, for a client: no tracebacks, no paths of ours."""
+    result = _from_engine(error)
+    if isinstance(error, LocalrunError):
+        result.engine_kind = type(error).__name__
+    return result
+
+
+def _from_engine(error: Exception) -> ApiError:
     text = str(error) or type(error).__name__
     if isinstance(error, ApiError):
         return error

@@ -32,6 +32,7 @@ from localrun.engine.model_finder import default_folders
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.errors import UsageError
+from localrun.server.remote import RemoteEngine
 from localrun.textsafe import visible
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.commands import COMMANDS
@@ -220,7 +221,7 @@ def run_app(
     model: Path | None,
     options: EngineOptions | None = None,
     *,
-    engine: EngineProcess | None = None,
+    engine: EngineProcess | RemoteEngine | None = None,
     prepare: Callable[[], Path] | None = None,
     sampling: SamplingOptions | None = None,
     think: str = "off",
@@ -235,7 +236,7 @@ def run_app(
         model: what to load; None: what `prepare` gives (called in a thread while the interface is up already), or, without
             one, the chooser opens.
         options: how to load it.
-        engine: an engine process that was started already; None: one is started when it is needed.
+        engine: an engine process that was started already, or a server; None: a process is started when it is needed.
         sampling, think, system, max_tokens: settings of new conversations.
         model_folders: where the chooser looks for models; None: `default_folders()`.
         fresh: begin a new conversation instead of the last one.

@@ -1,108 +1,49 @@
-"""Reading DSML that a model wrote: what a tag is, and how the parameters of a call become JSON.
+"""How the parameters of a call that a model writes become JSON, while they are written.
 
-Both work on text that is still being written. Malformed markup is read as far as its meaning is clear, and flagged.
+A value that is declared a string, or must be one by the tool's schema, is passed on as it comes. Everything else is passed on when
+its parameter ends, because only then is it known to be JSON. Whatever had to be guessed is flagged.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from localrun.engine.chat.dsml import to_json
+from localrun.engine.chat.dsml_tags import Tag
+from localrun.engine.chat.messages import Json
 from localrun.engine.chat.stream_events import Problem
+from localrun.engine.chat.tool_types import ALL_TYPES, ToolTypes, fits
 
-DSML_MARK = "\ud800"
-"""Stands for the token `｜DSML｜` in text to be read. Half a surrogate pair can't occur in decoded text, so no text can
-imitate it."""
+WRAPPER = "arguments"
+"""A parameter of this name that no schema knows wraps all others: what the encoder makes of arguments that it can't read."""
 
-_TAG_NAMES = ("tool_calls", "function_calls", "invoke", "parameter")
-_TAG_NAME = re.compile(r"\s*(" + "|".join(_TAG_NAMES) + ")(?![A-Za-z_])")
-_UNFINISHED_NAME = re.compile(r"\s*([A-Za-z_]*)\Z")
-_CLOSE = re.compile(r"\s*>")
-_INVOKE = re.compile(r'\s+name="([^"]*)"[^>]*>')
-# The official expression: a name may contain quotes, what follows it is fixed.
-_PARAMETER = re.compile(r'\s+name="(.*?)" string="(true|false)">', re.DOTALL)
-_LOOSE_NAME = re.compile(r"""\s*(?:name\s*=)?\s*["']?([^"'>\n]*)["']?[^>\n]*>?""")
-
-
-class Tag(NamedTuple):
-    """A tag in `text[start:end]`.
-
-    Attributes:
-        kind: `calls`, `invoke` or `parameter`, with a slash before it if it closes; `?` if it is no tag of ours; `cut`
-            if the text ends inside its name.
-        name: of the tool or the parameter.
-        mode: what a parameter's `string=` says; empty if that can't be read.
-    """
-
-    kind: str
-    start: int
-    end: int
-    name: str = ""
-    mode: str = ""
-
-
-def next_tag(text: str, *, final: bool) -> Tag | None:
-    """The first tag in `text`; None if there is none, or (unless `final`) if more text could still change it."""
-    if (mark := text.find(DSML_MARK)) < 0:
-        return None
-    start = bracket_before(text, mark)
-    if start == mark:
-        return Tag("?", mark, mark + 1)
-    slash = "/" if text[mark - 1] == "/" else ""
-    following = text.find(DSML_MARK, mark + 1)
-    # A tag contains one mark, so what stands behind the next one can't be part of it.
-    settled = final or following >= 0
-    body = text[mark + 1 : len(text) if following < 0 else bracket_before(text, following)]
-    if following < 0 and (begun := _UNFINISHED_NAME.match(body)) and begun[1] not in _TAG_NAMES:
-        if not final:
-            return None
-        if any(name.startswith(begun[1]) for name in _TAG_NAMES):
-            return Tag("cut", start, len(text))
-    if not settled and _UNFINISHED_NAME.match(body):
-        return None
-    if (named := _TAG_NAME.match(body)) is None:
-        return Tag("?", start, mark + 1)
-    kind = "calls" if named[1].endswith("_calls") else named[1]
-    rest, position = body[named.end() :], mark + 1 + named.end()
-    if slash or kind == "calls":
-        close = _CLOSE.match(rest)
-        if close is None and not settled and not rest.strip():
-            return None
-        return Tag(slash + kind, start, position + (close.end() if close else 0))
-    if (strict := (_INVOKE if kind == "invoke" else _PARAMETER).match(rest)) is not None:
-        return Tag(kind, start, position + strict.end(), strict[1], strict[2] if kind == "parameter" else "")
-    if not settled:
-        return None
-    loose = _LOOSE_NAME.match(rest)
-    assert loose is not None  # it matches the empty string
-    return Tag(kind, start, position + loose.end(), loose[1].strip())
-
-
-def bracket_before(text: str, mark: int) -> int:
-    """Where the `<` or `</` right before `text[mark]` begins; `mark` if there is none."""
-    if text.endswith("</", 0, mark):
-        return mark - 2
-    return mark - 1 if text.endswith("<", 0, mark) else mark
+_IMPOSSIBLE = re.compile(r"[<>\x00-\x1f\ud800-\udfff]")
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 class CallReader:
     """Puts the arguments of one call together. Methods return what they add to the JSON text of the arguments.
 
+    Args:
+        types: what the tool's schema says; None: the tool is not known.
+
     Attributes:
         problems: what had to be guessed so far.
-        body: text found between the parameters.
+        body: pieces of text found between the parameters.
     """
 
-    def __init__(self, index: int, name: str) -> None:
+    def __init__(self, index: int, name: str, types: ToolTypes | None = None) -> None:
         self.index = index
         self.name = name
         self.problems: list[Problem] = [] if name else ["no_name"]
-        self.body = ""
+        self.body: list[str] = []
+        self._types = types
         self._pieces: list[str] = []
         self._names: set[str] = set()
         self._open: Tag | None = None
+        self._streams = False
         self._value: list[str] = []  # of the open parameter, if it may be JSON
 
     @property
@@ -113,23 +54,38 @@ class CallReader:
     @property
     def between_parameters(self) -> bool:
         """At least one parameter was read, and nothing else."""
-        return bool(self._names) and not self.body.strip()
+        return bool(self._names) and not self._text()
+
+    @property
+    def has_parameters(self) -> bool:
+        return bool(self._names)
 
     def open_value(self, tag: Tag) -> str:
-        """A parameter begins. A string is passed on as it comes, anything else when it is known to be JSON."""
+        """A parameter begins."""
         self._value.clear()
+        if tag.odd:
+            self.problems.append("odd_tag")
+        if tag.broken or (tag.odd and (not tag.name or _IMPOSSIBLE.search(tag.name))):
+            self.problems.append("bad_name")
         if tag.name in self._names:
             self.problems.append("duplicate_parameter")
             self._open = None
             return ""
         self._open = tag
-        return self._add(self._key() + '"') if tag.mode == "true" else ""
+        types = self._allowed(tag.name)
+        if self._may_wrap(tag.name):
+            self._streams = False
+        elif types == ALL_TYPES or ("string" in types and types - {"string", "null"}):
+            self._streams = tag.mode == "true"
+        else:
+            self._streams = "string" in types and tag.mode != "false"
+        return self._add(self._key() + '"') if self._streams else ""
 
     def add_value(self, text: str) -> str:
         """More of the parameter's text."""
         if self._open is None or not text:
             return ""
-        if self._open.mode == "true":
+        if self._streams:
             return self._add(to_json(text)[1:-1])
         self._value.append(text)
         return ""
@@ -138,18 +94,17 @@ class CallReader:
         """The parameter ends."""
         if self._open is None:
             return ""
-        if self._open.mode == "true":
+        if self._streams:
             return self._add('"')
-        value = "".join(self._value)
-        if _is_json(value):
-            return self._add(self._key() + value.strip())
-        if self._open.mode == "false":
-            self.problems.append("bad_json")
-        return self._add(self._key() + to_json(value))
+        text = "".join(self._value)
+        if self._may_wrap(self._open.name) and (members := self._unwrapped(text)) is not None:
+            self.problems.append("unwrapped")
+            return self._add(members)
+        return self._add(self._key() + self._json(self._open, text))
 
     def close(self) -> str:
         """The call ends."""
-        body = self.body.strip()
+        body = self._text()
         if self._names:
             if body:
                 self.problems.append("stray_text")
@@ -157,7 +112,65 @@ class CallReader:
         if not body:
             return self._add("{}")
         self.problems.append("not_parameters")
-        return self._add(body if body[0] == "{" and _is_json(body) else to_json({"arguments": body}))
+        if (members := self._unwrapped(body, WRAPPER)) is not None:
+            self.problems.append("unwrapped")
+            return self._add(members + "}")
+        return self._add(body if body[0] == "{" and _parsed(body) is not None else to_json({WRAPPER: body}))
+
+    def _text(self) -> str:
+        return "".join(self.body).strip()
+
+    def _allowed(self, name: str) -> frozenset[str]:
+        return ALL_TYPES if self._types is None else self._types.types.get(name, ALL_TYPES)
+
+    def _json(self, tag: Tag, text: str) -> str:
+        """The value as JSON: by the schema if that decides, else by what the tag declares, else by its looks."""
+        types = self._allowed(tag.name)
+        decides = types != ALL_TYPES
+        parsed = _parsed(text)
+        if tag.mode == "true":
+            # The schema has no place for a string, or this may have been a wrapper.
+            if decides and "string" not in types and parsed is not None and fits(parsed.value, types):
+                self.problems.append("retyped")
+                return text.strip()
+            return to_json(text)
+        if parsed is not None and (not decides or fits(parsed.value, types)):
+            if not tag.mode and not decides:
+                self.problems.append("guessed_type")
+            return text.strip()
+        if decides and "string" in types:
+            if tag.mode == "false":
+                self.problems.append("retyped")
+            return to_json(text)
+        if decides and (word := _PYTHON.get(text.strip())) is not None and fits(json.loads(word), types):
+            self.problems.append("guessed_type")
+            return word
+        if parsed is not None:
+            return text.strip()  # of another type than the schema wants: for the tool to refuse
+        self.problems.append("bad_json" if tag.mode == "false" or decides else "guessed_type")
+        return to_json(text)
+
+    def _may_wrap(self, name: str) -> bool:
+        known = None if self._types is None else self._types.names
+        return name == WRAPPER and not self._names and known is not None and name not in known
+
+    def _unwrapped(self, text: str, inside: str = "") -> str | None:
+        """The members of a JSON object, without its end, if the schema knows them all; `inside`: of the object that this
+        one holds and nothing else."""
+        parsed = _parsed(text)
+        value: Json = None if parsed is None else parsed.value
+        if inside:
+            if not isinstance(value, Mapping) or value.keys() != {inside} or not self._may_wrap(inside):
+                return None
+            try:
+                value = json.loads(text)[inside]
+            except ValueError:
+                return None  # a number of thousands of digits
+            return self._unwrapped(value if isinstance(value, str) else to_json(value))
+        if not isinstance(value, Mapping) or not value or self._types is None or not self._types.accepts(value):
+            return None
+        self._names |= value.keys()
+        return text.strip().removesuffix("}").rstrip()
 
     def _key(self) -> str:
         assert self._open is not None
@@ -170,12 +183,23 @@ class CallReader:
         return piece
 
 
-def _is_json(text: str) -> bool:
+class _Parsed:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Json) -> None:
+        self.value = value
+
+
+def _parsed(text: str) -> _Parsed | None:
+    """The value of a JSON text; None: it is none. Numbers keep their kind, not their value."""
+
     def refuse(constant: str) -> None:
         raise ValueError(constant)  # NaN and Infinity, which Python's parser takes
 
+    def whole(digits: str) -> int:
+        return 0  # Python refuses to convert thousands of digits
+
     try:
-        json.loads(text, parse_constant=refuse)
+        return _Parsed(json.loads(text, parse_constant=refuse, parse_int=whole))
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None

@@ -29,6 +29,11 @@ TASKS: tuple[Task, ...] = get_args(Task)
 _TOOL_NAME = re.compile(r"[^\s\"<>｜]+")
 
 
+def is_tool_name(name: str) -> bool:
+    """Whether a tool can have this name."""
+    return _TOOL_NAME.fullmatch(name) is not None
+
+
 class MessageError(LocalrunError, ValueError):
     """A chat message, a tool schema or a tool call that the protocol has no place for."""
 

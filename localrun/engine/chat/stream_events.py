@@ -20,6 +20,15 @@ Problem = Literal[
     "missing_close",  # a closing tag is missing, the meaning is clear
     "truncated",  # the output ended inside a call: do not run it
     "no_name",  # a call that names no tool: do not run it
+    "bad_name",  # a tool or a parameter under a name that can't be one: do not run it
+    "odd_tag",  # a tag is spelled otherwise than the format has it, the meaning is clear
+    "misspelt_close",  # a closing tag is misspelt; it ends what it stands behind
+    "misnamed_tag",  # a call in a parameter's tag, by the name of a known tool
+    "guessed_name",  # the tool's name stands in another attribute
+    "other_markup",  # a call without the format's own token, as the tool's schema wants it
+    "unwrapped",  # all parameters in one that the schema does not know
+    "guessed_type",  # neither tag nor schema says whether a value is a string
+    "retyped",  # the schema wants another type than the tag declares
     "bad_json",  # a parameter that should be JSON is not; kept as a string
     "not_parameters",  # the call's body is not made of parameters
     "duplicate_parameter",  # the first one counts
@@ -74,7 +83,7 @@ class ToolCallEnd:
     @property
     def usable(self) -> bool:
         """The call is whole and may be run."""
-        return "truncated" not in self.problems and "no_name" not in self.problems
+        return not set(self.problems) & {"truncated", "no_name", "bad_name"}
 
     def call(self) -> ToolCall:
         """The call as part of a message. Raises MessageError if its name can't be one."""

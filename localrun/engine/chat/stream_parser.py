@@ -9,17 +9,41 @@ deltas. Nothing that may still turn out to be markup is let through before that 
 
 Well-formed output is read as the official `parse_message_from_completion_text` reads it. Everything else is read
 leniently and flagged (`Problem`): tool calls before `</think>`, thinking that never ends, blocks that break off, tags
-that never close, arguments that are not JSON. Only a parameter's closing tag ends its value for certain; where it is
-missing, the next tag ends it.
+that never close, arguments that are not JSON, tags that are spelled otherwise (`dsml_tags.py`), and, where the tools on
+offer leave no doubt, calls without the format's token (`other_markup.py`). Only a parameter's closing tag ends its value
+for certain; where it is missing, the next tag ends it. A whole block inside a value is part of the value.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from localrun.engine.chat.dsml_reader import DSML_MARK, CallReader, bracket_before, next_tag
+from localrun.engine.chat.dsml_reader import CallReader
+from localrun.engine.chat.dsml_tags import (
+    DSML_MARK,
+    HELD,
+    HELD_CHARACTERS,
+    HELD_IN_VALUE,
+    Tag,
+    bracket_before,
+    next_tag,
+)
+from localrun.engine.chat.messages import ToolSchema, is_tool_name
+from localrun.engine.chat.other_markup import (
+    LONGEST_CLOSERS,
+    PLAIN_BLOCK_ENDS,
+    PLAIN_CALL_END,
+    PLAIN_CALL_END_BEGUN,
+    PLAIN_CLOSERS,
+    PLAIN_CLOSERS_BEGUN,
+    OtherMarkup,
+    ends_with_call,
+    official,
+)
 from localrun.engine.chat.parts import (
     ASSISTANT,
     BOS,
@@ -44,6 +68,7 @@ from localrun.engine.chat.stream_events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from localrun.engine.chat.tool_types import ToolTypes
 
 __all__ = [
     "Answer",
@@ -62,11 +87,10 @@ __all__ = [
 # Half a surrogate pair can't come out of a decoder; in the buffer one stands for the DSML token.
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 _TURN_TOKENS = (BOS, USER, ASSISTANT, LATEST_REMINDER)
-
-# What may precede DSML in a tag, at the end of the buffer: line breaks that belong to the markup, and the bracket.
-_HELD = re.compile(r"\n{0,2}(?:</?)?\Z")
-_UNFINISHED_BRACKET = re.compile(r"</?\Z")
-_HELD_IN_VALUE = re.compile(r"\n?(?:</?)?\Z")
+_LINE_BREAKS = re.compile(r"\n{1,2}\Z")
+_UNFINISHED_BRACKET = re.compile(r"<\s{0,2}/?\s{0,2}[｜|]?\Z")
+_FORGIVEN = frozenset({"odd_tag", "guessed_type", "retyped", "unwrapped"})
+"""Problems with which a call in other markup is still beyond doubt."""
 
 
 class StreamParser:
@@ -76,6 +100,11 @@ class StreamParser:
         start: where the prompt left off (`Prompt.completion`).
         markup_in_text: find protocol tokens in the fed text, for text that was decoded with them in it.
         id_prefix: ids of tool calls are `<prefix>_<index>`; results refer to them, so choose one per answer.
+        tools: what was on offer. Their schemas decide types, and markup without the format's own token is read only if
+            they agree.
+
+    Attributes:
+        n_scanned: characters looked at so far, a measure of the work: it grows in proportion to the answer.
     """
 
     def __init__(
@@ -84,18 +113,27 @@ class StreamParser:
         *,
         markup_in_text: bool = False,
         id_prefix: str = "call",
+        tools: Sequence[ToolSchema] = (),
     ) -> None:
         self.ended = False
+        self.n_scanned = 0
         self._id_prefix = id_prefix
         self._lexer = TokenFinder() if markup_in_text else None
-        self._state: Literal["thinking", "content", "block", "call", "value"] = start
+        self._tools = {tool.name: ToolTypes.of(tool) for tool in tools}
+        self._other = OtherMarkup(self._tools) if tools else None
+        self._state: Literal["thinking", "content", "block", "call", "value", "other"] = start
         self._around_block: Literal["thinking", "content"] = start
         self._buffer = ""
+        self._at = 0  # what stands before it in the buffer is done
         self._out: list[StreamEvent] = []
+        self._text: list[str] = []  # pieces of the last event in `_out`
         self._problems: list[Problem] = []
         self._blank_after_block: str | None = None
+        self._strays: list[str] = []  # text between two calls
         self._n_calls = 0
         self._call = CallReader(-1, "")
+        self._misnamed = False  # the call was begun by a parameter's tag
+        self._quote: Literal["no", "begun", "yes"] = "no"  # a whole block inside a value
 
     # --- input --------------------------------------------------------------------------------------------------
 
@@ -129,6 +167,7 @@ class StreamParser:
         return self._give()
 
     def _give(self) -> list[StreamEvent]:
+        self._join()
         events, self._out = self._out, []
         return events
 
@@ -184,6 +223,12 @@ class StreamParser:
     def _end(self, reason: str) -> None:
         if self.ended:
             return
+        closed = reason == "eos" and self._state == "value" and PLAIN_CLOSERS.fullmatch(self._buffer) is not None
+        if closed:
+            # Nothing but closing tags in ordinary text, and then the model itself ended.
+            self._buffer = ""
+            self._leave_value()
+            self._close_call("misspelt_close")
         self._run(final=True)
         if self._state == "value":
             self._leave_value()
@@ -199,7 +244,7 @@ class StreamParser:
         if self._state == "thinking":
             self._problems.append("unclosed_think")
         self.ended = True
-        self._out.append(End(reason, tuple(dict.fromkeys(self._problems))))
+        self._emit(End(reason, tuple(dict.fromkeys(self._problems))))
 
     # --- the machine ----------------------------------------------------------------------------------------------
 
@@ -211,141 +256,313 @@ class StreamParser:
             "block": self._step_block,
             "call": self._step_call,
             "value": self._step_value,
+            "other": self._step_other,
         }
-        while self._buffer and steps[self._state](final):
-            pass
+        while True:
+            while self._at < len(self._buffer) and steps[self._state](final):
+                pass
+            if not final or self._state != "other":
+                break
+            self._end_other()
+        self._buffer, self._at = self._buffer[self._at :], 0
+
+    def _tag(self, final: bool) -> Tag | None:
+        tag = next_tag(self._buffer, final=final, start=self._at)
+        self.n_scanned += (tag.end if tag is not None else len(self._buffer)) - self._at
+        return tag
+
+    def _before(self, tag: Tag) -> str:
+        return self._buffer[self._at : tag.start]
 
     def _step_text(self, final: bool) -> bool:
-        tag = next_tag(self._buffer, final=final)
+        if self._other is not None and self._state == "content" and self._find_other():
+            return True
+        tag = self._tag(final)
         if tag is None:
-            return self._pass_text(_HELD, final, self._emit_text)
-        if tag.kind == "cut":
-            self._emit_text(re.sub(r"\n{1,2}\Z", "", self._buffer[: tag.start]))
+            return self._pass_text(HELD, final, self._emit_answer)
+        if tag.kind == "?":
+            self._emit_answer(self._literal(tag.end))
+            self._at = tag.end
+        elif tag.kind == "cut":
+            self._emit_answer(_LINE_BREAKS.sub("", self._before(tag)))
             self._problems.append("truncated")
-            self._cut(tag.end)
+            self._at = tag.end
             return False
-        if tag.kind in ("calls", "invoke"):
-            self._emit_text(re.sub(r"\n{1,2}\Z", "", self._buffer[: tag.start]))
+        elif tag.kind in ("calls", "invoke") or self._is_misnamed(tag):
+            self._emit_answer(_LINE_BREAKS.sub("", self._before(tag)))
             self._blank_after_block = None
             self._around_block = "thinking" if self._state == "thinking" else "content"
             self._state = "block"
             if tag.kind == "calls":
-                self._cut(tag.end)
+                self._at = tag.end
+                if tag.odd:
+                    self._problems.append("odd_tag")
             else:
                 self._problems.append("stray_tag")  # a call without a block around it
-                self._cut(tag.start)
-        elif tag.kind == "?":
-            self._emit_text(self._literal(tag.end))
-            self._cut(tag.end)
+                self._at = tag.start
         else:
-            self._emit_text(self._buffer[: tag.start])
+            self._emit_answer(self._before(tag))
             self._problems.append("stray_tag")
-            self._cut(tag.end)
+            self._at = tag.end
+        return True
+
+    def _find_other(self) -> bool:
+        """Whether markup without the token begins before the next token; then it is collected from now on."""
+        assert self._other is not None
+        mark = self._buffer.find(DSML_MARK, self._at)
+        end = len(self._buffer) if mark < 0 else mark
+        self.n_scanned += end - self._at
+        while (opener := self._other.find(self._buffer, self._at, end)) is not None:
+            self._emit_answer(self._buffer[self._at : opener.start()])
+            self._at = opener.end()
+            if self._other.opens(opener):
+                self._other.begin(opener)
+                self._state = "other"
+                return True
+            self._emit_answer(opener[0])
+        return False
+
+    def _step_other(self, final: bool) -> bool:
+        other = self._other
+        assert other is not None
+        text = self._buffer[self._at :]
+        self.n_scanned += len(text)
+        n_taken = other.add(text)
+        if n_taken is None:
+            self._at = len(self._buffer)
+            return False
+        self._at += len(text) if n_taken < 0 else n_taken
+        if n_taken < 0 or not self._read_other(*other.collected()):
+            self._refuse_other()
+        return True
+
+    def _end_other(self) -> None:
+        """The output is over. A block of whole calls lacks nothing but its own end."""
+        assert self._other is not None
+        opener, rest = self._other.collected()
+        if ends_with_call(rest) and self._read_other(opener, rest + "</tool_calls>"):
+            self._problems.append("missing_close")
+        else:
+            self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        """It was text. Only its opener is certain to hold nothing else."""
+        assert self._other is not None
+        opener, rest = self._other.collected()
+        self._other.refuse()
+        self._state = "content"
+        self._emit_answer(opener)
+        self._buffer, self._at = rest + self._buffer[self._at :], 0
+
+    def _read_other(self, opener: str, rest: str) -> bool:
+        """Whether this is a block of calls, or one call, that the tools' schemas agree with; if so, it is given out."""
+        markup = official(opener.lstrip("\n") + rest)
+        if not markup.startswith(f"<{DSML_MARK}invoke"):
+            whole = markup
+        else:
+            whole = f"<{DSML_MARK}tool_calls>{markup}</{DSML_MARK}tool_calls>"
+        inner, answer = StreamParser(), Answer()
+        inner._tools = self._tools
+        inner._buffer = whole
+        inner._run(final=True)
+        answer.add(inner.finish())
+        self.n_scanned += inner.n_scanned
+        problems = {*answer.problems} - _FORGIVEN
+        if problems or answer.content.strip() or not answer.calls:
+            return False
+        for call in answer.calls:
+            known = self._tools.get(call.name)
+            if known is None or not known.accepts(json.loads(call.arguments)):
+                return False
+        self._state = "content"
+        self._blank_after_block = ""
+        for call in answer.calls:
+            self._emit(ToolCallStart(self._n_calls, call.name))
+            self._emit(ToolCallDelta(self._n_calls, call.arguments))
+            self._emit(
+                ToolCallEnd(
+                    self._n_calls, call.name, call.arguments, self._id(self._n_calls), (*call.problems, "other_markup")
+                )
+            )
+            self._n_calls += 1
         return True
 
     def _step_block(self, final: bool) -> bool:
-        tag = next_tag(self._buffer, final=final)
+        tag = self._tag(final)
         if tag is None:
+            self._strays.append(self._decided(HELD, final))
             if final:
-                self._stray_text(_UNFINISHED_BRACKET.sub("", self._buffer))
-                self._buffer = ""
+                self._flush_strays()
             return False
-        self._stray_text(self._buffer[: tag.start])
-        if tag.kind == "invoke":
-            self._call = CallReader(self._n_calls, tag.name)
-            self._n_calls += 1
-            self._out.append(ToolCallStart(self._call.index, self._call.name))
-            self._state = "call"
+        self._strays.append(self._before(tag))
+        if tag.kind == "?":
+            self._strays.append(self._buffer[tag.start : tag.end].replace(DSML_MARK, DSML))
+            self._at = tag.end
+            return True
+        self._flush_strays()
+        self._at = tag.end
+        if tag.kind == "invoke" or self._is_misnamed(tag):
+            self._open_call(tag)
         elif tag.kind == "/calls":
+            if tag.odd:
+                self._problems.append("misspelt_close")
             self._state = self._around_block
             self._blank_after_block = ""
-        elif tag.kind == "?":
-            self._stray_text(self._literal(tag.end)[tag.start :])
         else:
             self._problems.append("truncated" if tag.kind == "cut" else "stray_tag")
-        self._cut(tag.end)
         return True
+
+    def _open_call(self, tag: Tag) -> None:
+        name, problems = tag.name, list[Problem]()
+        if not name and (meant := next((hint for hint in tag.hints if hint in self._tools), None)) is not None:
+            name = meant
+            problems.append("guessed_name")
+        self._call = CallReader(self._n_calls, name, self._tools.get(name))
+        self._call.problems += problems
+        self._misnamed = tag.kind == "parameter"
+        if self._misnamed:
+            self._call.problems.append("misnamed_tag")
+        elif tag.odd:
+            self._call.problems.append("odd_tag")
+        if name and (tag.broken or not is_tool_name(name)):
+            self._call.problems.append("bad_name")
+        self._n_calls += 1
+        self._emit(ToolCallStart(self._call.index, name))
+        self._state = "call"
+        if tag.closed:
+            self._close_call()
+
+    def _is_misnamed(self, tag: Tag) -> bool:
+        """A call in a parameter's tag: it has the name of a tool where a call must stand."""
+        return tag.kind == "parameter" and not tag.mode and tag.name in self._tools
 
     def _step_call(self, final: bool) -> bool:
-        tag = next_tag(self._buffer, final=final)
+        tag = self._tag(final)
+        text = self._decided(HELD, final, PLAIN_CALL_END_BEGUN) if tag is None else self._before(tag)
+        if self._call.has_parameters and (end := PLAIN_CALL_END.search(text)) is not None:
+            self._call.body.append(text[: end.start()])
+            self._at += end.end() - (len(text) if tag is None else 0)
+            self._close_call("misspelt_close")
+            return True
+        self._call.body.append(text)
         if tag is None:
-            if final:
-                self._call.body += _UNFINISHED_BRACKET.sub("", self._buffer)
-                self._buffer = ""
             return False
-        self._call.body += self._buffer[: tag.start]
+        self._at = tag.end
         if tag.kind == "parameter":
-            self._cut(tag.end)
-            self._emit_arguments(self._call.open_value(tag))
-            self._state = "value"
-        elif tag.kind == "/invoke":
-            self._cut(tag.end)
-            self._close_call()
+            self._open_value(tag)
+        elif tag.kind == "/invoke" or (tag.kind == "/parameter" and self._misnamed):
+            self._close_call("misspelt_close" if tag.odd else None)
         elif tag.kind in ("invoke", "/calls"):
-            self._cut(tag.start)
+            self._at = tag.start
             self._close_call("missing_close")
         elif tag.kind == "?":
-            self._call.body += self._literal(tag.end)[tag.start :]
-            self._cut(tag.end)
+            self._call.body.append(self._buffer[tag.start : tag.end].replace(DSML_MARK, DSML))
         else:
             self._call.problems.append("truncated" if tag.kind == "cut" else "stray_tag")
-            self._cut(tag.end)
         return True
 
+    def _open_value(self, tag: Tag) -> None:
+        self._emit_arguments(self._call.open_value(tag))
+        self._state = "value"
+        self._quote = "no"
+        if tag.closed:
+            self._leave_value()
+
     def _step_value(self, final: bool) -> bool:
-        tag = next_tag(self._buffer, final=final)
+        tag = self._tag(final)
         if tag is None:
-            return self._pass_text(_HELD_IN_VALUE, final, self._emit_value)
-        if tag.kind == "/parameter":
-            self._emit_value(self._buffer[: tag.start])
-            self._cut(tag.end)
+            return self._pass_text(HELD_IN_VALUE, final, self._emit_value)
+        if self._quote == "begun" and (tag.kind != "invoke" or self._before(tag).strip()):
+            self._quote = "no"
+        if tag.kind in ("calls", "?") or (self._quote != "no" and tag.kind != "cut"):
+            quote = self._quote
+            self._emit_value(self._literal(tag.end))
+            self._at = tag.end
+            if quote == "no":
+                self._quote = "begun" if tag.kind == "calls" else "no"
+            else:
+                self._quote = "no" if tag.kind == "/calls" else "yes"  # a call follows the beginning of the block
+        elif tag.kind == "/parameter":
+            self._emit_value(self._before(tag))
+            self._at = tag.end
+            if tag.odd:
+                self._call.problems.append("misspelt_close")
             self._leave_value()
         elif tag.kind == "cut":
-            self._emit_value(self._buffer[: tag.start])
-            self._cut(tag.end)
-        elif tag.kind in ("calls", "?"):
-            self._emit_value(self._literal(tag.end))
-            self._cut(tag.end)
+            self._emit_value(self._before(tag))
+            self._at = tag.end
         else:
-            self._emit_value(self._buffer[: tag.start].removesuffix("\n"))
-            self._cut(tag.start)
+            self._emit_value(self._before(tag).removesuffix("\n"))
+            self._at = tag.start
             self._call.problems.append("missing_close")
             self._leave_value()
         return True
 
     def _pass_text(self, held: re.Pattern[str], final: bool, emit: Callable[[str], None]) -> bool:
         """Emits the text up to the next DSML token, except for an end that may belong to a tag."""
-        if (d := self._buffer.find(DSML_MARK)) >= 0:
-            end = bracket_before(self._buffer, d)  # the tag itself is incomplete
-            end -= len(self._buffer[:end]) - len(self._buffer[:end].rstrip("\n"))
-        elif final:
-            end = len(self._buffer)
-        else:
-            match = held.search(self._buffer, max(0, len(self._buffer) - 4))
-            end = match.start() if match else len(self._buffer)
-        emit(self._buffer[:end])
-        self._cut(end)
+        emit(self._decided(held, final))
         return False
 
-    def _literal(self, end: int) -> str:
-        return self._buffer[:end].replace(DSML_MARK, DSML)
+    def _decided(self, held: re.Pattern[str], final: bool, also: re.Pattern[str] | None = None) -> str:
+        """Takes the text up to the next DSML token, except for an end that may belong to a tag."""
+        buffer, at = self._buffer, self._at
+        if (mark := buffer.find(DSML_MARK, at)) >= 0:
+            end = bracket_before(buffer, mark, at)[0]  # the tag itself is incomplete
+            while end > at and buffer[end - 1] == "\n":
+                end -= 1
+        elif final:
+            end = len(buffer)
+            if self._state in ("block", "call") and (bracket := _UNFINISHED_BRACKET.search(buffer, max(at, end - 6))):
+                self._at = end
+                return buffer[at : bracket.start()]
+        else:
+            end = self._held_from(held, also)
+        self._at = end
+        return buffer[at:end]
 
-    def _cut(self, n: int) -> None:
-        self._buffer = self._buffer[n:]
+    def _held_from(self, held: re.Pattern[str], also: re.Pattern[str] | None) -> int:
+        buffer, at, n = self._buffer, self._at, len(self._buffer)
+        ends = [n]
+        for pattern, longest in ((held, HELD_CHARACTERS), (also, 16)):
+            if pattern is not None and (match := pattern.search(buffer, max(at, n - longest))) is not None:
+                ends.append(match.start())
+        if self._state == "value":
+            for pattern in (PLAIN_CLOSERS, PLAIN_CLOSERS_BEGUN):
+                if (match := pattern.search(buffer, max(at, n - LONGEST_CLOSERS))) is not None:
+                    ends.append(match.start())
+        elif self._state == "content" and self._other is not None:
+            ends.append(at + self._other.held_from(buffer[at:]))
+        return min(ends)
+
+    def _literal(self, end: int) -> str:
+        return self._buffer[self._at : end].replace(DSML_MARK, DSML)
 
     # --- output ---------------------------------------------------------------------------------------------------
 
     def _emit(self, event: StreamEvent) -> None:
+        """Neighbouring pieces of one text become one event."""
         last = self._out[-1] if self._out else None
         match last, event:
-            case (ThinkingDelta(head), ThinkingDelta(text)):
-                self._out[-1] = ThinkingDelta(head + text)
-            case (TextDelta(head), TextDelta(text)):
-                self._out[-1] = TextDelta(head + text)
-            case (ToolCallDelta(i, head), ToolCallDelta(j, text)) if i == j:
-                self._out[-1] = ToolCallDelta(i, head + text)
+            case (ThinkingDelta(), ThinkingDelta(text)) | (TextDelta(), TextDelta(text)):
+                self._text.append(text)
+            case (ToolCallDelta(i, _), ToolCallDelta(j, text)) if i == j:
+                self._text.append(text)
             case _:
+                self._join()
                 self._out.append(event)
+
+    def _join(self) -> None:
+        if self._text:
+            last = self._out[-1]
+            assert isinstance(last, ThinkingDelta | TextDelta | ToolCallDelta)
+            self._out[-1] = dataclasses.replace(last, text="".join([last.text, *self._text]))
+            self._text.clear()
+
+    def _emit_answer(self, text: str) -> None:
+        """Text of the answer or of the reasoning, as it stands there."""
+        if self._other is not None and self._state == "content":
+            self._other.passed(text)
+        self._emit_text(text)
 
     def _emit_text(self, text: str) -> None:
         if self._blank_after_block is not None:
@@ -358,12 +575,19 @@ class StreamParser:
             thinks = (self._around_block if self._state == "block" else self._state) == "thinking"
             self._emit(ThinkingDelta(text) if thinks else TextDelta(text))
 
-    def _stray_text(self, text: str) -> None:
-        if text := text.strip():
+    def _flush_strays(self) -> None:
+        """Text between two calls is text of the answer, closing tags without the token aside."""
+        text, self._strays = "".join(self._strays), []
+        kept = PLAIN_BLOCK_ENDS.sub("", text) if self._n_calls else text
+        if kept != text:
+            self._problems.append("misspelt_close")
+        if kept := kept.strip():
             self._problems.append("stray_text")
-            self._emit_text(text)
+            self._emit_text(kept)
 
     def _emit_value(self, text: str) -> None:
+        if self._quote == "begun" and text.strip():
+            self._quote = "no"
         self._emit_arguments(self._call.add_value(text))
 
     def _emit_arguments(self, text: str) -> None:
@@ -380,15 +604,18 @@ class StreamParser:
             call.problems.append(problem)
         self._emit_arguments(call.close())
         problems = tuple(dict.fromkeys(call.problems))
-        self._out.append(
-            ToolCallEnd(call.index, call.name, call.arguments, f"{self._id_prefix}_{call.index}", problems)
-        )
+        self._emit(ToolCallEnd(call.index, call.name, call.arguments, self._id(call.index), problems))
         self._state = "block"
 
+    def _id(self, index: int) -> str:
+        return f"{self._id_prefix}_{index}"
 
-def parse_completion(text: str, start: Literal["thinking", "content"] = "content") -> Answer:
+
+def parse_completion(
+    text: str, start: Literal["thinking", "content"] = "content", *, tools: Sequence[ToolSchema] = ()
+) -> Answer:
     """A whole completion as one string with its special tokens in it."""
-    parser, answer = StreamParser(start, markup_in_text=True), Answer()
+    parser, answer = StreamParser(start, markup_in_text=True, tools=tools), Answer()
     answer.add(parser.feed_text(text))
     answer.add(parser.finish())
     return answer

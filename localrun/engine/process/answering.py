@@ -15,9 +15,12 @@ from typing import Literal
 
 from localrun.engine.chat.messages import (
     AssistantMessage,
+    DeveloperMessage,
     Message,
     MessageError,
     SampledAnswer,
+    SystemMessage,
+    ToolSchema,
     messages_from_json,
     tools_from_json,
 )
@@ -173,6 +176,13 @@ def shown_tools(tools: Sequence[Json]) -> list[Json]:
     return [{key: value for key, value in tool.items() if key != "strict"} for tool in tools]
 
 
+def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[ToolSchema, ...]:
+    """What is on offer in a question: beside the messages, or in them."""
+    beside = tools_from_json(shown_tools(command.tools)) if command.tools else ()
+    inside = (m.tools for m in messages or () if isinstance(m, SystemMessage | DeveloperMessage))
+    return (*beside, *(tool for tools in inside for tool in tools))
+
+
 def steering_for(engine: Engine, command: Generate, start: str | None) -> Steering | None:
     """The rules for an answer; None if there are none.
 
@@ -228,7 +238,14 @@ class AnswerWriter:
         reason: why the answer ends here, if not by the session's own reasons.
     """
 
-    def __init__(self, engine: Engine, command: Generate, start: str | None, send: Send) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        command: Generate,
+        start: str | None,
+        send: Send,
+        tools: Sequence[ToolSchema] = (),
+    ) -> None:
         self._send, self._request = send, command.request
         self._tokenizer = engine.tokenizer if engine.facts.has_tokenizer else None
         self._decoder = StreamDecoder(self._tokenizer) if self._tokenizer is not None else None
@@ -236,7 +253,7 @@ class AnswerWriter:
         prefix = f"call_{uuid.uuid4().hex[:16]}"
         self._id_prefix = prefix
         self._started_thinking = start == "thinking"
-        self._parser = StreamParser("thinking" if start == "thinking" else "content", id_prefix=prefix)
+        self._parser = StreamParser("thinking" if start == "thinking" else "content", id_prefix=prefix, tools=tools)
         self._stops = StopFinder(command.stop)
         self._max_calls = command.max_tool_calls
         self._all: list[int] = []

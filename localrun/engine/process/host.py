@@ -17,7 +17,7 @@ from localrun.engine import memory
 from localrun.engine.engine import Engine
 from localrun.engine.measure.evaluate import evaluate_text
 from localrun.engine.planner.plan import Plan
-from localrun.engine.process.answering import AnswerWriter, KeptAnswers, Prompts, steering_for
+from localrun.engine.process.answering import AnswerWriter, KeptAnswers, Prompts, known_tools, steering_for
 from localrun.engine.process.protocol import (
     CountTokens,
     EvalLogits,
@@ -168,7 +168,7 @@ class Host:
             steering=steering_for(engine, command, prompt.start),
             top_logprobs=command.logprobs,
         )
-        out = AnswerWriter(engine, command, prompt.start, self._send)
+        out = AnswerWriter(engine, command, prompt.start, self._send, known_tools(command, prompt.messages))
         for token in answer:
             out.push(token, answer.logprobs)
             if out.ended:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from localrun.engine.chat.dsml import Parameter, parameters_of, render_tool_calls, to_json, tool_instructions
-from localrun.engine.chat.dsml_reader import DSML_MARK, Tag, next_tag
+from localrun.engine.chat.dsml_tags import DSML_MARK, Tag, next_tag
 from localrun.engine.chat.messages import ToolCall, ToolSchema
 from localrun.engine.chat.parts import DSML, THINK_END, THINK_START, Special, Text, merge_texts, render
 from tests.engine.chat_strategies import any_speed, argument_objects, json_values, texts
@@ -90,8 +90,8 @@ M = DSML_MARK
         (f'<{M}invoke name="f">\n', Tag("invoke", 0, 18, "f")),
         (f'<{M}parameter name="k" string="true">v', Tag("parameter", 0, 35, "k", "true")),
         (f'<{M}parameter name="a"b>" string="false">v', Tag("parameter", 0, 39, 'a"b>', "false")),
-        (f'<{M}parameter name="k">v</{M}parameter>', Tag("parameter", 0, 21, "k")),
-        (f"<{M}invoke name=f>\n<{M}", Tag("invoke", 0, 16, "f")),
+        (f'<{M}parameter name="k">v</{M}parameter>', Tag("parameter", 0, 21, "k", odd=True)),
+        (f"<{M}invoke name=f>\n<{M}", Tag("invoke", 0, 16, "f", odd=True)),
         (f"{M}x", Tag("?", 0, 1)),
         (f"<{M}pardon>", Tag("?", 0, 2)),
         (f"<{M}invokes>", Tag("?", 0, 2)),

@@ -281,8 +281,8 @@ JSON_MODE = ' string="false"'
         (value('{"a": ', JSON_MODE), {"k": '{"a": '}, ("bad_json",)),
         (value("NaN", JSON_MODE), {"k": "NaN"}, ("bad_json",)),
         (value("", JSON_MODE), {"k": ""}, ("bad_json",)),
-        (value("5", ""), {"k": 5}, ()),
-        (value("five", ""), {"k": "five"}, ()),
+        (value("5", ""), {"k": 5}, ("odd_tag", "guessed_type")),
+        (value("five", ""), {"k": "five"}, ("odd_tag", "guessed_type")),
         (value("5"), {"k": "5"}, ()),
         (value("a\n"), {"k": "a\n"}, ()),
         (value("<b>&amp;</b>\n</"), {"k": "<b>&amp;</b>\n</"}, ()),
@@ -361,7 +361,7 @@ def test_missing_end_of_a_call_before_the_next_one() -> None:
 def test_a_call_without_a_name_or_with_an_impossible_one_is_no_part_of_the_message() -> None:
     text = f"{OPEN}<{DSML}invoke>\n{PARAMETERS}</{DSML}invoke>\n{CALL.replace('weather', 'two words')}{CLOSE}{EOS}"
     answer = parse_completion(text)
-    assert [(call.name, call.usable) for call in answer.calls] == [("", False), ("two words", True)]
+    assert [(call.name, call.usable) for call in answer.calls] == [("", False), ("two words", False)]
     assert answer.message().tool_calls == ()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.engine.engine import Engine
 from localrun.engine.measure.calibrate import Router, calibrate
 from localrun.engine.measure.calibration_text import default_text, read_calibration_text

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Delta, Generate

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.chat_screen import ChatScreen

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from localrun.api.settings import engine_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.errors import UsageError
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     settings = common.settings_of(args)
     path = common.model_path(args, settings, out)
-    load_options = common.engine_options(settings)
+    load_options = engine_options(settings)
     # Without --context the context is as long as the measurement needs.
     load_options = replace(load_options, n_ctx=load_options.n_ctx or options.n_tokens)
     logging.getLogger("llama.cpp").setLevel(logging.ERROR)

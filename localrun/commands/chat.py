@@ -17,7 +17,10 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from localrun import config, interrupts
-from localrun.commands import common, demo, models
+from localrun.api import demo, models
+from localrun.api.model import generate_command
+from localrun.api.settings import engine_options, sampling_options
+from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess, GenerateEvent
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
     if args.server is not None:
         return _run_remote(args, settings, out, interactive=interactive)
-    options = common.engine_options(settings)
+    options = engine_options(settings)
     named = common.named_path(args, settings)
     if args.model is None and settings["model"] is None and interactive:
         named = models.last()
@@ -74,11 +77,7 @@ def run(args: argparse.Namespace) -> int:
         facts = common.load(engine, named or common.demo_model(out), options, out, each=keep)
         if named is not None:
             models.remember(named)
-        template = Generate(
-            think=settings["think"],
-            sampling=common.sampling_options(settings),
-            max_tokens=settings["max_tokens"],
-        )
+        template = generate_command((), settings)
         chat = _Chat(engine, template, args.system, out, plan)
         if not interactive:
             out.note(f"{facts.name} is asked: {QUESTION}")
@@ -98,9 +97,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
 
     if args.model is not None:
         raise UsageError("--server has a model of its own", hint="leave MODEL out")
-    template = Generate(
-        think=settings["think"], sampling=common.sampling_options(settings), max_tokens=settings["max_tokens"]
-    )
+    template = Generate(think=settings["think"], sampling=sampling_options(settings), max_tokens=settings["max_tokens"])
     with RemoteEngine(args.server, key=os.environ.get("LOCALRUN_SERVER_KEY")) as engine:
         (ready,) = engine.load()  # a wrong address is told before a screen is opened
         assert isinstance(ready, Ready)
@@ -144,7 +141,7 @@ def _run_ui(args: argparse.Namespace, settings: config.Settings, options: Engine
                 options,
                 engine=engine,
                 prepare=None if named is not None else demo.converted,
-                sampling=common.sampling_options(settings),
+                sampling=sampling_options(settings),
                 think=settings["think"],
                 system=args.system or "",
                 max_tokens=settings["max_tokens"],

@@ -6,18 +6,18 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from localrun import config
-from localrun.commands import compiling, demo, models
+from localrun.api import demo, models
+from localrun.commands import compiling
 from localrun.commands.output import Output
-from localrun.engine import memory
 from localrun.engine.facts import ModelFacts, Timings
-from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
-from localrun.options import Where, add_flags, fields_of, those
+from localrun.options import Where, add_flags, those
 from localrun.units import format_duration, parse_size
 
 
@@ -67,24 +67,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> config.Settings:
     """The user's settings, overridden by what was typed."""
     return config.load().overridden(args, getattr(args, "option_names", ()))
-
-
-def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = "int8") -> EngineOptions:
-    """How to load a model. What this machine can't do is refused before anything is read.
-
-    Raises:
-        UsageError, BudgetError: more threads or memory than there are.
-    """
-    memory.check_threads(settings["threads"])
-    memory.check_ram(settings["ram"])
-    if settings["mirror"] is not None and (mirror := models.resolve(settings["mirror"], settings)) is not None:
-        settings = settings.changed(mirror=str(mirror))
-    return EngineOptions(**fields_of("engine", settings.values), math=math)
-
-
-def sampling_options(settings: config.Settings) -> SamplingOptions:
-    """How to choose tokens."""
-    return SamplingOptions(**fields_of("sampling", settings.values))
 
 
 def model_path(args: argparse.Namespace, settings: config.Settings, out: Output) -> Path:

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localrun.commands.convert_text import describe, describe_choice, describe_result, plan_as_json, result_as_json
 from localrun.commands.output import Output
 from localrun.commands.output import Progress as ProgressLine
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
-    from localrun.quant.convert.converter import Progress
+    from localrun.api.precision import FormatOptions
+    from localrun.engine.measure.choose import PrecisionChoice
+    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.convert.converter import ConversionResult, Progress
 
 _EVENT_SECONDS = 0.2
 """Programs that draw a bar need no more."""
@@ -60,6 +65,32 @@ class ConvertOutput(Output):
                 self.event("progress", _progress_fields(step, progress))
 
         return take
+
+    def splitting(self) -> Callable[[int, int], None]:
+        """Takes the bytes that are split."""
+        return ProgressLine(self, "splitting")
+
+    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
+        for line in describe(plan, options):
+            self.note(line)
+
+    def checked(self, plan: ConversionPlan) -> None:
+        self.event("plan", plan_as_json(plan))
+
+    def chosen(self, choice: PrecisionChoice | None) -> None:
+        for line in describe_choice(choice) if choice is not None else ():
+            self.note(line)
+
+    def wrote(self, result: ConversionResult) -> None:
+        for line in describe_result(result):
+            self.note(line)
+
+    def finished(self, result: ConversionResult | Path | None) -> None:
+        """The last event of a run that ends well."""
+        if result is None or isinstance(result, Path):
+            self.event("finished", {"path": None if result is None else str(result)})
+        else:
+            self.event("finished", result_as_json(result))
 
     def failed(self, error: LocalrunError) -> None:
         """The last event of a run that ends with an error."""

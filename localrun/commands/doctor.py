@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from localrun import config, paths
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.commands.output import Output
 from localrun.engine import memory
 from localrun.errors import LocalrunError

@@ -13,6 +13,8 @@ from typing import Any
 from msgspec import structs
 
 from localrun import paths
+from localrun.api.settings import engine_options
+from localrun.api.texts import read_text
 from localrun.commands import common
 from localrun.commands.output import Output, Progress
 from localrun.engine.options import EngineOptions
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out = Output()
     settings = common.settings_of(args)
-    options = common.engine_options(settings, math=args.math)
+    options = engine_options(settings, math=args.math)
     model = common.model_path(args, settings, out)
     if args.tokens is not None:
         return _logits(args, model, options, out)
@@ -77,19 +79,6 @@ def _logits(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
     else:
         out.note(f"{args.logits}: logits of {len(tokens)} positions")
     return 0
-
-
-def read_text(path: Path) -> str:
-    """A text to measure on. Raises UsageError: not UTF-8, or nothing in it."""
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    if not text.strip():
-        raise UsageError(f"{path}: the text is empty")
-    return text
 
 
 def compare(

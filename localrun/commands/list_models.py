@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from localrun import config
-from localrun.commands import models
+from localrun.api import models
 from localrun.commands.output import Output
 from localrun.engine.model_finder import FoundModel, default_folders, find_models, fit
 from localrun.units import format_size

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
-from localrun.commands import common
+from localrun.api.planning import Machine, plan_with
+from localrun.commands import common, compiling
 from localrun.commands.output import Output
-from localrun.engine import memory
-from localrun.engine.options import check_context
-from localrun.errors import BudgetError, UsageError
 from localrun.options import BY_NAME, add_flags
 from localrun.units import format_size
 
 if TYPE_CHECKING:
-    from localrun.engine.planner.hardware import Hardware
-    from localrun.engine.planner.plan import Plan, Settings
-    from localrun.engine.planner.sizes import ModelSizes
+    from localrun.engine.planner.plan import Plan
     from localrun.engine.planner.speed import Range
 
 EXAMPLES = """\
@@ -80,30 +74,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    from localrun.engine.planner.planner import make_plan
-    from localrun.engine.planner.sizes import format_of, sizes_of
-    from localrun.quant.checkpoint.official import BUILT_IN
-
     out = Output()
+    machine = _machine(args)
     user = common.settings_of(args)
-    if _elsewhere(args):  # what this machine's owner set for this machine says nothing about another
+    if machine is not None:  # what this machine's owner set for this machine says nothing about another
         user = config.Settings(models=user.models).overridden(args, args.option_names)
-    model: str | Path = args.model
-    if args.model not in BUILT_IN or Path(args.model).exists():
-        model = common.named_model(args.model, out, command="plan")
-    sizes = sizes_of(model, base=format_of(args.base) if args.base else None)
-    check_context(user["context"], sizes.shape.n_ctx_train or 0)
     out.status("looking at the machine")
-    machine = _machine(args, user, sizes)
+    with compiling.Notice(out):
+        plan = plan_with(
+            args.model,
+            user,
+            machine,
+            base=args.base,
+            position=args.position,
+            prompt_tokens=args.prompt_tokens,
+            probe=not args.no_probe,
+        )
     out.clear_status()
-    _check_limits(user, machine)
-    plan = make_plan(sizes, machine, _settings(args, user))
     if args.json:
         out.json(plan.to_json())
         return 0
     for line in [*plan.lines(), "", *table(plan)]:
         out.line(line)
     return 0
+
+
+def _machine(args: argparse.Namespace) -> Machine | None:
+    """The machine that was described; None: this one."""
+    described = {
+        name.removeprefix("machine_"): value for name, value in vars(args).items() if name.startswith("machine_")
+    }
+    given = {name: value for name, value in described.items() if value is not None}
+    return Machine(box=args.box, **given) if args.box is not None or given else None
 
 
 def table(plan: Plan) -> list[str]:
@@ -137,100 +139,12 @@ def _phase(name: str, span: Range) -> list[str]:
     return lines
 
 
-def _settings(args: argparse.Namespace, user: config.Settings) -> Settings:
-    from localrun.engine.planner.plan import Settings
-
-    return Settings(
-        ram_bytes=user["ram"],
-        vram_bytes=user["vram"],
-        n_ctx=user["context"],
-        kv_type=user["kv"],
-        n_batch=user["batch"],
-        adaptive=user["adaptive"],
-        position=args.position,
-        prompt_tokens=args.prompt_tokens,
-    )
-
-
-def _elsewhere(args: argparse.Namespace) -> bool:
-    """The plan is for a machine that is described."""
-    return args.box is not None or any(
-        value is not None for name, value in vars(args).items() if name.startswith("machine_")
-    )
-
-
-def _machine(args: argparse.Namespace, user: config.Settings, sizes: ModelSizes) -> Hardware:
-    """This machine, or the one that is described; what is not described is taken from this one, and marked so.
-
-    Raises:
-        UsageError: no such box.
-    """
-    from localrun.engine.planner import hardware
-    from localrun.engine.planner.boxes import BY_SLUG
-
-    elsewhere = _elsewhere(args)
-    if args.box is not None and args.box not in BY_SLUG:
-        raise UsageError(f"there is no box '{args.box}'", hint=f"one of {', '.join(BY_SLUG)}")
-    if not elsewhere:
-        memory.check_threads(user["threads"])
-    machine = (
-        BY_SLUG[args.box].hardware
-        if args.box is not None
-        else hardware.detect(
-            sizes.files, n_threads=user["threads"], probe=not args.no_probe, gpus=not elsewhere, specs=sizes.specs
-        )
-    )
-    if elsewhere and args.box is None:
-        machine = replace(machine, origin={name: _HERE.get(how, how) for name, how in machine.origin.items()})
-    gpus = None
-    if args.machine_vram:
-        gpus = tuple(
-            hardware.Gpu.described(
-                size,
-                name=f"GPU {number}",
-                bytes_per_s=args.machine_gpu_gbps or hardware.ASSUMED_VRAM_BYTES_PER_S,
-                pcie_bytes_per_s=args.machine_pcie_gbps or hardware.ASSUMED_PCIE_BYTES_PER_S,
-            )
-            for number, size in enumerate(args.machine_vram)
-            if size
-        )
-    ram, threads = args.machine_ram, args.machine_threads
-    return machine.given(
-        ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
-        total_ram_bytes=ram,
-        disk_bytes_per_s=args.machine_disk_gbps,
-        n_drives=args.machine_drives,
-        memory_bytes_per_s=args.machine_memory_gbps,
-        n_threads=min(user["threads"], threads) if user["threads"] and threads else threads,
-        gpus=gpus,
-    )
-
-
-_HERE = {"measured": "this machine's"}
-
-
-def _check_limits(user: config.Settings, machine: Hardware) -> None:
-    """Raises BudgetError for more memory than the machine has, however small the model."""
-    total = machine.total_ram_bytes
-    if user["ram"] is not None and total is not None and user["ram"] > total:
-        raise BudgetError(
-            f"--ram {format_size(user['ram'])}: the machine has {format_size(total)}, of which "
-            f"{format_size(machine.ram_bytes or 0)} are free",
-            hint="to plan for another machine: --machine-ram SIZE, or --box NAME",
-        )
-    if user["vram"] and user["vram"] > machine.vram_bytes:
-        raise BudgetError(
-            f"--vram {format_size(user['vram'])}: the machine's GPUs have {format_size(machine.vram_bytes)}",
-            hint="to plan for another machine: --machine-vram SIZE, or --box NAME",
-        )
-
-
 def _rate(text: str) -> float:
-    """argparse type: GB/s -> bytes per second."""
+    """argparse type: GB/s."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of GB/s") from None
     if not 0 < value < 1e5:
         raise argparse.ArgumentTypeError(f"{text} GB/s is no rate")
-    return value * 1e9
+    return value

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from localrun import config
-from localrun.commands import common, models
+from localrun.api import models
+from localrun.api.answer import Gathered
+from localrun.api.model import generate_command
+from localrun.api.settings import engine_options
+from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.conversations.attachments import read_attachment, with_attachments
 from localrun.engine.facts import ModelFacts
@@ -62,16 +66,10 @@ def run(args: argparse.Namespace) -> int:
     shown: _Shown = _Lines(out) if args.jsonl else _Whole(out) if args.json else _Text(out)
     try:
         settings = common.settings_of(args)
-        options = common.engine_options(settings)
+        options = engine_options(settings)
         if args.prompt is None and args.model is not None and models.is_text(args.model, settings):
             _take_as_question(args, settings, out)
-        command = Generate(
-            messages=_messages(args),
-            tools=_tools(args.tools),
-            think=settings["think"],
-            sampling=common.sampling_options(settings),
-            max_tokens=settings["max_tokens"],
-        )
+        command = generate_command(_messages(args), settings, tools=_tools(args.tools))
         named = common.named_path(args, settings)
         out.check_open()
         with common.engine_process(args, out) as engine:
@@ -180,32 +178,23 @@ class _Whole:
 
     def __init__(self, out: Output) -> None:
         self._out = out
-        self._texts: dict[str, list[str]] = {"thinking": [], "text": [], "tool": []}
-        self._calls: list[dict[str, Any]] = []
+        self._gathered = Gathered()
 
     def load(self, event: Loading | Ready) -> None:
         pass
 
     def event(self, event: GenerateEvent) -> None:
-        if isinstance(event, Delta):
-            self._texts[event.kind].append(event.text)
-        elif isinstance(event, ToolCall):
-            self._calls.append(_call(event))
+        self._gathered.take(event)
 
     def end(self, finished: Finished, facts: ModelFacts) -> None:
-        self._out.json(
-            {
-                "model": facts.name,
-                "text": "".join(self._texts["text"]),
-                "thinking": "".join(self._texts["thinking"]),
-                "tool_calls": self._calls,
-                **_closing(finished),
-            }
-        )
+        self._out.json({"model": facts.name, **self._so_far(), **_closing(finished)})
 
     def failed(self, error: BaseException) -> None:
-        texts = {name: "".join(self._texts[name]) for name in ("text", "thinking")}
-        self._out.json({"error": _problem(error), **texts, "tool_calls": self._calls})
+        self._out.json({"error": _problem(error), **self._so_far()})
+
+    def _so_far(self) -> dict[str, Any]:
+        got = self._gathered
+        return {"text": got.text, "thinking": got.thinking, "tool_calls": [_call(call) for call in got.tool_calls]}
 
 
 class _Lines:

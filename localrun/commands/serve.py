@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
+from localrun.api.settings import engine_options, sampling_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.facts import ModelFacts
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[_Notes(out)], force=True)
     from localrun.server.web import listen
 
-    options = common.engine_options(settings)
+    options = engine_options(settings)
     named = common.named_path(args, settings)
     sock = listen(args.host, args.port, limits)  # before the model: a port that is taken is known at once
     with sock, common.engine_process(args, out) as engine:
@@ -122,7 +123,7 @@ def _serve(  # the pieces meet here
         think=settings["think"],
         think_modes=facts.think_modes,
         n_ctx=facts.n_ctx,
-        sampling=common.sampling_options(settings),
+        sampling=sampling_options(settings),
         max_tokens=settings["max_tokens"],
         limits=limits,
     )

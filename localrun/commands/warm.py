@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.engine.facts import Timings
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess

@@ -181,7 +181,7 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
 CHILD = """
 import os, signal, sys, time
 from localrun import cli
-from localrun.commands import convert as command
+from localrun.api import conversion
 from localrun.engine.measure.calibrate import ExpertSums
 from localrun.quant.convert import converter as convert
 from localrun.quant.convert.journal import Journal
@@ -204,7 +204,7 @@ point, *arguments = sys.argv[1:]
 if point == "calibrating":
     ExpertSums.end = die
 elif point == "after the base":
-    command._add_to_manifest = die
+    conversion._add_to_manifest = die
 else:
     die_in_journal(point)
 cli.main(["convert", *arguments])

@@ -14,7 +14,7 @@ import httpx2
 import openai
 import pytest
 
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.process.process import EngineProcess
 from tests.server.raw import post, send

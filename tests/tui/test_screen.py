@@ -13,7 +13,7 @@ from textual.command import CommandPalette
 from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 
 from localrun import paths
-from localrun.commands import models
+from localrun.api import models
 from localrun.engine.conversations import ConversationStore
 from localrun.errors import BudgetError
 from localrun.tui.app import Launch

@@ -11,7 +11,7 @@ from typing import Any
 from textual.screen import Screen
 
 from localrun import config
-from localrun.commands import demo, models
+from localrun.api import demo, models
 from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions

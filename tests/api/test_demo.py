@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localrun import paths
-from localrun.commands import demo
+from localrun.api import demo
 from localrun.errors import LocalrunError
 from localrun.quant.model import manifest
 

@@ -1,4 +1,4 @@
-"""The parts of `localrun convert` that choose formats: what experts need, which get better copies, and the report.
+"""The parts of a conversion that choose formats: what experts need, which get better copies, and the report.
 
 The order: learn (a calibration text runs through the source as it lies, or an imatrix is read), measure each format's output error,
 solve, write the base, write the overlay, report. What was learned is kept in the target until the end, so a conversion that goes on
@@ -7,15 +7,13 @@ after a kill decides the same.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localrun.commands import common
-from localrun.commands.convert_output import ConvertOutput
+from localrun.api.following import Follower
 from localrun.errors import UsageError
 from localrun.units import format_size
 
@@ -38,51 +36,44 @@ EVAL_WINDOW = 512
 """Tokens of context in which the finished model is compared with its source."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options about formats and what decides them."""
-    precision = parser.add_argument_group(
-        "precision: better copies of the experts that matter most, in an overlay beside the base"
-    )
-    precision.add_argument(
-        "--hot",
-        action="append",
-        metavar="TYPE:SIZE",
-        help="so many bytes of better copies in this type, e.g. mxfp4:12GiB; may be repeated; none: take the overlay away",
-    )
-    precision.add_argument(
-        "--target",
-        metavar="SIZE-vram,SIZE-ram",
-        help="choose base and copies for a box with this memory, e.g. 24GiB-vram,64GiB-ram",
-    )
-    precision.add_argument(
-        "--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64"
-    )
-    learn = parser.add_argument_group("what decides (default: a text that ships, where a type rounds)")
-    learn.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="run this text (UTF-8, or JSONL of conversations) instead"
-    )
-    learn.add_argument("--calibrate-tokens", type=int, default=0, metavar="N", help="only its first N tokens")
-    learn.add_argument(
-        "--imatrix", type=Path, metavar="FILE", help="take importance from llama.cpp's imatrix file instead"
-    )
-    learn.add_argument("--no-calibrate", action="store_true", help="round without knowing what matters")
-    learn.add_argument(
-        "--ram",
-        type=common.size,
-        metavar="SIZE",
-        help="memory for experts while the text runs (default: what is free); the conversion itself needs about 1 GiB",
-    )
-    parser.add_argument(
-        "--evaluate",
-        type=Path,
-        metavar="FILE",
-        help="at the end, compare with the source on this held-out text (runs both) and put it into the report",
-    )
-    parser.add_argument(
-        "--evaluate-types",
-        metavar="TYPE,...",
-        help="with --evaluate: also models with all experts in these types, converted for it and deleted again",
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a conversion is asked for, as `localrun convert` takes it (docs/quantization.md). Sizes in bytes.
+
+    Attributes:
+        source: folder of an official checkpoint.
+        target_folder: written; a killed run goes on where it was.
+        base, dense: formats by name; None: the default.
+        hot: `TYPE:SIZE`, bytes of better copies in a type, or only `none`.
+        target: `SIZE-vram,SIZE-ram`: base and copies are chosen for such a box.
+        recipe: name or file of a recipe.
+        jobs: threads; None: 8, or one per core.
+        split: largest size of a file; None: one file, however large.
+        calibrate, calibrate_tokens: a text to learn from, and how much of it (0: all).
+        imatrix: llama.cpp's importance file instead.
+        no_calibrate: round without knowing what matters.
+        ram: for experts while the text runs.
+        evaluate, evaluate_types: a text to compare on, and formats to compare with, separated by commas.
+        dry_run: check and tell, write nothing.
+    """
+
+    source: Path
+    target_folder: Path
+    dense: str | None = None
+    base: str | None = None
+    hot: Sequence[str] = ()
+    target: str | None = None
+    recipe: str | None = None
+    jobs: int | None = None
+    split: int | None = None
+    calibrate: Path | None = None
+    calibrate_tokens: int = 0
+    imatrix: Path | None = None
+    no_calibrate: bool = False
+    ram: int | None = None
+    evaluate: Path | None = None
+    evaluate_types: str | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +92,7 @@ class FormatOptions:
         return bool(self.hot) or self.target is not None
 
 
-def format_options(args: argparse.Namespace, dense_default: str) -> FormatOptions:
+def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     """Puts recipe and options together; what was typed wins.
 
     Raises:
@@ -111,46 +102,46 @@ def format_options(args: argparse.Namespace, dense_default: str) -> FormatOption
     from localrun.quant.precision.recipes import Recipe, read_recipe
     from localrun.quant.precision.solver import HotBudget, Target
 
-    recipe = read_recipe(args.recipe) if args.recipe else Recipe("")
-    if args.target and (args.base or args.hot):
+    recipe = read_recipe(wanted.recipe) if wanted.recipe else Recipe("")
+    if wanted.target and (wanted.base or wanted.hot):
         raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
-    if args.calibrate is not None and args.imatrix is not None:
+    if wanted.calibrate is not None and wanted.imatrix is not None:
         raise UsageError(
             "--calibrate and --imatrix exclude each other", hint="an imatrix holds what a calibration finds"
         )
-    if args.no_calibrate and (args.calibrate is not None or args.imatrix is not None):
+    if wanted.no_calibrate and (wanted.calibrate is not None or wanted.imatrix is not None):
         raise UsageError("--no-calibrate excludes --calibrate and --imatrix")
-    words = args.hot or []
+    words = list(wanted.hot)
     remove = words == [NO_OVERLAY]
     if NO_OVERLAY in words and not remove:
         raise UsageError("--hot none stands alone", hint="leave out none, or the others")
-    typed_formats = bool(args.base or words)
+    typed_formats = bool(wanted.base or words)
     hot = tuple(HotBudget.parse(text) for text in words) if words and not remove else ()
-    target = Target.parse(args.target) if args.target else None
+    target = Target.parse(wanted.target) if wanted.target else None
     if not remove and not words and target is None:
         hot = recipe.hot
     if target is None and not typed_formats:
         target = recipe.target
-    base = BASE_TYPES[args.base] if args.base else (recipe.base if target is None else None)
-    return FormatOptions(base, args.dense or recipe.dense or dense_default, hot, target, remove)
+    base = BASE_TYPES[wanted.base] if wanted.base else (recipe.base if target is None else None)
+    return FormatOptions(base, wanted.dense or recipe.dense or dense_default, hot, target, remove)
 
 
-def needs_learning(options: FormatOptions, args: argparse.Namespace) -> bool:
+def needs_learning(options: FormatOptions, wanted: Request) -> bool:
     """True where importance or routing decides something."""
     from localrun.quant.checkpoint.mapping import EXACT_OR_EIGHT_BIT
 
-    if options.wants_better_copies or args.calibrate is not None or args.imatrix is not None:
+    if options.wants_better_copies or wanted.calibrate is not None or wanted.imatrix is not None:
         return True
-    return options.base is not None and options.base not in EXACT_OR_EIGHT_BIT and not args.no_calibrate
+    return options.base is not None and options.base not in EXACT_OR_EIGHT_BIT and not wanted.no_calibrate
 
 
 def learn(
-    args: argparse.Namespace,
+    wanted: Request,
     checkpoint: Checkpoint,
     options: FormatOptions,
     jobs: int,
     dense_bytes: int,
-    out: ConvertOutput,
+    out: Follower,
 ) -> PrecisionChoice | None:
     """Calibrates or reads, measures, solves; None where nothing can be learned and nothing was asked for.
 
@@ -162,9 +153,9 @@ def learn(
     from localrun.engine.options import EngineOptions
     from localrun.quant.convert.converter import LEARNED_NAME
 
-    request = precision_request(args, options)
+    request = precision_request(wanted, options)
     if request.imatrix is None and not (checkpoint.path / "tokenizer.json").is_file():
-        if options.wants_better_copies or args.calibrate is not None:
+        if options.wants_better_copies or wanted.calibrate is not None:
             raise UsageError(
                 f"{checkpoint.path} has no tokenizer.json, so no text can be run to see which experts matter",
                 hint="put the release's tokenizer.json there, or give --imatrix FILE",
@@ -172,12 +163,12 @@ def learn(
         out.note("warning: no tokenizer.json, so no text can be run: the base is rounded without knowing what matters")
         return None
 
-    threads = min(jobs, 256) if args.jobs is not None else 0
+    threads = min(jobs, 256) if wanted.jobs is not None else 0
     choice = choose_precision(
         checkpoint.path,
         request,
-        EngineOptions(ram_bytes=args.ram, n_threads=threads, gpu="none"),
-        work_folder=args.target_folder / LEARNED_NAME,
+        EngineOptions(ram_bytes=wanted.ram, n_threads=threads, gpu="none"),
+        work_folder=wanted.target_folder / LEARNED_NAME,
         dense_bytes=dense_bytes,
         report=out.step,
     )
@@ -185,7 +176,7 @@ def learn(
     return choice
 
 
-def precision_request(args: argparse.Namespace, options: FormatOptions) -> PrecisionRequest:
+def precision_request(wanted: Request, options: FormatOptions) -> PrecisionRequest:
     """For `choose_precision`; reads the calibration text.
 
     Raises:
@@ -194,20 +185,20 @@ def precision_request(args: argparse.Namespace, options: FormatOptions) -> Preci
     from localrun.engine.measure.calibration_text import read_calibration_text
     from localrun.engine.measure.choose import PrecisionRequest
 
-    if args.calibrate_tokens < 0:
-        raise UsageError(f"--calibrate-tokens {args.calibrate_tokens}: expected a positive number")
+    if wanted.calibrate_tokens < 0:
+        raise UsageError(f"--calibrate-tokens {wanted.calibrate_tokens}: expected a positive number")
     return PrecisionRequest(
         base=options.base,
         hot=options.hot,
         target=options.target,
-        text=read_calibration_text(args.calibrate) if args.calibrate is not None else None,
-        imatrix=args.imatrix,
-        max_tokens=args.calibrate_tokens,
+        text=read_calibration_text(wanted.calibrate) if wanted.calibrate is not None else None,
+        imatrix=wanted.imatrix,
+        max_tokens=wanted.calibrate_tokens,
     )
 
 
 def write_report(
-    args: argparse.Namespace,
+    wanted: Request,
     options: FormatOptions,
     choice: PrecisionChoice | None,
     name: str,
@@ -219,18 +210,18 @@ def write_report(
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
     from localrun.quant.precision.report import PrecisionReport
 
-    folder = args.target_folder
+    folder = wanted.target_folder
     manifest = read_manifest(folder / MANIFEST_NAME)
     sizes = {"base": sum(file.size_bytes for file in manifest.files)}
     if manifest.overlay is not None:
         sizes["overlay"] = sum(file.size_bytes for file in manifest.overlay.files)
-    learned = "an imatrix file" if args.imatrix is not None else str(args.calibrate or "the text that ships")
+    learned = "an imatrix file" if wanted.imatrix is not None else str(wanted.calibrate or "the text that ships")
     asked = {
         "base": str(manifest.options.get("base", "")),
         "dense": str(manifest.options.get("dense", "")),
         "hot": ", ".join(f"{budget.type.name.lower()}:{format_size(budget.n_bytes)}" for budget in options.hot),
-        "target": args.target or "",
-        "recipe": args.recipe or "",
+        "target": wanted.target or "",
+        "recipe": wanted.recipe or "",
         "learned from": learned if choice is not None else "",
     }
     PrecisionReport(
@@ -241,7 +232,7 @@ def write_report(
         errors=choice.errors if choice is not None else None,
         solution=choice.solution if choice is not None else None,
         evaluations=evaluations,
-        text=args.evaluate.name if args.evaluate is not None else "",
+        text=wanted.evaluate.name if wanted.evaluate is not None else "",
     ).write(folder)
     kept = folder / LEARNED_NAME
     if choice is not None and (kept / IMATRIX_NAME).is_file():
@@ -275,7 +266,7 @@ def profile_section(choice: PrecisionChoice) -> dict[str, object]:
     }
 
 
-def evaluation_types(args: argparse.Namespace, moe_layers: Mapping[int, MoeLayer]) -> list[GGMLQuantizationType]:
+def evaluation_types(wanted: Request, moe_layers: Mapping[int, MoeLayer]) -> list[GGMLQuantizationType]:
     """Formats to compare the finished model with.
 
     Raises:
@@ -283,8 +274,8 @@ def evaluation_types(args: argparse.Namespace, moe_layers: Mapping[int, MoeLayer
     """
     from localrun.quant.precision.solver import expert_bytes, parse_type
 
-    words = [word for word in (args.evaluate_types or "").split(",") if word.strip()]
-    if words and args.evaluate is None:
+    words = [word for word in (wanted.evaluate_types or "").split(",") if word.strip()]
+    if words and wanted.evaluate is None:
         raise UsageError("--evaluate-types needs a text", hint="give --evaluate FILE")
     kinds = [parse_type(word) for word in words]
     for kind in kinds:
@@ -294,17 +285,17 @@ def evaluation_types(args: argparse.Namespace, moe_layers: Mapping[int, MoeLayer
 
 
 def evaluate(
-    args: argparse.Namespace,
+    wanted: Request,
     source: Path,
     dense: GGMLQuantizationType,
     importance: ImportanceLookup | None,
-    out: ConvertOutput,
+    out: Follower,
 ) -> list[Evaluation]:
     """The finished model, and uniform ones in the formats that were asked for, against the source on the held-out text.
 
     Uniform models are written into the target's folder one after the other and deleted when they have been measured.
     """
-    from localrun.commands.eval import read_text
+    from localrun.api.texts import read_text
     from localrun.engine.measure.compare import compare_models
     from localrun.engine.options import EngineOptions
     from localrun.quant.checkpoint.mapping import PlanOptions
@@ -312,14 +303,14 @@ def evaluate(
     from localrun.quant.open import open_model
     from localrun.quant.precision.solver import expert_bytes
 
-    if args.evaluate is None:
+    if wanted.evaluate is None:
         return []
     layers = open_model(source).moe_layers
-    kinds = evaluation_types(args, layers)
-    folder = args.target_folder / EVALUATION_FOLDER
+    kinds = evaluation_types(wanted, layers)
+    folder = wanted.target_folder / EVALUATION_FOLDER
 
     def models() -> Iterator[tuple[str, Path]]:
-        yield "this model", args.target_folder
+        yield "this model", wanted.target_folder
         for kind in kinds:
             shutil.rmtree(folder, ignore_errors=True)
             out.status(f"converting to {kind.name.lower()} for comparison")
@@ -330,8 +321,8 @@ def evaluate(
         results = compare_models(
             source,
             models(),
-            read_text(args.evaluate),
-            EngineOptions(ram_bytes=args.ram, gpu="none"),
+            read_text(wanted.evaluate),
+            EngineOptions(ram_bytes=wanted.ram, gpu="none"),
             window=EVAL_WINDOW,
             progress=lambda name, done, total: out.step(f"comparing {name}", done, total),
         )
@@ -342,7 +333,7 @@ def evaluate(
     results = [replace(result, n_bytes=size) for result, size in zip(results, sizes, strict=True)]
     for result in results:
         out.note(
-            f"{result.name} against the source on {args.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token "
+            f"{result.name} against the source on {wanted.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token "
             f"{result.top1_agreement:.2%}, perplexity {result.perplexity:.4f} ({result.reference_perplexity:.4f})"
         )
     return results

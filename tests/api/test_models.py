@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from localrun import cli, config, paths
-from localrun.commands import models
+from localrun.api import models
 from localrun.errors import LocalrunError
 
 

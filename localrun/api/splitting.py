@@ -1,37 +1,18 @@
-"""`localrun convert --split SIZE`: the step after the conversion that cuts the model into files for media with a size limit."""
+"""The step after a conversion that cuts the model into files for media with a size limit."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localrun.commands.output import Output, Progress
-from localrun.errors import UsageError
-from localrun.units import format_size, parse_size
+from localrun.api.following import Follower
+from localrun.units import format_size
 
 if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ConversionPlan
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    """The option; None: one file, however large."""
-    parser.add_argument(
-        "--split",
-        type=_size,
-        metavar="SIZE",
-        help="files of at most this size, e.g. 4GB for FAT32 (llama.cpp reads them too)",
-    )
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
-
-
-def check(plan: ConversionPlan, size: int, out: Output) -> None:
+def check(plan: ConversionPlan, size: int, out: Follower) -> None:
     """Says how many files there will be; refuses a size before hours of converting.
 
     Raises:
@@ -64,7 +45,7 @@ def is_waiting(source: Path, target: Path) -> bool:
     return len(manifest.files) == 1 and manifest.overlay is None
 
 
-def split(target: Path, size: int, out: Output) -> None:
+def split(target: Path, size: int, out: Follower) -> None:
     """Splits the finished model in `target`.
 
     Raises:
@@ -72,7 +53,7 @@ def split(target: Path, size: int, out: Output) -> None:
     """
     from localrun.quant.convert.split import split_model
 
-    parts = split_model(target, size, Progress(out, "splitting"))
+    parts = split_model(target, size, out.splitting())
     out.clear_status()
     if parts:
         out.note(f"split into {len(parts)} files: {parts[0].name} to {parts[-1].name}")

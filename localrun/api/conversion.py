@@ -1,0 +1,382 @@
+"""From an official checkpoint to a directory that localrun and llama.cpp run: learn, choose, write, split, compare, report.
+
+The bytes are `localrun.quant.convert`'s. Each step finds out whether it is done already, so a killed conversion goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localrun.api import precision, splitting
+from localrun.api.following import Follower
+from localrun.api.precision import Request
+from localrun.api.settings import Size
+from localrun.errors import DiskSpaceError, UsageError
+from localrun.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from localrun.api.precision import FormatOptions
+    from localrun.engine.measure.choose import PrecisionChoice
+    from localrun.quant.checkpoint.directory import Checkpoint
+    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.precision.solver import PrecisionSolution
+
+DENSE_DEFAULT = "q8_0"
+
+
+def convert(
+    source: str | Path,
+    target_folder: str | Path,
+    *,
+    base: str | None = None,
+    dense: str | None = None,
+    hot: str | Sequence[str] = (),
+    target: str | None = None,
+    recipe: str | None = None,
+    calibrate: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    ram: Size | None = None,
+    split: Size | None = None,
+    jobs: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Converts an official checkpoint, as `localrun convert` does; the same call goes on after a kill.
+
+    Args:
+        source: folder with config.json and safetensors.
+        target_folder: written.
+        base: format of the experts, such as `q2_k`; None: exact (`mxfp4`), `q8_0` for FP8 checkpoints.
+        dense: format of the dense matrices; None: `q8_0`.
+        hot: better copies of the experts that matter most, such as `mxfp4:12GiB`.
+        target: instead of `base` and `hot`, a box to choose them for, such as `24GiB-vram,64GiB-ram`.
+        recipe: name or file of a recipe.
+        calibrate: a text to learn from; None: the one that ships, where a format rounds.
+        imatrix: llama.cpp's importance file instead.
+        ram: for experts while the text runs.
+        split: largest size of a file.
+        jobs: threads.
+        progress: called with what is being done, how much is done, and of how much.
+
+    Returns:
+        The folder: a model for `localrun.load`.
+
+    Raises:
+        UsageError: options that can't be, or that differ from those the folder was begun with.
+        CheckpointError, FormatError: the source is damaged or no checkpoint.
+        DiskSpaceError: the result does not fit; nothing is written.
+    """
+    folder = Path(target_folder).expanduser()
+    run(
+        Request(
+            source=Path(source).expanduser(),
+            target_folder=folder,
+            base=base,
+            dense=dense,
+            hot=(hot,) if isinstance(hot, str) else tuple(hot),
+            target=target,
+            recipe=recipe,
+            calibrate=_path(calibrate),
+            imatrix=_path(imatrix),
+            ram=parse_size(ram) if isinstance(ram, str) else ram,
+            split=parse_size(split) if isinstance(split, str) else split,
+            jobs=jobs,
+        ),
+        _Progress(progress),
+    )
+    return folder
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+class _Progress:
+    """Follows for a program: steps and bytes, no words."""
+
+    def __init__(self, take: Callable[[str, int, int], None] | None) -> None:
+        self._take = take
+
+    def note(self, text: str) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+    def clear_status(self) -> None:
+        pass
+
+    def step(self, what: str, done: int, total: int) -> None:
+        if self._take is not None:
+            self._take(what, done, total)
+
+    def progress(self, step: str) -> Callable[[Progress], None]:
+        return lambda progress: self.step(step, progress.done_bytes, progress.total_bytes)
+
+    def splitting(self) -> Callable[[int, int], None]:
+        return lambda done, total: self.step("splitting", done, total)
+
+    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
+        pass
+
+    def checked(self, plan: ConversionPlan) -> None:
+        pass
+
+    def chosen(self, choice: PrecisionChoice | None) -> None:
+        pass
+
+    def wrote(self, result: ConversionResult) -> None:
+        pass
+
+    def finished(self, result: ConversionResult | Path | None) -> None:
+        pass
+
+
+def run(wanted: Request, out: Follower) -> None:
+    """Converts, goes on with what was begun, or changes the overlay of what is finished: whatever there is to do.
+
+    Raises:
+        LocalrunError: see `convert`.
+    """
+    from localrun.quant.convert.converter import DEFAULT_JOBS, LEARNED_NAME
+    from localrun.quant.model.manifest import MANIFEST_NAME
+
+    jobs = DEFAULT_JOBS if wanted.jobs is None else wanted.jobs
+    if not 1 <= jobs <= 256:
+        raise UsageError(f"--jobs {jobs}: expected 1 to 256")
+    options = precision.format_options(wanted, DENSE_DEFAULT)
+    if not (wanted.target_folder / MANIFEST_NAME).is_file():
+        return _convert(wanted, options, jobs, out)
+    # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
+    if (wanted.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
+        return _complete(wanted, options, jobs, out)
+    if wanted.split is not None and splitting.is_waiting(wanted.source, wanted.target_folder) and not wanted.dry_run:
+        splitting.split(wanted.target_folder, wanted.split, out)
+        if not options.hot:
+            out.finished(wanted.target_folder)
+            return
+    return _change_overlay(wanted, options, jobs, out)
+
+
+def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
+    """Everything from a checkpoint."""
+    from localrun.api.texts import read_text
+    from localrun.engine.measure.choose import check_precision_request
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
+    from localrun.quant.open import open_model
+    from localrun.quant.precision.solver import bytes_for_experts
+
+    if options.remove_overlay:
+        raise UsageError(f"{wanted.target_folder} holds no converted model, so it has no overlay")
+    check_target(wanted.source, wanted.target_folder)
+    out.status("checking the source")
+    checkpoint = open_checkpoint(wanted.source)
+    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    request = precision.precision_request(wanted, options)
+    if precision.needs_learning(options, wanted):
+        check_precision_request(open_model(wanted.source), request)
+        if options.target is not None:
+            bytes_for_experts(options.target, _dense_bytes(plan))
+    for warning in plan.warnings:
+        out.note(f"warning: {warning}")
+    out.planned(plan, options)
+    if wanted.split is not None:
+        splitting.check(plan, wanted.split, out)
+    if wanted.evaluate is not None:
+        read_text(wanted.evaluate)
+    precision.evaluation_types(wanted, open_model(wanted.source).moe_layers if wanted.evaluate_types else {})
+    if wanted.dry_run:
+        # The plan first: it is what was asked for, also where the disk turns out to be too small.
+        out.checked(plan)
+        needed = check_space(plan, wanted.target_folder)
+        out.note(f"dry run: nothing written; the disk has room for the {format_size(needed)} that are needed")
+        out.finished(None)
+        return
+    if options.target is None:
+        check_space(plan, wanted.target_folder)
+    choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
+    _check_space_for_both(plan, choice.solution if choice is not None else None, wanted.target_folder)
+    out.chosen(choice)
+    result = write_plan(plan, wanted.target_folder, jobs=jobs, progress=out.progress("base"))
+    out.wrote(result)
+    return _after_base(wanted, options, checkpoint, choice, result, jobs, out)
+
+
+def _choose(
+    wanted: Request,
+    checkpoint: Checkpoint,
+    options: FormatOptions,
+    jobs: int,
+    plan: ConversionPlan,
+    out: Follower,
+) -> tuple[PrecisionChoice | None, ConversionPlan]:
+    """What is learned where something must be, and the plan of the base that follows from it."""
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+
+    if not precision.needs_learning(options, wanted):
+        return None, plan
+    choice = precision.learn(wanted, checkpoint, options, jobs, _dense_bytes(plan), out)
+    if choice is None:
+        return None, plan
+    base = choice.solution.base if choice.solution is not None else options.base
+    return choice, make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, choice.importance))
+
+
+def _dense_bytes(plan: ConversionPlan) -> int:
+    return sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
+
+
+def _after_base(
+    wanted: Request,
+    options: FormatOptions,
+    checkpoint: Checkpoint,
+    choice: PrecisionChoice | None,
+    result: ConversionResult,
+    jobs: int,
+    out: Follower,
+) -> None:
+    """Everything that follows once the base is finished; each step finds out whether it is done already."""
+    from localrun.quant.convert.overlay import write_overlay
+
+    if wanted.split is not None and splitting.is_waiting(wanted.source, wanted.target_folder):
+        splitting.split(wanted.target_folder, wanted.split, out)  # before the overlay, which names the base's files
+    if choice is not None:
+        sections = {"profile": precision.profile_section(choice)}
+        _add_to_manifest(wanted.target_folder, sections)
+        if choice.solution is not None and choice.solution.plan.n_experts:
+            overlay = write_overlay(
+                checkpoint,
+                choice.solution.plan,
+                wanted.target_folder,
+                choice.importance,
+                jobs=jobs,
+                progress=out.progress("overlay"),
+                sections=sections,
+            )
+            out.wrote(overlay)
+    return _finish(wanted, options, choice, result, out)
+
+
+def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
+    """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.convert.converter import ConversionResult, described_options
+    from localrun.quant.convert.journal import describe_changes
+    from localrun.quant.convert.overlay import open_overlay_source, read_base
+
+    folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
+    checkpoint = open_overlay_source(wanted.source, folder)
+    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
+    changes = describe_changes(
+        {"options": manifest.options, "identity": manifest.source.get("identity"), "source": str(checkpoint.path)},
+        {"options": described_options(plan), "identity": checkpoint.identity, "source": str(checkpoint.path)},
+    )
+    if changes:
+        raise UsageError(
+            f"{folder}: an unfinished conversion can't go on: {'; '.join(changes)}",
+            hint=f"use the same options; delete {folder} to start again; or give its base better copies by --hot",
+        )
+    out.note("the base is finished; going on with what comes after it")
+    out.chosen(choice)
+    size = sum(file.size_bytes for file in manifest.files)
+    return _after_base(wanted, options, checkpoint, choice, ConversionResult(folder, size, 0.0, 0, 0, {}), jobs, out)
+
+
+def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
+    """Another overlay, or none, for a model that was converted before; the base stays as it is."""
+    from localrun.engine.measure.choose import check_precision_request
+    from localrun.quant.checkpoint.mapping import BASE_TYPES
+    from localrun.quant.convert.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
+    from localrun.quant.open import open_model
+
+    folder = wanted.target_folder
+    if options.remove_overlay:
+        remove_overlay(folder)
+        precision.remove_report(folder)
+        out.note(f"{folder}: the overlay is gone, and the report about it")
+        out.finished(folder)
+        return
+    manifest = read_base(folder)
+    has = next(iter(open_model(folder).moe_layers.values())).types[0]
+    if not options.hot or options.target is not None:
+        raise UsageError(
+            f"{folder} holds a finished model with a base in {has.name.lower()}",
+            hint="--hot TYPE:SIZE gives it another overlay; for anything else choose another directory",
+        )
+    if options.base is not None and options.base != has:
+        raise UsageError(
+            f"{folder} has a base in {has.name.lower()}, not {options.base.name.lower()}",
+            hint="leave out --base, or choose another directory",
+        )
+    if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
+        raise UsageError(
+            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
+            hint="leave out --dense, or choose another directory",
+        )
+    checkpoint = open_overlay_source(wanted.source, folder)
+    options = replace(options, base=BASE_TYPES[has.name.lower()])
+    check_precision_request(open_model(wanted.source), precision.precision_request(wanted, options))
+    if wanted.dry_run:
+        out.note("dry run: nothing written")
+        out.finished(None)
+        return
+    choice = precision.learn(wanted, checkpoint, options, jobs, 0, out)
+    assert choice is not None
+    assert choice.solution is not None
+    out.chosen(choice)
+    result = write_overlay(
+        checkpoint,
+        choice.solution.plan,
+        folder,
+        choice.importance,
+        jobs=jobs,
+        progress=out.progress("overlay"),
+        sections={"profile": precision.profile_section(choice)},
+    )
+    out.wrote(result)
+    return _finish(wanted, options, choice, result, out)
+
+
+def _finish(
+    wanted: Request,
+    options: FormatOptions,
+    choice: PrecisionChoice | None,
+    result: ConversionResult,
+    out: Follower,
+) -> None:
+    """Comparison with the source, report, JSON."""
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
+
+    dense = DENSE_TYPES[str(read_manifest(wanted.target_folder / MANIFEST_NAME).options.get("dense", DENSE_DEFAULT))]
+    importance = choice.importance if choice is not None else None
+    evaluations = precision.evaluate(wanted, wanted.source, dense, importance, out)
+    if choice is not None or evaluations:
+        precision.write_report(wanted, options, choice, wanted.source.resolve().name, evaluations)
+        out.note(f"report: {wanted.target_folder / 'report.md'}")
+    out.finished(result)
+
+
+def _add_to_manifest(folder: Path, sections: Mapping[str, Mapping[str, object]]) -> None:
+    from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest, write_manifest
+
+    write_manifest(replace(read_manifest(folder / MANIFEST_NAME), **sections), folder)  # type: ignore[arg-type]
+
+
+def _check_space_for_both(plan: ConversionPlan, solution: PrecisionSolution | None, folder: Path) -> None:
+    from localrun.quant.convert.converter import check_space
+
+    needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder}: base and overlay need {format_size(needed)}, the disk has {format_size(free)} free",
+            hint=f"free {format_size(needed - free)}, or ask for less",
+        )

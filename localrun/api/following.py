@@ -1,0 +1,50 @@
+"""Whoever follows a conversion: what it tells, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from localrun.api.precision import FormatOptions
+    from localrun.engine.measure.choose import PrecisionChoice
+    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.convert.converter import ConversionResult, Progress
+
+
+class Follower(Protocol):
+    """Takes what a conversion tells, in the thread that converts."""
+
+    def note(self, text: str) -> None:
+        """A line worth keeping."""
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+
+    def clear_status(self) -> None:
+        """It is done."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress of something that is counted in its own units."""
+
+    def progress(self, step: str) -> Callable[[Progress], None]:
+        """What takes the progress of writing tensors."""
+
+    def splitting(self) -> Callable[[int, int], None]:
+        """What takes the bytes that are split, and all of them."""
+
+    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
+        """What will be written; nothing is yet."""
+
+    def checked(self, plan: ConversionPlan) -> None:
+        """A dry run's plan."""
+
+    def chosen(self, choice: PrecisionChoice | None) -> None:
+        """What was learned and decided; None: nothing had to be."""
+
+    def wrote(self, result: ConversionResult) -> None:
+        """A base or an overlay is whole."""
+
+    def finished(self, result: ConversionResult | Path | None) -> None:
+        """All is done: what was written, or the folder that was changed; None: a dry run."""

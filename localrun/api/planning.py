@@ -1,0 +1,194 @@
+"""What fits where and how fast that will be, on this machine or a described one; the planner's numbers, nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from localrun import config
+from localrun.api import demo, models
+from localrun.api.settings import Limits, Size, given
+from localrun.engine import memory
+from localrun.engine.options import check_context
+from localrun.errors import BudgetError, UsageError
+from localrun.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from localrun.engine.planner.hardware import Gpu, Hardware
+    from localrun.engine.planner.plan import Plan
+    from localrun.engine.planner.sizes import ModelSizes
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A machine to plan for. What is not given is the box's, or this machine's.
+
+    Attributes:
+        box: name of a usual machine, such as `gpu-24-ram-64`.
+        ram: its memory, 2 GiB of it in use.
+        vram: memory of each GPU; 0 for a machine without.
+        threads: its cores.
+        memory_gbps, disk_gbps: GB/s of its RAM and of the model's drive.
+        drives: 2: a mirror on a second drive.
+        gpu_gbps, pcie_gbps: GB/s of the GPUs' memory, and between RAM and GPU.
+    """
+
+    box: str | None = None
+    ram: Size | None = None
+    vram: Sequence[Size] = ()
+    threads: int | None = None
+    memory_gbps: float | None = None
+    disk_gbps: float | None = None
+    drives: int | None = None
+    gpu_gbps: float | None = None
+    pcie_gbps: float | None = None
+
+
+def plan(
+    model: str | Path = "flash",
+    *,
+    machine: Machine | str | None = None,
+    base: str | None = None,
+    position: int | None = None,
+    prompt_tokens: int = 2048,
+    probe: bool = True,
+    **limits: Unpack[Limits],
+) -> Plan:
+    """Places a model on a machine and predicts its speed.
+
+    Args:
+        model: `flash`, `pro`, a config.json, or whatever `localrun.load` takes.
+        machine: another machine, or the name of a box; None: this one, with the user's settings.
+        base: format of all experts, for a model that is yet to be converted.
+        position: tokens in the context when an answer begins; None: a quarter of the context, at most 8192.
+        prompt_tokens: length of the prompt.
+        probe: measure drive and memory of this machine (a second or two, remembered for a month).
+        limits: what may be used: `ram="48GiB"`, `context=131072`, ...
+
+    Raises:
+        BudgetError: it can't fit, or more is promised than the machine has; the hint has the nearest setting that fits.
+        LocalrunError: there is no such model or box, or an option that can't be.
+    """
+    user = config.load()
+    if isinstance(machine, str):
+        machine = Machine(box=machine)
+    if machine is not None:  # what this machine's owner set for this machine says nothing about another
+        user = config.Settings(models=user.models)
+    settings = given(limits, user)
+    return plan_with(model, settings, machine, base=base, position=position, prompt_tokens=prompt_tokens, probe=probe)
+
+
+def plan_with(
+    model: str | Path,
+    settings: config.Settings,
+    machine: Machine | None = None,
+    *,
+    base: str | None = None,
+    position: int | None = None,
+    prompt_tokens: int = 2048,
+    probe: bool = True,
+) -> Plan:
+    """As `plan`, with limits as settings."""
+    from localrun.engine.planner.plan import Settings
+    from localrun.engine.planner.planner import make_plan
+    from localrun.engine.planner.sizes import format_of, sizes_of
+    from localrun.quant.checkpoint.official import BUILT_IN
+
+    if str(model) not in BUILT_IN or Path(model).exists():
+        model = models.resolve(str(model), settings, command="plan") or demo.converted()
+    sizes = sizes_of(model, base=format_of(base) if base else None)
+    check_context(settings["context"], sizes.shape.n_ctx_train or 0)
+    hardware = hardware_of(machine, settings, sizes, probe=probe)
+    _check_limits(settings, hardware)
+    wanted = Settings(
+        ram_bytes=settings["ram"],
+        vram_bytes=settings["vram"],
+        n_ctx=settings["context"],
+        kv_type=settings["kv"],
+        n_batch=settings["batch"],
+        adaptive=settings["adaptive"],
+        position=position,
+        prompt_tokens=prompt_tokens,
+    )
+    return make_plan(sizes, hardware, wanted)
+
+
+def hardware_of(machine: Machine | None, settings: config.Settings, sizes: ModelSizes, *, probe: bool) -> Hardware:
+    """This machine, or the one that is described; what is not described is taken from this one, and marked so.
+
+    Raises:
+        UsageError: no such box.
+    """
+    from localrun.engine.planner import hardware
+    from localrun.engine.planner.boxes import BY_SLUG
+
+    if machine is None:
+        memory.check_threads(settings["threads"])
+        n_threads = settings["threads"]
+        return hardware.detect(sizes.files, n_threads=n_threads, probe=probe, gpus=True, specs=sizes.specs)
+    if machine.box is not None and machine.box not in BY_SLUG:
+        raise UsageError(f"there is no box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
+    if machine.box is not None:
+        known = BY_SLUG[machine.box].hardware
+    else:
+        known = hardware.detect(sizes.files, n_threads=settings["threads"], probe=probe, specs=sizes.specs)
+        known = replace(known, origin={name: _HERE.get(how, how) for name, how in known.origin.items()})
+    ram, threads = _bytes(machine.ram), machine.threads
+    return known.given(
+        ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
+        total_ram_bytes=ram,
+        disk_bytes_per_s=_per_s(machine.disk_gbps),
+        n_drives=machine.drives,
+        memory_bytes_per_s=_per_s(machine.memory_gbps),
+        n_threads=min(settings["threads"], threads) if settings["threads"] and threads else threads,
+        gpus=_gpus(machine),
+    )
+
+
+_HERE = {"measured": "this machine's"}
+
+
+def _gpus(machine: Machine) -> tuple[Gpu, ...] | None:
+    from localrun.engine.planner import hardware
+
+    if not machine.vram:
+        return None
+    sizes = [_bytes(size) or 0 for size in machine.vram]
+    return tuple(
+        hardware.Gpu.described(
+            size,
+            name=f"GPU {number}",
+            bytes_per_s=_per_s(machine.gpu_gbps) or hardware.ASSUMED_VRAM_BYTES_PER_S,
+            pcie_bytes_per_s=_per_s(machine.pcie_gbps) or hardware.ASSUMED_PCIE_BYTES_PER_S,
+        )
+        for number, size in enumerate(sizes)
+        if size
+    )
+
+
+def _bytes(size: Size | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def _per_s(gbps: float | None) -> float | None:
+    return None if gbps is None else gbps * GB
+
+
+def _check_limits(settings: config.Settings, machine: Hardware) -> None:
+    """Raises BudgetError for more memory than the machine has, however small the model."""
+    total = machine.total_ram_bytes
+    if settings["ram"] is not None and total is not None and settings["ram"] > total:
+        raise BudgetError(
+            f"--ram {format_size(settings['ram'])}: the machine has {format_size(total)}, of which "
+            f"{format_size(machine.ram_bytes or 0)} are free",
+            hint="to plan for another machine: --machine-ram SIZE, or --box NAME",
+        )
+    if settings["vram"] and settings["vram"] > machine.vram_bytes:
+        raise BudgetError(
+            f"--vram {format_size(settings['vram'])}: the machine's GPUs have {format_size(machine.vram_bytes)}",
+            hint="to plan for another machine: --machine-vram SIZE, or --box NAME",
+        )

@@ -1,0 +1,88 @@
+"""From options by name to what the engine takes; where nothing is given, the user's settings apply, as they do in commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+from localrun import config
+from localrun.api import models
+from localrun.engine import memory
+from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.options import BY_NAME, Kind, Option, fields_of
+
+Size = str | int
+"""`"8GiB"`, `"500MB"`, or bytes."""
+
+
+class Limits(TypedDict, total=False):
+    """What a load and a plan keep to (docs/options.md). Sizes as text have a unit."""
+
+    ram: Size
+    vram: Size
+    context: int
+    threads: int
+    batch: int
+    kv: str
+    adaptive: bool
+
+
+class LoadOptions(Limits, total=False):
+    """How a model is loaded (docs/options.md)."""
+
+    gpu: str
+    rpc: str
+    mirror: str
+
+
+class AnswerOptions(TypedDict, total=False):
+    """How an answer is written (docs/options.md)."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    max_tokens: int
+    think: str
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+
+
+def given(options: Mapping[str, Any], base: config.Settings | None = None) -> config.Settings:
+    """The user's settings, or `base`, with these options instead; None leaves an option as it is.
+
+    Raises:
+        UsageError: a value that is none, or out of bounds.
+        TypeError: an unknown name, as any function's.
+    """
+    if unknown := options.keys() - BY_NAME.keys():
+        raise TypeError(f"unknown option {min(unknown)!r}; known: {', '.join(BY_NAME)}")
+    values = {name: _value(BY_NAME[name], value) for name, value in options.items() if value is not None}
+    return (base or config.load()).changed(**values)
+
+
+def _value(option: Option, value: object) -> Any:
+    if option.kind is Kind.SIZE and isinstance(value, int) and not isinstance(value, bool):
+        option.check(value)  # bytes: a number from Python needs no unit
+        return value
+    return option.parse(value)
+
+
+def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = "int8") -> EngineOptions:
+    """How to load a model. What this machine can't do is refused before anything is read.
+
+    Raises:
+        UsageError, BudgetError: more threads or memory than there are.
+    """
+    memory.check_threads(settings["threads"])
+    memory.check_ram(settings["ram"])
+    if settings["mirror"] is not None and (mirror := models.resolve(settings["mirror"], settings)) is not None:
+        settings = settings.changed(mirror=str(mirror))
+    return EngineOptions(**fields_of("engine", settings.values), math=math)
+
+
+def sampling_options(settings: config.Settings) -> SamplingOptions:
+    """How to choose tokens."""
+    return SamplingOptions(**fields_of("sampling", settings.values))

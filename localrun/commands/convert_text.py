@@ -1,0 +1,111 @@
+"""A conversion in words and as JSON: its plan, what was learned, and what was written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from localrun.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from localrun.api.precision import FormatOptions
+    from localrun.engine.measure.choose import PrecisionChoice
+    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.convert.converter import ConversionResult
+    from localrun.quant.convert.report import PlanLine
+
+
+def describe_choice(choice: PrecisionChoice) -> list[str]:
+    """What was learned, and what was decided."""
+    from localrun.quant.precision.report import precision_lines
+
+    summary = choice.importance.summary()
+    learned = (
+        f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and are"
+        f" taken as their layer's average, {summary.n_rare} rarely"
+    )
+    return [learned, *(precision_lines(choice.solution) if choice.solution is not None else ())]
+
+
+def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list[str]:
+    """The plan for people: what is there, what becomes of it, how large it gets."""
+    from localrun.quant.convert.report import summarize
+
+    checkpoint, config = plan.checkpoint, plan.checkpoint.config
+    lines = [
+        f"source: {checkpoint.path}: {checkpoint.n_tensors:,} tensors, {format_size(checkpoint.n_bytes)} in"
+        f" {len(checkpoint.shards)} files",
+        f"model:  {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.n_routed_experts} experts of"
+        f" {config.moe_intermediate_size}, {config.num_experts_per_tok} used",
+        *(_describe_line(line) for line in summarize(plan)),
+    ]
+    mtp = checkpoint.mtp
+    if mtp is not None:
+        lines.append(
+            f"  {mtp.kind} (mtp.*): {mtp.n_tensors} tensors, {format_size(mtp.n_bytes)}: left out;"
+            " llama.cpp takes drafting blocks from a GGUF of their own"
+        )
+    if options is not None and options.target is not None:
+        lines.append("output: base and better copies are chosen for the target after a look at the experts")
+        return lines
+    lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
+    for budget in options.hot if options is not None else ():
+        lines.append(f"  and better copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
+    return lines
+
+
+def _describe_line(line: PlanLine) -> str:
+    how = "exact" if line.exact else "rounded"
+    return (
+        f"  {line.kind:<7} {line.n_tensors:>5} x {line.source:>7} -> {line.target:<6} {how:<8}"
+        f" {format_size(line.source_bytes):>12} -> {format_size(line.target_bytes):>12}"
+    )
+
+
+def plan_as_json(plan: ConversionPlan) -> dict[str, Any]:
+    """The plan for programs."""
+    from localrun.quant.convert.report import summarize
+
+    mtp = plan.checkpoint.mtp
+    return {
+        "source": str(plan.checkpoint.path),
+        "source_bytes": plan.checkpoint.n_bytes,
+        "source_tensors": plan.checkpoint.n_tensors,
+        "output_bytes": plan.file_size,
+        "output_tensors": len(plan.tensors),
+        "steps": [
+            {
+                "kind": line.kind,
+                "from": line.source,
+                "to": line.target,
+                "tensors": line.n_tensors,
+                "source_bytes": line.source_bytes,
+                "output_bytes": line.target_bytes,
+                "exact": line.exact,
+            }
+            for line in summarize(plan)
+        ],
+        "left_out": None if mtp is None else {"kind": mtp.kind, "tensors": mtp.n_tensors, "bytes": mtp.n_bytes},
+        "warnings": list(plan.warnings),
+    }
+
+
+def describe_result(result: ConversionResult) -> list[str]:
+    rate = result.written_bytes / result.seconds if result.seconds > 0 else 0
+    lines = [
+        f"wrote {result.path} ({format_size(result.file_bytes)}) in {format_duration(result.seconds)},"
+        f" {rate / 1e9:.2f} GB/s"
+    ]
+    for step, loss in sorted(result.losses.items()):
+        lines.append(f"  {step}: relative RMS error {loss.relative_rms:.4%}")
+    return lines
+
+
+def result_as_json(result: ConversionResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "output_bytes": result.file_bytes,
+        "seconds": round(result.seconds, 3),
+        "read_bytes": result.read_bytes,
+        "written_bytes": result.written_bytes,
+        "relative_rms_error": {step: loss.relative_rms for step, loss in sorted(result.losses.items())},
+    }

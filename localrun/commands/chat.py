@@ -97,7 +97,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
 
     if args.model is not None:
         raise UsageError("--server has a model of its own", hint="leave MODEL out")
-    template = Generate(think=settings["think"], sampling=sampling_options(settings), max_tokens=settings["max_tokens"])
+    template = generate_command((), settings)
     with RemoteEngine(args.server, key=os.environ.get("LOCALRUN_SERVER_KEY")) as engine:
         (ready,) = engine.load()  # a wrong address is told before a screen is opened
         assert isinstance(ready, Ready)

@@ -2,6 +2,7 @@
 
     python -m tools.plan_table > table.md
     python -m tools.plan_table --context 131072 --kv q8_0
+    python -m tools.plan_table --short                          # README.md's
 
 These are predictions from the published hit rates and the bandwidths in the table, not measurements; nothing about GPUs has been
 measured at all. Bandwidths are what such machines give in practice, not what is printed on the box.
@@ -13,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from localrun.engine.planner.boxes import BOXES, Box
+from localrun.engine.planner.boxes import BOXES, BY_SLUG, Box
 from localrun.engine.planner.hit_rates import Curve
 from localrun.engine.planner.plan import Plan, Settings
 from localrun.engine.planner.planner import make_plan
@@ -52,6 +53,29 @@ def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], settings: Settings)
     return result
 
 
+SHORT = ("ram-32", "ram-128", "gpu-12-ram-32", "gpu-16-ram-64", "gpu-24-ram-64", "gpu-24-ram-128")
+"""Boxes of README.md's table."""
+
+
+def short_table() -> str:
+    """Answers of Flash on six boxes: as released, and with 2-bit experts."""
+    models = [sizes_of("flash", base=format_of(kind)) for kind in ("mxfp4", "q2_k")]
+    sizes = [round((model.dense_bytes + model.expert_file_bytes) / 1e9) for model in models]
+    head = ("machine", "drive", f"Flash, experts as released ({sizes[0]} GB)", f"Flash, 2-bit experts ({sizes[1]} GB)")
+    lines: list[tuple[str, ...]] = [head, ("---",) * len(head)]
+    for slug in SHORT:
+        box = BY_SLUG[slug]
+        plans = [make_plan(model, box.hardware, suggest=False, rates=Curve()) for model in models]
+        lines.append((box.name, f"{box.disk_gb_per_s:g} GB/s", *(_prediction(plan) for plan in plans)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _prediction(plan: Plan) -> str:
+    assert plan.decode is not None
+    low, high = _ends(plan.decode)
+    return f"{low:.1f} to {high:.1f}" if high < 10 else f"{low:.0f} to {high:.0f}"
+
+
 def table(lines: Sequence[tuple[str, ...]]) -> str:
     """Markdown."""
     head = ("box", "RAM / drive / GPU, GB/s", "model", "in memory", "answers, tokens/s", "prompts, tokens/s", "limit")
@@ -71,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default="flash:mxfp4,flash:q2_k,pro:mxfp4,pro:q2_k", help="NAME:TYPE,...")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--kv", default="f16")
+    parser.add_argument("--short", action="store_true", help="README.md's table")
     args = parser.parse_args(argv)
+    if args.short:
+        print(short_table())
+        return 0
     models = [
         sizes_of(name, base=format_of(kind))
         for name, _, kind in (part.partition(":") for part in args.models.split(","))

@@ -74,6 +74,10 @@ class IncompatibleLibraryError(LocalrunError, ImportError):
     """The installed llama.cpp is not the build that our structures were written for."""
 
 
+class MessageError(LocalrunError, ValueError):
+    """A chat message, a tool schema or a tool call that the protocol has no place for."""
+
+
 class UsageError(LocalrunError, ValueError):
     """Wrong command line or option value (exit code 2)."""
 

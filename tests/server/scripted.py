@@ -66,6 +66,8 @@ FACTS = ModelFacts(
 )
 
 CHARS_PER_TOKEN = 4
+MOST_KEPT = 100
+"""Commands and prompts that are looked back at: under load there are thousands."""
 
 
 def words(text: str) -> list[str]:
@@ -124,6 +126,7 @@ class ScriptedEngine:
         self._stopping.clear()
         self.running.set()
         self.commands.append(command)
+        del self.commands[:-MOST_KEPT]
         try:
             yield from self._answer(command)
         finally:
@@ -187,6 +190,7 @@ class ScriptedEngine:
         if reason not in ("stop",):
             yield from writer.end(reason)
         self._known.append(text + raw)
+        del self._known[:-MOST_KEPT]
         yield self._finished(reason, n_prompt, reused, n_new, writer.stops.found)
 
     def _pause(self, seconds: float) -> bool:

@@ -152,6 +152,22 @@ def test_options_out_of_bounds_are_the_requests_fault(running: Running, body: di
     assert post(running, "/v1/chat/completions", {"messages": HI, **body}).status == 400
 
 
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "<x>", "arguments": "{}"}}]}, *HI], "name"),
+        ([*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{}"}}]}], "continued"),
+    ],
+)
+def test_messages_that_the_engine_refuses_are_the_requests_fault(
+    running: Running, messages: list[Any], says: str
+) -> None:
+    for stream in (False, True):
+        reply = post(running, "/v1/chat/completions", {"messages": messages, "stream": stream})
+        assert reply.status == 400
+        assert says in reply.json["error"]["message"]
+
+
 def test_stop_string_and_what_was_counted(running: Running) -> None:
     whole = asked(running, HI, max_tokens=12)["choices"][0]["message"]["content"]
     stop = whole.split()[2]

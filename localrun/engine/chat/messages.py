@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from localrun.errors import LocalrunError
+from localrun.errors import MessageError as MessageError  # part of this module's interface
 
 Json: TypeAlias = Any
 """A JSON value: None, bool, int, float, str, a list or a str-keyed dict of such."""
@@ -32,10 +32,6 @@ _TOOL_NAME = re.compile(r"[^\s\"<>｜]+")
 def is_tool_name(name: str) -> bool:
     """Whether a tool can have this name."""
     return _TOOL_NAME.fullmatch(name) is not None
-
-
-class MessageError(LocalrunError, ValueError):
-    """A chat message, a tool schema or a tool call that the protocol has no place for."""
 
 
 def _check_text(where: str, text: str) -> None:

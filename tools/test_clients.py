@@ -31,7 +31,7 @@ from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
 
 PROMPT = "Read hello.txt, replace the word hello in it by goodbye, and say when you are done."
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 MOST_REQUESTS = 12
 MODEL = "localrun-test"
 

@@ -11,6 +11,7 @@ help:
 	@echo "make setup   build .venv (compiles llama.cpp once)"
 	@echo "make install  the same, and a link to localrun in ~/.local/bin; make uninstall removes it"
 	@echo "make cuda    the same, llama.cpp for NVIDIA's GPUs; also: make vulkan, make rocm; make cpu: back"
+	@echo "             for cards that are not in this machine: make cuda GPU_ARCH=89, make rocm GPU_ARCH=gfx1100"
 	@echo "make chat    talk to the demo model"
 	@echo "make test    run the tests in two processes; with PYTEST_ARGS=\"-n 0 tests/engine\" some of them in one"
 	@echo "make test-clients  pi, Claude Code, Codex, OpenCode and Qwen Code from npm against localrun serve"

@@ -2,7 +2,8 @@
 
     python tools/bootstrap.py [cuda|vulkan|rocm|cpu]
 
-With a name llama.cpp is compiled for that kind of GPU, too (`cpu`: for none), and later runs keep to it.
+With a name llama.cpp is compiled for that kind of GPU, too (`cpu`: for none), and later runs keep to it. Builds are kept: going
+back to one compiles nothing. GPU_ARCH in the environment names cards that are not in the machine (`89`, `gfx1100`).
 
 Runs on any Python 3.7+ so that it can say what is wrong with an old one; imports the standard library only. Does
 nothing when `.venv` was made from the present constraints.txt and pyproject.toml.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script its folder is there, not the project's
+
+from tools import gpu_build  # noqa: E402
+from tools.gpu_build import SetupError  # noqa: E402
+
 VENV = ROOT / ".venv"
 STAMP = VENV / "localrun-setup"
 LOG = VENV / "setup.log"
@@ -32,6 +39,11 @@ used."""
 
 NEEDED_BYTES = 3 * 10**9
 GPU_CHOICE = VENV / "localrun-gpu"
+"""Three lines: backend, the user's arguments for CMake, ours."""
+CUDA_ROOT = VENV / "cuda"
+"""The toolkit made of PyPI's packages."""
+NO_DRIVER = VENV / "no-driver"
+"""A libcuda for the self-check of a build on a machine without NVIDIA's driver."""
 INSTALLED_BUILD = VENV / "localrun-llama-build"
 
 
@@ -62,8 +74,7 @@ GPU_BACKENDS: dict[str, GpuBackend] = {
         {"cuBLAS (cublas_v2.h)": (("include/cublas_v2.h", "targets/*/include/cublas_v2.h"), "")},
         ("CUDAToolkit_ROOT", "CUDA_PATH", "CUDA_HOME"),
         ("/usr/local/cuda", "/opt/cuda"),
-        "install NVIDIA's CUDA toolkit with cuBLAS (Debian, Ubuntu: apt install nvidia-cuda-toolkit; NVIDIA's own packages: "
-        "cuda-toolkit), or put its nvcc into PATH",
+        "install NVIDIA's CUDA toolkit with cuBLAS (NVIDIA's packages: cuda-toolkit), or name its folder in CUDA_PATH",
     ),
     # find_package(Vulkan COMPONENTS glslc) and find_package(SPIRV-Headers CONFIG) of ggml-vulkan/CMakeLists.txt
     "vulkan": GpuBackend(
@@ -108,10 +119,6 @@ GPU_BACKENDS: dict[str, GpuBackend] = {
 }
 
 
-class SetupError(Exception):
-    """Something that the user has to mend; the second argument says how."""
-
-
 def main(arguments: list[str]) -> int:
     try:
         check_python()
@@ -138,6 +145,8 @@ def set_up() -> None:
     make_venv()
     pip = pinned("pip")
     step(f"pip {pip}", ["install", "--upgrade", f"pip=={pip}"])
+    if f"={CUDA_ROOT}/" in cmake_args() and not cuda_packages_installed():
+        install_cuda()
     if not has_llama_cpp() or installed_build() != cmake_args():
         build_llama_cpp()
     # Build requirements of our own package are pinned in pyproject.toml.
@@ -147,10 +156,16 @@ def set_up() -> None:
             "another step replaced llama-cpp-python by a build without RPC", f"see {LOG}, then make clean setup"
         )
     say("compiling the kernels for this processor")
-    check = subprocess.run([str(python()), "-m", "localrun.cli", "doctor", "--warm"], cwd=str(ROOT))
+    without_driver = gpu_choice()[0] == "cuda" and not gpu_build.has_cuda_driver()
+    environment = without_cuda_driver() if without_driver else dict(os.environ)
+    check = subprocess.run([str(python()), "-m", "localrun.cli", "doctor", "--warm"], cwd=str(ROOT), env=environment)
     if check.returncode:
         raise SetupError("the self-check failed", "the lines above say what to do")
     STAMP.write_text(fingerprint())
+    if without_driver:
+        say(
+            "built for NVIDIA's GPUs and checked; what this machine lacks is NVIDIA's driver, without which it does not start"
+        )
     say(f"ready after {round(time.monotonic() - start)} s")
 
 
@@ -159,20 +174,107 @@ def choose_gpu(name: str) -> None:
     if name not in GPU_BACKENDS and name != "cpu":
         raise SetupError(f"no GPU backend '{name}'", f"one of {', '.join(GPU_BACKENDS)}, or cpu")
     extra = os.environ.get("CMAKE_ARGS", "")
-    if name != "cpu":
-        missing = missing_for(GPU_BACKENDS[name])
-        if missing:
-            raise SetupError(
-                f"llama.cpp can't be compiled for {name}: {', '.join(missing)} not found", GPU_BACKENDS[name].hint
-            )
-    if name == "cuda" and "CMAKE_CUDA_ARCHITECTURES" not in extra and not has_nvidia_card():
+    ours = {"cuda": prepare_cuda, "rocm": prepare_rocm, "vulkan": prepare_vulkan}.get(name, refuse_missing)(name, extra)
+    make_venv()
+    GPU_CHOICE.write_text(f"{name}\n{extra}\n{ours}\n")
+
+
+def refuse_missing(name: str, _extra: str = "") -> str:
+    """Says by name what compiling for a GPU needs and this machine lacks."""
+    missing = missing_for(GPU_BACKENDS[name]) if name in GPU_BACKENDS else []
+    if missing:
+        raise SetupError(
+            f"llama.cpp can't be compiled for {name}: {', '.join(missing)} not found", GPU_BACKENDS[name].hint
+        )
+    return ""
+
+
+def prepare_cuda(_name: str, extra: str) -> str:
+    """Compares cards, driver, toolkits and compiler, and chooses the toolkit; the result is for CMake."""
+    named = os.environ.get("GPU_ARCH", "")
+    in_arguments = re.search(r"-DCMAKE_CUDA_ARCHITECTURES(?::STRING)?=(\S+)", extra)
+    cards = [] if named else gpu_build.nvidia_cards()
+    if named:
+        wanted = gpu_build.capabilities(named)
+    elif in_arguments and in_arguments.group(1)[0].isdigit():
+        wanted = gpu_build.capabilities(in_arguments.group(1))
+    else:
+        wanted = sorted({card.capability for card in cards})
+    if not wanted:
         raise SetupError(
             "llama.cpp is compiled for the NVIDIA card in the machine, and none is found",
             "install NVIDIA's driver (nvidia-smi must list the card), or name the cards, e.g. for RTX 30 and 40: "
-            "make cuda CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=86;89' (75: RTX 20, 120a: RTX 50)",
+            "make cuda GPU_ARCH='86;89' (75: RTX 20, 120: RTX 50)",
         )
-    make_venv()
-    GPU_CHOICE.write_text(f"{name}\n{extra}\n")
+    for card in cards:
+        say(
+            f"{card.name}: compute capability {gpu_build.dotted(card.capability)}, driver {gpu_build.dotted(card.driver)}"
+        )
+    driver = cards[0].driver if cards else ()
+    toolkit, reasons = gpu_build.choose_toolkit(cuda_toolkits(), wanted, driver, gpu_build.host_gcc())
+    for reason in reasons:
+        say(f"not used: {reason}")
+    version = toolkit.version if toolkit else gpu_build.PACKAGED_CUDA
+    root = toolkit.root if toolkit else CUDA_ROOT
+    origin = "" if toolkit else ", from PyPI"
+    say(
+        f"CUDA {gpu_build.dotted(version)} ({root}{origin}) for compute capability {' and '.join(map(gpu_build.dotted, wanted))}"
+    )
+    if toolkit is None and not cuda_packages_installed():
+        check_space(NEEDED_BYTES + gpu_build.CUDA_BYTES)
+    arguments = [f"-DCUDAToolkit_ROOT={root}", f"-DCMAKE_CUDA_COMPILER={root}/bin/nvcc", "-DGGML_CUDA_NCCL=OFF"]
+    if not in_arguments:
+        arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={gpu_build.architectures(wanted)}")
+    if str(root) != "/usr":
+        arguments.append(f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{root}/{'lib64' if toolkit else 'lib'}")
+    return " ".join(arguments)
+
+
+def cuda_toolkits() -> list[gpu_build.Toolkit]:
+    """Whole toolkits in the machine, the one that the user names first."""
+    backend = GPU_BACKENDS["cuda"]
+    found: dict[Path, gpu_build.Toolkit] = {}
+    for prefix in map(Path, gpu_prefixes(backend)):
+        patterns = [pattern for patterns, _ in backend.files.values() for pattern in patterns]
+        if any(path for pattern in patterns for path in prefix.glob(pattern)):
+            toolkit = gpu_build.toolkit_at(prefix)
+            if toolkit is not None:
+                found.setdefault(prefix.resolve(), toolkit)
+    return list(found.values())
+
+
+def prepare_rocm(name: str, extra: str) -> str:
+    """Compares cards and ROCm's version; the result is for CMake."""
+    refuse_missing(name)
+    wanted = os.environ.get("GPU_ARCH", "").replace(",", ";").split(";") if os.environ.get("GPU_ARCH") else []
+    wanted = wanted or gpu_build.amd_architectures()
+    version = gpu_build.rocm_version(gpu_prefixes(GPU_BACKENDS[name]))
+    bad = gpu_build.rocm_misfits(version, wanted)
+    if bad:
+        raise SetupError("; ".join(bad), "AMD's packages, or make vulkan, which needs the card's driver only")
+    if "GPU_TARGETS" in extra or "CMAKE_HIP_ARCHITECTURES" in extra:
+        return ""
+    if not wanted:
+        raise SetupError(
+            "llama.cpp is compiled for the AMD card in the machine, and the amdgpu driver shows none",
+            "load the driver (rocminfo must list the card), or name the card: make rocm GPU_ARCH=gfx1100",
+        )
+    say(f"ROCm {gpu_build.dotted(version) or 'of unknown version'} for {' and '.join(wanted)}")
+    return f"-DGPU_TARGETS={';'.join(wanted)}"
+
+
+def prepare_vulkan(name: str, _extra: str) -> str:
+    """Looks for what compiling needs, and says so if no driver is there: the build is the same for all cards."""
+    refuse_missing(name)
+    drivers = gpu_build.vulkan_drivers()
+    if drivers:
+        say(f"Vulkan drivers: {', '.join(drivers)}")
+    else:
+        say(
+            "no Vulkan driver for a card is installed; the build will do without, localrun needs one "
+            "(Mesa's: apt install mesa-vulkan-drivers; NVIDIA's comes with its driver)"
+        )
+    return ""
 
 
 def missing_for(backend: GpuBackend) -> list[str]:
@@ -205,29 +307,24 @@ def gpu_prefixes(backend: GpuBackend) -> list[str]:
     return [prefix for prefix in (*named, *beside, *backend.prefixes, "/usr/local", "/usr", "/opt/homebrew") if prefix]
 
 
-def has_nvidia_card() -> bool:
-    """The driver shows a card; CMake's `native` needs one."""
-    if any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/dxg").exists():  # dxg: Windows' Linux subsystem
-        return True
-    return bool(shutil.which("nvidia-smi")) and succeeds(["nvidia-smi", "-L"])
-
-
-def gpu_choice() -> tuple[str, str]:
-    """What `choose_gpu` remembered: backend, or cpu, and more arguments for CMake."""
-    name, _, extra = GPU_CHOICE.read_text().partition("\n") if GPU_CHOICE.is_file() else ("cpu", "", "")
-    return (name.strip() if name.strip() in GPU_BACKENDS else "cpu"), extra.strip()
+def gpu_choice() -> tuple[str, str, str]:
+    """What `choose_gpu` remembered: backend, or cpu; the user's arguments for CMake; ours."""
+    lines = GPU_CHOICE.read_text().splitlines() if GPU_CHOICE.is_file() else []
+    name, extra, ours = (line.strip() for line in [*lines, "", "", ""][:3])
+    return (name if name in GPU_BACKENDS else "cpu"), extra, ours
 
 
 def cmake_args() -> str:
-    """For llama.cpp's build."""
-    gpu, extra = gpu_choice()
-    parts = [CMAKE_ARGS, GPU_BACKENDS[gpu].switch if gpu != "cpu" else "", os.environ.get("CMAKE_ARGS", extra)]
+    """For llama.cpp's build; the user's come last, so that they count."""
+    gpu, extra, ours = gpu_choice()
+    switch = GPU_BACKENDS[gpu].switch if gpu != "cpu" else ""
+    parts = [CMAKE_ARGS, switch, ours, os.environ.get("CMAKE_ARGS", extra)]
     return " ".join(part for part in parts if part)
 
 
 def build_path() -> str:
     """PATH with the folders in which the chosen GPU's compiler lies."""
-    gpu, _ = gpu_choice()
+    gpu = gpu_choice()[0]
     folders = [f"{prefix}/bin" for prefix in gpu_prefixes(GPU_BACKENDS[gpu])] if gpu != "cpu" else []
     path = os.environ.get("PATH", "").split(os.pathsep)
     return os.pathsep.join([*path, *(folder for folder in folders if folder not in path and Path(folder).is_dir())])
@@ -236,7 +333,7 @@ def build_path() -> str:
 def fingerprint() -> str:
     """Changes when set-up has to run again."""
     digest = hashlib.sha256()
-    for path in (CONSTRAINTS, ROOT / "pyproject.toml", Path(__file__)):
+    for path in (CONSTRAINTS, ROOT / "pyproject.toml", Path(__file__), Path(gpu_build.__file__)):
         digest.update(path.read_bytes())
     digest.update(f"{sys.version_info[:2]} {ROOT} {cmake_args()}".encode())
     return digest.hexdigest()
@@ -264,10 +361,10 @@ def check_compiler() -> None:
         )
 
 
-def check_space() -> None:
+def check_space(needed: int = NEEDED_BYTES) -> None:
     free = shutil.disk_usage(str(ROOT)).free
-    if free < NEEDED_BYTES:
-        raise SetupError(f"{ROOT}: {free / 1e9:.1f} GB free, the set-up needs {NEEDED_BYTES / 1e9:.0f} GB", "make room")
+    if free < needed:
+        raise SetupError(f"{ROOT}: {free / 1e9:.1f} GB free, the set-up needs {needed / 1e9:.0f} GB", "make room")
 
 
 def make_venv() -> None:
@@ -291,6 +388,12 @@ def python() -> Path:
     return VENV / "bin" / "python"
 
 
+def build_folder() -> Path:
+    """Where the wheel of the chosen build is kept: one folder for each configuration."""
+    text = f"llama-cpp-python=={pinned('llama-cpp-python')} {cmake_args()} {sys.version_info[:2]}"
+    return VENV / "wheels" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def build_llama_cpp() -> None:
     """Compiles and installs llama-cpp-python.
 
@@ -299,8 +402,7 @@ def build_llama_cpp() -> None:
     """
     name = "llama-cpp-python"
     requirement = f"{name}=={pinned(name)}"
-    build = hashlib.sha256(f"{requirement} {cmake_args()} {sys.version_info[:2]}".encode()).hexdigest()[:12]
-    folder = VENV / "wheels" / build
+    folder = build_folder()
     if not list(folder.glob("*.whl")):
         n_jobs = str(os.cpu_count() or 1)
         environment = {
@@ -309,7 +411,7 @@ def build_llama_cpp() -> None:
             "CMAKE_ARGS": cmake_args(),
             "PATH": build_path(),
         }
-        partial = folder.with_name(f"{build}.partial")
+        partial = folder.with_name(f"{folder.name}.partial")
         arguments = [
             "wheel",
             "--no-deps",
@@ -335,6 +437,32 @@ def build_llama_cpp() -> None:
             f"{requirement} was built without ggml_backend_rpc_start_server", f"see {LOG}, then make setup"
         )
     INSTALLED_BUILD.write_text(cmake_args())
+
+
+CUDA_PINS = " ".join(f"{name}=={version}" for name, version in sorted(gpu_build.CUDA_PACKAGES.items()))
+
+
+def cuda_packages_installed() -> bool:
+    """The toolkit of PyPI's packages is whole, in the pinned versions."""
+    stamp = CUDA_ROOT / "packages"
+    return stamp.is_file() and stamp.read_text() == CUDA_PINS and (CUDA_ROOT / "bin" / "nvcc").exists()
+
+
+def install_cuda() -> None:
+    """NVIDIA's toolkit from PyPI. The libraries in it are used by the finished build, too, so it stays."""
+    step("CUDA's toolkit, 0.7 GB to download", ["install", "--no-deps", *CUDA_PINS.split()])
+    folders = sorted(VENV.glob("lib/python*/site-packages/nvidia/cu13"))
+    if not folders:
+        raise SetupError("NVIDIA's packages have no nvidia/cu13", f"see {LOG}, then make clean cuda")
+    gpu_build.lay_out(folders[-1], CUDA_ROOT)
+    (CUDA_ROOT / "packages").write_text(CUDA_PINS)
+
+
+def without_cuda_driver() -> dict[str, str]:
+    """The environment in which a build for NVIDIA's GPUs can be loaded where no driver is: it sees no card."""
+    gpu_build.make_stub(NO_DRIVER / "libcuda.so.1")
+    paths = [str(NO_DRIVER), *os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path)}
 
 
 def installed_build() -> str:

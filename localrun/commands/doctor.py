@@ -48,10 +48,13 @@ GPU_DRIVERS = {
 }
 """By ggml backend: what is missing when it finds no card."""
 
+NO_DRIVER = Path(sys.prefix) / "no-driver"
+"""A libcuda without a device, which set-up makes where it compiles for NVIDIA's GPUs and finds no driver."""
+
 DRIVER_LIBRARIES = {
     "libcuda.so": "install NVIDIA's driver, or, without NVIDIA's GPU, make cpu",
-    "libcudart": "name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
-    "libcublas": "name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "libcudart": "make cuda, or name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "libcublas": "make cuda, or name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
     "libvulkan": "install Vulkan's loader (apt install libvulkan1), or make cpu",
     "libamdhip64": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
     "blas.so": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
@@ -137,7 +140,11 @@ def check_library() -> Check:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
-    code, output = _probe("from localrun.ggml import library; print(library.library().ggml_version().decode())")
+    version_of_ggml = "from localrun.ggml import library; print(library.library().ggml_version().decode())"
+    code, output = _probe(version_of_ggml)
+    if code and "libcuda.so" in output and NO_DRIVER.is_dir() and not _probe(version_of_ggml, libraries=NO_DRIVER)[0]:
+        detail = f"llama-cpp-python {version}, compiled for NVIDIA's GPUs: the build is fine, the driver (libcuda.so.1) is missing"
+        return Check("llama.cpp", "FAIL", detail, DRIVER_LIBRARIES["libcuda.so"])
     if code:
         fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
         return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
@@ -197,8 +204,12 @@ def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
     cards = [CARDS[vendor] for vendor in vendors if vendor in CARDS]
     compiled = [name for name in GPU_DRIVERS if name in backends]
     if not cards:
-        wanted = f" that {', '.join(compiled)} can use" if compiled else ""
-        return Check("GPU", "ok", f"none found{wanted}; localrun computes on the CPU")
+        if not compiled:
+            return Check("GPU", "ok", "none found; localrun computes on the CPU")
+        kinds = ", ".join(compiled)
+        return Check(
+            "GPU", "ok", f"none found; llama.cpp's build for {kinds} is fine, the card is missing: computing on the CPU"
+        )
     makers = ", ".join(dict.fromkeys(maker for maker, _, _ in cards))
     fitting = [name for _, names, _ in cards for name in names if name in compiled]
     if fitting:
@@ -280,9 +291,16 @@ def check_demo(*, warm: bool, status: Callable[[str], None]) -> Check:
     return Check("demo model", "ok", f"{detail}, answered {timings.new_tokens} tokens")
 
 
-def _probe(code: str) -> tuple[int, str]:
-    """Runs Python code in a process of its own; returns exit code and output."""
+def _probe(code: str, *, libraries: Path | None = None) -> tuple[int, str]:
+    """Runs Python code in a process of its own; returns exit code and output.
+
+    Args:
+        libraries: a folder in which the loader looks first.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parent.parent)}
+    if libraries is not None:
+        paths = [str(libraries), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", code],

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import bootstrap
-from tools.bootstrap import ROOT, SetupError
+from tools import bootstrap, gpu_build
+from tools.bootstrap import ROOT
+from tools.gpu_build import SetupError
 
 VersionInfo = namedtuple("VersionInfo", "major minor micro releaselevel serial")
 
@@ -52,7 +53,7 @@ def test_old_python_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch)
 def test_missing_compiler_is_one_message_and_a_hint(tmp_path: Path) -> None:
     copy = tmp_path / "project"
     (copy / "tools").mkdir(parents=True)
-    for name in ("constraints.txt", "pyproject.toml", "tools/bootstrap.py"):
+    for name in ("constraints.txt", "pyproject.toml", "tools/__init__.py", "tools/bootstrap.py", "tools/gpu_build.py"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     environment = {key: value for key, value in os.environ.items() if key != "CXX"}
     done = subprocess.run(
@@ -92,7 +93,8 @@ def test_this_interpreter_has_the_pinned_library_with_its_rpc_backend(monkeypatc
 def test_the_script_can_be_read_by_an_old_python() -> None:
     import ast
 
-    ast.parse(Path(bootstrap.__file__).read_text(), feature_version=(3, 7))
+    for file in (bootstrap.__file__, gpu_build.__file__):
+        ast.parse(Path(file).read_text(), feature_version=(3, 7))
 
 
 MADE_UP = bootstrap.GpuBackend(
@@ -133,17 +135,3 @@ def test_gpu_choice_is_remembered_once_everything_for_it_is_there(
     assert bootstrap.build_path().endswith(f"{tmp_path}/bin")
     bootstrap.choose_gpu("cpu")
     assert bootstrap.cmake_args() == bootstrap.CMAKE_ARGS
-
-
-def test_cuda_without_a_card_needs_the_cards_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "GPU_CHOICE", tmp_path / "choice")
-    monkeypatch.setattr(bootstrap, "missing_for", lambda backend: [])
-    monkeypatch.setattr(bootstrap, "has_nvidia_card", lambda: False)
-    monkeypatch.setattr(bootstrap, "make_venv", lambda: None)
-    monkeypatch.delenv("CMAKE_ARGS", raising=False)
-    with pytest.raises(SetupError) as caught:
-        bootstrap.choose_gpu("cuda")
-    assert "CMAKE_CUDA_ARCHITECTURES" in caught.value.args[1]
-    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_CUDA_ARCHITECTURES=89")
-    bootstrap.choose_gpu("cuda")
-    assert "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=89" in bootstrap.cmake_args()

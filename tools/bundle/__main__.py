@@ -18,7 +18,7 @@ from typing import Any
 from packaging.utils import parse_wheel_filename
 
 from localrun import __version__
-from tools.bootstrap import ROOT, SetupError, pinned
+from tools.bootstrap import ROOT, pinned
 from tools.bundle import notices
 from tools.bundle.wheels import (
     PORTABLE_CMAKE_ARGS,
@@ -34,6 +34,7 @@ from tools.bundle.wheels import (
     runtime_packages,
     say,
 )
+from tools.gpu_build import SetupError
 
 SUMS = "SHA256SUMS"
 FORMAT = "localrun-bundle"

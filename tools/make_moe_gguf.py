@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def write_moe_gguf(
     expert_type: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
     tied: bool = False,
     seed: int = 0,
+    extra: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> None:
-    """Writes the model; `tied` leaves out the output matrix (qwen3moe only: olmoe always has one)."""
+    """Writes the model; `tied` leaves out the output matrix (qwen3moe only: olmoe always has one); `extra`: further tensors."""
     dims = dims or MoeDims()
     writer = gguf.GGUFWriter(path, architecture)
     _add_keys(writer, architecture, dims)
@@ -65,6 +67,8 @@ def write_moe_gguf(
     vector("output_norm.weight", d)
     if not tied:
         matrix("output.weight", f16, dims.vocab, d)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     for layer in range(dims.n_layers):
         block = f"blk.{layer}."
         vector(block + "attn_norm.weight", d)

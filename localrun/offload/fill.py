@@ -70,6 +70,13 @@ def fill_model(source: ModelSource, options: OffloadOptions, adopt: Adopt, dense
         raise filler.error
     if not model:
         raise _refusal(source, options)
+    if unused := filler.unused():
+        llama_cpp.llama_model_free(model)
+        raise UnsupportedModelError(
+            f"{source.path}: llama.cpp has no use for {len(unused)} of its tensors, such as {unused[0]}; without them its answers"
+            " would be wrong",
+            hint="the file is of another architecture than it says, or newer than this program",
+        )
     return model
 
 
@@ -109,6 +116,7 @@ class _Filler:
         self._lib = library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
         self._n_done = 0
+        self._asked: set[str] = set()
         self.error: BaseException | None = None
 
     def __call__(self, address: int, user_data: Any) -> None:
@@ -122,6 +130,7 @@ class _Filler:
     def _fill(self, address: int) -> None:
         tensor = Tensor.from_address(address)
         name = tensor.name.decode()
+        self._asked.add(name)
         info = self._source.tensors.get(name)
         if info is None:
             self._fill_optional(address, name)
@@ -145,6 +154,10 @@ class _Filler:
         self._n_done += 1
         if self._progress is not None:
             self._progress(self._n_done, self._n_dense)
+
+    def unused(self) -> list[str]:
+        """Tensors of the model that llama.cpp did not create. A tied output matrix is shown to all, and some need none."""
+        return sorted(self._source.tensors.keys() - self._asked - {"output.weight"})
 
     def _set(self, address: int, name: str, data: np.ndarray[Any, Any]) -> None:
         expected = self._lib.ggml_nbytes(address)

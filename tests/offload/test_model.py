@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.errors import BudgetError, DecodeError
+from localrun.errors import BudgetError, DecodeError, UnsupportedModelError
 from localrun.offload.device.device import StoppedError, expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
@@ -195,3 +195,11 @@ def test_other_architectures_give_llama_cpps_answers(tmp_path: Path, architectur
         assert model.telemetry.totals().requests > 0
     assert (expected.argmax(-1) == found.argmax(-1)).mean() >= 0.99
     assert median(kl(expected, found)) < 1e-6
+
+
+def test_tensors_that_llama_cpp_leaves_unused_are_a_refusal(tmp_path: Path) -> None:
+    """As llama.cpp's own loader does: a scale that its graph does not know would be a wrong answer in silence."""
+    path = tmp_path / "m.gguf"
+    write_moe_gguf(path, "qwen3moe", extra={"blk.0.attn_norm.scale": np.full(1, 2.0, np.float32)})
+    with pytest.raises(UnsupportedModelError, match=r"no use for 1 of its tensors, such as blk.0.attn_norm.scale"):
+        open_offloaded(open_model(path), OffloadOptions(n_threads=1))

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from localrun.errors import FormatError, StoreError
+from localrun.quant.unfinished import refuse_holes, refuse_unfinished
 from localrun.reading import read_fully
 
 MAX_HEADER_BYTES = 100_000_000
@@ -88,10 +89,12 @@ class SafetensorsFile:
         Raises:
             FormatError: not a safetensors file, truncated, or a header that contradicts itself or the file's size.
         """
+        refuse_unfinished(path)
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 header = _read_header(path, file.read(8), size, file.read)
+                refuse_holes(path, file.fileno(), 8 + len(header), size)
         except OSError as e:
             raise FormatError(f"{path}: can't be read: {e.strerror or e}") from e
         entries = _parse_entries(path, header, data_start=8 + len(header))

@@ -34,7 +34,7 @@ MATRIX_TYPES = frozenset(t for t in GGMLQuantizationType if t.name not in _NOT_M
 """ggml types that `mul_mat` and `get_rows` of the CPU backend take as weights; others abort there."""
 
 EXPERT_STACK = re.compile(r"blk\.(0|[1-9][0-9]*)\.ffn_(gate|up|down)_exps\.weight")
-_MERGED_STACK = re.compile(r"blk\.[0-9]+\.ffn_gate_up_exps\.weight")
+_MERGED_STACK = re.compile(r"blk\.[0-9]+\.ffn_gate_up_exps\.(weight|bias|scale)")
 _OLD_EXPERT = re.compile(r"blk\.[0-9]+\.ffn_(gate|up|down)\.[0-9]+\.weight")
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 
@@ -236,7 +236,7 @@ def moe_layers(path: Path, metadata: Metadata, tensors: Tensors, arch: str) -> d
     for name, tensor in tensors.items():
         if _MERGED_STACK.fullmatch(name):
             raise UnsupportedModelError(
-                f"{path}: {name}: gate and up of the experts in one tensor are not supported",
+                f"{path}: {name}: gate and up of the experts in one tensor of this form are not supported",
                 hint="convert the model with separate ffn_gate_exps and ffn_up_exps",
             )
         if _OLD_EXPERT.fullmatch(name):

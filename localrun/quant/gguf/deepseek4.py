@@ -267,16 +267,13 @@ def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-_SCALED = re.compile(r"blk\.([0-9]+)\.[a-z_]+\.(scale|input_scale)")
 _IMAGE_BIAS = re.compile(r"blk\.([0-9]+)\.exp_probs_b_vl\.bias")
 
 
 def _check_optional(keys: KeyReader, shape: ModelShape, name: str, tensor: TensorInfo) -> None:
-    """Tensors that llama.cpp takes if they are there: scales of quantized matrices, the image router's bias."""
-    match = _SCALED.fullmatch(name) or _IMAGE_BIAS.fullmatch(name)
+    """The one tensor that llama.cpp takes if it is there: the router's bias for images."""
+    match = _IMAGE_BIAS.fullmatch(name)
     if match is None or int(match[1]) >= shape.n_layers:
         raise keys.error(f"unexpected tensor '{name}'")
-    per_expert = "exp" in name.split(".")[2] and "shexp" not in name
-    want = (shape.n_experts,) if per_expert else (1,)
-    if _squeeze(tensor.shape) != want or tensor.type != GGMLQuantizationType.F32:
-        raise keys.error(f"{name}: {tensor.type.name} {tensor.shape}, expected F32 {want}")
+    if _squeeze(tensor.shape) != (shape.n_experts,) or tensor.type != GGMLQuantizationType.F32:
+        raise keys.error(f"{name}: {tensor.type.name} {tensor.shape}, expected F32 ({shape.n_experts},)")

@@ -4,8 +4,9 @@ Opens one file, all parts of a split one, or a folder; merges the parts into one
 before anything is handed to llama.cpp (`gguf_checks`, `deepseek4_layout`). Reading experts is the store's work: this
 module only says where each one lies.
 
-Departures from llama.cpp: any part of a split model may be named; blocks for next-token prediction are left out; models
-without an output matrix get the embedding's under that name, because llama.cpp can't tie them without a file.
+Departures from llama.cpp: values are shown in the form that it takes (`presented.py`); any part of a split model may be named;
+blocks for next-token prediction are left out; models without an output matrix get the embedding's under that name, because
+llama.cpp can't tie them without a file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf.checks import EXPERT_STACK, check_common, check_dense_types, drop_next_token_layers, moe_layers
@@ -28,6 +29,7 @@ from localrun.quant.gguf.deepseek4 import check_deepseek4
 from localrun.quant.gguf.file import GgufFile, GgufTensor, GgufValue, build_header, read_gguf
 from localrun.quant.gguf.folder import only_model, split_files
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
+from localrun.quant.gguf.presented import converted, present, refuse_scale
 from localrun.quant.gguf.relatives import relative_of
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
 from localrun.quant.model.shape import ModelShape
@@ -64,6 +66,10 @@ class GgufSource:
             name: (index, tensor) for index, part in enumerate(parts) for name, tensor in part.tensors.items()
         }
         self._typed = metadata
+        # Before the architecture is checked, so read leniently.
+        arch = metadata["general.architecture"].value if "general.architecture" in metadata else ""
+        self._presented = present(tensors, drop_scales=arch == DEEPSEEK4)
+        tensors = self._presented.tensors
         common = check_common(self._files[0], metadata, tensors)
         self._tensors = tensors
         self._moe_layers = moe_layers(self._files[0], metadata, tensors, common.arch)
@@ -172,10 +178,11 @@ class GgufSource:
         extent = self.tensor_extent(name)
         array = np.empty(extent.n_bytes, dtype=np.uint8)
         _read_exactly(self._files[extent.file], extent.offset, array.data, name)
-        return array
+        stored = self._presented.stored.get(name)
+        return array if stored is None else converted(self._files[extent.file], stored, array)
 
     def tensor_extent(self, name: str) -> Extent:
-        """Where a tensor's bytes lie (stacks of experts too)."""
+        """Where a tensor's bytes lie in the file, whatever type they are shown in (stacks of experts too)."""
         index, tensor = self._where[name]
         return Extent(index, tensor.offset, tensor.info.n_bytes)
 
@@ -211,10 +218,19 @@ class GgufSource:
             raise IndexError(f"layer {layer} has experts 0 to {shape.n_experts - 1}, asked for {expert}")
         checksums = self._manifest.experts[layer] if self._manifest is not None else None
         gate, up, down = (
-            _slice(*self._where[name], expert, checksums[index][expert] if checksums else None)
+            self._projection(name, expert, checksums[index][expert] if checksums else None)
             for index, name in enumerate(self._experts[layer])
         )
         return gate, up, down
+
+    def _projection(self, name: str, expert: int, checksum: str | None) -> Projection:
+        holder, half = self._presented.fused.get(name, (name, 0))
+        whole = _slice(*self._where[holder], expert, checksum)
+        if holder == name:
+            return whole
+        (extent,), n_bytes = whole.extents, whole.n_bytes // 2
+        extent = Extent(extent.file, extent.offset + half * n_bytes, n_bytes)
+        return replace(whole, n_out=whole.n_out // 2, n_bytes=n_bytes, extents=(extent,))
 
     def _tie_output(self) -> None:
         embedding = self._where.get("token_embd.weight")
@@ -226,7 +242,12 @@ class GgufSource:
             self._where["output.weight"] = embedding
 
     def _check_contents(self, shape: ModelShape) -> None:
-        """Values that llama.cpp uses as addresses or sorts by: token-to-expert tables and the router's biases."""
+        """Values that llama.cpp uses as addresses or sorts by (token-to-expert tables, the router's biases), and scales that it
+        does not apply."""
+        for name in self._presented.scales:
+            if self._where[name][1].info.type != GGMLQuantizationType.F32:
+                raise FormatError(f"{self._file_of(name)}: {name}: a scale that is not F32", hint=_DAMAGED)
+            refuse_scale(self._file_of(name), name, self.read_tensor(name).view(np.float32))
         for layer in range(shape.n_layers):
             table, bias = f"blk.{layer}.ffn_gate_tid2eid.weight", f"blk.{layer}.exp_probs_b.bias"
             if table in self._tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -269,3 +270,32 @@ def test_empty_directory_says_what_is_missing(tmp_path: Path, sharded: Path) -> 
     assert CONFIG_NAME in damage(tmp_path)
     shutil.copy(sharded / CONFIG_NAME, tmp_path)
     assert INDEX_NAME in damage(tmp_path)
+
+
+def unwritten(shard: Path) -> None:
+    data = shard.read_bytes()
+    half = len(data) // 2
+    shard.write_bytes(data[:half])
+    os.truncate(shard, len(data))
+
+
+def pointer(shard: Path) -> None:
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 49400000000\n")
+
+
+def web_page(shard: Path) -> None:
+    shard.write_text("<!doctype html><html>Sign in</html>" * 10)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [(unwritten, "were never written"), (pointer, "a Git LFS pointer"), (web_page, "a web page instead of a model")],
+)
+def test_shards_that_have_not_arrived_are_refused(copy: Path, spoil: Callable[[Path], None], problem: str) -> None:
+    shard = max(copy.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    assert shard.stat().st_size > 150_000
+    spoil(shard)
+    with pytest.raises(FormatError, match=problem) as caught:
+        Checkpoint.open(copy)
+    assert str(shard) in str(caught.value)
+    assert caught.value.hint

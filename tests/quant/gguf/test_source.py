@@ -302,9 +302,9 @@ BAD_TENSORS = {
         {"blk.1.ffn_up_exps.weight": (zeros(7, 64, 128), QT.F32)},
         "blk.1.ffn_up_exps.weight: shape (128, 64, 7), expected (128, 64, 8)",
     ),
-    "half norm": (
-        {"output_norm.weight": (zeros(128, dtype=np.float16), QT.F16)},
-        "output_norm.weight: type F16 can't be used for a vector",
+    "integer norm": (
+        {"output_norm.weight": (zeros(128, dtype=np.int8), QT.I8)},
+        "output_norm.weight: type I8 can't be used for a vector",
     ),
     "integer matrix": (
         {"blk.0.attn_kv.weight": (zeros(128, 128, dtype=np.int8), QT.I8)},
@@ -326,7 +326,14 @@ BAD_TENSORS = {
     "negative expert": ({"blk.0.ffn_gate_tid2eid.weight": (NEGATIVE_TABLE, QT.I32)}, "expert -1 of 8"),
     "router bias NaN": ({"blk.1.exp_probs_b.bias": (NAN_BIAS, QT.F32)}, "blk.1.exp_probs_b.bias: not a finite number"),
     "unknown tensor": ({"blk.1.surprise.weight": (zeros(4), QT.F32)}, "unexpected tensor 'blk.1.surprise.weight'"),
-    "odd scale": ({"blk.1.attn_q_a.scale": (zeros(3), QT.F32)}, "blk.1.attn_q_a.scale: F32 (3,), expected F32 (1,)"),
+    "scale of nothing": (
+        {"blk.1.surprise.scale": (np.ones(1, F32), QT.F32)},
+        "unexpected tensor 'blk.1.surprise.scale'",
+    ),
+    "half a scale": (
+        {"blk.1.attn_q_a.scale": (np.ones(1, np.float16), QT.F16)},
+        "blk.1.attn_q_a.scale: a scale that is not F32",
+    ),
 }
 
 
@@ -342,13 +349,93 @@ def test_wrong_tensors_are_named(tmp_path: Path, case: str) -> None:
 
 def test_tensors_that_llama_cpp_takes_too_are_accepted(tmp_path: Path) -> None:
     extras = {
-        "blk.1.attn_q_a.scale": (np.ones(1, F32), QT.F32),
-        "blk.1.ffn_up_exps.scale": (np.ones(8, F32), QT.F32),
         "blk.1.exp_probs_b_vl.bias": (zeros(8), QT.F32),
         "blk.1.attn_output_a.weight": (zeros(2, 32, 256), QT.F32),
+        "blk.1.attn_compressor_ape.weight": (zeros(4, 256, dtype=np.float16), QT.F16),
     }
     (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=extras)  # type: ignore[arg-type]
     assert GgufSource.open(path).tensors.keys() >= extras.keys()
+
+
+# --- the same values in another form
+
+
+SCALES = ("blk.1.attn_q_a.scale", "blk.1.ffn_up_shexp.scale", "blk.1.indexer.attn_q_b.scale", "output.scale")
+
+
+@pytest.mark.parametrize("name", [*SCALES, "blk.1.ffn_up_exps.scale"])
+def test_scales_that_nobody_applies_must_be_one(tmp_path: Path, name: str) -> None:
+    n = 8 if "_exps" in name else 1
+    for value in (1.0, 2.0):
+        extra = {name: (np.full(n, value, F32), QT.F32)}
+        write_deepseek4(tmp_path / "m.gguf", replace_tensors=extra)  # type: ignore[arg-type]
+        if value == 1.0:
+            assert name not in GgufSource.open(tmp_path / "m.gguf").tensors
+        else:
+            with pytest.raises(UnsupportedModelError, match=f"{name}: a scale of 2, which neither localrun nor"):
+                GgufSource.open(tmp_path / "m.gguf")
+
+
+def test_stock_llama_cpp_does_not_apply_scales_of_this_architecture(tiny: Path, tmp_path: Path) -> None:
+    extra = {"blk.1.ffn_up_exps.scale": (np.full(8, 100.0, F32), QT.F32)}
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=extra)  # type: ignore[arg-type]
+    assert np.array_equal(stock_logits(path, range(8)), stock_logits(tiny, range(8)))
+
+
+def test_scales_of_activations_mean_nothing_here(tmp_path: Path) -> None:
+    extra = {"blk.1.ffn_up_exps.input_scale": (np.full(8, 0.25, F32), QT.F32)}
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=extra)  # type: ignore[arg-type]
+    assert not extra.keys() & GgufSource.open(path).tensors.keys()
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    return (values.astype(F32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", [QT.F16, QT.BF16])
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.1.hc_attn_base.weight", "blk.1.exp_probs_b.bias"])
+def test_vectors_of_half_precision_are_shown_as_f32(tmp_path: Path, kind: QT, name: str) -> None:
+    n = {"output_norm.weight": 128, "blk.1.hc_attn_base.weight": 24}.get(name, 8)
+    values = (np.arange(n, dtype=F32) - 3) / 4  # exact in both
+    stored = values.astype(np.float16) if kind == QT.F16 else bf16(values)
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors={name: (stored, kind)})
+    source = GgufSource.open(path)
+    assert source.tensors[name] == TensorInfo(name, (n,), QT.F32, 4 * n)
+    assert np.array_equal(source.read_tensor(name).view(F32), values)
+    with gguf_context(source.gguf_header()):
+        pass
+
+
+def test_a_table_of_64_bits_is_shown_with_32(tiny: Path, tmp_path: Path) -> None:
+    name = "blk.0.ffn_gate_tid2eid.weight"
+    table = GgufSource.open(tiny).read_tensor(name).view(np.int32)
+    wide = {name: (table.reshape(64, 2).astype(np.int64), QT.I64)}
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=wide)  # type: ignore[arg-type]
+    source = GgufSource.open(path)
+    assert source.tensors[name] == TensorInfo(name, (2, 64), QT.I32, table.nbytes)
+    assert np.array_equal(source.read_tensor(name).view(np.int32), table)
+    wide[name][0][3, 1] = 1 << 40
+    write_deepseek4(tmp_path / "m.gguf", replace_tensors=wide)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match=f"{name}: {1 << 40} is no expert's number"):
+        GgufSource.open(path)
+
+
+def test_fused_gate_and_up_are_shown_as_two_stacks(tiny: Path, tmp_path: Path) -> None:
+    whole, separate = deepseek4_tensors(TinyDeepseek4()), GgufSource.open(tiny)
+    changes: dict[str, tuple[np.ndarray, QT] | None] = {}
+    for layer in range(3):
+        (gate, kind), (up, _) = (whole[f"blk.{layer}.ffn_{p}_exps.weight"] for p in ("gate", "up"))
+        changes |= {f"blk.{layer}.ffn_{p}_exps.weight": None for p in ("gate", "up")}
+        changes[f"blk.{layer}.ffn_gate_up_exps.weight"] = (np.concatenate([gate, up], axis=1), kind)
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=changes)
+    source = GgufSource.open(path)
+    assert source.tensors.keys() == separate.tensors.keys()
+    assert source.moe_layers == separate.moe_layers
+    for layer in range(3):
+        for expert in range(8):
+            assert expert_bytes(source, layer, expert) == expert_bytes(separate, layer, expert)
+    with gguf_context(source.gguf_header()):
+        pass
 
 
 def rewrite(path: Path, changes: Mapping[str, GgufValue | None], target: Path) -> Path:
@@ -531,7 +618,14 @@ def write_other(path: Path, tensors: dict[str, tuple[np.ndarray, QT]], *, expert
 
 STACK = (zeros(2, 32, 32), QT.F32)
 UNSUPPORTED = {
-    "merged": ({"blk.0.ffn_gate_up_exps.weight": STACK}, "gate and up of the experts in one tensor"),
+    "merged with an odd number of rows": (
+        {"blk.0.ffn_gate_up_exps.weight": (zeros(2, 31, 32), QT.F32)},
+        "gate and up of the experts in one tensor of this form",
+    ),
+    "merged with biases": (
+        {"blk.0.ffn_gate_up_exps.bias": (zeros(2, 32), QT.F32)},
+        "gate and up of the experts in one",
+    ),
     "one tensor per expert": ({"blk.0.ffn_up.1.weight": STACK}, "one tensor per expert"),
     "no gate": ({"blk.0.ffn_up_exps.weight": STACK, "blk.0.ffn_down_exps.weight": STACK}, "experts without ffn_gate"),
     "dense": ({"blk.0.ffn_up.weight": STACK}, "architecture 'qwen3moe' without routed experts"),
@@ -548,7 +642,7 @@ def test_other_expert_layouts_are_unsupported(tmp_path: Path, case: str) -> None
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [
-        ({"blk.0.attn_norm.weight": (zeros(32, dtype=np.float16), QT.F16)}, "attn_norm.weight: type F16 can't be used"),
+        ({"blk.0.attn_norm.weight": (zeros(32, dtype=np.int8), QT.I8)}, "attn_norm.weight: type I8 can't be used"),
         ({"blk.0.attn_q.weight": (zeros(32, 32, dtype=np.int8), QT.I8)}, "attn_q.weight: type I8 can't be used"),
         ({"blk.1.ffn_up_exps.weight": STACK}, "blk.1: the model has 1 layers"),
         ({"blk.0.ffn_down_exps.weight": (zeros(2, 32, 64), QT.F32)}, "down_exps.weight: shape (64, 32, 2), expected"),

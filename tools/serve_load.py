@@ -27,8 +27,10 @@ from pathlib import Path
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.server.limits import Limits
+from tests.server.raw import post
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine
+from tests.server.test_malformed import GOOD, spoil
 
 FIRST_SIGN_S = 1.0
 """What every client may wait for headers and a first event."""
@@ -176,16 +178,36 @@ def run(running: Running, args: argparse.Namespace) -> list[str]:
     return faults
 
 
+def malformed(running: Running, n_requests: int) -> list[str]:
+    """What is wrong after so many requests that are spoiled at a place."""
+    statuses: Counter[int] = Counter()
+    faults = []
+    draw = random.Random(n_requests)
+    for i in range(n_requests):
+        path, good = GOOD[i % len(GOOD)]
+        body = spoil(good, draw)
+        reply = post(running, path, body)
+        statuses[reply.status] += 1
+        if reply.status >= 500:
+            faults.append(f"{path}: {reply.status} {reply.body[:200]!r} for {json.dumps(body)[:300]}")
+    print(f"malformed: {dict(statuses)}")
+    return faults[:5]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--malformed", type=int, metavar="N", help="so many wrong requests instead of a crowd")
     parser.add_argument(
         "--model", type=Path, help="a model that answers instead of the scripts; answers are then not compared"
     )
     args = parser.parse_args()
     limits = Limits(queue=2 * args.clients, read_s=2.0, write_s=5.0)
-    if args.model is None:
+    if args.malformed:
+        with serving(ScriptedEngine(), limits=limits) as running:
+            faults = malformed(running, args.malformed)
+    elif args.model is None:
         engine = ScriptedEngine(lambda command: [str(command.messages[-1]["content"]), *[" word"] * 20], delay_s=0.0005)
         with serving(engine, limits=limits, keep_alive_s=0.4) as running:
             faults = run(running, args)

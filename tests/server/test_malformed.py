@@ -134,7 +134,8 @@ JUNK: list[Any] = [
         -(2**63),
     ),
 ]
-ROUNDS = 400
+ROUNDS = 120
+"""For each endpoint; `tools/serve_load.py --malformed N` does more."""
 
 
 @pytest.fixture(scope="module")

@@ -28,15 +28,15 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "run": "print one answer",
     "list": "list the models on this machine",
-    "show": "show what a model is and where its bytes lie",
-    "plan": "say what fits where on a machine, and how fast it will be",
-    "serve": "answer other programs over HTTP, by OpenAI's and Anthropic's APIs",
+    "show": "show what a model is and where it is stored",
+    "plan": "predict what fits where, and how fast it will run",
+    "serve": "serve OpenAI's and Anthropic's APIs over HTTP",
     "convert": "convert an official checkpoint",
     "verify": "check every checksum of a converted model",
-    "eval": "logits, perplexity, comparison with a reference",
+    "eval": "measure perplexity, or compare with a reference",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
-    "completion": "print a script that completes commands and options in a shell",
+    "completion": "print a completion script for a shell",
 }
 """Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
 
@@ -196,7 +196,7 @@ def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
             _module(name).add_arguments(command)
             command.set_defaults(open_ui=_open_ui, whole_parser=lambda: _parser(COMMANDS))
             command.add_argument(
-                "--cache-dir", type=Path, metavar="DIR", help="where rebuildable things are kept (~/.cache/localrun)"
+                "--cache-dir", type=Path, metavar="DIR", help="folder for files that can be rebuilt (~/.cache/localrun)"
             )
             command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' log")
     return parser

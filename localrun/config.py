@@ -81,7 +81,9 @@ def _models(table: Mapping[str, Any], path: Path) -> dict[str, str]:
         if not isinstance(value, str) or not value:
             raise UsageError(f"{path}: [{MODELS_TABLE}] {name}: {value!r}: expected a path")
         if "/" in name or name != name.strip() or not name:
-            raise UsageError(f"{path}: [{MODELS_TABLE}] {name!r}: a name has no slash and no blank at its ends")
+            raise UsageError(
+                f"{path}: [{MODELS_TABLE}] {name!r}: a name must not contain a slash, or begin or end with a blank"
+            )
     return dict(table)
 
 
@@ -94,7 +96,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"{path}: not a settings file: {error}") from None
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise UsageError(f"{path}: unknown table or key '{name}'", hint="settings stand in tables, e.g. [engine]")
+            raise UsageError(f"{path}: unknown table or key '{name}'", hint="settings belong in tables, e.g. [engine]")
     return tables
 
 

@@ -88,7 +88,7 @@ class HostError(LocalrunError, OSError):
 
 _NO_MEMORY, _LESS_MEMORY = (
     "the system has no more memory for this process",
-    "close other programs, or give less by --ram",
+    "close other programs, or lower --ram",
 )
 
 
@@ -100,10 +100,10 @@ def host_error(error: BaseException) -> HostError | None:
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return HostError(
             "the system allows this user no more threads",
-            hint="raise the limit (ulimit -u, the container's pids limit), or give fewer --threads",
+            hint="raise the limit (ulimit -u, the container's pids limit), or lower --threads",
         )
     if isinstance(error, RuntimeError) and "home directory" in text:
-        return HostError("no home folder to replace ~ by", hint="set HOME, or write the path without ~")
+        return HostError("no home folder to expand ~ to", hint="set HOME, or write the path without ~")
     if isinstance(error, OSError) and not isinstance(error, LocalrunError):
         if error.errno == errno.EAGAIN and error.filename is None:
             return HostError(

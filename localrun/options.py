@@ -238,7 +238,7 @@ OPTIONS: tuple[Option, ...] = (
         low=0,
         high=2**24,
         unit="tokens",
-        help="tokens that a conversation may have; 0: what the model was trained for, at most 32768",
+        help="length of a conversation in tokens; 0: what the model was trained for, at most 32768",
         where=_LOAD,
     ),
     Option(
@@ -261,7 +261,7 @@ OPTIONS: tuple[Option, ...] = (
         low=1,
         high=16384,
         unit="tokens",
-        help="tokens of a prompt per step: larger steps read long prompts faster and take memory",
+        help="prompt tokens per step: larger steps read long prompts faster but need more memory",
         where=_LOAD,
     ),
     Option(
@@ -289,7 +289,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind.SWITCH,
         field="adaptive",
         default=False,
-        help="answer a miss from the smaller copy and fetch the better one later; the same seed may give other tokens",
+        help="answer a miss from the smaller copy and fetch the better one later; the same seed may give different tokens",
         where=_LOAD,
     ),
     Option(
@@ -303,7 +303,7 @@ OPTIONS: tuple[Option, ...] = (
         flag="--temp",
         short=("temp",),
         metavar="T",
-        help="how freely tokens are drawn; 0 always takes the most likely one",
+        help="randomness of sampling; 0 always takes the most likely token",
         where=_ANSWER,
     ),
     Option(
@@ -352,7 +352,7 @@ OPTIONS: tuple[Option, ...] = (
         low=0,
         high=MAX_SEED,
         help="same seed, same model, same prompt: same answer",
-        unset="without it: another one each time",
+        unset="without it: a new one each time",
         where=_ONE_ANSWER,
     ),
     Option(
@@ -363,7 +363,7 @@ OPTIONS: tuple[Option, ...] = (
         high=2**24,
         unit="tokens",
         short=("max",),
-        help="end an answer after so many tokens",
+        help="end an answer after this many tokens",
         unset="without it: when the context is full",
         where=_ONE_ANSWER,
     ),
@@ -375,7 +375,7 @@ OPTIONS: tuple[Option, ...] = (
         default=1.0,
         low=0.01,
         high=100,
-        help="divides the logits of tokens that the answer has; 1 leaves them",
+        help="divides the logits of tokens already in the answer; 1 has no effect",
         where=_REQUEST,
     ),
     Option(
@@ -386,7 +386,7 @@ OPTIONS: tuple[Option, ...] = (
         default=0.0,
         low=-2,
         high=2,
-        help="taken from the logits of tokens that the answer has",
+        help="subtracted from the logits of tokens already in the answer",
         where=_REQUEST,
     ),
     Option(
@@ -397,7 +397,7 @@ OPTIONS: tuple[Option, ...] = (
         default=0.0,
         low=-2,
         high=2,
-        help="taken from the logits of tokens that the answer has, once for each time",
+        help="subtracted from the logits of tokens already in the answer, once per occurrence",
         where=_REQUEST,
     ),
     Option(

@@ -267,7 +267,7 @@ def test_text_without_a_flag_is_a_question_and_it_is_said(
     done = localrun("run", "Hello you", "--max-tokens", "2", *FAST, LOCALRUN_MODEL=model)
     assert done.returncode == 0
     assert done.stdout
-    assert done.stderr.splitlines() == [f"no model of that name: {model} is asked (-p TEXT asks without this note)"]
+    assert done.stderr.splitlines() == [f"no model of that name: so {model} is asked (-p TEXT avoids this note)"]
 
 
 @pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])
@@ -296,7 +296,7 @@ def test_a_pipe_is_read_to_its_end_and_one_without_a_writer_is_refused_at_once(t
     assert piped.text == "one two three four"
     assert prompt_tokens("--file", "-", stdin="one two three four") > prompt_tokens()
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(AttachmentError, match="nobody writes"):
+    with pytest.raises(AttachmentError, match="nothing was written"):
         read_attachment(tmp_path / "fifo", pipes=True)
     with pytest.raises(AttachmentError, match="not a regular file"):
         read_attachment(tmp_path / "fifo")

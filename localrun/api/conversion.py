@@ -194,7 +194,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
         # The plan first: it is what was asked for, also where the disk turns out to be too small.
         out.checked(plan)
         needed = check_space(plan, wanted.target_folder)
-        out.note(f"dry run: nothing written; the disk has room for the {format_size(needed)} that are needed")
+        out.note(f"dry run: nothing written; the disk has room for {format_size(needed)}")
         out.finished(None)
         return
     if options.target is None:
@@ -279,10 +279,10 @@ def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower)
     )
     if changes:
         raise UsageError(
-            f"{folder}: an unfinished conversion can't go on: {'; '.join(changes)}",
-            hint=f"use the same options; delete {folder} to start again; or give its base better copies by --hot",
+            f"{folder}: an unfinished conversion can't be resumed: {'; '.join(changes)}",
+            hint=f"use the same options; delete {folder} to start again; or add better copies to its base with --hot",
         )
-    out.note("the base is finished; going on with what comes after it")
+    out.note("the base is finished; continuing from there")
     out.chosen(choice)
     size = sum(file.size_bytes for file in manifest.files)
     return _after_base(wanted, options, checkpoint, choice, ConversionResult(folder, size, 0.0, 0, 0, {}), jobs, out)
@@ -299,7 +299,7 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     if options.remove_overlay:
         remove_overlay(folder)
         precision.remove_report(folder)
-        out.note(f"{folder}: the overlay is gone, and the report about it")
+        out.note(f"{folder}: removed the overlay and its report")
         out.finished(folder)
         return
     manifest = read_base(folder)

@@ -63,7 +63,7 @@ def plan(
     Args:
         model: `flash`, `pro`, a config.json, or whatever `localrun.load` takes.
         machine: another machine, or the name of a box; None: this one, with the user's settings.
-        base: format of all experts, for a model that is yet to be converted.
+        base: format of all experts, for a model not converted yet.
         position: tokens in the context when an answer begins; None: a quarter of the context, at most 8192.
         prompt_tokens: length of the prompt.
         probe: measure drive and memory of this machine (a second or two, remembered for a month).

@@ -107,14 +107,14 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
         raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
     if wanted.calibrate is not None and wanted.imatrix is not None:
         raise UsageError(
-            "--calibrate and --imatrix exclude each other", hint="an imatrix holds what a calibration finds"
+            "--calibrate and --imatrix can't be combined", hint="an imatrix holds what a calibration finds"
         )
     if wanted.no_calibrate and (wanted.calibrate is not None or wanted.imatrix is not None):
-        raise UsageError("--no-calibrate excludes --calibrate and --imatrix")
+        raise UsageError("--no-calibrate can't be combined with --calibrate or --imatrix")
     words = list(wanted.hot)
     remove = words == [NO_OVERLAY]
     if NO_OVERLAY in words and not remove:
-        raise UsageError("--hot none stands alone", hint="leave out none, or the others")
+        raise UsageError("--hot none can't be combined with other --hot", hint="leave out none, or the others")
     typed_formats = bool(wanted.base or words)
     hot = tuple(HotBudget.parse(text) for text in words) if words and not remove else ()
     target = Target.parse(wanted.target) if wanted.target else None

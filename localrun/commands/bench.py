@@ -55,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text", type=Path, metavar="FILE", help="tokens of this text (default: random ids)")
     what.add_argument("--seed", type=common.count(0), default=0, metavar="N", help="of the random ids (0)")
     what.add_argument(
-        "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens fed before, not counted (32)"
+        "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens fed first and not counted (32)"
     )
+    what.add_argument("--time-limit", type=float, default=600, metavar="S", help="skip what would take longer (600 s)")
     what.add_argument(
-        "--time-limit", type=float, default=600, metavar="S", help="leave out what would take longer (600 s)"
+        "--record", type=Path, metavar="FILE", help="append the routing to this trace; slows the run down"
     )
-    what.add_argument("--record", type=Path, metavar="FILE", help="add the routing to this trace; slows down the rest")
     what.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
     shown = parser.add_argument_group("output")
-    shown.add_argument("--layers", action="store_true", help="also a table per layer of every phase")
+    shown.add_argument("--layers", action="store_true", help="also print a table per layer for every phase")
     shown.add_argument("--json", action="store_true", help="print everything as JSON")
     shown.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the time per token")
     common.add_load_arguments(parser)

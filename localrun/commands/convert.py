@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint directory: config.json and safetensors")
     parser.add_argument(
-        "target_folder", metavar="DST", type=Path, help="directory to write; a killed run goes on where it was"
+        "target_folder", metavar="DST", type=Path, help="directory to write; the same command resumes a killed run"
     )
     parser.add_argument(
         "--dense",
@@ -82,7 +82,7 @@ def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TYPE:SIZE",
-        help="so many bytes of better copies in this type, e.g. mxfp4:12GiB; may be repeated; none: take the overlay away",
+        help="up to this many bytes of better copies in this type, e.g. mxfp4:12GiB; repeatable; none: remove the overlay",
     )
     precision.add_argument(
         "--target",
@@ -92,7 +92,7 @@ def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_argument(
         "--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64"
     )
-    learn = parser.add_argument_group("what decides (default: a text that ships, where a type rounds)")
+    learn = parser.add_argument_group("how formats are chosen (default: a built-in text, where a type rounds)")
     learn.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="run this text (UTF-8, or JSONL of conversations) instead"
     )
@@ -111,7 +111,7 @@ def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         type=Path,
         metavar="FILE",
-        help="at the end, compare with the source on this held-out text (runs both) and put it into the report",
+        help="finally, compare with the source on this held-out text (runs both); the result goes into the report",
     )
     parser.add_argument(
         "--evaluate-types",
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         run_conversion(Request(**{name: getattr(args, name) for name in names}), out)
     except KeyboardInterrupt:
-        out.note("interrupted; the same command goes on from here")
+        out.note("interrupted; run the same command again to resume")
         out.event("interrupted", {})
         raise
     except LocalrunError as error:

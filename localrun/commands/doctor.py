@@ -148,7 +148,7 @@ def check_library() -> Check:
     if code:
         fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
         return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
-    return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {_last_line(output, code)}, structures fit")
+    return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {_last_line(output, code)}, structures match")
 
 
 def check_rpc() -> Check:

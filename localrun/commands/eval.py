@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tokens", type=Path, metavar="FILE", help="JSON list of token ids; needs --logits")
     what.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity is measured")
     parser.add_argument(
-        "--logits", type=Path, metavar="OUT.npy", help="gets float32 logits of all positions (T, n_vocab)"
+        "--logits", type=Path, metavar="OUT.npy", help="write float32 logits of all positions (T, n_vocab) to this file"
     )
     parser.add_argument("--reference", metavar="MODEL", help="with --text: compare with this model's distributions")
     parser.add_argument(

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.size,
         metavar="SIZE",
         action="append",
-        help="a GPU's memory; again for another GPU",
+        help="a GPU's memory; repeat it for more GPUs",
     )
     machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="its cores")
     machine.add_argument("--machine-memory-gbps", type=_rate, metavar="X", help="GB/s of its RAM")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--machine-pcie-gbps", type=_rate, metavar="X", help="GB/s between RAM and GPU (12)")
     machine.add_argument("--no-probe", action="store_true", help="don't measure drive and memory of this machine")
     how = parser.add_argument_group("what is predicted")
-    how.add_argument("--base", metavar="TYPE", help="format of all experts, for a model that is yet to be converted")
+    how.add_argument("--base", metavar="TYPE", help="format of all experts, for a model not converted yet")
     how.add_argument(
         "--position", type=common.count(0), metavar="N", help="tokens in the context when an answer begins"
     )
@@ -146,5 +146,5 @@ def _rate(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of GB/s") from None
     if not 0 < value < 1e5:
-        raise argparse.ArgumentTypeError(f"{text} GB/s is no rate")
+        raise argparse.ArgumentTypeError(f"{text} GB/s is not a rate")
     return value

@@ -39,16 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun run`."""
     parser.epilog = EXAMPLES
     common.add_model_argument(parser)
-    parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="the question; what comes from standard input follows it"
-    )
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question; standard input is appended to it")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
         "--file",
         type=Path,
         action="append",
         metavar="FILE",
-        help="a text file before the question; - is standard input; may be repeated",
+        help="a text file to put before the question; - is standard input; repeatable",
     )
     parser.add_argument(
         "--tools", type=Path, metavar="FILE", help="JSON list of functions to offer; calls are printed, not run"
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _take_as_question(args: argparse.Namespace, settings: config.Settings, out: Output) -> None:
     """`localrun run "Why is the sky blue?"`: there is no such model, so it is what is asked."""
     answers = settings["model"] or "the demo model"
-    out.note(f"no model of that name: {answers} is asked (-p TEXT asks without this note)")
+    out.note(f"no model of that name, so {answers} is asked (-p TEXT avoids this note)")
     args.prompt, args.model = args.model, None
 
 
@@ -98,7 +96,7 @@ def _messages(args: argparse.Namespace) -> tuple[dict[str, Any], ...]:
     )
     prompt = "\n\n".join(text for text in (args.prompt, piped) if text)
     if not prompt.strip() and not files:
-        raise UsageError("nothing to answer", hint="give -p TEXT, or pipe a text in")
+        raise UsageError("nothing to answer", hint="give -p TEXT, or pipe text in")
     system = [{"role": "system", "content": args.system}] if args.system else []
     return (*system, {"role": "user", "content": with_attachments(files, prompt).strip("\n") if files else prompt})
 

@@ -49,19 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser)
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (127.0.0.1)")
-    group.add_argument("--port", type=int, default=8080, metavar="N", help="port (8080); 0: one that is free")
-    group.add_argument("--api-key", action="append", metavar="KEY", help="what clients must send; may be repeated")
-    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="the same, one key in a line")
+    group.add_argument("--port", type=int, default=8080, metavar="N", help="port (8080); 0 picks a free one")
+    group.add_argument("--api-key", action="append", metavar="KEY", help="a key that clients must send; repeatable")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file of such keys, one per line")
     group.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a name under which clients reach the server"
     )
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may ask; *: all"
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web origins that may send requests; *: any",
     )
     group.add_argument("--model-name", metavar="NAME", help="name under which the model is listed")
-    group.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
+    group.add_argument("--queue", type=int, default=64, metavar="N", help="most requests that may wait (64)")
     group.add_argument(
-        "--stop-after", type=float, default=30.0, metavar="S", help="what a running answer gets at the end (30 s)"
+        "--stop-after", type=float, default=30.0, metavar="S", help="time that a running answer gets at shutdown (30 s)"
     )
     group.add_argument("--log-prompts", action="store_true", help="also print what clients send")
     group.add_argument("--print-config", choices=[*CLIENTS], metavar="CLIENT", help=f"one of {', '.join(CLIENTS)}")
@@ -248,7 +252,7 @@ def _keys(args: argparse.Namespace) -> list[str]:
         lines = path.read_text("utf-8").splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise UsageError(f"{path}: no key in it", hint="one key in a line")
+            raise UsageError(f"{path}: no key in it", hint="one key per line")
         keys += found
     if any(not key.strip() for key in keys):
         raise UsageError("an API key must not be empty")

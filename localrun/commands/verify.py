@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repair",
         type=Path,
         metavar="SOURCE",
-        help="make what is damaged or missing again, from the checkpoint directory that the model was made from",
+        help="rebuild what is damaged or missing from the checkpoint that the model was converted from",
     )
-    parser.add_argument("--restart", action="store_true", help="do not go on where an interrupted run was")
+    parser.add_argument("--restart", action="store_true", help="start over instead of resuming an interrupted run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -118,7 +118,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     speed += f", {(n_bytes - skipped) / max(seconds, 1e-9) / 1e9:.2f} GB/s"
     if damages:
         out.note(f"{source.path}: {len(damages)} of {len(checks)} checksums differ ({speed})")
-        out.note("hint: copy the named files again from where they are whole, or --repair SOURCE, or convert again")
+        out.note("hint: copy the named files again from an intact copy, use --repair SOURCE, or convert again")
     else:
         repaired = f", {n_damaged} after repair" if n_damaged else ""
         out.note(f"{source.path}: all {len(checks)} checksums are right{repaired} ({speed})")

@@ -82,7 +82,7 @@ def check_ram(ram_bytes: int | None) -> None:
         raise BudgetError(
             f"--ram {format_size(ram_bytes)}: this machine has {format_size(total)}, of which "
             f"{format_size(available_memory() or 0)} are free",
-            hint="give less, or leave out --ram to take what is free",
+            hint="lower --ram, or leave it out to use what is free",
         )
 
 

@@ -33,7 +33,7 @@ class EngineOptions:
         kv_type: number format of the KV cache, one of `KV_TYPES`.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
         mirror: a second copy of the model, best on another drive; experts are read from both.
-        adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may give other tokens.
+        adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may differ then.
     """
 
     ram_bytes: int | None = None
@@ -59,8 +59,8 @@ class SamplingOptions:
         top_k: the k most likely tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the most likely one; 0 keeps all.
         seed: same seed, same model, same prompt: same answer. None draws one (reported in `Finished`).
-        repeat_penalty: divides the logits of tokens that the answer has; 1 leaves them.
-        presence_penalty: taken from the logits of tokens that the answer has.
+        repeat_penalty: divides the logits of tokens already in the answer; 1 has no effect.
+        presence_penalty: subtracted from the logits of tokens already in the answer.
         frequency_penalty: the same once for each time.
         logit_bias: (token id, what is added to its logit); -100 and below ban it.
     """

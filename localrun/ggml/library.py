@@ -173,7 +173,7 @@ def base() -> Library:
 
 @functools.cache
 def library() -> Library:
-    """Loads ggml and llama.cpp and checks that our structures fit them.
+    """Loads ggml and llama.cpp and checks that our structures match them.
 
     Raises:
         IncompatibleLibraryError: another version, two copies of ggml, or a field is not where we expect it.
@@ -220,7 +220,7 @@ def _load_backends(lib: Library, folder: Path) -> None:
 
 def _misfit(what: str) -> IncompatibleLibraryError:
     return IncompatibleLibraryError(
-        f"the installed llama.cpp does not fit localrun: {what}",
+        f"the installed llama.cpp does not match localrun: {what}",
         hint=f"install exactly llama-cpp-python=={LLAMA_CPP_PYTHON_VERSION}: {how_to_reinstall()}",
     )
 

@@ -47,7 +47,7 @@ class OffloadOptions:
         math: "int8": activations rounded to 8 bits as llama.cpp does; "f32": exact and slow.
         n_gpu_layers: layers of the dense model that llama.cpp puts on the first of `gpus`.
         gpus: devices that may be used, and how many bytes of each experts may take (0: none). Devices round experts' outputs in
-            their own way, so the same seed may give other tokens than without.
+            their own way, so the same seed may give different tokens than without.
         verify: compare checksums on an expert's first read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
@@ -55,7 +55,7 @@ class OffloadOptions:
         stream: how long prompts use the GPUs for experts that have no place there: None: as measured at load (some tenths of a
             second), and not at all where that gains nothing; else by these times of any expert.
         mirror: a second copy of the model on another drive, read in parallel.
-        adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give other tokens.
+        adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give different tokens.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 

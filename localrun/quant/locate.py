@@ -46,7 +46,7 @@ def locate(path: Path) -> Located:
         FormatError: nothing there, an unfinished download, or several models; the message lists them with their sizes.
     """
     if path.is_symlink() and not path.exists():
-        raise FormatError(f"{path}: a link to a file that is not there", hint="run the download again")
+        raise FormatError(f"{path}: a link to a missing file", hint="run the download again")
     if not path.exists():
         raise FormatError(
             f"{path}: no such file or directory",
@@ -132,7 +132,7 @@ def _snapshot(folder: Path) -> Path | None:
         refuse_leftovers(folder)
         raise FormatError(f"{folder}: no snapshot in this cache", hint="run the download again")
     raise UnsupportedModelError(
-        f"{folder}: {len(snapshots)} snapshots and no refs/main that says which one counts", hint="name one of them"
+        f"{folder}: {len(snapshots)} snapshots, and no refs/main to choose one", hint="name one of them"
     )
 
 

@@ -38,10 +38,10 @@ def refuse_unfinished(path: Path) -> None:
             hint=f"join them in order: cat {whole}.* > {whole}",
         )
     if name.endswith(_UNFINISHED):
-        raise FormatError(f"{path}: a download that has not ended", hint="finish it, then give the file's final name")
+        raise FormatError(f"{path}: an unfinished download", hint="finish it, then give the file's final name")
     for beside in (path.with_name(name + ".aria2"), path.with_name(name + ".st")):
         if beside.is_file():
-            raise FormatError(f"{path}: a download that has not ended ({beside.name})", hint="finish the download")
+            raise FormatError(f"{path}: an unfinished download ({beside.name})", hint="finish the download")
     try:
         with path.open("rb") as file:
             head = file.read(256)
@@ -61,7 +61,7 @@ def refuse_holes(path: Path, fd: int, start: int, end: int) -> None:
         if n_bytes >= _HOLE_BYTES and not any(os.pread(fd, _PROBE_BYTES, offset)):
             raise FormatError(
                 f"{path}: {n_bytes} bytes from {offset} on were never written, they read as zeros",
-                hint="the download has not ended or was cut off: finish it",
+                hint="the download is unfinished or was cut off: finish it",
             )
 
 

@@ -116,7 +116,7 @@ class RemoteEngine:
             with self._lock:
                 stopped = connection in self._stopped
             if not stopped:
-                raise EngineDiedError(f"{self._url}: the server ended the answer", hint="look at what it says")
+                raise EngineDiedError(f"{self._url}: the server ended the answer", hint="look at its output")
             yield Finished(request=0, reason="stopped", timings=Timings(), seed=0)
         finally:
             with self._lock:
@@ -207,7 +207,7 @@ def _event(line: bytes) -> GenerateEvent:
     try:
         event = decode_event(line)
     except ProtocolError as error:
-        raise LocalrunError(f"the server speaks another version: {error}", hint="update both ends") from None
+        raise LocalrunError(f"the server speaks another version: {error}", hint="update both sides") from None
     if isinstance(event, Failed):
         kind = getattr(errors, event.kind, LocalrunError)
         raise kind(event.message, hint=event.hint)

@@ -133,7 +133,7 @@ def test_several_repositories_of_a_hub_cache_are_listed_by_their_names(model: Pa
 def test_a_snapshot_whose_blob_is_missing_says_so(model: Path, tmp_path: Path) -> None:
     repository = hub_repository(tmp_path, model, commits=("aaa",))
     (repository / "blobs" / "0123abcd").rename(repository / "blobs" / "0123abcd.incomplete")
-    with pytest.raises(FormatError, match="a link to a file that is not there"):
+    with pytest.raises(FormatError, match="a link to a missing file"):
         open_model(repository / "snapshots" / "aaa" / "Q4" / "m.gguf")
 
 
@@ -173,8 +173,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], str, str]] = {
     "partaa": (renamed("M.gguf.partaa"), "one piece of M.gguf", "cat M.gguf.* > M.gguf"),
     "part00": (renamed("M.gguf.part00"), "one piece of M.gguf", "cat"),
     "split-a": (renamed("M.gguf-split-a"), "one piece of M.gguf", "cat"),
-    "incomplete": (renamed("m.gguf.incomplete"), "a download that has not ended", "finish it"),
-    "sidecar": (with_sidecar, "a download that has not ended (m.gguf.aria2)", "finish"),
+    "incomplete": (renamed("m.gguf.incomplete"), "an unfinished download", "finish it"),
+    "sidecar": (with_sidecar, "an unfinished download (m.gguf.aria2)", "finish"),
     "never written": (never_written, "were never written", "finish it"),
 }
 
@@ -201,7 +201,7 @@ def test_an_unfinished_hub_download_says_so(tmp_path: Path) -> None:
     left = tmp_path / ".cache" / "huggingface" / "download" / "Q4" / "m.gguf.1a2b.incomplete"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"GGUF")
-    with pytest.raises(FormatError, match="a download that has not ended"):
+    with pytest.raises(FormatError, match="an unfinished download"):
         open_model(tmp_path)
 
 

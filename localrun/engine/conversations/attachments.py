@@ -79,7 +79,7 @@ def _read(path: Path, *, pipes: bool) -> bytes:
     with open(descriptor, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if not data:
-        raise AttachmentError(f"{path}: nobody writes to this pipe, or nothing")
+        raise AttachmentError(f"{path}: nothing was written to this pipe")
     return data
 
 

@@ -46,7 +46,7 @@ def read_conversations(path: Path) -> list[Imported]:
     path = path.expanduser()
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UnknownExportError(f"{path}: larger than any export of conversations", hint=_HINT)
+            raise UnknownExportError(f"{path}: too large for an export of conversations", hint=_HINT)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConversationError(f"{path}: can't be read: {error.strerror}") from error

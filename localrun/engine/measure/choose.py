@@ -84,7 +84,7 @@ def check_precision_request(source: ModelSource, request: PrecisionRequest) -> t
     """
     if request.text is not None and request.imatrix is not None:
         raise UsageError(
-            "--calibrate and --imatrix exclude each other", hint="an imatrix holds what a calibration finds"
+            "--calibrate and --imatrix can't be combined", hint="an imatrix holds what a calibration finds"
         )
     own = next(iter(source.moe_layers.values())).types[0]
     base = request.base or own

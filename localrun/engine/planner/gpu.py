@@ -68,7 +68,7 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
         raise BudgetError(
             f"--vram {format_size(options.vram_bytes)}: "
             + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
-            hint="give less, or leave out --vram to take what fits",
+            hint="lower --vram, or leave it out to use what fits",
         )
     cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
     needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)

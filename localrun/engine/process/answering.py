@@ -118,7 +118,9 @@ class Prompts:
             return Question([*self._begin(), *self._engine.tokenizer.encode(command.text)])
         question = self.of_conversation(command)
         if question.start is None:
-            raise UsageError("it is not the model's turn", hint="the last message must be one to answer")
+            raise UsageError(
+                "it is not the model's turn", hint="the last message must be one that the model can answer"
+            )
         return question
 
     def of_conversation(self, command: Conversation) -> Question:

@@ -343,7 +343,7 @@ def expert_device() -> ExpertDevice:
     """The process's device, registered with ggml on first use.
 
     Raises:
-        IncompatibleLibraryError: the installed llama.cpp is not the one that our structures fit.
+        IncompatibleLibraryError: the installed llama.cpp is not the one that our structures match.
     """
     global _device
     with _device_lock:

@@ -97,7 +97,7 @@ class Journal:
             raise FormatError(f"{path}: damaged", hint=f"delete {self._folder} to start again") from e
         if changed:
             raise UsageError(
-                f"{self._folder}: an unfinished conversion can't go on: {'; '.join(changed)}",
+                f"{self._folder}: an unfinished conversion can't be resumed: {'; '.join(changed)}",
                 hint=f"use the same options, or delete {self._folder} to start again",
             )
 

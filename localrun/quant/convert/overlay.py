@@ -174,7 +174,7 @@ def write_overlay(
     missing = [file for file in checkpoint.files if not file.is_file()]
     if missing:
         raise StoreError(
-            f"{missing[0]}: has gone, and better copies can only be made from the source checkpoint",
+            f"{missing[0]}: is gone, and better copies can only be made from the source checkpoint",
             hint="put the checkpoint back, then run the same command again",
         )
     return write_file(plan, Place(target / name, target / WORK_NAME), options, publish, jobs=jobs, progress=progress)

@@ -123,7 +123,7 @@ def split_model(
     if manifest is None or not folder.is_dir():
         raise UsageError(f"{folder} holds no model that localrun converted")
     if len(manifest.files) != 1:
-        raise UsageError(f"{folder}: the model is split already", hint="convert it again to split it otherwise")
+        raise UsageError(f"{folder}: the model is split already", hint="convert it again to split it differently")
     if getattr(manifest, "overlay", None) is not None:
         raise UsageError(f"{folder}: the model has an overlay", hint="split the base first, then make the overlay")
     (whole,) = source.parts

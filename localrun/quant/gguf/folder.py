@@ -73,7 +73,7 @@ def only_model(folder: Path) -> Path:
     if not models:
         refuse_leftovers(folder)
         raise FormatError(
-            f"{folder}: no GGUF that is a model",
+            f"{folder}: no GGUF with a model in it",
             hint="give a converted directory, a GGUF file or a checkpoint directory",
         )
     raise several(folder, "GGUF models", [(model.path.name, model.n_bytes) for model in models])
@@ -93,7 +93,7 @@ def refuse_leftovers(folder: Path) -> None:
             refuse_unfinished(path)
     for cache in (folder / ".cache" / "huggingface" / "download", folder / "blobs"):
         if (left := next(iter(sorted(cache.glob("**/*.incomplete"))), None)) is not None:
-            raise FormatError(f"{folder}: a download that has not ended ({left.name})", hint="run the download again")
+            raise FormatError(f"{folder}: an unfinished download ({left.name})", hint="run the download again")
 
 
 def split_files(path: Path) -> list[Path]:

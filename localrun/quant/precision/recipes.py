@@ -88,7 +88,7 @@ def parse_recipe(name: str, data: bytes, where: str) -> Recipe:
         elif not isinstance(value, str):
             raise FormatError(f"{where}: {key}: expected a text")
     if "target" in values and ("base" in values or "hot" in values):
-        raise FormatError(f"{where}: target excludes base and hot", hint="leave out the one or the other")
+        raise FormatError(f"{where}: target can't be combined with base or hot", hint="leave one of them out")
     if not set(values) & {"base", "hot", "target", "dense"}:
         raise FormatError(f"{where}: says nothing about formats", hint="give base, hot, dense or target")
     try:

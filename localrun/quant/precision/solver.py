@@ -72,7 +72,7 @@ class Target:
         for part in text.split(","):
             match = re.fullmatch(r"\s*(.+?)-(vram|ram)\s*", part)
             if match is None or match[2] in sizes:
-                raise UsageError(f"'{text}' is no target", hint="write for example --target 24GiB-vram,64GiB-ram")
+                raise UsageError(f"'{text}' is not a target", hint="write for example --target 24GiB-vram,64GiB-ram")
             sizes[match[2]] = parse_size(match[1])
         if not any(sizes.values()):
             raise UsageError(f"target '{text}' has no memory", hint="write for example --target 24GiB-vram,64GiB-ram")
@@ -121,7 +121,7 @@ def check_request(
         UsageError: a format that rows don't fit, twice, or no better than the base; a budget too small for one expert.
     """
     if target is not None and hot:
-        raise UsageError("--target and --hot exclude each other", hint="give budgets by --hot, or let --target choose")
+        raise UsageError("--target and --hot can't be combined", hint="give budgets by --hot, or let --target choose")
     for moe in moe_layers.values():
         expert_bytes(moe, base)
     seen: set[GGMLQuantizationType] = set()

@@ -188,7 +188,7 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_must_hold_one_model(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"no GGUF that is a model"):
+    with pytest.raises(FormatError, match=r"no GGUF with a model in it"):
         GgufSource.open(tmp_path)
     write_deepseek4(tmp_path / "a.gguf")
     assert GgufSource.open(tmp_path).files == (tmp_path / "a.gguf",)

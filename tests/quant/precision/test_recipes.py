@@ -44,8 +44,8 @@ def test_a_users_file(tmp_path: Path) -> None:
         ('base = "q2_k"\nhot = "mxfp4:1GiB"', "hot: expected a list"),
         ('base = "q2_k"\nhot = ["mxfp4:lots"]', "'lots' is not a size"),
         ("base = 2", "base: expected a text"),
-        ('base = "q2_k"\ntarget = "1GiB-ram"', "target excludes base and hot"),
-        ('target = "1GiB"', "is no target"),
+        ('base = "q2_k"\ntarget = "1GiB-ram"', "target can't be combined with base or hot"),
+        ('target = "1GiB"', "is not a target"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:

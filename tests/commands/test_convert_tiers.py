@@ -298,7 +298,7 @@ def inputs(source: Path, finished: Path, tmp_path_factory: pytest.TempPathFactor
         ("good", "--base q2_k --hot iq7:1MiB", "unknown expert format 'iq7'"),
         ("good", "--base q2_k --hot mxfp4", "not TYPE:SIZE"),
         ("good", "--base q4_k --hot q2_k:1MiB", "copies would be no better"),
-        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", "can.t be combined with other --hot"),
+        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", "can't be combined with other --hot"),
         ("good", "--hot none", "holds no converted model"),
         ("good", "--target 1MiB-ram", "less than the dense model"),
         ("good", "--target 1GiB-disk", "is not a target"),

@@ -161,5 +161,5 @@ def test_tiers_are_chosen_and_a_second_run_decides_the_same_without_the_text(
     from_file = choose_precision(chat_model_path, replace(request, imatrix=tmp_path / "imatrix.gguf"), OPTIONS)
     assert from_file.errors is not None
     assert not from_file.errors.real_rows
-    with pytest.raises(UsageError, match="can.t be combined"):
+    with pytest.raises(UsageError, match="can't be combined"):
         check_precision_request(source, replace(request, imatrix=tmp_path / "imatrix.gguf", text=default_text()))

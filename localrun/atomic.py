@@ -17,7 +17,7 @@ from localrun.errors import StoreError
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an error; durable by then.
 
-    Until then it lies beside it as `NAME.<random>.partial`, and it is deleted if the block fails.
+    Until then it is called `NAME.<random>.partial`, and it is deleted if the block fails.
 
     Raises:
         StoreError: it can't be written; what stood at `path` is unchanged.

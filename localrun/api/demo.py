@@ -39,7 +39,7 @@ def checkpoint() -> Path:
 def converted() -> Path:
     """The folder of the converted demo model in the cache; converts it if it is not there.
 
-    Where the cache can't be written, the checkpoint itself: it runs as it lies, only loading takes longer.
+    Where the cache can't be written, the checkpoint itself: it runs unconverted, but loads more slowly.
 
     Raises:
         UsageError: this installation has no demo model.

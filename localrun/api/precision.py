@@ -1,6 +1,6 @@
 """The parts of a conversion that choose formats: what experts need, which get better copies, and the report.
 
-The order: learn (a calibration text runs through the source as it lies, or an imatrix is read), measure each format's output error,
+The order: learn (a calibration text runs through the source itself, or an imatrix is read), measure each format's output error,
 solve, write the base, write the overlay, report. What was learned is kept in the target until the end, so a conversion that goes on
 after a kill decides the same.
 """

@@ -1,6 +1,6 @@
 """Row kernels for processors without the instructions of `interleaved`, and for the grid formats where only those lack.
 
-Matrices are ggml rows as they lie. Of each row a block is unpacked to int8 and multiplied with all tokens of the tile.
+Matrices are plain ggml rows. Each block of a row is unpacked to int8 and multiplied with all tokens of the tile.
 Activations are quantized as for the other kernels, so results agree with them but for the order of sums. Block layouts are those
 of ggml-common.h, ggml 0.25.
 """

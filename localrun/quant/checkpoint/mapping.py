@@ -5,7 +5,7 @@ checkpoint and the options alone: same input, same plan, same file. Types are ch
 
 Order in the file: all dense tensors first (llama.cpp reads them at start, in one run), then the experts layer by layer, each
 projection's experts one behind the other. `general.alignment` is 4096: at Flash's and Pro's sizes every expert then begins on a
-page, so that it can be read with O_DIRECT as it lies.
+page, so that O_DIRECT can read it in place.
 """
 
 from __future__ import annotations

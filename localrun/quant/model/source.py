@@ -1,7 +1,7 @@
-"""Where a model's bytes come from, seen as a llama.cpp GGUF whatever lies on the disk.
+"""Where a model's bytes come from: every kind of model, seen as a llama.cpp GGUF.
 
 Three kinds exist: a directory written by `localrun convert`, any llama.cpp GGUF (split or not), and an official checkpoint
-directory as it lies. All present the same thing: GGUF metadata, tensor descriptions under GGUF names, dense tensors as ggml
+directory as downloaded. All present the same thing: GGUF metadata, tensor descriptions under GGUF names, dense tensors as ggml
 bytes, and for each expert of each layer a recipe that says which byte ranges of which file make one projection.
 
 This module knows nothing about caches, threads or inference; reading expert bytes is `localrun.offload.cache.store`'s work.

@@ -119,7 +119,7 @@ def test_a_hub_cache_opens_what_main_refers_to_under_its_own_name(model: Path, t
 
 def test_a_hub_cache_without_a_reference_needs_a_single_snapshot(model: Path, tmp_path: Path) -> None:
     assert locate(hub_repository(tmp_path / "one", model, commits=("aaa",))).name == "owner/name"
-    with pytest.raises(UnsupportedModelError, match="2 snapshots and no refs/main"):
+    with pytest.raises(UnsupportedModelError, match="2 snapshots, and no refs/main"):
         locate(hub_repository(tmp_path / "two", model, commits=("aaa", "bbb")))
 
 

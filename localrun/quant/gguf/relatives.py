@@ -1,4 +1,4 @@
-"""GGUFs that are found beside models but are not models: drafters, image encoders, importance matrices, adapters, other generations.
+"""GGUFs that are kept beside models but are not models: drafters, image encoders, importance matrices, adapters, other generations.
 
 Says what a file is and which one is wanted instead, from its keys and the names of its tensors. What localrun runs is an
 allow-list: the architectures for which the bundled llama.cpp (0c1e57098) creates stacks of routed experts and that write text.

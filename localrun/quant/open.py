@@ -14,13 +14,16 @@ from localrun.quant.locate import Located, locate
 from localrun.quant.model.source import ModelSource
 
 
-def open_model(path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> ModelSource:
+def open_model(
+    path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0, with_holes: bool = False
+) -> ModelSource:
     """Opens any of the three kinds, fully checked, without reading weights.
 
     Args:
         path: a converted directory, a GGUF (any part of a split one), an official checkpoint directory, or a folder that
             holds one of them (see `locate`).
         dense: ggml type that FP8 dense matrices of an official checkpoint are presented in.
+        with_holes: also a converted model of which parts were never written: for those who check it against its checksums.
 
     Raises:
         FormatError: damaged or inconsistent files.
@@ -29,7 +32,7 @@ def open_model(path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType
     found = locate(path)
     if found.kind == "checkpoint":
         return CheckpointSource.open(found.path, dense=dense)
-    return GgufSource.open(found.path)
+    return GgufSource.open(found.path, with_holes=with_holes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ class GgufSource:
         tensors: dict[str, TensorInfo],
         manifest: Manifest | None,
         overlay: GgufFile | None = None,
+        *,
+        with_holes: bool = False,
     ) -> None:
         self._path = path
         self._base_parts = tuple(parts)
@@ -91,11 +93,17 @@ class GgufSource:
                 self._overlay = OverlayIndex(overlay, manifest, self._moe_layers)
                 self._moe_layers = {n: self._overlay.describe(layer) for n, layer in self._moe_layers.items()}
         self._metadata = _PlainValues(metadata)
+        if not (with_holes and manifest is not None):
+            self._refuse_holes()
         self._identity = self._digest()
 
     @classmethod
-    def open(cls, path: Path) -> GgufSource:
+    def open(cls, path: Path, *, with_holes: bool = False) -> GgufSource:
         """Opens a GGUF (any part of a split one), or a folder that holds exactly one model.
+
+        Args:
+            path: file or folder.
+            with_holes: also a converted model of which parts were never written: for those who check it against its checksums.
 
         Raises:
             FormatError: damaged or inconsistent files.
@@ -121,7 +129,7 @@ class GgufSource:
         if (relative := relative_of(metadata, tensors)) is not None:
             raise relative.error(parts[0].path)
         metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
-        return cls(path, parts, metadata, tensors, manifest, overlay)
+        return cls(path, parts, metadata, tensors, manifest, overlay, with_holes=with_holes)
 
     @property
     def path(self) -> Path:
@@ -288,6 +296,14 @@ class GgufSource:
                     f"{where}: experts.{stack[1]}: {n_checksums} checksums for {n_experts} experts", hint=_DAMAGED
                 )
 
+    def _refuse_holes(self) -> None:
+        for part in self._parts:
+            fd = _open(part.path)
+            try:
+                refuse_holes(part.path, fd, part.data_offset, part.size_bytes)
+            finally:
+                os.close(fd)
+
     def _digest(self) -> str:
         """Over headers, sizes and samples of the data, so that models of equal shape differ when weights do."""
         digest = xxhash.xxh3_128()
@@ -300,7 +316,6 @@ class GgufSource:
             step = max(1, span // _IDENTITY_SAMPLES)
             fd = _open(part.path)
             try:
-                refuse_holes(part.path, fd, part.data_offset, part.size_bytes)
                 for offset in range(part.data_offset, part.size_bytes, step):
                     digest.update(os.pread(fd, _SAMPLE_BYTES, offset))
             except OSError as error:

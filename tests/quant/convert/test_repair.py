@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun import cli, paths
-from localrun.errors import UsageError
+from localrun.errors import FormatError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.convert.converter import convert
 from localrun.quant.convert.integrity import verify
@@ -208,13 +208,22 @@ def _short(folder: Path) -> None:
     os.truncate(path, path.stat().st_size // 3)
 
 
+def _unwritten(folder: Path) -> None:
+    path = opened(folder).files[1]
+    size = path.stat().st_size
+    os.truncate(path, size // 3)
+    os.truncate(path, size)
+    with pytest.raises(FormatError, match="were never written"):
+        opened(folder)
+
+
 def _missing(folder: Path) -> None:
     opened(folder).files[-1].unlink()  # the overlay
     opened_base = sorted(folder.glob("model-*.gguf"))
     opened_base[1].unlink()
 
 
-@pytest.mark.parametrize("harm", [_expert, _overlay, _dense, _header, _short, _missing])
+@pytest.mark.parametrize("harm", [_expert, _overlay, _dense, _header, _short, _unwritten, _missing])
 def test_repair_makes_every_file_as_it_was(
     harm: Callable[[Path], None],
     model: Path,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
 from localrun.api.planning import Machine, plan_with
+from localrun.atomic import replacing
 from localrun.commands import common, compiling
 from localrun.commands.output import Output
 from localrun.options import BY_NAME, add_flags
@@ -22,6 +26,7 @@ examples:
   localrun plan flash --ram 12GiB --context 131072           the same, with limits
   localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-disk-gbps 7 --machine-threads 16
   localrun plan flash --box gpu-24-ram-64 --base q2_k --json
+  localrun plan flash --box ram-128 --svg plan.svg           the same as a picture
 """
 
 LIMITS = ("ram", "vram", "context", "batch", "kv", "threads", "adaptive")
@@ -70,10 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens", type=common.count(1), default=2048, metavar="N", help="length of the prompt (2048)"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw the bars of memory and time into FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    from localrun.engine.planner.bars import bar_lines, bars, bars_svg
+
     out = Output()
     machine = _machine(args)
     user = common.settings_of(args)
@@ -91,10 +99,16 @@ def run(args: argparse.Namespace) -> int:
             probe=not args.no_probe,
         )
     out.clear_status()
+    if args.svg is not None:
+        with replacing(args.svg) as file:
+            file.write(bars_svg(bars(plan), f"{plan.sizes.name}: {args.box or 'the machine'} as planned").encode())
+        out.note(f"drawn: {args.svg}")
     if args.json:
         out.json(plan.to_json())
         return 0
-    for line in [*plan.lines(), "", *table(plan)]:
+    width = shutil.get_terminal_size().columns
+    drawn = ["", *bar_lines(bars(plan), width)] if out.out_is_terminal else []
+    for line in [*plan.lines(), *drawn, "", *table(plan), *faster(plan, args)]:
         out.line(line)
     return 0
 
@@ -120,12 +134,37 @@ def table(plan: Plan) -> list[str]:
         return lines
     for name, span in (("answers", plan.decode), ("prompts", plan.prefill)):
         lines += ["", *_phase(name, span)]
-    if plan.suggestions:
-        lines += ["", f"{'what would be faster':<40}{'tokens/s':>10}{'gain':>8}"]
-        lines += [
-            f"  {s.text:<38}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x  {s.phase}; {s.cost}" for s in plan.suggestions
-        ]
     return lines
+
+
+def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Each suggestion as the command that it is, with what it would give and, in a line below, what it costs."""
+    if not plan.suggestions:
+        return []
+    commands = [(command_of(s.text, args), s) for s in plan.suggestions]
+    wide = max(24, *(len(command) for command, _ in commands))
+    lines = ["", f"{'what would be faster':<{wide + 2}}{'tokens/s':>10}{'gain':>8}"]
+    for text, s in commands:
+        lines += [f"  {text:<{wide}}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x", f"      {s.phase}; {s.cost}"]
+    return lines
+
+
+def command_of(change: str, args: argparse.Namespace) -> str:
+    """A suggestion as a command line: `--kv q8_0` -> `localrun chat MODEL --kv q8_0`.
+
+    A model that was named by its kind only is still to be downloaded: then MODEL stands for it.
+    """
+    from localrun.quant.checkpoint.official import BUILT_IN
+
+    path = "MODEL" if args.model in BUILT_IN and not Path(args.model).exists() else shlex.quote(args.model)
+    if change.startswith("convert "):
+        return f"localrun convert {path} DIR {change.removeprefix('convert ')}"
+    if not change.startswith("--machine-"):
+        return f"localrun chat {path} {change}"
+    if args.box is None and _machine(args) is not None:
+        return f"the same plan with {change}"
+    box = f" --box {args.box}" if args.box else ""
+    return f"localrun plan {shlex.quote(args.model)}{box} {change}"
 
 
 def _phase(name: str, span: Range) -> list[str]:

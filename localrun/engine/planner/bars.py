@@ -1,0 +1,213 @@
+"""A plan drawn: where memory goes and what a token's time is made of, as bars of characters or as SVG.
+
+Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from localrun.engine.planner.placement import PROCESS_BYTES
+from localrun.units import format_size
+
+if TYPE_CHECKING:
+    from localrun.engine.planner.plan import Plan
+
+REST = "·"
+"""What is free, or of the drive: nowhere else."""
+
+_GLYPHS = "█▓▒░#=+"
+_COLOURS = ("#3b6ea5", "#d98b2b", "#5a9e6f", "#a05195", "#8c6d4f", "#c44e52", "#64748b")
+_REST_COLOUR = "#e5e7eb"
+_NAME_CELLS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A piece of a bar; `rest`: it is what nothing of the plan takes."""
+
+    name: str
+    value: float
+    rest: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One bar, as long as its parts together.
+
+    Attributes:
+        show: a value with its unit.
+    """
+
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+    show: Callable[[float], str]
+
+    @property
+    def total(self) -> float:
+        return sum(part.value for part in self.parts)
+
+
+def bars(plan: Plan) -> list[Bar]:
+    """RAM, GPU if there is one, drive if there are experts, and a token of an answer if it can be predicted."""
+    found = [_ram(plan), _gpu(plan), _drive(plan), _token(plan)]
+    return [bar for bar in found if bar is not None and bar.total > 0]
+
+
+def _bar(name: str, title: str, parts: Sequence[Part], show: Callable[[float], str] = format_size) -> Bar:
+    return Bar(name=name, title=title, parts=tuple(part for part in parts if part.value > 0), show=show)
+
+
+def _ram(plan: Plan) -> Bar:
+    at, machine = plan.placement, plan.machine
+    parts = [
+        Part(name="process", value=PROCESS_BYTES),
+        Part(name="experts", value=at.ram_experts * plan.sizes.mean_slot_bytes),
+    ]
+    if not at.dense_on_gpu:
+        parts[:0] = _fixed(plan)
+    if machine.ram_bytes is None or machine.total_ram_bytes is None:
+        return _bar("RAM", "what the plan takes", parts)
+    parts.append(Part(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
+    free = machine.total_ram_bytes - sum(part.value for part in parts)
+    parts.append(Part(name="free", value=free, rest=True))
+    return _bar("RAM", format_size(machine.total_ram_bytes), parts)
+
+
+def _gpu(plan: Plan) -> Bar | None:
+    at, machine = plan.placement, plan.machine
+    if not machine.gpus:
+        return None
+    parts = [*(_fixed(plan) if at.dense_on_gpu else []), Part(name="experts", value=at.gpu_expert_bytes)]
+    free = machine.vram_bytes - sum(part.value for part in parts)
+    names = " and ".join(gpu.name for gpu in machine.gpus)
+    return _bar(
+        "GPU", f"{format_size(machine.vram_bytes)}, {names}", [*parts, Part(name="free", value=free, rest=True)]
+    )
+
+
+def _fixed(plan: Plan) -> list[Part]:
+    at = plan.placement
+    return [
+        Part(name="dense model", value=at.dense_bytes),
+        Part(name="cache", value=at.kv_bytes),
+        Part(name="buffers", value=at.compute_bytes),
+    ]
+
+
+def _drive(plan: Plan) -> Bar | None:
+    sizes, at = plan.sizes, plan.placement
+    if not sizes.n_copies:
+        return None
+    each = sizes.expert_file_bytes / sizes.n_copies
+    only = sizes.n_copies - at.ram_experts - at.gpu_experts
+    parts = [
+        Part(name="in RAM too", value=at.ram_experts * each),
+        Part(name="on a GPU too", value=at.gpu_experts * each),
+        Part(name="only here", value=only * each, rest=True),
+    ]
+    title = f"{format_size(sizes.expert_file_bytes)} of experts"
+    if plan.decode is not None:
+        title += f", {plan.decode.likely.disk_bytes / 1e9:.2f} GB read per token"
+    return _bar("drive", title, parts)
+
+
+def _token(plan: Plan) -> Bar | None:
+    if plan.decode is None:
+        return None
+    likely = plan.decode.likely
+    parts = [Part(name=name, value=seconds) for name, seconds in likely.parts.items()]
+    title = f"{_ms(1 / likely.tokens_per_s)} of an answer, likely {likely.tokens_per_s:.2f} tokens/s"
+    return _bar("token", title, parts, _ms)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
+
+
+# --- characters -------------------------------------------------------------------------------------------------------
+
+
+def bar_lines(drawn: Sequence[Bar], width: int) -> list[str]:
+    """Bars with their legends, at most `width` cells wide (40 at least)."""
+    room = max(40, width) - _NAME_CELLS
+    lines: list[str] = []
+    for bar in drawn:
+        glyphs = _glyphs(bar)
+        cells = "".join(glyph * n for glyph, n in zip(glyphs, shares([p.value for p in bar.parts], room), strict=True))
+        lines += [f"{bar.name:<{_NAME_CELLS}}{bar.title}"[: max(40, width)], " " * _NAME_CELLS + cells]
+        line = ""
+        for glyph, part in zip(glyphs, bar.parts, strict=True):
+            word = f"{glyph} {part.name} {bar.show(part.value)}"
+            if line and len(line) + 2 + len(word) > room:
+                lines.append(" " * _NAME_CELLS + line)
+                line = ""
+            line += f"{'  ' if line else ''}{word}"
+        lines += [" " * _NAME_CELLS + line, ""]
+    return lines[:-1]
+
+
+def _glyphs(bar: Bar) -> list[str]:
+    taken = iter(_GLYPHS)
+    return [REST if part.rest else next(taken, "?") for part in bar.parts]
+
+
+def shares(values: Sequence[float], cells: int) -> list[int]:
+    """Whole cells in proportion, all of them given away: the largest remainders are rounded up."""
+    total = sum(values)
+    exact = [value / total * cells if total else 0.0 for value in values]
+    whole = [int(value) for value in exact]
+    by_remainder = sorted(range(len(values)), key=lambda i: whole[i] - exact[i])
+    for i in by_remainder[: cells - sum(whole) if total else 0]:
+        whole[i] += 1
+    return whole
+
+
+# --- SVG --------------------------------------------------------------------------------------------------------------
+
+_WIDTH, _LEFT, _BAR_HEIGHT, _LINE = 800, 20, 26, 18
+
+
+def bars_svg(drawn: Sequence[Bar], heading: str) -> str:
+    """The same bars as a picture of 800 pixels' width, with the fonts of whoever looks at it."""
+    body = [_text(_LEFT, 30, heading, bold=True)]
+    y = 56
+    for bar in drawn:
+        body.append(_text(_LEFT, y, f"{bar.name}: {bar.title}"))
+        y += 8
+        x = float(_LEFT)
+        colours = iter(_COLOURS)
+        legend_x, legend_y = _LEFT, y + _BAR_HEIGHT + _LINE
+        for part in bar.parts:
+            colour = _REST_COLOUR if part.rest else next(colours, _COLOURS[-1])
+            wide = part.value / bar.total * (_WIDTH - 2 * _LEFT)
+            label = f"{part.name} {bar.show(part.value)}"
+            body.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{_BAR_HEIGHT}" fill="{colour}">'
+                f"<title>{escape(label)}</title></rect>"
+            )
+            x += wide
+            legend_wide = 24 + 8 * len(label)
+            if legend_x + legend_wide > _WIDTH - _LEFT and legend_x > _LEFT:
+                legend_x, legend_y = _LEFT, legend_y + _LINE
+            body.append(f'<rect x="{legend_x}" y="{legend_y - 10}" width="10" height="10" fill="{colour}"/>')
+            body.append(_text(legend_x + 15, legend_y, label))
+            legend_x += legend_wide
+        y = legend_y + 2 * _LINE
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" width="{_WIDTH}" height="{y}">',
+            f'<rect width="{_WIDTH}" height="{y}" fill="white"/>',
+            *body,
+            "</svg>\n",
+        ]
+    )
+
+
+def _text(x: float, y: float, text: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x}" y="{y}" font-family="sans-serif" font-size="13" fill="#1f2937"{weight}>{escape(text)}</text>'

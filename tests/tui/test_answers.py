@@ -415,7 +415,9 @@ async def test_a_question_without_a_model_is_kept_whatever_fails_until_there_is_
         talk.app.screen.dismiss(Path("/models/other"))
         await talk.until(lambda: talk.errors == ["too little RAM again"])
         assert talk.screen.asking.pending is not None
-        await talk.type("/model /models/third")
+        third = setup.folder / "third.gguf"
+        third.touch()
+        await talk.type(f"/model {third}")
         await talk.until(lambda: len(talk.shown) == 2)
         await talk.idle()
         assert talk.shown == [("user", "kept?"), ("assistant", "You said: kept?")]

@@ -152,6 +152,18 @@ async def test_a_found_message_far_away_is_shown(setup: Setup) -> None:
         assert in_view(chat)[0] in (1001, 1002)
 
 
+async def test_a_jump_survives_scrolling_that_is_not_over(setup: Setup) -> None:
+    """The window is moved for the place that is left, before the layout has arrived at the new one."""
+    fill(setup, 200)
+    async with setup.start() as talk:
+        chat = talk.screen.chat
+        await settled(talk, holds=199)
+        await chat.scroll_to_message(chat.entries[100].message.id)
+        await chat._update_window()
+        await settled(talk, holds=100)
+        assert in_view(chat)[0] == 100
+
+
 async def test_messages_keep_their_place_when_the_width_changes(setup: Setup) -> None:
     fill(setup, 200)
     async with setup.start() as talk:

@@ -51,6 +51,7 @@ class ChatView(VerticalScroll, can_focus=False):
         self._measured_width = 0
         self._top, self._bottom = Spacer(classes="spacer"), Spacer(classes="spacer")
         self._held: tuple[MessageView, int] | None = None
+        self._jumping = False  # to what is held; the next layout arrives there
         self._placed: list[tuple[MessageView, int, int]] = []
         self._arranging = False
         self._update_pending = False
@@ -125,7 +126,7 @@ class ChatView(VerticalScroll, can_focus=False):
         async with self.lock:
             end = len(self.entries)
             await self._mount_window(self._reach_up(end, self._margin() + self._page()), end)
-            self._held = None
+            self._held, self._jumping = None, False
             self.anchor()
 
     async def scroll_to_message(self, message_id: int, *, focus: bool = False) -> None:
@@ -142,7 +143,7 @@ class ChatView(VerticalScroll, can_focus=False):
         if view is None or not (self._first <= first and last <= self._last):
             await self._mount_window(first, last)
             view = self._views[message_id]
-        self._held = (view, 0)
+        self._held, self._jumping = (view, 0), True
         if focus:
             view.focus(scroll_visible=False)
         self._clear_arrangement_cache()
@@ -222,7 +223,7 @@ class ChatView(VerticalScroll, can_focus=False):
         if not views:
             return
         if self._held is not None and self._held[0] in views:
-            self._held = None
+            self._held, self._jumping = None, False
         if self.screen.focused in views:
             self.screen.set_focus(None)
         self._placed = [place for place in self._placed if place[0] not in views]
@@ -234,7 +235,9 @@ class ChatView(VerticalScroll, can_focus=False):
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
-        if not self._arranging:
+        if self._jumping:
+            self.release_anchor()  # the place that is left may be the end, which Textual would follow again
+        elif not self._arranging:
             self._hold_first_visible()
             self._update_soon()
 
@@ -249,7 +252,7 @@ class ChatView(VerticalScroll, can_focus=False):
         """Moves the window if the viewport has come near its end."""
         self._update_pending = False
         async with self.lock:
-            if self.entries and self._top.is_attached:
+            if self.entries and self._top.is_attached and not self._jumping:
                 await self._follow_viewport()
 
     async def _follow_viewport(self) -> None:
@@ -299,6 +302,7 @@ class ChatView(VerticalScroll, can_focus=False):
     def _keep_in_place(self, held: MessageView, offset: int) -> None:
         for view, top, _ in self._placed:
             if view is held:
+                self._jumping = False
                 wanted = max(0, top - offset)
                 if wanted != round(self.scroll_y):
                     self._arranging = True

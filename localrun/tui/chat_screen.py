@@ -6,6 +6,7 @@ buttons all come through `run_command`, where errors become notes or panels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events, on
@@ -17,6 +18,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, OptionList, Static
 
 from localrun.errors import LocalrunError, UsageError
+from localrun.options import THINK_MODES
 from localrun.tui.answer import Answer
 from localrun.tui.commands import BY_NAME, screen_bindings
 from localrun.tui.engine_link import EngineLink
@@ -45,6 +47,7 @@ from localrun.tui.parts.model import LoadedModel
 from localrun.tui.parts.monitor import Monitor
 from localrun.tui.parts.notices import Notices
 from localrun.tui.parts.panels import Panels
+from localrun.tui.parts.presets import Presets, preset_arguments
 from localrun.tui.parts.versions import Versions
 from localrun.tui.parts.work import Call, Handler, WorkQueue
 from localrun.tui.screens.help import HelpScreen
@@ -133,6 +136,7 @@ class ChatScreen(Screen[None]):
             room=lambda: self.monitor.room,
             open_settings=self.open_settings,
         )
+        self.presets = Presets(self.notices, self.current)
         self.versions = Versions(self, self.notices, self.current, self.asking, self.composer)
         self.library = Library(
             self,
@@ -169,7 +173,7 @@ class ChatScreen(Screen[None]):
         }
         parts = (
             *(self.panels, self.model, self.composer, self.versions, self.library),
-            *(self.finder, self.conversions, self.monitor),
+            *(self.finder, self.conversions, self.monitor, self.presets),
         )
         for part in parts:
             handlers |= part.commands()
@@ -205,6 +209,7 @@ class ChatScreen(Screen[None]):
         self.query_one(LoadingPanel).display = False
         self.query_one(FindBar).display = False
         self.records.slow = self._store_is_slow
+        self.prompt.arguments = {"think": self._think_modes, "preset": preset_arguments}
         self.run_worker(self.queue.run(), name="commands")
         self.panels.begin()
         self.queue.add(self.composer.begin())
@@ -323,6 +328,9 @@ class ChatScreen(Screen[None]):
         )
 
     # --- from part to part
+
+    def _think_modes(self) -> Sequence[str]:
+        return THINK_MODES if self.model.facts is None else self.model.facts.think_modes
 
     def _to_input(self) -> None:
         self.prompt.area.focus()

@@ -98,6 +98,14 @@ COMMANDS: tuple[Command, ...] = (
         slash=("set",),
         argument="NAME VALUE",
     ),
+    Command(
+        name="preset",
+        group="Asking",
+        title="Use or keep a preset",
+        help="System prompt, sampling and thinking under a name, for this conversation; without an argument names them.",
+        slash=("preset",),
+        argument="[save|delete] NAME",
+    ),
     # --- a message
     Command(
         name="regenerate",

@@ -13,9 +13,12 @@ from textual.widgets import OptionList, Static
 
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Generate
+from localrun.errors import UsageError
+from localrun.tui import presets
 from localrun.tui.app import LocalrunApp
 from localrun.tui.chat_screen import DEMO_QUESTIONS
 from localrun.tui.files import completions, is_long_paste, mentioned_files
+from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
 from tests.tui.fake_engine import FakeEngine, facts, finished
 from tests.tui.support import Setup
@@ -152,3 +155,45 @@ async def test_a_long_answer_rings_the_bell(
         talk.engine.scripts.put(script)
         await talk.ask("q")
         assert len(rung) == rings
+
+
+async def test_a_preset_is_kept_listed_completed_and_used_in_another_conversation(setup: Setup) -> None:
+    async with setup.start() as talk:
+        await talk.type('/system You are brief, "quoted" and \x7f odd.')
+        await talk.type("/set temperature 0.25")
+        await talk.type("/think high")
+        await talk.type("/preset save brief")
+        assert any("/preset brief" in note for note in talk.notes)
+        kept = talk.screen.current.options
+        await talk.type("/new")
+        assert talk.screen.current.options != kept
+        await talk.type("/preset b", send=False)
+        suggestions = talk.screen.query_one("#suggestions", OptionList)
+        assert [option.id for option in suggestions.options] == ["preset brief"]
+        await talk.press("enter", "enter")
+        assert talk.screen.current.options == kept
+        await talk.ask("hello")
+        assert talk.engine.commands[-1].sampling.temperature == 0.25
+        assert talk.engine.commands[-1].think == "high"
+        assert str(talk.engine.commands[-1].messages[0]["content"]).startswith("You are brief")
+        await talk.type("/preset delete brief")
+        await talk.type("/preset brief")
+        assert any("there is no preset 'brief'" in note for note in talk.notes)
+
+
+def test_presets_that_were_edited_by_hand_are_checked_by_name(setup: Setup) -> None:
+    presets.save("one", ChatOptions(system="s"))
+    with presets.path().open("a") as file:
+        file.write("[two]\ntemprature = 1\n[three]\ntemperature = -1\n")
+    assert presets.names() == ["one", "three", "two"]
+    assert presets.load("one").system == "s"
+    for name, fault in (("two", "temprature"), ("three", "temperature -1")):
+        with pytest.raises(UsageError, match=rf"presets.toml: \[{name}\] .*{fault}"):
+            presets.load(name)
+    for name in ("save", "", "a b", "../x" * 20):
+        with pytest.raises(UsageError, match="no name for a preset"):
+            presets.save(name, ChatOptions())
+    presets.path().write_text("broken")
+    with pytest.raises(UsageError, match=r"presets\.toml"):
+        presets.save("one", ChatOptions())
+    assert presets.path().read_text() == "broken"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -15,7 +16,7 @@ from textual.widgets.option_list import Option
 
 from localrun.engine.conversations import Attachment
 from localrun.textsafe import visible_line
-from localrun.tui.commands import matching_slashes
+from localrun.tui.commands import BY_SLASH, matching_slashes
 from localrun.tui.files import completions, is_long_paste
 from localrun.tui.messages import PromptSubmitted
 from localrun.tui.sealed import pictures, sealed, unsealed
@@ -75,6 +76,7 @@ class Prompt(Vertical):
 
     Attributes:
         offers: questions that Tab puts into an empty input, one after the other.
+        arguments: by a command's name what may follow its slash command.
     """
 
     @dataclass
@@ -88,8 +90,9 @@ class Prompt(Vertical):
         self._at = 0  # position in the history; len: the draft
         self._draft = ""
         self._dismissed = ""  # text whose suggestions were closed with Esc
-        self._kind = "/"  # of the suggestions on view: slash commands, or files after an @
+        self._kind = "/"  # of the suggestions on view: slash commands and their arguments, or files after an @
         self.offers: tuple[str, ...] = ()
+        self.arguments: Mapping[str, Callable[[], Sequence[str]]] = {}
 
     def compose(self) -> ComposeResult:
         suggestions = OptionList(id="suggestions", compact=True)
@@ -213,7 +216,11 @@ class Prompt(Vertical):
         text = self.text
         if text != self._dismissed:
             self._dismissed = ""
-        found = [] if text == self._dismissed else self._slash_options(text) or self._file_options()
+        found = (
+            []
+            if text == self._dismissed
+            else self._slash_options(text) or self._arguments(text) or self._file_options()
+        )
         options.clear_options()
         options.add_options(found)
         options.display = bool(found)
@@ -227,6 +234,20 @@ class Prompt(Vertical):
         return [
             Option(Content.assemble((f"/{slash} {c.argument}".ljust(24), "bold"), f" {c.title}"), id=slash)
             for slash, c in found
+        ]
+
+    def _arguments(self, text: str) -> list[Option]:
+        """What may follow a slash command and begins with what was typed; nothing once one of them stands there."""
+        self._kind = "/"
+        name, blank, typed = text.removeprefix("/").partition(" ")
+        command = BY_SLASH.get(name) if text.startswith("/") and blank else None
+        if command is None or command.name not in self.arguments:
+            return []
+        known = self.arguments[command.name]()
+        found = [] if typed in known else [word for word in known if word.startswith(typed)]
+        return [
+            Option(Content.assemble((visible_line(f"/{name} {word}"), "bold")), id=f"{name} {word}")
+            for word in found[:MAX_SUGGESTIONS]
         ]
 
     def _file_options(self) -> list[Option]:
@@ -259,7 +280,7 @@ class Prompt(Vertical):
     def _take(self, name: str) -> None:
         self.query_one("#suggestions", OptionList).display = False
         if self._kind == "/":
-            self.set_text(f"/{name} ")
+            self.set_text(f"/{name}" if " " in name else f"/{name} ")
             return
         row, column = self.area.cursor_location
         start = column - len(self._word().rpartition("@")[2])

@@ -1,0 +1,46 @@
+"""The command for presets: settings under a name, for the conversation on view."""
+
+from __future__ import annotations
+
+import asyncio
+
+from localrun.errors import UsageError
+from localrun.tui import presets
+from localrun.tui.parts.conversation import OpenConversation
+from localrun.tui.parts.notices import Notices
+from localrun.tui.parts.work import Call, Handler
+
+
+def preset_arguments() -> list[str]:
+    """What may follow `/preset`, while it is typed: a broken file is told when the command is used."""
+    try:
+        known = presets.names()
+    except UsageError:
+        known = []
+    return [*known, "save ", *(f"delete {name}" for name in known)]
+
+
+class Presets:
+    """Takes and keeps presets; owns nothing, the file is read at every use."""
+
+    def __init__(self, notices: Notices, current: OpenConversation) -> None:
+        self._notices, self._current = notices, current
+
+    def commands(self) -> dict[str, Handler]:
+        return {"preset": self._preset}
+
+    async def _preset(self, call: Call) -> None:
+        verb, _, name = call.argument.partition(" ")
+        name = name.strip()
+        if not verb:
+            known = await asyncio.to_thread(presets.names)
+            self._notices.note(f"Presets: {', '.join(known)}" if known else "No presets yet: /preset save NAME")
+        elif verb == "save":
+            await asyncio.to_thread(presets.save, name, self._current.options)
+            self._notices.note(f"System prompt, sampling and thinking are kept as {name}: /preset {name}")
+        elif verb == "delete":
+            await asyncio.to_thread(presets.delete, name)
+            self._notices.note(f"The preset {name} is deleted; conversations that use it stay as they are")
+        else:
+            self._current.set_options(await asyncio.to_thread(presets.load, call.argument))
+            self._notices.note(f"This conversation uses the preset {call.argument}")

@@ -28,13 +28,19 @@ from localrun.quant.model.source import PROJECTIONS, ModelSource
 Adopt = Callable[[int, Weight], None]
 """Called with the address of each stacked expert tensor that llama.cpp has created, and what it is."""
 
+InMemory = Callable[[str, int], None]
+"""Called with a filled tensor's name and the address of its bytes, which stay there until the model is freed."""
 
-def fill_model(source: ModelSource, options: OffloadOptions, adopt: Adopt, dense: DenseMatrices) -> Any:
+
+def fill_model(
+    source: ModelSource, options: OffloadOptions, adopt: Adopt, dense: DenseMatrices, in_memory: InMemory
+) -> Any:
     """llama.cpp's `llama_model *` with all dense tensors read; the caller frees it.
 
     Args:
         adopt: gets the expert tensors.
         dense: gets the matrices that our device multiplies.
+        in_memory: gets the name and the address of what llama.cpp keeps in the processor's memory.
 
     Raises:
         FormatError, UnsupportedModelError: llama.cpp does not accept the model.
@@ -49,7 +55,7 @@ def fill_model(source: ModelSource, options: OffloadOptions, adopt: Adopt, dense
     metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
     if not metadata:
         raise FormatError(f"{source.path}: llama.cpp does not accept the metadata: {llama_log.recent_errors()}")
-    filler = _Filler(source, adopt, dense, options.progress)
+    filler = _Filler(source, adopt, dense, in_memory, options.progress)
     overrides = _overrides(source, options)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
@@ -110,9 +116,15 @@ class _Filler:
     """llama.cpp's callback: fills each tensor that it created. Errors are kept; after the first one nothing more is read."""
 
     def __init__(
-        self, source: ModelSource, adopt: Adopt, dense: DenseMatrices, progress: Callable[[int, int], None] | None
+        self,
+        source: ModelSource,
+        adopt: Adopt,
+        dense: DenseMatrices,
+        in_memory: InMemory,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         self._source, self._adopt, self._dense, self._progress = source, adopt, dense, progress
+        self._in_memory = in_memory
         self._lib = library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
         self._n_done = 0
@@ -151,6 +163,10 @@ class _Filler:
             expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name)))
         else:
             self._set(address, name, self._source.read_tensor(name))
+            if tensor.data and self._lib.ggml_backend_buft_is_host(
+                self._lib.ggml_backend_buffer_get_type(tensor.buffer)
+            ):
+                self._in_memory(name, tensor.data)
         self._n_done += 1
         if self._progress is not None:
             self._progress(self._n_done, self._n_dense)

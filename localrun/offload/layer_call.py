@@ -47,6 +47,7 @@ class LayerCall:
         compute: multiplies.
         gpu: this call's work on GPUs; None: it may not use them.
         check_stop: raises StoppedError if the call should end.
+        foresee: called once when everything that this call needs has been asked for: what may be read behind it.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class LayerCall:
         gpu: GpuCall | None = None,
         *,
         check_stop: Callable[[], None],
+        foresee: Callable[[], None] = lambda: None,
     ) -> None:
         self._residency, self._ahead, self._layer = residency, ahead, layer
         self._compute, self._gpu, self._check_stop = compute, gpu, check_stop
+        self._foresee = foresee
         self._is_long = len(ids) >= LONG_TOKENS
         self._streamed: set[int] = set()  # indices whose slots in RAM are being unpacked
         self._routing = route(ids, residency.layers[layer].n_experts)
@@ -104,15 +107,18 @@ class LayerCall:
                 self._awaited[slot] = i
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
+        self._ahead.foresight.begin(self._layer, self._routing.experts)
         if self._gpu is not None and (on_gpu or self._is_long):
             started = time.perf_counter_ns()
             ready = self._start_gpu(self._gpu, on_gpu, ready)
             self.compute_ns += time.perf_counter_ns() - started
         self._start_reads()
         self._run_kernel(ready)
+        self._foresee()
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
+            self._ahead.foresight.go_on()
             self._check_stop()
         self._wait_for_gpu()
         self._ahead.judge(self._layer, self._routing.experts)
@@ -231,6 +237,9 @@ class LayerCall:
         if i is not None and ticket.error is not None:
             self._unpin(i)
         self._residency.finish(ticket)
+        if i is not None and ticket.error is not None and ticket.ahead and raising:
+            self._todo.append(i)  # a guess that failed or was given up: read like any other
+            return None
         if i is not None and ticket.error is None and not self._in_tail(ticket.slot.expert):
             self._residency.table.chill(ticket.slot)
         if i is not None and ticket.error is not None and raising:

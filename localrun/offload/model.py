@@ -27,6 +27,7 @@ from localrun.offload.learning import Learner
 from localrun.offload.place import ExpertPlacement, OffloadOptions, make_tier, place_experts, slot_budget
 from localrun.offload.pool import ExpertPool
 from localrun.offload.readahead import hash_tables
+from localrun.offload.routers import Routers
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
@@ -153,12 +154,13 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     device = expert_device()
     with contextlib.ExitStack() as opened:  # closes what was opened if anything after it fails
         placement = place_experts(source, options)
-        pool, ram_bytes = _open_pool(source, placement, options)
+        routers = Routers(source)
+        pool, ram_bytes = _open_pool(source, placement, options, routers)
         opened.callback(pool.close)
         dense = DenseMatrices(n_threads=options.n_threads)
         opened.callback(dense.close)
         with device.loading(pool):
-            model = fill_model(source, options, pool.handover.adopt, dense)
+            model = fill_model(source, options, pool.handover.adopt, dense, routers.adopt)
         opened.callback(free_model, model)
         device.process.grow(max(dense.scratch_bytes, placement.scratch_bytes), MAX_BATCH * placement.n_used, MAX_BATCH)
         learner = Learner(source, pool.residency, pool.telemetry, options.profile_folder)
@@ -173,7 +175,9 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     return result
 
 
-def _open_pool(source: ModelSource, placement: ExpertPlacement, options: OffloadOptions) -> tuple[ExpertPool, int]:
+def _open_pool(
+    source: ModelSource, placement: ExpertPlacement, options: OffloadOptions, routers: Routers
+) -> tuple[ExpertPool, int]:
     """The experts, none of them read, and the RAM that they take with all buffers."""
     drive = probe_disk(source.files) if options.probe else DiskProfile()
     store = ExpertStore(
@@ -195,6 +199,7 @@ def _open_pool(source: ModelSource, placement: ExpertPlacement, options: Offload
             placement.n_used,
             hash_tables=hash_tables(source),
             adaptive=options.adaptive,
+            routers=routers,
         )
     except BaseException:
         store.close()

@@ -28,6 +28,7 @@ from localrun.offload.kernels import FfnKernel
 from localrun.offload.layer_call import Compute, LayerCall
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
+from localrun.offload.routers import Routers
 from localrun.quant.model.source import PROJECTIONS, MoeLayer
 
 
@@ -65,6 +66,7 @@ class ExpertPool:
         n_used: experts per token.
         hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
         adaptive: serve what is missing from the base's copy, see `upgrades.py`.
+        routers: say what the next layer will likely need.
     """
 
     def __init__(
@@ -78,12 +80,13 @@ class ExpertPool:
         *,
         hash_tables: Mapping[int, npt.NDArray[np.int32]] | None = None,
         adaptive: bool = False,
+        routers: Routers | None = None,
     ) -> None:
         self.telemetry = Telemetry(max(layers) + 1)
         self.residency = Residency(
             layers, kernels, wanted, store, budget_bytes, n_used, self.telemetry, adaptive=adaptive
         )
-        self.ahead = ReadAhead(self.residency, n_used, depth=store.depth, hash_tables=hash_tables)
+        self.ahead = ReadAhead(self.residency, n_used, depth=store.depth, hash_tables=hash_tables, routers=routers)
         self.handover = Handover(layers, kernels, self.residency.table, self.telemetry)
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
@@ -117,7 +120,7 @@ class ExpertPool:
                 kernel.run(addresses, routing.starts, routing.x_rows, routing.out_rows, x_rows, out_rows)
 
         gpu = self.residency.gpu if self._collector is None else None
-        self._call(layer, ids_at(ids), compute, gpu.call(layer, x_rows, out_rows) if gpu is not None else None)
+        self._call(layer, ids_at(ids), compute, gpu.call(layer, x_rows, out_rows) if gpu is not None else None, x_rows)
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""
@@ -161,14 +164,21 @@ class ExpertPool:
 
     # -- one call ------------------------------------------------------------------------------------------------------
 
-    def _call(self, layer: int, ids: I32, compute: Compute, gpu: GpuCall | None = None) -> None:
+    def _call(
+        self, layer: int, ids: I32, compute: Compute, gpu: GpuCall | None = None, x_rows: F32 | None = None
+    ) -> None:
         started = time.perf_counter_ns()
         where = self.residency
         with where.lock:
             where.settle()
             if self._recorder is not None:
                 self._recorder.record(layer, ids)
-            call = LayerCall(where, self.ahead, layer, ids, compute, gpu, check_stop=self.check_stop)
+
+            def foresee() -> None:
+                if x_rows is not None and len(x_rows) == 1:
+                    self.ahead.foresight.look(layer, x_rows[0])
+
+            call = LayerCall(where, self.ahead, layer, ids, compute, gpu, check_stop=self.check_stop, foresee=foresee)
             evictions = where.table.n_evictions
             try:
                 call.run()

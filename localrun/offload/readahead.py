@@ -4,10 +4,11 @@
   known exactly: `prepare` starts their reads before `llama_decode` is called.
 * A long batch that used nearly all experts of a layer, or experts that nearly every token uses, will use the next layer's as
   well: `follow` starts those reads while llama.cpp computes attention.
+* A token's next layer is asked what it will likely need while this one waits (`foresight.py`).
 * After a model is opened, a thread reads the experts that earlier runs used most, hottest first, into free memory, and keeps
   away while an answer is being computed: `warm`.
 
-Likely ones never displace an expert that was used; only what will be asked for may.
+What warming reads never displaces an expert that was used; only what is about to be asked for may.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import numpy.typing as npt
 
 from localrun.offload.cache.slots import Slot
 from localrun.offload.device.view import I32
+from localrun.offload.foresight import Foresight
 from localrun.offload.residency import Residency
+from localrun.offload.routers import Routers
 from localrun.quant.model.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,10 @@ class ReadAhead:
         n_used: experts per token.
         depth: most reads ahead that `prepare` and `warm` have under way at once.
         hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
+        routers: rank the experts of other layers.
+
+    Attributes:
+        foresight: guesses for a single token's next layer.
     """
 
     def __init__(
@@ -63,11 +70,13 @@ class ReadAhead:
         *,
         depth: int,
         hash_tables: Mapping[int, npt.NDArray[np.int32]] | None = None,
+        routers: Routers | None = None,
     ) -> None:
         self._residency = residency
         self._n_used = n_used
         self._depth = depth
         self._tables = hash_tables or {}
+        self.foresight = Foresight(residency, n_used, hash_tables=self._tables, routers=routers)
         self._guesses: set[Slot] = set()
         self._decoding = False
         self._last_call_s = (
@@ -99,6 +108,7 @@ class ReadAhead:
 
     def prepare(self, tokens: Sequence[int]) -> int:
         """Starts reading what the hash layers will ask for when these tokens run next. Returns the number of reads started."""
+        self.foresight.token = tokens[0] if len(tokens) == 1 else -1
         if not self._tables or len(tokens) == 0:
             return 0
         ids = np.asarray(tokens, np.int64)
@@ -187,6 +197,7 @@ class ReadAhead:
 
     def judge(self, layer: int, used: I32) -> None:
         """At the end of a layer's call: guesses that it did not want, and nobody has used since, go next."""
+        self.foresight.judge(layer, used)
         table = self._residency.table
         for slot in [slot for slot in self._guesses if slot.layer == layer]:
             self._guesses.discard(slot)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.offload.cache.slots import Slot, SlotState, SlotTable
-from localrun.offload.cache.store import Receiver, Store, Ticket
+from localrun.offload.cache.store import AbandonedError, Receiver, Store, Ticket
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.device.view import I32
 from localrun.offload.gpu.tier import GpuTier, Heat
@@ -166,7 +166,7 @@ class Residency:
             self.table.ready(ticket.slot)
         else:
             self.table.discard(ticket.slot)
-            if ticket.ahead:
+            if ticket.ahead and not isinstance(ticket.error, AbandonedError):
                 log.warning("reading ahead failed: %s", ticket.error)
 
     def settle(self) -> int:

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as QT
 from localrun import reading
 from localrun.errors import StoreError
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import ExpertStore, Receiver, Store, Ticket
+from localrun.offload.cache.store import AbandonedError, ExpertStore, Receiver, Store, Ticket
 from localrun.offload.kernels import FfnKernel
 from localrun.quant.model.source import Encoding, Extent, ModelSource, MoeLayer, Projection
 
@@ -188,6 +188,12 @@ class MemoryStore:
         for ticket in [ticket for ticket in self._ahead if ticket.slot is slot]:
             self._ahead.remove(ticket)
             self._wanted.appendleft(ticket)
+
+    def abandon(self, slot: Slot) -> None:
+        for ticket in [ticket for ticket in self._ahead if ticket.slot is slot]:
+            self._ahead.remove(ticket)
+            ticket.error = AbandonedError("nobody wants this expert")
+            self.completions.put(ticket)
 
     def close(self) -> None:
         self._closed = True

@@ -99,6 +99,7 @@ class Phase:
         hits, misses: distinct experts per layer call that were in RAM, or had to be read.
         bytes_read: from files, read-ahead included.
         prefetched: experts read ahead of their call.
+        guesses, guesses_used, guesses_wasted: those of them that the next layer's router made likely, and what became of them.
         layers: the counters per layer, with `layer`.
         rss_bytes: resident size of the process afterwards.
     """
@@ -113,6 +114,9 @@ class Phase:
     misses: int = 0
     bytes_read: int = 0
     prefetched: int = 0
+    guesses: int = 0
+    guesses_used: int = 0
+    guesses_wasted: int = 0
     evictions: int = 0
     layers: tuple[Mapping[str, int], ...] = ()
     rss_bytes: int = 0
@@ -169,6 +173,9 @@ class Phase:
             "bytes_read": self.bytes_read,
             "read_bytes_per_s": self.read_bytes_per_s,
             "prefetched": self.prefetched,
+            "guesses": self.guesses,
+            "guesses_used": self.guesses_used,
+            "guesses_wasted": self.guesses_wasted,
             "evictions": self.evictions,
             "rss_bytes": self.rss_bytes,
             "layers": [dict(layer) for layer in self.layers],
@@ -371,6 +378,9 @@ class _Run:
                 misses=total.get("misses", 0),
                 bytes_read=total.get("bytes_read", 0),
                 prefetched=total.get("prefetched", 0),
+                guesses=total.get("guesses", 0),
+                guesses_used=total.get("guesses_used", 0),
+                guesses_wasted=total.get("guesses_wasted", 0),
                 evictions=total.get("evictions", 0),
                 layers=tuple(layers),
                 rss_bytes=memory.resident_bytes(),

@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +54,10 @@ class Packer(Protocol):
         ...
 
 
+class AbandonedError(StoreError):
+    """A read that ended early because nobody wanted it any more."""
+
+
 class _Buffer:
     """Page-aligned memory of one expert read in flight."""
 
@@ -72,6 +76,45 @@ class _Piece:
     need: int  # bytes that must arrive; the rest of an aligned read may lie past the end of the file
 
 
+class _Pieces:
+    """What lanes have to read: pieces that somebody waits for in order, then the others."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._wanted: deque[_Piece] = deque()
+        self._ahead: deque[_Piece] = deque()
+        self._closed = False
+
+    def put(self, pieces: Iterable[_Piece]) -> None:
+        """Adds one ticket's pieces."""
+        with self._changed:
+            for piece in pieces:
+                (self._ahead if piece.ticket.ahead and not piece.ticket.hurried else self._wanted).append(piece)
+            self._changed.notify_all()
+
+    def get(self) -> _Piece | None:
+        """The next one, waiting for it; None when there will be none."""
+        with self._changed:
+            while not self._wanted and not self._ahead and not self._closed:
+                self._changed.wait()
+            pieces = self._wanted or self._ahead
+            return pieces.popleft() if pieces else None
+
+    def hurry(self, slot: Slot) -> None:
+        """Somebody waits for this slot now."""
+        with self._changed:
+            moving = [piece for piece in self._ahead if piece.ticket.slot is slot]
+            if moving:
+                self._ahead = deque(piece for piece in self._ahead if piece.ticket.slot is not slot)
+                self._wanted.extend(moving)
+
+    def close(self) -> None:
+        """Lanes end when everything has been read."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One expert's read on its way. `error` is set before the ticket appears in `completions`.
@@ -79,7 +122,8 @@ class Ticket:
     Attributes:
         slot: what it fills.
         projections: where the bytes are.
-        ahead: nobody waits for it yet.
+        ahead: nobody waited for it when it was submitted.
+        hurried: somebody does since.
         receiver: gets the ticket instead of `completions`, and ggml rows as they are instead of the kernel's layout.
         error: why it failed.
     """
@@ -89,6 +133,7 @@ class Ticket:
     ahead: bool = False
     receiver: Receiver | None = None
     error: Exception | None = None
+    hurried: bool = False
     _left: int = 0
     _buffer: _Buffer | None = None
     _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
@@ -127,7 +172,11 @@ class Store(Protocol):
         ...
 
     def hurry(self, slot: Slot) -> None:
-        """Somebody waits for this slot now: if its read has not started, it goes first."""
+        """Somebody waits for this slot now: what has not been read of it goes before what nobody waits for."""
+        ...
+
+    def abandon(self, slot: Slot) -> None:
+        """Nobody will wait for this slot: if its read is not over, it ends soon, with `AbandonedError`."""
         ...
 
     def close(self) -> None:
@@ -168,10 +217,11 @@ class ExpertStore:
         self._piece_bytes = piece_bytes
         self._verified: set[tuple[int, int, int]] = set()
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._pieces = _Pieces()
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
+        self._reading: list[Ticket] = []  # those that have a buffer
         copies = [source] if mirror is None else [source, mirror]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
@@ -210,17 +260,35 @@ class ExpertStore:
         with self._lock:
             for ticket in self._waiting_ahead:
                 if ticket.slot is slot:
+                    ticket.hurried = True
                     self._waiting_ahead.remove(ticket)
                     self._waiting.appendleft(ticket)
                     return
+            for ticket in self._reading:
+                ticket.hurried |= ticket.slot is slot
+        self._pieces.hurry(slot)
+
+    def abandon(self, slot: Slot) -> None:
+        """See `Store`."""
+        error = AbandonedError("nobody wants this expert")
+        with self._lock:
+            waiting = [ticket for ticket in self._waiting_ahead if ticket.slot is slot]
+            for ticket in waiting:
+                self._waiting_ahead.remove(ticket)
+            for ticket in self._reading:
+                if ticket.slot is slot and ticket.error is None:
+                    ticket.error = error  # lanes drop the pieces that are left
+        for ticket in waiting:
+            ticket.error = error
+            self._hand_over(ticket)
+        self._pieces.hurry(slot)  # so that its buffer is free again at once
 
     def close(self) -> None:
         """Ends the lanes after the reads under way and closes the files."""
         with self._lock:
             self._waiting.clear()
             self._waiting_ahead.clear()
-        for _ in self._lanes:
-            self._pieces.put(None)
+        self._pieces.close()
         for lane in self._lanes:
             lane.join()
         for copies in self._files:
@@ -238,6 +306,7 @@ class ExpertStore:
                 if not queue_ or not self._buffers:
                     return
                 ticket, buffer = queue_.popleft(), self._buffers.pop()
+                self._reading.append(ticket)
             ticket._buffer = buffer
             try:
                 pieces = self._cut(ticket, buffer)
@@ -246,8 +315,7 @@ class ExpertStore:
                 self._finish(ticket)
                 continue
             ticket._left = len(pieces)
-            for piece in pieces:
-                self._pieces.put(piece)
+            self._pieces.put(pieces)
 
     def _cut(self, ticket: Ticket, buffer: _Buffer) -> list[_Piece]:
         pieces = []
@@ -308,6 +376,7 @@ class ExpertStore:
         ticket._buffer = None
         with self._lock:
             self._buffers.append(buffer)
+            self._reading.remove(ticket)
         self._hand_over(ticket)
         self._start_waiting()
 

@@ -29,6 +29,9 @@ class Counter(IntEnum):
     TOTAL_NS = 10  # whole calls
     GPU_HITS = 11  # part of HITS that a GPU computed
     STREAMED = 12  # distinct experts of a call that passed through a GPU, whether hit or miss
+    GUESSES = 13  # part of PREFETCHED: experts read because a router of a later layer made them likely
+    GUESSES_USED = 14  # those that their call used
+    GUESSES_WASTED = 15  # those that it did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ class Totals:
     total_s: float
     gpu_hits: int
     streamed: int
+    guesses: int
+    guesses_used: int
+    guesses_wasted: int
 
     @property
     def hit_rate(self) -> float:
@@ -85,6 +91,9 @@ class Telemetry:
             v[Counter.TOTAL_NS] / 1e9,
             v[Counter.GPU_HITS],
             v[Counter.STREAMED],
+            v[Counter.GUESSES],
+            v[Counter.GUESSES_USED],
+            v[Counter.GUESSES_WASTED],
         )
 
     def layers(self) -> list[dict[str, int]]:

@@ -1,0 +1,128 @@
+"""What a token's next layer will likely need, read while the drive would be idle: during attention and dense matrices.
+
+The next layer's router is asked a layer early (`routers.py`); where it is routed by token id the answer is certain. What it names
+and RAM lacks is read behind everything that a call waits for: `Store` reads such pieces last, few are under way at once, and those
+that the layer turns out not to want are given up. A right guess that is still under way is waited for, not read again.
+
+Figures are in docs/benchmarks.md, "A guess at the next layer's experts".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.offload.cache.slots import ABSENT, Slot, SlotState
+from localrun.offload.cache.telemetry import Counter
+from localrun.offload.device.view import F32, I32
+from localrun.offload.residency import Residency
+from localrun.offload.routers import Routers
+
+UNDER_WAY: Final = 2
+"""Most guesses being read at once: one hides the other's start; more would hold buffers that needed reads want."""
+MOST_SLOTS: Final = 8
+"""Most slots with guesses that no call has judged yet."""
+LEAST_SLOTS: Final = 4
+"""Times a token's experts of one layer must fit into RAM; with less, guesses would displace what the same token needs."""
+
+
+class Foresight:
+    """Guesses for one model's next layer. For the decoding thread, which holds residency's lock.
+
+    Owns the guesses: slots whose reads it started, until their layer's call has shown whether it wanted them.
+
+    Attributes:
+        token: the only one of the running batch, -1 if there are several.
+
+    Args:
+        residency: whose experts.
+        n_used: experts per token.
+        hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
+        routers: rank the experts of other layers.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        n_used: int,
+        *,
+        hash_tables: Mapping[int, npt.NDArray[np.int32]],
+        routers: Routers | None,
+    ) -> None:
+        self._residency = residency
+        self._n_used = n_used
+        self._tables = hash_tables
+        self._routers = routers
+        self._guesses: set[Slot] = set()
+        self._likely: deque[tuple[int, int]] = deque()  # (layer, expert) to be read, likeliest first
+        self.token = -1
+
+    def begin(self, layer: int, used: I32) -> None:
+        """At the beginning of a layer's call, before its reads: those under way for it that it does not want end."""
+        self._likely.clear()
+        for slot in self._guesses:
+            if slot.layer == layer and slot.state is SlotState.LOADING and slot.expert not in used:
+                self._residency.store.abandon(slot)
+
+    def look(self, layer: int, x: F32) -> None:
+        """When a token's call of `layer` has asked for all that it needs: starts reading what the next layer will likely need and
+        has not got.
+
+        Args:
+            x: (D,) input of this layer's experts.
+        """
+        where, following = self._residency, layer + 1
+        if following not in where.layers or where.n_slots < LEAST_SLOTS * self._n_used:
+            return
+        if where.table.resident[following, : where.layers[following].n_experts].all():
+            return
+        self.judge(following, np.empty(0, np.int32))  # those of the last token, if compiled code computed this layer
+        for expert in self._experts(following, x):
+            slot = where.table.peek(following, expert)
+            if slot is not None:
+                where.table.touch(slot)  # not the next to go while others are read for the same call
+            elif not where.on_gpu(following, expert):
+                self._likely.append((following, expert))
+        self.go_on()
+
+    def _experts(self, layer: int, x: F32) -> list[int]:
+        """The likely ones, likeliest first."""
+        table = self._tables.get(layer)
+        if table is not None:
+            return [int(e) for e in table[self.token]] if 0 <= self.token < len(table) else []
+        likely = self._routers.likely(layer, x, self._n_used) if self._routers is not None else None
+        return [int(e) for e in likely] if likely is not None else []
+
+    def go_on(self) -> None:
+        """Starts the next reads, if few enough are under way."""
+        where = self._residency
+        n_loading = sum(slot.state is SlotState.LOADING for slot in self._guesses)
+        while self._likely and n_loading < UNDER_WAY and len(self._guesses) < MOST_SLOTS:
+            layer, expert = self._likely.popleft()
+            if where.is_here(layer, expert):
+                continue
+            slot = where.reserve(layer, expert)
+            if slot is None:
+                self._likely.clear()
+                return
+            self._guesses.add(slot)
+            where.telemetry.values[layer, Counter.GUESSES] += 1
+            where.read_ahead(slot)
+            n_loading += 1
+
+    def judge(self, layer: int, used: I32) -> None:
+        """At the end of a layer's call: guesses that it did not want, and nobody has used since, go next."""
+        table, row = self._residency.table, self._residency.telemetry.values[layer]
+        for slot in [slot for slot in self._guesses if slot.layer == layer]:
+            self._guesses.discard(slot)
+            here = table.peek(layer, slot.expert) is slot
+            # Another stamp than its arrival's: the compiled path has used it since.
+            if slot.expert in used or (here and table.stamps[layer, slot.expert] not in (slot.ready_stamp, ABSENT)):
+                row[Counter.GUESSES_USED] += 1
+            else:
+                row[Counter.GUESSES_WASTED] += 1
+                table.chill(slot)

@@ -1,0 +1,122 @@
+"""Which experts a layer will likely choose, before it is asked: its own router, applied to the input of the layer before.
+
+Hidden states change little from one layer to the next, so the next layer's router finds most of its experts a layer early
+(`tools/guess_next_layer.py` measures how many). The matrices are llama.cpp's own, where they lie in the processor's memory; nothing
+is copied. Scores are for ranking only: no answer depends on them.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from localrun.kernel_cache import cached_jit
+from localrun.offload.device.view import F32, I32
+from localrun.offload.kernels.lowlevel import float_of_bits
+from localrun.quant.model.source import ModelSource
+
+_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4
+"""llama.cpp's numbers of functions over a router's outputs (`llama_expert_gating_func_type`)."""
+_WORDS: Final[Mapping[GGMLQuantizationType, Any]] = {
+    GGMLQuantizationType.F32: np.uint32,
+    GGMLQuantizationType.BF16: np.uint16,
+}
+
+
+@cached_jit(nogil=True, fastmath=True)
+def _products(matrix: npt.NDArray[Any], shift: int, x: F32, out: F32) -> None:
+    """out (E,) = matrix (E, D) @ x (D,), for words that are the upper bits of f32."""
+    for e in range(matrix.shape[0]):
+        total = np.float32(0)
+        for i in range(matrix.shape[1]):
+            total += float_of_bits(np.uint32(matrix[e, i]) << np.uint32(shift)) * x[i]
+        out[e] = total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Router:
+    """One layer's router.
+
+    Attributes:
+        matrix: (E, D) words of F32 or BF16 numbers, llama.cpp's memory.
+        bias: (E,) added to the scores to choose experts, not to weigh them.
+        gating: llama.cpp's number of the function over the products.
+        norm: (D,) weight of the norm before the layer's experts.
+    """
+
+    matrix: npt.NDArray[Any]
+    bias: F32
+    gating: int
+    norm: F32
+
+    def scores(self, x: F32) -> F32:
+        """(E,) what the layer would choose by for an input (D,)."""
+        products = np.empty(len(self.matrix), np.float32)
+        _products(self.matrix, 32 - 8 * self.matrix.itemsize, np.ascontiguousarray(x), products)
+        if self.gating == _SOFTMAX:
+            products = np.exp(products - products.max())
+            products /= products.sum()
+        elif self.gating == _SIGMOID:
+            products = 0.5 + 0.5 * np.tanh(0.5 * products)
+        else:
+            products = np.sqrt(np.logaddexp(np.float32(0), products))
+        result: F32 = products + self.bias
+        return result
+
+
+class Routers:
+    """The routers of one model that can be asked ahead of time; layers of other kinds are left out.
+
+    Args:
+        source: names and shapes, biases and norms.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._routers: dict[int, Router] = {}
+        self._gating = source.metadata.get(f"{source.metadata.get('general.architecture')}.expert_gating_func")
+
+    def adopt(self, name: str, address: int) -> None:
+        """Called at load for each tensor that lies in the processor's memory, with where its bytes are."""
+        parts = name.split(".")
+        if len(parts) != 4 or parts[0] != "blk" or parts[2:] != ["ffn_gate_inp", "weight"]:
+            return
+        layer = int(parts[1])
+        info, moe = self._source.tensors[name], self._source.moe_layers.get(layer)
+        word = _WORDS.get(info.type)
+        known = moe is not None and info.shape[:2] == (moe.n_embd, moe.n_experts) and word is not None
+        others = f"blk.{layer}.ffn_gate_inp.bias"
+        if not known or self._gating not in (_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS) or others in self._source.tensors:
+            return
+        assert moe is not None
+        memory: Any = (C.c_uint8 * info.n_bytes).from_address(address)
+        matrix = np.frombuffer(memory, word).reshape(moe.n_experts, moe.n_embd)
+        bias = self._vector(f"blk.{layer}.exp_probs_b.bias", moe.n_experts, 0.0)
+        norm = self._vector(f"blk.{layer}.ffn_norm.weight", moe.n_embd, 1.0)
+        self._routers[layer] = Router(matrix, bias, int(self._gating), norm)
+
+    def _vector(self, name: str, size: int, missing: float) -> F32:
+        info = self._source.tensors.get(name)
+        if info is None or info.type != GGMLQuantizationType.F32:
+            return np.full(size, missing, np.float32)
+        return self._source.read_tensor(name).view(np.float32)
+
+    def likely(self, layer: int, x: F32, n: int) -> I32 | None:
+        """(n,) experts that `layer` will likely choose, likeliest first; None where that can't be said.
+
+        Args:
+            x: (D,) input of the experts of the layer before.
+        """
+        router = self._routers.get(layer)
+        if router is None:
+            return None
+        scores = router.scores(x)
+        best = np.argpartition(-scores, n - 1)[:n]
+        result: I32 = best[np.argsort(-scores[best])].astype(np.int32)
+        return result

@@ -1,0 +1,295 @@
+"""What a token's next layer will likely need is read while the drive is idle: bounded, behind what is needed, harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from localrun.alignment import PAGE_BYTES, align_up
+from localrun.errors import StoreError
+from localrun.offload.cache.slots import Slot, SlotState
+from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.device.routing import Routing
+from localrun.offload.foresight import MOST_SLOTS, UNDER_WAY
+from localrun.offload.kernels import FfnKernel
+from localrun.offload.layer_call import LayerCall
+from localrun.offload.model import OffloadOptions, open_offloaded
+from localrun.offload.readahead import ReadAhead
+from localrun.offload.residency import Residency
+from localrun.offload.routers import Routers
+from localrun.quant.open import open_model
+from tests.offload.models import TOKENS, floor_ram, logits, write_model
+from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, Harness, MemoryStore, OnFiles
+
+N_USED = 3
+N_SLOTS = 16
+X = np.zeros(4, np.float32)
+
+
+class Foretold:
+    """Routers that say what they are told."""
+
+    def __init__(self, *experts: int) -> None:
+        self.experts = experts
+        self.asked: list[int] = []
+
+    def likely(self, layer: int, x: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.int32]:
+        self.asked.append(layer)
+        return np.array(self.experts, np.int32)
+
+
+class Rig:
+    """Sixteen slots, routers that can be told what to say, and layer calls."""
+
+    def __init__(self, harness: Harness, *, n_slots: int = N_SLOTS) -> None:
+        self.harness = harness
+        self.routers = Foretold()
+        wanted = {layer: np.zeros(N_EXPERTS, np.int32) for layer in LAYERS}
+        budget = n_slots * align_up(EXPERT_BYTES, PAGE_BYTES)
+        self.residency = Residency(LAYERS, KERNELS, wanted, harness.store, budget, N_USED, Telemetry(len(LAYERS)))
+        self.ahead = ReadAhead(self.residency, N_USED, depth=4, routers=cast("Routers", self.routers))
+
+    def call(self, layer: int, *experts: int) -> LayerCall:
+        """A token's whole call."""
+
+        def compute(kernel: FfnKernel, slots: Sequence[Slot], routing: Routing) -> None:
+            assert all(slot.state is SlotState.READY for slot in slots)
+
+        ids = np.array([experts], np.int32)
+        with self.residency.lock:
+            self.residency.settle()
+            call = LayerCall(
+                self.residency,
+                self.ahead,
+                layer,
+                ids,
+                compute,
+                check_stop=lambda: None,
+                foresee=lambda: self.ahead.foresight.look(layer, X),
+            )
+            try:
+                call.run()
+            finally:
+                call.release()
+                self.residency.table.check()
+        return call
+
+    def foresee(self, layer: int, *experts: int) -> None:
+        """What a call of `layer` would cause to be read for the next one."""
+        self.routers.experts = experts
+        with self.residency.lock:
+            self.ahead.foresight.look(layer, X)
+
+    def fill(self) -> None:
+        """Other layers' experts take all the memory."""
+        for expert in range(N_EXPERTS):
+            for layer in (0, 2):
+                self.ahead.read(layer, [expert], evict=False)
+        self.residency.settle()
+        assert len(self.residency.table) == N_SLOTS
+
+    def under_way(self, layer: int) -> list[int]:
+        return [s.expert for s in self.residency.table if s.layer == layer and s.state is SlotState.LOADING]
+
+    def count(self, counter: Counter) -> int:
+        return int(self.residency.telemetry.values[:, counter].sum())
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def rig(store: MemoryStore) -> Iterator[Rig]:
+    rig = Rig(store)
+    yield rig
+    store.release()
+    rig.residency.close()
+
+
+def test_a_right_guess_is_read_once_and_counts_as_a_hit(rig: Rig, store: MemoryStore) -> None:
+    rig.foresee(0, 5, 6)
+    rig.routers.experts = ()
+    assert rig.call(1, 5, 6, 7).n_hits == 2
+    assert sorted(store.submitted) == [(1, 5), (1, 6), (1, 7)]
+    assert [rig.count(c) for c in (Counter.GUESSES, Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [2, 2, 0]
+
+
+def test_few_are_under_way_and_the_others_follow_as_they_arrive(rig: Rig, store: MemoryStore) -> None:
+    store.hold()
+    rig.foresee(0, 5, 6, 7, 8)
+    assert rig.under_way(1) == [5, 6]
+    assert UNDER_WAY == 2
+    store.release()
+    rig.residency.settle()
+    rig.ahead.foresight.go_on()
+    assert store.submitted == [(1, 5), (1, 6), (1, 7), (1, 8)]
+
+
+def test_guesses_never_take_more_than_their_share_of_slots(rig: Rig) -> None:
+    rig.fill()
+    rig.foresee(0, *range(N_EXPERTS))
+    for _ in range(N_EXPERTS):
+        rig.residency.settle()
+        rig.ahead.foresight.go_on()
+    assert sum(slot.layer == 1 for slot in rig.residency.table) == MOST_SLOTS < N_EXPERTS
+
+
+def test_what_is_needed_now_is_read_before_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real files and threads: reads that were guessed are held up, then those of a call overtake them."""
+    harness = OnFiles(tmp_path, monkeypatch)
+    rig = Rig(harness)
+    harness.hold()
+    rig.foresee(0, 5, 6)
+    with rig.residency.lock:
+        slots = [rig.residency.reserve(1, expert) for expert in (1, 2, 3)]
+        for slot in slots:
+            assert slot is not None
+            rig.residency.read(slot)
+    harness.release()
+    order = [harness.store.completions.get(timeout=30).slot.expert for _ in range(5)]
+    # Both of the store's buffers were taken by guesses that had begun; none of the others may come after them both.
+    assert set(order[:2]) <= {5, 6, 1, 2, 3}
+    assert order.index(1) < 4
+    rig.residency.store.close()
+
+
+def test_a_guess_under_way_that_is_needed_is_waited_for_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = OnFiles(tmp_path, monkeypatch, delay_s=0.005)
+    rig = Rig(harness)
+    rig.foresee(0, 5, 6)
+    rig.routers.experts = ()
+    call = rig.call(1, 5, 6, 7)
+    assert call.n_misses >= 1
+    assert rig.count(Counter.GUESSES) == rig.count(Counter.GUESSES_USED) == 2
+    total = call.bytes_read + int(rig.residency.telemetry.values[1, Counter.BYTES_READ])
+    assert total == 3 * EXPERT_BYTES
+    rig.residency.close()
+
+
+def test_a_guess_under_way_that_is_not_needed_is_given_up(rig: Rig, store: MemoryStore) -> None:
+    store.hold()
+    rig.foresee(0, 5, 6)
+    with rig.residency.lock:
+        rig.ahead.foresight.begin(1, np.array([6], np.int32))
+        store.release()
+        rig.residency.settle()
+    assert [slot.expert for slot in rig.residency.table if slot.layer == 1] == [6]
+    rig.ahead.judge(1, np.array([6], np.int32))
+    assert (rig.count(Counter.GUESSES_USED), rig.count(Counter.GUESSES_WASTED)) == (1, 1)
+
+
+def test_one_that_was_given_up_and_is_wanted_after_all_is_read_again(rig: Rig, store: MemoryStore) -> None:
+    store.hold()
+    rig.foresee(0, 5)
+    with rig.residency.lock:
+        rig.ahead.foresight.begin(1, np.array([6], np.int32))
+        ids = np.array([[5, 6, 7]], np.int32)
+        call = LayerCall(rig.residency, rig.ahead, 1, ids, lambda *_: None, check_stop=lambda: None)
+        store.release()
+        call.run()
+        call.release()
+    assert {slot.expert for slot in rig.residency.table} == {5, 6, 7}
+    rig.residency.table.check()
+
+
+def test_what_the_next_layer_has_is_not_given_away_for_a_guess(rig: Rig) -> None:
+    rig.ahead.read(1, [9], evict=False)  # the coldest of all
+    rig.residency.settle()
+    for layer, expert in [(0, e) for e in range(N_EXPERTS)] + [(2, e) for e in range(3)]:
+        rig.ahead.read(layer, [expert], evict=False)
+    rig.residency.settle()
+    rig.foresee(0, 5, 9)
+    rig.residency.settle()
+    assert {slot.expert for slot in rig.residency.table if slot.layer == 1} == {5, 9}
+
+
+def test_a_guess_displaces_the_coldest_and_nothing_pinned(rig: Rig) -> None:
+    rig.fill()
+    coldest = rig.residency.table.peek(0, 0)
+    assert coldest is not None
+    rig.residency.table.pin(coldest)
+    rig.foresee(0, 5)
+    assert rig.residency.table.peek(0, 0) is coldest
+    assert rig.residency.table.peek(2, 0) is None  # the coldest one of the others
+    rig.residency.table.unpin(coldest)
+
+
+def test_a_wrong_guess_is_the_next_to_go(rig: Rig) -> None:
+    rig.fill()
+    rig.foresee(0, 5)
+    rig.call(1, 1, 2, 3)
+    rig.foresee(1, 11)
+    assert rig.residency.table.peek(1, 5) is None
+    assert rig.count(Counter.GUESSES_WASTED) == 1
+
+
+def test_nothing_is_asked_or_read_while_all_of_the_next_layer_is_in_ram(rig: Rig, store: MemoryStore) -> None:
+    for expert in range(N_EXPERTS):
+        rig.ahead.read(1, [expert], evict=False)
+        rig.residency.settle()
+    n_reads = len(store.submitted)
+    rig.foresee(0, 5, 6)
+    assert rig.routers.asked == []
+    assert len(store.submitted) == n_reads
+
+
+def test_a_small_memory_has_no_room_for_guesses(store: MemoryStore) -> None:
+    rig = Rig(store, n_slots=2 * N_USED)
+    rig.foresee(0, 5, 6)
+    assert store.submitted == []
+    rig.residency.close()
+
+
+def test_the_last_layer_is_followed_by_nothing(rig: Rig) -> None:
+    rig.foresee(max(LAYERS), 5)
+    assert rig.routers.asked == []
+
+
+def test_a_guess_that_can_not_be_read_fails_nothing(rig: Rig, store: MemoryStore) -> None:
+    store.fail(1, 5)
+    rig.foresee(0, 5, 6)
+    assert rig.call(1, 6, 7, 8).n_hits == 1
+    rig.foresee(0, 5)
+    with pytest.raises(StoreError, match="Input/output"):  # needed, and read again: now it is an error
+        rig.call(1, 5, 6, 7)
+    assert [at for at in store.submitted if at == (1, 5)] == [(1, 5)] * 3
+
+
+def test_experts_of_hash_layers_are_certain(store: MemoryStore) -> None:
+    rig = Rig(store)
+    rig.ahead = ReadAhead(rig.residency, N_USED, depth=1, hash_tables={1: np.array([[0, 1, 2], [3, 4, 5]], np.int32)})
+    rig.ahead.prepare([1])  # as much as the depth allows
+    rig.foresee(0)
+    rig.residency.settle()
+    rig.ahead.foresight.go_on()
+    assert {slot.expert for slot in rig.residency.table} == {3, 4, 5}
+    rig.ahead.prepare([0, 1])  # of several tokens each layer's call says what it needs
+    rig.foresee(0)
+    assert {slot.expert for slot in rig.residency.table} - {3, 4, 5} <= {0}
+    rig.residency.close()
+
+
+def test_answers_are_the_same_bits_and_guesses_were_used(tmp_path: Path) -> None:
+    source = open_model(write_model(tmp_path))
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected, floor, everything = logits(model, TOKENS[:60], batch=1), floor_ram(model), model.ram_bytes
+        assert model.telemetry.totals().guesses <= 4 * 16  # each expert is read once at most
+    with open_offloaded(source, OffloadOptions(n_threads=2, ram_bytes=max(5 * floor, everything // 2))) as model:
+        np.testing.assert_array_equal(logits(model, TOKENS[:60], batch=1), expected)
+        totals = model.telemetry.totals()
+        assert totals.guesses_used > 0
+        assert totals.guesses_used + totals.guesses_wasted <= totals.guesses
+        model.pool.residency.table.check()
+    with open_offloaded(source, OffloadOptions(n_threads=2, ram_bytes=max(5 * floor, everything // 2))) as model:
+        model.pool.ahead.foresight._routers = None
+        np.testing.assert_array_equal(logits(model, TOKENS[:60], batch=1), expected)
+        assert model.telemetry.totals().guesses <= model.telemetry.totals().prefetched

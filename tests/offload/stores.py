@@ -58,6 +58,11 @@ def _begin(layer: int, expert: int, matrix: int) -> int:
     return ((layer * N_EXPERTS + expert) * 3 + matrix) * _APART + _FIRST_BYTE
 
 
+def expert_at(offset: int) -> tuple[int, int]:
+    """Whose matrix lies at this place of the file, (layer, expert)."""
+    return divmod(offset // _APART // 3, N_EXPERTS)
+
+
 class Packer:
     """A kernel's layout without its mathematics."""
 

@@ -204,7 +204,10 @@ def test_memory_that_guesses_are_being_read_into_is_taken_when_there_is_no_other
             assert slot is not None
             bench.residency.read_ahead(slot)
     bench.call(ids([1, 2, 3]))
-    assert {2, 3} <= bench.present  # what the call needs overtakes the guesses, so 1 may have had to make room for the others
+    assert {
+        2,
+        3,
+    } <= bench.present  # what the call needs overtakes the guesses, so 1 may have had to make room for the others
 
 
 def test_pinned_slots_everywhere_are_a_clear_error(in_memory: Bench) -> None:

@@ -13,7 +13,7 @@ import pytest
 from localrun.alignment import PAGE_BYTES
 from localrun.errors import StoreError
 from localrun.offload.cache.slots import Slot, SlotTable
-from localrun.offload.cache.store import ExpertStore, Ticket
+from localrun.offload.cache.store import AbandonedError, ExpertStore, Ticket
 from tests.offload.stores import (
     EXPERT_BYTES,
     KERNELS,
@@ -120,6 +120,21 @@ class TestEveryStore(StoreContract):
         harness.release()
         order = [take(harness).slot.expert for _ in slots]
         assert order.index(N_EXPERTS - 1) <= harness.store.depth + 1
+
+    def test_an_abandoned_read_ends_early_and_others_go_on(self, harness: Harness, table: SlotTable) -> None:
+        harness.hold()
+        slots = [reserve(table, 0, expert) for expert in range(6)]
+        for slot in slots:
+            harness.store.submit(slot, ahead=True)
+        for slot in (slots[0], slots[5]):  # begun, and not begun
+            harness.store.abandon(slot)
+        harness.release()
+        tickets = {ticket.slot.expert: ticket for ticket in (take(harness) for _ in slots)}
+        assert [expert for expert in range(6) if isinstance(tickets[expert].error, AbandonedError)] == [0, 5]
+        for expert in range(1, 5):
+            np.testing.assert_array_equal(memory_of(tickets[expert].slot), packed(rows_of(0, expert)))
+        harness.store.abandon(slots[1])  # over: too late
+        assert harness.store.completions.empty()
 
     def test_a_failed_read_names_its_cause_and_others_go_on(self, harness: Harness, table: SlotTable) -> None:
         harness.fail(0, 3)

@@ -6,12 +6,14 @@ ggml is concerned.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import logging
 import mmap
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
 
+DISPLAY_BYTES = 512 << 20
+SYS_PCI = Path("/sys/bus/pci/devices")
+
 
 @dataclass(frozen=True, slots=True)
 class GpuDevice:
@@ -36,6 +41,8 @@ class GpuDevice:
         description: for people, e.g. the card's name or the server's address.
         free_bytes, total_bytes: at the time of the query.
         is_integrated: part of the processor; its memory is the machine's RAM.
+        card: the PCI address; empty where the backend does not say. One card has one device for each backend that knows it.
+        has_display: a monitor is connected to it.
     """
 
     address: int
@@ -44,6 +51,13 @@ class GpuDevice:
     free_bytes: int
     total_bytes: int
     is_integrated: bool = False
+    card: str = ""
+    has_display: bool = False
+
+    @property
+    def display_bytes(self) -> int:
+        """What the automatic choice leaves to windows, which come and go, beside what it leaves on every card."""
+        return DISPLAY_BYTES if self.has_display else 0
 
 
 class HostMemory:
@@ -73,27 +87,68 @@ class HostMemory:
             library().ggml_backend_buffer_free(buffer)
 
 
-def gpu_devices() -> list[GpuDevice]:
-    """All devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out."""
+def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
+    """Devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out.
+
+    Args:
+        names: only these, in lower case. A card that is asked for its memory gets a context, which takes 300 to 450 MB of it.
+    """
     lib = library()
     devices = []
-    for index in range(lib.ggml_backend_dev_count()):
-        address = lib.ggml_backend_dev_get(index)
-        kind = lib.ggml_backend_dev_type(address)
-        if kind not in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
+    for address, name, description in _listed():
+        if names is not None and name.lower() not in names:
             continue
-        name = lib.ggml_backend_dev_name(address).decode()
-        description = lib.ggml_backend_dev_description(address).decode()
         if name.startswith("RPC") and not answers(description):
             log.warning("%s: the server %s does not answer any more", name, description)
             continue
-        free, total = C.c_size_t(), C.c_size_t()
-        lib.ggml_backend_dev_memory(address, C.byref(free), C.byref(total))
+        props = ggml.DeviceProps()
+        lib.ggml_backend_dev_get_props(address, C.byref(props))
         # Vulkan subtracts what is used from what the driver would like us to use, which may be less: a huge number.
-        free_bytes = free.value if free.value <= total.value else 0
-        is_integrated = kind == ggml.DEVICE_TYPE_IGPU
-        devices.append(GpuDevice(address, name, description, free_bytes, total.value, is_integrated))
+        free_bytes = props.memory_free if props.memory_free <= props.memory_total else 0
+        is_integrated = lib.ggml_backend_dev_type(address) == ggml.DEVICE_TYPE_IGPU
+        card = (props.device_id or b"").decode(errors="replace").lower()
+        devices.append(
+            GpuDevice(
+                address, name, description, free_bytes, props.memory_total, is_integrated, card, has_display(card)
+            )
+        )
     return devices
+
+
+def _listed() -> Iterator[tuple[int, str, str]]:
+    """(address, name, description) of GPUs, none of which is touched."""
+    lib = library()
+    for index in range(lib.ggml_backend_dev_count()):
+        address = lib.ggml_backend_dev_get(index)
+        if lib.ggml_backend_dev_type(address) in (ggml.DEVICE_TYPE_GPU, ggml.DEVICE_TYPE_IGPU):
+            yield (
+                address,
+                lib.ggml_backend_dev_name(address).decode(),
+                lib.ggml_backend_dev_description(address).decode(),
+            )
+
+
+def has_display(card: str) -> bool:
+    """A monitor is connected to the card at this PCI address, as Linux has it; elsewhere nobody knows."""
+    if not card:
+        return False
+    for status in (SYS_PCI / card).glob("drm/card*/card*-*/status"):
+        with contextlib.suppress(OSError):
+            if status.read_text().strip() == "connected":
+                return True
+    return False
+
+
+def one_per_card(devices: Sequence[GpuDevice]) -> list[GpuDevice]:
+    """Without the second device of a card that two backends know (CUDA and Vulkan, in ggml's order): its memory is there once."""
+    cards: set[str] = set()
+    result = []
+    for device in devices:
+        if device.card and device.card in cards:
+            continue
+        cards.add(device.card)
+        result.append(device)
+    return result
 
 
 def add_rpc_server(endpoint: str) -> None:
@@ -122,7 +177,7 @@ def add_rpc_server(endpoint: str) -> None:
     function = registry and lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
     if not function:
         raise LocalrunError("this llama.cpp was built without its RPC backend", hint="make clean setup")
-    known = {device.description for device in gpu_devices()}
+    known = {description for _, _, description in _listed()}
     if endpoint in known:
         return
     server = C.CFUNCTYPE(C.c_void_p, C.c_char_p)(function)(endpoint.encode())
@@ -165,15 +220,15 @@ def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
         add_rpc_server(endpoint)
     if choice == "none":
         return []
-    devices = gpu_devices()
     if choice == "auto":
-        return [device for device in devices if not device.is_integrated]
-    by_name = {device.name.lower(): device for device in devices}
+        return one_per_card([device for device in gpu_devices() if not device.is_integrated])
+    names = [name.strip().lower() for name in choice.split(",")]
+    by_name = {device.name.lower(): device for device in gpu_devices(names)}
     chosen = []
     for name in choice.split(","):
         device = by_name.get(name.strip().lower())
         if device is None:
-            there = ", ".join(f"{d.name} ({d.description})" for d in devices) or "none"
+            there = ", ".join(f"{other} ({what})" for _, other, what in _listed()) or "none"
             raise UsageError(f"--gpu {name.strip()}: no such GPU", hint=f"GPUs that this llama.cpp can use: {there}")
         chosen.append(device)
     return chosen

@@ -98,6 +98,7 @@ _ALL: Final[_Prototypes] = {
     # graphs of our own on GPU devices
     "ggml_mul_mat": (_P, _P, _P, _P),
     "ggml_mul_mat_id": (_P, _P, _P, _P, _P),
+    "ggml_prec_set_src": (C.c_bool, _P, C.c_int, C.c_int),
     "ggml_rms_norm": (_P, _P, _P, C.c_float),
     "ggml_swiglu_clamp": (_P, _P, _P, _P, C.c_float),
     "ggml_swiglu_split": (_P, _P, _P, _P),

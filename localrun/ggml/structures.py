@@ -50,6 +50,8 @@ DEVICE_TYPE_GPU: Final = 1
 DEVICE_TYPE_IGPU: Final = 2
 DEVICE_TYPE_ACCEL: Final = 3
 
+PREC_Q8: Final = 30  # ggml.h, enum ggml_prec
+
 BUFFER_USAGE_WEIGHTS: Final = 1  # ggml-backend.h, enum ggml_backend_buffer_usage
 
 _P = C.c_void_p

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.errors import BudgetError, FormatError, UnsupportedModelError
+from localrun.errors import BudgetError, FormatError, GpuMemoryError, UnsupportedModelError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.device.compiled import MAX_VARIANTS
 from localrun.offload.gpu.slots import scratch_bytes
@@ -166,7 +166,7 @@ def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_byt
 
 
 def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
-    """The experts on GPUs, None if there are none.
+    """The experts on GPUs, None if there are none, or if a device can't be opened.
 
     Args:
         ranking: (layer, expert), the likeliest first; those that it lacks follow.
@@ -183,7 +183,11 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
     n_experts = max(moe.n_experts for moe in layers.values())
     others = [(layer, expert) for expert in range(n_experts) for layer, moe in layers.items() if expert < moe.n_experts]
     order = [*ranking, *(at for at in others if at not in ranked)]
-    return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
+    try:
+        return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
+    except GpuMemoryError as error:
+        log.warning("%s; no experts go to GPUs", error)
+        return None
 
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:

@@ -26,7 +26,7 @@ class GpuPlacement:
     """Attributes:
     n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
     experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
-    ram_bytes: RAM that integrated GPUs may take of all this.
+    ram_bytes: RAM that integrated GPUs may take of all this, and the input embedding, which llama.cpp keeps there.
     """
 
     n_gpu_layers: int = 0
@@ -71,12 +71,18 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
             hint="lower --vram, or leave it out to use what fits",
         )
     cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
-    needed = sizes.dense_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
+    # llama.cpp gives the input layer to the CPU whatever n_gpu_layers says (llama-model.cpp, load_tensors).
+    embedding = source.tensors.get("token_embd.weight")
+    embedding_bytes = embedding.n_bytes if embedding is not None else 0
+    needed = sizes.dense_bytes - embedding_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
+    if options.vram_bytes is None:
+        free = [max(0, device.free_bytes - device.display_bytes) for device in devices]
     budgets = gpu_budgets(free, options.vram_bytes, needed)
     ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
     n_gpu_layers = 0
     if budgets[0] >= needed:
         n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
+        ram_bytes += embedding_bytes
     else:
         log.warning(
             "%s: the dense model and its cache need %s, more than the %s there: they stay on the CPU",

@@ -207,7 +207,13 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
     for number, device in enumerate(devices):
         link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
         rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_VRAM_BYTES_PER_S, link)
-        result.append(Gpu(name=device.description or device.name, vram_bytes=device.free_bytes, rates=rates))
+        result.append(
+            Gpu(
+                name=device.description or device.name,
+                vram_bytes=max(0, device.free_bytes - device.display_bytes),
+                rates=rates,
+            )
+        )
     return tuple(result)
 
 

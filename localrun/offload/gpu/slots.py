@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import align_up
-from localrun.errors import BudgetError, DecodeError, LocalrunError
+from localrun.errors import BudgetError, DecodeError, GpuMemoryError, LocalrunError
 from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
@@ -111,7 +111,8 @@ class GpuSlots:
 
     Raises:
         BudgetError: more than the budget.
-        LocalrunError: the device can't be opened, or can't multiply one of the formats.
+        GpuMemoryError: the device can't be opened.
+        LocalrunError: it can't multiply one of the formats.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class GpuSlots:
         """What is allocated on the device; it does not change."""
         self._backend = self._lib.ggml_backend_dev_init(device.address, None)
         if not self._backend:
-            raise LocalrunError(f"{device.name}: ggml can't open this device")
+            raise GpuMemoryError(f"{device.name}: ggml can't open this device", hint="--gpu none")
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
         self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
         try:
@@ -276,6 +277,8 @@ class GpuSlots:
         buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
         if not buffer:
             return None
+        # Kernels read rows in steps of 256 values, beyond the end of a slot, and multiply that by zero: it must be finite.
+        lib.ggml_backend_buffer_clear(buffer, 0)
         self._buffers.append(buffer)
         row_bytes = (sizes[0], sizes[1], sizes[2])
         bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), row_bytes, BankRecord(self._record))
@@ -333,6 +336,9 @@ def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: 
     else:
         active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
     out = lib.ggml_mul_mat_id(context, tensors[2], active, ids)
+    for product in (gate, up, out):
+        # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA takes 4 on RTX 50 (mmq.cu) if nobody objects.
+        lib.ggml_prec_set_src(product, ggml.PREC_Q8, 1)
     lib.ggml_set_input(x)
     lib.ggml_set_input(ids)
     lib.ggml_set_output(out)

@@ -13,15 +13,17 @@ import pytest
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
+from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.gpu import place_on_gpus
+from localrun.engine.planner.placement import GPU_HEADROOM_BYTES
 from localrun.engine.planner.sizes import sizes_of_source
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Delta, Finished, Generate, Ready
 from localrun.errors import BudgetError, EngineDiedError, LocalrunError, UsageError
-from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.ggml.devices import DISPLAY_BYTES, GpuDevice, choose_gpus
 from localrun.quant.open import open_model
 from tests.engine.conftest import OPTIONS
-from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
+from tests.rpc_server import TEST_GPU, a_gpu, limit_memory, rpc_server
 
 QUESTION: dict[str, Any] = {
     "messages": ({"role": "user", "content": "Hello"},),
@@ -100,3 +102,23 @@ def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -
             with pytest.raises(error, match=message) as caught:
                 list(engine.load(chat_model_path, replace(OPTIONS, **options)))
             assert caught.value.hint is not None
+
+
+def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input embedding in RAM, the rest of the dense model on the card; more is left free where a monitor is connected."""
+    source = open_model(chat_model_path)
+    sizes = sizes_of_source(source)
+    embedding_bytes = source.tensors["token_embd.weight"].n_bytes
+    with a_gpu() as gpu:
+        left = {}
+        for has_display in (False, True):
+            card = replace(gpu, free_bytes=8 << 30, total_bytes=8 << 30, has_display=has_display)
+            monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
+            placement = place_on_gpus(source, sizes, OPTIONS, 4096)
+            assert placement.n_gpu_layers
+            assert placement.ram_bytes == embedding_bytes
+            left[has_display] = placement.experts[0][1]
+        assert left[False] - left[True] == DISPLAY_BYTES
+        on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
+        on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch)
+        assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card

@@ -1,0 +1,143 @@
+"""A device that lies, fails and counts: a shim in ggml's own tables of functions, under llama.cpp's RPC device.
+
+What is above, our code and ggml's generic functions, runs as with a card. The tables are put back at the end; a buffer keeps its
+counting functions for its life.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from localrun.ggml import structures as ggml
+from localrun.ggml.devices import GpuDevice
+from localrun.ggml.library import library
+
+
+@dataclass
+class Shim:
+    """What to do, and what was done.
+
+    Attributes:
+        fail_allocation: number of the buffer (from 1) that the device does not give; 0: none.
+        fail_from: every buffer from this one on; 0: none.
+        free_bytes: what the device says is free; None: the truth.
+        opens: the device can be opened.
+        n_allocations, n_in, bytes_in, n_out, bytes_out: buffers asked for, copies to the device and back, and their bytes.
+        n_cleared: buffers set to one value.
+        n_asked: how often the device was asked for its memory.
+    """
+
+    fail_allocation: int = 0
+    fail_from: int = 0
+    free_bytes: int | None = None
+    opens: bool = True
+    n_allocations: int = 0
+    n_in: int = 0
+    bytes_in: int = 0
+    n_out: int = 0
+    bytes_out: int = 0
+    n_cleared: int = 0
+    n_asked: int = 0
+    keep: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def shim(device: GpuDevice) -> Iterator[Shim]:
+    """Puts a shim under a device while the context lasts."""
+    state = Shim()
+    interface = ggml.Device.from_address(device.address).iface
+    buffers = ggml.BufferType.from_address(library().ggml_backend_dev_buffer_type(device.address)).iface
+    memory, open_, allocate, props = (
+        interface.get_memory,
+        interface.init_backend,
+        buffers.alloc_buffer,
+        interface.get_props,
+    )
+    originals = [_copy(function) for function in (memory, open_, allocate, props)]
+    real_memory, real_open, real_allocate, real_props = originals
+
+    def get_memory(address: int, free: Any, total: Any) -> None:
+        state.n_asked += 1
+        real_memory(address, free, total)
+        if state.free_bytes is not None:
+            free[0] = state.free_bytes
+
+    def get_props(address: int, found: Any) -> None:
+        state.n_asked += 1
+        real_props(address, found)
+        if state.free_bytes is not None:
+            found[0].memory_free = state.free_bytes
+
+    def init_backend(address: int, parameters: bytes | None) -> int | None:
+        return real_open(address, parameters) if state.opens else None
+
+    def alloc_buffer(kind: int, size: int) -> int | None:
+        state.n_allocations += 1
+        if state.n_allocations == state.fail_allocation or 0 < state.fail_from <= state.n_allocations:
+            return None
+        buffer = real_allocate(kind, size)
+        if buffer:
+            _count(state, _BufferStart.from_address(buffer).iface)
+        return int(buffer) if buffer else None
+
+    replaced = {
+        "get_memory": (interface, get_memory),
+        "get_props": (interface, get_props),
+        "init_backend": (interface, init_backend),
+        "alloc_buffer": (buffers, alloc_buffer),
+    }
+    for name, (table, function) in replaced.items():
+        _replace(state, table, name, function)
+    try:
+        yield state
+    finally:
+        interface.get_memory, interface.init_backend, buffers.alloc_buffer, interface.get_props = originals
+        _KEEP.append(state)  # buffers may outlive this
+
+
+_KEEP: list[Shim] = []
+
+
+class _BufferStart(C.Structure):
+    """struct ggml_backend_buffer begins with its functions."""
+
+    _fields_ = [("iface", ggml.BufferInterface)]
+
+
+def _copy(function: Any) -> Any:
+    """The function itself; a field of a structure would change with it."""
+    return type(function)(C.cast(function, C.c_void_p).value)
+
+
+def _replace(state: Shim, table: Any, name: str, function: Any) -> None:
+    kind = type(getattr(table, name))
+    made = kind(function)
+    state.keep.append(made)
+    setattr(table, name, made)
+
+
+def _count(state: Shim, interface: Any) -> None:
+    real_set, real_get, real_clear = (
+        _copy(function) for function in (interface.set_tensor, interface.get_tensor, interface.clear)
+    )
+
+    def set_tensor(buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
+        state.n_in += 1
+        state.bytes_in += size
+        real_set(buffer, tensor, data, offset, size)
+
+    def get_tensor(buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
+        state.n_out += 1
+        state.bytes_out += size
+        real_get(buffer, tensor, data, offset, size)
+
+    def clear(buffer: int, value: int) -> None:
+        state.n_cleared += 1
+        real_clear(buffer, value)
+
+    for name, function in (("set_tensor", set_tensor), ("get_tensor", get_tensor), ("clear", clear)):
+        _replace(state, interface, name, function)

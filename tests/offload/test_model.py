@@ -15,10 +15,11 @@ from localrun.errors import BudgetError, DecodeError, UnsupportedModelError
 from localrun.offload.device.device import StoppedError, expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
-from tests.gguf_models import TinyDeepseek4
+from tests.gguf_models import TinyDeepseek4, write_deepseek4
 from tests.offload.models import F32, MODEL, TEXTS, floor_ram, logits, write_model
 from tests.paired import compare, median, same_but_for_rounding
 from tests.reference import kl
+from tests.stock_llama import stock_logits
 from tools.make_moe_gguf import write_moe_gguf
 from tools.stock_model import StockModel
 
@@ -203,3 +204,25 @@ def test_tensors_that_llama_cpp_leaves_unused_are_a_refusal(tmp_path: Path) -> N
     write_moe_gguf(path, "qwen3moe", extra={"blk.0.attn_norm.scale": np.full(1, 2.0, np.float32)})
     with pytest.raises(UnsupportedModelError, match=r"no use for 1 of its tensors, such as blk.0.attn_norm.scale"):
         open_offloaded(open_model(path), OffloadOptions(n_threads=1))
+
+
+def test_experts_and_matrices_of_type_42_are_computed_as_llama_cpp_computes_them(tmp_path: Path) -> None:
+    """Q2_0, which the bundled llama.cpp knows and the gguf package does not."""
+    rng, q2_0 = np.random.default_rng(0), QT(42)
+
+    def rows(*shape: int) -> tuple[np.ndarray[Any, Any], QT]:
+        blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 64, 18), dtype=np.uint8)
+        blocks[..., :2] = np.float16(0.1).reshape(1).view(np.uint8)  # the block's scale
+        return blocks.reshape(*shape[:-1], -1), q2_0
+
+    changes = {"blk.1.attn_q_a.weight": rows(64, 128)}
+    for layer in range(3):
+        changes |= {f"blk.{layer}.ffn_{name}_exps.weight": rows(8, 64, 128) for name in ("gate", "up")}
+        changes[f"blk.{layer}.ffn_down_exps.weight"] = rows(8, 128, 64)
+    (path,) = write_deepseek4(tmp_path / "m.gguf", replace_tensors=changes)
+    expected = stock_logits(path, range(8))
+    for math in ("f32", "int8"):
+        with open_offloaded(open_model(path), OffloadOptions(n_threads=1, math=math)) as model:
+            found = logits(model, list(range(8)))[-1]
+        # They differ by the rounding of activations; other weights would have nothing in common.
+        assert np.corrcoef(expected, found)[0, 1] > 0.99

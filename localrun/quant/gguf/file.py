@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from localrun.alignment import align_up
 from localrun.errors import FormatError, StoreError, UnsupportedModelError
+from localrun.ggml import extra_types as extra_types
 from localrun.quant.gguf.value import SCALAR_BYTES, GgufValue, pack_string
 from localrun.quant.model.source import TensorInfo
 from localrun.reading import read_fully

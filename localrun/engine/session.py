@@ -2,7 +2,7 @@
 
 llama.cpp can't cut a deepseek4 sequence at an arbitrary position, so a session only grows, is emptied, or is restored from a state
 that was saved before (`snapshots.py` keeps them). The session knows ids only: text, roles and messages are `tokenizer.py`'s and
-`chat_format.py`'s.
+`engine/chat/format.py`'s.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One class per role. Fields that the API does not know keep the names of DeepSeek
 (`reasoning_content`, `task`, `wo_eos`). Reading is strict: an unknown field, a wrong type or a picture is an error that
 names the message; a field that is null counts as absent. Writing then reading gives an equal message.
 
-This module knows nothing about tokens and prompts (`chat_format.py`).
+This module knows nothing about tokens and prompts (`format.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The core of the prompt format: messages become turns, turns become parts. `chat_format.py` says what follows what.
+"""The core of the prompt format: messages become turns, turns become parts. `format.py` says what follows what.
 
 Knows nothing about models, modes and where tools come from.
 """

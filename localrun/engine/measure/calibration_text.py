@@ -1,6 +1,6 @@
 """Texts for calibration: plain UTF-8, or conversations as JSON lines. Read and checked before anything is loaded.
 
-A conversation is rendered as the model was trained to see it (`chat_format`); plain text is cut into windows. Knows nothing about
+A conversation is rendered as the model was trained to see it; plain text is cut into windows. Knows nothing about
 what is measured with the tokens.
 """
 

@@ -7,7 +7,7 @@ Token types follow llama.cpp's converter: added tokens that are special or look 
 added tokens (`<think>`, `｜DSML｜`) are USER_DEFINED. Notable departure: U+2581 in USER_DEFINED tokens is kept, as `tokenizers`
 does.
 
-Knows nothing about prompts beyond a small chat template for other programs; localrun's own prompts come from `engine.chat_format`.
+Knows nothing about prompts beyond a small chat template for other programs; localrun's own prompts come from `engine.chat`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,13 +93,12 @@ def run(args: argparse.Namespace) -> int:
     if args.queue < 1:
         raise UsageError("--queue must be at least 1")
     limits = Limits(queue=args.queue)
-    logging.basicConfig(level=logging.INFO, handlers=[_Notes(out)], force=True)
     from localrun.server.web import listen
 
     options = engine_options(settings)
     named = common.named_path(args, settings)
     sock = listen(args.host, args.port, limits)  # before the model: a port that is taken is known at once
-    with sock, common.engine_process(args, out) as engine:
+    with _log_lines(out), sock, common.engine_process(args, out) as engine:
         facts = common.load(engine, named or common.demo_model(out), options, out)
         _serve(args, settings, engine, facts, limits, keys, sock, out)
     return 0
@@ -222,6 +223,20 @@ class _Log:
             parts.append(f"hits {rate:.0%}")
         parts.append(f"context {stats.context_used:,} of {stats.n_ctx:,}")
         return " | ".join(parts)
+
+
+@contextmanager
+def _log_lines(out: Output) -> Iterator[None]:
+    """Log records are printed as notes while the server runs; afterwards logging is as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = [_Notes(out)]
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 class _Notes(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from localrun.cli import main
-from localrun.commands.serve import model_name
+from localrun.commands.output import Output
+from localrun.commands.serve import _log_lines, model_name
 from localrun.server.client_config import CLIENTS
 from tests.engine.models import write_chat_model
 
@@ -137,3 +139,11 @@ def test_second_signal_ends_the_answer_too(tmp_path: Path) -> None:
     serve.process.send_signal(signal.SIGINT)
     assert b"server_stopping" in response.read()
     assert serve.process.wait(PATIENCE_S) == 0
+
+
+def test_logging_is_as_it_was_after_the_server() -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with _log_lines(Output()):
+        assert [type(handler).__name__ for handler in root.handlers] == ["_Notes"]
+    assert (root.handlers, root.level) == before

@@ -147,11 +147,10 @@ def test_what_is_needed_overtakes_guesses_that_have_begun(tmp_path: Path, monkey
     """An expert is three reads here, and two go on at once: the third of a guess waits for all that somebody waits for."""
     harness = OnFiles(tmp_path, monkeypatch)
     started: list[tuple[int, int]] = []
-    read = reading.preadv
 
     def note(fd: int, buffers: list[memoryview], offset: int) -> int:
         started.append(expert_at(offset))
-        return read(fd, buffers, offset)
+        return harness._preadv(fd, buffers, offset)
 
     monkeypatch.setattr(reading, "preadv", note)
     rig = Rig(harness)
@@ -239,6 +238,23 @@ def test_a_wrong_guess_is_the_next_to_go(rig: Rig) -> None:
     rig.foresee(1, 11)
     assert rig.residency.table.peek(1, 5) is None
     assert rig.count(Counter.GUESSES_WASTED) == 1
+
+
+def test_a_layer_whose_guesses_are_mostly_wrong_is_seldom_guessed(rig: Rig) -> None:
+    def n_guesses(n_tokens: int, *used: int) -> int:
+        before = rig.count(Counter.GUESSES)
+        for _ in range(n_tokens):
+            guess = next(e for e in range(3, N_EXPERTS) if rig.residency.table.peek(1, e) is None)
+            rig.foresee(0, guess)
+            rig.routers.experts = ()
+            rig.call(1, *used, guess if len(used) < N_USED else used[0])
+            for slot in rig.residency.table:
+                rig.residency.table.discard(slot)
+        return rig.count(Counter.GUESSES) - before
+
+    assert n_guesses(30, 0, 1, 2) == 30
+    assert n_guesses(64, 0, 1, 2) < 32  # they are not worth reading, but get a chance now and then
+    assert n_guesses(600, 0, 1) > 300  # right again
 
 
 def test_nothing_is_asked_or_read_while_all_of_the_next_layer_is_in_ram(rig: Rig, store: MemoryStore) -> None:

@@ -33,7 +33,7 @@ from localrun.tui.widgets.status_bar import Status, StatusBar, status_line
 from localrun.units import format_rate
 from tests.gguf_models import write_deepseek4
 from tests.tui.fake_engine import FakeEngine, held, text
-from tests.tui.support import Setup
+from tests.tui.support import Setup, Talk
 
 # --- the list of commands
 
@@ -309,6 +309,47 @@ async def test_find_goes_from_place_to_place(setup: Setup) -> None:
         await talk.until(lambda: [v.message_id for v in talk.screen.query(".found")] == [bar.found[1]])  # type: ignore[attr-defined]
         await talk.press("escape")
         assert not bar.display
+
+
+def marked(talk: Talk) -> list[str]:
+    """Pieces of the screen that are drawn reversed, inside messages."""
+    found = []
+    for view in talk.screen.query(MessageView):
+        for widget in view.query(Static):
+            for strip in widget.render_lines(widget.size.region):
+                found += [segment.text for segment in strip if segment.style is not None and segment.style.reverse]
+    return found
+
+
+async def test_find_marks_every_place_of_the_message_on_view(setup: Setup) -> None:
+    answer = "One Apple.\n\n- an apple in a list\n\n| a | b |\n|---|---|\n| 1 | pineapple |\n\n```\napple = 1\n```\n"
+    async with setup.start() as talk:
+        talk.engine.scripts.put(text(answer))
+        await talk.ask("an apple?")
+        await talk.type("/find apple")
+        await talk.until(lambda: len(marked(talk)) == 4, "four marks")
+        assert marked(talk) == ["Apple", "apple", "apple", "apple"]
+        await talk.press("enter")
+        await talk.until(lambda: marked(talk) == ["apple"], "the question's mark")
+        await talk.press("enter")
+        await talk.until(lambda: len(marked(talk)) == 4)
+        await talk.press("escape")
+        await talk.until(lambda: not marked(talk))
+
+
+async def test_find_scrolls_to_a_word_far_down_in_a_message(setup: Setup) -> None:
+    async with setup.start() as talk:
+        talk.engine.scripts.put(text("\n\n".join(f"paragraph {n}" for n in range(100)) + "\n\nneedle"))
+        await talk.ask("a long one")
+        await talk.press("ctrl+home")
+        await talk.type("/find needle")
+        chat = talk.screen.chat
+
+        def seen() -> bool:
+            view = next(iter(talk.screen.query(".found").results(MessageView)), None)
+            return view is not None and view.first_mark is not None and view.first_mark.region.overlaps(chat.region)
+
+        await talk.until(seen, "the word is in view")
 
 
 async def test_search_opens_the_conversation_and_the_branch_of_the_place(setup: Setup) -> None:

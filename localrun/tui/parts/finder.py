@@ -1,4 +1,4 @@
-"""Finding words in the conversation on view."""
+"""Finding words in the conversation on view, and marking them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from textual.screen import Screen
 from localrun.tui.parts.work import Call, Handler
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.find_bar import FindBar
+from localrun.tui.widgets.message_view import MessageView
 
 
 class Finder:
@@ -28,6 +29,7 @@ class Finder:
         """Returns whether it was open."""
         was_open = bool(self._bar.display)
         self._bar.display = False
+        self._unmark()
         return was_open
 
     def _find(self, call: Call) -> None:
@@ -39,13 +41,26 @@ class Finder:
     def look(self) -> None:
         """Other words."""
         chat = self._screen.query_one(ChatView)
+        self._unmark()
         self._bar.search([entry.message for entry in chat.entries])
 
     async def go_to(self, message_id: int) -> None:
-        """Shows a place."""
+        """Shows a place: the message with all its words marked, the first of them in view."""
+        self._unmark()
         chat = self._screen.query_one(ChatView)
-        for view in chat.query(".found"):
-            view.remove_class("found")
         await chat.scroll_to_message(message_id)
         if (found := chat.view(message_id)) is not None:
             found.add_class("found")
+            found.mark(self._bar.words.split())
+            chat.call_after_refresh(self._show_mark, found)
+
+    def _show_mark(self, found: MessageView) -> None:
+        """In a message that is longer than the view."""
+        chat, mark = self._screen.query_one(ChatView), found.first_mark
+        if mark is not None and mark.region.y >= chat.region.bottom:
+            chat.scroll_to_widget(mark, animate=False, top=True)
+
+    def _unmark(self) -> None:
+        for view in self._screen.query_one(ChatView).query(".found").results(MessageView):
+            view.remove_class("found")
+            view.mark(())

@@ -7,8 +7,8 @@ left to Textual. Departure: no mouse selection inside lists and tables (the copy
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
@@ -55,6 +55,10 @@ class RowsVisual(Visual):
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
+    def changed(self, each: Callable[[Content], Content]) -> RowsVisual:
+        """The same with other contents."""
+        return RowsVisual([replace(row, content=each(row.content)) for row in self._rows])
+
     def render_strips(self, width: int, height: int | None, style: Style, options: RenderOptions) -> list[Strip]:
         plain = RenderOptions(options.get_style, options.rules)
         strips: list[Strip] = []
@@ -83,6 +87,10 @@ class TableVisual(Visual):
         n_columns = max([len(self._header), *map(len, self._rows)])
         for row in (self._header, *self._rows):
             row.extend([Content("")] * (n_columns - len(row)))
+
+    def changed(self, each: Callable[[Content], Content]) -> TableVisual:
+        """The same with other contents."""
+        return TableVisual([each(cell) for cell in self._header], [[each(cell) for cell in row] for row in self._rows])
 
     def render_strips(self, width: int, height: int | None, style: Style, options: RenderOptions) -> list[Strip]:
         plain = RenderOptions(options.get_style, options.rules)

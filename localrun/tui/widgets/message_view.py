@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message as TextualMessage
+from textual.widget import Widget
 from textual.widgets import Markdown, Static
 from textual.widgets.markdown import MarkdownStream
 
@@ -20,6 +21,7 @@ from localrun.textsafe import visible, visible_line
 from localrun.tui.commands import message_bindings
 from localrun.tui.messages import MessageAction
 from localrun.tui.widgets.lean_markdown import LeanMarkdown, parse_markdown
+from localrun.tui.widgets.marks import Marks
 from localrun.tui.widgets.thinking import ThinkingBlock
 from localrun.units import format_duration
 
@@ -74,6 +76,7 @@ class MessageView(Vertical, can_focus=True):
         self.entry = entry
         self._written = visible(entry.message.content)
         self._stream: MarkdownStream | None = None
+        self._marks, self._words = Marks(), tuple[str, ...]()
 
     @property
     def message_id(self) -> int:
@@ -119,6 +122,21 @@ class MessageView(Vertical, can_focus=True):
     def toggle_thinking(self) -> None:
         for block in self.query(ThinkingBlock):
             block.toggle()
+
+    def mark(self, words: Sequence[str]) -> None:
+        """Marks words that are looked for, also in what is drawn later; none: no marks."""
+        self._words = tuple(words)
+        self._marks.show(self, self._words)
+
+    @property
+    def first_mark(self) -> Widget | None:
+        """Where the topmost of them is."""
+        return self._marks.first
+
+    def on_markdown_table_of_contents_updated(self, event: Markdown.TableOfContentsUpdated) -> None:
+        """The text was drawn anew."""
+        if self._words:
+            self._marks.show(self, self._words)
 
     async def _show_thinking(self, live: bool) -> None:
         message = self.entry.message

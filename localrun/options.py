@@ -409,6 +409,15 @@ OPTIONS: tuple[Option, ...] = (
         metavar="off|high|max",
         help="how much the model reasons before it answers",
     ),
+    Option(
+        name="notify",
+        table="interface",
+        kind=Kind.CHOICE,
+        default="bell",
+        choices=("bell", "desktop", "off"),
+        help="how the terminal UI tells that a long answer is ready: the bell, a notification of the desktop, not at all",
+        where=frozenset({Where.FILE}),
+    ),
 )
 
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}

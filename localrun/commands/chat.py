@@ -112,6 +112,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
                     system=args.system or "",
                     max_tokens=template.max_tokens,
                     fresh=False,
+                    notify=settings["notify"],
                 )
             )
         chat = _Chat(engine, template, args.system, out, {})
@@ -146,6 +147,7 @@ def _run_ui(args: argparse.Namespace, settings: config.Settings, options: Engine
                 system=args.system or "",
                 max_tokens=settings["max_tokens"],
                 fresh=args.model is not None,
+                notify=settings["notify"],
             )
         )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from textual import events, work
+from textual import events, on, work
 from textual.app import App
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.theme import Theme
@@ -34,11 +34,13 @@ from localrun.engine.process.process import EngineProcess
 from localrun.errors import UsageError
 from localrun.server.remote import RemoteEngine
 from localrun.textsafe import visible
+from localrun.tui import attention
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.commands import COMMANDS
 from localrun.tui.driver import TerminalDriver
 from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
 from localrun.tui.lifeline import Lifeline
+from localrun.tui.messages import LongAnswerEnded
 from localrun.tui.options import ChatOptions
 from localrun.tui.parts.panels import WIDE_COLUMNS
 from localrun.tui.parts.records import Records
@@ -60,6 +62,7 @@ class Launch:
         chat: settings of new conversations.
         model_folders: where the chooser looks.
         fresh: begin a new conversation instead of the last one.
+        notify: how the end of a long answer is told.
     """
 
     model: Path | None = None
@@ -68,6 +71,7 @@ class Launch:
     chat: ChatOptions = field(default_factory=ChatOptions)
     model_folders: Sequence[Path] = ()
     fresh: bool = False
+    notify: str = "bell"
 
 
 class LocalrunCommands(Provider):
@@ -210,6 +214,16 @@ class LocalrunApp(App[None]):
             self.chat.save()
         self.exit(return_code=return_code)
 
+    @on(LongAnswerEnded)
+    def call_attention(self) -> None:
+        """Tells whoever looks elsewhere, as it was chosen."""
+        self.tell_terminal(attention.sequence(self.launch.notify, "the answer is ready"))
+
+    def tell_terminal(self, sequence: str) -> None:
+        """Writes what the terminal itself understands; nothing without one."""
+        if self._driver is not None and not self.is_headless:
+            self._driver.write(sequence)
+
     async def on_unmount(self) -> None:
         if self.chat is not None:
             await asyncio.to_thread(self.chat.close_engine)
@@ -229,6 +243,7 @@ def run_app(
     max_tokens: int | None = None,
     model_folders: Sequence[Path] | None = None,
     fresh: bool = False,
+    notify: str = "bell",
 ) -> int:
     """Runs the terminal UI until the user leaves; standard input and output must be a terminal.
 
@@ -240,6 +255,7 @@ def run_app(
         sampling, think, system, max_tokens: settings of new conversations.
         model_folders: where the chooser looks for models; None: `default_folders()`.
         fresh: begin a new conversation instead of the last one.
+        notify: how the end of a long answer is told.
 
     Returns:
         The exit code.
@@ -256,6 +272,7 @@ def run_app(
         chat=ChatOptions(sampling or SamplingOptions(), think, system, max_tokens),
         model_folders=default_folders() if model_folders is None else model_folders,
         fresh=fresh,
+        notify=notify,
     )
 
     def adopt(on_death: OnDeath) -> EngineLike:

@@ -21,6 +21,7 @@ from localrun.errors import LocalrunError, UsageError
 from localrun.options import THINK_MODES
 from localrun.tui.answer import Answer
 from localrun.tui.commands import BY_NAME, screen_bindings
+from localrun.tui.demo_words import DEMO_QUESTIONS, DEMO_WORDS
 from localrun.tui.engine_link import EngineLink
 from localrun.tui.messages import (
     AnswerEvents,
@@ -32,6 +33,7 @@ from localrun.tui.messages import (
     EngineLoading,
     EngineReady,
     ErrorAction,
+    LongAnswerEnded,
     MessageAction,
     ModelChecked,
     PromptSubmitted,
@@ -67,14 +69,7 @@ if TYPE_CHECKING:
     from localrun.tui.parts.records import Records
 
 LONG_ANSWER_S = 20.0
-"""From here on the end of an answer rings the bell."""
-
-DEMO_WORDS = (
-    "This is the demo: a toy of 33 million parameters. It knows capitals, elements,\n"
-    "small sums and stories, and shows how localrun works. A real model: Ctrl+L.\n\n"
-    "Tab puts one of these into the input:\n"
-)
-DEMO_QUESTIONS = ("What can you do?", "Tell me a story about a fox.", "What is an expert?")
+"""From here on the end of an answer is told to somebody who looks elsewhere."""
 
 _LIVE_TICK_S = 0.25
 _STATS_TICK_S = 1.0
@@ -216,6 +211,7 @@ class ChatScreen(Screen[None]):
         self.queue.add(self.current.show() if self._launch.fresh else self.current.open_last())
         self.set_interval(_LIVE_TICK_S, self.monitor.tick_live)
         self.set_interval(_STATS_TICK_S, self.monitor.tick_stats)
+        self.set_interval(_STATS_TICK_S, self.model.tick_loading)
         self.model.begin(self._launch.model, self._launch.prepare)
         self._to_input()
 
@@ -343,7 +339,7 @@ class ChatScreen(Screen[None]):
         self.monitor.look()
         timings = answer.finished.timings if answer.finished is not None else None
         if timings is not None and timings.prompt_s + timings.decode_s >= LONG_ANSWER_S:
-            self.app.bell()  # whoever waited so long looks elsewhere
+            self.post_message(LongAnswerEnded())  # whoever waited so long looks elsewhere
 
     def _conversation_changed(self) -> None:
         self.show_header()

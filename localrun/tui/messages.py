@@ -28,6 +28,11 @@ class EngineLoading(Message):
 
 
 @dataclass
+class LongAnswerEnded(Message):
+    """An answer that took long is ready."""
+
+
+@dataclass
 class EngineReady(Message):
     """The model is loaded; `plan` as in `protocol.Ready`."""
 

@@ -107,10 +107,12 @@ class FakeEngine:
         commands: what was asked.
         loads: what was loaded.
         load_error: what the next load fails with.
+        log: last lines of its standard error.
         plan, planned: lines of a load's plan, and the speed of answers that it expects.
     """
 
     def __init__(self, on_death: Callable[[EngineDiedError], None]) -> None:
+        self.log = ["last words of the engine"]
         self._on_death = on_death
         self.facts: ModelFacts | None = None
         self.scripts: queue.SimpleQueue[Script] = queue.SimpleQueue()
@@ -191,7 +193,7 @@ class FakeEngine:
         return len(text.split())
 
     def log_tail(self) -> list[str]:
-        return ["last words of the engine"]
+        return self.log
 
     def close(self) -> None:
         self.closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +15,14 @@ from textual.widgets import OptionList, Static
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Generate
 from localrun.errors import UsageError
-from localrun.tui import presets
+from localrun.tui import attention, presets
 from localrun.tui.app import LocalrunApp
-from localrun.tui.chat_screen import DEMO_QUESTIONS
+from localrun.tui.demo_words import DEMO_NOTE, DEMO_QUESTIONS
 from localrun.tui.files import completions, is_long_paste, mentioned_files
 from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
 from tests.tui.fake_engine import FakeEngine, facts, finished
-from tests.tui.support import Setup
+from tests.tui.support import Setup, Talk
 
 
 def test_files_are_those_that_exist_each_once(tmp_path: Path) -> None:
@@ -139,12 +140,23 @@ async def test_other_models_offer_nothing(setup: Setup) -> None:
         assert talk.screen.prompt.offers == ()
 
 
-@pytest.mark.parametrize(("seconds", "rings"), [(1.0, 0), (60.0, 1)])
-async def test_a_long_answer_rings_the_bell(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch, seconds: float, rings: int
+@pytest.mark.parametrize(
+    ("seconds", "notify", "told"),
+    [
+        (1.0, "bell", []),
+        (60.0, "bell", ["\x07"]),
+        (60.0, "desktop", ["\x1b]9;localrun: the answer is ready\x07\x07"]),
+        (60.0, "off", [""]),
+    ],
+)
+async def test_the_end_of_a_long_answer_is_told(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, seconds: float, notify: str, told: list[str]
 ) -> None:
-    rung: list[LocalrunApp] = []
-    monkeypatch.setattr(LocalrunApp, "bell", lambda app: rung.append(app))
+    written: list[str] = []
+    monkeypatch.setattr(LocalrunApp, "tell_terminal", lambda app, sequence: written.append(sequence))
+    for name, value in (("TERM", "xterm"), ("TMUX", ""), ("VTE_VERSION", None)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    setup.launch = replace(setup.launch, notify=notify)
 
     def script(engine: FakeEngine, command: Generate) -> Iterator[GenerateEvent]:
         yield Delta(request=1, kind="text", text="done", tokens=(1,))
@@ -154,7 +166,48 @@ async def test_a_long_answer_rings_the_bell(
     async with setup.start() as talk:
         talk.engine.scripts.put(script)
         await talk.ask("q")
-        assert len(rung) == rings
+        await talk.until(lambda: written == told)
+
+
+def test_notifications_have_the_form_that_the_terminal_knows() -> None:
+    osc_777 = "\x1b]777;notify;localrun;done\x07\x07"
+    assert attention.sequence("desktop", "done", {"TERM": "foot"}) == osc_777
+    assert attention.sequence("desktop", "done", {"TERM": "xterm", "VTE_VERSION": "7006"}) == osc_777
+    inside = attention.sequence("desktop", "done", {"TERM": "tmux-256color", "TMUX": "/tmp/tmux"})
+    assert inside == "\x1bPtmux;\x1b\x1b]9;localrun: done\x07\x1b\\\x07"
+
+
+async def test_the_demo_says_below_its_first_answer_that_it_is_a_toy(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endings(talk: Talk) -> list[str]:
+        return [str(line.render()) for line in talk.screen.query(".message-ending").results(Static)]
+
+    monkeypatch.setattr("tests.tui.fake_engine.facts", lambda path, **more: facts(path, name="demo", **more))
+    async with setup.start() as talk:
+        await talk.ask("Who won the match?")
+        await talk.ask("And then?")
+        await talk.until(lambda: len(endings(talk)) == 2)
+        assert [DEMO_NOTE in ending for ending in endings(talk)] == [True, False]
+        await talk.type("/new")
+        await talk.ask(DEMO_QUESTIONS[0])
+        await talk.until(lambda: len(endings(talk)) == 1)
+        assert DEMO_NOTE not in endings(talk)[0]
+
+
+async def test_a_first_start_says_how_far_the_compiler_is(setup: Setup) -> None:
+    def words(talk: Talk) -> str:
+        return str(talk.screen.query_one("#loading-text", Static).render())
+
+    setup.launch, setup.ready = replace(setup.launch, model=None, prepare=lambda: held.wait(60) and Path("/m")), False
+    held = threading.Event()
+    async with setup.start() as talk:
+        await talk.until(lambda: talk.screen.model.loading)
+        talk.engine.log = ["compiling one", "something else", "compiling two"]
+        await talk.until(lambda: "function 2 of about" in words(talk))
+        talk.engine.log = ["compiling three"]  # another process
+        await talk.until(lambda: "function 1 of about" in words(talk))
+        held.set()
 
 
 async def test_a_preset_is_kept_listed_completed_and_used_in_another_conversation(setup: Setup) -> None:

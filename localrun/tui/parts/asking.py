@@ -15,6 +15,7 @@ from localrun.engine.process.protocol import Generate
 from localrun.errors import ContextFullError, EngineDiedError, StoppedError, UsageError
 from localrun.tui.answer import Answer, last_turns, prompt_messages
 from localrun.tui.answering import Answering
+from localrun.tui.demo_words import DEMO_NOTE, DEMO_QUESTIONS
 from localrun.tui.parts.conversation import OpenConversation
 from localrun.tui.parts.model import LoadedModel
 from localrun.tui.parts.notices import Notices
@@ -114,13 +115,17 @@ class Asking:
         self.pending = None
         options = self.current.options
         modes = facts.think_modes
+        branch = await self.current.branch()
         command = Generate(
-            messages=prompt_messages(await self.current.branch(), options.system),
+            messages=prompt_messages(branch, options.system),
             think=options.think if options.think in modes else modes[0],
             sampling=options.sampling,
             max_tokens=options.max_tokens,
         )
-        entry = await self.current.add_answer(question_id, {"model": facts.name, "think": command.think})
+        details = {"model": facts.name, "think": command.think}
+        if self._model.is_demo and len(branch) == 1 and branch[0].content not in DEMO_QUESTIONS:
+            details["note"] = DEMO_NOTE
+        entry = await self.current.add_answer(question_id, details)
         chat = self._screen.query_one(ChatView)
         await chat.append(entry)
         self.answering.start(entry, command)  # not before: what comes is drawn into what the chat shows

@@ -12,6 +12,7 @@ from textual.screen import Screen
 
 from localrun import config
 from localrun.api import demo, models
+from localrun.commands.compiling import USUAL_FUNCTIONS
 from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions
@@ -76,6 +77,8 @@ class LoadedModel:
         self.loading = False
         self.plan_lines: tuple[str, ...] = ()
         self.planned: tuple[float, float] | None = None
+        self._loading_text, self._loading_progress = "", 0.0
+        self._compiled_before = self._compiled = 0
         self._loaded: Choice | None = None
         self._wanted: Choice | None = None
 
@@ -135,7 +138,9 @@ class LoadedModel:
         self.facts, self.loading, self.plan_lines, self.planned = None, True, (), None
         self._notices.clear()
         self._begun()
-        self._screen.query_one(LoadingPanel).show(f"starting the engine for {visible_line(str(path))}", 0.0)
+        self._compiled_before = self._compiled = 0 if restart else self._count_compiled()
+        self._loading_text, self._loading_progress = f"starting the engine for {visible_line(str(path))}", 0.0
+        self._show_progress()
         self._changed()
         self.link.load(path, self.options, restart=restart)
 
@@ -178,7 +183,26 @@ class LoadedModel:
             self.loading, self.facts, self.plan_lines = True, None, ()
             self._changed()
         self.plan_lines = event.plan or self.plan_lines
-        self._screen.query_one(LoadingPanel).show(event.text, event.progress, self.plan_lines)
+        self._loading_text, self._loading_progress = event.text, event.progress
+        self._show_progress()
+
+    def tick_loading(self) -> None:
+        """Once a second: the compiler, which a first start on a processor waits for, is seen in the engine's log only."""
+        if self.loading and (n_compiled := self._count_compiled()) != self._compiled:
+            if n_compiled < self._compiled:  # another process
+                self._compiled_before = 0
+            self._compiled = n_compiled
+            self._show_progress()
+
+    def _count_compiled(self) -> int:
+        return sum(line.startswith("compiling ") for line in self.link.engine.log_tail())
+
+    def _show_progress(self) -> None:
+        text, n_compiled = self._loading_text, self._compiled - self._compiled_before
+        if n_compiled:
+            about = f" of about {USUAL_FUNCTIONS}" if n_compiled < USUAL_FUNCTIONS else ""
+            text += f"; compiling for this processor, only this once: function {n_compiled}{about}"
+        self._screen.query_one(LoadingPanel).show(text, self._loading_progress, self.plan_lines)
 
     def loaded(self, event: EngineReady) -> None:
         self.loading, self.facts = False, event.facts

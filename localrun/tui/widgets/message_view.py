@@ -219,6 +219,8 @@ def _ending_parts(message: Message) -> Iterator[str]:
         yield f"read {n_prompt:,} in {format_duration(timings['prompt_s'])}"
     if warning := message.details.get("warning"):
         yield f"⚠ {visible_line(str(warning), max_chars=200)}"
+    if note := message.details.get("note"):
+        yield visible_line(str(note), max_chars=300)
 
 
 def _clock(moment: float) -> str:

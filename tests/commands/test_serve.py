@@ -116,7 +116,8 @@ def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path
     body = {**body, "max_tokens": 400, "min_tokens": 400, "stream": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
-    response.readline()
+    while not re.search(rb'"content":"[^"]', response.readline()):  # until the answer runs; before, it waits
+        pass
     serve.process.send_signal(signal.SIGTERM)
     assert response.read().rstrip().endswith(b"[DONE]")  # the running answer may end
     assert serve.process.wait(PATIENCE_S) == 0

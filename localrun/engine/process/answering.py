@@ -179,7 +179,9 @@ def shown_tools(tools: Sequence[Json]) -> list[Json]:
 
 
 def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[ToolSchema, ...]:
-    """What is on offer in a question: beside the messages, or in them."""
+    """What may be called in an answer: tools beside the messages, and in them."""
+    if command.tool_choice == "none":
+        return ()
     beside = tools_from_json(shown_tools(command.tools)) if command.tools else ()
     inside = (m.tools for m in messages or () if isinstance(m, SystemMessage | DeveloperMessage))
     return (*beside, *(tool for tools in inside for tool in tools))

@@ -28,6 +28,7 @@ class Shim:
         opens: the device can be opened.
         n_allocations, n_in, bytes_in, n_out, bytes_out: buffers asked for, copies to the device and back, and their bytes.
         n_cleared: buffers set to one value.
+        n_synchronized, n_launched: waits for the device, and graphs started.
         n_asked: how often the device was asked for its memory.
     """
 
@@ -42,6 +43,8 @@ class Shim:
     bytes_out: int = 0
     n_cleared: int = 0
     n_asked: int = 0
+    n_synchronized: int = 0
+    n_launched: int = 0
     keep: list[Any] = field(default_factory=list)
 
 
@@ -73,7 +76,10 @@ def shim(device: GpuDevice) -> Iterator[Shim]:
             found[0].memory_free = state.free_bytes
 
     def init_backend(address: int, parameters: bytes | None) -> int | None:
-        return real_open(address, parameters) if state.opens else None
+        backend = real_open(address, parameters) if state.opens else None
+        if backend:
+            _count_calls(state, ggml.Backend.from_address(backend).iface)
+        return int(backend) if backend else None
 
     def alloc_buffer(kind: int, size: int) -> int | None:
         state.n_allocations += 1
@@ -141,3 +147,52 @@ def _count(state: Shim, interface: Any) -> None:
 
     for name, function in (("set_tensor", set_tensor), ("get_tensor", get_tensor), ("clear", clear)):
         _replace(state, interface, name, function)
+
+
+_Copy = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_size_t)
+_Wait = C.CFUNCTYPE(None, C.c_void_p)
+
+
+def _count_calls(state: Shim, interface: Any) -> None:
+    """The functions of an opened device; those that it lacks, ggml replaces by the buffer's."""
+
+    def copy_in(real: Any) -> Any:
+        def set_async(backend: int, tensor: int, data: int, offset: int, size: int) -> None:
+            state.n_in += 1
+            state.bytes_in += size
+            real(backend, tensor, data, offset, size)
+
+        return _Copy(set_async)
+
+    def copy_out(real: Any) -> Any:
+        def get_async(backend: int, tensor: int, data: int, offset: int, size: int) -> None:
+            state.n_out += 1
+            state.bytes_out += size
+            real(backend, tensor, data, offset, size)
+
+        return _Copy(get_async)
+
+    def wait(real: Any) -> Any:
+        def synchronize(backend: int) -> None:
+            state.n_synchronized += 1
+            real(backend)
+
+        return _Wait(synchronize)
+
+    for name, kind, wrap in (
+        ("set_tensor_async", _Copy, copy_in),
+        ("get_tensor_async", _Copy, copy_out),
+        ("synchronize", _Wait, wait),
+    ):
+        address = getattr(interface, name)
+        if address:
+            made = wrap(kind(address))
+            state.keep.append(made)
+            setattr(interface, name, C.cast(made, C.c_void_p))
+    real_compute = _copy(interface.graph_compute)
+
+    def compute(backend: int, graph: int) -> int:
+        state.n_launched += 1
+        return int(real_compute(backend, graph))
+
+    _replace(state, interface, "graph_compute", compute)

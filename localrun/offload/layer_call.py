@@ -82,7 +82,7 @@ class LayerCall:
         return len(self._routing.experts)
 
     def run(self) -> None:
-        """1. Find what is there. 2. Start GPUs and reads. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
+        """1. Find what is there. 2. Start reads and GPUs. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
         the GPUs' results."""
         ready, on_gpu = [], []
         table = self._residency.table
@@ -108,6 +108,8 @@ class LayerCall:
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
         self._ahead.foresight.begin(self._layer, self._routing.experts)
+        if not self._is_long:
+            self._start_reads()  # before the GPU: starting it takes some of the time that a read takes
         if self._gpu is not None and (on_gpu or self._is_long):
             started = time.perf_counter_ns()
             ready = self._start_gpu(self._gpu, on_gpu, ready)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
+from localrun.engine.planner.cards import card_bytes_per_s
 from localrun.engine.planner.usual_rates import usual_rates
 from localrun.errors import LocalrunError
 from localrun.offload.gpu.rates import GpuRates, assumed_rates
@@ -198,7 +199,8 @@ def local_gpus() -> tuple[Gpu, ...]:
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
-    """These devices with their rates; with assumed ones where `probe` is False or fails, and the link's as the system tells it."""
+    """These devices with their rates. Where `probe` is False or fails, they are assumed, from the bandwidth that the card's maker
+    states and the link's as the system tells it."""
     from localrun.offload.gpu.probe import probe_gpu
 
     links = display_links()
@@ -206,7 +208,8 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
     result = []
     for number, device in enumerate(devices):
         link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
-        rates = (probe_gpu(device) if probe else None) or assumed_rates(ASSUMED_VRAM_BYTES_PER_S, link)
+        memory_rate = card_bytes_per_s(device.description) or ASSUMED_VRAM_BYTES_PER_S
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(memory_rate, link)
         result.append(
             Gpu(
                 name=device.description or device.name,

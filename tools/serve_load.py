@@ -35,6 +35,12 @@ from tests.server.test_malformed import GOOD, spoil
 FIRST_SIGN_S = 1.0
 """What every client may wait for headers and a first event."""
 
+SHORT = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+"""Where an answer's bound is added to requests that have none, so that a real model does not write until the context is full."""
+
 SETTLE_S = 8.0
 """Until what was left has been noticed."""
 
@@ -179,18 +185,23 @@ def run(running: Running, args: argparse.Namespace) -> list[str]:
 
 
 def malformed(running: Running, n_requests: int) -> list[str]:
-    """What is wrong after so many requests that are spoiled at a place."""
+    """What is wrong after so many requests that are spoiled at one to three places."""
     statuses: Counter[int] = Counter()
     faults = []
     draw = random.Random(n_requests)
     for i in range(n_requests):
         path, good = GOOD[i % len(GOOD)]
-        body = spoil(good, draw)
+        body = {**good, SHORT[path]: 8} if path in SHORT else good
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            body = spoil(body, draw) if body else body
         reply = post(running, path, body)
         statuses[reply.status] += 1
         if reply.status >= 500:
-            faults.append(f"{path}: {reply.status} {reply.body[:200]!r} for {json.dumps(body)[:300]}")
+            faults.append(f"{path}: {reply.status} {reply.body[:200]!r} for {json.dumps(body)[:2000]}")
     print(f"malformed: {dict(statuses)}")
+    after = post(running, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8})
+    if after.status != 200:
+        faults.append(f"a good request behind them: {after.status} {after.body[:200]!r}")
     return faults[:5]
 
 
@@ -204,18 +215,23 @@ def main() -> int:
     )
     args = parser.parse_args()
     limits = Limits(queue=2 * args.clients, read_s=2.0, write_s=5.0)
-    if args.malformed:
-        with serving(ScriptedEngine(), limits=limits) as running:
-            faults = malformed(running, args.malformed)
-    elif args.model is None:
+    if args.model is None:
         engine = ScriptedEngine(lambda command: [str(command.messages[-1]["content"]), *[" word"] * 20], delay_s=0.0005)
+        if args.malformed:
+            engine = ScriptedEngine()
         with serving(engine, limits=limits, keep_alive_s=0.4) as running:
-            faults = run(running, args)
+            faults = malformed(running, args.malformed) if args.malformed else run(running, args)
     else:
         with EngineProcess() as process:
-            list(process.load(args.model, EngineOptions(n_ctx=4096)))
+            list(process.load(args.model, EngineOptions(n_ctx=1024 if args.malformed else 4096)))
+            pid = process.pid
             with serving(process, limits=limits, keep_alive_s=0.4) as running:
-                faults = [fault for fault in run(running, args) if "somebody else's" not in fault]
+                if args.malformed:
+                    faults = malformed(running, args.malformed)
+                else:
+                    faults = [fault for fault in run(running, args) if "somebody else's" not in fault]
+            if process.pid != pid:
+                faults.append("the engine's process has died on the way")
     for fault in faults:
         print(f"FAULT: {fault}")
     return 1 if faults else 0

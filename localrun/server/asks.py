@@ -186,12 +186,12 @@ def _unknown_effort(effort: str, param: str) -> Exception:
 _noted: set[tuple[str, str]] = set()
 
 
-def note_once(api: str, what: str) -> None:
-    """Logs something that was left out of a request, the first time it is seen; a client sends it with every request."""
+def note_once(api: str, what: str, fate: str = "ignored") -> None:
+    """Logs what of a request has no effect, the first time it is seen; a client sends it with every request."""
     key = (api, what[:100])
     if key not in _noted and len(_noted) < 1000:
         _noted.add(key)
-        log.info("%s: ignored: %s", api, what[:100])
+        log.info("%s: %s: %s", api, fate, what[:100])
 
 
 def note_unknown(api: str, body: Mapping[str, Json], known: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import TokenLogprob
-from localrun.server.asks import Defaults, ToolChoice, check_logit_bias
+from localrun.server.asks import Defaults, ToolChoice, check_logit_bias, note_once
 from localrun.server.faults import ApiError, Kind, invalid, unsupported
 from localrun.server.limits import Limits, check_schema
 
@@ -65,6 +65,7 @@ def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -
     if kind == "allowed_tools":
         inner = value.get("allowed_tools", value)
         mode = inner.get("mode") if isinstance(inner, Mapping) else None
+        note_once("openai", f"{param}.allowed_tools: every tool that is offered may be called", "not enforced")
         return ("required" if mode == "required" else "auto"), None
     if kind not in ("function", "custom"):
         raise unsupported(f"{param}.type", f"tools of type {kind!r:.40} can't be called here")

@@ -147,6 +147,8 @@ def _refuse(request: ResponsesRequest) -> None:
         raise unsupported("conversation", "conversations are not kept here; use previous_response_id")
     if request.prompt is not None:
         raise unsupported("prompt", "prompt templates are kept by OpenAI, not here")
+    if request.truncation not in (None, "disabled"):
+        asks.note_once(API, f"truncation {request.truncation!r}: a conversation that does not fit is refused")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
         raise invalid("top_logprobs", "must lie between 0 and 20")
 
@@ -235,6 +237,8 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
         description = tool.get("description")
         if not isinstance(description, str | None):
             raise invalid(f"{where}.description", "must be a string", code="invalid_type")
+        if kind == "custom":
+            description = _with_format(description, tool, where)
         functions.append(asks.function(model_name, description, parameters, strict=tool.get("strict") is True))
 
     for i, tool in enumerate(tools):
@@ -251,6 +255,27 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
         else:
             raise unsupported(f"{where}.type", f"tools of type {kind!r:.40} are run by OpenAI, not here")
     return names, functions
+
+
+def _with_format(description: str | None, tool: Mapping[str, Json], where: str) -> str | None:
+    """A custom tool's description with its grammar behind it: the model is shown it, and the log says that nothing enforces it."""
+    wanted = tool.get("format")
+    if wanted is None:
+        return description
+    if not isinstance(wanted, Mapping):
+        raise invalid(f"{where}.format", "must be an object", code="invalid_type")
+    kind = wanted.get("type")
+    if kind == "text":
+        return description
+    if kind != "grammar":
+        raise unsupported(f"{where}.format.type", f"{kind!r:.40} is none of text, grammar")
+    syntax, definition = wanted.get("syntax"), wanted.get("definition")
+    if syntax not in ("lark", "regex"):
+        raise unsupported(f"{where}.format.syntax", f"{syntax!r:.40} is none of lark, regex")
+    if not isinstance(definition, str):
+        raise invalid(f"{where}.format.definition", "must be a string", code="invalid_type")
+    asks.note_once(API, f"grammar of the custom tool {tool.get('name')!r}", "shown to the model, not enforced")
+    return "\n\n".join(filter(None, (description, f"Its input follows this grammar ({syntax}):\n{definition}")))
 
 
 # --- items ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from localrun.engine.process.protocol import Generate
+from localrun.server import asks
 from tests.server.raw import post
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
@@ -270,6 +271,7 @@ def test_developer_and_system_are_system_where_they_stand(running: Running, engi
         ({"messages": HI, "max_tokens": "many"}, "max_tokens"),
         ({"messages": HI, "n": 1000}, "n"),
         ({"messages": HI, "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"messages": HI, "tools": [{"type": "custom", "custom": {"name": "patch"}}]}, "tools[0].type"),
         ({"messages": HI, "tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
         (
@@ -293,6 +295,19 @@ def test_what_can_not_be_done_is_refused_by_name(running: Running, body: Any, pa
     assert reply.status == 400
     assert reply.json["error"]["param"] == param
     assert reply.json["error"]["type"] == "invalid_request_error"
+
+
+def test_tools_outside_the_allowed_ones_are_not_forbidden_and_the_log_says_so(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asks, "_noted", set())
+    caplog.set_level("INFO", "localrun.server")
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+    assert (
+        post(running, "/v1/chat/completions", {"messages": HI, "tools": [WEATHER], "tool_choice": allowed}).status
+        == 200
+    )
+    assert "not enforced: tool_choice.allowed_tools" in caplog.text
 
 
 def test_unknown_fields_are_no_reason_to_refuse(running: Running) -> None:

@@ -93,6 +93,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
             "tools": [
                 {"type": "function", "name": "f", "parameters": {"type": "object"}},
                 {"type": "namespace", "name": "n", "tools": []},
+                {
+                    "type": "custom",
+                    "name": "p",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": "start: A"},
+                },
             ],
             "reasoning": {"effort": "low"},
             "text": {"format": {"type": "text"}},

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 
@@ -71,6 +71,7 @@ def test_a_map_of_another_shape_is_no_map(broken: Any) -> None:
     assert read_grid(broken) is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 300))
 def test_every_expert_is_in_exactly_one_cell_and_cells_fit(n_experts: int, width: int) -> None:
     groups = column_groups(n_experts, width)

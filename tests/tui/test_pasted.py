@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual import events
 from textual.widgets import Input
@@ -41,6 +41,7 @@ def test_a_paste_arrives_whole_however_it_is_cut(text: str) -> None:
     assert split(*data) == ("a\x1b[B", [expected])
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="\x1b[]20~1\r\n\x11ab", max_size=30), max_size=4), st.integers(1, 7))
 def test_nothing_of_a_paste_becomes_a_key(texts: list[str], size: int) -> None:
     texts = [text for text in texts if START not in text and END not in text and not text.endswith(END[:-1])]
@@ -60,6 +61,7 @@ def test_a_lone_escape_is_a_key_as_soon_as_nothing_follows() -> None:
     assert list(splitter.quiet()) == [Pasted("half whole")]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_sealed_text_is_the_same_text_and_its_pictures_are_harmless(text: str) -> None:
     text = text.replace("\r\n", "\n")

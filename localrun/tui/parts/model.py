@@ -192,17 +192,17 @@ class LoadedModel:
             if n_compiled < self._compiled:  # another process
                 self._compiled_before = 0
             self._compiled = n_compiled
+            n_new = n_compiled - self._compiled_before
+            about = f" of about {USUAL_FUNCTIONS}" if n_new < USUAL_FUNCTIONS else ""
+            self._loading_text = f"compiling for this processor, only this once: function {n_new}{about}"
             self._show_progress()
 
     def _count_compiled(self) -> int:
         return sum(line.startswith("compiling ") for line in self.link.engine.log_tail())
 
     def _show_progress(self) -> None:
-        text, n_compiled = self._loading_text, self._compiled - self._compiled_before
-        if n_compiled:
-            about = f" of about {USUAL_FUNCTIONS}" if n_compiled < USUAL_FUNCTIONS else ""
-            text += f"; compiling for this processor, only this once: function {n_compiled}{about}"
-        self._screen.query_one(LoadingPanel).show(text, self._loading_progress, self.plan_lines)
+        """The last news: what the load says, or how far the compiler is."""
+        self._screen.query_one(LoadingPanel).show(self._loading_text, self._loading_progress, self.plan_lines)
 
     def loaded(self, event: EngineReady) -> None:
         self.loading, self.facts = False, event.facts

@@ -119,6 +119,11 @@ async def test_slash_suggestions_appear_complete_and_close(setup: Setup) -> None
         assert {option.id for option in suggestions.options} == {"think", "theme"}
         await talk.press("down", "tab")
         assert talk.screen.prompt.text == "/think "
+        assert [option.id for option in suggestions.options] == ["think off", "think high", "think max"]
+        await talk.press("h")
+        assert [option.id for option in suggestions.options] == ["think high"]
+        await talk.press("tab")
+        assert talk.screen.prompt.text == "/think high"
         assert not suggestions.display
         await talk.press("ctrl+u", "/", "escape")
         assert not suggestions.display

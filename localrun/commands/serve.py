@@ -198,7 +198,8 @@ class _Log:
             self._out.note(f"{time.strftime('%H:%M:%S')} {path} {json.dumps(body, ensure_ascii=False)}")
 
     def stopping(self, n_signals: int) -> None:
-        text = "stopping: the running answer may end; Ctrl-C again ends it now" if n_signals == 1 else "stopping now"
+        answering = "stopping: the running answer may end; Ctrl-C again ends it now"
+        text = "stopping now" if n_signals > 1 else answering if self._dispatcher.busy else "stopping"
         with self._lock:
             self._out.note(text)
 

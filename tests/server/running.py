@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,20 +24,23 @@ from localrun.server.web import Server, listen, server_of
 PATIENCE_S = 60.0
 """Far more than anything here takes; only a hang reaches it."""
 
+MOST_LINES = 200
+"""Under load there are thousands, and the server's memory is looked at."""
+
 
 @dataclass
 class Running:
     """A server that is up.
 
     Attributes:
-        lines: what its log says about the requests that are over.
+        lines: what its log says about the requests that are over, the last `MOST_LINES` of them.
     """
 
     url: str
     port: int
     service: Service
     server: Server
-    lines: list[AnswerLine]
+    lines: deque[AnswerLine]
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -68,7 +72,7 @@ def serving(
         limits=limits,
     )
     dispatcher = Dispatcher(engine, most_waiting=limits.queue)
-    lines: list[AnswerLine] = []
+    lines: deque[AnswerLine] = deque(maxlen=MOST_LINES)
     service = Service(
         engine=engine,
         dispatcher=dispatcher,

@@ -231,7 +231,7 @@ def test_client_that_leaves_stops_the_computing(running: Running, engine: Engine
             wait_until(lambda: engine.stats().busy)
         wait_until(lambda: not engine.stats().busy)
     wait_until(lambda: len(running.lines) == n_before + 2)
-    assert [line.outcome for line in running.lines[n_before:]] == ["left", "left"]
+    assert [line.outcome for line in list(running.lines)[n_before:]] == ["left", "left"]
     assert asked(running, HI)["choices"][0]["finish_reason"] in ("stop", "length")
 
 

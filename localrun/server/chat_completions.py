@@ -94,7 +94,8 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
             think_budget=request.thinking_budget,
             sampling=sampling(request, defaults),
             max_tokens=_bound(request),
-            min_tokens=request.min_tokens or 0,
+            # Behind its end an answer has no more text: to go on is to leave the end out.
+            min_tokens=defaults.n_ctx if request.ignore_eos else request.min_tokens or 0,
             stop=asks.check_stop(request.stop, "stop", defaults.limits),
             tools=tools,
             tool_choice=chosen,
@@ -106,7 +107,6 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
             n=_choices(request.n, defaults),
             resume=messages[-1]["role"] == "assistant",
             stream=bool(request.stream),
-            ignore_eos=bool(request.ignore_eos),
         ),
         request.prompt_cache_key,
     )

@@ -79,6 +79,13 @@ def test_same_answer_in_every_api_whole_and_streamed(client: openai.OpenAI, clau
         assert "".join(stream.text_stream) == whole
 
 
+def test_an_answer_that_may_not_end_is_as_long_as_its_bound(running: Running) -> None:
+    free, endless = (asked(running, HI, max_tokens=300, ignore_eos=ignored) for ignored in (False, True))
+    assert free["choices"][0]["finish_reason"] == "stop"
+    assert endless["choices"][0]["finish_reason"] == "length"
+    assert endless["usage"]["completion_tokens"] == 300
+
+
 def test_thinking_and_its_budget(claude: anthropic.Anthropic) -> None:
     free = claude.messages.create(model="m", messages=HI, max_tokens=60, thinking={"type": "adaptive"})
     assert free.content[0].type == "thinking"

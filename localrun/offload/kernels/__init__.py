@@ -8,6 +8,7 @@ expert) and prefill (hundreds) alike. Router weights are not applied here.
 from __future__ import annotations
 
 from localrun.offload.kernels.dense import DenseKernel
-from localrun.offload.kernels.spec import FfnKernel, FfnSpec, make_kernel, warm_up
+from localrun.offload.kernels.kernel import make_kernel, warm_up
+from localrun.offload.kernels.spec import FfnKernel, FfnSpec
 
 __all__ = ["DenseKernel", "FfnKernel", "FfnSpec", "make_kernel", "warm_up"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,11 @@ from localrun.offload.kernels.exact import exact_rows
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.packing import pack_function, pack_matrix
 from localrun.offload.kernels.interleaved.rows import rows_function
-from localrun.offload.kernels.interleaved.unpacking import unpack_matrix
+from localrun.offload.kernels.interleaved.unpacking import unpack_function, unpack_matrix
 from localrun.offload.kernels.layout import expert_layout, is_interleaved, packed_matrix_bytes, raw_matrix_bytes
 from localrun.offload.kernels.panels import FLOAT32, Panel
-from localrun.offload.kernels.spec import FfnSpec, Math
-from localrun.offload.kernels.tasks import Call, Matrix
+from localrun.offload.kernels.spec import FfnKernel, FfnSpec, Math
+from localrun.offload.kernels.tasks import Call, Matrix, runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +147,27 @@ class ExpertKernel:
         out: npt.NDArray[np.float32],
     ) -> None:
         self._alone[which](slots, starts, x_rows, out_rows, x, out)
+
+
+def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKernel:
+    """The fastest kernel for `spec` on this CPU.
+
+    Args:
+        math: `int8` quantizes activations to 8 bits as ggml does; `f32` dequantizes weights and is exact but for rounding.
+        n_threads: threads to use, the caller's included.
+
+    Raises:
+        UnsupportedModelError: a type that ggml can't dequantize, or rows that are not whole blocks.
+    """
+    return ExpertKernel(spec, math=math, n_threads=n_threads)
+
+
+def warm_up(types: Iterable[GGMLQuantizationType], *, math: Math = "int8") -> None:
+    """Compiles what a model with weights of these types needs, or loads it from the disk cache.
+
+    A kernel's making does the same for its own types: this is for a set-up step, so that no later start compiles anything.
+    """
+    runner()
+    unpack_function()
+    for type_ in types:
+        PackedMatrix.choose(type_, 256, 256, math=math)

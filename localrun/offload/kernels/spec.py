@@ -1,8 +1,7 @@
-"""The contract between the expert device and its kernels, and the choice of a kernel for this machine."""
+"""The contract between the expert device and its kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -93,33 +92,3 @@ class FfnKernel(Protocol):
         For architectures whose graph has something else between the projections than the clamped SwiGLU.
         """
         ...
-
-
-def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKernel:
-    """The fastest kernel for `spec` on this CPU.
-
-    Args:
-        math: `int8` quantizes activations to 8 bits as ggml does; `f32` dequantizes weights and is exact but for rounding.
-        n_threads: threads to use, the caller's included.
-
-    Raises:
-        UnsupportedModelError: a type that ggml can't dequantize, or rows that are not whole blocks.
-    """
-    from localrun.offload.kernels.kernel import ExpertKernel
-
-    return ExpertKernel(spec, math=math, n_threads=n_threads)
-
-
-def warm_up(types: Iterable[GGMLQuantizationType], *, math: Math = "int8") -> None:
-    """Compiles what a model with weights of these types needs, or loads it from the disk cache.
-
-    A kernel's making does the same for its own types: this is for a set-up step, so that no later start compiles anything.
-    """
-    from localrun.offload.kernels.interleaved.unpacking import unpack_function
-    from localrun.offload.kernels.kernel import PackedMatrix
-    from localrun.offload.kernels.tasks import runner
-
-    runner()
-    unpack_function()
-    for type_ in types:
-        PackedMatrix.choose(type_, 256, 256, math=math)

@@ -118,6 +118,8 @@ def _describe(value: Any) -> Iterator[_Part]:
         yield _text(type(value).__qualname__, value)
     elif isinstance(value, types.ModuleType):
         yield _text("module", value.__name__)
+        if _is_ours(value) and sys.modules.get(value.__name__) is not value:  # an object that numba takes as one
+            yield _Ref({name: item for name, item in vars(value).items() if not name.startswith("_")})
     elif isinstance(value, type):
         yield from _describe_class(value)
     else:

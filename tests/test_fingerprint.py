@@ -13,6 +13,7 @@ from localrun.fingerprint import fingerprint
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.rows import rows_function
+from localrun.offload.kernels.records import Layout
 
 SOURCE = '''
 """The module."""
@@ -121,6 +122,39 @@ def test_words_positions_and_what_is_not_used_do_not_count(old: str, new: str) -
 )
 def test_what_goes_into_the_code_counts(old: str, new: str) -> None:
     assert number(old, new) != number()
+
+
+@pytest.mark.parametrize("kernel", ["by_name", "by_closure", "by_table"])
+def test_a_record_s_layout_counts_however_code_gets_at_it(kernel: str) -> None:
+    source = """
+class Fields(Layout):
+    first: int
+    second: int
+
+FIELDS = Fields()
+TABLE = (FIELDS,)
+
+def by_name(record):
+    return record + FIELDS.second
+
+def make(fields):
+    return lambda record: record + fields.second
+
+by_closure = make(FIELDS)
+
+def by_table(record):
+    return record + TABLE[0].second
+"""
+    numbers = []
+    for text in (source, source.replace("    first: int\n", "")):
+        module = ModuleType("localrun.made_up")
+        vars(module)["Layout"] = Layout
+        sys.modules["localrun.made_up"] = (
+            module  # where the layout's hints are looked up; the fixture takes it out again
+        )
+        exec(text, vars(module))
+        numbers.append(fingerprint(getattr(module, kernel)))
+    assert numbers[0] != numbers[1]
 
 
 def test_levels_and_formats_of_kernels_are_different_code() -> None:

@@ -291,35 +291,36 @@ def inputs(source: Path, finished: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "arguments", "message"),
+    ("checkpoint", "arguments", "code", "message"),
     [
-        ("good", "--base q2_k --hot mxfp4:1KiB", "one expert takes"),
-        ("good", "--base q2_k --hot mxfp4:1KiB --hot mxfp4:1KiB", "given twice|one expert takes"),
-        ("good", "--base q2_k --hot iq7:1MiB", "unknown expert format 'iq7'"),
-        ("good", "--base q2_k --hot mxfp4", "not TYPE:SIZE"),
-        ("good", "--base q4_k --hot q2_k:1MiB", "copies would be no better"),
-        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", "can't be combined with other --hot"),
-        ("good", "--hot none", "holds no converted model"),
-        ("good", "--target 1MiB-ram", "less than the dense model"),
-        ("good", "--target 1GiB-disk", "is not a target"),
-        ("good", "--target 1GiB-ram --base q2_k", "chooses base and copies itself"),
-        ("good", "--recipe type.toml", "type.toml: unknown expert format 'q2_x'"),
-        ("good", "--recipe key.toml", "unknown key 'bases'"),
-        ("good", "--recipe no-such-box", "no recipe 'no-such-box'"),
-        ("good", "--base q2_k --calibrate empty.txt", "empty"),
-        ("good", "--base q2_k --calibrate latin.txt", "not UTF-8"),
-        ("good", "--base q2_k --calibrate gone.txt", "gone.txt"),
-        ("good", "--base q2_k --calibrate short.txt", "too little to calibrate with"),
-        ("good", "--base q2_k --evaluate empty.txt", "empty"),
-        ("good", "--base q2_k --imatrix noise.gguf", "noise.gguf"),
-        ("narrow", "--base mxfp4 --imatrix imatrix.gguf", "importance of another model"),
-        ("narrow", "--base mxfp4 --hot q6_k:1MiB", "no multiple of Q6_K|can't hold"),
-        ("mute", "--base q2_k --hot mxfp4:1MiB", "no tokenizer.json"),
+        ("good", "--base q2_k --hot mxfp4:1KiB", 2, "one expert takes"),
+        ("good", "--base q2_k --hot mxfp4:1MiB --hot mxfp4:1MiB", 2, "given twice"),
+        ("good", "--base q2_k --hot iq7:1MiB", 2, "unknown expert format 'iq7'"),
+        ("good", "--base q2_k --hot mxfp4", 2, "not TYPE:SIZE"),
+        ("good", "--base q4_k --hot q2_k:1MiB", 2, "copies would be no better"),
+        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", 2, "can't be combined with other --hot"),
+        ("good", "--hot none", 2, "holds no converted model"),
+        ("good", "--target 1MiB-ram", 2, "less than the dense model"),
+        ("good", "--target 1GiB-disk", 2, "is not a target"),
+        ("good", "--target 1GiB-ram --base q2_k", 2, "chooses base and copies itself"),
+        ("good", "--recipe type.toml", 1, "type.toml: unknown expert format 'q2_x'"),
+        ("good", "--recipe key.toml", 1, "unknown key 'bases'"),
+        ("good", "--recipe no-such-box", 2, "no recipe 'no-such-box'"),
+        ("good", "--base q2_k --calibrate empty.txt", 2, "empty"),
+        ("good", "--base q2_k --calibrate latin.txt", 1, "not UTF-8"),
+        ("good", "--base q2_k --calibrate gone.txt", 1, "gone.txt"),
+        ("good", "--base q2_k --calibrate short.txt", 2, "too little to calibrate with"),
+        ("good", "--base q2_k --evaluate empty.txt", 2, "empty"),
+        ("good", "--base q2_k --imatrix noise.gguf", 1, "noise.gguf"),
+        ("narrow", "--base mxfp4 --imatrix imatrix.gguf", 1, "importance of another model"),
+        ("narrow", "--base mxfp4 --hot q6_k:1MiB", 2, "can't hold"),
+        ("mute", "--base q2_k --hot mxfp4:1MiB", 2, "no tokenizer.json"),
     ],
 )
 def test_bad_input_is_a_clear_error_and_leaves_nothing(
     checkpoint: str,
     arguments: str,
+    code: int,
     message: str,
     inputs: Path,
     tmp_path: Path,
@@ -327,8 +328,8 @@ def test_bad_input_is_a_clear_error_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(inputs)
-    assert convert(checkpoint, tmp_path / "out", *arguments.split()) in (1, 2)
+    assert convert(checkpoint, tmp_path / "out", *arguments.split()) == code
     error = capsys.readouterr().err
-    assert any(part in error for part in message.split("|")), error
+    assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()

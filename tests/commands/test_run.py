@@ -69,18 +69,19 @@ def test_files_come_before_prompt_and_standard_input(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("option", "content", "message"),
+    ("option", "content", "code", "message"),
     [
-        ("--tools", "[", "tools.json"),
-        ("--tools", '[{"type": "browser"}]', "a tool of type 'browser'"),
-        ("--tools", None, "No such file"),
-        ("--file", "\0", "not a text file"),
-        ("--file", None, "no such file"),
+        ("--tools", "[", 2, "tools.json"),
+        ("--tools", '[{"type": "browser"}]', 2, "a tool of type 'browser'"),
+        ("--tools", None, 1, "No such file"),
+        ("--file", "\0", 1, "not a text file"),
+        ("--file", None, 1, "no such file"),
     ],
 )
 def test_bad_files_are_refused_before_a_model_is_loaded(
     option: str,
     content: str | None,
+    code: int,
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -90,7 +91,7 @@ def test_bad_files_are_refused_before_a_model_is_loaded(
     path = tmp_path / "tools.json"
     if content is not None:
         path.write_text(content)
-    assert cli.main(["run", "/no/model", "-p", "x", option, str(path)]) in (1, 2)
+    assert cli.main(["run", "/no/model", "-p", "x", option, str(path)]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err

@@ -1,4 +1,4 @@
-"""What a GPU does per second, measured by `gpu_probe.py` or assumed of a card that is only described. Numbers alone, no device."""
+"""What a GPU does per second, measured by `probe.py` or assumed of a card that is only described. Numbers alone, no device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processor does per second, all threads together, measured by `cpu_probe.py` or assumed. Numbers alone, no kernels."""
+"""What the processor does per second, all threads together, measured by `probe.py` or assumed. Numbers alone, no kernels."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import pytest
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
-from localrun.engine.sampling import MAX_SEED, Sampler, check
+from localrun.engine.sampling import Sampler, check
 from localrun.engine.session import Session
 from localrun.errors import UsageError
+from localrun.options import MAX_SEED
 
 PROMPT = [3, 1, 4, 1, 5]
 N_DRAWS = 400

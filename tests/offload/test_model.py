@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.errors import BudgetError, DecodeError, UnsupportedModelError
-from localrun.offload.device.device import StoppedError, expert_device
+from localrun.errors import BudgetError, DecodeError, StoppedError, UnsupportedModelError
+from localrun.offload.device.device import expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4, write_deepseek4

@@ -122,7 +122,7 @@ def test_failed_upgrade_keeps_the_smaller_copy(
     _, mixed, _ = sources
     with open_offloaded(mixed, OffloadOptions(n_threads=2, adaptive=True)) as model:
         expected = logits(model)
-        fill = model.pool.residency.store._fill
+        fill = model.pool.residency.store._fill  # type: ignore[attr-defined]
 
         def fail(ticket: Any, buffer: Any) -> None:
             if ticket.slot.variant == 1:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.plan import Settings
 from localrun.engine.planner.planner import make_plan
@@ -55,8 +56,8 @@ def test_time_follows_from_what_the_slot_table_misses(slice_of_flash: ModelSizes
 
 
 def test_the_table_has_a_row_per_box_and_model(slice_of_flash: ModelSizes) -> None:
-    rows = plan_table.rows([slice_of_flash], plan_table.BOXES, Settings())
-    assert len(rows) == len(plan_table.BOXES)
+    rows = plan_table.rows([slice_of_flash], BOXES, Settings())
+    assert len(rows) == len(BOXES)
     text = plan_table.table(rows)
     assert text.count("\n") == len(rows) + 1
     assert "100%" in text

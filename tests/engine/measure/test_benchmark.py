@@ -71,7 +71,7 @@ def test_given_tokens_are_fed_in_order_after_a_forgotten_warm_up(
     monkeypatch.setattr(engine, "session", lambda: sessions.append(make()) or sessions[-1])
     tokens = random_tokens(60, engine.facts.n_vocab, 2)
     seen: list[int] = []
-    monkeypatch.setattr(benchmark.memory, "resident_bytes", lambda: seen.extend(sessions[0].tokens[len(seen) :]) or 1)
+    monkeypatch.setattr(benchmark.memory, "resident_bytes", lambda: seen.extend(sessions[0].tokens[len(seen) :]) or 1)  # type: ignore[attr-defined]
     measure(engine, tokens, BenchOptions(frontiers=(10, 30), new_tokens=3, warm_up_tokens=9))
     assert seen == tokens[:33]
 

@@ -231,7 +231,7 @@ def test_leaving_the_iterator_stops_the_answer(engine: EngineProcess) -> None:
     events = engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True))
     while not isinstance(next(events), Delta):
         pass
-    events.close()
+    events.close()  # type: ignore[attr-defined]
     wait_until(lambda: not engine.stats().busy)
     assert finished(ask(engine)).reason == "length"
 

@@ -133,7 +133,7 @@ def test_unwritable_cache_is_a_warning(model: Path, tmp_path: Path, caplog: pyte
 def test_file_system_without_direct_reads_is_measured_through_the_cache(
     model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "preadv", _refuse_direct(probe.preadv))
+    monkeypatch.setattr(probe, "preadv", _refuse_direct(probe.preadv))  # type: ignore[attr-defined]
     profile = probe_disk([model], memory=memory)
     assert profile.measured
     assert not profile.direct

@@ -154,7 +154,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
         filled(model)
         logits(model, batch=150)
         store = model.pool.residency.store
-        fill, failed = store._fill, threading.Event()
+        fill, failed = store._fill, threading.Event()  # type: ignore[attr-defined]
 
         def fail(ticket: Any, buffer: Any) -> None:
             if ticket.receiver is not None:

@@ -197,7 +197,7 @@ def test_an_expert_that_cannot_be_read_costs_no_place(
         at_first = filled(model)
         tier, store = model.pool.residency.gpu, model.pool.residency.store
         assert tier is not None
-        fill = store._fill
+        fill = store._fill  # type: ignore[attr-defined]
         failed = []
 
         def fail(ticket: Any, buffer: Any) -> None:

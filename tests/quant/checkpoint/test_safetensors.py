@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
 
 
 def test_reads_what_the_reference_library_wrote(tmp_path: Path) -> None:
-    arrays = {"b": np.arange(12, dtype=np.float32).reshape(3, 4), "a": np.arange(5, dtype=np.int64)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "b": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "a": np.arange(5, dtype=np.int64),
+    }
     save_file(arrays, tmp_path / "m.safetensors", metadata={"format": "np"})
     file = SafetensorsFile.open(tmp_path / "m.safetensors")
     assert {name: (e.dtype, e.shape) for name, e in file.tensors.items()} == {"b": ("F32", (3, 4)), "a": ("I64", (5,))}

@@ -44,6 +44,11 @@ class ExpertGrid:
     layers: tuple[LayerExperts, ...]
     hottest: float = 0.0
 
+    @property
+    def n_all(self) -> int:
+        """Experts of all layers."""
+        return sum(len(row.where) for row in self.layers)
+
     def count(self, where: str) -> int:
         """Experts of all layers in that place."""
         return sum(row.where.count(where) for row in self.layers)

@@ -95,8 +95,8 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
         yield "no model"
         return
     yield f"{facts.n_layers} layers, {facts.n_experts} experts, {facts.n_experts_used} a token, {facts.n_threads} threads"
-    n_all = facts.n_moe_layers * facts.n_experts
     if grid is not None:
+        n_all = grid.n_all
         on_gpu, in_ram = grid.count(GPU), grid.count(RAM)
         if on_gpu or facts.gpus:
             yield _tier("GPU", on_gpu, n_all, on_gpu * facts.expert_bytes)

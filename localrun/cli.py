@@ -56,6 +56,8 @@ examples:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if given is None else list(given)
+    # As in the engine's own process, for commands that compute in this one; libgomp reads it when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
             setattr(sys, name, _Closed() if name == "stdout" else open(os.devnull, "w"))  # noqa: SIM115  # for the process's life

@@ -486,3 +486,15 @@ def test_doctor_names_a_broken_settings_file(tmp_path: Path) -> None:
     assert check.verdict == "FAIL"
     assert "'rom'" in check.detail
     assert "config.toml" in check.detail
+
+
+def test_threads_of_commands_sleep_while_they_wait() -> None:
+    """Threads that spin starve everybody else on a busy machine. libgomp reads the variable when it is loaded, so before that."""
+    code = (
+        "import os; from localrun.cli import main\n"
+        "before = 'libgomp' in open('/proc/self/maps').read()\n"
+        "main(['completion', 'bash']); print(before, os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "False passive", done.stderr

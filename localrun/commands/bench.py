@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     options = bench_options(args)
-    # As in the engine's own process; read when the thread pool's library is loaded, which nothing has done yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     out = Output()
     settings = common.settings_of(args)
     path = common.model_path(args, settings, out)

@@ -106,12 +106,6 @@ def call_3(_typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def call_4(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Calls a C function of four int64 by address."""
-    return types.void(*[types.intp] * 5), _make_call(4)
-
-
-@intrinsic
 def call_5(_typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
     """Calls a C function of five int64 by address."""
     return types.void(*[types.intp] * 6), _make_call(5)

@@ -129,7 +129,9 @@ def chart(figures: Sequence[Figure]) -> str:
             shown, y = heading, y + 22
             body.append(_text(_LEFT, y, heading))
         y += 22
-        label = f"{figure.what}, {figure.experts} experts, {figure.dense} dense, {figure.context:,} tokens in the context"
+        label = (
+            f"{figure.what}, {figure.experts} experts, {figure.dense} dense, {figure.context:,} tokens in the context"
+        )
         body.append(_text(_LEFT, y, label, colour="#4b5563"))
         for name, value, colour in (("localrun", figure.localrun, _OURS), ("llama.cpp", figure.llamacpp, _THEIRS)):
             if value is not None:

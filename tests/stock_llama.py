@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.ggml import log as llama_log
-from localrun.ggml.devices import without_gpus
+from tools.stock_model import without_gpus
 
 
 class _InitParams(ctypes.Structure):

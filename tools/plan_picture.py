@@ -25,10 +25,11 @@ from localrun.engine.planner.hit_rates import Curve
 from localrun.engine.planner.plan import Plan
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import sizes_of
-from localrun.offload.cache.trace import Call, TraceHeader
+from localrun.offload.cache.trace import TraceHeader
 from localrun.tui.expert_grid import DISK, GPU, RAM, ExpertGrid, LayerExperts
 from localrun.tui.widgets.expert_map import ExpertMap
 from tools.simulator.replay import learn, steps_of
+from tools.simulator.trace_file import Call
 from tools.simulator.traces import Workload, synthetic_calls
 
 PICTURE = Path("docs/pictures/plan-and-map.svg")

@@ -13,9 +13,16 @@ from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions
 from localrun.errors import FormatError, LocalrunError
 from localrun.ggml import log as llama_log
-from localrun.ggml.devices import without_gpus
 from localrun.ggml.library import library
 from localrun.ggml.structures import DEVICE_TYPE_CPU, TensorBuftOverride
+
+_NO_DEVICES = (C.c_void_p * 1)(None)
+
+
+def without_gpus(params: Any) -> None:
+    """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
+    params.n_gpu_layers = 0
+    params.devices = C.cast(_NO_DEVICES, C.c_void_p)
 
 
 class StockModel:

@@ -11,8 +11,3 @@ from pathlib import Path
 def checkpoint_dir() -> Path:
     """The folder with config.json, model.safetensors and the tokenizer; read-only."""
     return Path(__file__).resolve().parent
-
-
-def evaluation_text() -> Path:
-    """Held-out English prose in the public domain, for perplexity: one story that training never saw."""
-    return checkpoint_dir() / "evaluation.txt"

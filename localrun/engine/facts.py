@@ -37,7 +37,6 @@ class ModelFacts:
     ram_bytes: int
     has_tokenizer: bool
     think_modes: tuple[str, ...] = ("off",)
-    n_expert_slots: int = 0
     gpus: tuple[str, ...] = ()
     dense_on_gpu: bool = False
 

@@ -85,11 +85,6 @@ class SnapshotStore:
         with self._lock:
             return sum(len(data) for data in {**self._unwritten, **self._ram}.values())
 
-    @property
-    def disk_used(self) -> int:
-        """Bytes of states in files, other models' among them."""
-        return sum(size for _, _, size in self._all_files())
-
     def has(self, tokens: Sequence[int]) -> bool:
         """A state of exactly these tokens is saved."""
         name = _name(tokens)

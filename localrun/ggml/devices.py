@@ -186,15 +186,6 @@ def add_rpc_server(endpoint: str) -> None:
     lib.ggml_backend_register(server)
 
 
-_NO_DEVICES = (C.c_void_p * 1)(None)
-
-
-def without_gpus(params: Any) -> None:
-    """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
-    params.n_gpu_layers = 0
-    params.devices = C.cast(_NO_DEVICES, C.c_void_p)
-
-
 def answers(endpoint: str) -> bool:
     """Somebody listens at `HOST:PORT`. llama.cpp aborts the process when it asks a server that has gone."""
     host, _, port = endpoint.rpartition(":")

@@ -42,7 +42,6 @@ TYPE_F32: Final = 0  # ggml.h, enum ggml_type
 TYPE_I32: Final = 26
 
 STATUS_FAILED: Final = -1  # ggml.h, enum ggml_status
-STATUS_SUCCESS: Final = 0
 STATUS_ABORTED: Final = 1
 
 DEVICE_TYPE_CPU: Final = 0  # ggml-backend.h, enum ggml_backend_dev_type
@@ -51,8 +50,6 @@ DEVICE_TYPE_IGPU: Final = 2
 DEVICE_TYPE_ACCEL: Final = 3
 
 PREC_Q8: Final = 30  # ggml.h, enum ggml_prec
-
-BUFFER_USAGE_WEIGHTS: Final = 1  # ggml-backend.h, enum ggml_backend_buffer_usage
 
 _P = C.c_void_p
 _F = C.CFUNCTYPE

@@ -85,11 +85,6 @@ class ReadAhead:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @property
-    def hash_layers(self) -> tuple[int, ...]:
-        """Layers whose experts follow from the token id."""
-        return tuple(self._tables)
-
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Around each `llama_decode`: warming keeps away from the drive meanwhile."""

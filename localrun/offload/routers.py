@@ -47,13 +47,11 @@ class Router:
         matrix: (E, D) words of F32 or BF16 numbers, llama.cpp's memory.
         bias: (E,) added to the scores to choose experts, not to weigh them.
         gating: llama.cpp's number of the function over the products.
-        norm: (D,) weight of the norm before the layer's experts.
     """
 
     matrix: npt.NDArray[Any]
     bias: F32
     gating: int
-    norm: F32
 
     def scores(self, x: F32) -> F32:
         """(E,) what the layer would choose by for an input (D,)."""
@@ -74,7 +72,7 @@ class Routers:
     """The routers of one model that can be asked ahead of time; layers of other kinds are left out.
 
     Args:
-        source: names and shapes, biases and norms.
+        source: names, shapes and biases.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -97,14 +95,14 @@ class Routers:
         assert moe is not None
         memory: Any = (C.c_uint8 * info.n_bytes).from_address(address)
         matrix = np.frombuffer(memory, word).reshape(moe.n_experts, moe.n_embd)
-        bias = self._vector(f"blk.{layer}.exp_probs_b.bias", moe.n_experts, 0.0)
-        norm = self._vector(f"blk.{layer}.ffn_norm.weight", moe.n_embd, 1.0)
-        self._routers[layer] = Router(matrix, bias, int(self._gating), norm)
+        bias = self._bias(f"blk.{layer}.exp_probs_b.bias", moe.n_experts)
+        self._routers[layer] = Router(matrix, bias, int(self._gating))
 
-    def _vector(self, name: str, size: int, missing: float) -> F32:
+    def _bias(self, name: str, size: int) -> F32:
+        """Zeros where the model has none."""
         info = self._source.tensors.get(name)
         if info is None or info.type != GGMLQuantizationType.F32:
-            return np.full(size, missing, np.float32)
+            return np.zeros(size, np.float32)
         return self._source.read_tensor(name).view(np.float32)
 
     def likely(self, layer: int, x: F32, n: int) -> I32 | None:

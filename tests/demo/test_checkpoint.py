@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer
 
-from localrun.demo import checkpoint_dir, evaluation_text
+from localrun.demo import checkpoint_dir
 from localrun.quant.checkpoint.tokenizer_json import PRE_TOKENIZERS
 
 MAX_BYTES = 24_000_000
@@ -240,7 +240,7 @@ def test_notice_names_every_source(source: str) -> None:
 
 
 def test_evaluation_text_is_the_held_out_story() -> None:
-    text = evaluation_text().read_text(encoding="utf-8")
+    text = (checkpoint_dir() / "evaluation.txt").read_text(encoding="utf-8")
     assert "Copper Beeches" in text
     assert "Gutenberg" not in text
     assert len(text) > 50_000

@@ -34,7 +34,7 @@ def model_path(tmp_path: Path) -> Path:
 def test_hash_layer_experts_of_the_next_tokens_are_read_before_they_run(model_path: Path) -> None:
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
         ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(model.source), depth=64)
-        assert ahead.hash_layers == (0,)
+        assert list(hash_tables(model.source)) == [0]
         started = ahead.prepare(TOKENS[:4])
         assert 0 < started <= 4 * MODEL.n_used
         wait_until_read(model)
@@ -115,7 +115,8 @@ def test_profile_counts_each_use_once_on_both_paths(model_path: Path) -> None:
 
 
 def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Path) -> None:
-    from localrun.offload.cache.trace import Trace, TraceHeader, TraceRecorder
+    from localrun.offload.cache.trace import TraceHeader, TraceRecorder
+    from tools.simulator.trace_file import Trace
 
     source = open_model(model_path)
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:

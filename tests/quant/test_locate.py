@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.errors import FormatError, LocalrunError, UnsupportedModelError
+from localrun.errors import FormatError, UnsupportedModelError
 from localrun.quant.locate import locate
-from localrun.quant.open import identify, open_model
+from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4, add_deepseek4_keys, deepseek4_tensors, write_deepseek4, write_gguf
 
 F32 = np.float32
@@ -112,9 +112,7 @@ def test_a_hub_cache_opens_what_main_refers_to_under_its_own_name(model: Path, t
     for given in (tmp_path, repository, repository / "snapshots" / "bbb", expected):
         found = locate(given)
         assert (found.path, found.name) == (expected, "owner/name")
-    identity = identify(repository)
-    assert (identity.name, identity.problem) == ("owner/name", None)
-    assert identity.source is not None
+    assert open_model(repository).tensors
 
 
 def test_a_hub_cache_without_a_reference_needs_a_single_snapshot(model: Path, tmp_path: Path) -> None:
@@ -245,13 +243,3 @@ def test_relatives_are_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(UnsupportedModelError, match=problem) as caught:
         open_model(path)
     assert caught.value.hint
-    identity = identify(path)
-    assert identity.source is None
-    assert str(identity.problem) == str(caught.value)
-
-
-def test_identify_never_raises_and_says_what_opening_says(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", tmp_path):
-        identity = identify(path)
-        assert isinstance(identity.problem, LocalrunError)
-        assert identity.located is None

@@ -32,9 +32,10 @@ from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import slowest
 from localrun.errors import BudgetError, LocalrunError
 from localrun.offload.cache.profile import Key
-from localrun.offload.cache.trace import Call, Trace, TraceHeader
+from localrun.offload.cache.trace import TraceHeader
 from localrun.units import parse_size
 from tools.simulator.replay import Step, engine_misses, learn, steps_of
+from tools.simulator.trace_file import Call, Trace
 from tools.simulator.traces import Workload, synthetic_calls
 
 READ_START_S = 0.2e-3

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.profile import Key, RoutingProfile
 from localrun.offload.cache.slots import TAIL_TOKENS, SlotTable
-from localrun.offload.cache.trace import Call, TraceHeader
+from localrun.offload.cache.trace import TraceHeader
 from tools.simulator.policies import Lru, Policy
+from tools.simulator.trace_file import Call
 
 
 @dataclass(frozen=True, slots=True)

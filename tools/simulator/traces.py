@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from localrun.offload.cache.trace import Call
+from tools.simulator.trace_file import Call
 
 SKEW = 0.48
 SLOW_SHARE = 0.40

@@ -403,27 +403,3 @@ def role_of(message: Message) -> str:
 def tool_to_json(tool: ToolSchema) -> dict[str, Json]:
     """Inverse of `tools_from_json` for one tool."""
     return {"type": "function", "function": dict(tool.function)}
-
-
-def tool_call_to_json(call: ToolCall) -> dict[str, Json]:
-    """The API's shape: arguments stay text."""
-    return {
-        **({"id": call.id} if call.id else {}),
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
-
-
-def message_to_json(message: Message) -> dict[str, Json]:
-    """Inverse of `message_from_json`. Fields with their default values are left out, content excepted."""
-    body: dict[str, Json] = {"role": role_of(message), "content": message.content}
-    for field in _FIELDS[body["role"]][1:]:
-        value = getattr(message, "reasoning" if field == "reasoning_content" else field)
-        if field == "tools":
-            value = [tool_to_json(tool) for tool in value]
-        elif field == "tool_calls":
-            value = [tool_call_to_json(call) for call in value]
-        # An empty response_format is a value; an empty list or text is not.
-        if value or (field == "response_format" and value is not None):
-            body[field] = value
-    return body

@@ -85,11 +85,6 @@ class Placement:
     ram_experts: int
     gpu_experts: int
 
-    @property
-    def fixed_bytes(self) -> int:
-        """What must be there whole."""
-        return self.dense_bytes + self.kv_bytes + self.compute_bytes
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:

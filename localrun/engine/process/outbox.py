@@ -47,11 +47,6 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes that are not written yet."""
-        return self._n_bytes
-
     def has_room(self) -> bool:
         """Less waits than should."""
         return self._n_bytes < self._room_bytes

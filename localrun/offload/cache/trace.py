@@ -1,4 +1,4 @@
-"""Routing traces: which experts every layer call asked for, recorded while a model runs, replayed by the cache simulator.
+"""Routing traces: which experts every layer call asked for, recorded while a model runs, replayed by `tools/simulator`.
 
 A trace holds expert ids only: no token, no text. What it tells about a conversation is how similar its parts are.
 
@@ -43,7 +43,7 @@ Ids = npt.NDArray[np.int32]
 
 MAGIC: Final = b"LRTRACE1"
 _BLOCK = struct.Struct("<I8s")
-_RECORD = struct.Struct("<HHI")
+RECORD = struct.Struct("<HHI")
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_BLOCK_BYTES: Final = 64 << 20
 
@@ -71,14 +71,6 @@ class TraceHeader:
         layers = {str(layer): list(shape) for layer, shape in sorted(self.layers.items())}
         text = json.dumps({"identity": self.identity, "layers": layers, "created_at": self.created_at}).encode()
         return MAGIC + struct.pack("<I", len(text)) + text
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One layer call. `ids`: (T, K) expert of each token's k-th choice."""
-
-    layer: int
-    ids: Ids
 
 
 class TraceRecorder:
@@ -118,9 +110,9 @@ class TraceRecorder:
         if self._file is None:
             return
         body = ids.astype(np.uint16).tobytes()
-        self._pieces.append(_RECORD.pack(layer, ids.shape[1], ids.shape[0]))
+        self._pieces.append(RECORD.pack(layer, ids.shape[1], ids.shape[0]))
         self._pieces.append(body)
-        self._pending += _RECORD.size + len(body)
+        self._pending += RECORD.size + len(body)
         if self._pending >= self._buffer_bytes:
             self.flush()
 
@@ -165,63 +157,12 @@ class TraceRecorder:
         self.close()
 
 
-class Trace:
-    """A trace that lies on disk. Immutable; iterating reads it block by block.
+def read_header(file: BinaryIO, path: Path) -> TraceHeader:
+    """Whose trace it is; afterwards the file stands at the first block.
 
-    Attributes:
-        path: the file.
-        header: whose it is.
+    Raises:
+        FormatError: it is no trace, or its header is damaged.
     """
-
-    def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            StoreError: the file can't be read.
-            FormatError: it is no trace.
-        """
-        self.path = path
-        with _reading(path) as file:
-            self.header = _read_header(file, path)
-
-    def __iter__(self) -> Iterator[Call]:
-        """The calls in order.
-
-        Raises:
-            FormatError: a damaged block, or ids that do not fit the header.
-        """
-        with _reading(self.path) as file:
-            _read_header(file, self.path)
-            for payload in _blocks(file, self.path):
-                yield from self._calls(payload)
-
-    def _calls(self, payload: bytes) -> Iterator[Call]:
-        at = 0
-        while at < len(payload):
-            if at + _RECORD.size > len(payload):
-                raise self._damaged("a record ends in the middle")
-            layer, n_used, n_tokens = _RECORD.unpack_from(payload, at)
-            at += _RECORD.size
-            n_experts, expected = self.header.layers.get(layer, (0, 0))
-            if n_used != expected or at + 2 * n_used * n_tokens > len(payload):
-                raise self._damaged(f"a record of layer {layer} with {n_tokens} x {n_used} ids")
-            ids = np.frombuffer(payload, "<u2", n_used * n_tokens, at).reshape(n_tokens, n_used).astype(np.int32)
-            if ids.size and int(ids.max()) >= n_experts:
-                raise self._damaged(f"expert {int(ids.max())} of layer {layer}, which has {n_experts}")
-            at += 2 * ids.size
-            yield Call(layer, ids)
-
-    def _damaged(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: damaged routing trace: {what}", hint="delete it and record a new one")
-
-
-def _reading(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions") from error
-
-
-def _read_header(file: BinaryIO, path: Path) -> TraceHeader:
     start = file.read(len(MAGIC) + 4)
     if len(start) < len(MAGIC) + 4 or start[: len(MAGIC)] != MAGIC:
         raise FormatError(f"{path}: not a routing trace", hint="record one with `localrun bench MODEL --record FILE`")
@@ -238,7 +179,7 @@ def _read_header(file: BinaryIO, path: Path) -> TraceHeader:
     return header
 
 
-def _blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """Whole blocks; afterwards the file stands behind the last one."""
     while True:
         start = file.tell()
@@ -273,12 +214,12 @@ def _open_for_append(path: Path, header: TraceHeader) -> tuple[BinaryIO, int]:
             file.write(header._encode())
         else:
             file.seek(0)
-            old = _read_header(file, path)
+            old = read_header(file, path)
             if (old.identity, dict(old.layers)) != (header.identity, dict(header.layers)):
                 raise FormatError(
                     f"{path}: a routing trace of another model", hint="choose another file for the routing trace"
                 )
-            for _ in _blocks(file, path):
+            for _ in blocks(file, path):
                 pass
             file.truncate()
         return file, file.tell()

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from localrun.alignment import align_up
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
+from localrun.ggml.structures import STATUS_ABORTED, STATUS_FAILED
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
@@ -354,9 +355,9 @@ def graph_compute(backend: int, graph: int) -> int:
     return 0
 
 
-FAILED_ANSWER: Final = -1
-ABORTED_ANSWER: Final = -3
-"""What Python answers for ggml's statuses FAILED (-1) and ABORTED (1): `-answer - 2` is the status."""
+FAILED_ANSWER: Final = -STATUS_FAILED - 2
+ABORTED_ANSWER: Final = -STATUS_ABORTED - 2
+"""What Python answers for ggml's statuses: `-answer - 2` is the status."""
 
 
 class Process:

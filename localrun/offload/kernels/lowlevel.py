@@ -49,12 +49,10 @@ def _make_store(value_type: Any) -> Any:
 
 
 load_u8: Callable[[Any], Any] = _make_load(types.uint8)
-load_i8: Callable[[Any], int] = _make_load(types.int8)
 load_i16: Callable[[Any], int] = _make_load(types.int16)
 load_u16: Callable[[Any], Any] = _make_load(types.uint16)
 load_u32: Callable[[Any], Any] = _make_load(types.uint32)
 load_i32: Callable[[Any], int] = _make_load(types.int32)
-load_u64: Callable[[Any], int] = _make_load(types.uint64)
 load_i64: Callable[[Any], int] = _make_load(types.int64)
 load_f32: Callable[[Any], Any] = _make_load(types.float32)
 store_u8: Callable[[int, Any], None] = _make_store(types.uint8)
@@ -63,7 +61,6 @@ store_i16: Callable[[int, Any], None] = _make_store(types.int16)
 store_u16: Callable[[int, Any], None] = _make_store(types.uint16)
 store_u32: Callable[[int, Any], None] = _make_store(types.uint32)
 store_i32: Callable[[int, Any], None] = _make_store(types.int32)
-store_u64: Callable[[int, Any], None] = _make_store(types.uint64)
 store_i64: Callable[[int, Any], None] = _make_store(types.int64)
 store_f32: Callable[[int, Any], None] = _make_store(types.float32)
 

@@ -30,9 +30,6 @@ FLOAT32: Final = 2
 SUM: Final = -1
 """Offset of BLOCK32 panels whose aux is scale * sum."""
 
-TILE: Final = 16
-"""Most tokens of a tile."""
-
 _TINY = np.float32(1e-30)  # groups below count as zero: 127 / max would overflow
 
 

@@ -27,7 +27,6 @@ BYTES = ir.VectorType(I8, 64)
 WORDS = ir.VectorType(I16, 32)
 INTS = ir.VectorType(I32, 16)
 FLOATS = ir.VectorType(F32, 16)
-QUADS = ir.VectorType(I64, 8)
 
 HALF_WORDS = ir.VectorType(I16, 16)
 

@@ -37,7 +37,6 @@ from localrun.alignment import ceil_div
 from localrun.errors import FormatError
 from localrun.quant.formats import kernels
 from localrun.quant.formats import quantize as ggml_quantize
-from localrun.quant.gguf.file import tensor_bytes
 from localrun.quant.model.source import Encoding, Projection
 
 Bytes = npt.NDArray[np.uint8]
@@ -375,8 +374,3 @@ def decode_projection(projection: Projection, weight: Bytes, scale: Bytes, where
 def row_bytes(dtype: str, n_in: int) -> int:
     """Bytes of one row in the file, scales aside."""
     return n_in // 2 if dtype == "I8" else n_in * {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I64": 8, "I32": 4}[dtype]
-
-
-def converted_bytes(target: GGMLQuantizationType, n_out: int, n_in: int) -> int:
-    """Bytes of rows in a ggml type."""
-    return tensor_bytes(target, (n_in, n_out))

@@ -154,11 +154,6 @@ class GgufSource:
         return self._metadata
 
     @property
-    def typed_metadata(self) -> Mapping[str, GgufValue]:
-        """The same keys with their GGUF types and bytes."""
-        return self._typed
-
-    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 

@@ -111,10 +111,6 @@ class ChatView(VerticalScroll, can_focus=False):
         return self._views.get(message_id)
 
     @property
-    def n_mounted(self) -> int:
-        return len(self._views)
-
-    @property
     def focused_message(self) -> int | None:
         focused = self.screen.focused
         return focused.message_id if isinstance(focused, MessageView) else None

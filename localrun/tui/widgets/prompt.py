@@ -21,7 +21,6 @@ from localrun.tui.files import completions, is_long_paste
 from localrun.tui.messages import PromptSubmitted
 from localrun.tui.sealed import pictures, sealed, unsealed
 
-MAX_ROWS = 10
 MAX_SUGGESTIONS = 8
 PASTED = "pasted text"
 

@@ -25,7 +25,6 @@ from localrun.engine.chat.messages import (
     ToolMessage,
     ToolSchema,
     UserMessage,
-    message_to_json,
     messages_from_json,
     tool_to_json,
 )
@@ -42,6 +41,7 @@ from localrun.engine.chat.parts import (
     merge_texts,
 )
 from localrun.errors import UnsupportedModelError, UsageError
+from tests.engine.chat.message_json import message_to_json
 from tests.engine.chat_strategies import (
     any_speed,
     conversations,

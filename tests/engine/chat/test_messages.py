@@ -19,11 +19,11 @@ from localrun.engine.chat.messages import (
     ToolSchema,
     UserMessage,
     message_from_json,
-    message_to_json,
     messages_from_json,
     tool_to_json,
     tools_from_json,
 )
+from tests.engine.chat.message_json import message_to_json
 from tests.engine.chat_strategies import any_speed, conversations
 
 WEATHER = {"name": "get_weather", "description": "Weather.", "parameters": {"type": "object", "properties": {}}}

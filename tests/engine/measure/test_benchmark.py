@@ -17,7 +17,7 @@ from localrun.engine.measure import benchmark
 from localrun.engine.measure.benchmark import Benchmark, BenchOptions, measure, random_tokens
 from localrun.engine.options import EngineOptions
 from localrun.errors import UsageError
-from localrun.offload.cache.trace import Trace
+from tools.simulator.trace_file import Trace
 from tools.stock_model import open_stock
 
 OPTIONS = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5)

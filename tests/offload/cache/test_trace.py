@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localrun.errors import FormatError, StoreError
-from localrun.offload.cache.trace import Trace, TraceHeader, TraceRecorder
+from localrun.offload.cache.trace import TraceHeader, TraceRecorder
+from tools.simulator.trace_file import Trace
 
 HEADER = TraceHeader("abc", {0: (8, 2), 3: (300, 6)}, 1.5)
 

@@ -13,7 +13,8 @@ from gguf import GGMLQuantizationType as QT
 from localrun.errors import FormatError
 from localrun.quant.formats.k_quantize import TYPES as K_TYPES
 from localrun.quant.formats.quantize import dequantize_rows, prepare_weights, quantize_rows
-from localrun.quant.formats.transcode import Rows, convert_rows, converted_bytes
+from localrun.quant.formats.transcode import Rows, convert_rows
+from localrun.quant.gguf.file import tensor_bytes
 from tests.reference import dequantize
 
 # Relative RMS error on Gaussian weights: measured, plus a tenth. One bit less doubles it, or nearly so.
@@ -115,7 +116,7 @@ def test_every_source_dtype_is_decoded_right_and_its_loss_is_measured(dtype: str
         weight = (values.view(np.uint16)[:, 1::2].copy() if dtype == "BF16" else values).view(np.uint8).reshape(-1)
     importance = rng.lognormal(0, 1, n_in).astype(np.float32)
     for kind in (QT.Q3_K, QT.IQ2_XXS):
-        out = np.empty(converted_bytes(kind, n_out, n_in), np.uint8)
+        out = np.empty(tensor_bytes(kind, (n_in, n_out)), np.uint8)
         rows = Rows(dtype, weight, scale.astype(np.uint8), n_out, n_in, "file: w", importance=importance)
         loss = convert_rows(rows, kind, out)
         np.testing.assert_array_equal(out, quantize_rows(values.reshape(n_out, n_in), kind, importance))

@@ -22,9 +22,9 @@ from localrun.quant.formats.transcode import (
     Rows,
     can_convert,
     convert_rows,
-    converted_bytes,
     decode_projection,
 )
+from localrun.quant.gguf.file import tensor_bytes
 from localrun.quant.model.source import Encoding, Extent, Projection
 from tests.reference import dequantize
 
@@ -34,7 +34,7 @@ NO_SCALE = np.empty(0, np.uint8)
 def convert(
     dtype: str, target: QT, weight: npt.NDArray[Any], scale: Bytes, n_out: int, n_in: int
 ) -> tuple[Bytes, Loss | None]:
-    out = np.empty(converted_bytes(target, n_out, n_in), np.uint8)
+    out = np.empty(tensor_bytes(target, (n_in, n_out)), np.uint8)
     raw = np.ascontiguousarray(weight).view(np.uint8).reshape(-1)
     loss = convert_rows(Rows(dtype, raw, scale.reshape(-1), n_out, n_in, "file: tensor"), target, out)
     return out, loss
@@ -52,7 +52,7 @@ def ggml_quantize(target: QT, values: npt.NDArray[np.float32]) -> Bytes:
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     rows = np.ascontiguousarray(values)
-    out = np.empty(converted_bytes(target, *rows.shape), np.uint8)
+    out = np.empty(tensor_bytes(target, rows.shape[::-1]), np.uint8)
     assert function(int(target), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None) == out.size
     return out
 

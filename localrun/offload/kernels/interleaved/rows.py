@@ -24,8 +24,6 @@ from localrun.offload.kernels.simd import I64, simd_for
 _AHEAD: Final = 4096
 """Bytes from the unit in work to the one prefetched. [m] One core reads MXFP4 at 0.70 of plain reading without, 0.98 with."""
 
-TILE_SIZES: Final = (1, 2, 4, 8, 12, 16)
-
 
 @intrinsic
 def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: Any, meta: Any, body: Any, n_units: Any, panel: Any,

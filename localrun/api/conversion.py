@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
-    from localrun.quant.checkpoint.mapping import ConversionPlan
+    from localrun.quant.checkpoint.mapping import ConversionPlan, ImportanceLookup, PlanOptions
     from localrun.quant.convert.converter import ConversionResult, Progress
     from localrun.quant.precision.solver import PrecisionSolution
 
@@ -35,6 +35,7 @@ def convert(
     *,
     base: str | None = None,
     dense: str | None = None,
+    keep_experts: bool = False,
     hot: str | Sequence[str] = (),
     target: str | None = None,
     recipe: str | None = None,
@@ -52,6 +53,7 @@ def convert(
         target_folder: written.
         base: format of the experts, such as `q2_k`; None: exact (`mxfp4`), `q8_0` for FP8 checkpoints.
         dense: format of the dense matrices; None: `q8_0`.
+        keep_experts: write the dense part only (minutes, some GB); experts are read from `source`, which must stay.
         hot: better copies of the experts that matter most, such as `mxfp4:12GiB`.
         target: instead of `base` and `hot`, a box to choose them for, such as `24GiB-vram,64GiB-ram`.
         recipe: name or file of a recipe.
@@ -77,6 +79,7 @@ def convert(
             target_folder=folder,
             base=base,
             dense=dense,
+            keep_experts=keep_experts,
             hot=(hot,) if isinstance(hot, str) else tuple(hot),
             target=target,
             recipe=recipe,
@@ -151,6 +154,11 @@ def run(wanted: Request, out: Follower) -> None:
     options = precision.format_options(wanted, DENSE_DEFAULT)
     if not (wanted.target_folder / MANIFEST_NAME).is_file():
         return _convert(wanted, options, jobs, out)
+    if wanted.keep_experts:
+        _follow_moved_source(wanted, out)
+        if not options.hot and not (wanted.target_folder / LEARNED_NAME).is_dir():
+            out.finished(wanted.target_folder)
+            return
     # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
     if (wanted.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
         return _complete(wanted, options, jobs, out)
@@ -166,7 +174,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     """Everything from a checkpoint."""
     from localrun.api.texts import read_text
     from localrun.engine.measure.choose import check_precision_request
-    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import make_plan
     from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
     from localrun.quant.open import open_model
     from localrun.quant.precision.solver import bytes_for_experts
@@ -176,7 +184,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     check_target(wanted.source, wanted.target_folder)
     out.status("checking the source")
     checkpoint = open_checkpoint(wanted.source)
-    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    plan = make_plan(checkpoint, _plan_options(wanted, options))
     request = precision.precision_request(wanted, options)
     if precision.needs_learning(options, wanted):
         check_precision_request(open_model(wanted.source), request)
@@ -216,15 +224,24 @@ def _choose(
     out: Follower,
 ) -> tuple[PrecisionChoice | None, ConversionPlan]:
     """What is learned where something must be, and the plan of the base that follows from it."""
-    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import make_plan
 
     if not precision.needs_learning(options, wanted):
         return None, plan
     choice = precision.learn(wanted, checkpoint, options, jobs, _dense_bytes(plan), out)
     if choice is None:
         return None, plan
-    base = choice.solution.base if choice.solution is not None else options.base
-    return choice, make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], base, choice.importance))
+    if choice.solution is not None and not wanted.keep_experts:
+        options = replace(options, base=choice.solution.base)
+    return choice, make_plan(checkpoint, _plan_options(wanted, options, choice.importance))
+
+
+def _plan_options(wanted: Request, options: FormatOptions, importance: ImportanceLookup | None = None) -> PlanOptions:
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions
+
+    if wanted.keep_experts:
+        importance = None  # what it would weigh is not written
+    return PlanOptions(DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts)
 
 
 def _dense_bytes(plan: ConversionPlan) -> int:
@@ -264,14 +281,14 @@ def _after_base(
 
 def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
     """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
-    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions, make_plan
+    from localrun.quant.checkpoint.mapping import make_plan
     from localrun.quant.convert.converter import ConversionResult, described_options
     from localrun.quant.convert.journal import describe_changes
     from localrun.quant.convert.overlay import open_overlay_source, read_base
 
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     checkpoint = open_overlay_source(wanted.source, folder)
-    plan = make_plan(checkpoint, PlanOptions(DENSE_TYPES[options.dense], options.base))
+    plan = make_plan(checkpoint, _plan_options(wanted, options))
     choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
     changes = describe_changes(
         {"options": manifest.options, "identity": manifest.source.get("identity"), "source": str(checkpoint.path)},
@@ -286,6 +303,38 @@ def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower)
     out.chosen(choice)
     size = sum(file.size_bytes for file in manifest.files)
     return _after_base(wanted, options, checkpoint, choice, ConversionResult(folder, size, 0.0, 0, 0, {}), jobs, out)
+
+
+def _follow_moved_source(wanted: Request, out: Follower) -> None:
+    """Notes down where the experts of a finished model are now.
+
+    Raises:
+        UsageError: it has its own experts, another dense type, or another checkpoint.
+    """
+    from localrun.quant.convert.converter import open_checkpoint
+    from localrun.quant.convert.overlay import read_base
+    from localrun.quant.convert.repair import check_source
+    from localrun.quant.convert.report import kept_experts
+    from localrun.quant.model.manifest import write_manifest
+
+    folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
+    if manifest.kept is None:
+        raise UsageError(f"{folder} holds a model with its own experts", hint="choose another directory")
+    if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
+        raise UsageError(
+            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
+            hint="leave out --dense, or choose another directory",
+        )
+    checkpoint = open_checkpoint(wanted.source)
+    check_source(manifest, checkpoint)
+    kept = kept_experts(checkpoint)
+    if kept == manifest.kept:
+        out.note(f"{folder}: finished; its experts are in {kept.path}")
+    elif wanted.dry_run:
+        out.note(f"dry run: nothing written; experts would be read from {kept.path}")
+    else:
+        write_manifest(replace(manifest, kept=kept), folder)
+        out.note(f"{folder}: experts are read from {kept.path} now")
 
 
 def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:

@@ -44,6 +44,7 @@ class Request:
         source: folder of an official checkpoint.
         target_folder: written; a killed run goes on where it was.
         base, dense: formats by name; None: the default.
+        keep_experts: experts stay in the checkpoint; only the dense part, and better copies if asked for, are written.
         hot: `TYPE:SIZE`, bytes of better copies in a type, or only `none`.
         target: `SIZE-vram,SIZE-ram`: base and copies are chosen for such a box.
         recipe: name or file of a recipe.
@@ -61,6 +62,7 @@ class Request:
     target_folder: Path
     dense: str | None = None
     base: str | None = None
+    keep_experts: bool = False
     hot: Sequence[str] = ()
     target: str | None = None
     recipe: str | None = None
@@ -103,6 +105,11 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     from localrun.quant.precision.solver import HotBudget, Target
 
     recipe = read_recipe(wanted.recipe) if wanted.recipe else Recipe("")
+    if wanted.keep_experts and (wanted.base or wanted.target or wanted.recipe or wanted.split is not None):
+        raise UsageError(
+            "--keep-experts leaves the experts as they are, in one place: it excludes --base, --target, --recipe and --split",
+            hint="with it go --dense TYPE and --hot TYPE:SIZE",
+        )
     if wanted.target and (wanted.base or wanted.hot):
         raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
     if wanted.calibrate is not None and wanted.imatrix is not None:

@@ -26,6 +26,7 @@ EXAMPLES = """\
 examples:
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-flash
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-flash --dense bf16 --dry-run
+  localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-beside --keep-experts --dense q4_k
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-small --base q2_k --hot mxfp4:12GiB
   localrun convert ~/downloads/DeepSeek-V4-Flash ~/models/v4-small --hot mxfp4:20GiB     (another overlay, same base)
   localrun convert ~/downloads/DeepSeek-V4-Pro ~/models/v4-pro --target 24GiB-vram,128GiB-ram
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="type of the experts: mxfp4 (default for FP4 checkpoints, exact), q8_0 (default for FP8), smaller:"
         " q4_k, iq4_xs, q3_k, iq3_s, iq3_xxs, q2_k, iq2_s, iq2_xs, iq2_xxs, larger: q5_k, q6_k, bf16, f32",
+    )
+    parser.add_argument(
+        "--keep-experts",
+        action="store_true",
+        help="write the dense part only, a small directory made in minutes; experts are read from SRC, which must stay"
+        " (after moving SRC, the same command again with its new place)",
     )
     parser.add_argument(
         "--jobs", type=int, default=None, metavar="N", help="threads that read, convert and write (8, or one per core)"

@@ -48,6 +48,8 @@ def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list
         lines.append("output: base and better copies are chosen for the target after a look at the experts")
         return lines
     lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
+    if plan.options.keep_experts:
+        lines.append(f"  experts stay in {checkpoint.path} and are read from there: keep it, and keep it as it is")
     for budget in options.hot if options is not None else ():
         lines.append(f"  and better copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
     return lines

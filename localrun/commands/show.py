@@ -48,11 +48,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(path: Path, source: ModelSource, sizes: ModelSizes) -> dict[str, Any]:
+    from localrun.quant.checkpoint.kept import KeptSource
+
     return {
         "path": str(path.absolute()),
         "name": sizes.name,
         "architecture": sizes.shape.architecture,
         "identity": source.identity,
+        "experts_in": str(source.checkpoint) if isinstance(source, KeptSource) else None,
         "files": [{"name": file.name, "size_bytes": file.stat().st_size} for file in source.files],
         "n_layers": sizes.shape.n_layers,
         "n_moe_layers": len(source.moe_layers),
@@ -82,6 +85,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             f"experts  {facts['n_experts']} in each of {facts['n_moe_layers']} layers, {facts['n_experts_used']} per token: "
             + ", ".join(f"{g['count']} in {g['type']} ({format_size(g['size_bytes'])})" for g in facts["experts"])
         )
+    if facts["experts_in"] is not None:
+        lines.append(f"         they stay in the checkpoint {facts['experts_in']}")
     lines.append(f"context  {facts['context'] or 'unknown'} tokens at most")
     if not facts["has_tokenizer"]:
         lines.append("note     no tokenizer: it can be measured, but not talked to")

@@ -122,6 +122,11 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     else:
         repaired = f", {n_damaged} after repair" if n_damaged else ""
         out.note(f"{source.path}: all {len(checks)} checksums are right{repaired} ({speed})")
+    if source.manifest.kept is not None:
+        out.note(
+            f"experts in {source.manifest.kept.path}: the checkpoint is the same by names, sizes, headers and samples;"
+            " its weights have no checksums"
+        )
     if args.json:
         out.json(
             {

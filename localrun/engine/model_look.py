@@ -31,6 +31,7 @@ class Look:
     Attributes:
         name: the model's own; empty where it has none.
         format: number format of most experts.
+        n_bytes: of its files; experts that stay in a checkpoint elsewhere don't count.
         problem, hint: why localrun does not run it and what to do; empty: it does.
     """
 
@@ -115,7 +116,7 @@ def _start() -> subprocess.Popen[str]:
 
 def look_at(path: Path) -> Look:
     """Opens a model as loading does, without reading weights."""
-    from localrun.quant.open import open_model
+    from localrun.quant.open import open_model, own_files
 
     try:
         source = open_model(path)
@@ -134,7 +135,7 @@ def look_at(path: Path) -> Look:
         str(path),
         name=str(source.metadata.get("general.name") or ""),
         format=max(formats, key=lambda name: formats[name], default="").lower(),
-        n_bytes=_size(source.files),
+        n_bytes=_size(own_files(source)),
         dense_bytes=sum(info.n_bytes for info in source.tensors.values()) - experts,
         expert_bytes=experts,
         n_layers=max(layers, default=-1) + 1,

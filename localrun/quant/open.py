@@ -1,11 +1,13 @@
-"""Opens a model whatever its files look like: a converted directory, a GGUF, or an official checkpoint."""
+"""Opens a model whatever its files look like: a converted directory, with its experts or without, a GGUF, or a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
+from localrun.quant.checkpoint.kept import KeptSource, is_kept
 from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.locate import locate
@@ -30,4 +32,11 @@ def open_model(
     found = locate(path)
     if found.kind == "checkpoint":
         return CheckpointSource.open(found.path, dense=dense)
+    if found.kind == "converted" and is_kept(found.path):
+        return KeptSource.open(found.path)
     return GgufSource.open(found.path, with_holes=with_holes)
+
+
+def own_files(source: ModelSource) -> Sequence[Path]:
+    """A model's files but for those of a checkpoint that only lends its experts."""
+    return source.own_files if isinstance(source, KeptSource) else source.files

@@ -90,11 +90,13 @@ class PlanOptions:
         dense: type of FP8 attention and shared-expert matrices; what the checkpoint holds in BF16 or F32 stays as it is.
         base: type of all experts, None: MXFP4 for FP4, Q8_0 for FP8, otherwise as they are.
         importance: of the experts' input channels, for types that round; None: all alike.
+        keep_experts: the file holds the dense part only; experts stay in the checkpoint, as they are.
     """
 
     dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0
     base: GGMLQuantizationType | None = None
     importance: ImportanceLookup | None = None
+    keep_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +233,16 @@ def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> Con
     ]
     infos = [info for info, _ in shaped]
     metadata = model_metadata(config, checkpoint.path, infos) | tokenizer.values
+    by_name = {info.name: info for info in infos}
+    check_deepseek4(checkpoint.path, metadata, by_name, check_common(checkpoint.path, metadata, by_name))
+    if options.keep_experts:
+        shaped = [(info, parts) for info, parts in shaped if parts[0].expert is None]
+        infos = [info for info, _ in shaped]
     header = build_header(metadata, infos, ALIGNMENT)
     tensors = {
         info.name: PlannedTensor(info, len(header) + offset, parts, *_expert_place(info.name))
         for (info, parts), offset in zip(shaped, tensor_offsets(infos, ALIGNMENT), strict=True)
     }
-    by_name = {info.name: info for info in infos}
-    check_deepseek4(checkpoint.path, metadata, by_name, check_common(checkpoint.path, metadata, by_name))
     last = tensors[infos[-1].name]
     warnings = checkpoint.warnings + tokenizer.warnings
     file_size = align_up(last.offset + last.info.n_bytes, ALIGNMENT)

@@ -28,6 +28,12 @@ _SLICE_BYTES = 16 << 20
 _ENCODINGS = {"I8": Encoding.FP4, "F8_E4M3": Encoding.FP8}
 
 
+def _fp8_experts(dense: GGMLQuantizationType) -> GGMLQuantizationType:
+    """What experts in FP8 are read as: the store knows how to make two types of them."""
+    exact = dense in (GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
+    return GGMLQuantizationType.BF16 if exact else GGMLQuantizationType.Q8_0
+
+
 class CheckpointSource:
     """Implements `ModelSource`. Immutable, holds no descriptors, safe to read from several threads."""
 
@@ -41,7 +47,7 @@ class CheckpointSource:
 
         Args:
             path: the directory.
-            dense: type that FP8 dense matrices are presented in; experts stored in FP8 follow it.
+            dense: type that FP8 dense matrices are presented in; experts stored in FP8 are Q8_0, or BF16 where `dense` is exact.
 
         Raises:
             FormatError: damaged or inconsistent files.
@@ -49,7 +55,7 @@ class CheckpointSource:
         """
         checkpoint = Checkpoint.open(path)
         fp8_experts = any(tensor.spec.expert == 0 and tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors)
-        return cls(make_plan(checkpoint, PlanOptions(dense, dense if fp8_experts else None)))
+        return cls(make_plan(checkpoint, PlanOptions(dense, _fp8_experts(dense) if fp8_experts else None)))
 
     @property
     def plan(self) -> ConversionPlan:

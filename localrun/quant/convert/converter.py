@@ -1,7 +1,7 @@
 """Writes a plan to a directory: streaming, resumable after any kill, the same bytes every time.
 
     DST/.convert/   work directory: model.gguf.partial, state.json, journal.jsonl
-    DST/model.gguf  appears when all of it is on the disk
+    DST/model.gguf  appears when all of it is on the disk (dense.gguf where the experts stay in the checkpoint)
     DST/localrun.json   the manifest, last: a directory that has one is complete
 
 Several threads each take a part (a dense tensor, or one expert's matrix), read it slice by slice, convert the slice and write it to
@@ -36,6 +36,8 @@ from localrun.quant.model.manifest import MANIFEST_NAME, write_manifest
 from localrun.units import format_size
 
 MODEL_NAME = "model.gguf"
+DENSE_NAME = "dense.gguf"
+"""Instead, where the experts stay in the checkpoint: no model by itself."""
 WORK_NAME = ".convert"
 LEARNED_NAME = ".tiers"
 """Folder in the target in which the choice of formats keeps what it learned (see `localrun.engine.measure.choose`)."""
@@ -132,7 +134,7 @@ def check_target(source: Path, target: Path) -> None:
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
     """Bytes that must still be allocated for the output; see `Place.check_space`."""
-    return Place(target / MODEL_NAME, target / WORK_NAME).check_space(plan)
+    return _place(plan, target).check_space(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +221,10 @@ def write_plan(
     options = described_options(plan)
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
-        write_manifest(build_manifest(plan, MODEL_NAME, done, options, losses), target)
+        write_manifest(build_manifest(plan, place.final.name, done, options, losses), target)
 
     created = not target.exists()
-    place = Place(target / MODEL_NAME, target / WORK_NAME)
+    place = _place(plan, target)
     try:
         return write_file(plan, place, options, publish, jobs=jobs, progress=progress)
     finally:
@@ -269,10 +271,16 @@ def write_file(
     return replace(result, path=place.final.parent)
 
 
+def _place(plan: ConversionPlan, target: Path) -> Place:
+    return Place(target / (DENSE_NAME if plan.options.keep_experts else MODEL_NAME), target / WORK_NAME)
+
+
 def described_options(plan: ConversionPlan) -> dict[str, str]:
     """The user's choices by option name, as the manifest has them and as an unfinished run is compared by."""
     base, importance = plan.options.base, plan.options.importance
     options = {"dense": plan.options.dense.name.lower(), "base": "default" if base is None else base.name.lower()}
+    if plan.options.keep_experts:
+        options["keep-experts"] = "given"
     return options if importance is None else options | {"imatrix": importance.digest}
 
 

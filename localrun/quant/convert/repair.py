@@ -118,7 +118,8 @@ def _base_plan(manifest: Manifest, checkpoint: Checkpoint, importance: Importanc
     dense, base = manifest.options.get("dense"), manifest.options.get("base")
     if dense not in DENSE_TYPES or not (base == "default" or base in BASE_TYPES):
         raise FormatError(f"the manifest's options {dense!r}, {base!r} are unknown", hint="convert again")
-    return make_plan(checkpoint, PlanOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance))
+    kept = manifest.kept is not None
+    return make_plan(checkpoint, PlanOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance, kept))
 
 
 def _write_header(path: Path, header: bytes, size: int) -> None:

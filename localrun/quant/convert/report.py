@@ -9,10 +9,11 @@ import xxhash
 from gguf import GGMLQuantizationType
 
 import localrun
+from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionPlan, PlannedTensor
 from localrun.quant.convert.journal import PartResult
 from localrun.quant.formats.transcode import Loss
-from localrun.quant.model.manifest import Manifest, ModelFile, Overlay, OverlayStack, checksum
+from localrun.quant.model.manifest import KeptExperts, Manifest, ModelFile, Overlay, OverlayStack, checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,14 @@ def build_manifest(
         source={**source_facts(plan, done), "rounding": _rounding(losses)},
         tools={"localrun": localrun.__version__},
         options=options,
+        kept=kept_experts(plan.checkpoint) if plan.options.keep_experts else None,
     )
+
+
+def kept_experts(checkpoint: Checkpoint) -> KeptExperts:
+    """Where experts are that stay in their checkpoint."""
+    sizes = {shard.path.name: shard.size for shard in checkpoint.shards}
+    return KeptExperts(str(checkpoint.path.resolve()), checkpoint.identity, sizes)
 
 
 def _rounding(losses: Mapping[str, Loss]) -> dict[str, object]:

@@ -112,14 +112,19 @@ class GgufSource:
         """
         manifest_path = (path if path.is_dir() else path.parent) / MANIFEST_NAME
         manifest = read_manifest(manifest_path) if manifest_path.is_file() else None
+        if manifest is not None and manifest.kept is not None:
+            raise FormatError(
+                f"{path}: the dense part of a model whose experts are in {manifest.kept.path}",
+                hint=f"name the folder: {manifest_path.parent}",
+            )
         if manifest is not None and not path.is_dir() and path.name not in {file.name for file in manifest.files}:
             # Somebody else's file that lies beside a converted model.
             manifest = None
         overlay = None
         if manifest is not None:
-            paths = _manifest_files(manifest_path, manifest.files)
+            paths = listed_files(manifest_path, manifest.files)
             if manifest.overlay is not None:
-                overlay = _read_overlay(_manifest_files(manifest_path, manifest.overlay.files))
+                overlay = read_overlay(listed_files(manifest_path, manifest.overlay.files))
         else:
             paths = split_files(only_model(path) if path.is_dir() else path)
         for part in paths:
@@ -360,13 +365,19 @@ def _read_exactly(path: Path, offset: int, buffer: memoryview, what: str) -> Non
         os.close(fd)
 
 
-def _read_overlay(paths: Sequence[Path]) -> GgufFile:
+def read_overlay(paths: Sequence[Path]) -> GgufFile:
+    """The header of an overlay's one file."""
     if len(paths) != 1:
         raise UnsupportedModelError(f"{paths[0]}: an overlay of {len(paths)} files", hint="update localrun")
     return read_gguf(paths[0])
 
 
-def _manifest_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
+def listed_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
+    """Paths of the files that a manifest lists.
+
+    Raises:
+        FormatError: one is missing or has another size.
+    """
     paths = []
     for file in files:
         path = manifest_path.parent / file.name

@@ -1,9 +1,11 @@
 """`localrun.json`: what a converted model's folder holds and the checksum of everything in it.
 
-The base is described by `files`, `tensors` and `experts`, an overlay with better copies by `overlay`. `tiers`, `profile` and
+The base is described by `files`, `tensors` and `experts`, an overlay with better copies by `overlay`, experts that stay in a
+checkpoint elsewhere by `kept`. `tiers`, `profile` and
 `report` are JSON of those who choose the copies and measure the result; this module only keeps them.
 
-Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder.
+Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder; `kept` alone
+leads elsewhere, to a checkpoint that is read and must be the one that it was.
 Knows JSON and digests; knows nothing about GGUF. Checksums are xxh3_64 as 16 hex digits: they find damage, they don't
 protect against somebody who forges a file.
 """
@@ -35,7 +37,8 @@ _HEX = re.compile(r"(?:[0-9a-f]{16})*")
 _REQUIRED_KEYS = {"format", "version", "files", "tensors", "experts"}
 _FREE_KEYS = ("tiers", "profile", "report")
 _OVERLAY_KEYS = {"files", "experts", "options", "rounding"}
-_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", *_FREE_KEYS}
+_KEPT_KEYS = {"path", "identity", "files"}
+_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", "kept", *_FREE_KEYS}
 
 
 def checksum(data: Any) -> str:
@@ -110,6 +113,24 @@ class Overlay:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptExperts:
+    """Experts that stay in the checkpoint that the rest was made from. Immutable.
+
+    Attributes:
+        path: the checkpoint's folder, absolute.
+        identity: of its weights (`Checkpoint.identity`).
+        files: sizes of its shards by name.
+    """
+
+    path: str
+    identity: str
+    files: Mapping[str, int]
+
+    def to_json(self) -> dict[str, object]:
+        return {"path": self.path, "identity": self.identity, "files": dict(self.files)}
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of a converted model. Immutable.
 
@@ -121,6 +142,7 @@ class Manifest:
         tools: program versions that wrote the files.
         options: what the user asked of the converter.
         overlay: better copies of some experts; None without.
+        kept: where the experts are, if they are not in `files`; `experts` is empty then.
         tiers, profile, report: how the copies were chosen, how often experts are used, what it costs (free JSON; may be empty).
     """
 
@@ -131,6 +153,7 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     overlay: Overlay | None = None
+    kept: KeptExperts | None = None
     tiers: Mapping[str, object] = field(default_factory=dict)
     profile: Mapping[str, object] = field(default_factory=dict)
     report: Mapping[str, object] = field(default_factory=dict)
@@ -144,6 +167,8 @@ class Manifest:
         for layer in sorted(self.experts):
             for checksums in self.experts[layer]:
                 digest.update(f"{layer} {''.join(checksums)}\n".encode())
+        if self.kept is not None:
+            digest.update(self.kept.identity.encode())
         return digest.hexdigest()
 
     def to_json(self) -> str:
@@ -165,6 +190,8 @@ class Manifest:
         }
         if self.overlay is not None:
             data["overlay"] = self.overlay.to_json()
+        if self.kept is not None:
+            data["kept"] = self.kept.to_json()
         data |= {key: dict(value) for key in _FREE_KEYS if (value := getattr(self, key))}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -245,6 +272,7 @@ class _Parser:
             tools={name: self._string(f"tools.{name}", v) for name, v in self._map("tools", root).items()},
             options=self._map("options", root),
             overlay=overlay,
+            kept=self._kept(root["kept"]) if "kept" in root else None,
             tiers=self._map("tiers", root),
             profile=self._map("profile", root),
             report=self._map("report", root),
@@ -268,6 +296,21 @@ class _Parser:
             }
         options, rounding = self._map("options", value, "overlay."), self._map("rounding", value, "overlay.")
         return Overlay(self._files("overlay.files", value["files"]), experts, options, rounding)
+
+    def _kept(self, value: Any) -> KeptExperts:
+        if not isinstance(value, dict) or value.keys() != _KEPT_KEYS:
+            raise self._error(f"kept: expected an object with {', '.join(sorted(_KEPT_KEYS))}")
+        path = self._string("kept.path", value["path"])
+        if not path.startswith("/") or "\0" in path:
+            raise self._error(f"kept.path: {path!r} is not an absolute path")
+        files = self._map("files", value, "kept.")
+        for name, size in files.items():
+            self._file_name("kept.files", name)
+            if type(size) is not int or not 0 < size < 1 << 63:
+                raise self._error(f"kept.files.{name}: {size!r} is not a file size")
+        if not files:
+            raise self._error("kept.files: expected at least one file")
+        return KeptExperts(path, self._string("kept.identity", value["identity"]), files)
 
     def _stack(self, where: str, value: Any) -> OverlayStack:
         if not isinstance(value, dict) or value.keys() != {"ids", *PROJECTIONS}:

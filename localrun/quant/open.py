@@ -33,7 +33,7 @@ def open_model(
     if found.kind == "checkpoint":
         return CheckpointSource.open(found.path, dense=dense)
     if found.kind == "converted" and is_kept(found.path):
-        return KeptSource.open(found.path)
+        return KeptSource.open(found.path, with_holes=with_holes)
     return GgufSource.open(found.path, with_holes=with_holes)
 
 

@@ -7,6 +7,7 @@ counting functions for its life.
 from __future__ import annotations
 
 import ctypes as C
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class Shim:
         fail_allocation: number of the buffer (from 1) that the device does not give; 0: none.
         fail_from: every buffer from this one on; 0: none.
         free_bytes: what the device says is free; None: the truth.
+        free_after_launch: what it says once it has computed; None: the same as before.
+        delay_s: how much longer the device takes for a graph, and for each copy from and to it.
         opens: the device can be opened.
         n_allocations, n_in, bytes_in, n_out, bytes_out: buffers asked for, copies to the device and back, and their bytes.
         n_cleared: buffers set to one value.
@@ -35,6 +38,8 @@ class Shim:
     fail_allocation: int = 0
     fail_from: int = 0
     free_bytes: int | None = None
+    free_after_launch: int | None = None
+    delay_s: float = 0.0
     opens: bool = True
     n_allocations: int = 0
     n_in: int = 0
@@ -46,6 +51,15 @@ class Shim:
     n_synchronized: int = 0
     n_launched: int = 0
     keep: list[Any] = field(default_factory=list)
+
+    @property
+    def free_now(self) -> int | None:
+        """What the device says is free at this moment; None: the truth."""
+        return self.free_bytes if self.free_after_launch is None or not self.n_launched else self.free_after_launch
+
+    def delay(self) -> None:
+        if self.delay_s:
+            time.sleep(self.delay_s)
 
 
 @contextmanager
@@ -66,14 +80,14 @@ def shim(device: GpuDevice) -> Iterator[Shim]:
     def get_memory(address: int, free: Any, total: Any) -> None:
         state.n_asked += 1
         real_memory(address, free, total)
-        if state.free_bytes is not None:
-            free[0] = state.free_bytes
+        if state.free_now is not None:
+            free[0] = state.free_now
 
     def get_props(address: int, found: Any) -> None:
         state.n_asked += 1
         real_props(address, found)
-        if state.free_bytes is not None:
-            found[0].memory_free = state.free_bytes
+        if state.free_now is not None:
+            found[0].memory_free = state.free_now
 
     def init_backend(address: int, parameters: bytes | None) -> int | None:
         backend = real_open(address, parameters) if state.opens else None
@@ -134,11 +148,13 @@ def _count(state: Shim, interface: Any) -> None:
     def set_tensor(buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
         state.n_in += 1
         state.bytes_in += size
+        state.delay()
         real_set(buffer, tensor, data, offset, size)
 
     def get_tensor(buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
         state.n_out += 1
         state.bytes_out += size
+        state.delay()
         real_get(buffer, tensor, data, offset, size)
 
     def clear(buffer: int, value: int) -> None:
@@ -193,6 +209,7 @@ def _count_calls(state: Shim, interface: Any) -> None:
 
     def compute(backend: int, graph: int) -> int:
         state.n_launched += 1
+        state.delay()
         return int(real_compute(backend, graph))
 
     _replace(state, interface, "graph_compute", compute)

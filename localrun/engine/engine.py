@@ -20,6 +20,7 @@ import xxhash
 from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
 from localrun.engine.facts import Json, ModelFacts
+from localrun.engine.first_context import FirstContext
 from localrun.engine.grammar import Grammars
 from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
 from localrun.engine.options import EngineOptions, check_context
@@ -80,8 +81,10 @@ class Engine:
         file_bytes: int,
         dense_on_gpu: bool = False,
         plan: Plan | None = None,
+        first: FirstContext | None = None,
     ) -> None:
         self._loaded = loaded
+        self._first = first
         self._sessions: list[Session] = []
         self.options = options
         self.plan = plan
@@ -117,20 +120,22 @@ class Engine:
         n_ctx = _context_length(sizes, options)
         placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()
         try:
-            plan, loaded = cls._load(source, sizes, options, placement, report, announce, learn=learn)
+            first = _first_context(options, placement, n_ctx)
+            plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
         except GpuMemoryError as error:
-            log.warning("%s; it stays on the CPU", error)
-            placement = replace(placement, n_gpu_layers=0)
-            plan, loaded = cls._load(source, sizes, options, placement, report, announce, learn=learn)
+            log.warning("%s; the dense model stays on the CPU", error)
+            placement, first = replace(placement, n_gpu_layers=0), None
+            plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
         file_bytes = sum(file.stat().st_size for file in source.files)
         return cls._checked(
             loaded,
-            options,
+            first.options if first is not None else options,
             path=Path(path),
             identity=source.identity,
             file_bytes=file_bytes,
             dense_on_gpu=placement.n_gpu_layers > 0,
             plan=plan,
+            first=first,
         )
 
     @staticmethod
@@ -141,6 +146,7 @@ class Engine:
         placement: GpuPlacement,
         report: Callable[[float, str], None],
         announce: Callable[[Plan], None] | None,
+        first: FirstContext | None,
         *,
         learn: bool,
     ) -> tuple[Plan, OffloadedModel]:
@@ -154,6 +160,8 @@ class Engine:
             math=options.math,
             n_gpu_layers=placement.n_gpu_layers,
             gpus=placement.experts,
+            first_context=first.make if first is not None else None,
+            gpu_spare=placement.spare,
             mirror=Path(options.mirror).expanduser() if options.mirror else None,
             adaptive=options.adaptive,
             probe=True,
@@ -169,6 +177,8 @@ class Engine:
         try:
             return cls(loaded, options, **rest)
         except BaseException:
+            if (first := rest.get("first")) is not None:
+                first.close()
             loaded.close()
             raise
 
@@ -206,9 +216,14 @@ class Engine:
             all_logits: for `Session.feed_all_logits`; costs n_batch rows of logits.
         """
         facts = self.facts
-        context = Context(
-            self._loaded.model, self.options, n_ctx=facts.n_ctx, n_threads=facts.n_threads, all_logits=all_logits
-        )
+        context = self._first.take() if self._first is not None else None
+        if context is not None and all_logits:
+            context.close()  # its memory is for the other one
+            context = None
+        if context is None:
+            context = Context(
+                self._loaded.model, self.options, n_ctx=facts.n_ctx, n_threads=facts.n_threads, all_logits=all_logits
+            )
         session = Session(self, context, snapshots)
         self._sessions.append(session)
         return session
@@ -280,6 +295,8 @@ class Engine:
         """Frees the sessions, then the model."""
         for session in list(self._sessions):
             session.close()
+        if self._first is not None:
+            self._first.close()
         self.vocab.close()
         self._loaded.close()
 
@@ -302,6 +319,14 @@ def _context_length(sizes: ModelSizes, options: EngineOptions) -> int:
     trained = sizes.shape.n_ctx_train
     check_context(options.n_ctx, trained)
     return options.n_ctx or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def _first_context(options: EngineOptions, placement: GpuPlacement, n_ctx: int) -> FirstContext | None:
+    """None: the dense model is not to go to a GPU."""
+    if not placement.n_gpu_layers:
+        return None
+    device, _ = placement.experts[0]
+    return FirstContext(device.name, options, n_ctx=n_ctx, n_threads=options.n_threads or memory.physical_cores())
 
 
 def _plan(

@@ -115,6 +115,13 @@ def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
     return devices
 
 
+def free_memory(device: GpuDevice) -> int:
+    """Bytes that the device says are free now."""
+    free, total = C.c_size_t(), C.c_size_t()
+    library().ggml_backend_dev_memory(device.address, C.byref(free), C.byref(total))
+    return free.value if free.value <= total.value else 0  # see `gpu_devices`
+
+
 def _listed() -> Iterator[tuple[int, str, str]]:
     """(address, name, description) of GPUs, none of which is touched."""
     lib = library()

@@ -24,7 +24,7 @@ from localrun.offload.device.device import expert_device
 from localrun.offload.fill import fill_model, free_model
 from localrun.offload.gpu.stream_probe import unpackers
 from localrun.offload.learning import Learner
-from localrun.offload.place import ExpertPlacement, OffloadOptions, make_tier, place_experts, slot_budget
+from localrun.offload.place import ExpertPlacement, OffloadOptions, fit_into_free, make_tier, place_experts, slot_budget
 from localrun.offload.pool import ExpertPool
 from localrun.offload.readahead import hash_tables
 from localrun.offload.routers import Routers
@@ -144,6 +144,8 @@ class OffloadedModel:
 def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedModel:
     """Loads the dense model and prepares the experts; no expert is read.
 
+    The order on GPUs: dense tensors, a first context that has computed (`options.first_context`), then slots in what is left.
+
     Raises:
         BudgetError: `ram_bytes` is below one layer's experts.
         FormatError, UnsupportedModelError: llama.cpp does not accept the model.
@@ -162,6 +164,10 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         with device.loading(pool):
             model = fill_model(source, options, pool.handover.adopt, dense, routers.adopt)
         opened.callback(free_model, model)
+        if options.first_context is not None and options.n_gpu_layers:
+            with pool.idle():
+                opened.callback(options.first_context(model).close)
+            placement = fit_into_free(placement, options.gpu_spare)
         device.process.grow(max(dense.scratch_bytes, placement.scratch_bytes), MAX_BATCH * placement.n_used, MAX_BATCH)
         learner = Learner(source, pool.residency, pool.telemetry, options.profile_folder)
         tier = make_tier(source, placement, learner.profile.ranking())

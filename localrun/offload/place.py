@@ -9,18 +9,18 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.errors import BudgetError, FormatError, GpuMemoryError, UnsupportedModelError
-from localrun.ggml.devices import GpuDevice
+from localrun.errors import BudgetError, FormatError, UnsupportedModelError
+from localrun.ggml.devices import GpuDevice, free_memory
 from localrun.offload.device.compiled import MAX_VARIANTS
-from localrun.offload.gpu.slots import scratch_bytes
+from localrun.offload.gpu.slots import DeviceClosedError, scratch_bytes, slot_bytes
 from localrun.offload.gpu.stream import Rings, StreamCosts, staging_bytes
 from localrun.offload.gpu.stream_probe import measure, unpackers
 from localrun.offload.gpu.tier import GpuTier
@@ -36,6 +36,13 @@ RING_SHARE = 0.25
 """Most of a GPU's memory for experts that rings may take: what lives there serves every token, what passes only long prompts."""
 
 
+class Closable(Protocol):
+    """Something that is to be closed before the model is freed."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
 @dataclass(frozen=True, slots=True)
 class OffloadOptions:
     """How a model is placed.
@@ -48,6 +55,9 @@ class OffloadOptions:
         n_gpu_layers: layers of the dense model that llama.cpp puts on the first of `gpus`.
         gpus: devices that may be used, and how many bytes of each experts may take (0: none). Devices round experts' outputs in
             their own way, so the same seed may give different tokens than without.
+        first_context: where the dense model is on a GPU, makes a context of the `llama_model *` and computes with it: what that
+            takes is known only afterwards, and experts get what is left. Meanwhile experts answer with zeros.
+        gpu_spare: bytes that stay free on a GPU, by its name, when experts get what is left; 0 for others.
         verify: compare checksums on an expert's first read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
@@ -65,6 +75,8 @@ class OffloadOptions:
     math: Literal["int8", "f32"] = "int8"
     n_gpu_layers: int = 0
     gpus: Sequence[tuple[GpuDevice, int]] = ()
+    first_context: Callable[[Any], Closable] | None = None
+    gpu_spare: Mapping[str, int] = field(default_factory=dict)
     verify: bool = True
     dense_on_device: bool = True
     probe: bool = False
@@ -166,13 +178,11 @@ def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_byt
 
 
 def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
-    """The experts on GPUs, None if there are none, or if a device can't be opened.
+    """The experts on GPUs, None if there are none; a device that can't be opened gets none, with a line.
 
     Args:
         ranking: (layer, expert), the likeliest first; those that it lacks follow.
     """
-    if not placement.gpus:
-        return None
     specs = {
         (layer, variant): kernel.spec
         for layer, variants in placement.kernels.items()
@@ -183,11 +193,53 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
     n_experts = max(moe.n_experts for moe in layers.values())
     others = [(layer, expert) for expert in range(n_experts) for layer, moe in layers.items() if expert < moe.n_experts]
     order = [*ranking, *(at for at in others if at not in ranked)]
-    try:
-        return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
-    except GpuMemoryError as error:
-        log.warning("%s; no experts go to GPUs", error)
-        return None
+    while placement.gpus:
+        try:
+            return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
+        except DeviceClosedError as error:
+            index = next(i for i, (device, _) in enumerate(placement.gpus) if device.name == error.device.name)
+            placement = _without_gpu(placement, index)
+            log.warning("%s; %s", error, "it gets no experts" if placement.gpus else "no experts go to GPUs")
+    return None
+
+
+def fit_into_free(placement: ExpertPlacement, spare: Mapping[str, int]) -> ExpertPlacement:
+    """Gives experts no more than what GPUs have left now, with a line for each that has less than was planned.
+
+    Args:
+        spare: bytes to leave, by the device's name.
+    """
+    specs = {kernel.spec for variants in placement.kernels.values() for kernel in variants}
+    scratch = max(map(scratch_bytes, specs))
+    for index in reversed(range(len(placement.gpus))):
+        device, planned = placement.gpus[index]
+        budget = min(planned, free_memory(device) - spare.get(device.name, 0))
+        if budget == planned:
+            continue
+        fits = budget >= scratch + min(slot_bytes(spec, 1, device) for spec in specs)
+        log.warning(
+            "%s: %s of the planned %s are left for experts after the first tokens%s",
+            device.name,
+            format_size(max(0, budget)),
+            format_size(planned),
+            "" if fits else ": it gets none",
+        )
+        if not fits:
+            placement = _without_gpu(placement, index)
+            continue
+        rings = placement.rings
+        if rings is not None and rings.gpu == index and rings.bytes_on(device) > (budget - scratch) * RING_SHARE:
+            rings = None
+        gpus = [*placement.gpus[:index], (device, budget), *placement.gpus[index + 1 :]]
+        placement = replace(placement, gpus=gpus, rings=rings)
+    return placement
+
+
+def _without_gpu(placement: ExpertPlacement, index: int) -> ExpertPlacement:
+    rings = placement.rings
+    if rings is not None:
+        rings = None if rings.gpu == index else replace(rings, gpu=rings.gpu - (rings.gpu > index))
+    return replace(placement, gpus=[*placement.gpus[:index], *placement.gpus[index + 1 :]], rings=rings)
 
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:

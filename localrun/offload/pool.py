@@ -6,9 +6,10 @@ is asked for) and `Handover` (what compiled code and Python tell each other). A 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -90,6 +91,7 @@ class ExpertPool:
         self.handover = Handover(layers, kernels, self.residency.table, self.telemetry)
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
+        self._is_idle = False
 
     # -- device.Owner --------------------------------------------------------------------------------------------------
 
@@ -111,6 +113,9 @@ class ExpertPool:
         if not math.isclose(expected, limit, rel_tol=1e-6) and not math.isinf(expected + limit):
             raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {expected}")
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
+        if self._is_idle:
+            out_rows[:] = 0.0
+            return
 
         def compute(kernel: FfnKernel, slots: Sequence[Slot], routing: Routing) -> None:
             addresses = np.array([slot.address for slot in slots], np.uint64)
@@ -126,6 +131,9 @@ class ExpertPool:
         """See `device.Owner`."""
         choices = ids_at(ids)
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
+        if self._is_idle:
+            out_rows[:] = 0.0
+            return
         per_choice = x.ne[1] > 1  # x has one row per (token, choice): the activation of an earlier projection
 
         def compute(kernel: FfnKernel, slots: Sequence[Slot], routing: Routing) -> None:
@@ -150,6 +158,17 @@ class ExpertPool:
         """Shows every layer call's inputs to `collector` from now on (None: no more); all calls then go through Python, slower."""
         self._collector = collector
         self.handover.need_python("inputs are collected", collector is not None)
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Meanwhile layer calls answer with zeros and touch no expert: for batches that only make llama.cpp take its memory."""
+        self._is_idle = True
+        self.handover.need_python("experts are idle", True)
+        try:
+            yield
+        finally:
+            self._is_idle = False
+            self.handover.need_python("experts are idle", False)
 
     def use_gpu(self, tier: GpuTier, *, n_unpackers: int = 1) -> None:
         """From now on experts may live on GPUs, or pass through them; the pool closes the tier."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import compute_bytes
-from localrun.engine.planner.placement import gpu_budgets
+from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 ALL_LAYERS = 999
 
+DRIVER_BYTES = 128 << 20
+"""What stays free on a GPU whatever `--vram` says, where that is found out: scratch memory of the kernels that multiply experts."""
+
 
 @dataclass(frozen=True, slots=True)
 class GpuPlacement:
@@ -27,11 +31,13 @@ class GpuPlacement:
     n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
     experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
     ram_bytes: RAM that integrated GPUs may take of all this, and the input embedding, which llama.cpp keeps there.
+    spare: bytes that stay free, by the device's name: the driver's own memory and windows, or what `--vram` leaves to the former.
     """
 
     n_gpu_layers: int = 0
     experts: tuple[tuple[GpuDevice, int], ...] = ()
     ram_bytes: int = 0
+    spare: Mapping[str, int] = field(default_factory=dict)
 
 
 def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int) -> GpuPlacement:
@@ -102,7 +108,11 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
                 hint="give more, or --gpu none",
             )
         return GpuPlacement()
-    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes)
+    spare = {
+        device.name: GPU_HEADROOM_BYTES + device.display_bytes if options.vram_bytes is None else DRIVER_BYTES
+        for device in devices
+    }
+    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes, spare)
 
 
 def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:

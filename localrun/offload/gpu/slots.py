@@ -96,6 +96,18 @@ def scratch_bytes(spec: FfnSpec) -> int:
     return (2 * spec.n_embd + 3 * spec.n_ff + 1) * 4 * MAX_PAIRS + _SPARE_BYTES
 
 
+class DeviceClosedError(GpuMemoryError):
+    """A device can't be opened: it has gone, or has no memory for its driver's own needs.
+
+    Attributes:
+        device: which.
+    """
+
+    def __init__(self, device: GpuDevice) -> None:
+        super().__init__(f"{device.name}: ggml can't open this device", hint="--gpu none")
+        self.device = device
+
+
 class GpuSlots:
     """All banks of one device. Owns a backend, its buffers and contexts until `close`.
 
@@ -111,7 +123,7 @@ class GpuSlots:
 
     Raises:
         BudgetError: more than the budget.
-        GpuMemoryError: the device can't be opened.
+        DeviceClosedError: the device can't be opened.
         LocalrunError: it can't multiply one of the formats.
     """
 
@@ -130,7 +142,7 @@ class GpuSlots:
         """What is allocated on the device; it does not change."""
         self._backend = self._lib.ggml_backend_dev_init(device.address, None)
         if not self._backend:
-            raise GpuMemoryError(f"{device.name}: ggml can't open this device", hint="--gpu none")
+            raise DeviceClosedError(device)
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
         self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
         try:

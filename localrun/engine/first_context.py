@@ -1,0 +1,92 @@
+"""The context that a load makes while GPUs hold the dense model and no experts: what llama.cpp takes there is known only then.
+
+A context reserves its buffers when it is made, but CUDA's scratch memory, kernels that are loaded at first use and recorded graphs
+come with the first tokens. So it computes a full batch and single tokens before experts get what is left, and the first session
+takes it over. Where it does not fit, a smaller batch, which needs smaller buffers, is tried first.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from localrun.engine.llama import Context
+from localrun.engine.options import EngineOptions
+from localrun.errors import GpuMemoryError, LocalrunError
+from localrun.ggml import log as llama_log
+
+log = logging.getLogger(__name__)
+
+LEAST_BATCH = 64
+"""Tokens; below that, prompts are faster on a CPU that computes large batches."""
+
+SINGLE_TOKENS = 3
+"""CUDA records a graph when it sees it for the third time."""
+
+
+class FirstContext:
+    """Makes the context at load, keeps it for the first session, or closes it.
+
+    Args:
+        device: name of the GPU that has the dense model, for messages.
+        options: the engine's.
+        n_ctx, n_threads: see `Context`.
+    """
+
+    def __init__(self, device: str, options: EngineOptions, *, n_ctx: int, n_threads: int) -> None:
+        self._device, self._n_ctx, self._n_threads = device, n_ctx, n_threads
+        self.options = options
+        """With the batch that fits."""
+        self._context: Context | None = None
+
+    def make(self, model: Any) -> FirstContext:
+        """Makes it and lets it compute; the experts must be idle.
+
+        Raises:
+            GpuMemoryError: no context fits beside the dense model.
+        """
+        while True:
+            try:
+                self._context = _computing(model, self.options, n_ctx=self._n_ctx, n_threads=self._n_threads)
+            except LocalrunError as error:
+                smaller = min(self.options.n_batch, self._n_ctx) // 2
+                if smaller < LEAST_BATCH:
+                    raise GpuMemoryError(
+                        f"{self._device} has no room for the dense model and a context of {self._n_ctx} tokens: {error}",
+                        hint="--gpu none",
+                    ) from error
+                log.warning("%s: %s; trying batches of %d tokens", self._device, error, smaller)
+                self.options = replace(self.options, n_batch=smaller)
+            else:
+                return self
+
+    def take(self) -> Context | None:
+        """The context, once; its new owner closes it."""
+        context, self._context = self._context, None
+        return context
+
+    def close(self) -> None:
+        """Frees the context if nobody took it; before the model is freed."""
+        if (context := self.take()) is not None:
+            context.close()
+
+
+def _computing(model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int) -> Context:
+    """A context that has computed, empty again."""
+    context = Context(model, options, n_ctx=n_ctx, n_threads=n_threads, all_logits=False)
+    n_first = max(1, min(context.n_batch, context.n_ctx - SINGLE_TOKENS))
+    position = 0
+    try:
+        for n_tokens in (n_first, *[1] * SINGLE_TOKENS):
+            code = context.decode([0] * n_tokens, position, all_logits=False)
+            if code != 0:
+                raise LocalrunError(
+                    f"llama.cpp can't compute {n_tokens} tokens (code {code}): {llama_log.recent_errors()}"
+                )
+            position += n_tokens
+        context.clear()
+    except BaseException:
+        context.close()
+        raise
+    return context

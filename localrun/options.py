@@ -22,6 +22,9 @@ from localrun.units import format_size, parse_size
 KV_TYPES = ("f16", "bf16", "q8_0", "q4_0", "f32")
 """Number formats of the KV cache, by ggml's names in lower case."""
 
+DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
+"""What dense matrices can become: repeated from `quant.checkpoint.mapping`, which takes long to import; a test compares them."""
+
 THINK_MODES = ("off", "high", "max")
 """Of the models that localrun is made for; another model may have others (`ModelFacts.think_modes`)."""
 
@@ -176,6 +179,7 @@ def _plain(value: float) -> str:
 
 _LOAD = frozenset({Where.FILE, Where.FLAG, Where.DIALOG})
 _ANSWER = frozenset({Where.FILE, Where.FLAG, Where.CHAT})
+_FLAG = frozenset({Where.FLAG})
 _ONE_ANSWER = frozenset({Where.FLAG, Where.CHAT})
 _REQUEST = frozenset({Where.REQUEST})
 
@@ -273,6 +277,16 @@ OPTIONS: tuple[Option, ...] = (
         choices=KV_TYPES,
         help="number format of the KV cache",
         where=_LOAD,
+    ),
+    Option(
+        name="dense",
+        table="engine",
+        kind=Kind.CHOICE,
+        field="dense",
+        choices=DENSE_CHOICES,
+        help="of an official checkpoint: type that its FP8 dense matrices are converted to when it is loaded",
+        unset="without it: q8_0",
+        where=_FLAG,
     ),
     Option(
         name="mirror",

@@ -97,10 +97,11 @@ def plan_with(
     from localrun.engine.planner.planner import make_plan
     from localrun.engine.planner.sizes import format_of, sizes_of
     from localrun.quant.checkpoint.official import BUILT_IN
+    from localrun.quant.open import dense_type
 
     if str(model) not in BUILT_IN or Path(model).exists():
         model = models.resolve(str(model), settings, command="plan") or demo.converted()
-    sizes = sizes_of(model, base=format_of(base) if base else None)
+    sizes = sizes_of(model, base=format_of(base) if base else None, dense=dense_type(settings["dense"]))
     check_context(settings["context"], sizes.shape.n_ctx_train or 0)
     hardware = hardware_of(machine, settings, sizes, probe=probe)
     _check_limits(settings, hardware)

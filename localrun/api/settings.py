@@ -24,6 +24,7 @@ class Limits(TypedDict, total=False):
     threads: int
     batch: int
     kv: str
+    dense: str
     adaptive: bool
 
 

@@ -14,8 +14,8 @@ from localrun.api.precision import Request
 from localrun.commands import common
 from localrun.commands.convert_output import ConvertOutput
 from localrun.errors import LocalrunError
+from localrun.options import DENSE_CHOICES
 
-DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
 BASE_CHOICES = (
     *("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs"),
     *("q2_k", "iq2_s", "iq2_xs", "iq2_xxs", "bf16", "f32"),

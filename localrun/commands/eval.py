@@ -86,7 +86,7 @@ def compare(
 ) -> EvalTextResult:
     """Both models on one text, one after the other: both may want all the memory there is."""
     with paths.scratch_folder("eval-") as folder:
-        _measure(args, reference, options, structs.replace(command, save_folder=str(folder)), out)
+        _measure(args, reference, replace(options, dense=None), structs.replace(command, save_folder=str(folder)), out)
         return _measure(args, model, options, structs.replace(command, reference_folder=str(folder)), out)
 
 

@@ -29,7 +29,7 @@ examples:
   localrun plan flash --box ram-128 --svg plan.svg           the same as a picture
 """
 
-LIMITS = ("ram", "vram", "context", "batch", "kv", "threads", "adaptive")
+LIMITS = ("ram", "vram", "context", "batch", "kv", "dense", "threads", "adaptive")
 """Options of a load that a plan follows, with their meaning there."""
 
 

@@ -39,7 +39,7 @@ from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloade
 from localrun.options import check_fields
 from localrun.paths import cache_dir
 from localrun.quant.model.source import ModelSource
-from localrun.quant.open import open_model
+from localrun.quant.open import dense_type, open_model
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Engine:
         check_options(options)
         report = progress or (lambda fraction, text: None)
         report(0.0, "reading the model's headers")
-        source = open_model(Path(path))
+        source = open_model(Path(path), dense=dense_type(options.dense))
         sizes = sizes_of_source(source)
         n_ctx = _context_length(sizes, options)
         placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()

@@ -31,6 +31,7 @@ class EngineOptions:
         n_threads: CPU threads; 0: one per physical core.
         n_batch: most tokens per forward pass during prefill.
         kv_type: number format of the KV cache, one of `KV_TYPES`.
+        dense: type that an official checkpoint's FP8 dense matrices are converted to, by name; None: `q8_0`. Only for those.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
         mirror: a second copy of the model, best on another drive; experts are read from both.
         adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may differ then.
@@ -44,6 +45,7 @@ class EngineOptions:
     n_threads: int = BY_NAME["threads"].default
     n_batch: int = BY_NAME["batch"].default
     kv_type: str = BY_NAME["kv"].default
+    dense: str | None = None
     math: Literal["int8", "f32"] = "int8"
     mirror: str | None = None
     adaptive: bool = BY_NAME["adaptive"].default

@@ -28,6 +28,7 @@ from localrun.offload.place import ExpertPlacement, OffloadOptions, fit_into_fre
 from localrun.offload.pool import ExpertPool
 from localrun.offload.readahead import hash_tables
 from localrun.offload.routers import Routers
+from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
@@ -215,7 +216,7 @@ def _open_pool(
 
 def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
     """The second copy, checked to be one."""
-    mirror = open_model(path)
+    mirror = open_model(path, dense=source.dense if isinstance(source, CheckpointSource) else None)
     if mirror.identity != source.identity or [f.stat().st_size for f in mirror.files] != [
         f.stat().st_size for f in source.files
     ]:

@@ -11,6 +11,7 @@ import pytest
 
 from localrun.commands import convert as command
 from localrun.errors import UsageError
+from localrun.options import DENSE_CHOICES
 from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES
 from localrun.quant.open import open_model
 from tests.checkpoints import write_small
@@ -39,7 +40,7 @@ def events(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_choices_are_those_of_the_plan() -> None:
-    assert set(command.DENSE_CHOICES) == set(DENSE_TYPES)
+    assert set(DENSE_CHOICES) == set(DENSE_TYPES)
     assert set(command.BASE_CHOICES) == set(BASE_TYPES)
 
 

@@ -212,19 +212,19 @@ class ModelSizes:
 
 
 def sizes_of(
-    model: str | Path, *, base: GGMLQuantizationType | None = None, dense: GGMLQuantizationType = _T.Q8_0
+    model: str | Path, *, base: GGMLQuantizationType | None = None, dense: GGMLQuantizationType | None = None
 ) -> ModelSizes:
     """Sizes of a converted directory, a GGUF, an official checkpoint, a config.json alone, or `flash` or `pro`.
 
     Args:
         base: format of the experts, for models that are yet to be converted (default: as an FP4 checkpoint's, MXFP4).
-        dense: format of the dense matrices, likewise.
+        dense: format of the dense matrices, likewise (default: Q8_0), and of an official checkpoint that is loaded as it is.
 
     Raises:
-        UsageError: `base` for a model whose formats are fixed.
+        UsageError: `base` or `dense` for a model whose formats are fixed.
         FormatError, UnsupportedModelError: as `open_model`.
     """
-    options = PlanOptions(dense, base)
+    options = PlanOptions(dense or _T.Q8_0, base)
     if str(model) in BUILT_IN and not Path(model).exists():
         config = parse_config(Path(str(model)), BUILT_IN[str(model)])
         return sizes_of_config(config, NAMES[str(model)], options)

@@ -58,6 +58,11 @@ class CheckpointSource:
         return cls(make_plan(checkpoint, PlanOptions(dense, _fp8_experts(dense) if fp8_experts else None)))
 
     @property
+    def dense(self) -> GGMLQuantizationType:
+        """Type that FP8 dense matrices are presented in."""
+        return self._plan.options.dense
+
+    @property
     def plan(self) -> ConversionPlan:
         """The plan that this source serves."""
         return self._plan

@@ -12,7 +12,8 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Button, Input, ProgressBar, RichLog, Select, Static
 
-from localrun.commands.convert import BASE_CHOICES, DENSE_CHOICES
+from localrun.commands.convert import BASE_CHOICES
+from localrun.options import DENSE_CHOICES
 from localrun.textsafe import visible, visible_line
 from localrun.tui.converter_process import ConversionNews, ConverterProcess
 from localrun.tui.screens.attach import PathSuggester

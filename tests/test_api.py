@@ -135,7 +135,7 @@ def test_a_plan_is_the_command_s(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run(*arguments: str, cwd: Path | None = None, stdin: str = "") -> str:
-    environment = {**os.environ, "LOCALRUN_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "LOCALRUN_THREADS": "1", "LOCALRUN_TEMPERATURE": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *arguments], input=stdin, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
     )

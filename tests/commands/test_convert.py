@@ -83,7 +83,8 @@ def test_a_program_can_follow_a_conversion_and_the_last_line_says_how_it_ended(
     progress = told["progress"]
     assert progress["step"] == "base"
     assert progress["done_bytes"] == progress["total_bytes"] > 0
-    assert "report" in told["note"]["text"] or "relative RMS error" in told["note"]["text"]
+    step, error = max(told["finished"]["relative_rms_error"].items())
+    assert told["note"]["text"] == f"  {step}: relative RMS error {error:.4%}"
     with pytest.raises(UsageError):
         run(small, tmp_path / "out", "--json", "--base", "q8_0", "--hot", "mxfp4:1GiB")
     told = events(capsys)

@@ -154,7 +154,7 @@ async def test_a_found_message_far_away_is_shown(setup: Setup) -> None:
         chat = talk.screen.chat
         await talk.until(lambda: talk.screen.query(".found"))
         await settled(talk, holds=1002)
-        assert in_view(chat)[0] in (1001, 1002)
+        assert in_view(chat)[0] == 1002
 
 
 async def test_a_jump_survives_scrolling_that_is_not_over(setup: Setup) -> None:
@@ -177,4 +177,4 @@ async def test_messages_keep_their_place_when_the_width_changes(setup: Setup) ->
         await settled(talk, holds=100)
         await talk.pilot.resize_terminal(100, 40)
         await settled(talk, holds=100)
-        assert in_view(chat)[0] in (99, 100)
+        assert in_view(chat)[0] == 100

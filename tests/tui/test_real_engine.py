@@ -7,11 +7,14 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from localrun.engine.options import EngineOptions
+from localrun.engine.process.protocol import Stats
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.options import ChatOptions
+from localrun.tui.parts.monitor import Monitor
 from tests.engine.models import write_chat_model
 from tests.tui.fake_engine import FakeEngine
 from tests.tui.support import Talk
@@ -30,6 +33,9 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
 ) -> None:
     monkeypatch.delenv("LOCALRUN_CACHE_DIR")  # compiled kernels are in the user's cache
     monkeypatch.setattr("tests.tui.support.PATIENCE_S", PATIENT_S)
+    looks: list[Stats] = []
+    show = Monitor.show
+    monkeypatch.setattr(Monitor, "show", lambda monitor, event: (looks.append(event.stats), show(monitor, event))[1])
     launch = Launch(model=chat_model, options=EngineOptions(n_ctx=1024), chat=replace(ChatOptions(), max_tokens=12))
     app = LocalrunApp(launch, store_path=tmp_path / "c.sqlite3")
     async with app.run_test(size=(100, 30)) as pilot:
@@ -42,7 +48,13 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
         answer = talk.screen.chat.entries[-1].message
         assert answer.state in ("length", "complete")
         assert answer.details["timings"]["new_tokens"] > 0
-        assert talk.screen.monitor.status().hit_rate is None or 0 <= talk.screen.monitor.status().hit_rate <= 1  # type: ignore[operator]
+        n_looks = len(looks)
+        talk.screen.monitor.look()
+        await talk.until(lambda: len(looks) > n_looks and looks[-1].telemetry["tokens"], "a look after the answer")
+        found = [look.telemetry["hits"] for look in looks]
+        asked = [hits + look.telemetry["misses"] for hits, look in zip(found, looks, strict=True)]
+        steps = [step for step in zip(np.diff(found, prepend=0), np.diff(asked, prepend=0), strict=True) if step[1]]
+        assert talk.screen.monitor.status().hit_rate == steps[-1][0] / steps[-1][1]
 
         talk.screen.current.set_options(replace(talk.screen.current.options, max_tokens=None))
         await talk.type("Go on for long")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.measure import benchmark
 from localrun.engine.measure.benchmark import Benchmark, BenchOptions, measure, random_tokens
 from localrun.engine.options import EngineOptions
+from localrun.engine.session import Session
 from localrun.errors import UsageError
 from tools.simulator.trace_file import Trace
 from tools.stock_model import open_stock
@@ -85,11 +89,33 @@ def test_memory_is_steady_in_a_small_budget(model_path: Path) -> None:
     assert result.phases[-1].rss_bytes - result.phases[1].rss_bytes < 20 << 20
 
 
-def test_frontier_that_takes_too_long_is_left_out_and_named(engine: Engine) -> None:
-    tokens = random_tokens(1024, engine.facts.n_vocab, 1)
-    result = measure(engine, tokens, BenchOptions(frontiers=(0, 8, 900), new_tokens=1, time_limit_s=0.02))
-    assert [phase.kind for phase in result.phases] in (["decode"], ["decode", "prefill", "decode"])
-    assert result.skipped[-1].startswith("context ")
+@pytest.mark.parametrize(
+    ("time_limit_s", "phases", "skipped"),
+    [
+        (56.5, "dpdpd", ()),
+        (55.5, "dpd", ("context 90: would take 37 s, 36 s are left",)),
+        (9.5, "dpd", ("context 90: would take 37 s, 0 s are left",)),  # at 20 nothing has shown how fast prefill is
+        (8.5, "d", ("context 20: would take 20 s, 1 s are left",)),
+    ],
+)
+def test_frontier_that_takes_too_long_is_left_out_and_named(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, time_limit_s: float, phases: str, skipped: tuple[str, ...]
+) -> None:
+    """Each token takes a second, in a batch half of one."""
+    now, feed = 0.0, Session.feed
+
+    def feed_slowly(session: Session, tokens: Sequence[int], **options: Any) -> None:
+        nonlocal now
+        now += len(tokens) / 2 if len(tokens) > 1 else 1
+        feed(session, tokens, **options)
+
+    monkeypatch.setattr(Session, "feed", feed_slowly)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    tokens = random_tokens(200, engine.facts.n_vocab, 1)
+    options = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5, time_limit_s=time_limit_s)
+    result = measure(engine, tokens, options)
+    assert "".join(phase.kind[0] for phase in result.phases) == phases
+    assert result.skipped == skipped
 
 
 def test_too_few_tokens_and_senseless_frontiers_are_usage_errors(engine: Engine) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +20,7 @@ from localrun.errors import ChecksumError, StoppedError, StoreError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
 from localrun.offload.gpu.stream import LEAST_GAIN, RING_SLOTS, Cost, Job, StreamCosts, choose
-from localrun.offload.gpu.stream_probe import _costs, measure
+from localrun.offload.gpu.stream_probe import _best, _costs, measure
 from localrun.offload.kernels import FfnSpec, make_kernel
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource
@@ -297,10 +299,37 @@ def test_streaming_is_chosen_where_both_sides_together_gain(gpu_cost: Cost, slow
         assert found.unpack_s == 0.25
 
 
-def test_a_device_is_measured_and_left_as_it_was(gpu: GpuDevice) -> None:
-    """The stand-in shares our cores, so what it finds is mostly that nothing is gained."""
+def test_a_device_is_measured_and_left_as_it_was(gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything runs on the device and its thread; only the seconds are made up, because the stand-in shares our cores."""
+    few, many = 8, 64
+    on_cpu, on_gpu = ([RING_SLOTS * float(cost.of(np.int32(n))) for n in (few, many)] for cost in (EVEN.cpu, EVEN.gpu))
+    beside = 1.5 * 11 * 34.0  # 11 of 16 experts on the GPU, the others on the CPU
+    seconds = iter([*on_cpu, 1e9, on_gpu[1] / RING_SLOTS, *on_gpu, beside, 0.25])  # the third one makes graphs
+
+    def timed(run: Callable[[], None]) -> float:
+        run()
+        return next(seconds)
+
+    monkeypatch.setattr("localrun.offload.gpu.stream_probe._best", timed)
     kernel = make_kernel(FfnSpec((QT.MXFP4,) * 3, 256, 512, 10.0), n_threads=2)
-    n_threads = threading.active_count()
+    threads = set(threading.enumerate())
     costs = measure(gpu, kernel, 1)
-    assert costs is None or costs.slowdown >= 1
-    assert threading.active_count() == n_threads
+    assert costs == StreamCosts(cpu=Cost(1.0, 1.0), gpu=Cost(2.0, 0.5), unpack_s=0.25, slowdown=1.5)
+    assert next(seconds, None) is None
+    assert set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize(
+    ("lasting", "expected"), [([0.03, 0.01, 0.02], 0.01), ([0.2, 0.01], 0.2), ([0.06, 0.05, 0.01], 0.05)]
+)
+def test_the_fastest_of_three_runs_counts_and_slow_ones_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, lasting: list[float], expected: float
+) -> None:
+    now, steps = 0.0, iter(lasting)
+
+    def run() -> None:
+        nonlocal now
+        now += next(steps)
+
+    monkeypatch.setattr("localrun.offload.gpu.stream_probe.time", SimpleNamespace(perf_counter=lambda: now))
+    assert _best(run) == pytest.approx(expected)

@@ -161,15 +161,25 @@ def test_a_gpu_that_is_full_before_it_said_keeps_what_fits(tmp_path: Path, caplo
 
 
 def test_a_bank_is_no_larger_than_the_device_can_address(
-    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_offloaded(open_model(model_path), OffloadOptions()) as model:
         spec = model.pool.residency.kernels(0)[0].spec
-    assert most_slots(spec, gpu) == MAX_SLOTS or TEST_GPU
-    monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= 13)
-    assert most_slots(spec, gpu) == 13
+    limit = MAX_SLOTS
+    monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= limit)
+    for limit in (MAX_SLOTS, MAX_SLOTS - 1, 1, 0, 13):
+        assert most_slots(spec, gpu) == limit
+    assert [record.getMessage() for record in caplog.records if record.name == gpu_slots.__name__] == [
+        f"{gpu.name} can't multiply experts in MXFP4: they stay in RAM and on the drive"
+    ]
     tier = share_out([(gpu, 1 << 30)], {(0, 0): spec}, {0: np.zeros(64, np.int32)}, [(0, e) for e in range(64)])
     assert tier == [{(0, 0): 13}]
+
+
+@pytest.mark.skipif(bool(TEST_GPU), reason="another device may have a limit")
+def test_the_stand_in_has_no_limit_of_its_own(model_path: Path, gpu: GpuDevice) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions()) as model:
+        assert most_slots(model.pool.residency.kernels(0)[0].spec, gpu) == MAX_SLOTS
 
 
 def first_tensor(graph: int) -> Tensor:

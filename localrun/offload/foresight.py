@@ -127,9 +127,9 @@ class Foresight:
             if slot is None:
                 self._likely.clear()
                 return
+            where.read_ahead(slot)
             self._guesses.add(slot)
             where.telemetry.values[layer, Counter.GUESSES] += 1
-            where.read_ahead(slot)
             n_loading += 1
 
     def judge(self, layer: int, used: I32) -> None:

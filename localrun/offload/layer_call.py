@@ -208,10 +208,10 @@ class LayerCall:
             slot = self._residency.reserve(self._layer, int(self._routing.experts[self._todo[0]]))
             if slot is None:
                 break
+            self.bytes_read += self._residency.read(slot)
             i = self._todo.popleft()
             self._pin(i, slot)
             self._awaited[slot] = i
-            self.bytes_read += self._residency.read(slot)
         if self._todo and not self._awaited and self._streamed and len(self._pinned) == len(self._streamed):
             self._wait_for_gpu()  # the last slots are its
             self._start_reads()

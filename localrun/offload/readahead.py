@@ -170,8 +170,8 @@ class ReadAhead:
                 slot = where.reserve(following, expert, evict=evict)
                 if slot is None:
                     break
-                self._guesses.add(slot)
                 where.read_ahead(slot)
+                self._guesses.add(slot)
         finally:
             for present in there:
                 where.table.unpin(present)

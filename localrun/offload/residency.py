@@ -146,15 +146,29 @@ class Residency:
         return self._n_ahead
 
     def read(self, slot: Slot) -> int:
-        """Starts filling a reserved slot for which a call waits; bytes to be read. The caller holds the lock."""
-        return self.store.submit(slot).read_bytes
+        """Starts filling a reserved slot for which a call waits; bytes to be read. The caller holds the lock.
+
+        If the store refuses the slot, it is free again and nothing is counted; so with `read_ahead`.
+        """
+        return self._submit(slot)
 
     def read_ahead(self, slot: Slot) -> None:
         """Starts filling a reserved slot that nobody waits for; the caller holds the lock."""
+        n_bytes = self._submit(slot, ahead=True)
         self._n_ahead += 1
         row = self.telemetry.values[slot.layer]
         row[Counter.PREFETCHED] += 1
-        row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True).read_bytes
+        row[Counter.BYTES_READ] += n_bytes
+
+    def _submit(self, slot: Slot, *, ahead: bool = False) -> int:
+        try:
+            return self.store.submit(slot, ahead=ahead).read_bytes
+        except BaseException:
+            if slot.replaces is not None:
+                self.table.end_upgrade(slot, complete=False)
+            else:
+                self.table.discard(slot)
+            raise
 
     def finish(self, ticket: Ticket) -> None:
         """After a read: the slot is READY, or gone if the read failed. The caller holds the lock."""
@@ -197,8 +211,8 @@ class Residency:
             variant = int(self.wanted[old.layer][old.expert])
             slot = self.table.begin_upgrade(old, self._kernels[old.layer][variant].slot_bytes, variant)
             if slot is not None:
-                self._upgrades.started()
                 self.read_ahead(slot)
+                self._upgrades.started()
 
     def use_gpu(self, tier: GpuTier, *, n_unpackers: int = 1) -> None:
         """From now on experts may live on GPUs, or pass through them; `close` closes the tier."""

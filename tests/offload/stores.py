@@ -176,6 +176,7 @@ class MemoryStore:
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self.store: Store = self
         self.submitted: list[tuple[int, int]] = []
+        self.refused: set[tuple[int, int]] = set()  # `submit` itself raises
         self._wanted: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
         self._failing: set[tuple[int, int]] = set()
@@ -183,6 +184,8 @@ class MemoryStore:
         self._source = ExpertsInAFile.base_expert
 
     def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+        if (slot.layer, slot.expert) in self.refused:
+            raise StoreError("experts: refused")
         ticket = Ticket(slot, self._source(cast("Any", None), slot.layer, slot.expert), ahead, receiver)
         self.submitted.append((slot.layer, slot.expert))
         (self._ahead if ahead else self._wanted).append(ticket)

@@ -171,6 +171,18 @@ def test_a_stop_ends_the_call_before_the_next_wave(in_memory: Bench) -> None:
     assert 0 < len(in_memory.order) < N_EXPERTS
 
 
+def test_a_read_that_the_store_refuses_is_an_error_and_not_waited_for() -> None:
+    store = MemoryStore()
+    bench = make_bench(store, 6)
+    store.refused = {(LAYER, 2)}
+    with pytest.raises(StoreError, match="refused"):
+        bench.call(ids([1, 2, 3]))
+    assert 2 not in bench.present
+    store.refused = set()
+    bench.call(ids([1, 2, 3]))
+    bench.residency.close()
+
+
 def test_an_error_in_the_kernel_leaves_nothing_pinned(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("kernel broke")

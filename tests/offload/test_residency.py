@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.errors import BudgetError
+from localrun.errors import BudgetError, StoreError
 from localrun.offload.cache.slots import Slot, SlotState
 from localrun.offload.cache.store import Ticket
 from localrun.offload.cache.telemetry import Counter, Telemetry
@@ -145,6 +145,39 @@ def test_a_failed_read_ahead_frees_its_slot_and_is_only_logged(
     assert not residency.is_here(1, 1)
     assert residency.table.used_bytes == 0
     assert "reading ahead failed: experts: Input/output error" in caplog.text
+
+
+def test_a_read_ahead_that_the_store_refuses_leaves_no_trace(residency: Residency, store: MemoryStore) -> None:
+    store.refused = {(1, 1)}
+    with residency.lock:
+        slot = residency.reserve(1, 1, evict=False)
+        assert slot is not None
+        with pytest.raises(StoreError, match="refused"):
+            residency.read_ahead(slot)
+    assert (residency.settle(), residency.table.used_bytes) == (0, 0)
+    assert not residency.is_here(1, 1)
+    row = residency.telemetry.values[1]
+    assert (row[Counter.PREFETCHED], row[Counter.BYTES_READ]) == (0, 0)
+    residency.table.check()
+
+
+def test_a_better_copy_that_the_store_refuses_leaves_the_smaller_one(store: MemoryStore) -> None:
+    residency = make(store, better=[3], adaptive=True)
+    fill(residency, 0, 3)
+    used = residency.table.used_bytes
+    store.refused = {(0, 3)}
+    with pytest.raises(StoreError, match="refused"):
+        residency.upgrade()
+    small = residency.table.peek(0, 3)
+    assert small is not None
+    assert (small.pins, small.state, residency.table.used_bytes) == (0, SlotState.READY, used)
+    store.refused = set()
+    residency.upgrade()
+    residency.settle()
+    residency.upgrade()
+    assert residency.variants_of(0)[3] == 1
+    residency.table.check()
+    residency.close()
 
 
 def test_room_counts_free_memory_only(residency: Residency) -> None:

@@ -84,24 +84,36 @@ class Connection:
             hint = "too little memory, or `ulimit -u` allows no more processes"
             raise EngineDiedError(f"the engine process can't be started: {error.strerror}", hint=hint) from error
         try:
-            self._start_threads()
-        except BaseException:
-            self._process.kill()
-            raise
+            self._start_threads(self._process)
+        except RuntimeError as error:
+            hint = "too little memory, or `ulimit -u` allows no more threads"
+            raise EngineDiedError(f"the engine process can't be started: {error}", hint=hint) from error
 
-    def _start_threads(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._outbox = Outbox(os.dup(self._process.stdin.fileno()), name="engine-commands")
-        self._process.stdin.close()
+    def _start_threads(self, process: subprocess.Popen[bytes]) -> None:
+        """Leaves no process behind, and no pipe open, where the system has no thread to give."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         self._log_reader = threading.Thread(
-            target=self._read_log, args=(self._process.stderr,), name="engine-log", daemon=True
+            target=self._read_log, args=(process.stderr,), name="engine-log", daemon=True
         )
-        self._log_reader.start()
-        threading.Thread(
-            target=self._read_events, args=(self._process.stdout,), name="engine-events", daemon=True
-        ).start()
+        events = threading.Thread(target=self._read_events, args=(process.stdout,), name="engine-events", daemon=True)
+        try:
+            self._outbox = Outbox(os.dup(process.stdin.fileno()), name="engine-commands")
+            try:
+                self._log_reader.start()
+                events.start()
+            except BaseException:
+                self._outbox.close()
+                raise
+        except BaseException:
+            self._kill()
+            if self._log_reader.is_alive():
+                self._log_reader.join(KILL_TIMEOUT_S)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                pipe.close()
+            raise
+        process.stdin.close()
 
     @property
     def pid(self) -> int:
@@ -130,7 +142,7 @@ class Connection:
         line = encode(structs.replace(command, request=request))
         with self._lock:
             if self._ended is not None:
-                raise self._ended
+                raise _again(self._ended)
             if isinstance(command, Load):
                 self.facts = None
                 self._loads.add(request)
@@ -192,7 +204,7 @@ class Connection:
             self._running.clear()
             self._loads.clear()
         for inbox in inboxes.values():
-            inbox.put(cause)
+            inbox.put(_again(cause))
         return True
 
     # --- threads
@@ -231,6 +243,11 @@ class Connection:
                 self.facts = event.facts
         if inbox is not None:  # else: its caller has gone away
             inbox.put(event)
+
+
+def _again(error: EngineDiedError) -> EngineDiedError:
+    """The same for another thread: one exception raised in two would collect both threads' tracebacks."""
+    return EngineDiedError(str(error), hint=error.hint)
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -45,7 +45,11 @@ class Outbox:
         self._closed = False
         self._broken = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            os.close(fd)
+            raise
 
     def has_room(self) -> bool:
         """Less waits than should."""

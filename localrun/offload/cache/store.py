@@ -168,6 +168,8 @@ class Store(Protocol):
         Args:
             ahead: nobody waits for it: every wanted expert goes first.
             receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
+
+        If it raises, no ticket will come and nothing writes into the slot.
         """
         ...
 

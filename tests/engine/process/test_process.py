@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
+from localrun.engine.process import connection
 from localrun.engine.process.connection import _cause_of_death
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import (
@@ -375,6 +376,50 @@ def test_process_that_can_not_be_started_says_why(monkeypatch: pytest.MonkeyPatc
         engine.start()
     assert "ulimit" in str(caught.value.hint)
     assert "ulimit" in str(_cause_of_death(1, ["RuntimeError: can't start new thread"]).hint)
+
+
+@pytest.mark.parametrize("refused", ["engine-commands", "engine-log", "engine-events"])
+def test_no_process_is_left_where_there_is_no_thread_for_it(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+    start_process, start_thread = connection._start, threading.Thread.start
+
+    def start_and_note() -> subprocess.Popen[bytes]:
+        children.append(start_process())
+        return children[-1]
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    monkeypatch.setattr(connection, "_start", start_and_note)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with EngineProcess() as engine, pytest.raises(EngineDiedError, match="can't start new thread") as caught:
+        engine.start()
+    assert "ulimit" in str(caught.value.hint)
+    (child,) = children
+    assert child.returncode == -signal.SIGKILL
+    assert all(pipe.closed for pipe in (child.stdin, child.stdout, child.stderr) if pipe is not None)
+
+
+def test_each_of_those_who_wait_gets_an_error_of_its_own(chat_model_path: Path) -> None:
+    with EngineProcess() as engine:
+        list(engine.load(chat_model_path, OPTIONS))
+        link = engine._connection
+        assert link is not None
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGSTOP)
+        inboxes = [link.post(CountTokens(text="x"), long=False)[1] for _ in range(2)]
+        os.kill(engine.pid, signal.SIGKILL)
+        errors = [inbox.get(timeout=PATIENCE_S) for inbox in inboxes]
+        for _ in range(2):
+            with pytest.raises(EngineDiedError) as caught:
+                link.post(CountTokens(text="x"), long=False)
+            errors.append(caught.value)
+    assert {(type(error), str(error), getattr(error, "hint", None)) for error in errors} == {
+        (EngineDiedError, str(errors[0]), getattr(errors[0], "hint", None))
+    }
+    assert len({id(error) for error in errors}) == 4
 
 
 def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:

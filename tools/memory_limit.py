@@ -55,6 +55,24 @@ class MemoryLimit:
     ) -> None:
         self._remove()
 
+    def change(self, limit_bytes: int) -> bool:
+        """Sets another limit; False: the kernel refuses, because what is in use can't be given back (version 1)."""
+        name = "memory.limit_in_bytes" if self._version == 1 else "memory.max"
+        try:
+            (self.folder / name).write_text(str(limit_bytes))
+        except OSError:
+            return False
+        return True
+
+    def add(self, pid: int) -> None:
+        """Moves a process in; what it has used before stays where it was counted."""
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def anonymous_bytes(self) -> int:
+        """Memory in use that the kernel can't take back without a swap file: all but the page cache."""
+        counters = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        return int(counters["total_rss" if self._version == 1 else "anon"])
+
     def peak_bytes(self) -> int | None:
         """Most memory that the group had, page cache included; None if the kernel does not say."""
         for name in ("memory.max_usage_in_bytes", "memory.peak"):

@@ -121,6 +121,19 @@ def config_dir() -> Path:
     return _folder("LOCALRUN_CONFIG_DIR", "config", "XDG_CONFIG_HOME", ".config")
 
 
+MAX_NAME_BYTES = 255
+"""Of a file's name, on all file systems that matter; with a longer one even asking whether it exists is an error (ENAMETOOLONG)."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Can be the name of a file inside a given folder, and of nothing outside of it."""
+    try:
+        n_bytes = len(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
+        return False
+    return 0 < n_bytes <= MAX_NAME_BYTES and name not in (".", "..") and not any(c in name for c in "/\\\0")
+
+
 def how_to_reinstall() -> str:
     """What mends this installation: it came from a bundle for machines without a network, or from a checkout."""
     # Written by the bundle's installer (tools/bundle/install.py).

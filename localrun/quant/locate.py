@@ -45,6 +45,12 @@ def locate(path: Path) -> Located:
     Raises:
         FormatError: nothing there, an unfinished download, or several models; the message lists them with their sizes.
     """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+        raise FormatError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if path.is_symlink() and not path.exists():
         raise FormatError(f"{path}: a link to a missing file", hint="run the download again")
     if not path.exists():

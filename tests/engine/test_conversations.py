@@ -438,3 +438,61 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path
         kept = [message.content for message in store.branch(store.conversations()[0].id)]
     assert kept == [str(n) for n in range(len(kept))]
     assert n_told <= len(kept) <= n_told + 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE messages SET details = '[]' WHERE id = 2",
+        "UPDATE messages SET details = 'x' WHERE id = 2",
+        "UPDATE messages SET details = '{\"attachments\": [{}]}' WHERE id = 2",
+        "UPDATE messages SET content = x'41' WHERE id = 2",
+        "UPDATE messages SET content = CAST(x'ff41' AS TEXT) WHERE id = 2",
+        "UPDATE messages SET role = 'nobody' WHERE id = 2",
+        "UPDATE messages SET parent_id = 2 WHERE id = 2",
+        "UPDATE messages SET parent_id = 3 WHERE id = 2",
+        "UPDATE conversations SET settings = 'null'",
+    ],
+)
+def test_rows_that_nobody_wrote_are_damage_and_rescued_around(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "c.sqlite3"
+    with ConversationStore.open(path) as store:
+        talk = store.create("t").id
+        first = store.add(talk, None, "user", "one")
+        second = store.add(talk, first.id, "assistant", "two")
+        store.add(talk, second.id, "user", "three")
+    with sqlite3.connect(path) as db:
+        db.execute(damage)
+    db.close()
+    with ConversationStore.open(path) as store, pytest.raises(DamagedConversationsError):
+        assert store.conversations() == store.branch(talk)
+    rescued = salvage(path)
+    assert rescued.n_messages in (2, 3)
+    with ConversationStore.open(path) as store:
+        (conversation,) = store.conversations()
+        assert store.branch(conversation.id)[-1].content == "three"
+
+
+def test_a_message_of_sqlite_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    """A damaged schema is quoted in the error's text, and Python can't decode it."""
+    path = tmp_path / "c.sqlite3"
+    with ConversationStore.open(path) as store:
+        store.create("t")
+    data = path.read_bytes()
+    at = data.rindex(b"CREATE TABLE messages")
+    path.write_bytes(data[:at] + b"D\xff\xff" + data[at + 3 :])
+    with pytest.raises(DamagedConversationsError):
+        ConversationStore.open(path)
+
+
+def test_pages_that_refer_to_each_other_in_a_circle_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from localrun.engine.conversations import damaged
+
+    class Circle:
+        """Answers as SQLite does where a page's last pointer leads back to it."""
+
+        def execute(self, statement: str, values: tuple[int]) -> list[tuple[int, str]]:
+            return [(id, "row") for id in (1, 2, 3, 1, 2, 3) if id > values[0]] if values[0] < 3 else []
+
+    rows = list(damaged._readable_rows(Circle(), "messages", "id"))  # type: ignore[arg-type]
+    assert [row[0] for row in rows] == [1, 2, 3]

@@ -243,3 +243,9 @@ def test_relatives_are_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(UnsupportedModelError, match=problem) as caught:
         open_model(path)
     assert caught.value.hint
+
+
+def test_a_path_that_can_be_none_is_refused_by_its_name(tmp_path: Path) -> None:
+    for name in ("x" * 300, "x\0y"):
+        with pytest.raises(FormatError, match="x"):
+            open_model(tmp_path / name)

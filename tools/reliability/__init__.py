@@ -1,4 +1,4 @@
-"""The reliability campaign: damaged files, kills, read faults, full drives and little memory, at numbers that no test suite has time for.
+"""The reliability campaign: damaged files, kills, read faults, full drives and little memory, in numbers beyond any test suite.
 
     python -m tools.reliability mutate|kill|faults|disk|chat --help
 

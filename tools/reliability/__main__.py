@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
             name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         own.add_argument("--seed", type=int, default=1, help="of all random numbers (default: 1)")
-        own.add_argument("--state", type=Path, metavar="FILE", help="counts so far: an interrupted run goes on from here")
+        own.add_argument(
+            "--state", type=Path, metavar="FILE", help="counts so far: an interrupted run goes on from here"
+        )
         module.add_arguments(own)
     args = parser.parse_args(argv)
     try:

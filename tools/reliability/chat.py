@@ -120,7 +120,10 @@ class Chat:
             how = self._failure(error)
         self._tally.outcomes[f"load with little: {how}"] += 1
         self._group.change(PLENTY)
-        self._load()
+        try:
+            self._load()
+        except LocalrunError as error:  # the limit may have changed meanwhile; the next question loads again
+            self._tally.outcomes[f"load: {self._failure(error)}"] += 1
 
     def _ask(self, messages: list[dict[str, Any]], *, sure: bool = False, **sampling: Any) -> tuple[str, str]:
         """(text, how it ended). With `sure` a failure is a problem."""
@@ -244,6 +247,9 @@ def run(args: argparse.Namespace, tally: Tally) -> None:
     """Raises UsageError: fewer than no minutes; LocalrunError: this machine has no groups that limit memory."""
     if args.minutes <= 0:
         raise UsageError("--minutes: more than 0")
-    with _own_folders() as folder, MemoryLimit(PLENTY) as group:
-        with ConversationStore.open(folder / "conversations.sqlite3") as store:
-            Chat(tally, group, store, args.model or demo.converted()).run(args.minutes * 60)
+    with (
+        _own_folders() as folder,
+        MemoryLimit(PLENTY) as group,
+        ConversationStore.open(folder / "conversations.sqlite3") as store,
+    ):
+        Chat(tally, group, store, args.model or demo.converted()).run(args.minutes * 60)

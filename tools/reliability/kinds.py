@@ -64,6 +64,7 @@ class Kind:
         look: see the module.
         checked: checksums cover every byte of the weights, so none may change unnoticed.
         model: can be loaded and asked.
+        close: frees what `look` uses.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Kind:
     look: Callable[[Path], Look]
     checked: bool = False
     model: bool = False
+    close: Callable[[], None] = lambda: None
 
 
 def make(name: str, folder: Path) -> Kind:
@@ -117,8 +119,10 @@ def _look_at_converted(path: Path) -> Look:
     said, payload = _contents(source)
     manifest = source.manifest
     found = manifest is None or bool(verify(source, manifest))
-    free = None if manifest is None else [manifest.source, manifest.tools, manifest.options, manifest.profile]
-    free = None if manifest is None else [free, manifest.tiers, manifest.report, manifest.overlay and manifest.overlay.options]
+    free: list[object] = []
+    if manifest is not None:
+        free = [manifest.source, manifest.tools, manifest.options, manifest.profile, manifest.tiers, manifest.report]
+        free.append(manifest.overlay.options if manifest.overlay is not None else None)
     return Look(_digest(said, payload, free), found=found, payload=payload)
 
 
@@ -140,7 +144,9 @@ def _gguf(folder: Path) -> Kind:
     )
     (path,) = write_deepseek4(folder / "model.gguf", small)
     header = read_gguf(path).data_offset
-    return Kind("gguf", path, path, lambda rng, data: mutations.damage_bytes(rng, data, header), _look_at_model, model=True)
+    return Kind(
+        "gguf", path, path, lambda rng, data: mutations.damage_bytes(rng, data, header), _look_at_model, model=True
+    )
 
 
 def _checkpoint(folder: Path, name: str) -> Kind:
@@ -284,7 +290,7 @@ def _jsonl(folder: Path) -> Kind:
 
 
 def _snapshot(folder: Path) -> Kind:
-    """A session's state; the engine stays open for as long as the process lives."""
+    """A session's state."""
     from localrun.engine.engine import Engine
     from localrun.engine.options import EngineOptions
     from localrun.engine.snapshots import SnapshotStore
@@ -315,7 +321,19 @@ def _snapshot(folder: Path) -> Kind:
             path.parent.mkdir(exist_ok=True)
         return Look(_digest(list(session.tokens), bytes(session.snapshot())))
 
-    return Kind("snapshot", path, path, lambda rng, data: mutations.damage_bytes(rng, data, 512), look, checked=True)
+    def close() -> None:
+        session.close()
+        engine.close()
+
+    return Kind(
+        "snapshot",
+        path,
+        path,
+        lambda rng, data: mutations.damage_bytes(rng, data, 512),
+        look,
+        checked=True,
+        close=close,
+    )
 
 
 _MAKERS: dict[str, Callable[[Path], Kind]] = {

@@ -141,6 +141,8 @@ class Bench:
         self.kind = make(kind, home / "m")
         self._valid = self.kind.path.read_bytes()
         self._expected = self.kind.look(self.kind.open)
+        assert not self._expected.ignored
+        assert not self._expected.found
         self._names = (str(self.kind.path), str(self.kind.open))
         self._seed, self._load = seed, load
         self._opened = 0
@@ -151,6 +153,7 @@ class Bench:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.kind.close()
         self._folder.cleanup()
 
     def take(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from localrun import paths
 from localrun.engine.conversations.database import FILE_NAME, ConversationError
-from localrun.engine.conversations.records import CONVERSATION_COLUMNS, MESSAGE_COLUMNS, message_of
+from localrun.engine.conversations.records import CONVERSATION_COLUMNS, MESSAGE_COLUMNS, conversation_of, message_of
 from localrun.engine.conversations.store import ConversationStore
 
 
@@ -48,11 +47,13 @@ def salvage(path: Path | None = None) -> Salvage:
         db.execute("PRAGMA foreign_keys = OFF")
         with new._transaction():
             for row in _readable_rows(old, "conversations", CONVERSATION_COLUMNS):
-                with contextlib.suppress(sqlite3.Error, ValueError):
-                    json.loads(row[5])
+                with contextlib.suppress(sqlite3.Error, ValueError, OverflowError):
+                    conversation_of(row)
                     db.execute(f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", row)
             for row in _readable_rows(old, "messages", MESSAGE_COLUMNS):
-                with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
+                if isinstance(row[2], int) and row[2] >= row[0]:
+                    row = (*row[:2], None, *row[3:])  # a parent that is younger would make a circle
+                with contextlib.suppress(sqlite3.Error, ValueError, OverflowError):
                     message_of(row)
                     db.execute(f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             _mend(db)
@@ -68,10 +69,12 @@ def _readable_rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator
     while step < 1 << 20:
         try:
             for row in db.execute(f"SELECT {columns} FROM {table} WHERE id > ? ORDER BY id", (last,)):
+                if int(row[0]) <= last:  # pages that refer to each other in a circle would be read for ever
+                    raise ValueError("ids do not ascend")
                 last, step = int(row[0]), 1
                 yield row
             return
-        except (sqlite3.Error, ValueError, OverflowError):
+        except (sqlite3.Error, ValueError, TypeError, OverflowError):
             last, step = last + step, step * 2
 
 

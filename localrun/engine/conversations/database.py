@@ -110,7 +110,14 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     db.execute("COMMIT")
 
 
-def as_our_error(path: Path, error: sqlite3.Error) -> ConversationError:
+def as_our_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> ConversationError:
+    """What became of a statement, in words that help.
+
+    Args:
+        error: SQLite's; UnicodeDecodeError: Python could not even read its message, which quotes a damaged schema.
+    """
+    if isinstance(error, UnicodeDecodeError) or "Could not decode to UTF-8" in str(error):  # this one has no code
+        return DamagedConversationsError(path, "text that is no text")
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DamagedConversationsError(path, error)

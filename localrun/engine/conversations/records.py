@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 MessageState = Literal["complete", "writing", "stopped", "length", "context", "failed"]
@@ -89,13 +89,51 @@ def details_json(details: Mapping[str, Any], attachments: Sequence[Attachment]) 
     return json.dumps(body)
 
 
+class ImpossibleRowError(ValueError):
+    """A row that no localrun has written: SQLite keeps any type in any column and knows no JSON."""
+
+
 def message_of(row: Sequence[Any]) -> Message:
-    details = json.loads(row[8])
-    attachments = tuple(Attachment(**item) for item in details.pop("attachments", ()))
+    """Raises ImpossibleRowError."""
+    number, conversation, parent, role, content, reasoning, state, created_at, _ = row
+    if (
+        not (type(number) is type(conversation) is int)
+        or not (parent is None or (type(parent) is int and parent < number))  # answers are written after questions
+        or role not in get_args(Role)
+        or state not in get_args(MessageState)
+        or not (isinstance(content, str) and isinstance(reasoning, str) and isinstance(created_at, float | int))
+    ):
+        raise ImpossibleRowError(f"message {number}")
+    details = _json_object(row[8], f"message {number}")
+    try:
+        attachments = tuple(Attachment(**item) for item in details.pop("attachments", ()))
+    except TypeError as error:
+        raise ImpossibleRowError(f"attachments of message {number}") from error
+    if not all(isinstance(a.name, str) and isinstance(a.text, str) and type(a.n_tokens) is int for a in attachments):
+        raise ImpossibleRowError(f"attachments of message {number}")
     fields = dict(zip(MESSAGE_COLUMNS.split(", ")[:-1], row[:-1], strict=True))
     return Message(**fields, attachments=attachments, details=details)
 
 
 def conversation_of(row: Sequence[Any]) -> Conversation:
+    """Raises ImpossibleRowError."""
+    number, title, created_at, updated_at, head, settings = row
+    if (
+        type(number) is not int
+        or not isinstance(title, str)
+        or not (isinstance(created_at, float | int) and isinstance(updated_at, float | int))
+        or not (head is None or type(head) is int)
+    ):
+        raise ImpossibleRowError(f"conversation {number}")
     fields = dict(zip(CONVERSATION_COLUMNS.split(", ")[:-1], row[:-1], strict=True))
-    return Conversation(**fields, settings=json.loads(row[-1]))
+    return Conversation(**fields, settings=_json_object(settings, f"conversation {number}"))
+
+
+def _json_object(text: object, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ImpossibleRowError(where)
+    return value

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from localrun import paths
-from localrun.engine.conversations.database import BUSY_TIMEOUT_S, FILE_NAME, as_our_error, connect, prepare
+from localrun.engine.conversations.database import (
+    BUSY_TIMEOUT_S,
+    FILE_NAME,
+    DamagedConversationsError,
+    as_our_error,
+    connect,
+    prepare,
+)
 from localrun.engine.conversations.records import (
     CONVERSATION_COLUMNS,
     MESSAGE_COLUMNS,
     Attachment,
     Conversation,
+    ImpossibleRowError,
     Message,
     MessageState,
     Role,
@@ -46,8 +54,10 @@ def _translated(method: Callable[P, R]) -> Callable[P, R]:
         try:
             with store._lock:
                 return method(*args, **kwargs)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise as_our_error(store.path, error) from error
+        except ImpossibleRowError as error:
+            raise DamagedConversationsError(store.path, error) from error
 
     return call
 
@@ -77,7 +87,7 @@ class ConversationStore:
         connection = connect(path)
         try:
             prepare(connection, path)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             connection.close()
             raise as_our_error(path, error) from error
         except BaseException:
@@ -248,7 +258,7 @@ class ConversationStore:
         rows = self._db.execute(
             "WITH RECURSIVE up(id, parent_id, depth) AS ("
             " SELECT m.id, m.parent_id, 0 FROM messages m JOIN conversations c ON c.head = m.id WHERE c.id = ?"
-            " UNION ALL SELECT m.id, m.parent_id, up.depth + 1 FROM messages m JOIN up ON m.id = up.parent_id)"
+            " UNION ALL SELECT m.id, m.parent_id, up.depth + 1 FROM messages m JOIN up ON m.id = up.parent_id AND m.id < up.id)"
             f" SELECT {columns} FROM up JOIN messages m ON m.id = up.id ORDER BY up.depth DESC",
             (conversation_id,),
         )
@@ -295,7 +305,7 @@ class ConversationStore:
     def _active_child(self, message_id: int) -> int | None:
         """The child that was last on view, or else the newest."""
         row = self._db.execute(
-            "SELECT c.id FROM messages c JOIN messages p ON c.parent_id = p.id WHERE p.id = ?"
+            "SELECT c.id FROM messages c JOIN messages p ON c.parent_id = p.id WHERE p.id = ? AND c.id > p.id"
             " ORDER BY c.id = p.active_child DESC, c.id DESC LIMIT 1",
             (message_id,),
         ).fetchone()
@@ -312,7 +322,7 @@ class ConversationStore:
         self._db.execute(
             "WITH RECURSIVE up(id, parent_id) AS ("
             " SELECT id, parent_id FROM messages WHERE id = ?"
-            " UNION ALL SELECT m.id, m.parent_id FROM messages m JOIN up ON m.id = up.parent_id)"
+            " UNION ALL SELECT m.id, m.parent_id FROM messages m JOIN up ON m.id = up.parent_id AND m.id < up.id)"
             " UPDATE messages SET active_child = up.id FROM up WHERE messages.id = up.parent_id"
             " AND messages.active_child IS NOT up.id",
             (message_id,),

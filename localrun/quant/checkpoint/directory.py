@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from localrun.errors import CheckpointError, FormatError, UnsupportedModelError
+from localrun.paths import is_plain_name
 from localrun.quant.checkpoint.model_config import MAX_LAYERS, ModelConfig, parse_config
 from localrun.quant.checkpoint.safetensors import SafetensorsFile, TensorEntry, parse_json_object
 from localrun.quant.checkpoint.schema import ROLE_DTYPES, Role, TensorSpec, mtp_tensors, trunk_tensors
@@ -182,8 +183,8 @@ def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]
     names = sorted(set(weight_map.values()))
     for name in names:
         # A name is a name in this folder; the file itself may be a link (download caches are made of them).
-        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise FormatError(f"{index_path}: file name {name[:80]!r} leaves the checkpoint's folder")
+        if not is_plain_name(name):
+            raise FormatError(f"{index_path}: file name {name[:80]!r} leaves the checkpoint's folder, or can't be one")
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
         raise CheckpointError(f"{path}: {_some(absent, 'shard')} missing", hint="download the rest of the checkpoint")

@@ -7,7 +7,7 @@ checkpoint elsewhere by `kept`. `tiers`, `profile` and
 Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder; `kept` alone
 leads elsewhere, to a checkpoint that is read and must be the one that it was.
 Knows JSON and digests; knows nothing about GGUF. Checksums are xxh3_64 as 16 hex digits: they find damage, they don't
-protect against somebody who forges a file.
+protect against somebody who forges a file. A checksum of all that a manifest says is its last key.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import xxhash
 
 from localrun.atomic import replacing
 from localrun.errors import FormatError, StoreError
+from localrun.paths import is_plain_name
 from localrun.quant.model.source import PROJECTIONS
 
 MANIFEST_NAME = "localrun.json"
@@ -38,12 +39,19 @@ _REQUIRED_KEYS = {"format", "version", "files", "tensors", "experts"}
 _FREE_KEYS = ("tiers", "profile", "report")
 _OVERLAY_KEYS = {"files", "experts", "options", "rounding"}
 _KEPT_KEYS = {"path", "identity", "files"}
-_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", "kept", *_FREE_KEYS}
+_OPTIONAL_KEYS = {"source", "tools", "options", "overlay", "kept", "checksum", *_FREE_KEYS}
 
 
 def checksum(data: Any) -> str:
     """xxh3_64 of a bytes-like object as 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+def _digest_of(data: Mapping[str, object]) -> str:
+    """Of what a manifest says, without its own checksum, however it is laid out: an overlay's key or an option that got lost would
+    otherwise leave another sound model."""
+    said = json.dumps({key: value for key, value in data.items() if key != "checksum"}, ensure_ascii=True)
+    return checksum(json.dumps(json.loads(said), sort_keys=True, separators=(",", ":")).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +201,7 @@ class Manifest:
         if self.kept is not None:
             data["kept"] = self.kept.to_json()
         data |= {key: dict(value) for key in _FREE_KEYS if (value := getattr(self, key))}
+        data["checksum"] = _digest_of(data)
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -264,6 +273,12 @@ class _Parser:
         overlay = self._overlay(root["overlay"]) if "overlay" in root else None
         if overlay is not None and {file.name for file in files} & {file.name for file in overlay.files}:
             raise self._error("overlay.files: a name occurs in files too")
+        manifest = self._manifest(root, files, overlay)
+        if "checksum" in root and root["checksum"] != _digest_of(root):  # models of other versions may have none
+            raise self._error("its checksum is wrong: something in it was changed or got lost")
+        return manifest
+
+    def _manifest(self, root: dict[str, Any], files: tuple[ModelFile, ...], overlay: Overlay | None) -> Manifest:
         return Manifest(
             files=files,
             tensors={name: self._digest(f"tensors.{name}", v) for name, v in self._map("tensors", root).items()},
@@ -369,8 +384,8 @@ class _Parser:
     def _file_name(self, where: str, value: Any) -> str:
         name = self._string(where, value)
         # A plain name only: separators of any system, drive letters and parent references could leave the folder.
-        if not name or name in (".", "..") or any(c in name for c in "/\\:\0") or not name.isprintable():
-            raise self._error(f"{where}: {name!r} is not a plain file name")
+        if not is_plain_name(name) or ":" in name or not name.isprintable():
+            raise self._error(f"{where}: {name[:80]!r} is not a plain file name")
         return name
 
     def _experts(self, value: dict[str, Any]) -> dict[int, tuple[list[str], list[str], list[str]]]:

@@ -212,7 +212,9 @@ def test_index_with_a_tensor_that_no_shard_has_is_refused(copy: Path) -> None:
     assert "1 tensor (ghost) not in the shard" in damage(copy)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\0y"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\0y", "x" * 256, "\ud800"]
+)
 def test_index_can_not_leave_the_folder(copy: Path, name: str) -> None:
     change_map(copy, lambda m: m.update({"norm.weight": name}))
     with pytest.raises(FormatError, match="leaves the checkpoint's folder"):

@@ -243,6 +243,7 @@ def edit_overlay(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     """Changes the manifest's overlay section."""
     path = folder / MANIFEST_NAME
     root = json.loads(path.read_text())
+    del root["checksum"]
     change(root["overlay"])
     path.write_text(json.dumps(root))
 

@@ -150,3 +150,17 @@ def test_no_name_leaves_the_folder(tmp_path: Path, name: object) -> None:
 def test_a_missing_manifest_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="can't be read"):
         read_manifest(tmp_path / MANIFEST_NAME)
+
+
+@pytest.mark.parametrize("part", ["source", "options", "tools", "tiers"])
+def test_what_was_changed_or_got_lost_is_noticed(tmp_path: Path, part: str) -> None:
+    text = json.loads(
+        edited(lambda data: data.update(source={"a": 1}, options={"b": 2}, tools={"c": "3"}, tiers={"d": 4}))
+    )
+    text.pop("checksum", None)
+    manifest = read_manifest(put(tmp_path, json.dumps(text)))
+    written = json.loads(manifest.to_json())
+    assert read_manifest(put(tmp_path, json.dumps(written, indent=7))) == manifest, "the layout does not count"
+    del written[part]
+    with pytest.raises(FormatError, match="changed or got lost"):
+        read_manifest(put(tmp_path, json.dumps(written)))

@@ -1,0 +1,34 @@
+"""A short run of each part of the reliability campaign; `python -m tools.reliability` has the long ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from localrun.errors import UsageError
+from tools.reliability.kinds import NAMES
+from tools.reliability.mutate import Bench
+from tools.reliability.tally import Tally
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_damaged_files_end_in_a_clear_error_or_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"LOCALRUN_{name}_DIR", "")  # the bench sets them; they are as before afterwards
+    with Bench(kind, seed=5, load=6) as bench:
+        outcomes = {bench.case(number) for number in range(12)}
+        assert bench.take()["problems"] == []
+    assert outcomes & {"refused", "ignored", "found"}
+
+
+def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    tally = Tally.resume(path, "mutate", 3)
+    tally.done, tally.outcomes["refused"] = 7, 5
+    tally.problem("a\nproblem")
+    tally.save()
+    again = Tally.resume(path, "mutate", 3)
+    assert (again.done, again.outcomes["refused"], again.problems) == (7, 5, ["a problem"])
+    with pytest.raises(UsageError, match="seed 3"):
+        Tally.resume(path, "mutate", 4)

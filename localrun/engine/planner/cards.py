@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 CARD_GB_PER_S: Final = {
-    # NVIDIA's specifications
+    # NVIDIA: product pages and data sheets
     "RTX PRO 6000": 1792,
     "RTX 5090": 1792,
     "RTX 5080": 960,
@@ -36,7 +36,10 @@ CARD_GB_PER_S: Final = {
     "RTX A6000": 768,
     "L40S": 864,
     "A100": 1555,  # the 40 GB one
+    "A100 80GB PCIe": 1935,
+    "A100-SXM4-80GB": 2039,
     "H100 PCIe": 2000,
+    "H100 NVL": 3900,
     "H100": 3350,
     "H200": 4800,
     # AMD's
@@ -51,7 +54,7 @@ CARD_GB_PER_S: Final = {
     "Arc B580": 456,
     "Arc A770": 560,
 }
-"""GB/s (10**9). Variants for laptops have less and are left out."""
+"""GB/s (10**9); a test holds them against width and rate of each card's memory. Variants for laptops have less and are left out."""
 
 
 def card_bytes_per_s(description: str) -> float | None:

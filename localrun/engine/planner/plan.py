@@ -9,8 +9,11 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.engine.planner.speed import Range, Residency, predict_decode, predict_prefill, slowest
+from localrun.engine.planner.speed import Range, Rate, Residency, predict_decode, predict_prefill, slowest
 from localrun.engine.planner.text import plan_json, plan_lines
+
+AS_FAST = 0.95
+"""Of our predicted speed, from which on llama.cpp counts as being as fast."""
 
 PROMPT_TOKENS = 2048
 """Length of the prompt whose reading is predicted."""
@@ -111,6 +114,7 @@ class Plan:
 
     Attributes:
         decode, prefill: None for models too small to predict.
+        plain: answers of llama.cpp itself with the experts on the CPU (`plain.py`); None: not known.
         rates: hit rates that were used.
     """
 
@@ -121,6 +125,7 @@ class Plan:
     placement: Placement
     decode: Range | None
     prefill: Range | None
+    plain: Rate | None = None
     rates: HitRates = field(repr=False)
     suggestions: tuple[Suggestion, ...] = ()
 
@@ -129,6 +134,13 @@ class Plan:
         """Of experts that need no drive."""
         at = self.placement
         return min(1.0, (at.ram_experts + at.gpu_experts) / max(1, self.sizes.n_copies))
+
+    @property
+    def plain_is_as_fast(self) -> bool:
+        """This model on this machine gains nothing by localrun, as far as the planner knows."""
+        if self.plain is None or self.decode is None:
+            return False
+        return self.plain.tokens_per_s >= AS_FAST * self.decode.likely.tokens_per_s
 
     def lines(self) -> list[str]:
         """Six lines for people."""

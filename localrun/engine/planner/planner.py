@@ -13,6 +13,7 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
+from localrun.engine.planner.plain import predict_plain
 from localrun.engine.planner.plan import GpuShare, Plan, Settings, residency
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import predict_decode, predict_prefill
@@ -78,11 +79,21 @@ def make_plan(
     placement = place(sizes, machine, settings, n_ctx, gpu)
     if rates is None:
         rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
-    decode = prefill = None
+    decode = prefill = plain = None
     if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
         at = residency(sizes, machine, placement, adaptive=settings.adaptive)
         position = min(n_ctx // 4, 8192) if settings.position is None else settings.position
         decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=settings.kv_type)
+        if sizes.n_copies:
+            plain = predict_plain(
+                sizes,
+                machine,
+                rates,
+                context_bytes=placement.kv_bytes + placement.compute_bytes,
+                vram_bytes=settings.vram_bytes,
+                position=position,
+                kv_type=settings.kv_type,
+            )
         prompt_tokens = min(settings.prompt_tokens, n_ctx)
         prefill = predict_prefill(sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=settings.n_batch)
     plan = Plan(
@@ -93,6 +104,7 @@ def make_plan(
         placement=placement,
         decode=decode,
         prefill=prefill,
+        plain=plain,
         rates=rates,
     )
     if not suggest or decode is None:

@@ -28,7 +28,7 @@ def plan_lines(plan: Plan) -> list[str]:
     place = "on the GPU" if at.dense_on_gpu else "in RAM"
     memory_line = (
         f"dense {format_size(at.dense_bytes)}, {plan.settings.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
-        f"buffers {format_size(at.compute_bytes)}, all {place}"
+        f"buffers {format_size(at.compute_bytes)} (derived from the model's shape), all {place}"
     )
     if at.headroom_bytes:
         memory_line += f"; {format_size(at.headroom_bytes)} of RAM left free"
@@ -41,8 +41,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.decode is None or plan.prefill is None:
         return [*lines, "speed    too small a model for a prediction", "faster   -"]
     lines.append(
-        f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction); most of the time: "
-        f"{plan.decode.likely.limit}"
+        f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction from "
+        f"{'measured' if machine.cpu is not None else 'assumed'} kernels); most of the time: {plan.decode.likely.limit}"
+        + _plain(plan)
     )
     best = [
         f"{s.text}: {format_rate(s.tokens_per_s)} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "answers"
@@ -56,10 +57,25 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _plain(plan: Plan) -> str:
+    if plan.plain is None or not plan.plain_is_as_fast:
+        return ""
+    return (
+        f"; plain llama.cpp with the experts on the CPU would be as fast here ({format_rate(plan.plain.tokens_per_s)} tokens/s, "
+        "derived)"
+    )
+
+
 def _machine(machine: Hardware) -> str:
     def marked(name: str, text: str) -> str:
         how = machine.origin.get(name)
-        return text + (f" ({how})" if how in ("assumed", "this machine's") else "")
+        # What is given needs no word; RAM and threads are asked of the system, not measured.
+        told = (
+            ("assumed", "this machine's")
+            if name in ("ram_bytes", "n_threads")
+            else ("assumed", "this machine's", "measured")
+        )
+        return text + (f" ({how})" if how in told else "")
 
     parts = []
     if machine.ram_bytes is not None and machine.total_ram_bytes is not None:
@@ -72,7 +88,10 @@ def _machine(machine: Hardware) -> str:
             f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk_bytes_per_s / 1e9:.2f} GB/s",
         ),
         marked("n_threads", f"{machine.n_threads} threads"),
-        *(f"{gpu.name} {format_size(gpu.vram_bytes)} free" for gpu in machine.gpus),
+        *(
+            f"{gpu.name} {format_size(gpu.vram_bytes)} free (rates {'measured' if gpu.rates.measured else 'assumed'})"
+            for gpu in machine.gpus
+        ),
     ]
     return ", ".join(parts if machine.gpus else [*parts, "no GPU"])
 
@@ -165,6 +184,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "hit_rates": plan.rates.source,
         "decode": _range_json(plan.decode),
         "prefill": _range_json(plan.prefill),
+        "plain_llama_cpp": None
+        if plan.plain is None
+        else {"tokens_per_s": plan.plain.tokens_per_s, "as_fast": plan.plain_is_as_fast},
         "suggestions": [
             {
                 "change": s.text,

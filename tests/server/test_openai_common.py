@@ -1,0 +1,114 @@
+"""What OpenAI's APIs share, by the word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from localrun.engine.process.protocol import TokenLogprob
+from localrun.server.faults import STATUS, ApiError
+from localrun.server.limits import Limits
+from localrun.server.openai_common import OpenAi, logprob, response_schema, tool_choice
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "word", "code"),
+    [
+        ("invalid", 400, "invalid_request_error", None),
+        ("context", 400, "invalid_request_error", None),
+        ("too_large", 413, "invalid_request_error", None),
+        ("unauthorized", 401, "authentication_error", "invalid_api_key"),
+        ("forbidden", 403, "permission_error", None),
+        ("not_found", 404, "invalid_request_error", "not_found"),
+        ("overloaded", 429, "rate_limit_error", None),
+        ("unavailable", 503, "server_error", None),
+        ("internal", 500, "server_error", None),
+    ],
+)
+def test_errors_have_openai_s_words(kind: Any, status: int, word: str, code: str | None) -> None:
+    assert OpenAi().error(ApiError(kind, "no", param="p")) == (
+        status,
+        {"error": {"message": "no", "type": word, "param": "p", "code": code}},
+    )
+    assert OpenAi().error(ApiError(kind, "no", code="own"))[1]["error"]["code"] == "own"
+
+
+def test_every_kind_of_fault_is_tested_above() -> None:
+    assert len(STATUS) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "choice"),
+    [
+        (None, ("auto", None)),
+        ("auto", ("auto", None)),
+        ("none", ("none", None)),
+        ("required", ("required", None)),
+        ({"type": "function", "function": {"name": "f"}}, ("required", "f")),
+        ({"type": "function", "name": "f"}, ("required", "f")),
+        ({"type": "custom", "custom": {"name": "f"}}, ("required", "f")),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required"}}, ("required", None)),
+        ({"type": "allowed_tools", "mode": "auto"}, ("auto", None)),
+    ],
+)
+def test_tool_choices(value: Any, choice: tuple[str, str | None]) -> None:
+    assert tool_choice(value, ["f"]) == choice
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "param"),
+    [
+        ("required", [], "tool_choice"),
+        ("any", ["f"], "tool_choice"),
+        ({"type": "web_search"}, ["f"], "tool_choice.type"),
+        ({"type": "function", "function": {"name": "g"}}, ["f"], "tool_choice.name"),
+    ],
+)
+def test_choices_that_can_t_be_made_name_the_field(value: Any, names: list[str], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        tool_choice(value, names)
+    assert (caught.value.kind, caught.value.param) == ("invalid", param)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "shown"),
+    [
+        (None, None, False),
+        ({"type": "text"}, None, False),
+        ({"type": "json_object"}, {"type": "object"}, False),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, SCHEMA, True),
+        ({"type": "json_schema", "name": "n", "schema": SCHEMA}, SCHEMA, True),
+    ],
+)
+def test_response_formats(value: Any, schema: Any, shown: bool) -> None:
+    assert response_schema(value, "f", Limits()) == (schema, shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ("json", "f"),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, "f.json_schema.schema"),
+        ({"type": "json_schema"}, "f.schema"),
+        ({"type": "grammar"}, "f.type"),
+    ],
+)
+def test_formats_that_are_none_name_the_field(value: Any, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        response_schema(value, "f", Limits())
+    assert caught.value.param == param
+
+
+def test_half_a_character_is_shown_as_bytes_and_minus_infinity_as_a_number() -> None:
+    other = TokenLogprob(token=2, data=(98,), logprob=float("-inf"))
+    token = TokenLogprob(token=1, data=(0xC3,), logprob=-0.5, top=(other,))
+    assert logprob(token) == {
+        "token": "\N{REPLACEMENT CHARACTER}",
+        "logprob": -0.5,
+        "bytes": [0xC3],
+        "top_logprobs": [{"token": "b", "logprob": -9999.0, "bytes": [98]}],
+    }

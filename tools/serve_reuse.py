@@ -8,7 +8,7 @@ In a body, `"<str 512>"` stands for a text of 512 characters, which is made up f
 size. Every request goes through HTTP, in its order, to an engine that renders prompts as the real one does, counts four characters
 as a token, and answers what the recording says was answered. Then all of it again, as two later runs of the client: one on the same
 day, of which only Claude Code's billing line is another, and one on another day, with all lines changed that clients change
-(`CHANGED`).
+(`CHANGED`). At last the session's last request as if it had come on another day, in the middle of the same conversation.
 
 Prints for every request its prompt, what of it was there before, and what is new.
 """
@@ -38,13 +38,31 @@ Json = Any
 RUNS = (("2026-01-05", "a1b"), ("2026-01-05", "a2c"), ("2026-01-06", "a3d"))
 """The day and the billing line's suffix of each run."""
 
-CHANGED: Mapping[str, Mapping[str, float]] = {
-    "claude": {"system[2].text": 0.9, "messages[0].content[0].text": 0.5},
-    "codex": {"input[2].content[0].text": 0.8},
-    "opencode": {"messages[0].content": 0.92},
-    "qwen": {"messages[1].content[0].text": 0.3},
+OVERNIGHT = len(RUNS) + 1
+"""The run that goes on with the last one's conversation on a day of its own, `NEXT_DAY`."""
+
+NEXT_DAY = ("2026-01-07", "a4e")
+
+GIT_STATUS = """
+gitStatus: This is the git status at the start of the conversation.
+
+Status:
+M {day}.txt
+
+Recent commits:
+1234567 Start
+"""
+
+CHANGED: Mapping[str, Mapping[str, tuple[float, str]]] = {
+    "claude": {
+        "system[2].text": (0.9, GIT_STATUS),
+        "messages[0].content[0].text": (0.5, "\nToday's date is {day}.\n"),
+    },
+    "codex": {"input[2].content[0].text": (0.8, "\n<current_date>{day}</current_date>\n")},
+    "opencode": {"messages[0].content": (0.92, "\n  Today's date: {day}\n")},
+    "qwen": {"messages[1].content[0].text": (0.3, "\nToday's date is {day}.\n")},
 }
-"""Which of a client's texts hold a line that changes (date, git status), and where in it, as a share of its length."""
+"""Which of a client's texts hold a line that changes: where, as a share of the text's length, and how it reads."""
 
 _PLACEHOLDER = re.compile(r"<str (\d+)>")
 _BILLING = re.compile(r"(cc_version=[\d.]+\.)\w+;")
@@ -84,11 +102,10 @@ def filled(value: Json, client: str, day: str, billing: str, place: str = "") ->
     if (match := _PLACEHOLDER.fullmatch(value)) is None:
         return _BILLING.sub(rf"\g<1>{billing};", value)
     text = made_up(int(match[1]), place)
-    share = CHANGED.get(client, {}).get(place)
-    if share is None:
+    if place not in (changed := CHANGED.get(client, {})):
         return text
-    at = int(share * len(text))
-    line = f"\nToday is {day}.\n"
+    share, line = changed[place]
+    at, line = int(share * len(text)), line.format(day=day)
     return (text[:at] + line + text[at + len(line) :])[: len(text)]
 
 
@@ -169,10 +186,12 @@ def replay(running: Running, engine: ScriptedEngine, recording: Mapping[str, Jso
     requests = [request for request in recording["runs"][name]["requests"] if request.get("body")]
     signer, defaults = running.service.signer, running.service.defaults
     costs = []
-    for run, changing in enumerate(RUNS, start=1):
+    for run, changing in enumerate((*RUNS, NEXT_DAY), start=1):
         bodies = [body_of(request, client, changing, signer) for request in requests]
         asks = [ask_of(request["path"], body, defaults, signer) for request, body in zip(requests, bodies, strict=True)]
         for i, (request, body) in enumerate(zip(requests, bodies, strict=True)):
+            if run == OVERNIGHT and i < len(requests) - 1:
+                continue
             answer = answer_to(asks[i], asks[i + 1] if i + 1 < len(asks) else None)
 
             def play(command: Generate, answer: Mapping[str, Json] | None = answer) -> Iterator[str]:

@@ -69,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop-after", type=float, default=30.0, metavar="S", help="time that a running answer gets at shutdown (30 s)"
     )
+    group.add_argument(
+        "--no-reminders", action="store_true", help="leave date and git status where clients put them, before the tools"
+    )
     group.add_argument("--log-prompts", action="store_true", help="also print what clients send")
     group.add_argument("--print-config", choices=[*CLIENTS], metavar="CLIENT", help=f"one of {', '.join(CLIENTS)}")
     common.add_sampling_arguments(parser)
@@ -118,6 +121,7 @@ def _serve(  # the pieces meet here
 
     from localrun.server.app import build
     from localrun.server.metrics import Metrics
+    from localrun.server.reminders import Reminders
     from localrun.server.service import Service
     from localrun.server.signatures import Signer
     from localrun.server.web import server_of
@@ -142,6 +146,7 @@ def _serve(  # the pieces meet here
         signer=Signer.of_folder(data_dir()),
         on_answer=log.answer,
         prompts_log=log.prompt if args.log_prompts else None,
+        reminders=None if args.no_reminders else Reminders(),
     )
     app = build(service, keys=keys, hosts=[args.host, *args.allow_host], origins=args.cors_origin)
     server = server_of(app, dispatcher, limits, patience_s=args.stop_after)

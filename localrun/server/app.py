@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -117,6 +118,7 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request)
         ask, session = chat_completions.read(body, self._service.defaults)
+        ask = self._service.arranged(ask)
         writer = chat_completions.writer(body, ask)
         return await answer(self._service, request, OpenAi("chat"), ask, writer, client_of(request, session))
 
@@ -130,6 +132,7 @@ class Endpoints:
         body = await self._body(request)
         service = self._service
         question = responses_input.read(body, service.defaults, service.signer, self._store)
+        question = replace(question, ask=service.arranged(question.ask))
         writer = ResponsesWriter(question, service.signer, self._store)
         client = client_of(request, question.session)
         return await answer(service, request, OpenAi("responses"), question.ask, writer, client)
@@ -138,6 +141,7 @@ class Endpoints:
         body = await self._body(request)
         service = self._service
         ask, session = messages_input.read(body, service.defaults, service.signer)
+        ask = service.arranged(ask)
         writer = MessagesWriter(ask, service.signer)
         return await answer(service, request, Anthropic(), ask, writer, client_of(request, session))
 
@@ -161,7 +165,8 @@ class Endpoints:
         body = await self._body(request)
         service = self._service
         ask, _ = messages_input.read({"max_tokens": 1, **body}, service.defaults, service.signer)
-        n_tokens = await self._ask_engine(service.engine.count, ask.count_command())
+        command = service.arranged(ask, learn=False).count_command()
+        n_tokens = await self._ask_engine(service.engine.count, command)
         return json_response({"input_tokens": n_tokens})
 
     async def tokenize(self, request: Request) -> Response:
@@ -169,7 +174,8 @@ class Endpoints:
         service = self._service
         if body.get("messages") is not None:
             ask, _ = chat_completions.read(body, service.defaults)
-            n_tokens = await self._ask_engine(service.engine.count, ask.count_command())
+            command = service.arranged(ask, learn=False).count_command()
+            n_tokens = await self._ask_engine(service.engine.count, command)
             return json_response({"count": n_tokens, "max_model_len": service.defaults.n_ctx})
         text = next((body[name] for name in ("content", "prompt", "text", "input") if name in body), None)
         if text is None:

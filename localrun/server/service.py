@@ -16,6 +16,7 @@ from localrun.server.dispatch import Dispatcher, Job
 from localrun.server.engine import EngineLike
 from localrun.server.faults import ApiError, from_engine, prompt_too_long
 from localrun.server.metrics import Metrics
+from localrun.server.reminders import Reminders
 from localrun.server.signatures import Signer
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Service:
         created: when the server was started, for `created` fields that need a time (seconds since 1970).
         prompts_log: called with every request's API and body if the user asked for that.
         on_answer: called when a request is over.
+        reminders: None leaves system prompts as clients send them.
     """
 
     engine: EngineLike
@@ -65,6 +67,13 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     prompts_log: Callable[[str, object], None] | None = None
     on_answer: Callable[[AnswerLine], None] | None = None
+    reminders: Reminders | None = field(default_factory=Reminders)
+
+    def arranged(self, ask: Ask, *, learn: bool = True) -> Ask:
+        """The request with what its client changes every day behind the tools (`reminders.py`)."""
+        if self.reminders is None or not ask.tools:
+            return ask
+        return replace(ask, messages=self.reminders.arranged(ask.messages, learn=learn))
 
     async def count(self, ask: Ask) -> int | None:
         """Tokens of the prompt; None while there is no engine to ask: it is started by the request itself.

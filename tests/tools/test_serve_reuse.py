@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tools.serve_reuse import RUNS, Cost, filled, made_up, replay_all, tool_of
+from tools.serve_reuse import OVERNIGHT, RUNS, Cost, filled, made_up, replay_all, tool_of
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "read", "arguments": '{"path":"a.txt"}'}}
 TOOL = {"name": "read", "type": "function", "bytes": 900, "keys": ["function.name", "function.parameters"]}
@@ -54,6 +54,16 @@ def test_a_line_in_the_first_message_costs_what_is_behind_it() -> None:
     assert same_day[0] == 1
     assert 60 < other_day[0] < 120
     assert other_day[1] < 40
+
+
+def test_a_date_before_the_tools_costs_no_tools() -> None:
+    turns = [CHAT, [*CHAT, *CHAT_LATER]]
+    costs = replay_all([recording("opencode", "/v1/chat/completions", "messages", turns, TOOL)])
+    _, _, other_day = new_tokens(costs)
+    assert max(other_day) < 140  # the question has 100
+    overnight = [cost for cost in costs if cost.run == OVERNIGHT]
+    assert len(overnight) == 1
+    assert overnight[0].new < 60
 
 
 def test_the_billing_line_costs_nothing() -> None:

@@ -1,0 +1,165 @@
+"""What clients put into their system prompt and change every day: the date, `git status`.
+
+V4's prompt has the tools behind the system text, so one such line makes the model read all tools again. The format has a role of
+its own for what is true at the moment (`latest_reminder`: "date, place and the like"), and there these lines go, word for word with
+the client's own labels: behind the tools, where nothing stands behind them but the conversation. When they change within a
+conversation the new ones are put behind the last answer, and what was read before stays as it is.
+
+Only requests with tools are touched, and only lines that are known (`_DATE`, `_BLOCKS`). Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import xxhash
+
+Json = Any
+Message = Mapping[str, Json]
+
+MOST_CONVERSATIONS = 1000
+MOST_CHARS = 4 << 20
+"""Bounds of what is remembered; the conversations that were asked for longest ago go first."""
+
+_DATE = re.compile(r"^[ \t]*(?:Today's date|Current date(?: and time)?): [^\n]{1,80}(?:\n|\Z)", re.MULTILINE)
+"""Claude Code, OpenCode and Continue; pi."""
+
+_BLOCKS = (
+    (
+        re.compile(r"^gitStatus: This is the git status at the start of the conversation\b", re.MULTILINE),
+        re.compile(r"^Recent commits:\n(?:[0-9a-f]{7,40}\b[^\n]*(?:\n|\Z))*", re.MULTILINE),
+    ),
+    (re.compile(r'^<context name="gitStatus">', re.MULTILINE), re.compile(r"</context>(?:\n|\Z)")),
+)
+"""Where `git status` begins and ends: Claude Code's, Continue's."""
+
+MOST_BLOCK_CHARS = 40_000
+"""Of a block; Claude Code cuts its own at 2,000. A longer one stays where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A reminder in front of the client's message number `before`."""
+
+    before: int
+    text: str
+
+
+class Reminders:
+    """Where each conversation's reminders stand. One thread."""
+
+    def __init__(self, most: int = MOST_CONVERSATIONS, most_chars: int = MOST_CHARS) -> None:
+        self._most, self._most_chars = most, most_chars
+        self._kept: OrderedDict[str, tuple[_Placed, ...]] = OrderedDict()
+        self._n_chars = 0
+
+    def arranged(self, messages: Sequence[Message], *, learn: bool = True) -> tuple[Message, ...]:
+        """The conversation with such lines moved out of its first system messages.
+
+        Args:
+            messages: as `chat/messages.py` reads them.
+            learn: remember the places for the next request; False where tokens are only counted.
+        """
+        stable, current = _split(messages)
+        first = _n_leading(messages)
+        if current is None:
+            return tuple(messages)
+        new, begun = _names(stable, first)
+        placed = self._find([begun, new] if begun else [], len(messages)) or (_Placed(first, current),)
+        if placed[-1].text != current:
+            placed = (*placed, _Placed(_behind_last_answer(messages), current))
+        if learn:
+            self._put(begun or new, placed)
+        result: list[Message] = []
+        for i, message in enumerate(stable):
+            result += [{"role": "latest_reminder", "content": each.text} for each in placed if each.before == i]
+            result.append(message)
+        result += [{"role": "latest_reminder", "content": each.text} for each in placed if each.before == len(stable)]
+        return tuple(result)
+
+    def _find(self, names: Sequence[str], n_messages: int) -> tuple[_Placed, ...] | None:
+        for name in names:
+            placed = self._kept.get(name)
+            if placed is not None and placed[-1].before < n_messages:
+                self._kept.move_to_end(name)
+                return placed
+        return None
+
+    def _put(self, name: str, placed: tuple[_Placed, ...]) -> None:
+        self._n_chars += _size(placed) - _size(self._kept.pop(name, ()))
+        self._kept[name] = placed
+        while len(self._kept) > self._most or self._n_chars > self._most_chars:
+            _, gone = self._kept.popitem(last=False)
+            self._n_chars -= _size(gone)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(conversations, characters) that are kept."""
+        return len(self._kept), self._n_chars
+
+
+def _size(placed: Sequence[_Placed]) -> int:
+    return sum(len(each.text) for each in placed)
+
+
+def _n_leading(messages: Sequence[Message]) -> int:
+    """Number of system messages that the conversation begins with."""
+    return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+
+
+def _split(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
+    """(messages without lines that change, these lines; None if there are none)."""
+    stable, moved = list(messages), []
+    for i in range(_n_leading(messages)):
+        content = str(messages[i].get("content") or "")
+        spans = sorted(_spans(content))
+        kept, end = "", 0
+        for start, stop in spans:
+            if start >= end:  # a date inside a block goes with it
+                kept += content[end:start]
+                moved.append(content[start:stop].strip())
+                end = stop
+        stable[i] = {**messages[i], "content": kept + content[end:]}
+    return stable, "\n\n".join(moved) if moved else None
+
+
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where such lines are. One search each: a stranger's text must not cost more than its length."""
+    for date in _DATE.finditer(text):
+        yield date.span()
+    for opening, closing in _BLOCKS:
+        if (start := opening.search(text)) is not None:
+            stop = closing.search(text, start.end(), start.end() + MOST_BLOCK_CHARS)
+            if stop is not None:
+                yield start.start(), stop.end()
+
+
+def _names(stable: Sequence[Message], first: int) -> tuple[str, str | None]:
+    """What a conversation is known by before its first answer, and from then on (None: there is no answer yet).
+
+    Two conversations may begin with the same words; their first answers are others.
+    """
+    hasher = xxhash.xxh3_128()
+    answered = next((i for i in range(first, len(stable)) if stable[i]["role"] == "assistant"), None)
+    for message in stable[: len(stable) if answered is None else answered]:
+        hasher.update(msgspec.json.encode([message["role"], str(message.get("content") or "").strip()]))
+    new = hasher.hexdigest()
+    if answered is None:
+        return new, None
+    answer = stable[answered]
+    ids = [call.get("id") for call in answer.get("tool_calls") or ()]
+    hasher.update(msgspec.json.encode([str(answer.get("content") or "").strip(), ids]))
+    return new, hasher.hexdigest()
+
+
+def _behind_last_answer(messages: Sequence[Message]) -> int:
+    """Everything up to there has been read before, and no turn of the user's is cut in two."""
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i]["role"] == "assistant" and i + 1 < len(messages):
+            return i + 1
+    return _n_leading(messages)

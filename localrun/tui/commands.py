@@ -1,8 +1,7 @@
-"""The one list of what a user can do. Key bindings, slash commands, the command palette, the footer, the F1 page and
-docs/tui.md are all made from it, so they can't disagree.
+"""The list of user commands. Key bindings, slash commands, the command palette, the footer, the F1 page and
+docs/tui.md all follow it.
 
-A command `name` is carried out by the chat screen's method `do_<name>`, which takes what follows a slash command as its
-argument.
+Command `name` is handled by the chat screen's method `do_<name>`, whose argument is the text after the slash command.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ Scope = Literal["screen", "message"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One thing to do.
+    """A user command.
 
     Attributes:
-        keys: Textual's key names, the one to show first.
-        slash: names after the slash; the first is the canonical one.
-        argument: what may follow the slash command.
-        footer: label in the footer; empty: not there.
+        keys: Textual's key names; the first is the one to show.
+        slash: its slash commands; the first is canonical.
+        argument: argument of the slash command, as shown in help.
+        footer: label in the footer; empty: not shown.
         scope: `message` keys work while a message has the focus; slash and palette then mean the last message.
     """
 
@@ -51,7 +50,7 @@ COMMANDS: tuple[Command, ...] = (
         name="stop",
         group="Asking",
         title="Stop the answer",
-        help="Ends the answer at once; what is there stays. Without one: closes what is open, back to the input.",
+        help="Stops at once and keeps what is written. Otherwise closes what is open and returns to the input.",
         keys=("escape",),
         slash=("stop",),
         footer="Stop",
@@ -60,7 +59,7 @@ COMMANDS: tuple[Command, ...] = (
         name="attach",
         group="Asking",
         title="Attach a text file",
-        help="Shows its size in tokens first; it goes with the next message.",
+        help="Shows its size in tokens first, and sends it with your next message.",
         keys=("ctrl+o",),
         slash=("attach", "file"),
         argument="PATH",
@@ -69,7 +68,7 @@ COMMANDS: tuple[Command, ...] = (
         name="editor",
         group="Asking",
         title="Write in an editor",
-        help="Opens the input's text in $VISUAL or $EDITOR; what is saved there is the input.",
+        help="Opens the input in $VISUAL or $EDITOR; what you save there becomes the input.",
         keys=("alt+e",),
         slash=("editor",),
     ),
@@ -77,7 +76,7 @@ COMMANDS: tuple[Command, ...] = (
         name="think",
         group="Asking",
         title="Switch thinking",
-        help="off, high or max; without an argument the next one.",
+        help="off, high or max; without an argument, the next one.",
         keys=("ctrl+t",),
         slash=("think",),
         argument="off|high|max",
@@ -86,7 +85,7 @@ COMMANDS: tuple[Command, ...] = (
         name="system",
         group="Asking",
         title="Set the system prompt",
-        help="For this conversation; without an argument the settings open.",
+        help="For this conversation; without an argument, opens the settings.",
         slash=("system",),
         argument="TEXT",
     ),
@@ -94,15 +93,15 @@ COMMANDS: tuple[Command, ...] = (
         name="sampling",
         group="Asking",
         title="Set a sampling value",
-        help=f"For example /set temperature 0.6. NAME is one of {', '.join(NAMES)}.",
+        help=f"For example, /set temperature 0.6. NAME is one of {', '.join(NAMES)}.",
         slash=("set",),
         argument="NAME VALUE",
     ),
     Command(
         name="preset",
         group="Asking",
-        title="Use or keep a preset",
-        help="System prompt, sampling and thinking under a name, for this conversation; without an argument names them.",
+        title="Use or save a preset",
+        help="A named system prompt, sampling and thinking for this conversation; without an argument, lists them.",
         slash=("preset",),
         argument="[save|delete] NAME",
     ),
@@ -111,7 +110,7 @@ COMMANDS: tuple[Command, ...] = (
         name="regenerate",
         group="Messages",
         title="Answer again",
-        help="A new answer beside the old one, which stays as a branch.",
+        help="Adds a new answer; the old one is kept as a branch.",
         keys=("r", "ctrl+r", "f5"),
         slash=("retry", "regenerate"),
         scope="message",
@@ -120,7 +119,7 @@ COMMANDS: tuple[Command, ...] = (
         name="edit",
         group="Messages",
         title="Edit and ask again",
-        help="Puts your message into the input; sending makes a new branch, the old one stays.",
+        help="Puts your message back into the input; sending it starts a new branch and keeps the old one.",
         keys=("e",),
         slash=("edit",),
         scope="message",
@@ -129,7 +128,7 @@ COMMANDS: tuple[Command, ...] = (
         name="fork",
         group="Messages",
         title="Branch from here",
-        help="Goes on from this message; what followed stays as a branch.",
+        help="Continues from this message; what followed is kept as a branch.",
         keys=("b",),
         slash=("branch",),
         scope="message",
@@ -138,7 +137,7 @@ COMMANDS: tuple[Command, ...] = (
         name="previous_branch",
         group="Messages",
         title="Previous branch",
-        help="The version of this message before this one.",
+        help="The previous version of this message.",
         keys=("left",),
         slash=("prev",),
         scope="message",
@@ -147,7 +146,7 @@ COMMANDS: tuple[Command, ...] = (
         name="next_branch",
         group="Messages",
         title="Next branch",
-        help="The version of this message after this one.",
+        help="The next version of this message.",
         keys=("right",),
         slash=("next",),
         scope="message",
@@ -156,14 +155,14 @@ COMMANDS: tuple[Command, ...] = (
         name="undo",
         group="Messages",
         title="Take the last question back",
-        help="Puts it into the input again; question and answer stay as a branch.",
+        help="Puts it back into the input; the question and its answer are kept as a branch.",
         slash=("undo",),
     ),
     Command(
         name="copy",
         group="Messages",
         title="Copy the message",
-        help="To the clipboard, through the terminal (OSC 52): works over SSH.",
+        help="To the clipboard, through the terminal (OSC 52), so it works over SSH.",
         keys=("c", "f7"),
         slash=("copy",),
         scope="message",
@@ -172,7 +171,7 @@ COMMANDS: tuple[Command, ...] = (
         name="copy_code",
         group="Messages",
         title="Copy a code block",
-        help="The last one of the message, or number N.",
+        help="The last one in the message, or number N.",
         keys=("y", "f8"),
         slash=("code",),
         argument="N",
@@ -182,7 +181,7 @@ COMMANDS: tuple[Command, ...] = (
         name="toggle_thinking",
         group="Messages",
         title="Fold or unfold the thinking",
-        help="Of this message.",
+        help="In this message.",
         keys=("enter", "space"),
         slash=("fold",),
         scope="message",
@@ -190,8 +189,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         name="to_messages",
         group="Messages",
-        title="To the messages and back",
-        help="Arrows go from message to message, Esc or Tab goes back to the input.",
+        title="Switch between messages and input",
+        help="The arrow keys move between messages; Esc or Tab returns to the input.",
         keys=("f6",),
         slash=("messages",),
     ),
@@ -200,7 +199,7 @@ COMMANDS: tuple[Command, ...] = (
         name="new",
         group="Conversations",
         title="New conversation",
-        help="The present one is kept.",
+        help="The current one is kept.",
         keys=("ctrl+n",),
         slash=("new", "clear"),
         footer="New",
@@ -209,7 +208,7 @@ COMMANDS: tuple[Command, ...] = (
         name="conversations",
         group="Conversations",
         title="Conversations",
-        help="Shows or hides the list; Enter opens, r renames, Delete deletes.",
+        help="Shows or hides the list. Enter opens, r renames and Delete deletes a conversation.",
         keys=("f2",),
         slash=("conversations", "chats"),
         footer="Chats",
@@ -218,7 +217,7 @@ COMMANDS: tuple[Command, ...] = (
         name="find",
         group="Conversations",
         title="Find in this conversation",
-        help="Marks the words; Enter or Up goes to the message before, Down to the one after, Esc closes.",
+        help="Highlights the words. Enter or Up goes to the previous match, Down to the next one; Esc closes.",
         keys=("ctrl+f",),
         slash=("find",),
         argument="WORDS",
@@ -227,7 +226,7 @@ COMMANDS: tuple[Command, ...] = (
         name="search",
         group="Conversations",
         title="Search all conversations",
-        help="In all branches of all conversations.",
+        help="Including all their branches.",
         keys=("ctrl+g",),
         slash=("search",),
         argument="WORDS",
@@ -236,7 +235,7 @@ COMMANDS: tuple[Command, ...] = (
         name="rename",
         group="Conversations",
         title="Rename the conversation",
-        help="Without an argument asks for the name.",
+        help="Without an argument, asks for the name.",
         slash=("rename", "title"),
         argument="NAME",
     ),
@@ -244,14 +243,14 @@ COMMANDS: tuple[Command, ...] = (
         name="delete",
         group="Conversations",
         title="Delete the conversation",
-        help="With all its branches, after a question.",
+        help="With all its branches, after asking for confirmation.",
         slash=("delete",),
     ),
     Command(
         name="export",
         group="Conversations",
         title="Export the conversation",
-        help="Markdown (the branch on view) or JSON (all branches), never over an existing file.",
+        help="Markdown (the current branch) or JSON (all branches). Never overwrites a file.",
         slash=("export",),
         argument="md|json [PATH]",
     ),
@@ -259,7 +258,7 @@ COMMANDS: tuple[Command, ...] = (
         name="import_file",
         group="Conversations",
         title="Import conversations",
-        help="From JSONL of messages, ChatGPT's conversations.json, llama.cpp's export or /export json.",
+        help="From JSONL messages, ChatGPT's conversations.json, a llama.cpp export, or /export json.",
         slash=("import",),
         argument="PATH",
     ),
@@ -268,7 +267,7 @@ COMMANDS: tuple[Command, ...] = (
         name="models",
         group="Model",
         title="Choose a model",
-        help="Lists models found on this machine with size and fit; or loads the one at PATH, or of that name.",
+        help="Lists the models on this machine, and whether they fit; with an argument, loads that path or name.",
         keys=("ctrl+l",),
         slash=("model", "load"),
         argument="PATH",
@@ -287,7 +286,7 @@ COMMANDS: tuple[Command, ...] = (
         name="engine_panel",
         group="Model",
         title="Engine panel",
-        help="Tiers, rates and the map of experts; again: the whole screen, then off.",
+        help="Tiers, rates and the expert map. Press again for full screen, and again to close.",
         keys=("f3",),
         slash=("engine", "map", "stats"),
         footer="Engine",
@@ -303,22 +302,22 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         name="plan",
         group="Model",
-        title="What was planned",
-        help="Where the model's parts went, how fast it should be, what limits it and what would help; and what was measured.",
+        title="Plan",
+        help="Where the model's parts are, its expected and measured speed, what limits it, and what would help.",
         slash=("plan",),
     ),
     Command(
         name="reload",
         group="Model",
         title="Restart the engine",
-        help="Ends its process, whatever it does, and loads the model again; the conversation stays.",
+        help="Ends its process whatever it is doing, and reloads the model. The conversation is kept.",
         slash=("reload", "restart"),
     ),
     Command(
         name="convert",
         group="Model",
         title="Convert a checkpoint",
-        help="Starts `localrun convert` and shows its progress; it goes on while you chat.",
+        help="Runs `localrun convert` and shows its progress; you can chat meanwhile.",
         slash=("convert",),
         argument="SRC DST",
     ),
@@ -336,7 +335,7 @@ COMMANDS: tuple[Command, ...] = (
         name="palette",
         group="Program",
         title="Command palette",
-        help="Everything on this page by name.",
+        help="Find any command on this page by name.",
         keys=("ctrl+p",),
         slash=("commands",),
         footer="All",
@@ -345,7 +344,7 @@ COMMANDS: tuple[Command, ...] = (
         name="theme",
         group="Program",
         title="Theme",
-        help="Without an argument shows the list.",
+        help="Without an argument, shows the list.",
         slash=("theme",),
         argument="NAME",
     ),
@@ -353,20 +352,20 @@ COMMANDS: tuple[Command, ...] = (
         name="scroll_up",
         group="Program",
         title="Scroll up",
-        help="The conversation by a page.",
+        help="By one page.",
         keys=("pageup",),
     ),
     Command(
         name="scroll_down",
         group="Program",
         title="Scroll down",
-        help="The conversation by a page.",
+        help="By one page.",
         keys=("pagedown",),
     ),
     Command(
         name="scroll_top",
         group="Program",
-        title="To the beginning",
+        title="Go to the beginning",
         help="Of the conversation.",
         keys=("ctrl+home",),
         slash=("top",),
@@ -374,8 +373,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         name="scroll_end",
         group="Program",
-        title="To the end",
-        help="Of the conversation; follows the answer again.",
+        title="Go to the end",
+        help="Of the conversation, and follow the answer as it is written.",
         keys=("ctrl+end",),
         slash=("end",),
     ),
@@ -383,14 +382,14 @@ COMMANDS: tuple[Command, ...] = (
         name="interrupt",
         group="Program",
         title="Copy, stop or clear",
-        help="Copies what is selected; or else stops the answer; or else clears the input.",
+        help="Copies the selection if there is one; otherwise stops the answer or clears the input.",
         keys=("ctrl+c",),
     ),
     Command(
         name="quit",
         group="Program",
         title="Quit",
-        help="Everything is saved already; the next start opens this conversation.",
+        help="Everything is already saved; the next start opens this conversation.",
         keys=("ctrl+q",),
         slash=("quit", "exit"),
         footer="Quit",
@@ -401,18 +400,18 @@ BY_NAME = {command.name: command for command in COMMANDS}
 BY_SLASH = {slash: command for command in COMMANDS for slash in command.slash}
 
 INPUT_KEYS: tuple[tuple[str, str], ...] = (
-    ("Enter", "Send the message, or run the slash command"),
-    ("Ctrl+J", "New line; also Shift+Enter or Alt+Enter where the terminal tells them apart, or \\ and Enter"),
-    ("Up / Down", "On the first or last line: earlier messages"),
-    ("Tab", "Completes a slash command or a file; else goes to the messages"),
-    ("@PATH", "Attaches that file, with a list of files as you type"),
-    ("/", "Slash commands, with a list; // sends a text that begins with a slash"),
+    ("Enter", "Send the message or run the slash command"),
+    ("Ctrl+J", "New line. Also \\ then Enter, or Shift+Enter or Alt+Enter if the terminal supports them"),
+    ("Up / Down", "On the first or last line: browse earlier messages"),
+    ("Tab", "Complete a slash command or file name; otherwise go to the messages"),
+    ("@PATH", "Attach a file; matching files are listed as you type"),
+    ("/", "List slash commands; // sends text that starts with a slash"),
 )
-"""What the input line itself does, for the help page."""
+"""Keys of the input itself, for the help page."""
 
 MESSAGE_KEYS: tuple[tuple[str, str], ...] = (
-    ("Up / Down", "The message before or after"),
-    ("Home / End", "The first or last message"),
+    ("Up / Down", "Previous or next message"),
+    ("Home / End", "First or last message"),
 )
 
 _LABELS = {
@@ -448,13 +447,13 @@ def screen_bindings() -> Iterator[Binding]:
                 command.footer or command.title,
                 show=bool(command.footer) and number == 0,
                 key_display=key_label(key).replace("Ctrl+", "^"),
-                # Before the input, which has its own use for many keys. Esc must first reach what closes by it.
+                # Before the input, which uses many keys itself. Esc must first reach whatever it closes.
                 priority=key != "escape",
             )
 
 
 def message_bindings() -> Iterator[Binding]:
-    """Bindings of one message: keys that make sense only while it has the focus."""
+    """Bindings of one message: keys that only work while it has the focus."""
     for command in COMMANDS:
         if command.scope == "message":
             for key in command.keys:

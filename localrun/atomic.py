@@ -14,17 +14,20 @@ from localrun.errors import StoreError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an error; durable by then.
 
     Until then it is called `NAME.<random>.partial`, and it is deleted if the block fails.
+
+    Args:
+        mode: the new file's permissions, less the umask.
 
     Raises:
         StoreError: it can't be written; what stood at `path` is unchanged.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -115,10 +115,12 @@ class Option:
         return result
 
     def check(self, value: Any) -> None:
-        """Raises UsageError for a value that is out of bounds. None is a value for an option without a default."""
+        """Raises UsageError for a value that is none or out of bounds. None is a value for an option without a default."""
         if value is None and self.default is None:
             return
         if self.kind in (Kind.COUNT, Kind.NUMBER, Kind.SIZE):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise self._refusal(value)
             low = max(self.low, 0) if self.kind is Kind.SIZE else self.low
             if not low <= value <= self.high:  # also false for NaN
                 raise self._refusal(value)

@@ -68,8 +68,8 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
-def format_rate(rate: float) -> str:
+def format_rate(per_s: float) -> str:
     """Three digits that count, and never an exponent: `0.0123`, `4.12`, `38.5`, `1,234`."""
-    if rate >= 999.5:
-        return f"{rate:,.0f}"
-    return f"{rate:.3g}" if rate >= 1e-4 else "0"
+    if per_s >= 999.5:
+        return f"{per_s:,.0f}"
+    return f"{per_s:.3g}" if per_s >= 1e-4 else "0"

@@ -20,6 +20,15 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_secret_is_never_readable_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    with replacing(path, mode=0o600) as file:
+        (partial,) = tmp_path.iterdir()
+        assert partial.stat().st_mode & 0o777 == 0o600
+        file.write(b"key")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_block_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_bytes(b"old")

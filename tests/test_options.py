@@ -132,3 +132,19 @@ def test_misspelt_names_in_the_chat_are_answered_with_the_right_one() -> None:
     with pytest.raises(UsageError) as refused:
         with_value(ChatOptions(), "temprature", "1")
     assert "did you mean temperature?" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_none_is_a_value_of_options_without_a_default_only(option: Option) -> None:
+    if option.default is None or option.kind not in (Kind.COUNT, Kind.NUMBER, Kind.SIZE, Kind.CHOICE):
+        option.check(None)
+        return
+    with pytest.raises(UsageError, match=f"{option.name} None: expected"):
+        option.check(None)
+
+
+@pytest.mark.parametrize("option", BOUNDED, ids=lambda option: option.name)
+@pytest.mark.parametrize("value", ["1", True, [1]])
+def test_what_is_no_number_is_out_of_every_bound(option: Option, value: object) -> None:
+    with pytest.raises(UsageError, match=f"{option.name} .*: expected"):
+        option.check(value)

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 from localrun import paths
+from localrun.atomic import replacing
 from localrun.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ def converted() -> Path:
                 return source
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    with contextlib.suppress(OSError):  # next time it takes longer
-        stamp.write_text(target.name)
+    with contextlib.suppress(OSError), replacing(stamp) as file:  # where it fails, next time takes longer
+        file.write(target.name.encode())
     return target
 
 

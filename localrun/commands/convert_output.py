@@ -60,7 +60,7 @@ class ConvertOutput(Output):
         line = ProgressLine(self, bar=True, note=super().note)
 
         def take(progress: Progress) -> None:
-            line(progress.done_bytes, progress.total_bytes, rate=progress.bytes_per_s, left_s=progress.remaining_s)
+            line(progress.done_bytes, progress.total_bytes, per_s=progress.bytes_per_s, left_s=progress.remaining_s)
             if self._is_due(step, is_last=progress.done_bytes >= progress.total_bytes):
                 self.event("progress", _progress_fields(step, progress))
 

@@ -141,34 +141,34 @@ class Progress:
         self._in_bytes, self._unit, self._bar = in_bytes, unit, bar
         self._started = self._shown = time.monotonic()
 
-    def __call__(self, done: int, total: int, *, rate: float | None = None, left_s: float | None = None) -> None:
+    def __call__(self, done: int, total: int, *, per_s: float | None = None, left_s: float | None = None) -> None:
         """Shows it, if it is time to.
 
         Args:
-            rate: per second, where the caller knows better than the mean so far.
+            per_s: bytes, or whatever is counted, where the caller knows better than the mean so far.
             left_s: likewise.
         """
         now = time.monotonic()
         if now - self._shown < (0.1 if self._out.err_is_terminal else self.EVERY_S):
             return
         self._shown = now
-        if rate is None:
-            rate = (done - self._skipped) / max(now - self._started, 1e-9)
-        if left_s is None and rate > 0:
-            left_s = (total - done) / rate
-        text = self.text(done, total, rate, left_s)
+        if per_s is None:
+            per_s = (done - self._skipped) / max(now - self._started, 1e-9)
+        if left_s is None and per_s > 0:
+            left_s = (total - done) / per_s
+        text = self.text(done, total, per_s, left_s)
         if self._out.err_is_terminal:
             self._out.status(text)
         else:
             self._note(text)
 
-    def text(self, done: int, total: int, rate: float, left_s: float | None) -> str:
+    def text(self, done: int, total: int, per_s: float, left_s: float | None) -> str:
         """The line: `splitting  12%  1.20 GiB of 10.00 GiB  1.10 GB/s, 9.1s left`."""
         share = min(1.0, done / max(1, total))
         filled = int(share * self.BAR_WIDTH)
         bar = f"[{'#' * filled}{'.' * (self.BAR_WIDTH - filled)}] " if self._bar and self._out.err_is_terminal else ""
         amount = f"{format_size(done)} of {format_size(total)}" if self._in_bytes else f"{done} of {total} {self._unit}"
-        speed = f"  {rate / 1e9:.2f} GB/s" if self._in_bytes else ""
+        speed = f"  {per_s / 1e9:.2f} GB/s" if self._in_bytes else ""
         left = f", {format_duration(left_s)} left" if left_s is not None else ""
         what = f"{self._what} " if self._what else ""
         return f"{bar}{what}{share:4.0%}  {amount.rstrip()}{speed}{left}"

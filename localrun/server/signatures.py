@@ -10,9 +10,10 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
+
+from localrun.atomic import replacing
 
 _PREFIX = "lr1."
 _KEY_BYTES = 32
@@ -35,10 +36,8 @@ class Signer:
         key = secrets.token_bytes(_KEY_BYTES)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with replacing(path, mode=0o600) as file:
                 file.write(key)
-            os.replace(partial, path)
         return cls(key)
 
     def sign(self, text: str) -> str:

@@ -21,6 +21,7 @@ from localrun.engine.process.process import EngineProcess, GenerateEvent, LoadEv
 from localrun.engine.process.protocol import Generate, Loading, Ready, Stats
 from localrun.errors import EngineDiedError, LocalrunError
 from localrun.tui.faults import as_ours
+from localrun.tui.files import estimate_tokens
 from localrun.tui.messages import AnswerEvents, EngineDied, EngineFailed, EngineLoading, EngineReady, StatsArrived
 
 OnDeath = Callable[[EngineDiedError], None]
@@ -199,8 +200,3 @@ class EngineLink:
     def _post(self, message: Message) -> None:
         if not self._closed:
             self._post_message(message)
-
-
-def estimate_tokens(text: str) -> int:
-    """A rough count for when no tokenizer can be asked: 4 bytes of UTF-8 a token."""
-    return -(-len(text.encode("utf-8", "replace")) // 4)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from localrun.alignment import ceil_div
 from localrun.engine.facts import ModelFacts
 from localrun.engine.process.protocol import Stats
 
@@ -130,5 +131,5 @@ def bits_of(type_name: str) -> str:
 
 def column_groups(n_experts: int, width: int) -> Sequence[range]:
     """Experts that share a cell when there are more of them than cells: equal groups, the last may be smaller."""
-    size = max(1, -(-n_experts // max(1, width)))
+    size = max(1, ceil_div(n_experts, max(1, width)))
     return [range(start, min(start + size, n_experts)) for start in range(0, n_experts, size)]

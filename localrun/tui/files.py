@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from localrun.alignment import ceil_div
 from localrun.engine.conversations import Attachment
 from localrun.engine.conversations.attachments import read_attachment
 
@@ -53,3 +54,8 @@ def completions(before_cursor: str) -> list[str]:
 def is_long_paste(text: str) -> bool:
     """It would fill the input."""
     return len(text) > LONG_PASTE_CHARS or text.count("\n") > LONG_PASTE_LINES
+
+
+def estimate_tokens(text: str) -> int:
+    """A rough count for when no tokenizer can be asked: 4 bytes of UTF-8 a token."""
+    return ceil_div(len(text.encode("utf-8", "replace")), 4)

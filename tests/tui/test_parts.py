@@ -20,8 +20,9 @@ from localrun.errors import UsageError
 from localrun.textsafe import visible
 from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
 from localrun.tui.answering import Answering
-from localrun.tui.engine_link import AnswerFeed, estimate_tokens
+from localrun.tui.engine_link import AnswerFeed
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
+from localrun.tui.files import estimate_tokens
 from localrun.tui.options import ChatOptions, from_json, to_json, with_value
 from localrun.tui.widgets.expert_map import map_cells
 from localrun.tui.widgets.lean_markdown import LeanMarkdown

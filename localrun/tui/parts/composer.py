@@ -18,8 +18,7 @@ from textual.timer import Timer
 from localrun.engine.conversations import Attachment, Message
 from localrun.errors import UsageError
 from localrun.tui.commands import BY_SLASH
-from localrun.tui.engine_link import estimate_tokens
-from localrun.tui.files import mentioned_files
+from localrun.tui.files import estimate_tokens, mentioned_files
 from localrun.tui.options import with_value
 from localrun.tui.parts.asking import Asking, Question
 from localrun.tui.parts.conversation import OpenConversation

@@ -18,6 +18,7 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from localrun.alignment import ceil_div
 from localrun.tui.expert_grid import DISK, GPU, LOADING, RAM, ExpertGrid, LayerExperts, bits_of, column_groups
 
 MapView = Literal["residency", "precision", "heat"]
@@ -75,13 +76,13 @@ class ExpertMap(ScrollView, can_focus=True):
     def _n_columns(self) -> int:
         """As many as it takes to have all layers on view, as far as there is room."""
         n_layers = len(self.grid.layers) if self.grid else 0
-        wanted = -(-n_layers // max(1, self.size.height))
+        wanted = ceil_div(n_layers, max(1, self.size.height))
         room = (self.size.width + _GAP_CELLS) // (_LABEL_CELLS + MIN_CELLS + _GAP_CELLS)
         return max(1, min(wanted, room))
 
     @property
     def _n_lines(self) -> int:
-        return -(-len(self.grid.layers) // self._n_columns) if self.grid else 0
+        return ceil_div(len(self.grid.layers), self._n_columns) if self.grid else 0
 
     @property
     def _cells(self) -> int:

@@ -17,7 +17,7 @@ from textual.widgets.option_list import Option
 from localrun.engine.conversations import Attachment
 from localrun.textsafe import visible_line
 from localrun.tui.commands import BY_SLASH, matching_slashes
-from localrun.tui.files import completions, is_long_paste
+from localrun.tui.files import completions, estimate_tokens, is_long_paste
 from localrun.tui.messages import PromptSubmitted
 from localrun.tui.sealed import pictures, sealed, unsealed
 
@@ -144,9 +144,8 @@ class Prompt(Vertical):
     def fold(self, text: str) -> None:
         """A long paste goes with the message as a file does."""
         number = sum(a.name.startswith(PASTED) for a in self.attachments) + 1
-        # 4 bytes a token: what an engine would count is not worth waiting for
-        n_tokens = -(-len(text.encode("utf-8", "replace")) // 4)
-        self.set_attachments([*self.attachments, Attachment(f"{PASTED} {number}", text, n_tokens)])
+        # What an engine would count is not worth waiting for.
+        self.set_attachments([*self.attachments, Attachment(f"{PASTED} {number}", text, estimate_tokens(text))])
         self.area.focus()
 
     def close_suggestions(self) -> bool:

@@ -38,6 +38,9 @@ from tools.simulator.replay import Step, engine_misses, learn, steps_of
 from tools.simulator.trace_file import Call, Trace
 from tools.simulator.traces import Workload, synthetic_calls
 
+DISK_SHARE = 0.75
+"""Of the drive's rate that single misses reach, where nothing is read ahead."""
+
 READ_START_S = 0.2e-3
 """Until the first piece of a miss has arrived."""
 
@@ -138,11 +141,10 @@ class _Clock:
         """One layer call of one token or a batch."""
         n_tokens, n_missing = len(call.ids), len(missing)
         n_gpu = len(step.keys) - len(in_ram.keys)
-        read = n_missing * self._read_s / speed.DISK_SHARE[1] + (READ_START_S if n_missing else 0.0)
-        hidden = speed.HIDDEN_READS[1]
+        read = n_missing * self._read_s / DISK_SHARE + (READ_START_S if n_missing else 0.0)
         if n_tokens == 1:
             present = (len(in_ram.keys) - n_missing) * self._expert.decode_s
-            cpu = max(read, present * hidden) + present * (1 - hidden) + n_missing * self._expert.decode_s
+            cpu = read + present + n_missing * self._expert.decode_s
             return self._token_s + self._both(cpu, n_gpu * self._file_bytes, n_gpu * self._weights, batch=False)
         share = len(in_ram.keys) / max(1, len(step.keys))
         pairs = call.ids.size * share

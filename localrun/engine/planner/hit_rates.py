@@ -85,33 +85,54 @@ class Curve:
 class Learned:
     """From the routing profile of the user's own model.
 
-    The hottest experts, kept for ever, would hit `hottest(share)`: that is what is left when topics change, for the profile has
-    seen many. LRU adds what is recent.
+    The hottest experts, kept for ever, would hit `hottest(share)`: that is what is left when topics change, for a long profile has
+    seen many. LRU adds what is recent. A short profile knows how unevenly this model routes, not how topics change: it is no
+    promise above the published curve for those.
     """
 
     def __init__(self, profile: RoutingProfile, layers: Sequence[int]) -> None:
-        counts = np.concatenate([profile.counts(layer) for layer in layers])
+        counts = np.concatenate([expected_counts(profile.counts(layer)) for layer in layers])
         uses = np.sort(counts)[::-1].cumsum()
+        self._topics: HitRates | None = None if profile.clock >= TOPICS_TOKENS else Curve()
         self._static = np.concatenate([[0.0], uses / max(uses[-1], 1e-300)])
         self.source = f"your own use, {profile.clock} tokens"
 
     def unsteady(self, share: float) -> float:
         """See `HitRates`."""
-        at = min(max(share, 0.0), 1.0) * (self._static.size - 1)
-        return float(np.interp(at, np.arange(self._static.size), self._static))
+        static = self.hottest(share)
+        return static if self._topics is None else min(static, self._topics.unsteady(share))
 
     def hottest(self, share: float) -> float:
         """See `HitRates`."""
-        return self.unsteady(share)
+        at = min(max(share, 0.0), 1.0) * (self._static.size - 1)
+        return float(np.interp(at, np.arange(self._static.size), self._static))
 
     def steady(self, share: float) -> float:
         """See `HitRates`."""
-        static = self.unsteady(share)
+        static = self.hottest(share)
         return static + LRU_GAIN * (1 - static) * min(1.0, share / 0.05)
 
     def use(self) -> npt.NDArray[np.float64]:
         """See `HitRates`."""
-        return _use(self.unsteady)
+        return _use(self.hottest)
+
+
+def expected_counts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(n,) uses of a layer's experts, as far as they say something about the next uses; the same sum.
+
+    A few uses per expert are uneven by chance alone. The experts' true shares are taken as drawn from a symmetric Dirichlet
+    distribution, whose concentration follows from how much more the counts vary than chance would have it; what is expected then
+    lies between the counts and all alike.
+    """
+    n, total = counts.size, float(counts.sum())
+    if n < 2 or total <= 0:
+        return counts
+    by_chance = total * (1 / n) * (1 - 1 / n)
+    ratio = float(counts.var()) / by_chance  # of a Dirichlet-multinomial: (total + a) / (1 + a)
+    if ratio <= 1:
+        return np.full(n, total / n)
+    a = max(0.0, (total - ratio) / (ratio - 1))
+    return (counts + a / n) * (total / (total + a))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +195,10 @@ def _use(hits: Callable[[float], float]) -> npt.NDArray[np.float64]:
     return np.sort(np.diff([hits(at) for at in np.linspace(0, 1, _GRID + 1)]))[::-1]
 
 
-MIN_PROFILE_TOKENS = 2000
+MIN_PROFILE_TOKENS = 100
+"""2.3 uses of each of Flash's experts, enough for how uneven they are (`expected_counts`)."""
+
+TOPICS_TOKENS = 2000
 """A shorter profile says more about one conversation's words than about a user."""
 
 

@@ -48,13 +48,18 @@ LAYER_VALUES = 190
 """Passes over the hidden state that a layer's small operations come to in a batch, from `BATCH_VALUE_S` and what the GPU probe says
 of one pass on a core of the same machine."""
 
-DISK_SHARE = (0.6, 0.75, 1.0)
-"""Of the drive's probed rate at which single misses cost a token time: low, likely, high. One expert's three pieces keep fewer
-reads in flight than the probe, and what packs them takes cores. [m] The slice under 2 and 3 GiB against all in RAM, two cores,
-drive 1.70 GB/s: a MB that was read cost 0.46 to 1.3 ms in eight phases, mean 0.87; at the probed rate 0.59."""
+DISK_SHARE = (0.75, 1.0, 1.0)
+"""Of the drive's probed rate at which misses are read: low, likely, high. One expert's three pieces keep fewer reads in flight than
+the probe where nothing is read ahead."""
 
-HIDDEN_READS = (0.0, 0.0, 0.5)
-"""Part of the computing of present experts behind which reads of the missing ones hide besides."""
+HIDDEN_READS = (0.0, 0.5, 1.0)
+"""Part of a token's reads that may hide behind its computing: reads of the next layer's likely experts and of hash layers go on
+while others are multiplied. [m] Whole Flash on two cores, drive 1.23 GB/s: MXFP4 at 65 % hits read for 0.98 s, computed for 0.40
+and waited for 0.58; at 81 % read for 0.52, waited for 0.26; Q2_K at 79 % read for 0.36 and took 0.39 in all."""
+
+PACK_SHARE = 1 / 6
+"""Of RAM's bandwidth at which experts that were read are packed into their slots, on the cores that compute. [m] Whole Flash, two
+cores: experts took 0.18 s at 65 and at 81 % hits, 0.08 and 0.10 by the probe of that hour: 12 and 9 GB/s at 73 and 52 of RAM."""
 
 PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
 """The same for a prompt, where the next layer is read ahead, too, and the drive is taken at its probed rate. [m] The slice under 2,
@@ -148,8 +153,9 @@ def predict_decode(
             on_gpu_s += len(sizes.shape.moe_layers) * place.gpu.latency_s
         parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
         disk_bytes = (1 - hits) * used * place.miss_bytes
+        parts["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
         read_s = disk_bytes / (DISK_SHARE[estimate] * drive_rate(machine))
-        parts["drive"] = max(0.0, read_s - HIDDEN_READS[estimate] * hits * on_cpu_s)
+        parts["drive"] = read_s - min(HIDDEN_READS[estimate] * read_s, sum(parts.values()))
         return Rate(tokens_per_s=1 / sum(parts.values()), hit_rate=hits, disk_bytes=disk_bytes, parts=parts)
 
     on_gpu = rates.hottest(place.gpu_share) if place.gpu_share > 0 else 0.0

@@ -1,7 +1,7 @@
 """What this machine usually does: rates of the last starts, so that a busy moment at a start does not make its plan slow.
 
-A rate that another program took its part of is too low, never too high; and a machine has better and worse hours. So the plan takes
-the upper quartile of the last measurements.
+A rate that another program took its part of is too low, never too high, and a busy day has many starts. So the best measurements
+of a week are kept, not the last ones, and the plan takes the middle of them: a single one that was lucky decides nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from localrun.paths import cache_dir
 log = logging.getLogger(__name__)
 
 KEPT = 8
-MAX_AGE_S = 30 * 86400.0
+MAX_AGE_S = 7 * 86400.0
+"""A machine that has become slower for good is planned so after a week."""
 _VERSION = 1
 
 
@@ -38,8 +39,8 @@ def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> d
     result = {}
     for name, rate in measured.items():
         fresh = [entry for entry in known.get(name, []) if 0 <= now - entry[0] < MAX_AGE_S and 0 < entry[1] < 1e18]
-        known[name] = [*fresh, (now, rate)][-KEPT:]
-        result[name] = float(np.quantile([entry[1] for entry in known[name]], 0.75))
+        known[name] = sorted([*fresh, (now, rate)], key=lambda entry: -entry[1])[:KEPT]
+        result[name] = float(np.median([entry[1] for entry in known[name]]))
     _write(path, known)
     return result
 

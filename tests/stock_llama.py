@@ -12,8 +12,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from localrun.engine.measure.stock import without_gpus
 from localrun.ggml import log as llama_log
-from tools.stock_model import without_gpus
 
 
 class _InitParams(ctypes.Structure):

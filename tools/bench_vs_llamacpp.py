@@ -152,7 +152,7 @@ def _open(task: Task) -> Any:
     options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
     if task.engine == "localrun":
         return Engine.open(task.model, options, learn=False)
-    from tools.stock_model import open_stock
+    from localrun.engine.measure.stock import open_stock
 
     return open_stock(Path(task.gguf), options, task.variant)
 

@@ -20,11 +20,14 @@ from localrun.errors import UsageError
 
 if TYPE_CHECKING:
     from localrun.engine.engine import Engine
-    from localrun.engine.measure.benchmark import BenchOptions
+    from localrun.engine.facts import ModelFacts
+    from localrun.engine.measure.benchmark import Benchmark, BenchOptions
+    from localrun.engine.options import EngineOptions
 
 EXAMPLES = """\
 examples:
   localrun bench ~/models/v4-flash --ram 48GiB
+  localrun bench ~/models/v4-flash --against llama.cpp
   localrun bench ~/models/v4-flash --text book.txt --prompt-tokens 8192 --json --svg bench.svg > bench.json
 """
 
@@ -60,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--record", type=Path, metavar="FILE", help="append the routing to this trace; slows the run down"
     )
+    what.add_argument(
+        "--against",
+        choices=["llama.cpp"],
+        help="measure llama.cpp itself afterwards, on the same GGUF and tokens, with the experts on the CPU",
+    )
     what.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
     shown = parser.add_argument_group("output")
     shown.add_argument("--layers", action="store_true", help="also print a table per layer for every phase")
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from localrun.engine.engine import Engine
     from localrun.engine.measure import benchmark
 
+    gguf = _gguf_of(path) if args.against else None
     out.status("looking at the machine")
     machine = benchmark.machine(path, probe=not args.no_probe)
     started = time.perf_counter()
@@ -90,16 +99,18 @@ def run(args: argparse.Namespace) -> int:
         path, load_options, lambda part, text: out.status(f"loading {part:4.0%}  {text}"), learn=False
     ) as engine:
         load_s = time.perf_counter() - started
+        tokens = _tokens(args, engine, options)
         with engine.recording(args.record) if args.record is not None else contextlib.nullcontext():
-            result = benchmark.measure(engine, _tokens(args, engine, options), options, out.status)
+            result = benchmark.measure(engine, tokens, options, out.status)
         facts, plan = engine.facts, engine.plan
+    plain = None if gguf is None else _measure_plain(gguf, facts, load_options, tokens, options, out)
     out.clear_status()
     if args.record is not None:
         out.note(f"{args.record}: routing recorded; these times include the recording")
     if args.svg is not None:
         args.svg.write_text(bench_report.svg(result, facts, machine), "utf-8")
     if args.json:
-        out.json(bench_report.to_json(result, facts, machine, load_s, plan))
+        out.json(bench_report.to_json(result, facts, machine, load_s, plan, plain))
         return 0
     for line in bench_report.headline(facts, machine):
         out.note(line)
@@ -107,11 +118,48 @@ def run(args: argparse.Namespace) -> int:
         out.line(line)
     for line in bench_report.prediction_lines(result, plan):
         out.line(line)
+    for line in bench_report.comparison_lines(result, plain, plan) if plain is not None else ():
+        out.line(line)
     for phase in result.phases if args.layers else ():
         out.line("")
         for line in bench_report.layer_table(phase):
             out.line(line)
     return 0
+
+
+def _gguf_of(path: Path) -> Path:
+    """The file that llama.cpp opens.
+
+    Raises:
+        UsageError: the model is none that llama.cpp reads, or not the same model there.
+    """
+    from localrun.quant.open import open_model
+
+    source = open_model(path)
+    if source.files[0].suffix != ".gguf":
+        raise UsageError(f"--against llama.cpp: {path} is no GGUF", hint="`localrun convert` makes one of a checkpoint")
+    if any(moe.better for moe in source.moe_layers.values()):
+        raise UsageError(
+            f"--against llama.cpp: {path} has better copies of some experts, which llama.cpp does not read",
+            hint="compare the base, a directory without the overlay",
+        )
+    return source.files[0]
+
+
+def _measure_plain(
+    gguf: Path, facts: ModelFacts, load_options: EngineOptions, tokens: list[int], options: BenchOptions, out: Output
+) -> Benchmark:
+    """llama.cpp on the same tokens; the dense model where ours was."""
+    from localrun.engine import memory
+    from localrun.engine.measure import benchmark, stock
+    from localrun.ggml.devices import choose_gpus
+
+    gpu = choose_gpus(facts.gpus[0])[0].address if facts.dense_on_gpu and facts.gpus else None
+    placement = stock.best_placement(facts.file_bytes, memory.available_memory())
+    out.status("loading llama.cpp itself")
+    plain_options = replace(load_options, n_ctx=facts.n_ctx, n_batch=facts.n_batch, n_threads=facts.n_threads)
+    with stock.open_stock(gguf, plain_options, placement, gpu=gpu) as engine:
+        return benchmark.measure(engine, tokens, options, lambda text: out.status(f"llama.cpp: {text}"))
 
 
 def bench_options(args: argparse.Namespace) -> BenchOptions:

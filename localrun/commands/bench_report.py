@@ -96,6 +96,24 @@ def _predictions(result: Benchmark, plan: Plan | None) -> Iterator[tuple[Phase, 
         yield phase, plan.decode_at(phase.context) if phase.kind == "decode" else plan.prefill_of(phase.n_tokens)
 
 
+def comparison_lines(result: Benchmark, plain: Benchmark, plan: Plan | None) -> list[str]:
+    """llama.cpp's measurements of the same phases beside ours, and what the plan says of it."""
+    theirs = {(phase.kind, phase.context): phase for phase in plain.phases}
+    lines = []
+    for phase in result.phases:
+        other = theirs.get((phase.kind, phase.context))
+        if other is not None:
+            ratio = phase.tokens_per_s / other.tokens_per_s
+            lines.append(
+                f"llama.cpp, {phase.kind} at {phase.context}: {other.tokens_per_s:.2f} tokens/s; "
+                f"localrun is {ratio:.2f} times as fast"
+            )
+    lines.append(f"llama.cpp, resident: {format_size(plain.peak_rss_bytes)} at most, localrun's run before it included")
+    if plan is not None and plan.plain is not None:
+        lines.append(f"predicted for llama.cpp's answers: {plan.plain.tokens_per_s:.2f} tokens/s")
+    return lines
+
+
 def layer_table(phase: Phase) -> list[str]:
     """One line per layer of a phase."""
     lines = [
@@ -140,9 +158,14 @@ def _percent(part: int, whole: int) -> str:
 
 
 def to_json(
-    result: Benchmark, facts: ModelFacts, machine: Machine, load_s: float, plan: Plan | None = None
+    result: Benchmark,
+    facts: ModelFacts,
+    machine: Machine,
+    load_s: float,
+    plan: Plan | None = None,
+    plain: Benchmark | None = None,
 ) -> dict[str, Any]:
-    """Everything that was measured, and what the load's plan had said."""
+    """Everything that was measured, llama.cpp's own run included if there was one, and what the load's plan had said."""
     return {
         "format": FORMAT,
         "model": asdict(facts),
@@ -154,6 +177,7 @@ def to_json(
         "rss_start_bytes": result.rss_start_bytes,
         "rss_end_bytes": result.phases[-1].rss_bytes if result.phases else 0,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "llama_cpp": None if plain is None else {"phases": [phase.to_json() for phase in plain.phases]},
         "plan": plan.to_json() if plan is not None else None,
         "predictions": [
             {

@@ -11,12 +11,12 @@ import pytest
 
 from localrun.engine.engine import Engine
 from localrun.engine.llama import Vocab
+from localrun.engine.measure.stock import without_gpus
 from localrun.engine.options import EngineOptions
 from localrun.engine.tokenizer import Tokenizer
 from localrun.ggml import log as llama_log
 from tests.engine.models import write_chat_model, write_vocab_only
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
-from tools.stock_model import without_gpus
 
 OPTIONS = EngineOptions(n_ctx=1024, n_batch=64, n_threads=1, ram_bytes=64 * 2**20)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from localrun.engine.engine import Engine
+from localrun.engine.measure.stock import open_stock
 from localrun.engine.options import SamplingOptions
 from localrun.engine.session import Session
 from localrun.errors import (
@@ -24,7 +25,6 @@ from localrun.errors import (
 )
 from tests.engine.conftest import OPTIONS
 from tests.reference import Logits, kl
-from tools.stock_model import open_stock
 
 TOKENS = np.random.default_rng(5).integers(0, 64, 300).tolist()
 TEXTS = [TOKENS, *np.random.default_rng(6).integers(0, 64, (2, 300)).tolist()]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType as QT
 
+from localrun.engine.measure.stock import StockModel
 from localrun.errors import BudgetError, DecodeError, StoppedError, UnsupportedModelError
 from localrun.offload.device.device import expert_device
 from localrun.offload.model import OffloadOptions, open_offloaded
@@ -21,7 +22,6 @@ from tests.paired import compare, median, same_but_for_rounding
 from tests.reference import kl
 from tests.stock_llama import stock_logits
 from tools.make_moe_gguf import write_moe_gguf
-from tools.stock_model import StockModel
 
 
 def test_f32_experts_agree_with_llama_cpp_to_rounding(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from localrun.commands import bench, bench_report
 from localrun.engine.engine import Engine
 from localrun.engine.measure import benchmark
 from localrun.engine.measure.benchmark import Benchmark, BenchOptions, measure, random_tokens
+from localrun.engine.measure.stock import open_stock
 from localrun.engine.options import EngineOptions
 from localrun.engine.session import Session
 from localrun.errors import UsageError
 from tools.simulator.trace_file import Trace
-from tools.stock_model import open_stock
 
 OPTIONS = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5)
 

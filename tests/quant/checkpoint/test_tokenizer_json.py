@@ -17,12 +17,12 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from localrun.engine.measure.stock import without_gpus
 from localrun.errors import FormatError
 from localrun.ggml import log as llama_log
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
 from localrun.quant.checkpoint.tokenizer_json import CHAT_TEMPLATE, tokenizer_metadata
 from localrun.quant.gguf.file import GgufValue, build_header
-from tools.stock_model import without_gpus
 from tools.synthetic_config import FLASH
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

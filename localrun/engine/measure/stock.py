@@ -16,6 +16,8 @@ from localrun.ggml import log as llama_log
 from localrun.ggml.library import library
 from localrun.ggml.structures import DEVICE_TYPE_CPU, TensorBuftOverride
 
+ALL_LAYERS = 999
+
 _NO_DEVICES = (C.c_void_p * 1)(None)
 
 
@@ -31,12 +33,13 @@ class StockModel:
     Args:
         placement: `plain`, weights as the file has them; `default`, llama.cpp's own choice (repacking, AMX); `experts`, only
             experts repacked.
+        gpu: ggml's device that gets everything but the experts; None: all is on the CPU.
 
     Raises:
         FormatError: llama.cpp can't load the file.
     """
 
-    def __init__(self, path: Path, placement: str = "plain") -> None:
+    def __init__(self, path: Path, placement: str = "plain", *, gpu: int | None = None) -> None:
         llama_log.install()
         library()  # loads the backends of a portable build
         L.llama_backend_init()
@@ -44,9 +47,12 @@ class StockModel:
         without_gpus(params)
         params.use_extra_bufts = placement == "default"
         overrides = (TensorBuftOverride * 2)()  # the last one, empty, ends the list
-        if placement == "experts":
+        devices = (C.c_void_p * 2)(gpu, None)
+        if gpu is not None:
+            params.n_gpu_layers, params.devices = ALL_LAYERS, C.cast(devices, C.c_void_p)
+        if placement == "experts" or gpu is not None:
             overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
-            overrides[0].buft = _repack_buffer_type()
+            overrides[0].buft = _repack_buffer_type() if placement == "experts" else _cpu_buffer_type()
             params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
         llama_log.clear()
         self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
@@ -70,16 +76,29 @@ class StockModel:
             self.model = None
 
 
-def open_stock(path: Path, options: EngineOptions, placement: str = "plain") -> Engine:
+def open_stock(path: Path, options: EngineOptions, placement: str = "plain", *, gpu: int | None = None) -> Engine:
     """An engine on `StockModel`."""
     size = path.stat().st_size
     identity = xxhash.xxh3_128_hexdigest(f"stock {path.resolve()} {size}".encode())
-    stock = StockModel(path, placement)
+    stock = StockModel(path, placement, gpu=gpu)
     try:
         return Engine(stock, options, path=path, identity=identity, file_bytes=size)
     except BaseException:
         stock.close()
         raise
+
+
+def best_placement(file_bytes: int, available_bytes: int | None) -> str:
+    """How llama.cpp is fastest: experts repacked where file (in the page cache) and copy fit into RAM, else mapped as they are.
+
+    Its own choice ends the process where a build for AMX runs on a machine that does not let programs use it.
+    """
+    return "experts" if available_bytes is not None and 2 * file_bytes < available_bytes else "plain"
+
+
+def _cpu_buffer_type() -> int:
+    lib = library()
+    return int(lib.ggml_backend_dev_buffer_type(lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU)))
 
 
 def _repack_buffer_type() -> int:

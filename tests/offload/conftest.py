@@ -19,7 +19,7 @@ def gpu() -> Iterator[GpuDevice]:
         yield device
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`models.MODEL` as a file."""
+    """`models.MODEL` as a file. Nobody changes it."""
     return write_model(tmp_path_factory.mktemp("model"))

@@ -26,13 +26,15 @@ def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> P
     return write_deepseek4(folder / "model.gguf", model, **options)[0]
 
 
-def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: str = "f16") -> F32:
-    """(T, n_vocab) logits of a fresh context, `batch` tokens at a time.
+def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: str = "f16", n_threads: int = 1) -> F32:
+    """(T, n_vocab) logits of a fresh context, `batch` tokens at a time, llama.cpp's own operations on `n_threads`: for so small a
+    model they wait for each other longer than they compute. Our kernels have threads of their own.
 
     Raises:
         BaseException: what our device kept as the cause, if a decode failed.
     """
-    context = Context(model.model, EngineOptions(n_batch=256, kv_type=kv_type), n_ctx=512, n_threads=2, all_logits=True)
+    options = EngineOptions(n_batch=256, kv_type=kv_type)
+    context = Context(model.model, options, n_ctx=512, n_threads=n_threads, all_logits=True)
     try:
         rows = []
         for at in range(0, len(tokens), batch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def filled(model: OffloadedModel) -> int:
     return tier.n_resident
 
 
+@cache
 def exact_and_rounded(path: Path) -> tuple[F32, F32]:
     """Logits with exact experts, and with 8-bit experts on the CPU."""
     with open_offloaded(open_model(path), OffloadOptions(n_threads=2, math="f32")) as model:

@@ -5,6 +5,7 @@ bytes, so that masks are exact for every way of cutting a text into tokens. Spec
 no text, a parameter's value among it, can contain one.
 
 Keywords of a schema that llguidance does not know (`propertyNames`, ...) are not enforced, and the log says so.
+The text of a custom tool follows its own grammar (`tool_inputs.py`).
 Of a tool's schema the order of parameters, those that must be there and their values' types are enforced; of a string, which
 stands raw in DSML, only `enum` and `const`.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from localrun.engine.chat.parts import DSML, Special
 from localrun.engine.facts import Json
 from localrun.engine.tokenizer import Tokenizer
+from localrun.engine.tool_inputs import InputMatcher, InputWords
 from localrun.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Grammars:
         self._tokenizer, self._n_vocab, self._ends = tokenizer, n_vocab, list(ends)
         self._lock = threading.Lock()
         self._vocabulary: Any = None
+        self._words: InputWords | None = None
 
     def of_schema(self, schema: Mapping[str, Json]) -> Any:
         """A matcher for JSON that follows `schema`. Raises UsageError: it can't be enforced."""
@@ -64,7 +67,34 @@ class Grammars:
         """
         chosen = [tool for tool in tools if only is None or tool.get("name") == only]
         mark = f"<[{self._tokenizer.special(Special(DSML))}]>"
-        return self._compile(_calls_grammar(chosen, mark, required=required, most=most, schema=schema))
+        matcher = self._compile(_calls_grammar(chosen, mark, required=required, most=most, schema=schema))
+        inputs = {str(tool["name"]): self._of_input(tool) for tool in chosen if tool.get("grammar") is not None}
+        return self._with_inputs(matcher, inputs) if inputs else matcher
+
+    def _of_input(self, tool: Mapping[str, Json]) -> Any:
+        """A matcher for a custom tool's text. Raises UsageError: llguidance does not understand the grammar."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        grammar, where = tool["grammar"], f"tool {tool['name']!r:.60}"
+        syntax, definition = grammar["syntax"], grammar["definition"]
+        if syntax == "regex":
+            definition = LLMatcher.grammar_from_regex(definition)
+        limits = LLParserLimits(initial_lexer_fuel=5_000_000, max_grammar_size=1_000_000)
+        matcher = LLMatcher(self._of_vocabulary(), definition, log_level=0, limits=limits)
+        if matcher.is_error():
+            reason = str(matcher.get_error()).splitlines()[0]
+            raise UsageError(f"{where}: its {syntax} grammar can't be enforced: {reason[:300]}", hint="simplify it")
+        return matcher
+
+    def _with_inputs(self, matcher: Any, inputs: Mapping[str, Any]) -> Any:
+        closing = self._tokenizer.encode("</")
+        if len(closing) != 1:
+            raise UsageError("custom tools with a grammar need a vocabulary with a token `</`")
+        with self._lock:
+            if self._words is None:
+                self._words = InputWords.of([self._tokenizer.piece(token) for token in range(self._n_vocab)])
+        mark = self._tokenizer.special(Special(DSML))
+        return InputMatcher(matcher, inputs, self._words, mark, closing[0], self._ends)
 
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher, LLParserLimits

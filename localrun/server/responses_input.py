@@ -65,6 +65,9 @@ _DROPPED_TOOLS = (
 """Offered by agents with every request and not missed if the model doesn't know of them."""
 
 
+MOST_GRAMMAR_CHARS = 100_000
+
+
 @dataclass(frozen=True, slots=True)
 class Offered:
     """How a tool that the model knows by one name is called in this API."""
@@ -237,9 +240,12 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
         description = tool.get("description")
         if not isinstance(description, str | None):
             raise invalid(f"{where}.description", "must be a string", code="invalid_type")
+        grammar = None
         if kind == "custom":
-            description = _with_format(description, tool, where)
-        functions.append(asks.function(model_name, description, parameters, strict=tool.get("strict") is True))
+            description, grammar = _with_format(description, tool, where)
+        strict = tool.get("strict") is True or grammar is not None
+        function = asks.function(model_name, description, parameters, strict=strict)
+        functions.append(function if grammar is None else {**function, "grammar": grammar})
 
     for i, tool in enumerate(tools):
         kind, where = tool.get("type"), f"tools[{i}]"
@@ -257,16 +263,18 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
     return names, functions
 
 
-def _with_format(description: str | None, tool: Mapping[str, Json], where: str) -> str | None:
-    """A custom tool's description with its grammar behind it: the model is shown it, and the log says that nothing enforces it."""
+def _with_format(
+    description: str | None, tool: Mapping[str, Json], where: str
+) -> tuple[str | None, Mapping[str, str] | None]:
+    """(a custom tool's description with its grammar behind it, the grammar as the sampler enforces it)."""
     wanted = tool.get("format")
     if wanted is None:
-        return description
+        return description, None
     if not isinstance(wanted, Mapping):
         raise invalid(f"{where}.format", "must be an object", code="invalid_type")
     kind = wanted.get("type")
     if kind == "text":
-        return description
+        return description, None
     if kind != "grammar":
         raise unsupported(f"{where}.format.type", f"{kind!r:.40} is none of text, grammar")
     syntax, definition = wanted.get("syntax"), wanted.get("definition")
@@ -274,8 +282,10 @@ def _with_format(description: str | None, tool: Mapping[str, Json], where: str) 
         raise unsupported(f"{where}.format.syntax", f"{syntax!r:.40} is none of lark, regex")
     if not isinstance(definition, str):
         raise invalid(f"{where}.format.definition", "must be a string", code="invalid_type")
-    asks.note_once(API, f"grammar of the custom tool {tool.get('name')!r}", "shown to the model, not enforced")
-    return "\n\n".join(filter(None, (description, f"Its input follows this grammar ({syntax}):\n{definition}")))
+    if len(definition) > MOST_GRAMMAR_CHARS:
+        raise invalid(f"{where}.format.definition", f"longer than {MOST_GRAMMAR_CHARS} characters")
+    shown = "\n\n".join(filter(None, (description, f"Its input follows this grammar ({syntax}):\n{definition}")))
+    return shown, {"syntax": syntax, "definition": definition}
 
 
 # --- items ----------------------------------------------------------------------------------------------------------

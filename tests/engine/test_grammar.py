@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,41 @@ def test_free_string_may_hold_anything_but_special_tokens(tokenizer: Tokenizer, 
     for token in tokenizer.encode_parts(split_protocol_text(call)):
         assert matcher.consume_token(token), tokenizer.decode([token])
     assert matcher.is_accepting()
+
+
+LARK = """\
+start: "*** Begin Patch" LF line+ "*** End Patch"
+line: "+" /[^\\n]{0,20}/ LF
+%import common.LF
+"""
+TEXTS = [
+    ("lark", LARK, r"\*\*\* Begin Patch\n(\+[^\n]{0,20}\n)+\*\*\* End Patch"),
+    ("lark", "start: /a.{0,30}/", r"a[^\n]{0,30}"),  # a terminal that would take `</` with it
+    ("regex", r"[0-9]{2}</b>|<[a-c]{1,30}", r"[0-9]{2}</b>|<[a-c]{1,30}"),
+]
+
+
+def custom(syntax: str, definition: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return {"name": "patch", "parameters": parameters, "grammar": {"syntax": syntax, "definition": definition}}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("syntax", "definition", "expected"), TEXTS)
+def test_noise_writes_texts_of_custom_tools_by_their_grammars(
+    tokenizer: Tokenizer, grammars: Grammars, syntax: str, definition: str, expected: str, seed: int
+) -> None:
+    matcher = grammars.of_calls([custom(syntax, definition), NOW], required=True, only="patch", most=2)
+    answer = parse_completion(written(tokenizer, matcher, seed, likes="</+>*ab\n"))
+    assert answer.calls
+    for call in answer.calls:
+        assert re.fullmatch(expected, json.loads(call.arguments)["input"])
+
+
+@pytest.mark.parametrize(("syntax", "definition"), [("lark", "start: nothing"), ("regex", "(")])
+def test_grammar_of_a_custom_tool_that_is_none_is_refused(grammars: Grammars, syntax: str, definition: str) -> None:
+    with pytest.raises(UsageError, match=f"'patch': its {syntax} grammar"):
+        grammars.of_calls([custom(syntax, definition)], required=False)
 
 
 def test_reasoning_is_free_and_ends_within_its_budget(tokenizer: Tokenizer, grammars: Grammars) -> None:

@@ -12,7 +12,6 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from localrun.engine.process.protocol import Generate
-from localrun.server import asks
 from tests.server.raw import post, send
 from tests.server.running import Running
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
@@ -219,20 +218,15 @@ def test_what_codex_sends(running: Running, engine: ScriptedEngine) -> None:
     assert (patch["type"], patch["name"], patch["input"]) == ("custom_tool_call", "apply_patch", "*** Begin Patch")
 
 
-def test_grammar_of_a_custom_tool_is_shown_and_the_log_says_that_it_is_not_enforced(
-    running: Running, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(asks, "_noted", set())
-    caplog.set_level("INFO", "localrun.server")
+def test_grammar_of_a_custom_tool_is_shown_and_given_to_the_sampler(running: Running, engine: ScriptedEngine) -> None:
     grammar = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
     tool = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": grammar}
-    for _ in range(2):
-        assert post(running, "/v1/responses", {"input": "Hi", "tools": [tool]}).status == 200
+    assert post(running, "/v1/responses", {"input": "Hi", "tools": [tool]}).status == 200
     (shown,) = engine.commands[-1].tools
     assert shown["description"].startswith("Edits files.")
     assert shown["description"].endswith('start: "x"')
-    notes = [record.getMessage() for record in caplog.records if "apply_patch" in record.getMessage()]
-    assert notes == ["responses: shown to the model, not enforced: grammar of the custom tool 'apply_patch'"]
+    assert shown["grammar"] == {"syntax": "lark", "definition": 'start: "x"'}
+    assert shown["strict"] is True
 
 
 @pytest.mark.parametrize(
@@ -242,6 +236,7 @@ def test_grammar_of_a_custom_tool_is_shown_and_the_log_says_that_it_is_not_enfor
         ({"type": "xml"}, "tools[0].format.type"),
         ({"type": "grammar", "syntax": "gbnf", "definition": "x"}, "tools[0].format.syntax"),
         ({"type": "grammar", "syntax": "regex"}, "tools[0].format.definition"),
+        ({"type": "grammar", "syntax": "regex", "definition": "x" * 100_001}, "tools[0].format.definition"),
     ],
 )
 def test_formats_of_custom_tools_that_are_unknown_are_refused(running: Running, wanted: Any, param: str) -> None:

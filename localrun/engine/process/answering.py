@@ -174,8 +174,8 @@ class Prompts:
 
 
 def shown_tools(tools: Sequence[Json]) -> list[Json]:
-    """Tools as the model is shown them: `strict` is between the client and the sampler."""
-    return [{key: value for key, value in tool.items() if key != "strict"} for tool in tools]
+    """Tools as the model is shown them: `strict` and `grammar` are between the client and the sampler."""
+    return [{key: value for key, value in tool.items() if key not in ("strict", "grammar")} for tool in tools]
 
 
 def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[ToolSchema, ...]:

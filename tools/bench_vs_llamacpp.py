@@ -4,7 +4,8 @@
     python -m tools.bench_vs_llamacpp slice.gguf --memory-limit 5GB --prompt-tokens 512 --new-tokens 16 --json result.json
 
 Each measurement is a process of its own (A B A B), because both engines keep caches, and machines drift. Both are at their best:
-llama.cpp repacks experts for the CPU where that works, and under a memory limit, where repacking would be killed, maps the file;
+llama.cpp repacks experts for the CPU where that works, and maps the file where repacking would be killed (under a memory limit, or
+with a model larger than RAM);
 localrun gets as much RAM for experts as the limit leaves. Both go through the same Python loop with the same batch size. Before a
 run under a limit the file is dropped from the page cache, which would else be memory that no limit counts.
 
@@ -229,7 +230,8 @@ class Comparison:
         self._args = args
         self._gguf, self._files, self._dense_bytes = _model_files(args.model)
         self._limit_bytes: int | None = args.memory_limit
-        self.variant = args.llamacpp or ("plain" if self._limit_bytes else "default")
+        self._streams = self._limit_bytes is not None or _exceeds_ram(self._files)
+        self.variant = args.llamacpp or ("plain" if self._streams else "default")
         self.runs: list[Measured] = []
         self.notes: list[str] = []
         self.agreement: dict[str, float] = {}
@@ -282,7 +284,7 @@ class Comparison:
                 seed=args.seed,
                 threads=args.threads,
                 ram_bytes=self._ram_bytes(),
-                warm_rounds=0 if self._limit_bytes else args.warm_rounds,
+                warm_rounds=0 if self._streams else args.warm_rounds,
                 group=str(limit.folder) if limit is not None else None,
             )
             return run_child(task, logits_path, log, args.timeout, limit)
@@ -323,13 +325,27 @@ class Comparison:
 def _model_files(model: Path) -> tuple[Path, list[Path], int]:
     """The GGUF that llama.cpp opens, all files, and the size of everything that is no expert."""
     from localrun.engine.engine import dense_bytes
+    from localrun.quant.checkpoint.kept import KeptSource
     from localrun.quant.open import open_model
 
     source = open_model(model)
+    if isinstance(source, KeptSource):
+        raise LocalrunError(
+            f"{model}: its experts are in the checkpoint {source.checkpoint}, where llama.cpp can't read them",
+            hint="`localrun convert` without --keep-experts makes a GGUF for both",
+        )
     files = [Path(path) for path in source.files]
     if not files or files[0].suffix != ".gguf":
         raise LocalrunError(f"{model}: llama.cpp needs a GGUF", hint="`localrun convert` makes one of a checkpoint")
     return files[0].absolute(), files, dense_bytes(source)
+
+
+def _exceeds_ram(files: Sequence[Path]) -> bool:
+    """Repacked weights would have to fit as a whole."""
+    from localrun.engine.memory import total_memory
+
+    total = total_memory()
+    return total is not None and sum(path.stat().st_size for path in files) > 0.8 * total
 
 
 def _drop_from_page_cache(files: Sequence[Path]) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
+from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.convert.converter import convert
+from tests.checkpoints import write_small
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 from tools import bench_vs_llamacpp as versus
 from tools.memory_limit import MemoryLimit
@@ -73,6 +76,26 @@ def test_engine_that_fails_is_reported_with_its_reason(model: Path, capsys: pyte
     error = capsys.readouterr().err
     assert "error: localrun: --ram" in error
     assert "hint:" in error
+
+
+def test_experts_that_stay_in_a_checkpoint_are_no_file_for_llamacpp(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_small(tmp_path / "source")
+    convert(source, tmp_path / "small", PlanOptions(keep_experts=True))
+    assert versus.main([str(tmp_path / "small")]) == 1
+    error = capsys.readouterr().err
+    assert f"its experts are in the checkpoint {source}" in error
+    assert "hint:" in error
+
+
+def test_a_model_beyond_ram_is_mapped_and_not_warmed_in_whole_prefills(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = versus.parser().parse_args([str(model)])
+    assert versus.Comparison(args).variant == "default"
+    monkeypatch.setattr("localrun.engine.memory.total_memory", lambda: model.stat().st_size)
+    assert versus.Comparison(args).variant == "plain"
 
 
 def test_process_beyond_the_limit_is_killed_and_the_group_is_removed(limited: MemoryLimit) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as QT
@@ -144,8 +145,8 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
 ) -> None:
     target = Path(shutil.copytree(finished, tmp_path / "out"))
     assert convert(source, target, "--hot", f"mxfp4:{ONE}B", "--hot", f"q3_k:{3 * ONE}B", *LEARN, *OTHER_TEXT) == 0
-    types = read_manifest(target / MANIFEST_NAME).tiers
-    assert sum(len(by_type.get("mxfp4", [])) for by_type in types.values()) == 1  # type: ignore[attr-defined]
+    types: Any = read_manifest(target / MANIFEST_NAME).tiers
+    assert sum(len(by_type.get("mxfp4", [])) for by_type in types.values()) == 1
     assert better(target) > 1
     assert len(list(target.glob("overlay-*.gguf"))) == 1
     assert not (target / LEARNED_NAME).exists()

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from localrun.engine.conversations import (
     ConversationError,
     ConversationStore,
     DamagedConversationsError,
+    Message,
     StoreThread,
     salvage,
 )
@@ -366,7 +367,11 @@ def test_the_store_thread_does_all_in_order_and_what_is_awaited_is_in_the_file(t
     thread = StoreThread(lambda: ConversationStore.open(path))
     assert thread.open().result(30) == path
     talk = thread.submit(lambda store: store.create("t").id).result(30)
-    pending = [thread.submit(lambda store, n=n: store.add(talk, None, "user", str(n))) for n in range(50)]
+
+    def add(number: int) -> Callable[[ConversationStore], Message]:
+        return lambda store: store.add(talk, None, "user", str(number))
+
+    pending = [thread.submit(add(n)) for n in range(50)]
     pending[-1].result(30)
     with ConversationStore.open(path) as other:
         assert [other.message(m.result().id).content for m in pending] == [str(n) for n in range(50)]

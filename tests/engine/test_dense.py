@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(path: Path, dense: str | None = None) -> tuple[np.ndarray[tuple[int], np.dtype[np.float32]], int]:
     """After a text, and the bytes that the plan of the load had for the dense part."""
     options = EngineOptions(n_ctx=256, n_threads=2, ram_bytes=64 << 20, gpu="none", dense=dense)
-    plans = []
+    plans: list[Any] = []
     with Engine.open(path, options, announce=plans.append, learn=False) as engine, engine.session() as session:
         session.feed(TOKENS)
         return session.logits, plans[0].placement.dense_bytes

@@ -75,6 +75,7 @@ def test_a_copy_that_cannot_be_read_is_not_tried_again(table: SlotTable, caplog:
     upgrade(table, upgrades, base, OSError("damaged"))
     assert upgrades.step() is table.peek(1, 0)
     assert table.peek(1, 1) is base
+    assert base is not None
     assert base.pins == 0
     assert upgrades.n_done == 0
     assert caplog.messages == ["a better copy can't be read, the smaller one stays: damaged"]

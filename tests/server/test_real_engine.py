@@ -120,7 +120,7 @@ def test_required_call_is_made_and_none_forbids_it(client: openai.OpenAI) -> Non
     answer = client.chat.completions.create(
         model="m", messages=HI, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=300
     )
-    (call,) = answer.choices[0].message.tool_calls or ()
+    (call,) = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
     assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
     assert answer.choices[0].finish_reason == "tool_calls"

@@ -136,7 +136,13 @@ def test_own_thoughts_come_back_and_foreign_ones_are_read_if_readable(
     first = client.responses.create(model="m", input="Hi", reasoning={"effort": "high"}, store=False)
     sealed = [item.model_dump(exclude_none=True) for item in first.output]
     sealed[0]["summary"] = []
-    foreign = {"type": "reasoning", "id": "rs_1", "encrypted_content": "abc", "content": None, "summary": []}
+    foreign: dict[str, Any] = {
+        "type": "reasoning",
+        "id": "rs_1",
+        "encrypted_content": "abc",
+        "content": None,
+        "summary": [],
+    }
     readable = {"type": "reasoning", "id": "rs_2", "summary": [{"type": "summary_text", "text": "So be it."}]}
     items: list[Any] = [
         {"role": "user", "content": "Hi"},

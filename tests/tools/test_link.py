@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,11 @@ def test_the_link_is_made_once_and_removed(
 
 
 def test_somebody_else_s_program_stays(tmp_path: Path) -> None:
-    for make in (lambda path: path.write_text("#!/bin/sh\n"), lambda path: path.symlink_to("/bin/true")):
+    makers: list[Callable[[Path], object]] = [
+        lambda path: path.write_text("#!/bin/sh\n"),
+        lambda path: path.symlink_to("/bin/true"),
+    ]
+    for make in makers:
         other = tmp_path / "localrun"
         other.unlink(missing_ok=True)
         make(other)

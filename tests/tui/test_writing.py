@@ -199,8 +199,13 @@ async def test_a_first_start_says_how_far_the_compiler_is(setup: Setup) -> None:
     def words(talk: Talk) -> str:
         return str(talk.screen.query_one("#loading-text", Static).render())
 
-    setup.launch, setup.ready = replace(setup.launch, model=None, prepare=lambda: held.wait(60) and Path("/m")), False
     held = threading.Event()
+
+    def prepare() -> Path:
+        assert held.wait(60)
+        return Path("/m")
+
+    setup.launch, setup.ready = replace(setup.launch, model=None, prepare=prepare), False
     async with setup.start() as talk:
         await talk.until(lambda: talk.screen.model.loading)
         talk.engine.log = ["compiling one", "something else", "compiling two"]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_file_system_without_direct_reads_is_measured_through_the_cache(
     assert not profile.direct
 
 
-def _refuse_direct(real):  # type: ignore[no-untyped-def]
+def _refuse_direct(real: Callable[..., int]) -> Callable[..., int]:
     """A file system such as older tmpfs: opens with O_DIRECT, then refuses to read."""
     import fcntl
 

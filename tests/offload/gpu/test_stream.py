@@ -133,7 +133,8 @@ def test_formats_of_a_layer_pass_through_rings_of_their_own(
         assert tier is not None
         assert tier.rings is not None
         assert [kernel.spec.types[0] for kernel in tier.rings.kernels] == [MODEL.expert_type, QT.Q8_0]
-        thread, rings = tier.threads[0], set()
+        thread = tier.threads[0]
+        rings: set[Any] = set()
         submit = thread.submit
 
         def watch(job: Job) -> None:

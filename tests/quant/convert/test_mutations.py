@@ -79,7 +79,8 @@ def cut_or_extend(rng: random.Random, data: bytes) -> bytes:
 
 def change_value(rng: random.Random, document: Any) -> Any:
     """Replaces, removes or moves something somewhere in a JSON document."""
-    holder, key = None, None
+    holder: Any = None
+    key: Any = None
     value = document
     while isinstance(value, (dict, list)) and value and (holder is None or rng.random() < 0.7):
         holder, key = value, rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))

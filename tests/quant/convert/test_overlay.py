@@ -310,13 +310,14 @@ def test_overlays_of_another_base_or_shape_are_refused(source: Path, model: Path
 def test_tier_plans_survive_json_and_refuse_what_is_none() -> None:
     assert BetterCopies.from_json(json.loads(json.dumps(TIERS.to_json()))) == TIERS
     assert TIERS.to_json() == {"0": {"mxfp4": [1, 3]}, "2": {"q4_k": [0, 3], "mxfp4": [2]}}
-    for value in (
+    refused: list[Any] = [
         [],
         {"x": {}},
         {"0": {"q9": [1]}},
         {"0": {"mxfp4": [1, 1]}},
         {"0": {"mxfp4": ["1"]}},
         {"0": {"mxfp4": 3}},
-    ):
+    ]
+    for value in refused:
         with pytest.raises(FormatError):
             BetterCopies.from_json(value)

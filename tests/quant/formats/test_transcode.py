@@ -60,7 +60,7 @@ def ggml_quantize(target: QT, values: npt.NDArray[np.float32]) -> Bytes:
 def random_fp8(rng: np.random.Generator, n_out: int, n_in: int) -> Bytes:
     magnitude = rng.integers(0, 127, (n_out, n_in), dtype=np.uint8)
     sign = rng.integers(0, 2, (n_out, n_in), dtype=np.uint8)
-    return magnitude | sign << 7
+    return magnitude | sign << np.uint8(7)
 
 
 def test_mxfp4_block_written_out_by_hand() -> None:

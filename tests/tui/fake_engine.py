@@ -109,6 +109,7 @@ class FakeEngine:
         load_error: what the next load fails with.
         log: last lines of its standard error.
         plan, planned: lines of a load's plan, and the speed of answers that it expects.
+        plan_json: the whole of that plan, if more of it matters than that speed.
     """
 
     def __init__(self, on_death: Callable[[EngineDiedError], None]) -> None:
@@ -130,6 +131,7 @@ class FakeEngine:
         self.n_ctx = 4096
         self.plan: list[str] = []
         self.planned: dict[str, float] = {}
+        self.plan_json: dict[str, Any] = {}
 
     @property
     def alive(self) -> bool:
@@ -155,7 +157,7 @@ class FakeEngine:
             raise error
         self.facts = facts(path, n_ctx=options.n_ctx or self.n_ctx)
         said = {"decode": {name: {"tokens_per_s": rate} for name, rate in self.planned.items()}} if self.planned else {}
-        yield Ready(request=1, facts=self.facts, load_s=0.1, plan=said)
+        yield Ready(request=1, facts=self.facts, load_s=0.1, plan=self.plan_json or said)
 
     def reload(self) -> Iterator[LoadEvent]:
         self.n_reloads += 1

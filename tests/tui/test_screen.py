@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from dataclasses import replace
@@ -15,6 +16,10 @@ from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 from localrun import paths
 from localrun.api import models
 from localrun.engine.conversations import ConversationStore
+from localrun.engine.planner.bars import bar_lines, bars
+from localrun.engine.planner.boxes import BY_SLUG
+from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.sizes import sizes_of
 from localrun.errors import BudgetError
 from localrun.tui.app import Launch
 from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matching_slashes
@@ -621,6 +626,38 @@ async def test_the_plan_is_shown_while_loading_and_whole_by_a_command_beside_wha
         assert "answers 1 tokens/s, prompts 20 tokens/s" in str(shown["measured"].render())
         await talk.press("escape")
         assert talk.screen.monitor.status().planned == (0.9, 1.5)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 50)])
+async def test_the_plan_is_drawn_as_the_command_draws_it_and_fits_the_screen(
+    setup: Setup, size: tuple[int, int]
+) -> None:
+    box = BY_SLUG["gpu-24-ram-64"].hardware
+    plan = make_plan(sizes_of("flash"), box)
+    setup.size = size
+
+    def prepare(engine: FakeEngine) -> None:
+        engine.plan, engine.plan_json = plan.lines(), json.loads(json.dumps(plan.to_json()))
+
+    setup.prepare = prepare
+    async with setup.start() as talk:
+        await talk.type("/plan")
+        await talk.until(lambda: isinstance(talk.app.screen, PlanScreen))
+        shown = talk.app.screen.query_one("#plan-bars", Static)
+        await talk.until(lambda: "token" in str(shown.render()))
+        width = shown.region.width
+        assert 70 <= width < size[0]
+        lines = str(shown.render()).splitlines()
+        assert lines == [line.rstrip() for line in bar_lines(bars(plan), width)]
+        assert [line.split()[0] for line in lines if line[:1].strip()] == ["RAM", "GPU", "drive", "token"]
+        assert shown.region.height == len(lines), "no line is wrapped"
+        body = talk.app.screen.query_one("#plan")
+        assert body.has_focus
+        await talk.press("end")
+        await talk.until(lambda: body.scroll_y == body.max_scroll_y)
+        assert body.region.bottom <= size[1]
+        await talk.press("escape")
+        assert talk.app.screen is talk.screen
 
 
 # --- beginnings and ends

@@ -1,16 +1,15 @@
 """A plan drawn: where memory goes and what a token's time is made of, as bars of characters or as SVG.
 
-Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
+Bars are made where the plan is, and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`). Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from localrun.engine.planner.placement import PROCESS_BYTES
 from localrun.units import format_size
 
 if TYPE_CHECKING:
@@ -39,17 +38,21 @@ class Bar:
     """One bar, as long as its parts together.
 
     Attributes:
-        show: a value with its unit.
+        unit: of the parts' values.
     """
 
     name: str
     title: str
     parts: tuple[Part, ...]
-    show: Callable[[float], str]
+    unit: Literal["bytes", "s"] = "bytes"
 
     @property
     def total(self) -> float:
         return sum(part.value for part in self.parts)
+
+    def show(self, value: float) -> str:
+        """A value with its unit."""
+        return format_size(value) if self.unit == "bytes" else _ms(value)
 
 
 def bars(plan: Plan) -> list[Bar]:
@@ -58,11 +61,28 @@ def bars(plan: Plan) -> list[Bar]:
     return [bar for bar in found if bar is not None and bar.total > 0]
 
 
-def _bar(name: str, title: str, parts: Sequence[Part], show: Callable[[float], str] = format_size) -> Bar:
-    return Bar(name=name, title=title, parts=tuple(part for part in parts if part.value > 0), show=show)
+def bars_json(plan: Plan) -> list[dict[str, Any]]:
+    """The bars as they stand in the plan's JSON."""
+    return [asdict(bar) for bar in bars(plan)]
+
+
+def read_bars(plan: Mapping[str, Any]) -> list[Bar]:
+    """The bars of a plan's JSON; none where it has none."""
+    return [
+        Bar(
+            name=bar["name"], title=bar["title"], unit=bar["unit"], parts=tuple(Part(**part) for part in bar["parts"])
+        )
+        for bar in plan.get("bars", ())
+    ]
+
+
+def _bar(name: str, title: str, parts: Sequence[Part], unit: Literal["bytes", "s"] = "bytes") -> Bar:
+    return Bar(name=name, title=title, parts=tuple(part for part in parts if part.value > 0), unit=unit)
 
 
 def _ram(plan: Plan) -> Bar:
+    from localrun.engine.planner.placement import PROCESS_BYTES  # here, because who only draws needs none of it
+
     at, machine = plan.placement, plan.machine
     parts = [
         Part(name="process", value=PROCESS_BYTES),
@@ -122,7 +142,7 @@ def _token(plan: Plan) -> Bar | None:
     likely = plan.decode.likely
     parts = [Part(name=name, value=seconds) for name, seconds in likely.parts.items()]
     title = f"{_ms(1 / likely.tokens_per_s)} of an answer, likely {likely.tokens_per_s:.2f} tokens/s"
-    return _bar("token", title, parts, _ms)
+    return _bar("token", title, parts, "s")
 
 
 def _ms(seconds: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from localrun.engine.planner.bars import bars_json
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.speed import Range
 from localrun.offload.kernels.rates import CpuRates
@@ -187,6 +188,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "plain_llama_cpp": None
         if plan.plain is None
         else {"tokens_per_s": plan.plain.tokens_per_s, "as_fast": plan.plain_is_as_fast},
+        "bars": bars_json(plan),
         "suggestions": [
             {
                 "change": s.text,

@@ -16,6 +16,7 @@ from localrun.commands.compiling import USUAL_FUNCTIONS
 from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions
+from localrun.engine.planner.bars import Bar, read_bars
 from localrun.errors import EngineDiedError, StoppedError, UsageError
 from localrun.textsafe import visible_line
 from localrun.tui.engine_link import EngineLink
@@ -55,6 +56,7 @@ class LoadedModel:
         loading: a load is under way.
         plan_lines: of the present load; none for models too small for a plan.
         planned: tokens per second of answers that the plan expects, from and to.
+        plan_bars: what that plan looks like.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class LoadedModel:
         self.loading = False
         self.plan_lines: tuple[str, ...] = ()
         self.planned: tuple[float, float] | None = None
+        self.plan_bars: tuple[Bar, ...] = ()
         self._loading_text, self._loading_progress = "", 0.0
         self._compiled_before = self._compiled = 0
         self._loaded: Choice | None = None
@@ -206,7 +209,7 @@ class LoadedModel:
 
     def loaded(self, event: EngineReady) -> None:
         self.loading, self.facts = False, event.facts
-        self.planned = planned(event.plan)
+        self.planned, self.plan_bars = planned(event.plan), tuple(read_bars(event.plan))
         self._loaded = self._wanted
         if self._wanted is not None:  # writes to the disk, durably
             threading.Thread(target=models.remember, args=(self._wanted.path,), name="tui-remember").start()

@@ -137,4 +137,5 @@ class Monitor:
         answer = self._asking.answering.answer
         measured = None if answer is None or answer.finished is None else answer.finished.timings
         loaded = self._model.facts is not None
-        self._screen.app.push_screen(PlanScreen(self._model.plan_lines, measured, loaded=loaded))
+        bars = self._model.plan_bars if loaded else ()
+        self._screen.app.push_screen(PlanScreen(self._model.plan_lines, measured, loaded=loaded, bars=bars))

@@ -1,35 +1,40 @@
-"""What the planner said of the load, in full, and beside it what the last answer measured."""
+"""What the planner said of the load, in words and as bars, and beside it what the last answer measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
 from localrun.engine.facts import Timings
+from localrun.engine.planner.bars import Bar, bar_lines
 from localrun.textsafe import visible_line
 from localrun.tui.screens.dialog import Dialog
 from localrun.units import format_rate
 
 
 class PlanScreen(Dialog[None]):
-    """The six lines, wrapped.
+    """The six lines, wrapped, and below them the bars as `localrun plan` draws them.
 
     Args:
         lines: of the plan; empty where there is none.
+        bars: of memory and of a token's time.
         measured: of the last answer.
         loaded: there is a model.
     """
 
     TITLE_TEXT = "Plan"
 
-    def __init__(self, lines: Sequence[str], measured: Timings | None, *, loaded: bool) -> None:
+    def __init__(
+        self, lines: Sequence[str], measured: Timings | None, *, loaded: bool, bars: Sequence[Bar] = ()
+    ) -> None:
         super().__init__()
-        self._lines, self._measured, self._loaded = lines, measured, loaded
+        self._lines, self._measured, self._loaded, self._bars = lines, measured, loaded, bars
 
     def compose_content(self) -> ComposeResult:
         with VerticalScroll(id="plan") as body:
@@ -46,9 +51,19 @@ class PlanScreen(Dialog[None]):
                 yield from _row(name, text.strip())
             if self._measured is not None:
                 yield from _row("measured", measured_line(self._measured))
+            if self._bars:
+                yield Static("", id="plan-bars")
 
     def on_mount(self) -> None:
         self.query_one("#plan").focus()
+
+    def on_resize(self, event: events.Resize) -> None:
+        if self._bars:
+            self.call_after_refresh(self._draw)  # the frame has its width then
+
+    def _draw(self) -> None:
+        width = self.query_one("#plan").scrollable_content_region.width
+        self.query_one("#plan-bars", Static).update(Content("\n".join(bar_lines(self._bars, width))))
 
 
 def measured_line(timings: Timings) -> str:

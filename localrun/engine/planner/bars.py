@@ -1,6 +1,7 @@
 """A plan drawn: where memory goes and what a token's time is made of, as bars of characters or as SVG.
 
-Bars are made where the plan is, and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`). Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
+Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them. Bars are made
+where the plan is and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`).
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ def bars_json(plan: Plan) -> list[dict[str, Any]]:
 def read_bars(plan: Mapping[str, Any]) -> list[Bar]:
     """The bars of a plan's JSON; none where it has none."""
     return [
-        Bar(
-            name=bar["name"], title=bar["title"], unit=bar["unit"], parts=tuple(Part(**part) for part in bar["parts"])
-        )
+        Bar(name=bar["name"], title=bar["title"], unit=bar["unit"], parts=tuple(Part(**part) for part in bar["parts"]))
         for bar in plan.get("bars", ())
     ]
 

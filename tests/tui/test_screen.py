@@ -116,6 +116,18 @@ async def test_a_doubled_slash_sends_a_text_with_a_slash(setup: Setup) -> None:
 # --- the input
 
 
+async def test_enter_means_the_text_that_stands_there_however_fast_it_was_typed(setup: Setup) -> None:
+    async with setup.start() as talk:
+        prompt = talk.screen.prompt
+        await talk.type("/", send=False)
+        assert prompt.query_one("#suggestions", OptionList).display
+        assert talk.screen.current.options.think == "off"
+        prompt.set_text("/think max")
+        assert prompt.take_key("enter"), "no message has passed since the text changed"
+        await talk.settled()
+        assert (talk.screen.current.options.think, prompt.text) == ("max", "")
+
+
 async def test_slash_suggestions_appear_complete_and_close(setup: Setup) -> None:
     async with setup.start() as talk:
         suggestions = talk.screen.query_one("#suggestions", OptionList)

@@ -90,6 +90,7 @@ class Prompt(Vertical):
         self._draft = ""
         self._dismissed = ""  # text whose suggestions were closed with Esc
         self._kind = "/"  # of the suggestions on view: slash commands and their arguments, or files after an @
+        self._suggested = ""  # text that they were made for
         self.offers: tuple[str, ...] = ()
         self.arguments: Mapping[str, Callable[[], Sequence[str]]] = {}
 
@@ -161,6 +162,8 @@ class Prompt(Vertical):
     def take_key(self, key: str) -> bool:
         """Returns whether the key is used up."""
         options = self.query_one("#suggestions", OptionList)
+        if key in ("up", "down", "tab", "enter") and self.text != self._suggested:
+            self._suggest()  # somebody types faster than the news of a change arrives
         if options.display and key in ("up", "down"):
             options.action_cursor_up() if key == "up" else options.action_cursor_down()
             return True
@@ -211,7 +214,7 @@ class Prompt(Vertical):
 
     def _suggest(self) -> None:
         options = self.query_one("#suggestions", OptionList)
-        text = self.text
+        text = self._suggested = self.text
         if text != self._dismissed:
             self._dismissed = ""
         found = (

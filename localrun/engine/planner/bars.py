@@ -1,7 +1,7 @@
 """A plan drawn: where memory goes and what a token's time is made of, as bars of characters or as SVG.
 
-Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them. Bars are made
-where the plan is and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`).
+Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
+Bars are made where the plan is and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`).
 """
 
 from __future__ import annotations

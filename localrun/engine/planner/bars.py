@@ -80,7 +80,7 @@ def _bar(name: str, title: str, parts: Sequence[Part], unit: Literal["bytes", "s
 
 
 def _ram(plan: Plan) -> Bar:
-    from localrun.engine.planner.placement import PROCESS_BYTES  # here, because who only draws needs none of it
+    from localrun.engine.planner.hardware import PROCESS_BYTES  # here, because who only draws needs none of it
 
     at, machine = plan.placement, plan.machine
     parts = [

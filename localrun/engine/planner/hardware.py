@@ -257,6 +257,9 @@ def described(
     )
 
 
+PROCESS_BYTES = 350 << 20
+"""Python, numba, llama.cpp and their code; 320 MiB resident before a model is loaded."""
+
 SYSTEM_BYTES = 2 * 2**30
 """What an operating system and a desktop hold of a machine that is only described."""
 

@@ -10,14 +10,11 @@ from collections.abc import Iterator, Sequence
 
 from localrun.engine import memory
 from localrun.engine.planner.compute_buffers import compute_bytes
-from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
 from localrun.engine.planner.plan import GpuShare, Placement, Settings
 from localrun.engine.planner.sizes import ModelSizes, padded
 from localrun.errors import BudgetError
 from localrun.units import format_size
-
-PROCESS_BYTES = 350 << 20
-"""Python, numba, llama.cpp and their code; 320 MiB resident before a model is loaded."""
 
 GPU_HEADROOM_BYTES = 512 << 20
 """Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from gguf import GGMLQuantizationType
 
-from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
 from localrun.engine.planner.hit_rates import HitRates
-from localrun.engine.planner.placement import PROCESS_BYTES, gpu_budgets, headroom
+from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import Rate, Residency, predict_decode, slowest
 

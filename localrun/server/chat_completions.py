@@ -328,7 +328,6 @@ class ChatWriter(Writer):
             "object": kind,
             "created": self._created,
             "model": self.ask.model,
-            "system_fingerprint": None,
         }
 
     def _chunk(

@@ -354,3 +354,9 @@ def test_error_in_the_middle_of_a_stream_is_an_error_event(running: Running, eng
             list(client.chat.completions.create(model="m", messages=HI, stream=True))
         engine.play = lambda command: ["fine"]
         assert client.chat.completions.create(model="m", messages=HI).choices[0].message.content == "fine"
+
+
+def test_what_openais_schema_calls_a_string_is_never_null(running: Running) -> None:
+    whole = post(running, "/v1/chat/completions", {"messages": HI}).json
+    assert all(isinstance(whole[name], str) for name in ("id", "object", "model"))
+    assert "system_fingerprint" not in whole

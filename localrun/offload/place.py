@@ -58,7 +58,7 @@ class OffloadOptions:
         first_context: where the dense model is on a GPU, makes a context of the `llama_model *` and computes with it: what that
             takes is known only afterwards, and experts get what is left. Meanwhile experts answer with zeros.
         gpu_spare: bytes that stay free on a GPU, by its name, when experts get what is left; 0 for others.
-        verify: compare checksums on an expert's first read.
+        verify: compare checksums of experts on every read.
         dense_on_device: our kernels multiply the big dense matrices too, where no GPU has them and `math` is "int8".
         probe: measure the drive (about a second, remembered) and read accordingly; else fixed defaults.
         profile_folder: where routing profiles are kept, to warm the next start; None: nothing is kept.

@@ -15,7 +15,9 @@ from localrun import reading
 from localrun.errors import CheckpointError, ChecksumError, FormatError, StoreError
 from localrun.offload.cache.slots import SlotState
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
+from tests.checkpoints import write_small
 from tests.offload.models import floor_ram, logits, write_model
 
 
@@ -169,3 +171,26 @@ def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(tmp_path: 
         assert all(slot.pins == 0 for slot in model.pool.residency.table)
         broken = False
         assert np.isfinite(logits(model)).all()
+
+
+def test_wrong_bytes_are_found_at_any_read_not_at_an_expert_s_first_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(write_small(tmp_path / "source", n_routed_experts=16, num_experts_per_tok=3), tmp_path / "model", jobs=1)
+    source = open_model(tmp_path / "model")
+    with open_offloaded(source, OffloadOptions(n_threads=1)) as probe:
+        floor = floor_ram(probe)
+
+    def wrong(fd: int, buffers: list[Any], offset: int) -> int:
+        done = os.preadv(fd, buffers, offset)
+        buffers[0][:done] = bytes(byte ^ 1 for byte in buffers[0][:done])
+        return done
+
+    tokens = list(range(2, 14))
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=1)) as model:
+        expected = logits(model, tokens, batch=12)
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, "preadv", wrong)
+            with pytest.raises(ChecksumError, match="differs from its checksum"):
+                logits(model, tokens, batch=12)
+        np.testing.assert_array_equal(logits(model, tokens, batch=12), expected)

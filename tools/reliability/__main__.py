@@ -13,6 +13,7 @@ from tools.reliability.tally import Tally
 
 PARTS = {
     "mutate": "damaged files of every kind",
+    "faults": "reads that fail while a model answers",
     "chat": "a long chat under changing memory limits",
 }
 

@@ -135,8 +135,8 @@ class Answers:
         self._model = open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=1))
         rng = np.random.default_rng(tally.seed)
         self._texts = [rng.integers(2, 64, 12).tolist() for _ in range(8)]
-        self._reads, self._real = FaultyReads(), reading.preadv
-        reading.preadv = self._reads  # type: ignore[assignment, misc]
+        self._reads, self._real = FaultyReads(), vars(reading)["preadv"]
+        setattr(reading, "preadv", self._reads)  # noqa: B010
         self._expected = [self._logits(number) for number in range(8)]
         self._reads.n_calls = 0
         self._logits(0)
@@ -147,7 +147,7 @@ class Answers:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        reading.preadv = self._real  # type: ignore[misc]
+        setattr(reading, "preadv", self._real)  # noqa: B010
         self._model.close()
 
     def _logits(self, number: int) -> npt.NDArray[np.float32]:

@@ -428,8 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--child"]:
         return _child_main(argv[1], Path(argv[2]))
     args = parser().parse_args(argv)
-    comparison = Comparison(args)
     try:
+        comparison = Comparison(args)
         comparison.run()
     except LocalrunError as error:
         print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""How many cores other programs leave us: llama.cpp's own operations are computed by no more threads than that.
+"""How many threads compute llama.cpp's own operations on one token.
 
-llama.cpp's threads meet after every node of the graph, some thousand times a token. Where another program computes on a core, the
-thread there comes a scheduler's time slice late each time, and all wait for it: a token takes seconds instead of a tenth of one.
-With a thread less there is nobody to wait for. (Our kernels don't wait for idle threads, see `offload/kernels/threads`.)
+They meet after every node of the graph, some thousand times a token, and sleep while our device computes, so a token also wakes
+them hundreds of times. Where our kernels have the large matrices, what is left is small: on a few cores one thread is faster.
 
-Programs of lower priority (`nice`) give way to us and are not counted.
+Where another program computes on a core, the thread there comes a scheduler's time slice late each time, and all wait for it: a
+token takes seconds instead of a tenth of one. Then there are no more threads than cores that others leave. (Our kernels don't wait
+for idle threads, see `offload/kernels/threads`.) Programs of lower priority (`nice`) give way to us and are not counted; nor is the
+kernel's own work, most of which is done for our reads.
 """
 
 from __future__ import annotations
@@ -13,14 +15,30 @@ import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Final
 
 _STAT = Path("/proc/stat")
 
-INTERVAL_S = 0.25
+INTERVAL_S: Final = 0.25
 """Between two looks: /proc/stat counts in hundredths of a second."""
 
-TOLERANCE = 0.35
-"""Share of a core that others may use before it counts as taken: a desktop's idle programs, the kernel's own threads."""
+TOLERANCE: Final = 0.35
+"""Share of a core that others may use before it counts as taken: a desktop's idle programs."""
+
+FEW_CORES: Final = 4
+"""Up to so many threads, waking and meeting costs more than small operations gain from sharing. Measured with 2 (three layers of
+DeepSeek-V4-Flash, outside of experts: 1 thread 23 ms a token, 2 threads 30), assumed up to 4."""
+
+ROWS_PER_THREAD: Final = 8192
+"""Tokens of context per thread on few cores: attention over them is worth sharing (equal with 1 and 2 threads at 12,000)."""
+
+
+def threads_at(position: int, n_threads: int) -> int:
+    """Of `n_threads`, those that compute llama.cpp's operations on one token at `position`, where our kernels have the large
+    matrices. It depends on nothing else, so an answer comes out the same again."""
+    if n_threads > FEW_CORES:
+        return n_threads
+    return min(n_threads, 1 + position // ROWS_PER_THREAD)
 
 
 def cores() -> frozenset[int]:
@@ -31,7 +49,7 @@ def cores() -> frozenset[int]:
 
 
 def busy_seconds(cpus: Collection[int], stat: Path = _STAT) -> float | None:
-    """Seconds that these CPUs have spent since boot on programs of ordinary or higher priority, on the kernel's work and on other
+    """Seconds that these CPUs have spent since boot on programs of ordinary or higher priority, outside the kernel, and on other
     machines (steal); None where the system does not tell.
 
     `cpuN user nice system idle iowait irq softirq steal ...`, in units of 1 / SC_CLK_TCK (proc(5)).
@@ -45,9 +63,13 @@ def busy_seconds(cpus: Collection[int], stat: Path = _STAT) -> float | None:
     for line in lines:
         name, *values = line.split()
         if name in wanted:
-            user, _, system, _, _, irq, softirq, steal = map(int, values[:8])
-            ticks += user + system + irq + softirq + steal
+            ticks += int(values[0]) + int(values[7])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Seconds that this process has spent outside the kernel."""
+    return os.times().user
 
 
 class Company:
@@ -57,7 +79,7 @@ class Company:
         self,
         *,
         busy: Callable[[], float | None] | None = None,
-        own: Callable[[], float] = time.process_time,
+        own: Callable[[], float] = _own_seconds,
         clock: Callable[[], float] = time.monotonic,
         n_cores: int | None = None,
     ) -> None:

@@ -224,6 +224,7 @@ class Engine:
             context = Context(
                 self._loaded.model, self.options, n_ctx=facts.n_ctx, n_threads=facts.n_threads, all_logits=all_logits
             )
+        context.small_operations = isinstance(self._loaded, OffloadedModel) and self._loaded.dense.n_bytes > 0
         session = Session(self, context, snapshots)
         self._sessions.append(session)
         return session

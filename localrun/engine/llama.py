@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.engine.company import Company
+from localrun.engine.company import Company, threads_at
 from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
@@ -128,9 +128,21 @@ class Context:
 
     One sequence only, because llama.cpp clears the compressed caches of all others when it restores one (its issue 26777).
     Not thread-safe; `stop` may be set from any thread. Freed by `close`, before the model is.
+
+    Attributes:
+        small_operations: the large matrices are not llama.cpp's own, so that few threads are enough (`company.threads_at`).
     """
 
-    def __init__(self, model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int, all_logits: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        options: EngineOptions,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        all_logits: bool,
+        small_operations: bool = False,
+    ) -> None:
         """
         Args:
             n_ctx: tokens; llama.cpp rounds it up, see the attribute.
@@ -160,6 +172,7 @@ class Context:
             )
         self._n_threads, self._n_threads_now, self._company = n_threads, n_threads, Company()
         self._follows_company = False
+        self.small_operations = False
         self.n_ctx: int = L.llama_n_ctx(self._ctx)
         self.n_batch: int = L.llama_n_batch(self._ctx)
         self.n_vocab: int = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
@@ -181,7 +194,7 @@ class Context:
 
     @property
     def follows_company(self) -> bool:
-        """Tokens are computed by as many threads as find a core (`company`), instead of all.
+        """Tokens are computed by no more threads than find a core (`company`).
 
         Not for answers that shall come out the same again: from 512 rows of context on, llama.cpp's attention adds up in as many
         parts as there are threads (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
@@ -191,8 +204,6 @@ class Context:
     @follows_company.setter
     def follows_company(self, follows: bool) -> None:
         self._follows_company = follows
-        if not follows:
-            self._use_threads(self._n_threads)
 
     def decode(self, tokens: Sequence[int], position: int, *, all_logits: bool) -> int:
         """Runs one batch. Returns llama_decode's code: 0 is success, DECODE_NO_SLOT, DECODE_ABORTED, negative: failed.
@@ -207,8 +218,8 @@ class Context:
             batch.token[i] = token
             batch.pos[i] = position + i
             batch.logits[i] = all_logits or i == n - 1
-        if self.follows_company:
-            self._use_threads(self._company.threads(self._n_threads))
+        n_threads = threads_at(position, self._n_threads) if self.small_operations else self._n_threads
+        self._use_threads(self._company.threads(n_threads) if self.follows_company else n_threads)
         return int(L.llama_decode(ctx, batch))
 
     def _use_threads(self, n_threads: int) -> None:

@@ -7,7 +7,6 @@ at load, and multiplied by the same kernels as the experts. Everything else of t
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import re
@@ -21,6 +20,7 @@ from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.device.compiled import dense_record
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
+from localrun.pages import anonymous
 from localrun.quant.model.source import ModelSource, TensorInfo
 
 _ELIGIBLE = re.compile(
@@ -92,10 +92,7 @@ class DenseMatrices:
         n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
         matrix = PackedMatrix.choose(kind, n_out, n_in, math="int8")
         stride = align_up(matrix.packed_bytes, LINE_BYTES)
-        memory = mmap.mmap(-1, max(stride * n_groups, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE") and stride * n_groups >= 2 << 20:
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = anonymous(max(stride * n_groups, 1))
         base = np.frombuffer(memory, np.uint8).ctypes.data
         packed = np.array([base + group * stride for group in range(n_groups)], np.uint64)
         source = np.ascontiguousarray(data)

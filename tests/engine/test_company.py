@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from localrun.engine.company import INTERVAL_S, Company, busy_seconds
+from localrun.engine.company import INTERVAL_S, Company, busy_seconds, threads_at
 
 STAT = """\
 cpu  1000 500 300 9000 70 20 10 40 0 0
@@ -17,11 +17,11 @@ intr 1 2 3
 """
 
 
-def test_busy_time_leaves_out_idle_and_lower_priority(tmp_path: Path) -> None:
+def test_busy_time_leaves_out_idle_lower_priority_and_the_kernel(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text(STAT)
     hertz = os.sysconf("SC_CLK_TCK")
-    assert busy_seconds({0, 1}, tmp_path / "stat") == (600 + 200 + 10 + 5 + 25 + 400 + 100 + 10 + 5 + 15) / hertz
-    assert busy_seconds({1}, tmp_path / "stat") == (400 + 100 + 10 + 5 + 15) / hertz
+    assert busy_seconds({0, 1}, tmp_path / "stat") == (600 + 25 + 400 + 15) / hertz
+    assert busy_seconds({1}, tmp_path / "stat") == (400 + 15) / hertz
     assert busy_seconds({0}, tmp_path / "absent") is None
 
 
@@ -77,3 +77,11 @@ def test_a_system_that_does_not_tell_changes_nothing() -> None:
     company = Company(busy=lambda: None, own=lambda: machine.own, clock=lambda: machine.now, n_cores=2)
     machine.run(5.0, own=1.0, others=2.0)
     assert company.threads(2) == 2
+
+
+@pytest.mark.parametrize(
+    ("position", "n_threads", "expected"),
+    [(0, 1, 1), (0, 2, 1), (8191, 2, 1), (8192, 2, 2), (100_000, 2, 2), (8192, 4, 2), (40_000, 4, 4), (0, 5, 5), (0, 16, 16)],
+)
+def test_few_cores_share_small_operations_only_over_long_contexts(position: int, n_threads: int, expected: int) -> None:
+    assert threads_at(position, n_threads) == expected

@@ -31,6 +31,7 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES
 from localrun.atomic import replacing
 from localrun.kernel_cache import cached_jit
+from localrun.pages import anonymous
 from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -335,10 +336,7 @@ def probe_memory(n_threads: int = 0, *, buffer_bytes: int = 256 << 20) -> float:
     """
     if not n_threads:
         n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = mmap.mmap(-1, buffer_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = anonymous(buffer_bytes)
     values = np.frombuffer(memory, np.int64)
     values.fill(1)  # untouched pages would all be the same one
     slices = np.array_split(values, n_threads)

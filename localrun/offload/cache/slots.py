@@ -9,10 +9,8 @@ residency's lock, and I/O threads only fill memory of slots that are in state LO
 from __future__ import annotations
 
 import bisect
-import contextlib
 import ctypes as C
 import itertools
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +20,7 @@ import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
+from localrun.pages import anonymous
 from localrun.units import format_size
 
 TAIL_TOKENS = 16
@@ -41,16 +40,12 @@ class Arena:
         if self.size_bytes <= 0:
             raise BudgetError(f"{format_size(size_bytes)} of expert memory is less than one page")
         try:
-            self._map = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = anonymous(self.size_bytes)
         except OSError as error:
             raise BudgetError(
                 f"the system gives no {format_size(self.size_bytes)} of memory for experts: {error.strerror}",
                 hint="give less --ram",
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # 12 MiB slots read by streaming kernels: huge pages save TLB misses. A kernel without them says so by OSError.
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._anchor: C.c_char | None = C.c_char.from_buffer(self._map)
         self.address = C.addressof(self._anchor)
         self._free: list[tuple[int, int]] = [(0, self.size_bytes)]  # (offset, size), by offset

@@ -6,7 +6,6 @@ long it takes depends on formats and shapes only. Weights are taken from all ove
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -17,6 +16,7 @@ from gguf import GGMLQuantizationType
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
 from localrun.offload.kernels.rates import FEW, MANY, CpuRates, ExpertRates
+from localrun.pages import anonymous
 
 _BUFFER_BYTES: Final = 256 << 20
 _EXPERTS: Final = 6
@@ -32,7 +32,7 @@ _FILL: Final = 0x77
 
 def probe_cpu(specs: Iterable[FfnSpec], *, n_threads: int) -> CpuRates:
     """Measures experts of these shapes and formats, and dense matrices."""
-    with mmap.mmap(-1, _BUFFER_BYTES) as memory:
+    with anonymous(_BUFFER_BYTES) as memory:
         values = np.frombuffer(memory, np.uint8)
         values.fill(_FILL)
         base = values.ctypes.data

@@ -1,0 +1,28 @@
+"""Anonymous memory for what kernels stream through."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import Final
+
+HUGE_PAGE_BYTES: Final = 2 << 20
+"""Size of a huge page on x86-64, and on ARM64 with 4 KiB pages."""
+
+
+def anonymous(n_bytes: int) -> mmap.mmap:
+    """Zeroed private memory, in huge pages where the kernel has them; freed with its last array.
+
+    Private, because Python's default is a shared mapping: that is tmpfs, whose huge pages are off on most systems
+    (/sys/kernel/mm/transparent_hugepage/shmem_enabled), whatever `madvise` asks for.
+
+    Raises:
+        OSError: the system has no such memory.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, n_bytes)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -27,6 +27,7 @@ def test_large_memory_is_not_a_shared_mapping() -> None:
         start, end = (int(part, 16) for part in entry.split(" ", 1)[0].split("-"))
         if start <= address < end:
             flags = re.search(r"^VmFlags: (.*)$", entry, re.MULTILINE)
-            assert flags and "sh" not in flags[1].split()
+            assert flags
+            assert "sh" not in flags[1].split()
             return
     pytest.fail("the mapping is not listed")

@@ -133,16 +133,7 @@ class Context:
         small_operations: the large matrices are not llama.cpp's own, so that few threads are enough (`company.threads_at`).
     """
 
-    def __init__(
-        self,
-        model: Any,
-        options: EngineOptions,
-        *,
-        n_ctx: int,
-        n_threads: int,
-        all_logits: bool,
-        small_operations: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int, all_logits: bool) -> None:
         """
         Args:
             n_ctx: tokens; llama.cpp rounds it up, see the attribute.

@@ -1,8 +1,9 @@
 """The big dense matrices on our device: where no GPU takes them, they are most of the bytes that a token reads.
 
 llama.cpp's loader from user callbacks never repacks weights for the CPU, and its plain Q8_0 product stays well below memory
-bandwidth. So 2-D (and grouped) matrices of types that our kernels have a layout for are placed in our weights buffer, packed once
-at load, and multiplied by the same kernels as the experts. Everything else of the graph stays llama.cpp's.
+bandwidth. So 2-D (and
+grouped) matrices of BF16, and of types that our kernels have a layout for, are placed in our weights buffer, packed once at load,
+and multiplied by the same kernels as the experts. Everything else of the graph stays llama.cpp's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gguf import GGMLQuantizationType
 
 from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.device.compiled import dense_record
+from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
 from localrun.pages import anonymous
@@ -40,12 +42,14 @@ def dense_tensors(source: ModelSource) -> dict[str, TensorInfo]:
     return {
         name: info
         for name, info in source.tensors.items()
-        if len(info.shape) == 2 and _ELIGIBLE.fullmatch(name) and _has_layout(info.type, info.shape[1], info.shape[0])
+        if len(info.shape) == 2 and _ELIGIBLE.fullmatch(name) and _is_fast(info.type, info.shape[1], info.shape[0])
     }
 
 
-def _has_layout(kind: GGMLQuantizationType, n_out: int, n_in: int) -> bool:
-    """True if our kernels multiply this type faster than by dequantizing it."""
+def _is_fast(kind: GGMLQuantizationType, n_out: int, n_in: int) -> bool:
+    """True if our kernels multiply this type without dequantizing it first."""
+    if kind == GGMLQuantizationType.BF16:
+        return n_in % BF16_UNIT == 0
     return PackedMatrix.choose(kind, n_out, n_in, math="int8").interleaved
 
 

@@ -64,7 +64,7 @@ def bars(plan: Plan) -> list[Bar]:
 
 def bars_json(plan: Plan) -> list[dict[str, Any]]:
     """The bars as they stand in the plan's JSON."""
-    return [asdict(bar) for bar in bars(plan)]
+    return [asdict(bar) | {"parts": [asdict(part) for part in bar.parts]} for bar in bars(plan)]
 
 
 def read_bars(plan: Mapping[str, Any]) -> list[Bar]:

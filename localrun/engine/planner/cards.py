@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 CARD_GB_PER_S: Final = {
-    # NVIDIA: product pages and data sheets
+    # NVIDIA; bus width x data rate gives the same (the tests), the makers' own pages were not compared
     "RTX PRO 6000": 1792,
     "RTX 5090": 1792,
     "RTX 5080": 960,

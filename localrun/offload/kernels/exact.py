@@ -7,7 +7,7 @@ kernel of their own. Matrices are plain ggml rows. Works on any processor: the v
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,10 @@ from localrun.ggml.types import block_type
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.lowlevel import blocks_of, call_3, load_f32, load_i64, rounded_up, stack, store_f32
-from localrun.offload.kernels.simd import FLOATS, Simd
+from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, INTS, Simd
+
+BF16_UNIT: Final = 32
+"""Rows of BF16 in whole units of so many elements are multiplied where they are."""
 
 
 @intrinsic
@@ -70,12 +73,49 @@ def _exact_rows(
                 store_f32(target, load_f32(target) + _dot(weights, record, nt * 128, blocks_of(n, 32)))
 
 
+@intrinsic
+def _dot_bf16(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: Any) -> Any:
+    """Sum of products of 32 * n_units BF16 weights with one token's FLOAT32 records, in F32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        weights, record, record_bytes, n_units = args
+        weights, record = s.pointer(weights), s.pointer(record)
+
+        def floats(pointer: Any, offset: int) -> Any:
+            """16 BF16 values: the upper halves of F32 ones."""
+            words = builder.zext(s.load(pointer, offset, HALF_WORDS), INTS)
+            return builder.bitcast(s.shift_left(words, 16), FLOATS)
+
+        def unit(i: Any, totals: list[Any]) -> list[Any]:
+            w, x = s.at(weights, i, 64), builder.gep(record, [builder.mul(i, record_bytes)])
+            return [s.fma(floats(w, 32 * k), s.load(x, 64 * k, FLOATS), total) for k, total in enumerate(totals)]
+
+        low, high = s.loop(n_units, [s.floats(0.0)] * 2, unit)
+        return s.sum_floats(builder.fadd(low, high))
+
+    return types.float32(*[types.intp] * 4), codegen
+
+
+@cached_cfunc(ROWS)
+def _bf16_rows(
+    matrix: int, _extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
+) -> None:
+    """As `_exact_rows`, reading the weights once and in place; n_in is a multiple of 32."""
+    for r in range(n_rows):
+        row = matrix + (row0 + r) * n_in * 2
+        for t in range(nt):
+            store_f32(out + t * out_stride + r * 4, _dot_bf16(row, panel + t * 128, nt * 128, n_in // 32))
+
+
 @functools.cache
 def _description(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
     block = block_type(type_)
     return np.array([block.to_float, block.block_elements, block.block_bytes], np.int64)
 
 
-def exact_rows(type_: GGMLQuantizationType) -> tuple[int, int]:
-    """Addresses of the row kernel and of its `extra` for a type."""
+def exact_rows(type_: GGMLQuantizationType, n_in: int) -> tuple[int, int]:
+    """Addresses of the row kernel and of its `extra` for rows of `n_in` elements of a type."""
+    if type_ == GGMLQuantizationType.BF16 and n_in % BF16_UNIT == 0:
+        return int(_bf16_rows.address), 0
     return int(_exact_rows.address), int(_description(type_).ctypes.data)

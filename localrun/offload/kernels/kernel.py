@@ -68,7 +68,7 @@ class PackedMatrix:
             return cls(
                 type_, n_out, n_in, False, "generic", raw_bytes, raw_bytes, generic.generic_panel(type_), address, extra
             )
-        address, extra = exact_rows(type_)
+        address, extra = exact_rows(type_, n_in)
         return cls(type_, n_out, n_in, False, "f32", raw_bytes, raw_bytes, Panel(FLOAT32), address, extra)
 
     def pack(self, raw: int, target: int) -> None:

@@ -27,10 +27,12 @@ class Settings:
 
     Attributes:
         models: the user's names for models -> path as written.
+        given: options that the user set, in the file, the environment or by flag; the default's value counts, too.
     """
 
     values: Mapping[str, Any] = field(default_factory=lambda: {option.name: option.default for option in OPTIONS})
     models: Mapping[str, str] = field(default_factory=dict)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -39,7 +41,7 @@ class Settings:
         """With these values instead."""
         unknown = values.keys() - self.values.keys()
         assert not unknown, unknown
-        return Settings({**self.values, **values}, self.models)
+        return Settings({**self.values, **values}, self.models, self.given | values.keys())
 
     def overridden(self, typed: object, names: Iterable[str]) -> Settings:
         """With what was typed: attributes of `typed` by option name, None for what was not."""
@@ -61,19 +63,22 @@ def load(path: Path | None = None, environment: Mapping[str, str] | None = None)
     tables = _read(path)
     models = _models(tables.pop(MODELS_TABLE, {}), path)
     values = dict(Settings().values)
+    given = set()
     for table in TABLES:
         known = {option.name: option for option in those(table, Where.FILE)}
         for key, value in tables.pop(table, {}).items():
             if key not in known:
                 raise UsageError(f"{path}: [{table}] has no setting '{key}'", hint=f"known: {', '.join(known)}")
             values[key] = _parse(known[key], value, f"{path}: [{table}] {key}")
+            given.add(key)
         for key, option in known.items():
             if text := environment.get(option.variable):
                 values[key] = _parse(option, text, option.variable)
+                given.add(key)
     if tables:
         names = ", ".join(f"[{table}]" for table in (*TABLES, MODELS_TABLE))
         raise UsageError(f"{path}: unknown table or key '{min(tables)}'", hint=f"known tables: {names}")
-    return Settings(values, models)
+    return Settings(values, models, frozenset(given))
 
 
 def _models(table: Mapping[str, Any], path: Path) -> dict[str, str]:

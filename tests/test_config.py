@@ -71,3 +71,12 @@ def test_only_what_was_typed_overrides(path: Path) -> None:
     changed = settings.overridden(typed, ("context", "threads"))
     assert (changed["context"], changed["threads"], changed["max_tokens"]) == (4096, 3, None)
     assert changed.models == {"big": "/m"}
+
+
+def test_what_the_user_set_is_known_even_if_it_is_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[engine]\nkv = "f16"\n')
+    settings = config.load(file, {"LOCALRUN_BATCH": "512"})
+    assert settings.given == {"kv", "batch"}
+    assert settings.changed(context=4096).given == {"kv", "batch", "context"}
+    assert config.load(tmp_path / "absent.toml", {}).given == frozenset()

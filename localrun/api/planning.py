@@ -114,6 +114,7 @@ def plan_with(
         adaptive=settings["adaptive"],
         position=position,
         prompt_tokens=prompt_tokens,
+        fixed=settings.given,
     )
     return make_plan(sizes, hardware, wanted)
 

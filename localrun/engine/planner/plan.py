@@ -29,6 +29,7 @@ class Settings:
         n_ctx: tokens of context.
         adaptive: misses are served from the base's copies.
         position: tokens in the context whose decode is predicted; None: a quarter of the context, at most 8192.
+        fixed: options (`kv`, `batch`, ...) that the user set himself: no suggestion changes them.
     """
 
     ram_bytes: int | None = None
@@ -39,6 +40,7 @@ class Settings:
     position: int | None = None
     adaptive: bool = False
     prompt_tokens: int = PROMPT_TOKENS
+    fixed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, options: EngineOptions) -> Settings:

@@ -58,7 +58,7 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
     """More tokens of a prompt per step, where that makes prompts faster and answers hardly slower."""
     assert plan.decode is not None
     assert plan.prefill is not None
-    if plan.settings.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
+    if "batch" in plan.settings.fixed or plan.settings.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
         return []
     try:
         changed = again(plan.sizes, plan.machine, replace(plan.settings, n_batch=LARGE_BATCH))
@@ -95,5 +95,5 @@ def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, Setti
     if plan.n_ctx > 2 * MIN_CONTEXT and not settings.n_ctx:
         less = replace(settings, n_ctx=padded(plan.n_ctx // 2))
         yield f"--context {less.n_ctx}", "a shorter conversation", sizes, machine, less
-    if settings.kv_type in ("f16", "bf16", "f32"):
+    if settings.kv_type in ("f16", "bf16", "f32") and "kv" not in settings.fixed:
         yield "--kv q8_0", "a rounded KV cache", sizes, machine, replace(settings, kv_type="q8_0")

@@ -581,3 +581,11 @@ def test_a_plan_counts_the_slots_and_buffers_that_a_load_takes(tmp_path: Path) -
         assert sizes.floor_bytes == residency.floor_bytes + residency.store.staging_bytes
         assert sizes.expert_slot_bytes == residency.table.arena.size_bytes
         assert sizes.expert_slot_bytes + sizes.staging_bytes == model.ram_bytes
+
+
+def test_suggestions_leave_alone_what_the_user_set(flash: ModelSizes) -> None:
+    free = make_plan(flash, BOX, Settings(n_ctx=100_000))
+    set_by_the_user = make_plan(flash, BOX, Settings(n_ctx=100_000, fixed=frozenset({"kv", "batch"})))
+    assert any(s.text == "--batch 2048" for s in free.suggestions)
+    left = {s.text for s in free.suggestions if not s.text.startswith(("--kv", "--batch"))}
+    assert {s.text for s in set_by_the_user.suggestions} == left

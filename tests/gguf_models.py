@@ -36,6 +36,22 @@ class TinyDeepseek4:
     dense_type: QT = QT.Q8_0
 
 
+SMALLEST = TinyDeepseek4(
+    n_embd=32,
+    n_heads=2,
+    head_dim=64,
+    rope_dims=32,
+    q_rank=32,
+    o_rank=16,
+    index_heads=2,
+    index_dim=64,
+    n_experts=4,
+    n_ff=32,
+    vocab=8,
+)
+"""As little of everything as llama.cpp takes: for files that are damaged by the thousand."""
+
+
 def deepseek4_tensors(m: TinyDeepseek4, seed: int = 0) -> dict[str, tuple[npt.NDArray[np.generic], QT]]:
     """Name -> (values as the writer takes them, type)."""
     rng = np.random.default_rng(seed)

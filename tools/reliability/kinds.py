@@ -127,22 +127,9 @@ def _look_at_converted(path: Path) -> Look:
 
 
 def _gguf(folder: Path) -> Kind:
-    from tests.gguf_models import TinyDeepseek4, write_deepseek4
+    from tests.gguf_models import SMALLEST, write_deepseek4
 
-    small = TinyDeepseek4(
-        n_embd=32,
-        n_heads=2,
-        head_dim=64,
-        rope_dims=32,
-        q_rank=32,
-        o_rank=16,
-        index_heads=2,
-        index_dim=64,
-        n_experts=4,
-        n_ff=32,
-        vocab=8,
-    )
-    (path,) = write_deepseek4(folder / "model.gguf", small)
+    (path,) = write_deepseek4(folder / "model.gguf", SMALLEST)
     header = read_gguf(path).data_offset
     return Kind(
         "gguf", path, path, lambda rng, data: mutations.damage_bytes(rng, data, header), _look_at_model, model=True

@@ -17,22 +17,10 @@ from localrun.errors import FormatError, UnsupportedModelError
 from localrun.quant.gguf.file import GgufValue, build_header, read_gguf
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.source import TensorInfo
-from tests.gguf_models import TinyDeepseek4, write_deepseek4
+from tests.gguf_models import SMALLEST, write_deepseek4
 from tests.stock_llama import gguf_context
 
-MODEL = TinyDeepseek4(
-    n_embd=32,
-    n_heads=2,
-    head_dim=64,
-    rope_dims=32,
-    q_rank=32,
-    o_rank=16,
-    index_heads=2,
-    index_dim=64,
-    n_experts=4,
-    n_ff=32,
-    vocab=8,
-)
+MODEL = SMALLEST
 N_BYTE_DAMAGES = 200
 N_FIELD_DAMAGES = 120
 

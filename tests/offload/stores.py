@@ -9,21 +9,22 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 from gguf import GGMLQuantizationType as QT
 
 from localrun import reading
-from localrun.errors import StoreError
+from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.store import AbandonedError, ExpertStore, Receiver, Store, Ticket
 from localrun.offload.kernels import FfnKernel
-from localrun.quant.model.source import Encoding, Extent, ModelSource, MoeLayer, Projection
+from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, ModelSource, MoeLayer, Projection
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -91,8 +92,10 @@ class ExpertsInAFile:
 
     def base_expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
         extents = [Extent(0, _begin(layer, expert, i), MATRIX_BYTES) for i in range(3)]
+        sums = [xxhash.xxh3_64_hexdigest(rows) for rows in np.split(rows_of(layer, expert), 3)]
         gate, up, down = (
-            Projection(QT.F32, N_FF, N_EMBD, Encoding.GGML, (extent,), MATRIX_BYTES) for extent in extents
+            Projection(QT.F32, N_FF, N_EMBD, Encoding.GGML, (extent,), MATRIX_BYTES, checksum)
+            for extent, checksum in zip(extents, sums, strict=True)
         )
         return gate, up, down
 
@@ -100,77 +103,182 @@ class ExpertsInAFile:
 
 
 class Harness(Protocol):
-    """A store and the hands on it."""
+    """A store and the hands on it.
+
+    Attributes:
+        layers: what it has experts of.
+        checksums: the source has some.
+        files: that it reads.
+        asked_bytes: that the system gave so far.
+    """
 
     store: Store
+    layers: Mapping[int, MoeLayer]
+    checksums: bool
+    files: Sequence[Path]
+    asked_bytes: int
+
+    def best(self, layer: int, expert: int) -> int:
+        """The variant of the best copy of this expert."""
+
+    def rows(self, layer: int, expert: int, variant: int) -> Bytes:
+        """The ggml rows of a copy, by another way than the store's."""
+
+    def file_bytes(self, layer: int, expert: int, variant: int) -> int:
+        """What a copy takes in its files."""
 
     def hold(self) -> None:
         """From now on no read goes on."""
+
+    def hold_one(self, layer: int, expert: int) -> None:
+        """The last read of this expert's best copy does not go on."""
 
     def release(self) -> None:
         """Reads go on."""
 
     def fail(self, layer: int, expert: int) -> None:
-        """Reads of this expert end with EIO."""
+        """Reads of this expert's best copy end with EIO."""
+
+    def end_early(self, layer: int, expert: int) -> None:
+        """The file ends in the middle of this expert's best copy."""
+
+    def damage(self, layer: int, expert: int) -> None:
+        """Some bits of the second matrix of this expert's best copy come from the drive as others."""
+
+
+Spot = tuple[int, int]
+"""A byte of a file: (inode, offset)."""
 
 
 class OnFiles:
-    """The real store on real files. `close` closes it.
+    """The real store on real files; whoever makes it closes it.
 
     Args:
+        source: whose experts.
+        rows: of one copy, given layer, expert, variant.
+        file_bytes: the same for what it takes; None: as many as its rows.
         short: the system gives half of what is asked for.
         delay_s: before each read.
-        mirrored: there are two copies.
+        mirror: a second copy.
     """
 
     def __init__(
         self,
-        folder: Path,
+        source: ModelSource,
         patch: pytest.MonkeyPatch,
         *,
+        rows: Callable[[int, int, int], Bytes],
+        file_bytes: Callable[[int, int, int], int] | None = None,
         short: bool = False,
         delay_s: float = 0.0,
-        mirrored: bool = False,
+        mirror: ModelSource | None = None,
     ) -> None:
         self._short, self._delay_s = short, delay_s
-        self._going = threading.Event()
-        self._going.set()
-        self._failing: set[int] = set()  # by the room that a matrix has
+        self._all_go, self._one_goes = threading.Event(), threading.Event()
+        self._all_go.set()
+        self._lock = threading.Lock()
+        self._held: list[Spot] = []
+        self._failing: set[Spot] = set()
+        self._ending: set[Spot] = set()
+        self._damaged: set[Spot] = set()
+        self._source, self._copies, self.rows = source, [source, *([mirror] if mirror else [])], rows
+        self.layers, self.asked_bytes = source.moe_layers, 0
+        self.files: Sequence[Path] = [file for copy in self._copies for file in copy.files]
+        self.checksums = source.expert(0, 0)[0].checksum is not None
+        kernels = {n: [Packer()] * len(layer.variants) for n, layer in self.layers.items()}
+        self._file_bytes = file_bytes
         patch.setattr(reading, "preadv", self._preadv)
-        copies = [folder / "a", folder / "b"][: 1 + mirrored]
-        for copy in copies:
-            copy.mkdir()
-        source, *mirror = [cast("ModelSource", ExpertsInAFile(copy)) for copy in copies]
-        self._source = source
-        self.store: Store = ExpertStore(
-            source, KERNELS, mirror=mirror[0] if mirror else None, n_lanes=2, n_buffers=2, verify=False
+        self.store: Store = ExpertStore(source, kernels, mirror=mirror, n_lanes=2, n_buffers=2)
+
+    def best(self, layer: int, expert: int) -> int:
+        types = tuple(projection.type for projection in self._source.expert(layer, expert))
+        return self.layers[layer].variants.index(cast("Any", types))
+
+    def file_bytes(self, layer: int, expert: int, variant: int) -> int:
+        return (
+            self._file_bytes(layer, expert, variant)
+            if self._file_bytes
+            else int(self.rows(layer, expert, variant).size)
         )
 
     def _preadv(self, fd: int, buffers: list[Any], offset: int) -> int:
-        assert self._going.wait(30)
+        (out,), inode = buffers, os.fstat(fd).st_ino
+
+        def touches(spots: Iterable[Spot]) -> bool:
+            return any(inode == file and offset <= at < offset + len(out) for file, at in spots)
+
+        assert self._all_go.wait(30)
+        if touches(self._held):
+            assert self._one_goes.wait(30)
         time.sleep(self._delay_s)
-        if offset // _APART in self._failing:
+        if touches(self._failing):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if touches(self._ending):
+            return 0
         if self._short:
-            size = max(4096, len(buffers[0]) // 2 // 4096 * 4096)
-            return os.preadv(fd, [buffers[0][:size]], offset)
-        return os.preadv(fd, buffers, offset)
+            out = out[: max(4096, len(out) // 2 // 4096 * 4096)]
+        n = os.preadv(fd, [out], offset)
+        for file, at in self._damaged:
+            if inode == file and offset <= at < offset + n:
+                out[at - offset] ^= 0x11
+        with self._lock:
+            self.asked_bytes += n
+        return n
 
     def hold(self) -> None:
-        self._going.clear()
+        self._all_go.clear()
+
+    def hold_one(self, layer: int, expert: int) -> None:
+        self._one_goes.clear()
+        self._held = self._spots(layer, expert)[len(PROJECTIONS) - 1 :: len(PROJECTIONS)]
 
     def release(self) -> None:
-        self._going.set()
+        self._all_go.set()
+        self._one_goes.set()
 
     def fail(self, layer: int, expert: int) -> None:
-        for projection in self._source.base_expert(layer, expert):
-            self._failing.update(extent.offset // _APART for extent in projection.extents)
+        self._failing.update(self._spots(layer, expert))
+
+    def end_early(self, layer: int, expert: int) -> None:
+        self._ending.update(self._spots(layer, expert))
+
+    def damage(self, layer: int, expert: int) -> None:
+        self._damaged.update(self._spots(layer, expert)[1 :: len(PROJECTIONS)])
+
+    def _spots(self, layer: int, expert: int) -> list[Spot]:
+        """The middle of each of its pieces, which reads of others don't touch, though they begin and end at whole pages."""
+        return [
+            (copy.files[extent.file].stat().st_ino, extent.offset + extent.n_bytes // 2)
+            for copy in self._copies
+            for projection in copy.expert(layer, expert)
+            for extent in projection.extents[:1]
+        ]
+
+
+def on_files(
+    folder: Path, patch: pytest.MonkeyPatch, *, short: bool = False, delay_s: float = 0.0, mirrored: bool = False
+) -> OnFiles:
+    """`ExpertsInAFile`, once or twice."""
+    copies = [folder / "a", folder / "b"][: 1 + mirrored]
+    for copy in copies:
+        copy.mkdir()
+    source, *mirror = [cast("ModelSource", ExpertsInAFile(copy)) for copy in copies]
+    return OnFiles(
+        source,
+        patch,
+        rows=lambda layer, expert, variant: rows_of(layer, expert),
+        short=short,
+        delay_s=delay_s,
+        mirror=mirror[0] if mirror else None,
+    )
 
 
 class MemoryStore:
     """A store without threads and files: a read that is not held ends at once, before `submit` returns."""
 
     depth, staging_bytes = 2, 0
+    layers, checksums = LAYERS, True
+    files: Sequence[Path] = (Path("experts"),)
 
     def __init__(self) -> None:
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
@@ -179,8 +287,10 @@ class MemoryStore:
         self.refused: set[tuple[int, int]] = set()  # `submit` itself raises
         self._wanted: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
-        self._failing: set[tuple[int, int]] = set()
+        self.asked_bytes = 0
+        self._errors: dict[tuple[int, int], StoreError] = {}
         self._held = self._closed = False
+        self._held_one: tuple[int, int] | None = None
         self._source = ExpertsInAFile.base_expert
 
     def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
@@ -209,23 +319,49 @@ class MemoryStore:
     def hold(self) -> None:
         self._held = True
 
+    def hold_one(self, layer: int, expert: int) -> None:
+        self._held_one = layer, expert
+
     def release(self) -> None:
-        self._held = False
+        self._held, self._held_one = False, None
         self._go_on()
 
+    def best(self, layer: int, expert: int) -> int:
+        return 0
+
+    def rows(self, layer: int, expert: int, variant: int) -> Bytes:
+        return rows_of(layer, expert)
+
+    def file_bytes(self, layer: int, expert: int, variant: int) -> int:
+        return EXPERT_BYTES
+
     def fail(self, layer: int, expert: int) -> None:
-        self._failing.add((layer, expert))
+        self._errors[layer, expert] = StoreError("experts: Input/output error", hint="check the drive")
+
+    def end_early(self, layer: int, expert: int) -> None:
+        self._errors[layer, expert] = StoreError("experts: the file ended at byte 5", hint="check the drive")
+
+    def damage(self, layer: int, expert: int) -> None:
+        message = f"experts: blk.{layer}.ffn_up_exps.weight: expert {expert} differs from its checksum"
+        self._errors[layer, expert] = ChecksumError(message, hint="run `localrun verify`")
 
     def _go_on(self) -> None:
-        while (self._wanted or self._ahead) and not self._held and not self._closed:
-            ticket = (self._wanted or self._ahead).popleft()
+        while not self._held and not self._closed and (ticket := self._next()):
             slot = ticket.slot
-            if (slot.layer, slot.expert) in self._failing:
-                ticket.error = StoreError("experts: Input/output error", hint="check the drive")
-            else:
+            ticket.error = self._errors.get((slot.layer, slot.expert))
+            if ticket.error is None:
                 rows = rows_of(slot.layer, slot.expert)
                 memory_of(slot)[: rows.size] = rows if ticket.receiver else packed(rows)
+                self.asked_bytes += rows.size
             (ticket.receiver or self.completions.put)(ticket)
+
+    def _next(self) -> Ticket | None:
+        for tickets in (self._wanted, self._ahead):
+            for ticket in tickets:
+                if (ticket.slot.layer, ticket.slot.expert) != self._held_one:
+                    tickets.remove(ticket)
+                    return ticket
+        return None
 
 
 KINDS = ("on files", "on two copies", "short reads", "slow reads", "in memory")
@@ -235,7 +371,7 @@ def make_harness(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Harness:
     """A store of one of `KINDS`; whoever makes it closes it."""
     if kind == "in memory":
         return MemoryStore()
-    return OnFiles(
+    return on_files(
         folder,
         patch,
         short=kind == "short reads",

@@ -26,7 +26,7 @@ from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
 from localrun.quant.open import open_model
 from tests.offload.models import TOKENS, floor_ram, logits, write_model
-from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, Harness, MemoryStore, OnFiles, expert_at
+from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, Harness, MemoryStore, expert_at, on_files
 
 N_USED = 3
 N_SLOTS = 16
@@ -145,7 +145,7 @@ def test_guesses_never_take_more_than_their_share_of_slots(rig: Rig) -> None:
 
 def test_what_is_needed_overtakes_guesses_that_have_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert is three reads here, and two go on at once: the third of a guess waits for all that somebody waits for."""
-    harness = OnFiles(tmp_path, monkeypatch)
+    harness = on_files(tmp_path, monkeypatch)
     started: list[tuple[int, int]] = []
 
     def note(fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -171,7 +171,7 @@ def test_what_is_needed_overtakes_guesses_that_have_begun(tmp_path: Path, monkey
 def test_a_guess_under_way_that_is_needed_is_waited_for_and_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness = OnFiles(tmp_path, monkeypatch, delay_s=0.005)
+    harness = on_files(tmp_path, monkeypatch, delay_s=0.005)
     rig = Rig(harness)
     rig.foresee(0, 5, 6)
     rig.routers.experts = ()

@@ -1,182 +1,238 @@
-"""What every store promises (`cache.store.Store`): the real one on files, with short and slow reads and two copies, and the fake
-with which calls and residency are tested."""
+"""What every store promises (`cache.store.Store`): the real one on every kind of model and on faulty, short, slow and doubled
+reads, and the fake with which calls and residency are tested."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from localrun.alignment import PAGE_BYTES
-from localrun.errors import StoreError
+from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot, SlotTable
 from localrun.offload.cache.store import AbandonedError, ExpertStore, Ticket
+from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
 from tests.offload.stores import (
     EXPERT_BYTES,
     KERNELS,
     KINDS,
     N_EXPERTS,
-    N_LAYERS,
     ExpertsInAFile,
     Harness,
     OnFiles,
     make_harness,
     memory_of,
     packed,
-    rows_of,
 )
 
 TIMEOUT_S = 30
+WITH_CHECKSUMS = {*KINDS, "converted", "base and better copies"}
 
 
-class StoreContract:
-    """A store of any kind: `store` gives a fresh one, open until the test's end."""
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
+    """A model of one of `MODEL_KINDS`; nobody changes its files, so each is written once."""
+    models: dict[str, Stored] = {}
 
-    @pytest.fixture
-    def table(self) -> Iterator[SlotTable]:
-        table = SlotTable(64 * 6 * PAGE_BYTES, N_LAYERS, N_EXPERTS)
-        yield table
-        table.close()
+    def of(kind: str) -> Stored:
+        if kind not in models:
+            models[kind] = write_model(kind, tmp_path_factory.mktemp("model"))
+        return models[kind]
 
-    @pytest.fixture
-    def harness(
-        self, table: SlotTable, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> Iterator[Harness]:
-        """Closed before the table: reads under way write into it."""
+    return of
+
+
+@pytest.fixture
+def harness(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Callable[[str], Stored],
+) -> Iterator[Harness]:
+    """A store of the kind that the parameter names."""
+    harness: Harness
+    if request.param in MODEL_KINDS:
+        model = stored(request.param)
+        harness = OnFiles(model.source, monkeypatch, rows=model.rows, file_bytes=model.file_bytes)
+    else:
         harness = make_harness(request.param, tmp_path, monkeypatch)
-        yield harness
-        harness.release()
-        harness.store.close()
-
-
-def reserve(table: SlotTable, layer: int, expert: int) -> Slot:
-    slot = table.reserve(layer, expert, EXPERT_BYTES)
-    assert slot is not None
-    return slot
-
-
-def take(harness: Harness) -> Ticket:
-    return harness.store.completions.get(timeout=TIMEOUT_S)
-
-
-@pytest.mark.parametrize("harness", KINDS, indirect=True)
-class TestEveryStore(StoreContract):
-    def test_a_ticket_appears_when_its_slot_is_filled(self, harness: Harness, table: SlotTable) -> None:
-        slot = reserve(table, 1, 4)
-        submitted = harness.store.submit(slot)
-        ticket = take(harness)
-        assert ticket is submitted
-        assert ticket.error is None
-        np.testing.assert_array_equal(memory_of(slot), packed(rows_of(1, 4)))
-
-    def test_each_read_comes_back_once(self, harness: Harness, table: SlotTable) -> None:
-        slots = [reserve(table, layer, expert) for layer in range(N_LAYERS) for expert in range(N_EXPERTS)]
-        for i, slot in enumerate(slots):
-            harness.store.submit(slot, ahead=i % 3 == 0)
-        arrived = [take(harness).slot for _ in slots]
-        assert {(slot.layer, slot.expert) for slot in arrived} == {(slot.layer, slot.expert) for slot in slots}
-        assert harness.store.completions.empty()
-        for slot in slots:
-            np.testing.assert_array_equal(memory_of(slot), packed(rows_of(slot.layer, slot.expert)))
-
-    def test_read_bytes_are_the_experts_own(self, harness: Harness, table: SlotTable) -> None:
-        assert harness.store.submit(reserve(table, 0, 0)).read_bytes == EXPERT_BYTES
-
-    def test_a_receiver_gets_rows_and_completions_get_nothing(self, harness: Harness) -> None:
-        memory = np.zeros(EXPERT_BYTES, np.uint8)
-        received: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        submitted = harness.store.submit(Slot(2, 7, memory.ctypes.data, memory.size), receiver=received.put)
-        assert received.get(timeout=TIMEOUT_S) is submitted
-        np.testing.assert_array_equal(memory, rows_of(2, 7))
-        assert harness.store.completions.empty()
-
-    def test_nothing_appears_while_reads_are_late(self, harness: Harness, table: SlotTable) -> None:
-        harness.hold()
-        harness.store.submit(reserve(table, 0, 1))
-        with pytest.raises(queue.Empty):
-            harness.store.completions.get(timeout=0.02)
-        harness.release()
-        assert take(harness).slot.expert == 1
-
-    def test_what_is_wanted_overtakes_what_is_read_ahead(self, harness: Harness, table: SlotTable) -> None:
-        harness.hold()
-        for expert in range(N_EXPERTS):
-            harness.store.submit(reserve(table, 0, expert), ahead=True)
-        harness.store.submit(reserve(table, 1, 0))
-        harness.release()
-        order = [take(harness).slot for _ in range(N_EXPERTS + 1)]
-        # Those that had begun, and one that ends at the same time.
-        assert [slot.layer for slot in order].index(1) <= harness.store.depth + 1
-
-    def test_a_hurried_read_goes_first(self, harness: Harness, table: SlotTable) -> None:
-        harness.hold()
-        slots = [reserve(table, 0, expert) for expert in range(N_EXPERTS)]
-        for slot in slots:
-            harness.store.submit(slot, ahead=True)
-        harness.store.hurry(slots[-1])
-        harness.release()
-        order = [take(harness).slot.expert for _ in slots]
-        assert order.index(N_EXPERTS - 1) <= harness.store.depth + 1
-
-    def test_an_abandoned_read_ends_early_and_others_go_on(self, harness: Harness, table: SlotTable) -> None:
-        harness.hold()
-        slots = [reserve(table, 0, expert) for expert in range(6)]
-        for slot in slots:
-            harness.store.submit(slot, ahead=True)
-        for slot in (slots[0], slots[5]):  # begun, and not begun
-            harness.store.abandon(slot)
-        harness.release()
-        tickets = {ticket.slot.expert: ticket for ticket in (take(harness) for _ in slots)}
-        assert [expert for expert in range(6) if isinstance(tickets[expert].error, AbandonedError)] == [0, 5]
-        for expert in range(1, 5):
-            np.testing.assert_array_equal(memory_of(tickets[expert].slot), packed(rows_of(0, expert)))
-        harness.store.abandon(slots[1])  # over: too late
-        assert harness.store.completions.empty()
-
-    def test_a_failed_read_names_its_cause_and_others_go_on(self, harness: Harness, table: SlotTable) -> None:
-        harness.fail(0, 3)
-        for expert in range(6):
-            harness.store.submit(reserve(table, 0, expert))
-        tickets = {ticket.slot.expert: ticket for ticket in (take(harness) for _ in range(6))}
-        assert {expert for expert, ticket in tickets.items() if ticket.error is not None} == {3}
-        error = tickets[3].error
-        assert isinstance(error, StoreError)
-        assert "experts" in str(error)
-        assert "Input/output error" in str(error)
-        assert error.hint is not None
-        for expert in (0, 1, 2, 4, 5):
-            np.testing.assert_array_equal(memory_of(tickets[expert].slot), packed(rows_of(0, expert)))
-
-    def test_closing_does_not_wait_for_reads_that_have_not_begun(self, harness: Harness, table: SlotTable) -> None:
-        harness.hold()
-        for expert in range(N_EXPERTS):
-            harness.store.submit(reserve(table, 0, expert), ahead=expert % 2 == 0)
-        harness.release()
-        harness.store.close()  # a second `close` follows in the fixture
-        n_arrived = 0
-        while not harness.store.completions.empty():
-            n_arrived += harness.store.completions.get().error is None
-        assert n_arrived <= N_EXPERTS
-
-
-def test_the_other_copy_serves_what_one_cannot_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    harness = OnFiles(tmp_path, monkeypatch, mirrored=True)
-    (tmp_path / "a" / "experts").write_bytes(b"")
-    table = SlotTable(64 * 6 * PAGE_BYTES, N_LAYERS, N_EXPERTS)
-    slots = [reserve(table, 0, expert) for expert in range(N_EXPERTS)]
-    for slot in slots:
-        harness.store.submit(slot)
-    assert [take(harness).error for _ in slots] == [None] * N_EXPERTS
-    for slot in slots:
-        np.testing.assert_array_equal(memory_of(slot), packed(rows_of(0, slot.expert)))
-    assert "reading the other copy" in caplog.text
+    assert harness.checksums == (request.param in WITH_CHECKSUMS)
+    yield harness
+    harness.release()
     harness.store.close()
-    table.close()
+
+
+@pytest.fixture
+def desk(harness: Harness) -> Iterator[Desk]:
+    """Room for all experts of the store."""
+    desk = Desk(harness)
+    yield desk
+    harness.release()
+    harness.store.close()  # before the table: reads under way write into it
+    desk.table.close()
+
+
+class Desk:
+    """Slots for a store's experts, and what came back."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness, self.store = harness, harness.store
+        self.experts = [(n, expert) for n, layer in harness.layers.items() for expert in range(layer.n_experts)]
+        self.per_layer = harness.layers[0].n_experts
+        largest = max(harness.rows(*at, harness.best(*at)).size for at in self.experts)
+        self.table = SlotTable(len(self.experts) * (largest + PAGE_BYTES), len(harness.layers), self.per_layer)
+
+    def slot(self, layer: int, expert: int) -> Slot:
+        variant = self.harness.best(layer, expert)
+        slot = self.table.reserve(
+            layer, expert, self.harness.rows(layer, expert, variant).size, variant=variant, evict=False
+        )
+        assert slot is not None
+        return slot
+
+    def submit(self, layer: int, expert: int, *, ahead: bool = False) -> Ticket:
+        return self.store.submit(self.slot(layer, expert), ahead=ahead)
+
+    def take(self) -> Ticket:
+        return self.store.completions.get(timeout=TIMEOUT_S)
+
+    def is_right(self, slot: Slot) -> bool:
+        rows = self.harness.rows(slot.layer, slot.expert, slot.variant)
+        return np.array_equal(memory_of(slot), packed(rows))
+
+
+@pytest.mark.parametrize("harness", [*KINDS, *MODEL_KINDS], indirect=True)
+class TestEveryStore:
+    def test_every_expert_comes_back_once_right_and_read_once(self, desk: Desk) -> None:
+        submitted = [desk.submit(*at, ahead=i % 3 == 0) for i, at in enumerate(desk.experts)]
+        arrived = [desk.take() for _ in submitted]
+        assert sorted(map(id, arrived)) == sorted(map(id, submitted))
+        assert desk.store.completions.empty()
+        assert [ticket.error for ticket in arrived] == [None] * len(arrived)
+        assert all(desk.is_right(ticket.slot) for ticket in arrived)
+        sizes = {at: desk.harness.file_bytes(*at, desk.harness.best(*at)) for at in desk.experts}
+        assert {(t.slot.layer, t.slot.expert): t.read_bytes for t in arrived} == sizes
+        n_reads = sum(len(p.extents) for ticket in arrived for p in ticket.projections)
+        total = sum(sizes.values())
+        assert total <= desk.harness.asked_bytes < total + n_reads * 2 * PAGE_BYTES, "no more than whole pages"
+
+    def test_a_receiver_gets_rows_of_the_copy_it_asked_for_and_completions_get_nothing(self, desk: Desk) -> None:
+        received: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        for variant in range(desk.harness.best(0, 3) + 1):
+            rows = desk.harness.rows(0, 3, variant)
+            memory = np.zeros(rows.size, np.uint8)
+            slot = Slot(0, 3, memory.ctypes.data, memory.size, variant)
+            submitted = desk.store.submit(slot, receiver=received.put)
+            ticket = received.get(timeout=TIMEOUT_S)
+            assert ticket is submitted
+            assert (ticket.error, ticket.read_bytes) == (None, desk.harness.file_bytes(0, 3, variant))
+            np.testing.assert_array_equal(memory, rows)
+        assert desk.store.completions.empty()
+
+    def test_nothing_appears_while_reads_are_late(self, desk: Desk) -> None:
+        desk.harness.hold()
+        submitted = desk.submit(0, 1)
+        with pytest.raises(queue.Empty):
+            desk.store.completions.get(timeout=0.02)
+        desk.harness.release()
+        assert desk.take() is submitted
+
+    def test_a_slow_read_delays_nobody_else(self, desk: Desk) -> None:
+        desk.harness.hold_one(0, 0)
+        slow = desk.submit(0, 0)
+        others = [desk.submit(*at) for at in desk.experts[1:6]]
+        assert [desk.take().slot for _ in others] == [ticket.slot for ticket in others]
+        assert all(desk.is_right(ticket.slot) for ticket in others)
+        assert desk.store.completions.empty()
+        desk.harness.release()
+        assert desk.take() is slow
+        assert desk.is_right(slow.slot)
+
+    def test_what_is_wanted_overtakes_what_is_read_ahead(self, desk: Desk) -> None:
+        desk.harness.hold()
+        for expert in range(desk.per_layer):
+            desk.submit(0, expert, ahead=True)
+        desk.submit(1, 0)
+        desk.harness.release()
+        order = [desk.take().slot.layer for _ in range(desk.per_layer + 1)]
+        # Those that had begun, and one that ends at the same time.
+        assert order.index(1) <= desk.store.depth + 1
+
+    def test_a_hurried_read_goes_first(self, desk: Desk) -> None:
+        desk.harness.hold()
+        tickets = [desk.submit(0, expert, ahead=True) for expert in range(desk.per_layer)]
+        desk.store.hurry(tickets[-1].slot)
+        desk.harness.release()
+        order = [desk.take() for _ in tickets]
+        assert order.index(tickets[-1]) <= desk.store.depth + 1
+
+    def test_an_abandoned_read_ends_early_and_others_go_on(self, desk: Desk) -> None:
+        desk.harness.hold()
+        submitted = [desk.submit(0, expert, ahead=True) for expert in range(6)]
+        for expert in (0, 5):  # begun, and not begun
+            desk.store.abandon(submitted[expert].slot)
+        desk.harness.release()
+        tickets = {ticket.slot.expert: ticket for ticket in (desk.take() for _ in range(6))}
+        assert [expert for expert in range(6) if isinstance(tickets[expert].error, AbandonedError)] == [0, 5]
+        assert all(desk.is_right(tickets[expert].slot) for expert in range(1, 5))
+        desk.store.abandon(submitted[1].slot)  # over: too late
+        assert desk.store.completions.empty()
+
+    @pytest.mark.parametrize(
+        ("fault", "kind", "words"),
+        [
+            ("fail", StoreError, "Input/output error"),
+            ("end_early", StoreError, "the file ended at byte"),
+            ("damage", ChecksumError, "blk.0.ffn_up_exps.weight: expert 3 differs from its checksum"),
+        ],
+        ids=["EIO", "end of file", "damage"],
+    )
+    def test_a_read_that_fails_names_file_and_cause_and_others_go_on(
+        self, desk: Desk, fault: str, kind: type[StoreError], words: str
+    ) -> None:
+        getattr(desk.harness, fault)(0, 3)
+        submitted = [desk.submit(0, expert) for expert in range(6)]
+        for _ in submitted:
+            desk.take()
+        assert all(
+            ticket.error is None and desk.is_right(ticket.slot) for ticket in submitted if ticket.slot.expert != 3
+        )
+        error = submitted[3].error
+        if fault == "damage" and not desk.harness.checksums:
+            assert error is None, "nobody can tell"
+            assert not desk.is_right(submitted[3].slot)
+            return
+        assert type(error) is kind
+        assert words in str(error)
+        assert error.hint is not None
+        assert str(error).split(":")[0] in map(str, desk.harness.files)
+
+    def test_closing_ends_what_has_begun_and_waits_for_nothing_else(self, desk: Desk) -> None:
+        desk.harness.hold()
+        tickets = [desk.submit(*at, ahead=i % 2 == 0) for i, at in enumerate(desk.experts)]
+        closing = threading.Thread(target=desk.store.close, daemon=True)
+        closing.start()
+        desk.harness.release()
+        closing.join(TIMEOUT_S)
+        assert not closing.is_alive()
+        arrived = {id(desk.store.completions.get_nowait()) for _ in range(desk.store.completions.qsize())}
+        for ticket in tickets:  # each slot is whole or untouched: nobody writes into it now
+            assert desk.is_right(ticket.slot) if id(ticket) in arrived else not memory_of(ticket.slot).any()
+
+
+@pytest.mark.parametrize("harness", ["on two copies"], indirect=True)
+def test_the_other_copy_serves_what_one_cannot_read(
+    desk: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a" / "experts").write_bytes(b"")
+    tickets = [desk.submit(0, expert) for expert in range(N_EXPERTS)]
+    assert [desk.take().error for _ in tickets] == [None] * N_EXPERTS
+    assert all(desk.is_right(ticket.slot) for ticket in tickets)
+    assert "reading the other copy" in caplog.text
 
 
 def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put_together(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import localrun
 from localrun.api import demo
-from localrun.api.settings import AnswerOptions, Limits, LoadOptions, given
+from localrun.api.options import AnswerOptions, Limits, LoadOptions, given
 from localrun.errors import LocalrunError, UsageError
 from localrun.options import those
 from tests.test_import_hygiene import HEAVY, loaded_after

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions
+from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions
 from localrun.quant.convert.converter import MODEL_NAME, convert
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
 from localrun.quant.open import open_model
@@ -37,7 +37,7 @@ from localrun.quant.precision.error import exact_weights
 
 def convert_ours(source: Path, target: Path, base: GGMLQuantizationType | None, threads: int) -> None:
     """From safetensors to the finished directory."""
-    convert(source, target, PlanOptions(base=base), jobs=threads)
+    convert(source, target, ConversionOptions(base=base), jobs=threads)
 
 
 def quantize_theirs(exact: Path, target: Path, base: GGMLQuantizationType, threads: int) -> None:

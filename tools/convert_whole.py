@@ -20,9 +20,9 @@ from localrun.errors import LocalrunError, UsageError
 from localrun.quant.checkpoint.mapping import (
     BASE_TYPES,
     DENSE_TYPES,
+    ConversionOptions,
     ConversionPlan,
     PlannedTensor,
-    PlanOptions,
     make_plan,
 )
 from localrun.quant.convert import converter
@@ -82,7 +82,7 @@ class _SharingRun(converter._Run):
         done.update({twin: done[donor] for twin, donor in twins.items()})
 
 
-def convert_whole(source: Path, target: Path, options: PlanOptions, own_layers: int, *, jobs: int) -> int:
+def convert_whole(source: Path, target: Path, options: ConversionOptions, own_layers: int, *, jobs: int) -> int:
     """Writes the model; returns the bytes of its file, of which the disk holds a fraction.
 
     Raises:
@@ -126,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     base = None if options.base is None else BASE_TYPES[options.base]
     try:
-        plan_options = PlanOptions(DENSE_TYPES[options.dense], base)
-        size = convert_whole(options.source, options.target, plan_options, options.own_layers, jobs=options.jobs)
+        conversion_options = ConversionOptions(DENSE_TYPES[options.dense], base)
+        size = convert_whole(options.source, options.target, conversion_options, options.own_layers, jobs=options.jobs)
     except LocalrunError as error:
         print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
         return 1

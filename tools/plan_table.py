@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from localrun.engine.planner.boxes import BOXES, BY_SLUG, Box
 from localrun.engine.planner.hit_rates import Curve
-from localrun.engine.planner.plan import Plan, Settings
+from localrun.engine.planner.plan import Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Range
@@ -36,7 +36,7 @@ def cell(plan: Plan) -> tuple[str, str, str, str]:
     )
 
 
-def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], settings: Settings) -> list[tuple[str, ...]]:
+def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], options: PlanOptions) -> list[tuple[str, ...]]:
     """One row per box and model."""
     result: list[tuple[str, ...]] = []
     for box in boxes:
@@ -45,7 +45,7 @@ def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], settings: Settings)
         for model in models:
             name = f"{model.name.removeprefix('DeepSeek-V4-')} {model.experts[0].name}"
             try:
-                plan = make_plan(model, box.hardware, settings, suggest=False, rates=Curve())
+                plan = make_plan(model, box.hardware, options, suggest=False, rates=Curve())
             except BudgetError as error:
                 result.append((box.name, rates, name, "does not fit", "-", "-", str(error.hint)))
                 continue
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes_of(name, base=format_of(kind))
         for name, _, kind in (part.partition(":") for part in args.models.split(","))
     ]
-    print(table(rows(models, BOXES, Settings(n_ctx=args.context, kv_type=args.kv))))
+    print(table(rows(models, BOXES, PlanOptions(n_ctx=args.context, kv_type=args.kv))))
     return 0
 
 

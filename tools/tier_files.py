@@ -26,7 +26,7 @@ from localrun import cli
 from localrun.engine.measure.compare import compare_models
 from localrun.engine.options import EngineOptions
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.convert.overlay import write_overlay
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
@@ -82,7 +82,7 @@ class Files:
 def make_models(files: Files, checkpoint: Path) -> None:
     """Uniform formats, targets, and better copies of the experts that are used most, least, or drawn."""
     source = open_model(checkpoint)
-    plan = make_plan(Checkpoint.open(checkpoint), PlanOptions())
+    plan = make_plan(Checkpoint.open(checkpoint), ConversionOptions())
     dense = sum(tensor.info.n_bytes for tensor in plan.tensors.values() if not tensor.is_experts)
     n_weights = sum(3 * moe.n_experts * moe.n_embd * moe.n_ff for moe in source.moe_layers.values())
     like = files.convert("q2_k", "--base", "q2_k")

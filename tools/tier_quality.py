@@ -31,7 +31,7 @@ from localrun.engine.measure.evaluate import Scores, evaluate
 from localrun.engine.options import EngineOptions
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.model.source import Encoding, Extent, Projection
 from localrun.quant.precision.error import exact_weights, measure_errors, rounded
@@ -111,7 +111,7 @@ class Experiment:
         self._folder, self._n_threads = folder, n_threads
         checkpoint = Checkpoint.open(model)
         self.exact = CheckpointSource.open(model)
-        self._simulated = SimulatedSource(make_plan(checkpoint, PlanOptions(base=_T.F32)))
+        self._simulated = SimulatedSource(make_plan(checkpoint, ConversionOptions(base=_T.F32)))
         text = (model / "evaluation.txt").read_text("utf-8")
         cut = len(text) * 2 // 5
         own = CalibrationText("evaluation.txt, first part", "", text[:cut])

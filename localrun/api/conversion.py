@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from localrun.api import precision, splitting
 from localrun.api.following import Follower
+from localrun.api.options import Size
 from localrun.api.precision import Request
-from localrun.api.settings import Size
 from localrun.errors import DiskSpaceError, UsageError
 from localrun.units import format_size, parse_size
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
-    from localrun.quant.checkpoint.mapping import ConversionPlan, ImportanceLookup, PlanOptions
+    from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
     from localrun.quant.convert.converter import ConversionResult, Progress
     from localrun.quant.precision.solver import PrecisionSolution
 
@@ -184,7 +184,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     check_target(wanted.source, wanted.target_folder)
     out.status("checking the source")
     checkpoint = open_checkpoint(wanted.source)
-    plan = make_plan(checkpoint, _plan_options(wanted, options))
+    plan = make_plan(checkpoint, _conversion_options(wanted, options))
     request = precision.precision_request(wanted, options)
     if precision.needs_learning(options, wanted):
         check_precision_request(open_model(wanted.source), request)
@@ -233,15 +233,17 @@ def _choose(
         return None, plan
     if choice.solution is not None and not wanted.keep_experts:
         options = replace(options, base=choice.solution.base)
-    return choice, make_plan(checkpoint, _plan_options(wanted, options, choice.importance))
+    return choice, make_plan(checkpoint, _conversion_options(wanted, options, choice.importance))
 
 
-def _plan_options(wanted: Request, options: FormatOptions, importance: ImportanceLookup | None = None) -> PlanOptions:
-    from localrun.quant.checkpoint.mapping import DENSE_TYPES, PlanOptions
+def _conversion_options(
+    wanted: Request, options: FormatOptions, importance: ImportanceLookup | None = None
+) -> ConversionOptions:
+    from localrun.quant.checkpoint.mapping import DENSE_TYPES, ConversionOptions
 
     if wanted.keep_experts:
         importance = None  # what it would weigh is not written
-    return PlanOptions(DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts)
+    return ConversionOptions(DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts)
 
 
 def _dense_bytes(plan: ConversionPlan) -> int:
@@ -288,7 +290,7 @@ def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower)
 
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     checkpoint = open_overlay_source(wanted.source, folder)
-    plan = make_plan(checkpoint, _plan_options(wanted, options))
+    plan = make_plan(checkpoint, _conversion_options(wanted, options))
     choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
     changes = describe_changes(
         {"options": manifest.options, "identity": manifest.source.get("identity"), "source": str(checkpoint.path)},

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Unpack
 from localrun import config
 from localrun.api import demo, models
 from localrun.api.answer import Answer, Gathered
-from localrun.api.settings import AnswerOptions, LoadOptions, engine_options, given, sampling_options
+from localrun.api.options import AnswerOptions, LoadOptions, engine_options, given, sampling_options
 from localrun.engine.facts import ModelFacts
 from localrun.engine.process.process import EngineProcess, GenerateEvent
 from localrun.engine.process.protocol import CountTokens, Generate, Loading, Stats

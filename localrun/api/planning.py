@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from localrun import config
 from localrun.api import demo, models
-from localrun.api.settings import Limits, Size, given
+from localrun.api.options import Limits, Size, given
 from localrun.engine import memory
 from localrun.engine.options import check_context
 from localrun.errors import BudgetError, UsageError
@@ -93,7 +93,7 @@ def plan_with(
     probe: bool = True,
 ) -> Plan:
     """As `plan`, with limits as settings."""
-    from localrun.engine.planner.plan import Settings
+    from localrun.engine.planner.plan import PlanOptions
     from localrun.engine.planner.planner import make_plan
     from localrun.engine.planner.sizes import format_of, sizes_of
     from localrun.quant.checkpoint.official import BUILT_IN
@@ -105,7 +105,7 @@ def plan_with(
     check_context(settings["context"], sizes.shape.n_ctx_train or 0)
     hardware = hardware_of(machine, settings, sizes, probe=probe)
     _check_limits(settings, hardware)
-    wanted = Settings(
+    wanted = PlanOptions(
         ram_bytes=settings["ram"],
         vram_bytes=settings["vram"],
         n_ctx=settings["context"],

@@ -80,7 +80,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class FormatOptions:
-    """What was asked for, recipe and options together. `base` and `dense` as `PlanOptions` has them."""
+    """What was asked for, recipe and options together. `base` and `dense` as `ConversionOptions` has them."""
 
     base: GGMLQuantizationType | None
     dense: str
@@ -305,7 +305,7 @@ def evaluate(
     from localrun.api.texts import read_text
     from localrun.engine.measure.compare import compare_models
     from localrun.engine.options import EngineOptions
-    from localrun.quant.checkpoint.mapping import PlanOptions
+    from localrun.quant.checkpoint.mapping import ConversionOptions
     from localrun.quant.convert.converter import convert
     from localrun.quant.open import open_model
     from localrun.quant.precision.solver import expert_bytes
@@ -321,7 +321,7 @@ def evaluate(
         for kind in kinds:
             shutil.rmtree(folder, ignore_errors=True)
             out.status(f"converting to {kind.name.lower()} for comparison")
-            convert(source, folder, PlanOptions(dense, kind, importance))
+            convert(source, folder, ConversionOptions(dense, kind, importance))
             yield f"all {kind.name.lower()}", folder
 
     try:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localrun.api.settings import engine_options
+from localrun.api.options import engine_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.errors import UsageError

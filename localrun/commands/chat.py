@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from localrun import config, interrupts
 from localrun.api import demo, models
 from localrun.api.model import generate_command
-from localrun.api.settings import engine_options, sampling_options
+from localrun.api.options import engine_options, sampling_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.options import EngineOptions

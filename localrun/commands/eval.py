@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import structs
 
 from localrun import paths
-from localrun.api.settings import engine_options
+from localrun.api.options import engine_options
 from localrun.api.texts import read_text
 from localrun.commands import common
 from localrun.commands.output import Output, Progress

@@ -14,7 +14,7 @@ from localrun import config
 from localrun.api import models
 from localrun.api.answer import Gathered
 from localrun.api.model import generate_command
-from localrun.api.settings import engine_options
+from localrun.api.options import engine_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.conversations.attachments import read_attachment, with_attachments

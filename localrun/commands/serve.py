@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
-from localrun.api.settings import engine_options, sampling_options
+from localrun.api.options import engine_options, sampling_options
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.engine.facts import ModelFacts

@@ -14,7 +14,7 @@ import pytest
 from localrun import cli
 from localrun.engine.planner.bars import bar_lines, bars, shares
 from localrun.engine.planner.boxes import BY_SLUG
-from localrun.engine.planner.plan import Plan, Settings
+from localrun.engine.planner.plan import Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import sizes_of
 
@@ -23,7 +23,7 @@ BOX = "gpu-24-ram-64"
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(sizes_of("flash"), BY_SLUG[BOX].hardware, Settings())
+    return make_plan(sizes_of("flash"), BY_SLUG[BOX].hardware, PlanOptions())
 
 
 def test_bars_are_as_long_as_what_they_stand_for(plan: Plan) -> None:

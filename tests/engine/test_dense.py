@@ -16,7 +16,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.sizes import sizes_of
 from localrun.errors import UsageError
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import convert
 from tests.checkpoints import write_small
 from tests.quant.convert.test_quantized_base import WIDE
@@ -39,7 +39,7 @@ def logits(path: Path, dense: str | None = None) -> tuple[np.ndarray[tuple[int],
 
 
 def test_answers_are_those_of_a_model_converted_to_the_type(checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "out", PlanOptions(QT.Q4_K))
+    convert(checkpoint, tmp_path / "out", ConversionOptions(QT.Q4_K))
     converted, n_bytes = logits(tmp_path / "out")
     loaded, loaded_bytes = logits(checkpoint, "q4_k")
     np.testing.assert_array_equal(loaded, converted)

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import MODEL_NAME, convert
 from localrun.quant.open import open_model
 from tests.offload.models import F32, logits
@@ -129,7 +129,7 @@ def test_the_comparison_sees_what_rounding_experts_activations_costs(measured: M
 @pytest.mark.parametrize("math", ["f32", "int8"])
 def test_directory_gguf_and_official_checkpoint_give_the_same_logits(name: str, math: str, tmp_path: Path) -> None:
     oracle = unpack(name, tmp_path)
-    convert(oracle.path, tmp_path / "out", PlanOptions(QT.Q8_0))
+    convert(oracle.path, tmp_path / "out", ConversionOptions(QT.Q8_0))
     (tmp_path / "foreign").mkdir()
     foreign = tmp_path / "foreign" / "somebody-elses.gguf"
     foreign.write_bytes((tmp_path / "out" / MODEL_NAME).read_bytes())

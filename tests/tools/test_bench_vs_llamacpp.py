@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import convert
 from tests.checkpoints import write_small
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
@@ -82,7 +82,7 @@ def test_experts_that_stay_in_a_checkpoint_are_no_file_for_llamacpp(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_small(tmp_path / "source")
-    convert(source, tmp_path / "small", PlanOptions(keep_experts=True))
+    convert(source, tmp_path / "small", ConversionOptions(keep_experts=True))
     assert versus.main([str(tmp_path / "small")]) == 1
     error = capsys.readouterr().err
     assert f"its experts are in the checkpoint {source}" in error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from localrun.engine.planner.boxes import BOXES
-from localrun.engine.planner.plan import Settings
+from localrun.engine.planner.plan import PlanOptions
 from localrun.engine.planner.sizes import format_of, sizes_of
 from tools.plan_table import rows, short_table, table
 
@@ -18,5 +18,5 @@ def test_the_readme_has_what_the_planner_says() -> None:
 
 def test_the_planners_page_has_what_the_planner_says() -> None:
     models = [sizes_of(name, base=format_of(kind)) for name in ("flash", "pro") for kind in ("mxfp4", "q2_k")]
-    expected = table(rows(models, BOXES, Settings(n_ctx=32768)))
+    expected = table(rows(models, BOXES, PlanOptions(n_ctx=32768)))
     assert expected in (ROOT / "docs" / "planner.md").read_text("utf-8"), "run: python -m tools.plan_table"

@@ -8,7 +8,7 @@ import pytest
 
 from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.hardware import Hardware
-from localrun.engine.planner.plan import Settings
+from localrun.engine.planner.plan import PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, sizes_of
 from localrun.offload.cache.trace import TraceHeader
@@ -43,7 +43,7 @@ def test_time_follows_from_what_the_slot_table_misses(slice_of_flash: ModelSizes
         ("more", machine, 5 * GIB),
         ("all", machine, 12 * GIB),
     ):
-        plan = make_plan(slice_of_flash, box, Settings(ram_bytes=ram, n_ctx=4096), suggest=False)
+        plan = make_plan(slice_of_flash, box, PlanOptions(ram_bytes=ram, n_ctx=4096), suggest=False)
         results[name] = simulate(name, slice_of_flash, plan, calls, header, warm_up=0.0)
         assert results[name].prefill is not None
     little, fast, more, everything = (results[name] for name in ("little", "fast drive", "more", "all"))
@@ -56,7 +56,7 @@ def test_time_follows_from_what_the_slot_table_misses(slice_of_flash: ModelSizes
 
 
 def test_the_table_has_a_row_per_box_and_model(slice_of_flash: ModelSizes) -> None:
-    rows = plan_table.rows([slice_of_flash], BOXES, Settings())
+    rows = plan_table.rows([slice_of_flash], BOXES, PlanOptions())
     assert len(rows) == len(BOXES)
     text = plan_table.table(rows)
     assert text.count("\n") == len(rows) + 1

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
 from tools import make_checkpoint, shared_extents
@@ -81,7 +81,7 @@ def test_the_converted_model_is_the_converters_byte_for_byte(folder: Path) -> No
     source = folder / "source"
     write_checkpoint(source, spec(), own_layers=2)
     convert(source, folder / "plain")
-    size = convert_whole(source, folder / "shared", PlanOptions(), 2, jobs=2)
+    size = convert_whole(source, folder / "shared", ConversionOptions(), 2, jobs=2)
     assert size == (folder / "shared" / "model.gguf").stat().st_size
     assert sorted(path.name for path in (folder / "shared").iterdir()) == ["localrun.json", "model.gguf"]
     for name in ("localrun.json", "model.gguf"):

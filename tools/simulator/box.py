@@ -26,7 +26,7 @@ from typing import Any
 from localrun.engine.planner import speed
 from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.hardware import Hardware, detect
-from localrun.engine.planner.plan import Plan, Settings, residency
+from localrun.engine.planner.plan import Plan, PlanOptions, residency
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import slowest
@@ -126,10 +126,10 @@ class _Clock:
         place = residency(sizes, machine, at)
         n_layers = max(1, len(sizes.shape.moe_layers))
         self._token_s = (
-            sum(speed.dense_token(sizes, place, machine, plan.settings.position or 0, "f16").values()) / n_layers
+            sum(speed.dense_token(sizes, place, machine, plan.options.position or 0, "f16").values()) / n_layers
         )
-        batch = plan.settings.n_batch
-        position = plan.settings.prompt_tokens // 2
+        batch = plan.options.n_batch
+        position = plan.options.prompt_tokens // 2
         self._prompt_token_s = (
             sum(speed.dense_batch(sizes, place, machine, batch, position).values()) / n_layers / batch
         )
@@ -233,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         calls, header = trace_of(args, sizes)
         for name, machine in boxes(args, sizes):
             started = time.perf_counter()
-            settings = Settings(ram_bytes=args.ram, n_ctx=args.context, n_batch=args.batch, position=args.tokens // 2)
+            options = PlanOptions(ram_bytes=args.ram, n_ctx=args.context, n_batch=args.batch, position=args.tokens // 2)
             try:
-                plan = make_plan(sizes, machine, settings, suggest=False)
+                plan = make_plan(sizes, machine, options, suggest=False)
             except BudgetError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue

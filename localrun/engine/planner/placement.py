@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from localrun.engine import memory
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
-from localrun.engine.planner.plan import GpuShare, Placement, Settings
+from localrun.engine.planner.plan import GpuShare, Placement, PlanOptions
 from localrun.engine.planner.sizes import ModelSizes, padded
 from localrun.errors import BudgetError
 from localrun.units import format_size
@@ -62,7 +62,7 @@ def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -
 
 
 def place(
-    sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int, gpu: GpuShare | None = None
+    sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int, gpu: GpuShare | None = None
 ) -> Placement:
     """Shares out the memory.
 
@@ -73,23 +73,23 @@ def place(
         BudgetError: it does not fit.
     """
     dense = sizes.dense_bytes
-    kv = sizes.kv_bytes(n_ctx, settings.kv_type, settings.n_batch)
-    compute = compute_bytes(sizes, n_ctx, settings.n_batch)
+    kv = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
+    compute = compute_bytes(sizes, n_ctx, options.n_batch)
     fixed = dense + kv + compute
     if gpu is None:
-        gpu = gpu_share(machine, settings.vram_bytes, fixed)
+        gpu = gpu_share(machine, options.vram_bytes, fixed)
     slot = max(1.0, sizes.mean_slot_bytes)
     gpu_experts = min(sizes.n_copies, int(gpu.expert_bytes / slot))
     rest = sizes.n_copies - gpu_experts
     rest_bytes = int(rest * slot + sizes.staging_bytes) if rest else 0
-    spare, ram = 0, settings.ram_bytes
+    spare, ram = 0, options.ram_bytes
     if machine.ram_bytes is not None:
         left = machine.ram_bytes - PROCESS_BYTES - (0 if gpu.dense else fixed)
         if ram is None:
             spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
             ram = max(0, left - spare)
-        _check(sizes, machine, settings, n_ctx, left, min(ram, rest_bytes))
-        if settings.ram_bytes is None and sizes.n_copies:
+        _check(sizes, machine, options, n_ctx, left, min(ram, rest_bytes))
+        if options.ram_bytes is None and sizes.n_copies:
             ram = max(ram, sizes.floor_bytes)
             spare = max(0, min(spare, left - ram))
     arena = (rest_bytes if ram is None else min(ram, rest_bytes)) - sizes.staging_bytes
@@ -106,7 +106,7 @@ def place(
     )
 
 
-def _check(sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int, left: int, ram: int) -> None:
+def _check(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int, left: int, ram: int) -> None:
     """Refuses what can't fit.
 
     Args:
@@ -116,35 +116,35 @@ def _check(sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int,
     floor = sizes.floor_bytes if sizes.n_copies else 0
     assert machine.ram_bytes is not None
     free = format_size(machine.ram_bytes)
-    if settings.ram_bytes is not None and ram > left >= floor:
+    if options.ram_bytes is not None and ram > left >= floor:
         raise BudgetError(
-            f"--ram {format_size(settings.ram_bytes)} and {format_size(machine.ram_bytes - left)} for the dense model, "
+            f"--ram {format_size(options.ram_bytes)} and {format_size(machine.ram_bytes - left)} for the dense model, "
             f"its context and buffers are more than the {free} that are free",
             hint=f"give --ram {_gib(left)} at most, or leave it out",
         )
     if left < floor:
         raise BudgetError(
             f"{sizes.name} does not fit: dense model {format_size(sizes.dense_bytes)}, KV cache of {n_ctx} tokens "
-            f"{format_size(sizes.kv_bytes(n_ctx, settings.kv_type, settings.n_batch))}, buffers "
-            f"{format_size(compute_bytes(sizes, n_ctx, settings.n_batch))}, process {format_size(PROCESS_BYTES)}, "
+            f"{format_size(sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch))}, buffers "
+            f"{format_size(compute_bytes(sizes, n_ctx, options.n_batch))}, process {format_size(PROCESS_BYTES)}, "
             f"experts of one layer {format_size(floor)}; free are {free}",
-            hint=_nearest(sizes, machine, settings, n_ctx),
+            hint=_nearest(sizes, machine, options, n_ctx),
         )
 
 
-def _nearest(sizes: ModelSizes, machine: Hardware, settings: Settings, n_ctx: int) -> str:
+def _nearest(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int) -> str:
     """The mildest change with which it fits."""
     assert machine.ram_bytes is not None
 
     def needed(n_ctx: int, kv_type: str) -> int:
-        context = sizes.kv_bytes(n_ctx, kv_type, settings.n_batch) + compute_bytes(sizes, n_ctx, settings.n_batch)
+        context = sizes.kv_bytes(n_ctx, kv_type, options.n_batch) + compute_bytes(sizes, n_ctx, options.n_batch)
         return sizes.dense_bytes + context + PROCESS_BYTES + (sizes.floor_bytes if sizes.n_copies else 0)
 
-    for changed, kv_type in _milder(n_ctx, settings.kv_type):
+    for changed, kv_type in _milder(n_ctx, options.kv_type):
         if needed(changed, kv_type) <= machine.ram_bytes:
-            return f"it fits with --context {changed}" + (f" --kv {kv_type}" if kv_type != settings.kv_type else "")
+            return f"it fits with --context {changed}" + (f" --kv {kv_type}" if kv_type != options.kv_type else "")
     least = min(
-        needed(changed, kv_type) for changed, kv_type in [(n_ctx, settings.kv_type), *_milder(n_ctx, settings.kv_type)]
+        needed(changed, kv_type) for changed, kv_type in [(n_ctx, options.kv_type), *_milder(n_ctx, options.kv_type)]
     )
     return f"{format_size(least)} must be free even with the smallest context: close other programs, or use a larger machine"
 

@@ -1,4 +1,4 @@
-"""A plan and what it is made of: settings, places, estimates, suggestions. Numbers, no handles; made by `planner.py`."""
+"""A plan and what it is made of: options, placement, estimates, suggestions. Numbers, no handles; made by `planner.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class PlanOptions:
     """What a user may choose. None and 0: the planner chooses.
 
     Attributes:
@@ -43,7 +43,7 @@ class Settings:
     fixed: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, options: EngineOptions) -> Settings:
+    def of(cls, options: EngineOptions) -> PlanOptions:
         """Of an engine that is about to load."""
         return cls(
             ram_bytes=options.ram_bytes,
@@ -122,7 +122,7 @@ class Plan:
 
     sizes: ModelSizes
     machine: Hardware
-    settings: Settings
+    options: PlanOptions
     n_ctx: int
     placement: Placement
     decode: Range | None
@@ -154,14 +154,14 @@ class Plan:
 
     def decode_at(self, position: int) -> Range:
         """Answers with so many tokens in the context."""
-        place = residency(self.sizes, self.machine, self.placement, adaptive=self.settings.adaptive)
-        kv_type = self.settings.kv_type
+        place = residency(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
+        kv_type = self.options.kv_type
         return predict_decode(self.sizes, place, self.machine, self.rates, position=position, kv_type=kv_type)
 
     def prefill_of(self, prompt_tokens: int) -> Range:
         """A prompt of so many tokens."""
-        place = residency(self.sizes, self.machine, self.placement, adaptive=self.settings.adaptive)
-        n_batch = self.settings.n_batch
+        place = residency(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
+        n_batch = self.options.n_batch
         return predict_prefill(
             self.sizes, place, self.machine, self.rates, prompt_tokens=prompt_tokens, n_batch=n_batch
         )

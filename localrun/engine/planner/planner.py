@@ -14,7 +14,7 @@ from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plain import predict_plain
-from localrun.engine.planner.plan import GpuShare, Plan, Settings, residency
+from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, residency
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
@@ -48,7 +48,7 @@ def plan_load(
     return make_plan(
         sizes,
         machine,
-        Settings.of(options),
+        PlanOptions.of(options),
         suggest=suggest,
         rates=rates if learned else Unlearned(rates),
         gpu=gpu or GpuShare(),
@@ -58,7 +58,7 @@ def plan_load(
 def make_plan(
     sizes: ModelSizes,
     machine: Hardware,
-    settings: Settings | None = None,
+    options: PlanOptions | None = None,
     *,
     suggest: bool = True,
     rates: HitRates | None = None,
@@ -74,32 +74,32 @@ def make_plan(
     Raises:
         BudgetError: as `plan_load`.
     """
-    settings = settings or Settings()
-    n_ctx = settings.n_ctx or min(sizes.shape.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    placement = place(sizes, machine, settings, n_ctx, gpu)
+    options = options or PlanOptions()
+    n_ctx = options.n_ctx or min(sizes.shape.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    placement = place(sizes, machine, options, n_ctx, gpu)
     if rates is None:
         rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
     decode = prefill = plain = None
     if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
-        at = residency(sizes, machine, placement, adaptive=settings.adaptive)
-        position = min(n_ctx // 4, 8192) if settings.position is None else settings.position
-        decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=settings.kv_type)
+        at = residency(sizes, machine, placement, adaptive=options.adaptive)
+        position = min(n_ctx // 4, 8192) if options.position is None else options.position
+        decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=options.kv_type)
         if sizes.n_copies:
             plain = predict_plain(
                 sizes,
                 machine,
                 rates,
                 context_bytes=placement.kv_bytes + placement.compute_bytes,
-                vram_bytes=settings.vram_bytes,
+                vram_bytes=options.vram_bytes,
                 position=position,
-                kv_type=settings.kv_type,
+                kv_type=options.kv_type,
             )
-        prompt_tokens = min(settings.prompt_tokens, n_ctx)
-        prefill = predict_prefill(sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=settings.n_batch)
+        prompt_tokens = min(options.prompt_tokens, n_ctx)
+        prefill = predict_prefill(sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=options.n_batch)
     plan = Plan(
         sizes=sizes,
         machine=machine,
-        settings=settings,
+        options=options,
         n_ctx=n_ctx,
         placement=placement,
         decode=decode,
@@ -110,7 +110,7 @@ def make_plan(
     if not suggest or decode is None:
         return plan
 
-    def again(sizes: ModelSizes, machine: Hardware, settings: Settings) -> Plan:
-        return make_plan(sizes, machine, settings, suggest=False, rates=rates, gpu=gpu)
+    def again(sizes: ModelSizes, machine: Hardware, options: PlanOptions) -> Plan:
+        return make_plan(sizes, machine, options, suggest=False, rates=rates, gpu=gpu)
 
     return replace(plan, suggestions=tuple(suggestions(plan, again)))

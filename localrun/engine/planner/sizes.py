@@ -21,7 +21,7 @@ from localrun.errors import FormatError, UsageError
 from localrun.offload.cache.store import staging_bytes, staging_bytes_aligned
 from localrun.offload.kernels.layout import expert_layout
 from localrun.options import KV_TYPES
-from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions, target_type
+from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions, target_type
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
 from localrun.quant.checkpoint.official import BUILT_IN, NAMES
 from localrun.quant.checkpoint.schema import Role, TensorSpec, trunk_tensors
@@ -224,7 +224,7 @@ def sizes_of(
         UsageError: `base` or `dense` for a model whose formats are fixed.
         FormatError, UnsupportedModelError: as `open_model`.
     """
-    options = PlanOptions(dense or _T.Q8_0, base)
+    options = ConversionOptions(dense or _T.Q8_0, base)
     if str(model) in BUILT_IN and not Path(model).exists():
         config = parse_config(Path(str(model)), BUILT_IN[str(model)])
         return sizes_of_config(config, NAMES[str(model)], options)
@@ -241,9 +241,9 @@ def sizes_of(
     return sizes.with_experts(base)
 
 
-def sizes_of_config(config: ModelConfig, name: str, options: PlanOptions | None = None) -> ModelSizes:
+def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions | None = None) -> ModelSizes:
     """Sizes of a conversion of the official FP4 checkpoint with this config."""
-    options = options or PlanOptions()
+    options = options or ConversionOptions()
     dense: Counter[str] = Counter()
     weights = 0
     expert_types: list[GGMLQuantizationType] = []
@@ -346,7 +346,7 @@ def _part(name: str) -> str:
     return next((part for part, marks in _COMPONENTS if any(mark in name for mark in marks)), "other")
 
 
-def _tensor_bytes(spec: TensorSpec, options: PlanOptions) -> int:
+def _tensor_bytes(spec: TensorSpec, options: ConversionOptions) -> int:
     return tensor_bytes(target_type(spec, spec.dtype, options), tuple(reversed(spec.shape)))
 
 

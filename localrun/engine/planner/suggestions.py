@@ -1,4 +1,4 @@
-"""What would make a model faster: plans of it on a changed machine or with changed settings, never fixed sentences."""
+"""What would make a model faster: plans of it on a changed machine or with changed options, never fixed sentences."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gguf import GGMLQuantizationType
 
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.placement import MIN_CONTEXT
-from localrun.engine.planner.plan import Plan, Settings, Suggestion
+from localrun.engine.planner.plan import Plan, PlanOptions, Suggestion
 from localrun.engine.planner.sizes import ModelSizes, padded
 from localrun.errors import BudgetError
 from localrun.units import format_size
 
-Again = Callable[[ModelSizes, Hardware, Settings], Plan]
+Again = Callable[[ModelSizes, Hardware, PlanOptions], Plan]
 """Plans something else."""
 
 _SMALLER = (
@@ -40,9 +40,9 @@ def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
     assert plan.prefill is not None
     base = plan.decode.likely.tokens_per_s
     result = []
-    for text, cost, changed_sizes, machine, settings in _changes(plan):
+    for text, cost, changed_sizes, machine, options in _changes(plan):
         try:
-            changed = again(changed_sizes, machine, settings)
+            changed = again(changed_sizes, machine, options)
         except BudgetError:
             continue
         assert changed.decode is not None
@@ -58,10 +58,10 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
     """More tokens of a prompt per step, where that makes prompts faster and answers hardly slower."""
     assert plan.decode is not None
     assert plan.prefill is not None
-    if "batch" in plan.settings.fixed or plan.settings.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
+    if "batch" in plan.options.fixed or plan.options.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
         return []
     try:
-        changed = again(plan.sizes, plan.machine, replace(plan.settings, n_batch=LARGE_BATCH))
+        changed = again(plan.sizes, plan.machine, replace(plan.options, n_batch=LARGE_BATCH))
     except BudgetError:
         return []
     assert changed.decode is not None
@@ -75,25 +75,25 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
     return [Suggestion(text=f"--batch {LARGE_BATCH}", cost=cost, gain=gain, tokens_per_s=rate, phase="prompts")]
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, Settings]]:
+def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanOptions]]:
     """Each change as a command or an option, with its cost. What the user set himself stays as it is."""
-    sizes, machine, settings = plan.sizes, plan.machine, plan.settings
+    sizes, machine, options = plan.sizes, plan.machine, plan.options
     total = machine.total_ram_bytes
-    if total is not None and machine.ram_bytes is not None and settings.ram_bytes is None:
+    if total is not None and machine.ram_bytes is not None and options.ram_bytes is None:
         larger = next((size for size in _RAM_SIZES if size > 1.15 * total), None)
         if larger is not None:
             more = replace(machine, ram_bytes=machine.ram_bytes + larger - total, total_ram_bytes=larger)
-            yield f"--machine-ram {larger >> 30}GiB", f"{format_size(larger - total)} more RAM", sizes, more, settings
+            yield f"--machine-ram {larger >> 30}GiB", f"{format_size(larger - total)} more RAM", sizes, more, options
     if machine.n_drives == 1:
         cost = f"a copy of {format_size(sizes.expert_file_bytes + sizes.dense_bytes)} on a second drive"
-        yield "--mirror DIR", cost, sizes, replace(machine, n_drives=2), settings
+        yield "--mirror DIR", cost, sizes, replace(machine, n_drives=2), options
     for kind in _SMALLER:
         smaller = sizes.with_experts(kind) if sizes.n_copies else sizes
         if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
             cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, less exact answers"
-            yield f"convert --base {kind.name.lower()}", cost, smaller, machine, settings
-    if plan.n_ctx > 2 * MIN_CONTEXT and not settings.n_ctx:
-        less = replace(settings, n_ctx=padded(plan.n_ctx // 2))
+            yield f"convert --base {kind.name.lower()}", cost, smaller, machine, options
+    if plan.n_ctx > 2 * MIN_CONTEXT and not options.n_ctx:
+        less = replace(options, n_ctx=padded(plan.n_ctx // 2))
         yield f"--context {less.n_ctx}", "a shorter conversation", sizes, machine, less
-    if settings.kv_type in ("f16", "bf16", "f32") and "kv" not in settings.fixed:
-        yield "--kv q8_0", "a rounded KV cache", sizes, machine, replace(settings, kv_type="q8_0")
+    if options.kv_type in ("f16", "bf16", "f32") and "kv" not in options.fixed:
+        yield "--kv q8_0", "a rounded KV cache", sizes, machine, replace(options, kv_type="q8_0")

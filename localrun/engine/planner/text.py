@@ -28,7 +28,7 @@ def plan_lines(plan: Plan) -> list[str]:
         model += f", {sizes.n_copies} experts {format_size(sizes.expert_file_bytes)} ({kinds})"
     place = "on the GPU" if at.dense_on_gpu else "in RAM"
     memory_line = (
-        f"dense {format_size(at.dense_bytes)}, {plan.settings.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
+        f"dense {format_size(at.dense_bytes)}, {plan.options.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
         f"buffers {format_size(at.compute_bytes)} (derived from the model's shape), all {place}"
     )
     if at.headroom_bytes:
@@ -112,7 +112,7 @@ def _experts(plan: Plan) -> str:
         f"{likely.disk_bytes / 1e9:.2f} GB per token from the drive"
         + (
             " (--adaptive: from the base's copies; better ones follow)"
-            if plan.settings.adaptive and sizes.base_bytes
+            if plan.options.adaptive and sizes.base_bytes
             else ""
         )
     )
@@ -126,7 +126,7 @@ def _span(span: Range) -> str:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Everything."""
-    sizes, machine, at, settings = plan.sizes, plan.machine, plan.placement, plan.settings
+    sizes, machine, at, options = plan.sizes, plan.machine, plan.placement, plan.options
     return {
         "format": FORMAT,
         "model": {
@@ -165,15 +165,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "settings": {
             "n_ctx": plan.n_ctx,
-            "kv_type": settings.kv_type,
-            "n_batch": settings.n_batch,
-            "prompt_tokens": settings.prompt_tokens,
+            "kv_type": options.kv_type,
+            "n_batch": options.n_batch,
+            "prompt_tokens": options.prompt_tokens,
         },
         "placement": {
             "dense_on_gpu": at.dense_on_gpu,
             "dense_bytes": at.dense_bytes,
             "kv_bytes": at.kv_bytes,
-            "kv": sizes.kv(plan.n_ctx, settings.kv_type, settings.n_batch),
+            "kv": sizes.kv(plan.n_ctx, options.kv_type, options.n_batch),
             "compute_bytes": at.compute_bytes,
             "ram_bytes": at.ram_bytes,
             "headroom_bytes": at.headroom_bytes,

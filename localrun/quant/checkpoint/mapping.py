@@ -43,7 +43,7 @@ DENSE_TYPES: Mapping[str, GGMLQuantizationType] = {
 """What FP8 dense matrices may become; bf16 and f32 are exact."""
 
 BASE_TYPES = EXPERT_TYPES
-"""What `PlanOptions.base` may be, by name."""
+"""What `ConversionOptions.base` may be, by name."""
 
 EXACT_OR_EIGHT_BIT = frozenset({_T.MXFP4, _T.Q8_0, _T.BF16, _T.F32})
 """Types of experts that lose nothing, or too little for importance to matter."""
@@ -83,7 +83,7 @@ class ImportanceLookup(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PlanOptions:
+class ConversionOptions:
     """What the user may choose.
 
     Attributes:
@@ -202,7 +202,7 @@ class ConversionPlan:
     """
 
     checkpoint: Checkpoint
-    options: PlanOptions
+    options: ConversionOptions
     metadata: Mapping[str, GgufValue]
     tensors: Mapping[str, PlannedTensor]
     header: bytes
@@ -216,7 +216,7 @@ class ConversionPlan:
         return xxhash.xxh3_128_hexdigest(self.header + (self.checkpoint.identity + importance).encode())
 
 
-def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> ConversionPlan:
+def make_plan(checkpoint: Checkpoint, options: ConversionOptions | None = None) -> ConversionPlan:
     """Plans a GGUF.
 
     Raises:
@@ -224,7 +224,7 @@ def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> Con
         FormatError: a damaged tokenizer.
         UnsupportedModelError: llama.cpp could not run the result.
     """
-    options = options or PlanOptions()
+    options = options or ConversionOptions()
     config = checkpoint.config
     tokenizer = tokenizer_metadata(checkpoint.path, config)
     shaped = [
@@ -250,7 +250,7 @@ def make_plan(checkpoint: Checkpoint, options: PlanOptions | None = None) -> Con
 
 
 def _outputs(
-    tensors: Iterable[SourceTensor], options: PlanOptions
+    tensors: Iterable[SourceTensor], options: ConversionOptions
 ) -> dict[tuple[str, GGMLQuantizationType], list[SourceTensor]]:
     """Source tensors by the output tensor that they become part of, in file order: dense first."""
     dense: dict[tuple[str, GGMLQuantizationType], list[SourceTensor]] = {}
@@ -262,7 +262,7 @@ def _outputs(
     return dense | experts
 
 
-def target_type(spec: TensorSpec, dtype: str, options: PlanOptions) -> GGMLQuantizationType:
+def target_type(spec: TensorSpec, dtype: str, options: ConversionOptions) -> GGMLQuantizationType:
     """ggml type that a tensor stored as `dtype` becomes.
 
     Raises:

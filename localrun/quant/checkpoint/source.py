@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 
 from localrun.errors import CheckpointError
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import ConversionPlan, Part, PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, Part, make_plan
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 
 _SLICE_BYTES = 16 << 20
@@ -55,7 +55,7 @@ class CheckpointSource:
         """
         checkpoint = Checkpoint.open(path)
         fp8_experts = any(tensor.spec.expert == 0 and tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors)
-        return cls(make_plan(checkpoint, PlanOptions(dense, _fp8_experts(dense) if fp8_experts else None)))
+        return cls(make_plan(checkpoint, ConversionOptions(dense, _fp8_experts(dense) if fp8_experts else None)))
 
     @property
     def dense(self) -> GGMLQuantizationType:

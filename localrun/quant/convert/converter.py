@@ -27,7 +27,7 @@ import xxhash
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionPlan, Part, PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionOptions, ConversionPlan, Part, make_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.journal import Journal, PartResult
 from localrun.quant.convert.report import build_manifest
@@ -177,7 +177,7 @@ class Place:
 def convert(
     source: Path,
     target: Path,
-    options: PlanOptions | None = None,
+    options: ConversionOptions | None = None,
     *,
     jobs: int = DEFAULT_JOBS,
     progress: Callable[[Progress], None] | None = None,

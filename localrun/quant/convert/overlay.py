@@ -19,10 +19,10 @@ from localrun.errors import StoreError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint, SourceTensor, is_checkpoint
 from localrun.quant.checkpoint.mapping import (
     ALIGNMENT,
+    ConversionOptions,
     ConversionPlan,
     ImportanceLookup,
     PlannedTensor,
-    PlanOptions,
     check_type,
     shape_tensor,
 )
@@ -77,7 +77,7 @@ def plan_overlay(
         for ((info, parts), layer, projection), offset in zip(shaped, tensor_offsets(infos, ALIGNMENT), strict=True)
     }
     last = tensors[infos[-1].name]
-    options = PlanOptions(importance=importance)
+    options = ConversionOptions(importance=importance)
     file_size = align_up(last.offset + last.info.n_bytes, ALIGNMENT)
     return ConversionPlan(checkpoint, options, metadata, tensors, header, file_size, ())
 

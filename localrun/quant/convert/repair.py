@@ -22,10 +22,10 @@ from localrun.quant.checkpoint.mapping import (
     ALIGNMENT,
     BASE_TYPES,
     DENSE_TYPES,
+    ConversionOptions,
     ConversionPlan,
     ImportanceLookup,
     Part,
-    PlanOptions,
     make_plan,
     shape_tensor,
 )
@@ -119,7 +119,9 @@ def _base_plan(manifest: Manifest, checkpoint: Checkpoint, importance: Importanc
     if dense not in DENSE_TYPES or not (base == "default" or base in BASE_TYPES):
         raise FormatError(f"the manifest's options {dense!r}, {base!r} are unknown", hint="convert again")
     kept = manifest.kept is not None
-    return make_plan(checkpoint, PlanOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance, kept))
+    return make_plan(
+        checkpoint, ConversionOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance, kept)
+    )
 
 
 def _write_header(path: Path, header: bytes, size: int) -> None:

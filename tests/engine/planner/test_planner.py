@@ -32,7 +32,7 @@ from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, Gpu, Hardware
 from localrun.engine.planner.hit_rates import Curve, Learned, touched
 from localrun.engine.planner.placement import gpu_budgets, headroom
-from localrun.engine.planner.plan import GpuShare, Placement, Plan, Settings
+from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Residency, experts_on, predict_decode
@@ -60,7 +60,7 @@ def flash() -> ModelSizes:
 def plan_of(model: ModelSizes, ram_gib: float = 62, **values: Any) -> Plan:
     machine = replace(BOX, ram_bytes=int(ram_gib * GIB), total_ram_bytes=int((ram_gib + 2) * GIB))
     options = {name: values.pop(name) for name in ("n_ctx", "kv_type", "ram_bytes") if name in values}
-    return make_plan(model, replace(machine, **values), Settings(**options), suggest=False)
+    return make_plan(model, replace(machine, **values), PlanOptions(**options), suggest=False)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_more_of_anything_is_never_slower(ram: int, more: int, disk: float, cont
     model = sizes_of_flash()
     factor = 1 + more / 100
     machine = replace(BOX, ram_bytes=ram * GIB, total_ram_bytes=(ram + 2) * GIB, disk_bytes_per_s=disk * 1e9)
-    options, better, other = Settings(n_ctx=context, position=1024), machine, model
+    options, better, other = PlanOptions(n_ctx=context, position=1024), machine, model
     after = options
     if change == "ram":
         better = replace(machine, ram_bytes=(ram + more) * GIB)
@@ -266,7 +266,7 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert gains["--batch 2048"].phase == "prompts"
     in_ram = max([s.gain for s in resident.suggestions if s.phase == "prompts"], default=1.0)
     assert gains["--batch 2048"].gain > 1.2 * in_ram
-    settings = Settings(n_batch=2048)
+    settings = PlanOptions(n_batch=2048)
     assert not any(s.phase == "prompts" for s in make_plan(flash, BOX, settings).suggestions)
 
 
@@ -584,8 +584,8 @@ def test_a_plan_counts_the_slots_and_buffers_that_a_load_takes(tmp_path: Path) -
 
 
 def test_suggestions_leave_alone_what_the_user_set(flash: ModelSizes) -> None:
-    free = make_plan(flash, BOX, Settings(n_ctx=100_000))
-    set_by_the_user = make_plan(flash, BOX, Settings(n_ctx=100_000, fixed=frozenset({"kv", "batch"})))
+    free = make_plan(flash, BOX, PlanOptions(n_ctx=100_000))
+    set_by_the_user = make_plan(flash, BOX, PlanOptions(n_ctx=100_000, fixed=frozenset({"kv", "batch"})))
     assert any(s.text == "--batch 2048" for s in free.suggestions)
     left = {s.text for s in free.suggestions if not s.text.startswith(("--kv", "--batch"))}
     assert {s.text for s in set_by_the_user.suggestions} == left

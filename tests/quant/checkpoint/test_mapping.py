@@ -12,7 +12,7 @@ from gguf import GGUFValueType
 
 from localrun.errors import UnsupportedModelError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
-from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionPlan, PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionOptions, ConversionPlan, make_plan
 from tests.checkpoints import edit_json, write_small
 from tests.reference import unpack, write_f32
 
@@ -22,7 +22,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("plan") / "small", single_file=True)
 
 
-def plan_of(path: Path, options: PlanOptions | None = None) -> ConversionPlan:
+def plan_of(path: Path, options: ConversionOptions | None = None) -> ConversionPlan:
     return make_plan(Checkpoint.open(path), options)
 
 
@@ -40,7 +40,7 @@ def test_official_dtypes_become_the_usual_types(small: Path) -> None:
 
 
 def test_options_choose_the_types_of_fp8_and_fp4_only(small: Path) -> None:
-    default, exact = types_of(plan_of(small)), types_of(plan_of(small, PlanOptions(QT.BF16, QT.F32)))
+    default, exact = types_of(plan_of(small)), types_of(plan_of(small, ConversionOptions(QT.BF16, QT.F32)))
     changed = {name for name in default if default[name] != exact[name]}
     assert {exact[name] for name in changed if "_exps" in name} == {QT.F32}
     assert {exact[name] for name in changed if "_exps" not in name} == {QT.BF16}
@@ -61,20 +61,20 @@ def test_f32_checkpoints_stay_f32(tmp_path: Path) -> None:
 def test_fp8_experts_become_q8_0_or_bf16(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "base", fp8_experts=True)
     assert types_of(plan_of(folder))["blk.0.ffn_gate_exps.weight"] == QT.Q8_0
-    assert types_of(plan_of(folder, PlanOptions(base=QT.BF16)))["blk.0.ffn_gate_exps.weight"] == QT.BF16
-    assert types_of(plan_of(folder, PlanOptions(base=QT.MXFP4)))["blk.0.ffn_gate_exps.weight"] == QT.MXFP4
+    assert types_of(plan_of(folder, ConversionOptions(base=QT.BF16)))["blk.0.ffn_gate_exps.weight"] == QT.BF16
+    assert types_of(plan_of(folder, ConversionOptions(base=QT.MXFP4)))["blk.0.ffn_gate_exps.weight"] == QT.MXFP4
 
 
 def test_rows_that_a_type_can_not_hold_are_refused_with_the_tensors_name(small: Path) -> None:
     with pytest.raises(
         UsageError, match=r"layers\.0\.ffn\.experts\.0\.w1\.weight: rows of 64 .* Q2_K's blocks of 256"
     ) as caught:
-        plan_of(small, PlanOptions(base=QT.Q2_K))
+        plan_of(small, ConversionOptions(base=QT.Q2_K))
     assert caught.value.hint == "--base mxfp4 or q8_0 or bf16 or f32"
 
 
 def test_dense_rows_that_a_k_type_can_not_hold_get_a_better_type(tmp_path: Path) -> None:
-    types = types_of(plan_of(write_small(tmp_path / "m", hidden_size=256), PlanOptions(QT.Q4_K)))
+    types = types_of(plan_of(write_small(tmp_path / "m", hidden_size=256), ConversionOptions(QT.Q4_K)))
     assert types["blk.0.attn_q_a.weight"] == types["blk.0.ffn_gate_shexp.weight"] == QT.Q4_K  # rows of 256
     assert types["blk.0.attn_q_b.weight"] == types["blk.0.ffn_down_shexp.weight"] == QT.Q8_0  # rows of 32
 
@@ -155,7 +155,7 @@ def test_chat_encoder_follows_the_configs_keys(small: Path, tmp_path: Path) -> N
 def test_same_checkpoint_and_options_give_the_same_plan(small: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(small, tmp_path / "small"))
     assert plan_of(copy).digest == plan_of(small).digest
-    assert plan_of(small, PlanOptions(QT.BF16)).digest != plan_of(small).digest
+    assert plan_of(small, ConversionOptions(QT.BF16)).digest != plan_of(small).digest
 
 
 def test_models_that_would_crash_llama_cpp_are_refused(tmp_path: Path) -> None:

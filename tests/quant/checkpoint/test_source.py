@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.errors import FormatError, StoreError
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.convert.converter import convert
 from localrun.quant.formats.transcode import decode_projection
@@ -60,7 +60,7 @@ def test_serves_what_the_converter_writes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dense", [QT.Q8_0, QT.BF16])
 def test_fp8_experts_follow_the_dense_type(dense: QT, tmp_path: Path) -> None:
     folder = write_small(tmp_path / "base", fp8_experts=True)
-    convert(folder, tmp_path / "out", PlanOptions(dense, dense))
+    convert(folder, tmp_path / "out", ConversionOptions(dense, dense))
     source = open_model(folder, dense=dense)
     assert source.moe_layers[0].types == (dense,) * 3
     assert source.expert(0, 0)[0].encoding is Encoding.FP8

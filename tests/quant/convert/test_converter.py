@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as QT
 from localrun.alignment import PAGE_BYTES
 from localrun.errors import DiskSpaceError, FormatError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
-from localrun.quant.checkpoint.mapping import PlanOptions, make_plan
+from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.convert import converter as convert_module
 from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, Progress, convert, slice_rows, write_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
@@ -57,7 +57,7 @@ def test_stock_llama_cpp_agrees_with_transformers_in_f32(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_llama_cpp_runs_official_weights(name: str, tmp_path: Path) -> None:
     oracle = unpack(name, tmp_path)
-    for options in (PlanOptions(QT.BF16), PlanOptions()):
+    for options in (ConversionOptions(QT.BF16), ConversionOptions()):
         target = tmp_path / options.dense.name
         convert(oracle.path, target, options)
         assert median(kl(oracle.logits, stock_logits(target / MODEL_NAME, oracle.tokens))) < ROUNDED_KL
@@ -116,7 +116,7 @@ def test_manifest_has_every_checksum_and_what_rounding_cost(small: Path, undistu
 
 
 def test_exact_conversion_reports_no_loss(small: Path, tmp_path: Path) -> None:
-    assert convert(small, tmp_path / "out", PlanOptions(QT.BF16)).losses == {}
+    assert convert(small, tmp_path / "out", ConversionOptions(QT.BF16)).losses == {}
 
 
 def test_tokenizerless_mtp_checkpoint_converts_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -245,9 +245,9 @@ def test_killed_after_the_manifest_the_model_is_complete(small: Path, undisturbe
 
 def test_changed_options_are_refused_by_name(small: Path, half_done: Path) -> None:
     with pytest.raises(UsageError, match="--dense was q8_0 and is bf16 now"):
-        convert(small, half_done, PlanOptions(QT.BF16))
+        convert(small, half_done, ConversionOptions(QT.BF16))
     with pytest.raises(UsageError, match="--base was default and is f32 now"):
-        convert(small, half_done, PlanOptions(base=QT.F32))
+        convert(small, half_done, ConversionOptions(base=QT.F32))
 
 
 def test_another_or_a_changed_source_is_refused_and_a_moved_one_is_not(

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as QT
 from localrun import cli
 from localrun.errors import DiskSpaceError, FormatError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import MODEL_NAME, convert
 from localrun.quant.convert.integrity import verify
 from localrun.quant.convert.overlay import WORK_NAME, open_overlay_source, plan_overlay, remove_overlay, write_overlay
@@ -45,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("base") / "out"
-    convert(source, target, PlanOptions(base=QT.Q2_K))
+    convert(source, target, ConversionOptions(base=QT.Q2_K))
     return target
 
 
@@ -89,7 +89,7 @@ def test_chosen_experts_come_from_the_overlay_and_all_have_the_base(source: Path
     ]
     assert opened.moe_layers[0].variants == ((QT.Q2_K,) * 3, (QT.MXFP4,) * 3)
     exact = source.parent / "exact"
-    convert(source, exact, PlanOptions(base=QT.MXFP4))
+    convert(source, exact, ConversionOptions(base=QT.MXFP4))
     reference = open_model(exact)
     assert isinstance(reference, GgufSource)
     for layer, expert in itertools.product(range(3), range(4)):
@@ -281,7 +281,7 @@ def test_damaged_overlay_sections_are_refused(damage: str, model: Path) -> None:
 
 def test_overlays_of_another_base_or_shape_are_refused(source: Path, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    convert(source, other, PlanOptions(base=QT.Q3_K))
+    convert(source, other, ConversionOptions(base=QT.Q3_K))
     shutil.copy(overlay_file(model), other)
     manifest = read_manifest(other / MANIFEST_NAME)
     overlay = read_manifest(model / MANIFEST_NAME).overlay

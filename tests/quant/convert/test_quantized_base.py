@@ -14,7 +14,7 @@ import pytest
 from gguf import LlamaFileType
 
 from localrun.errors import UsageError
-from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES, PlanOptions
+from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES, ConversionOptions
 from localrun.quant.convert.converter import MODEL_NAME, convert
 from localrun.quant.convert.integrity import verify
 from localrun.quant.gguf.file import read_gguf
@@ -50,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> npt.NDArray[np.float32]:
     target = tmp_path_factory.mktemp("exact") / "out"
-    convert(source, target, PlanOptions(DENSE_TYPES["f32"], BASE_TYPES["f32"]))
+    convert(source, target, ConversionOptions(DENSE_TYPES["f32"], BASE_TYPES["f32"]))
     return stock_logits(target / MODEL_NAME, TOKENS)
 
 
@@ -68,7 +68,7 @@ def test_stock_llama_cpp_runs_every_base(
     base: str, source: Path, exact: npt.NDArray[np.float32], tmp_path: Path
 ) -> None:
     result = convert(
-        source, tmp_path / "out", PlanOptions(DENSE_TYPES.get(base, DENSE_TYPES["q8_0"]), BASE_TYPES[base])
+        source, tmp_path / "out", ConversionOptions(DENSE_TYPES.get(base, DENSE_TYPES["q8_0"]), BASE_TYPES[base])
     )
     metadata = read_gguf(tmp_path / "out" / MODEL_NAME).metadata
     assert metadata["general.file_type"].value == LlamaFileType["MOSTLY_" + FILE_TYPES.get(base, base.upper())]
@@ -80,8 +80,8 @@ def test_stock_llama_cpp_runs_every_base(
 
 def test_importance_lowers_the_error_that_it_weighs_and_is_named(source: Path, tmp_path: Path) -> None:
     importance = Importance()
-    convert(source, tmp_path / "plain", PlanOptions(base=BASE_TYPES["q2_k"]))
-    convert(source, tmp_path / "weighed", PlanOptions(base=BASE_TYPES["q2_k"], importance=importance))
+    convert(source, tmp_path / "plain", ConversionOptions(base=BASE_TYPES["q2_k"]))
+    convert(source, tmp_path / "weighed", ConversionOptions(base=BASE_TYPES["q2_k"], importance=importance))
     manifest = read_manifest(tmp_path / "weighed" / MANIFEST_NAME)
     assert manifest.options == {"dense": "q8_0", "base": "q2_k", "imatrix": "seed 0"}
     plain, weighed = read_manifest(tmp_path / "plain" / MANIFEST_NAME), manifest
@@ -96,7 +96,7 @@ import os, signal, sys, time
 from pathlib import Path
 from localrun.quant.convert import converter as module
 from localrun.quant.convert.journal import Journal
-from localrun.quant.checkpoint.mapping import BASE_TYPES, PlanOptions
+from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions
 from tests.quant.convert.test_quantized_base import Importance
 
 module._SYNC_SECONDS = 0.0
@@ -107,23 +107,23 @@ def append_and_die(self, results):
 Journal.append = append_and_die
 convert = module.Part.convert
 module.Part.convert = lambda *args: (time.sleep(0.01), convert(*args))[1]
-module.convert(Path(sys.argv[1]), Path(sys.argv[2]), PlanOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance()), jobs=2)
+module.convert(Path(sys.argv[1]), Path(sys.argv[2]), ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance()), jobs=2)
 """
 
 
 def test_a_killed_run_goes_on_with_the_same_importance_only_and_ends_with_the_same_bytes(
     source: Path, tmp_path: Path
 ) -> None:
-    options = PlanOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance())
+    options = ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance())
     convert(source, tmp_path / "whole", options)
     child = subprocess.run(
         [sys.executable, "-c", CHILD, source, tmp_path / "out"], capture_output=True, text=True, env=os.environ
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     with pytest.raises(UsageError, match="--imatrix was seed 0 and is seed 1 now"):
-        convert(source, tmp_path / "out", PlanOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance(1)))
+        convert(source, tmp_path / "out", ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance(1)))
     with pytest.raises(UsageError, match="--imatrix was seed 0 and is not given now"):
-        convert(source, tmp_path / "out", PlanOptions(base=BASE_TYPES["iq3_xxs"]))
+        convert(source, tmp_path / "out", ConversionOptions(base=BASE_TYPES["iq3_xxs"]))
     result = convert(source, tmp_path / "out", options)
     assert 0 < result.written_bytes < result.file_bytes * 0.95
     for name in (MODEL_NAME, MANIFEST_NAME):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as QT
 
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import PlanOptions
+from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import MODEL_NAME, convert
 from localrun.quant.convert.overlay import write_overlay
 from localrun.quant.model.source import PROJECTIONS, ModelSource
@@ -124,11 +124,11 @@ def write_model(kind: str, folder: Path) -> Stored:
     if kind.startswith("official"):
         return _stored(open_model(path, dense=QT.BF16 if fp8 else None), official.rows, official.file_bytes)
     if kind == "base and better copies":
-        convert(path, target, PlanOptions(base=QT.Q2_K))
+        convert(path, target, ConversionOptions(base=QT.Q2_K))
         write_overlay(Checkpoint.open(path), BetterCopies(COPIES), target)
         base = stacks_of(target / MODEL_NAME)
         return _stored(open_model(target), base, better=official.rows)
-    convert(path, target, PlanOptions(keep_experts=kind == "dense part beside the checkpoint"))
+    convert(path, target, ConversionOptions(keep_experts=kind == "dense part beside the checkpoint"))
     return _stored(open_model(target), official.rows)
 
 

@@ -15,7 +15,14 @@ from localrun.server.answers import Answer, total_usage
 from localrun.server.asks import Ask, Defaults
 from localrun.server.faults import ApiError, invalid, unsupported
 from localrun.server.http import Writer, sse
-from localrun.server.openai_common import error_object, logprob, response_schema, sampling, tool_choice
+from localrun.server.openai_common import (
+    error_object,
+    logprob,
+    refuse_moderation,
+    response_schema,
+    sampling,
+    tool_choice,
+)
 
 Json = Any
 
@@ -55,6 +62,7 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
     prompt_cache_key: str | None = None
     # DeepSeek's own service, vLLM, llama.cpp
     thinking: dict[str, Any] | bool | None = None
@@ -69,7 +77,17 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
 
 
-_HARMLESS = ("user", "store", "metadata", "service_tier", "safety_identifier", "prediction", "verbosity")
+_HARMLESS = (
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prediction",
+    "verbosity",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+)
 _KNOWN = (*ChatRequest.__struct_fields__, *_HARMLESS)
 
 
@@ -123,6 +141,7 @@ def _refuse(request: ChatRequest) -> None:
         raise unsupported("modalities", "the model writes text only, not audio")
     if request.web_search_options is not None:
         raise unsupported("web_search_options", "this server does not search the web")
+    refuse_moderation(request.moderation)
     for i, tool in enumerate(request.tools or ()):
         if (kind := tool.get("type", "function")) != "function":
             raise unsupported(f"tools[{i}].type", f"tools of type {kind!r:.40} can't be offered here, only functions")

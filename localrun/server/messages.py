@@ -36,8 +36,15 @@ OVERLOADED = 529
 """Anthropic's status for a full queue; its clients wait for `Retry-After` and try again."""
 
 
+THREADS_UNSUPPORTED = "thread_unsupported_request"
+"""Anthropic's own code for a request whose conversation its service can't keep."""
+
+
 def error_body(error: ApiError) -> dict[str, Json]:
-    return {"type": "error", "error": {"type": _TYPES[error.kind], "message": error.message}, "request_id": None}
+    shown: dict[str, Json] = {"type": _TYPES[error.kind], "message": error.message}
+    if error.code == THREADS_UNSUPPORTED:
+        shown["details"] = {"error_code": error.code, "unsupported": [error.param]}
+    return {"type": "error", "error": shown, "request_id": None}
 
 
 class Anthropic:

@@ -11,9 +11,9 @@ import msgspec
 from localrun.engine.chat.dsml import to_json
 from localrun.server import asks
 from localrun.server.asks import Ask, Defaults, ToolChoice
-from localrun.server.faults import invalid, unsupported
+from localrun.server.faults import ApiError, invalid, unsupported
 from localrun.server.limits import check_schema
-from localrun.server.messages import API
+from localrun.server.messages import API, THREADS_UNSUPPORTED
 from localrun.server.signatures import Signer
 
 Json = Any
@@ -42,6 +42,8 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     metadata: dict[str, Any] | None = None
     container: Any = None
     mcp_servers: list[Any] | None = None
+    compaction: Any = None
+    thread: Any = None
 
 
 _HARMLESS = (
@@ -52,7 +54,18 @@ _HARMLESS = (
     "cache_control",
     "speed",
     "user_profile_id",
+    "billing_policy",
+    "diagnostics",
+    "fallback_credit_token",
+    "fallbacks",
+    "workspace_id",
 )
+_ELSEWHERE = {
+    "container": "this server runs no code",
+    "compaction": "conversations are not summarized here",
+}
+"""Fields that ask for what only Anthropic's service has."""
+
 _KNOWN = (*MessagesRequest.__struct_fields__, *_HARMLESS)
 
 
@@ -60,8 +73,7 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer) -> tuple[
     """(what is asked for, a hint whose session it is). Raises ApiError."""
     asks.note_unknown(API, body, _KNOWN)
     request: MessagesRequest = asks.convert(body, MessagesRequest)
-    if request.mcp_servers:
-        raise unsupported("mcp_servers", "this server opens no connections to other servers")
+    _refuse(request)
     if len(request.messages) > defaults.limits.messages:
         raise invalid("messages", f"{len(request.messages)} messages > {defaults.limits.messages} maximum")
     if not request.messages:
@@ -98,6 +110,18 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer) -> tuple[
         ),
         user if isinstance(user, str) else None,
     )
+
+
+def _refuse(request: MessagesRequest) -> None:
+    if request.mcp_servers:
+        raise unsupported("mcp_servers", "this server opens no connections to other servers")
+    for name, why in _ELSEWHERE.items():
+        if getattr(request, name) is not None:
+            raise unsupported(name, why)
+    if request.thread is not None:
+        # By this code Anthropic's SDK knows to send the whole conversation instead.
+        what = "thread: conversations are not kept here; send all messages"
+        raise ApiError("invalid", what, param="thread", code=THREADS_UNSUPPORTED)
 
 
 def _sampling(request: MessagesRequest, defaults: Defaults) -> Any:

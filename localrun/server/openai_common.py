@@ -76,6 +76,12 @@ def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -
     return "required", name
 
 
+def refuse_moderation(value: Json) -> None:
+    """Raises ApiError: OpenAI would judge the text, and the client relies on it."""
+    if value is not None:
+        raise unsupported("moderation", "nothing is judged here, neither prompts nor answers")
+
+
 def response_schema(value: Json, param: str, limits: Limits) -> tuple[Mapping[str, Json] | None, bool]:
     """(schema that the answer must follow, whether the model is shown it) of a response format. Raises ApiError."""
     if value is None:
@@ -97,15 +103,16 @@ def response_schema(value: Json, param: str, limits: Limits) -> tuple[Mapping[st
     raise unsupported(f"{param}.type", f"{kind!r:.40} is none of text, json_object, json_schema")
 
 
-def logprob(token: TokenLogprob, *, alternatives: bool = True) -> dict[str, Json]:
-    """One token's log probability, with the alternatives."""
+def logprob(token: TokenLogprob, *, alternatives: bool = True, data: bool = True) -> dict[str, Json]:
+    """One token's log probability, with the alternatives; with its bytes unless `data` is false."""
     shown: dict[str, Json] = {
         "token": bytes(token.data).decode("utf-8", "replace"),
         "logprob": max(token.logprob, -9999.0),
-        "bytes": list(token.data),
     }
+    if data:
+        shown["bytes"] = list(token.data)
     if alternatives:
-        shown["top_logprobs"] = [logprob(other, alternatives=False) for other in token.top]
+        shown["top_logprobs"] = [logprob(other, alternatives=False, data=data) for other in token.top]
     return shown
 
 

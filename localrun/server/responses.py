@@ -84,7 +84,7 @@ class ResponsesWriter(Writer):
             kind = "response.reasoning_summary_text.delta"
             return self._event(kind, **self._place, summary_index=0, delta=delta.text)
         if part.kind == "text":
-            logprobs = [] if self.ask.logprobs is None else [logprob(token) for token in delta.logprobs]
+            logprobs = [] if self.ask.logprobs is None else [logprob(token, data=False) for token in delta.logprobs]
             kind = "response.output_text.delta"
             return self._event(kind, **self._place, content_index=0, delta=delta.text, logprobs=logprobs)
         if self._offered(part).kind == "custom":
@@ -102,13 +102,10 @@ class ResponsesWriter(Writer):
             data += self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=part.text)
             data += self._event("response.reasoning_summary_part.done", **place, summary_index=0, part=whole)
         elif part.kind == "text":
-            logprobs = self._logprobs()
-            data += self._event(
-                "response.output_text.done", **place, content_index=0, text=part.text, logprobs=logprobs or []
-            )
-            data += self._event(
-                "response.content_part.done", **place, content_index=0, part=_text_part(part.text, logprobs)
-            )
+            whole = _text_part(part.text, self._logprobs())
+            shown = [] if self.ask.logprobs is None else [logprob(t, data=False) for t in self._answer.logprobs]
+            data += self._event("response.output_text.done", **place, content_index=0, text=part.text, logprobs=shown)
+            data += self._event("response.content_part.done", **place, content_index=0, part=whole)
         elif self._offered(part).kind == "custom":
             data += self._event("response.custom_tool_call_input.delta", **place, delta=_custom_input(part))
             data += self._event("response.custom_tool_call_input.done", **place, input=_custom_input(part))

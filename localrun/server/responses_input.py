@@ -13,7 +13,7 @@ import msgspec
 from localrun.server import asks
 from localrun.server.asks import Ask, Defaults
 from localrun.server.faults import ApiError, invalid, unsupported
-from localrun.server.openai_common import response_schema, tool_choice
+from localrun.server.openai_common import refuse_moderation, response_schema, tool_choice
 from localrun.server.responses_store import ResponseStore
 from localrun.server.signatures import Signer
 
@@ -49,9 +49,19 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
     truncation: str | None = None
+    context_management: Any = None
+    moderation: Any = None
 
 
-_HARMLESS = ("user", "service_tier", "safety_identifier", "client_metadata", "stream_options", "prompt_cache_retention")
+_HARMLESS = (
+    "user",
+    "service_tier",
+    "safety_identifier",
+    "client_metadata",
+    "stream_options",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+)
 _KNOWN = (*ResponsesRequest.__struct_fields__, *_HARMLESS)
 
 _DROPPED_TOOLS = (
@@ -150,6 +160,9 @@ def _refuse(request: ResponsesRequest) -> None:
         raise unsupported("conversation", "conversations are not kept here; use previous_response_id")
     if request.prompt is not None:
         raise unsupported("prompt", "prompt templates are kept by OpenAI, not here")
+    refuse_moderation(request.moderation)
+    if request.context_management:
+        asks.note_once(API, "context_management: a conversation that does not fit is refused, not compacted")
     if request.truncation not in (None, "disabled"):
         asks.note_once(API, f"truncation {request.truncation!r}: a conversation that does not fit is refused")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:

@@ -146,6 +146,8 @@ def test_tool_runner_of_the_sdk(client: anthropic.Anthropic, engine: ScriptedEng
     final = runner.until_done()
     assert final.content[0].type == "text"
     assert final.content[0].text == "The sum is 5."
+    # The SDK would leave all but the newest messages to a server that keeps conversations.
+    assert [m["role"] for m in engine.commands[-1].messages] == ["user", "assistant", "tool"]
 
 
 def test_structured_output_of_the_sdk(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:

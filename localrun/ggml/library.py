@@ -25,7 +25,9 @@ from localrun.ggml.structures import (
     GLU_SWIGLU,
     GLU_SWIGLU_CLAMP,
     LLAMA_CPP_PYTHON_VERSION,
+    OP_ADD,
     OP_GLU,
+    OP_MUL,
     OP_MUL_MAT,
     OP_MUL_MAT_ID,
     OP_NONE,
@@ -96,6 +98,10 @@ _ALL: Final[_Prototypes] = {
     "ggml_backend_dev_get": (_P, C.c_size_t),
     "ggml_backend_dev_by_type": (_P, C.c_int),
     # graphs of our own on GPU devices
+    "ggml_add": (_P, _P, _P, _P),
+    "ggml_mul": (_P, _P, _P, _P),
+    "ggml_view_2d": (_P, _P, _P, C.c_int64, C.c_int64, C.c_size_t, C.c_size_t),
+    "ggml_backend_tensor_alloc": (C.c_int, _P, _P, _P),
     "ggml_mul_mat": (_P, _P, _P, _P),
     "ggml_mul_mat_id": (_P, _P, _P, _P, _P),
     "ggml_prec_set_src": (C.c_bool, _P, C.c_int, C.c_int),
@@ -228,6 +234,8 @@ def _misfit(what: str) -> IncompatibleLibraryError:
 
 def _check_fit(lib: Library) -> None:
     operations = {
+        OP_ADD: b"ADD",
+        OP_MUL: b"MUL",
         OP_MUL_MAT: b"MUL_MAT",
         OP_MUL_MAT_ID: b"MUL_MAT_ID",
         OP_RESHAPE: b"RESHAPE",

@@ -28,6 +28,8 @@ BACKEND_API_VERSION: Final = 2  # ggml-backend-impl.h, GGML_BACKEND_API_VERSION
 
 # ggml.h, enum ggml_op (position in the enum) and enum ggml_glu_op
 OP_NONE: Final = 0
+OP_ADD: Final = 2
+OP_MUL: Final = 7
 OP_MUL_MAT: Final = 29
 OP_MUL_MAT_ID: Final = 30
 OP_RESHAPE: Final = 36

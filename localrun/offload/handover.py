@@ -19,6 +19,7 @@ from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.device.compiled import LayerRecord, expert_record
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.device import Weight, expert_device
+from localrun.offload.device.view import F32
 from localrun.offload.gpu.stream import LONG_TOKENS
 from localrun.offload.kernels import FfnKernel
 from localrun.quant.model.source import MoeLayer
@@ -84,6 +85,10 @@ class Handover:
             record.use_gpu(None if layers is None else layers[layer])
         self._has_gpu = layers is not None
         self._set_threshold()
+
+    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32) -> None:
+        """Weights the outputs of the running call's pairs, (T * K, D), and adds up each token's into `out`, (T, D)."""
+        expert_device().process.add_up(n_tokens, n_used, rows, out)
 
     # -- thresholds ----------------------------------------------------------------------------------------------------
 

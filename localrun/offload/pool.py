@@ -107,14 +107,14 @@ class ExpertPool:
         """See `device.Owner`."""
         self.handover.failed(error)
 
-    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
+    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float, total: View | None) -> None:
         """See `device.Owner`."""
         expected = self.residency.kernels(layer)[0].spec.limit
         if not math.isclose(expected, limit, rel_tol=1e-6) and not math.isinf(expected + limit):
             raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {expected}")
         x_rows, out_rows = rows_at(x, np.float32), rows_at(out, np.float32)
         if self._is_idle:
-            out_rows[:] = 0.0
+            (out_rows if total is None else rows_at(total, np.float32))[:] = 0.0
             return
 
         def compute(kernel: FfnKernel, slots: Sequence[Slot], routing: Routing) -> None:
@@ -126,6 +126,8 @@ class ExpertPool:
 
         gpu = self.residency.gpu if self._collector is None else None
         self._call(layer, ids_at(ids), compute, gpu.call(layer, x_rows, out_rows) if gpu is not None else None, x_rows)
+        if total is not None:
+            self.handover.add_up(*ids.ne[1::-1], out_rows, rows_at(total, np.float32))
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""

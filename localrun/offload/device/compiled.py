@@ -23,11 +23,14 @@ from localrun.alignment import align_up
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
 from localrun.ggml.structures import STATUS_ABORTED, STATUS_FAILED
-from localrun.kernel_cache import cached_cfunc
+from localrun.kernel_cache import cached_cfunc, cached_jit
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
+from localrun.offload.device import weighting
 from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT
+from localrun.offload.device.tensors import DATA, EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
+from localrun.offload.device.view import F32
 from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
     call_1,
@@ -48,13 +51,10 @@ MAX_EXPERTS: Final = 4096
 MAX_VARIANTS: Final = 16
 """Formats that experts of one layer may have."""
 
-# Byte offsets into struct ggml_tensor, from the structure that `library()` has checked
-_NE, _NB = ggml.Tensor.ne.offset, ggml.Tensor.nb.offset
-_OP, _PARAMS, _SRC = ggml.Tensor.op.offset, ggml.Tensor.op_params.offset, ggml.Tensor.src.offset
-_DATA, _EXTRA, _TYPE = ggml.Tensor.data.offset, ggml.Tensor.extra.offset, ggml.Tensor.type.offset
 _CONTEXT: Final = ggml.Backend.context.offset
 
 _MUL_MAT, _MUL_MAT_ID, _GLU, _NONE = ggml.OP_MUL_MAT, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_NONE
+_ADD, _MUL = ggml.OP_ADD, ggml.OP_MUL
 _FIRST_VIEW, _LAST_VIEW = ggml.OP_RESHAPE, ggml.OP_TRANSPOSE
 _SWIGLU, _SWIGLU_CLAMP = ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP
 _CALLS, _TOKENS, _REQUESTS, _HITS = (
@@ -90,21 +90,21 @@ def _begin(process: int, call: int, jobs_bytes: int, tasks_bytes: int) -> None:
 @nb.njit
 def _dense(process: int, node: int, weight: int) -> bool:
     """One MUL_MAT with a matrix of ours; False for a layout that we don't know."""
-    source, call = load_i64(node + _SRC + 8), get(weight, WEIGHT.call)
-    n_rows, n_batch = load_i64(source + _NE + 8), load_i64(source + _NE + 16)
+    source, call = load_i64(node + SRC + 8), get(weight, WEIGHT.call)
+    n_rows, n_batch = load_i64(source + NE + 8), load_i64(source + NE + 16)
     plain = (
-        load_i32(source + _TYPE) == 0
-        and load_i32(node + _TYPE) == 0
-        and load_i64(source + _NB) == 4
-        and load_i64(node + _NB) == 4
-        and load_i64(source + _NE + 24) == 1
+        load_i32(source + TYPE) == 0
+        and load_i32(node + TYPE) == 0
+        and load_i64(source + NB) == 4
+        and load_i64(node + NB) == 4
+        and load_i64(source + NE + 24) == 1
         and n_batch % get(weight, WEIGHT.n_batch) == 0
     )
     if not plain:
         return False
     repeat = n_batch // get(weight, WEIGHT.n_batch)  # ggml broadcasts a weight over consecutive matrices of the input
     starts, iota, most = get(process, PROCESS.starts), get(process, PROCESS.iota), get(process, PROCESS.iota_size)
-    x_stride, out_stride = load_i64(source + _NB + 8), load_i64(node + _NB + 8)
+    x_stride, out_stride = load_i64(source + NB + 8), load_i64(node + NB + 8)
     store_i32(starts, 0)
     for batch in range(n_batch):
         for row in range(0, n_rows, most):
@@ -115,9 +115,9 @@ def _dense(process: int, node: int, weight: int) -> bool:
             put(call, CALL.starts, starts)
             put(call, CALL.x_rows, iota)
             put(call, CALL.out_rows, iota)
-            put(call, CALL.x, load_i64(source + _DATA) + batch * load_i64(source + _NB + 16) + row * x_stride)
+            put(call, CALL.x, load_i64(source + DATA) + batch * load_i64(source + NB + 16) + row * x_stride)
             put(call, CALL.x_stride, x_stride)
-            put(call, CALL.out, load_i64(node + _DATA) + batch * load_i64(node + _NB + 16) + row * out_stride)
+            put(call, CALL.out, load_i64(node + DATA) + batch * load_i64(node + NB + 16) + row * out_stride)
             put(call, CALL.out_stride, out_stride)
             call_1(get(process, PROCESS.run), call)
     return True
@@ -126,15 +126,15 @@ def _dense(process: int, node: int, weight: int) -> bool:
 @nb.njit
 def _glu(node: int) -> bool:
     """SwiGLU of two contiguous F32 tensors (the shared expert's); False for another layout."""
-    gate, up = load_i64(node + _SRC), load_i64(node + _SRC + 8)
-    width, n_rows = load_i64(node + _NE), load_i64(node + _NE + 8) * load_i64(node + _NE + 16)
+    gate, up = load_i64(node + SRC), load_i64(node + SRC + 8)
+    width, n_rows = load_i64(node + NE), load_i64(node + NE + 8) * load_i64(node + NE + 16)
     for tensor in (gate, up, node):
-        if load_i32(tensor + _TYPE) != 0 or load_i64(tensor + _NB) != 4 or load_i64(tensor + _NB + 8) != width * 4:
+        if load_i32(tensor + TYPE) != 0 or load_i64(tensor + NB) != 4 or load_i64(tensor + NB + 8) != width * 4:
             return False
     limit = np.float32(np.inf)
-    if load_i32(node + _PARAMS) == _SWIGLU_CLAMP:
-        limit = float_of_bits(load_i32(node + _PARAMS + 12))
-    a, b, out = load_i64(gate + _DATA), load_i64(up + _DATA), load_i64(node + _DATA)
+    if load_i32(node + PARAMS) == _SWIGLU_CLAMP:
+        limit = float_of_bits(load_i32(node + PARAMS + 12))
+    a, b, out = load_i64(gate + DATA), load_i64(up + DATA), load_i64(node + DATA)
     for i in range(width * n_rows):
         g, u = min(load_f32(a + i * 4), limit), max(-limit, min(load_f32(b + i * 4), limit))
         store_f32(out + i * 4, g / (np.float32(1) + np.exp(-g)) * u)
@@ -149,18 +149,18 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
     node_at = get(process, PROCESS.node_at)
     first, second = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 1)
     glu, down = call_i64(node_at, graph, index + 2), call_i64(node_at, graph, index + 3)
-    if load_i32(second + _OP) != _MUL_MAT_ID or load_i32(glu + _OP) != _GLU or load_i32(down + _OP) != _MUL_MAT_ID:
+    if load_i32(second + OP) != _MUL_MAT_ID or load_i32(glu + OP) != _GLU or load_i32(down + OP) != _MUL_MAT_ID:
         return 0
-    gate, up = load_i64(glu + _SRC), load_i64(glu + _SRC + 8)
+    gate, up = load_i64(glu + SRC), load_i64(glu + SRC + 8)
     same_nodes = (gate == first and up == second) or (gate == second and up == first)
-    x, ids = load_i64(first + _SRC + 8), load_i64(first + _SRC + 16)
+    x, ids = load_i64(first + SRC + 8), load_i64(first + SRC + 16)
     same_input = (
-        load_i64(second + _SRC + 8) == x and load_i64(second + _SRC + 16) == ids and load_i64(down + _SRC + 16) == ids
+        load_i64(second + SRC + 8) == x and load_i64(second + SRC + 16) == ids and load_i64(down + SRC + 16) == ids
     )
-    if not same_nodes or not same_input or load_i64(down + _SRC + 8) != glu or load_i64(x + _NE + 8) != 1:
+    if not same_nodes or not same_input or load_i64(down + SRC + 8) != glu or load_i64(x + NE + 8) != 1:
         return 0
-    a, b = load_i64(load_i64(gate + _SRC) + _EXTRA), load_i64(load_i64(up + _SRC) + _EXTRA)
-    c = load_i64(load_i64(down + _SRC) + _EXTRA)
+    a, b = load_i64(load_i64(gate + SRC) + EXTRA), load_i64(load_i64(up + SRC) + EXTRA)
+    c = load_i64(load_i64(down + SRC) + EXTRA)
     if (
         a == 0
         or b == 0
@@ -172,7 +172,7 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
     if get(a, WEIGHT.projection) != 0 or get(b, WEIGHT.projection) != 1 or get(c, WEIGHT.projection) != 2:
         return 0
     infinity = np.int32(0x7F800000)  # as F32
-    limit_bits = infinity if load_i32(glu + _PARAMS) == _SWIGLU else np.int32(load_i32(glu + _PARAMS + 12))
+    limit_bits = infinity if load_i32(glu + PARAMS) == _SWIGLU else np.int32(load_i32(glu + PARAMS + 12))
     if limit_bits != np.int32(get(get(get(get(c, WEIGHT.layer), LAYER.calls), VARIANT.call), CALL.limit_bits)):
         return 0
     return c
@@ -269,33 +269,34 @@ def _run_experts(process: int, layer: int, x: int, down: int) -> None:
         put(call, CALL.starts, starts + first * 4)
         put(call, CALL.x_rows, get(process, PROCESS.x_rows))
         put(call, CALL.out_rows, get(process, PROCESS.out_rows))
-        put(call, CALL.x, load_i64(x + _DATA))
-        put(call, CALL.x_stride, load_i64(x + _NB + 16))
-        put(call, CALL.out, load_i64(down + _DATA))
-        put(call, CALL.out_stride, load_i64(down + _NB + 8))
+        put(call, CALL.x, load_i64(x + DATA))
+        put(call, CALL.x_stride, load_i64(x + NB + 16))
+        put(call, CALL.out, load_i64(down + DATA))
+        put(call, CALL.out_stride, load_i64(down + NB + 8))
         call_1(get(process, PROCESS.run), call)
 
 
 @nb.njit
-def _experts(process: int, graph: int, index: int, weight: int) -> bool:
-    """An expert chain whose experts are all in RAM or on GPUs; False: somebody must be read first, or Python has to see it."""
+def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool) -> bool:
+    """An expert chain whose experts are all in RAM or on GPUs, and what follows it if `is_summed`; False: somebody must be read
+    first, or Python has to see it."""
     started = _now_ns(process)
     node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
-    x, ids = load_i64(first + _SRC + 8), load_i64(first + _SRC + 16)
-    n_used, n_tokens = load_i64(ids + _NE), load_i64(ids + _NE + 8)
+    x, ids = load_i64(first + SRC + 8), load_i64(first + SRC + 16)
+    n_used, n_tokens = load_i64(ids + NE), load_i64(ids + NE + 8)
     if (
         n_tokens >= load_i64(get(get(weight, WEIGHT.layer), LAYER.compiled_below))
         or n_used * n_tokens > get(process, PROCESS.capacity)
-        or load_i64(x + _NB) != 4
-        or load_i64(down + _NB + 16) != (load_i64(down + _NB + 8) * n_used)
+        or load_i64(x + NB) != 4
+        or load_i64(down + NB + 16) != (load_i64(down + NB + 8) * n_used)
     ):
         return False
-    layer, chosen, ids_stride = get(weight, WEIGHT.layer), load_i64(ids + _DATA), load_i64(ids + _NB + 8)
+    layer, chosen, ids_stride = get(weight, WEIGHT.layer), load_i64(ids + DATA), load_i64(ids + NB + 8)
     n_gpu_pairs, n_parts = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
         return False
-    gpu, n_gpu, x_data, x_stride = get(layer, LAYER.gpu), 0, load_i64(x + _DATA), load_i64(x + _NB + 16)
+    gpu, n_gpu, x_data, x_stride = get(layer, LAYER.gpu), 0, load_i64(x + DATA), load_i64(x + NB + 16)
     begun = _now_ns(process)
     if n_gpu_pairs > 0:
         n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs)
@@ -306,9 +307,22 @@ def _experts(process: int, graph: int, index: int, weight: int) -> bool:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
         _run_experts(process, layer, x, down)
     if n_parts > 0:
-        if not gpu_native.finish(gpu, n_parts, x_data, x_stride, load_i64(down + _DATA), load_i64(down + _NB + 8)):
+        if not gpu_native.finish(gpu, n_parts, x_data, x_stride, load_i64(down + DATA), load_i64(down + NB + 8)):
             return False
         n_gpu = _note_gpu_uses(process, layer)
+    if is_summed:
+        total = get(process, PROCESS.tail_sum)
+        weighting.take_weights(process, n_tokens, n_used)
+        weighting.add_up(
+            process,
+            n_tokens,
+            n_used,
+            load_i64(total + NE),
+            load_i64(down + DATA),
+            load_i64(down + NB + 8),
+            load_i64(total + DATA),
+            load_i64(total + NB + 8),
+        )
     ended = _now_ns(process)
     row = get(layer, LAYER.telemetry)
     add(row, _CALLS, 1)
@@ -329,23 +343,32 @@ def graph_compute(backend: int, graph: int) -> int:
     index = 0
     while index < n_nodes:
         node = call_i64(get(process, PROCESS.node_at), graph, index)
-        op = load_i32(node + _OP)
+        op = load_i32(node + OP)
         if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
             index += 1
             continue
         done = 0
         if op == _MUL_MAT:
             started = _now_ns(process)
-            weight = load_i64(load_i64(node + _SRC) + _EXTRA)
+            weight = load_i64(load_i64(node + SRC) + EXTRA)
             if weight != 0 and get(weight, WEIGHT.kind) == KIND_DENSE and _dense(process, node, weight):
                 done = 1
                 add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
             done = 1 if _glu(node) else 0
         elif op == _MUL_MAT_ID:
-            weight = _chain(graph, process, index, n_nodes)
-            if weight != 0 and _experts(process, graph, index, weight):
-                done = 4
+            weight, end = _chain(graph, process, index, n_nodes), 0
+            if index + 4 <= n_nodes:
+                down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
+                end = weighting.find(process, graph, index + 4, n_nodes, down)
+            if weight != 0 and _experts(process, graph, index, weight, end != 0):
+                done = end - index if end != 0 else 4
+        elif op == _ADD:
+            weighting.add(node)
+            done = 1
+        elif op == _MUL:
+            weighting.multiply(node)
+            done = 1
         if done == 0:
             answer = call_i64(get(process, PROCESS.python), graph, index)
             if answer <= 0:
@@ -353,6 +376,19 @@ def graph_compute(backend: int, graph: int) -> int:
             done = answer
         index += done
     return 0
+
+
+@cached_jit(nogil=True)
+def _add_up(
+    process: int, n_tokens: int, n_used: int, width: int, rows: int, row_bytes: int, out: int, out_bytes: int
+) -> None:
+    weighting.take_weights(process, n_tokens, n_used)
+    weighting.add_up(process, n_tokens, n_used, width, rows, row_bytes, out, out_bytes)
+
+
+def _place(rows: F32) -> tuple[int, int]:
+    """Address and bytes of a row."""
+    return int(rows.ctypes.data), int(rows.strides[0])
 
 
 FAILED_ANSWER: Final = -STATUS_FAILED - 2
@@ -363,10 +399,10 @@ ABORTED_ANSWER: Final = -STATUS_ABORTED - 2
 class Process:
     """The process's field array and what it points to; made once by the device.
 
-    `python` is `int64 f(graph, index)`: nodes done, or one of the `*_ANSWER`s.
+    `python` is `int64 f(graph, index)`: nodes done, or one of the `*_ANSWER`s. `weights_type` is our weights' buffer type.
     """
 
-    def __init__(self, lib: Library, python: int) -> None:
+    def __init__(self, lib: Library, python: int, weights_type: int) -> None:
         self.fields = PROCESS.empty()
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._lib = lib  # keeps the functions' library
@@ -375,10 +411,12 @@ class Process:
             (PROCESS.n_nodes, lib.ggml_graph_n_nodes),
             (PROCESS.node_at, lib.ggml_graph_node),
             (PROCESS.clock, libc.clock_gettime),
+            (PROCESS.buffer_type, lib.ggml_backend_buffer_get_type),
         )
         for field, function in functions:
             self.fields[field] = C.cast(function, C.c_void_p).value or 0
         self.fields[PROCESS.python] = python
+        self.fields[PROCESS.weights_type] = weights_type
         self.fields[PROCESS.run] = runner().run_address
         self._point(PROCESS.timespec, np.zeros(2, np.int64))
         self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
@@ -393,6 +431,19 @@ class Process:
         """For the backend's context."""
         return int(self.fields.ctypes.data)
 
+    def tail(self) -> tuple[int, int]:
+        """The node after the weighting and the sum that follow the present expert chain, 0 if they don't; and the sum's tensor."""
+        return int(self.fields[PROCESS.tail_end]), int(self.fields[PROCESS.tail_sum])
+
+    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32) -> None:
+        """Weights and adds up the present chain's outputs.
+
+        Args:
+            rows: (T * K, D) outputs of its pairs.
+            out: (T, D) the sums.
+        """
+        _add_up(self.address, n_tokens, n_used, rows.shape[1], *_place(rows), *_place(out))
+
     @property
     def dense_ns(self) -> int:
         """Time spent in dense matrices."""
@@ -406,6 +457,8 @@ class Process:
             self.fields[PROCESS.capacity] = n_pairs
             self._point(PROCESS.x_rows, np.zeros(n_pairs, np.int32))
             self._point(PROCESS.out_rows, np.zeros(n_pairs, np.int32))
+            self._point(PROCESS.weights, np.zeros(n_pairs, np.float32))
+            self._point(PROCESS.taken, np.zeros(n_pairs, np.uint8))
         if n_rows > self.fields[PROCESS.iota_size]:
             self.fields[PROCESS.iota_size] = n_rows
             self._point(PROCESS.iota, np.arange(n_rows, dtype=np.int32))

@@ -1,7 +1,8 @@
 """A ggml backend device, in Python, that owns the routed experts.
 
 llama.cpp places tensors whose names match `EXPERT_TENSORS` into our weights buffer type and its scheduler then hands us the
-operations on them: per layer one split of MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down. The tensors hold no data: a
+operations on them: per layer one split of MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down and, of few tokens, the weighted sum
+over a token's experts (`claims.py`). The tensors hold no data: a
 weights buffer is a few bytes of address space per tensor, so expert bytes never enter llama.cpp. Activations stay in the CPU's
 own buffers, which we read and write in place.
 
@@ -33,6 +34,7 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.device import compiled as native
+from localrun.offload.device.claims import supports_op
 from localrun.offload.device.routing import swiglu
 from localrun.offload.device.view import View, view
 
@@ -62,8 +64,11 @@ class Owner(Protocol):
         """The stacked tensor at that address, or None if this owner has none there."""
         ...
 
-    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float) -> None:
-        """out[:, k, t] = expert ids[k, t] applied to x[:, 0, t]; x `(D, 1, T)` f32, ids `(K, T)` i32, out `(D, K, T)` f32."""
+    def ffn(self, layer: int, x: View, ids: View, out: View, limit: float, total: View | None) -> None:
+        """out[:, k, t] = expert ids[k, t] applied to x[:, 0, t]; x `(D, 1, T)` f32, ids `(K, T)` i32, out `(D, K, T)` f32.
+
+        With `total` `(D, T)` f32 the sums over k, weighted by the router, go there, and `out` is scratch.
+        """
         ...
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
@@ -99,7 +104,7 @@ class ExpertDevice:
         self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
         python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
         self._keep.append(python)
-        self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0)
+        self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0, self.weights_buffer_type)
         self._build_buffer_type()
         self._build_device()
         self._build_backend()
@@ -198,13 +203,14 @@ class ExpertDevice:
         self._set(iface, "init_backend", lambda dev, params: C.addressof(self._backend))
         # Activations that we produce live where the CPU backend's live: no copies between the two.
         self._set(iface, "get_buffer_type", lambda dev: self._cpu_buffer_type)
-        self._set(iface, "supports_op", lambda dev, op: self._supports(Tensor.from_address(op)))
+        iface.supports_op = dict(iface._fields_)["supports_op"](supports_op.address)
         self._set(
             iface,
             "supports_buft",
             lambda dev, buft: buft == self.weights_buffer_type or self._lib.ggml_backend_buft_is_host(buft),
         )
         self._device.reg = C.addressof(self._reg)
+        self._device.context = self.process.address
 
     def _no_memory(self, device: int, free: Any, total: Any) -> None:
         free[0] = total[0] = 0
@@ -237,22 +243,6 @@ class ExpertDevice:
 
     # -- scheduling and computing --------------------------------------------------------------------------------------
 
-    def _supports(self, op: Tensor) -> bool:
-        if op.op == ggml.OP_NONE:
-            return True
-        if op.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT):
-            return self.is_ours(op.src[0])
-        if op.op == ggml.OP_GLU:
-            sources = [Tensor.from_address(src) for src in (op.src[0], op.src[1]) if src]
-            return (
-                len(sources) == 2
-                and op.op_params[0] in (ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP)
-                and op.op_params[1] == 0  # not swapped
-                and sources[0].op == sources[1].op
-                and all(s.op in (ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT) and self.is_ours(s.src[0]) for s in sources)
-            )
-        return False
-
     def _compute_in_python(self, graph: int, index: int) -> int:
         """Computes node `index` or the chain that begins there; the number of nodes done, or an answer that means failure."""
         owner: Owner | None = None
@@ -261,7 +251,7 @@ class ExpertDevice:
             addresses = [self._lib.ggml_graph_node(graph, index + i) for i in range(n_nodes)]
             nodes = [Tensor.from_address(address) for address in addresses]
             owner = self._owner_of(nodes[0])
-            return _compute(owner, addresses, nodes)
+            return _compute(owner, addresses, nodes, index, self.process)
         except StoppedError as error:
             if owner is not None:
                 owner.failed(error)
@@ -280,11 +270,15 @@ class ExpertDevice:
         return self._owners[Tensor.from_address(weight).buffer]
 
 
-def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> int:
-    """The fused chain where it stands, else the first node alone; the number of nodes done."""
+def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int, process: native.Process) -> int:
+    """The fused chain where it stands, and the weighted sum behind it, else the first node alone; the number of nodes done."""
     owner.check_stop()
-    if _compute_fused(owner, list(zip(addresses, nodes, strict=True))):
-        return 4
+    if nodes[0].op == ggml.OP_MUL_MAT_ID:
+        end, total = process.tail()
+        if _compute_fused(
+            owner, list(zip(addresses, nodes, strict=True)), view(Tensor.from_address(total)) if end else None
+        ):
+            return end - index if end else 4
     node = nodes[0]
     sources = [view(Tensor.from_address(source)) for source in (node.src[0], node.src[1])]
     if node.op == ggml.OP_MUL_MAT_ID:
@@ -299,7 +293,7 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor]) -> int:
     return 1
 
 
-def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]]) -> bool:
+def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: View | None) -> bool:
     """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up."""
     if [node.op for _, node in chain] != [ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_MUL_MAT_ID]:
         return False
@@ -317,7 +311,7 @@ def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]]) -> bool:
     x, ids = view(Tensor.from_address(first.src[1])), view(Tensor.from_address(first.src[2]))
     if x.ne[1] != 1:
         return False
-    owner.ffn(down_weight.layer, x, ids, view(down), _limit(glu))
+    owner.ffn(down_weight.layer, x, ids, view(down), _limit(glu), total)
     return True
 
 

@@ -54,6 +54,20 @@ class _Process(Layout):
     """How many."""
     dense_ns: int
     """Time in dense matrices; compiled code adds, Python reads."""
+    buffer_type: int
+    """Address of `ggml_backend_buffer_get_type(buffer)`."""
+    weights_type: int
+    """Address of our weights' buffer type."""
+    weights: int
+    """Address of `capacity` F32: the router's weights of the running call's pairs; compiled code writes, as all that follow."""
+    taken: int
+    """Address of `capacity` uint8: 1 for a pair that somebody else weights and adds up."""
+    tail_end: int
+    """The node after the weighting and the sum that follow the present expert chain; 0: they don't."""
+    tail_weights: int
+    """Address of the weights' tensor."""
+    tail_sum: int
+    """Address of the sum's tensor."""
 
 
 PROCESS = _Process()

@@ -358,6 +358,7 @@ def graph_compute(backend: int, graph: int) -> int:
             done = 1 if _glu(node) else 0
         elif op == _MUL_MAT_ID:
             weight, end = _chain(graph, process, index, n_nodes), 0
+            put(process, PROCESS.tail_end, 0)
             if index + 4 <= n_nodes:
                 down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
                 end = weighting.find(process, graph, index + 4, n_nodes, down)

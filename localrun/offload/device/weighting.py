@@ -28,7 +28,6 @@ def find(process: int, graph: int, index: int, n_nodes: int, down: int) -> int:
         The node after the sum; 0 if it is not there, as a whole and in order.
     """
     node_at = get(process, PROCESS.node_at)
-    put(process, PROCESS.tail_end, 0)
     if index >= n_nodes:
         return 0
     product = call_i64(node_at, graph, index)

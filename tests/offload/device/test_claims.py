@@ -89,4 +89,4 @@ def test_a_callback_that_looks_at_every_operation_sees_the_same_values(
         monkeypatch.setattr(llama_cpp, "llama_context_default_params", lambda: params)
         found = logits(model, TOKENS[:6], batch=1)
     assert seen["ffn_moe_weighted"] == seen["ffn_moe_out"] == seen["ffn_out"] == 6 * len(MODEL.ratios)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # the activation alone is computed by other code

@@ -64,7 +64,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, and nothing fails
-    with _signals(ending=given is None):
+    with _signals(ending=given is None), interrupts.raised_again() if given is None else contextlib.nullcontext():
         code = _guarded(arguments)
         _leave_stdout()
     return code

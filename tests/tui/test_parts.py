@@ -24,6 +24,7 @@ from localrun.tui.engine_link import AnswerFeed
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
 from localrun.tui.files import estimate_tokens
 from localrun.tui.options import ChatOptions, from_json, to_json, with_value
+from localrun.tui.widgets.engine_panel import bar_chart
 from localrun.tui.widgets.expert_map import map_cells
 from localrun.tui.widgets.lean_markdown import LeanMarkdown
 from localrun.tui.widgets.message_view import code_blocks
@@ -106,6 +107,11 @@ class Clock:
 def message(**changes: Any) -> Message:
     values: dict[str, Any] = {"id": 1, "conversation_id": 1, "parent_id": None, "role": "assistant", "content": ""}
     return Message(**(values | changes))
+
+
+def test_the_hit_rates_chart_draws_what_was_measured_and_nothing_else() -> None:
+    assert bar_chart([0.0, 0.25, 0.5, 0.75, 1.0], 2) == ["   ▄█", "▁▄███"]
+    assert bar_chart([], 2) == ["", ""]
 
 
 def test_an_answer_knows_its_rates_and_the_time_of_its_thinking() -> None:

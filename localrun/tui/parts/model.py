@@ -12,7 +12,7 @@ from textual.screen import Screen
 
 from localrun import config
 from localrun.api import demo, models
-from localrun.commands.compiling import USUAL_FUNCTIONS
+from localrun.commands.compiling import USUAL_FUNCTIONS, compiled_here
 from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions
@@ -113,6 +113,7 @@ class LoadedModel:
             self.load(path)
         elif prepare is not None:
             self.loading = True
+            self._compiled_before = self._compiled = self._count_compiled()
             self._changed()
             self._screen.post_message(EngineLoading(0.0, "preparing the demo model"))
             threading.Thread(target=self._prepare, args=(prepare,), name="tui-prepare", daemon=True).start()
@@ -141,7 +142,7 @@ class LoadedModel:
         self.facts, self.loading, self.plan_lines, self.planned = None, True, (), None
         self._notices.clear()
         self._begun()
-        self._compiled_before = self._compiled = 0 if restart else self._count_compiled()
+        self._compiled_before = self._compiled = compiled_here() if restart else self._count_compiled()
         self._loading_text, self._loading_progress = f"starting the engine for {visible_line(str(path))}", 0.0
         self._show_progress()
         self._changed()
@@ -190,18 +191,20 @@ class LoadedModel:
         self._show_progress()
 
     def tick_loading(self) -> None:
-        """Once a second: the compiler, which a first start on a processor waits for, is seen in the engine's log only."""
+        """Once a second: the compiler, which a first start on a processor waits for, says nothing itself."""
         if self.loading and (n_compiled := self._count_compiled()) != self._compiled:
             if n_compiled < self._compiled:  # another process
-                self._compiled_before = 0
+                self._compiled_before = compiled_here()
             self._compiled = n_compiled
             n_new = n_compiled - self._compiled_before
             about = f" of about {USUAL_FUNCTIONS}" if n_new < USUAL_FUNCTIONS else ""
             self._loading_text = f"compiling for this processor, only this once: function {n_new}{about}"
+            self._loading_progress = min(1.0, n_new / USUAL_FUNCTIONS)
             self._show_progress()
 
     def _count_compiled(self) -> int:
-        return sum(line.startswith("compiling ") for line in self.link.engine.log_tail())
+        """By the engine, as its log says, and by this process, which may have to convert the demo model."""
+        return compiled_here() + sum(line.startswith("compiling ") for line in self.link.engine.log_tail())
 
     def _show_progress(self) -> None:
         """The last news: what the load says, or how far the compiler is."""

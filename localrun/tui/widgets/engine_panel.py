@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.widgets import Sparkline, Static
+from textual.widgets import Static
 
 from localrun.engine.facts import ModelFacts
 from localrun.engine.process.protocol import Stats
@@ -18,6 +18,8 @@ from localrun.units import format_size
 
 HISTORY = 60
 """Looks that the hit rate's curve covers."""
+
+CURVE_ROWS = 2
 
 
 class EnginePanel(Vertical):
@@ -41,7 +43,7 @@ class EnginePanel(Vertical):
             yield Static("Engine", classes="panel-title")
             yield Static("no model", id="engine-text")
             yield Static("", id="hit-label")
-            yield Sparkline([], id="hit-curve", summary_function=max)
+            yield Static("", id="hit-curve")
             yield Static("", id="map-legend")
             yield Static("F3 larger / off · F9 map view", classes="panel-foot")
         yield ExpertMap()
@@ -68,11 +70,11 @@ class EnginePanel(Vertical):
         if not self.display:
             return
         self.query_one("#engine-text", Static).update(Content("\n".join(_lines(stats, facts, self.rates, self.grid))))
-        curve = self.query_one(Sparkline)
+        curve = self.query_one("#hit-curve", Static)
         label = self.query_one("#hit-label", Static)
         curve.display = label.display = len(self._hits) > 1
         label.update(f"hits, 0 to 100 %, last {len(self._hits)} looks")
-        curve.data = [0.0, 1.0, *self._hits]
+        curve.update(Content("\n".join(bar_chart(list(self._hits)[-max(1, curve.size.width) :], CURVE_ROWS))))
         if stats.experts is not None:
             self.map.show(self.grid)
         self.call_after_refresh(self.show_legend)  # it depends on the map's width
@@ -80,6 +82,15 @@ class EnginePanel(Vertical):
     def show_legend(self) -> None:
         text = f"{self.map.view}: {self.map.legend()}" if self.grid else "no map from this engine"
         self.query_one("#map-legend", Static).update(Content(text))
+
+
+def bar_chart(shares: Sequence[float], n_rows: int) -> list[str]:
+    """One column for each share, as high as it is: 0 is a thin line, 1 fills all rows. The top row first."""
+    eighths = [max(1, round(8 * n_rows * min(max(share, 0.0), 1.0))) for share in shares]
+    return ["".join(_EIGHTHS[min(max(n - 8 * row, 0), 8)] for n in eighths) for row in reversed(range(n_rows))]
+
+
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def ram_bytes(facts: ModelFacts, grid: ExpertGrid | None, stats: Stats | None) -> int | None:

@@ -42,6 +42,13 @@ def twice_in_a_row(number: int) -> None:
     CALLED_FROM_C(slow)()
 
 
+def lose_and_wait(lose: Callable[[int], None], number: int) -> None:
+    lose(number)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("lose", [in_a_function_that_c_calls, in_a_finalizer, twice_in_a_row])
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_that_is_swallowed_is_raised_again(
@@ -54,10 +61,7 @@ def test_a_signal_that_is_swallowed_is_raised_again(
     before = signal.signal(number, interrupts.Once() if number == signal.SIGINT else end)
     try:
         with interrupts.raised_again(), pytest.raises(ends) as raised:
-            lose(number)
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                time.sleep(0.005)
+            lose_and_wait(lose, number)
     finally:
         signal.signal(number, before)
     assert ends is KeyboardInterrupt or raised.value.code == 143

@@ -25,18 +25,18 @@ from localrun.errors import LocalrunError, UsageError, host_error
 from localrun.textsafe import visible_line
 
 COMMANDS = {
-    "chat": "talk to a model in the terminal",
-    "run": "print one answer",
+    "chat": "chat with a model in the terminal",
+    "run": "answer one prompt and exit",
     "list": "list the models on this machine",
     "show": "show what a model is and where it is stored",
     "plan": "predict what fits where, and how fast it will run",
-    "serve": "serve OpenAI's and Anthropic's APIs over HTTP",
+    "serve": "serve the OpenAI and Anthropic APIs over HTTP",
     "convert": "convert an official checkpoint",
-    "verify": "check every checksum of a converted model",
-    "eval": "measure perplexity, or compare with a reference",
+    "verify": "verify every checksum of a converted model",
+    "eval": "measure perplexity, or compare with a reference model",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
-    "completion": "print a completion script for a shell",
+    "completion": "print a shell completion script",
 }
 """Name -> what it does; each is a module of `localrun.commands` with `add_arguments(parser)` and `run(args) -> int`."""
 
@@ -162,7 +162,7 @@ class _Parser(argparse.ArgumentParser):
             if re.search(r"\s", match[1]):
                 return "to ask a question: localrun run -p TEXT"
             if Path(match[1]).exists():
-                return f"to talk to that model: localrun chat {match[1]}"
+                return f"to chat with that model: localrun chat {match[1]}"
         return f"{self.prog} --help has examples and all options"
 
     def _for_unknown(self, flag: str) -> str:
@@ -171,7 +171,7 @@ class _Parser(argparse.ArgumentParser):
         if near:
             return f"did you mean {near[0]}?"
         if not flag.startswith("-"):
-            return "a text of several words needs quotes"
+            return "put quotes around text of several words"
         return f"{self.prog} --help lists all options"
 
     def _all(self) -> list[argparse.ArgumentParser]:
@@ -198,9 +198,12 @@ def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
             _module(name).add_arguments(command)
             command.set_defaults(open_ui=_open_ui, whole_parser=lambda: _parser(COMMANDS))
             command.add_argument(
-                "--cache-dir", type=Path, metavar="DIR", help="folder for files that can be rebuilt (~/.cache/localrun)"
+                "--cache-dir",
+                type=Path,
+                metavar="DIR",
+                help="cache folder; everything in it can be rebuilt (~/.cache/localrun)",
             )
-            command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' log")
+            command.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
     return parser
 
 
@@ -209,9 +212,9 @@ def _prepare_cache(args: argparse.Namespace) -> None:
     if args.cache_dir is not None:
         paths.use_cache_dir(args.cache_dir)
     if args.command not in ("doctor", "completion") and (problem := paths.cache_problem()):
-        print(f"warning: the cache can't be used: {visible_line(problem)}", file=sys.stderr)
+        print(f"warning: can't use the cache: {visible_line(problem)}", file=sys.stderr)
         print(
-            "hint: --cache-dir DIR names a writable folder; without one, kernels are compiled each time",
+            "hint: point --cache-dir at a writable folder; without one, kernels are recompiled every time",
             file=sys.stderr,
         )
 

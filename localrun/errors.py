@@ -87,7 +87,7 @@ class HostError(LocalrunError, OSError):
 
 
 _NO_MEMORY, _LESS_MEMORY = (
-    "the system has no more memory for this process",
+    "out of memory",
     "close other programs, or lower --ram",
 )
 
@@ -99,7 +99,7 @@ def host_error(error: BaseException) -> HostError | None:
     text = str(error)
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return HostError(
-            "the system allows this user no more threads",
+            "this user's thread limit is reached",
             hint="raise the limit (ulimit -u, the container's pids limit), or lower --threads",
         )
     if isinstance(error, RuntimeError) and "home directory" in text:
@@ -107,11 +107,11 @@ def host_error(error: BaseException) -> HostError | None:
     if isinstance(error, OSError) and not isinstance(error, LocalrunError):
         if error.errno == errno.EAGAIN and error.filename is None:
             return HostError(
-                "the system allows this user no more processes",
+                "this user's process limit is reached",
                 hint="raise the limit (ulimit -u, the container's pids limit)",
             )
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            return HostError("the system allows no more open files", hint="raise the limit (ulimit -n)")
+            return HostError("too many open files", hint="raise the limit (ulimit -n)")
         if error.errno == errno.ENOMEM:
             return HostError(_NO_MEMORY, hint=_LESS_MEMORY)
         if error.strerror:

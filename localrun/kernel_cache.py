@@ -140,14 +140,14 @@ class KernelCache(_Cache):  # type: ignore[misc]
         if not self._enabled:
             return
         if data.lifted or data.library.has_dynamic_globals:
-            log.warning("%s: its code can't be kept: it holds addresses of this process", self._name[0])
+            log.warning("%s: its code can't be cached: it contains addresses of this process", self._name[0])
             return
         file = self._file(sig, data.codegen)
         try:
             with replacing(file) as out:
                 out.write(dumps(data._reduce()))
         except Exception as error:
-            log.info("%s: can't be kept: %s", file, error)
+            log.info("%s: can't be cached: %s", file, error)
 
     def enable(self) -> None:
         """From now on the cache is used."""
@@ -187,7 +187,7 @@ def folder() -> Path:
         return path
     own = Path(tempfile.gettempdir()) / f"localrun-{os.getuid()}"
     if path.exists() and not is_ours:
-        log.warning("%s: other users can write to it; compiled kernels are kept in %s", path, own)
+        log.warning("%s: other users can write to it; caching compiled kernels in %s instead", path, own)
     with contextlib.suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)
         if is_private(own):

@@ -193,7 +193,7 @@ OPTIONS: tuple[Option, ...] = (
         name="model",
         table="engine",
         kind=Kind.PATH,
-        help="model to use when none is named: a path, or a name from [models]",
+        help="model to use when none is given: a path, or a name from [models]",
         unset="without one: the demo model",
         where=frozenset({Where.FILE}),
     ),
@@ -202,8 +202,8 @@ OPTIONS: tuple[Option, ...] = (
         table="engine",
         kind=Kind.SIZE,
         field="ram_bytes",
-        help="memory for experts",
-        unset="without it: what is free, less some headroom",
+        help="RAM for experts",
+        unset="without it: what is free, minus some headroom",
         where=_LOAD,
     ),
     Option(
@@ -211,7 +211,7 @@ OPTIONS: tuple[Option, ...] = (
         table="engine",
         kind=Kind.SIZE,
         field="vram_bytes",
-        help="GPU memory to use, all GPUs together",
+        help="GPU memory to use, across all GPUs",
         unset="without it: what is free",
         where=_LOAD,
     ),
@@ -222,7 +222,7 @@ OPTIONS: tuple[Option, ...] = (
         field="gpu",
         default="auto",
         choices=("auto", "none"),
-        help="GPUs to use: auto, none, or names from `localrun doctor`, separated by commas",
+        help="GPUs to use: auto, none, or a comma-separated list of names from `localrun doctor`",
         metavar="auto|none|NAME,...",
         where=_LOAD,
     ),
@@ -231,7 +231,7 @@ OPTIONS: tuple[Option, ...] = (
         table="engine",
         kind=Kind.TEXT,
         field="rpc",
-        help="GPUs of other machines: addresses of their llama.cpp rpc-server, separated by commas",
+        help="GPUs on other machines: comma-separated addresses of llama.cpp rpc-servers",
         unset="without it: none",
         metavar="HOST:PORT,...",
     ),
@@ -244,7 +244,7 @@ OPTIONS: tuple[Option, ...] = (
         low=0,
         high=2**24,
         unit="tokens",
-        help="length of a conversation in tokens; 0: what the model was trained for, at most 32768",
+        help="context length in tokens; 0: what the model was trained for, at most 32768",
         where=_LOAD,
     ),
     Option(
@@ -267,7 +267,7 @@ OPTIONS: tuple[Option, ...] = (
         low=1,
         high=16384,
         unit="tokens",
-        help="prompt tokens per step: larger steps read long prompts faster but need more memory",
+        help="prompt tokens per batch; larger batches read long prompts faster but need more memory",
         where=_LOAD,
     ),
     Option(
@@ -277,7 +277,7 @@ OPTIONS: tuple[Option, ...] = (
         field="kv_type",
         default="f16",
         choices=KV_TYPES,
-        help="number format of the KV cache",
+        help="data type of the KV cache",
         where=_LOAD,
     ),
     Option(
@@ -286,7 +286,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind.CHOICE,
         field="dense",
         choices=DENSE_CHOICES,
-        help="of an official checkpoint: type that its FP8 dense matrices are converted to when it is loaded",
+        help="official checkpoints only: type to convert the FP8 dense matrices to when loading",
         unset="without it: q8_0",
         where=_FLAG,
     ),
@@ -295,7 +295,7 @@ OPTIONS: tuple[Option, ...] = (
         table="engine",
         kind=Kind.PATH,
         field="mirror",
-        help="a second copy of the model on another drive; both are read at once",
+        help="a second copy of the model on another drive; both are read in parallel",
         unset="without it: none",
         metavar="MODEL",
     ),
@@ -305,7 +305,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind.SWITCH,
         field="adaptive",
         default=False,
-        help="answer a miss from the smaller copy and fetch the better one later; the same seed may give different tokens",
+        help="on a miss, use the smaller copy and fetch the better one later; the same seed may then give different tokens",
         where=_LOAD,
     ),
     Option(
@@ -319,7 +319,7 @@ OPTIONS: tuple[Option, ...] = (
         flag="--temp",
         short=("temp",),
         metavar="T",
-        help="randomness of sampling; 0 always takes the most likely token",
+        help="sampling temperature; 0 always picks the most likely token",
         where=_ANSWER,
     ),
     Option(
@@ -332,7 +332,7 @@ OPTIONS: tuple[Option, ...] = (
         high=1,
         short=("p",),
         metavar="P",
-        help="keep the most likely tokens of this total probability; 1 keeps all",
+        help="keep the most likely tokens up to this total probability; 1 keeps all",
         where=_ANSWER,
     ),
     Option(
@@ -357,7 +357,7 @@ OPTIONS: tuple[Option, ...] = (
         low=0,
         high=1,
         metavar="P",
-        help="keep tokens at least P times as likely as the first; 0 keeps all",
+        help="keep tokens at least P times as likely as the most likely one; 0 keeps all",
         where=_ANSWER,
     ),
     Option(
@@ -367,8 +367,8 @@ OPTIONS: tuple[Option, ...] = (
         field="seed",
         low=0,
         high=MAX_SEED,
-        help="same seed, same model, same prompt: same answer",
-        unset="without it: a new one each time",
+        help="random seed; the same seed, model and prompt give the same answer",
+        unset="without it: a different one each time",
         where=_ONE_ANSWER,
     ),
     Option(
@@ -379,8 +379,8 @@ OPTIONS: tuple[Option, ...] = (
         high=2**24,
         unit="tokens",
         short=("max",),
-        help="end an answer after this many tokens",
-        unset="without it: when the context is full",
+        help="stop an answer after this many tokens",
+        unset="without it: until the context is full",
         where=_ONE_ANSWER,
     ),
     Option(
@@ -423,7 +423,7 @@ OPTIONS: tuple[Option, ...] = (
         default="off",
         choices=THINK_MODES,
         metavar="off|high|max",
-        help="how much the model reasons before it answers",
+        help="how much the model reasons before answering",
     ),
     Option(
         name="notify",
@@ -431,7 +431,7 @@ OPTIONS: tuple[Option, ...] = (
         kind=Kind.CHOICE,
         default="bell",
         choices=("bell", "desktop", "off"),
-        help="how the terminal UI tells that a long answer is ready: the bell, a notification of the desktop, not at all",
+        help="how the terminal UI announces a long answer: terminal bell, desktop notification, or not at all",
         where=frozenset({Where.FILE}),
     ),
 )
@@ -541,22 +541,22 @@ def reference() -> str:
 _REFERENCE_HEAD = """\
 # Options
 
-Made from `localrun/options.py`; a test compares them. Each option has one name and one meaning:
+Generated from `localrun/options.py`; a test compares them. Each option has one name and one meaning, wherever it is set:
 
-* in `~/.config/localrun/config.toml` (or `$LOCALRUN_CONFIG_DIR/config.toml`), in the table that heads its section,
+* in `~/.config/localrun/config.toml` (or `$LOCALRUN_CONFIG_DIR/config.toml`), in the table named in the section heading,
 * as the environment variable `LOCALRUN_<NAME>`,
-* as a flag of the commands that load a model or answer,
-* in the terminal UI: `/set NAME VALUE`, and the settings (F4).
+* as a flag of the commands that load a model or generate text,
+* in the terminal UI, with `/set NAME VALUE` or in the settings (F4).
 
 Defaults < file < environment < flag. Sizes need a unit: `16GiB` is 16 × 2³⁰ bytes, `16GB` is 16 × 10⁹.
 
-Names for models stand in the table `[models]`; they can be used wherever a command takes a MODEL:
+Model names go in the table `[models]` and can be used wherever a command takes a MODEL:
 
     [models]
     flash2 = "/models/v4-flash-2bit"
 
 `LOCALRUN_CACHE_DIR`, `LOCALRUN_DATA_DIR`, `LOCALRUN_CONFIG_DIR` and `LOCALRUN_KERNEL_DIR` move localrun's folders.
-`LOCALRUN_MODELS` lists folders in which `localrun list` and the terminal UI look for models, separated by colons.
+`LOCALRUN_MODELS` is a colon-separated list of folders that `localrun list` and the terminal UI search for models.
 """
 
 

@@ -38,7 +38,7 @@ def home() -> Path:
     if not own:
         raise HostError(
             f"no home folder: HOME is empty, and user {os.getuid()} has none in the passwd database",
-            hint="set HOME, or LOCALRUN_CACHE_DIR, LOCALRUN_DATA_DIR and LOCALRUN_CONFIG_DIR, to folders that you may write to",
+            hint="set HOME, or LOCALRUN_CACHE_DIR, LOCALRUN_DATA_DIR and LOCALRUN_CONFIG_DIR to writable folders",
         )
     return Path(own).absolute()
 

@@ -336,7 +336,7 @@ def _model_files(model: Path) -> tuple[Path, list[Path], int]:
         )
     files = [Path(path) for path in source.files]
     if not files or files[0].suffix != ".gguf":
-        raise LocalrunError(f"{model}: llama.cpp needs a GGUF", hint="`localrun convert` makes one of a checkpoint")
+        raise LocalrunError(f"{model}: llama.cpp needs a GGUF", hint="`localrun convert` makes one from a checkpoint")
     return files[0].absolute(), files, dense_bytes(source)
 
 

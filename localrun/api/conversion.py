@@ -180,7 +180,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     from localrun.quant.precision.solver import bytes_for_experts
 
     if options.remove_overlay:
-        raise UsageError(f"{wanted.target_folder} holds no converted model, so it has no overlay")
+        raise UsageError(f"{wanted.target_folder} is not a converted model, so it has no overlay")
     check_target(wanted.source, wanted.target_folder)
     out.status("checking the source")
     checkpoint = open_checkpoint(wanted.source)
@@ -321,7 +321,7 @@ def _follow_moved_source(wanted: Request, out: Follower) -> None:
 
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     if manifest.kept is None:
-        raise UsageError(f"{folder} holds a model with its own experts", hint="choose another directory")
+        raise UsageError(f"{folder} holds a model that includes its experts", hint="choose another directory")
     if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
         raise UsageError(
             f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
@@ -336,7 +336,7 @@ def _follow_moved_source(wanted: Request, out: Follower) -> None:
         out.note(f"dry run: nothing written; experts would be read from {kept.path}")
     else:
         write_manifest(replace(manifest, kept=kept), folder)
-        out.note(f"{folder}: experts are read from {kept.path} now")
+        out.note(f"{folder}: experts are now read from {kept.path}")
 
 
 def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
@@ -358,7 +358,7 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     if not options.hot or options.target is not None:
         raise UsageError(
             f"{folder} holds a finished model with a base in {has.name.lower()}",
-            hint="--hot TYPE:SIZE gives it another overlay; for anything else choose another directory",
+            hint="use --hot TYPE:SIZE to give it another overlay; for anything else choose another directory",
         )
     if options.base is not None and options.base != has:
         raise UsageError(

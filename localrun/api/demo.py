@@ -32,7 +32,7 @@ def checkpoint() -> Path:
     try:
         from localrun.demo import checkpoint_dir
     except ImportError:
-        raise UsageError("this installation has no demo model", hint="name a model: localrun chat PATH") from None
+        raise UsageError("this installation has no demo model", hint="pass a model: localrun chat PATH") from None
     folder: Path = checkpoint_dir()
     return folder
 
@@ -69,7 +69,7 @@ def converted() -> Path:
             partial.rename(target)
         except OSError as error:
             if not is_whole(target):
-                log.info("%s: the demo model can't be kept: %s", target, error)
+                log.info("%s: can't keep the demo model: %s", target, error)
                 return source
         finally:
             shutil.rmtree(partial, ignore_errors=True)

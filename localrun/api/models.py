@@ -122,7 +122,9 @@ def _near(text: str, settings: config.Settings) -> str | None:
 
 def _refusal(text: str, settings: config.Settings, command: str) -> LocalrunError:
     if re.search(r"\s", text.strip()) and not text.startswith(("/", "~", "./", "../")):
-        return UsageError(f"there is no model '{text}'", hint=f"to ask it: localrun run -p {shlex.quote(text)}")
+        return UsageError(
+            f"there is no model '{text}'", hint=f"to ask it as a question: localrun run -p {shlex.quote(text)}"
+        )
     if near := _near(text, settings):
         return UsageError(f"{text}: no such model", hint=f"did you mean: localrun {command} {shlex.quote(near)}")
     release = next((name for name, form in _RELEASES.items() if form.fullmatch(text.split("/")[-1])), None)
@@ -131,7 +133,7 @@ def _refusal(text: str, settings: config.Settings, command: str) -> LocalrunErro
         if command == "plan":
             return UsageError(f"{text}: no such file or directory", hint=f"did you mean: {plan}")
         return UsageError(
-            f"there is no model {text} here", hint=f"{plan} says what it needs; then download it and name its folder"
+            f"there is no model {text} here", hint=f"{plan} shows what it needs; then download it and pass its folder"
         )
     if _REPOSITORY.fullmatch(text):
         folder = f"~/models/{text.split('/')[1]}"

@@ -63,8 +63,8 @@ def plan(
     Args:
         model: `flash`, `pro`, a config.json, or whatever `localrun.load` takes.
         machine: another machine, or the name of a box; None: this one, with the user's settings.
-        base: format of all experts, for a model not converted yet.
-        position: tokens in the context when an answer begins; None: a quarter of the context, at most 8192.
+        base: type of all experts, for a model not converted yet.
+        position: tokens already in the context when an answer begins; None: a quarter of the context, at most 8192.
         prompt_tokens: length of the prompt.
         probe: measure drive and memory of this machine (a second or two, remembered for a month).
         limits: what may be used: `ram="48GiB"`, `context=131072`, ...
@@ -133,7 +133,7 @@ def hardware_of(machine: Machine | None, settings: config.Settings, sizes: Model
         n_threads = settings["threads"]
         return hardware.detect(sizes.files, n_threads=n_threads, probe=probe, gpus=True, specs=sizes.specs)
     if machine.box is not None and machine.box not in BY_SLUG:
-        raise UsageError(f"there is no box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
+        raise UsageError(f"unknown box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
     if machine.box is not None:
         known = BY_SLUG[machine.box].hardware
     else:

@@ -107,14 +107,14 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     recipe = read_recipe(wanted.recipe) if wanted.recipe else Recipe("")
     if wanted.keep_experts and (wanted.base or wanted.target or wanted.recipe or wanted.split is not None):
         raise UsageError(
-            "--keep-experts leaves the experts as they are, in one place: it excludes --base, --target, --recipe and --split",
-            hint="with it go --dense TYPE and --hot TYPE:SIZE",
+            "--keep-experts leaves the experts in place: it can't be combined with --base, --target, --recipe or --split",
+            hint="it does combine with --dense TYPE and --hot TYPE:SIZE",
         )
     if wanted.target and (wanted.base or wanted.hot):
         raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
     if wanted.calibrate is not None and wanted.imatrix is not None:
         raise UsageError(
-            "--calibrate and --imatrix can't be combined", hint="an imatrix holds what a calibration finds"
+            "--calibrate and --imatrix can't be combined", hint="an imatrix already is the result of a calibration"
         )
     if wanted.no_calibrate and (wanted.calibrate is not None or wanted.imatrix is not None):
         raise UsageError("--no-calibrate can't be combined with --calibrate or --imatrix")
@@ -164,10 +164,10 @@ def learn(
     if request.imatrix is None and not (checkpoint.path / "tokenizer.json").is_file():
         if options.wants_better_copies or wanted.calibrate is not None:
             raise UsageError(
-                f"{checkpoint.path} has no tokenizer.json, so no text can be run to see which experts matter",
-                hint="put the release's tokenizer.json there, or give --imatrix FILE",
+                f"{checkpoint.path} has no tokenizer.json, so it can't be calibrated on a text",
+                hint="copy the release's tokenizer.json there, or use --imatrix FILE",
             )
-        out.note("warning: no tokenizer.json, so no text can be run: the base is rounded without knowing what matters")
+        out.note("warning: no tokenizer.json, so no calibration: the base is quantized without importance data")
         return None
 
     threads = min(jobs, 256) if wanted.jobs is not None else 0
@@ -222,7 +222,7 @@ def write_report(
     sizes = {"base": sum(file.size_bytes for file in manifest.files)}
     if manifest.overlay is not None:
         sizes["overlay"] = sum(file.size_bytes for file in manifest.overlay.files)
-    learned = "an imatrix file" if wanted.imatrix is not None else str(wanted.calibrate or "the text that ships")
+    learned = "an imatrix file" if wanted.imatrix is not None else str(wanted.calibrate or "the built-in text")
     asked = {
         "base": str(manifest.options.get("base", "")),
         "dense": str(manifest.options.get("dense", "")),
@@ -283,7 +283,7 @@ def evaluation_types(wanted: Request, moe_layers: Mapping[int, MoeLayer]) -> lis
 
     words = [word for word in (wanted.evaluate_types or "").split(",") if word.strip()]
     if words and wanted.evaluate is None:
-        raise UsageError("--evaluate-types needs a text", hint="give --evaluate FILE")
+        raise UsageError("--evaluate-types needs a text", hint="add --evaluate FILE")
     kinds = [parse_type(word) for word in words]
     for kind in kinds:
         for moe in moe_layers.values():
@@ -340,7 +340,7 @@ def evaluate(
     results = [replace(result, n_bytes=size) for result, size in zip(results, sizes, strict=True)]
     for result in results:
         out.note(
-            f"{result.name} against the source on {wanted.evaluate.name}: KL {result.kl_mean:.6f}, same most likely token "
+            f"{result.name} against the source on {wanted.evaluate.name}: KL {result.kl_mean:.6f}, same top token "
             f"{result.top1_agreement:.2%}, perplexity {result.perplexity:.4f} ({result.reference_perplexity:.4f})"
         )
     return results

@@ -27,7 +27,7 @@ def check(plan: ConversionPlan, size: int, out: Follower) -> None:
     infos = [tensor.info for tensor in plan.tensors.values()]
     parts = plan_split(plan.metadata, infos, ALIGNMENT, size)
     largest = format_size(max(part.size_bytes for part in parts))
-    out.note(f"split:  {len(parts)} files of at most {largest}; takes as much space again while it is done")
+    out.note(f"split:  {len(parts)} files of at most {largest}; needs the same space again while splitting")
 
 
 def is_waiting(source: Path, target: Path) -> bool:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun bench`."""
     parser.epilog = EXAMPLES
     common.add_model_argument(parser)
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("measurement")
     what.add_argument(
         "--prompt-tokens",
         type=common.count(0),
@@ -53,26 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens decoded at each context length ({DEFAULT_NEW_TOKENS})",
     )
-    what.add_argument("--frontiers", metavar="N,N,...", help="these context lengths instead")
-    what.add_argument("--text", type=Path, metavar="FILE", help="tokens of this text (default: random ids)")
-    what.add_argument("--seed", type=common.count(0), default=0, metavar="N", help="of the random ids (0)")
+    what.add_argument("--frontiers", metavar="N,N,...", help="measure at these context lengths instead")
+    what.add_argument("--text", type=Path, metavar="FILE", help="take the tokens from this text (default: random ids)")
+    what.add_argument("--seed", type=common.count(0), default=0, metavar="N", help="seed for the random ids (0)")
     what.add_argument(
-        "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens fed first and not counted (32)"
+        "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens to feed first, not counted (32)"
     )
-    what.add_argument("--time-limit", type=float, default=600, metavar="S", help="skip what would take longer (600 s)")
     what.add_argument(
-        "--record", type=Path, metavar="FILE", help="append the routing to this trace; slows the run down"
+        "--time-limit", type=float, default=600, metavar="S", help="skip measurements that would take longer (600 s)"
+    )
+    what.add_argument(
+        "--record", type=Path, metavar="FILE", help="append the routing to this trace file; slows the run down"
     )
     what.add_argument(
         "--against",
         choices=["llama.cpp"],
-        help="measure llama.cpp itself afterwards, on the same GGUF and tokens, with the experts on the CPU",
+        help="afterwards measure stock llama.cpp on the same GGUF and tokens, with the experts on the CPU",
     )
     what.add_argument("--no-probe", action="store_true", help="don't measure drive and memory")
     shown = parser.add_argument_group("output")
-    shown.add_argument("--layers", action="store_true", help="also print a table per layer for every phase")
+    shown.add_argument("--layers", action="store_true", help="also print a per-layer table for every phase")
     shown.add_argument("--json", action="store_true", help="print everything as JSON")
-    shown.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the time per token")
+    shown.add_argument("--svg", type=Path, metavar="FILE", help="draw the time per token to FILE")
     common.add_load_arguments(parser)
 
 
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from localrun.engine.measure import benchmark
 
     gguf = _gguf_of(path) if args.against else None
-    out.status("looking at the machine")
+    out.status("probing the machine")
     machine = benchmark.machine(path, probe=not args.no_probe)
     started = time.perf_counter()
     with Engine.open(
@@ -137,11 +139,13 @@ def _gguf_of(path: Path) -> Path:
 
     source = open_model(path)
     if source.files[0].suffix != ".gguf":
-        raise UsageError(f"--against llama.cpp: {path} is no GGUF", hint="`localrun convert` makes one of a checkpoint")
+        raise UsageError(
+            f"--against llama.cpp: {path} is not a GGUF", hint="`localrun convert` makes one from a checkpoint"
+        )
     if any(moe.better for moe in source.moe_layers.values()):
         raise UsageError(
             f"--against llama.cpp: {path} has better copies of some experts, which llama.cpp does not read",
-            hint="compare the base, a directory without the overlay",
+            hint="compare the base: a directory without the overlay",
         )
     return source.files[0]
 
@@ -156,7 +160,7 @@ def _measure_plain(
 
     gpu = choose_gpus(facts.gpus[0])[0].address if facts.dense_on_gpu and facts.gpus else None
     placement = stock.best_placement(facts.file_bytes, memory.available_memory())
-    out.status("loading llama.cpp itself")
+    out.status("loading stock llama.cpp")
     plain_options = replace(load_options, n_ctx=facts.n_ctx, n_batch=facts.n_batch, n_threads=facts.n_threads)
     with stock.open_stock(gguf, plain_options, placement, gpu=gpu) as engine:
         return benchmark.measure(engine, tokens, options, lambda text: out.status(f"llama.cpp: {text}"))
@@ -177,7 +181,7 @@ def bench_options(args: argparse.Namespace) -> BenchOptions:
             frontiers = tuple(int(part) for part in args.frontiers.split(","))
         except ValueError:
             raise UsageError(
-                f"--frontiers {args.frontiers}: not a list of numbers", hint="such as 0,512,4096"
+                f"--frontiers {args.frontiers}: not a list of numbers", hint="for example 0,512,4096"
             ) from None
     if args.prompt_tokens < 0 or args.warm_up < 0 or args.seed < 0:
         raise UsageError("--prompt-tokens, --warm-up and --seed can't be negative")

@@ -67,11 +67,11 @@ def table(result: Benchmark) -> list[str]:
             f"{f'{phase.kind} at {phase.context}':<18}{phase.n_tokens:>7}{phase.tokens_per_s:>10.2f}"
             f"{phase.ms_per_token:>10.2f}{_steps(phase)}{_split(phase)}{_reads(phase)}"
         )
-    lines += [f"left out: {text}" for text in result.skipped]
+    lines += [f"skipped: {text}" for text in result.skipped]
     end = result.phases[-1].rss_bytes if result.phases else 0
     lines.append(
         f"resident: {format_size(result.rss_start_bytes)} after loading, {format_size(end)} at the end, "
-        f"{format_size(result.peak_rss_bytes)} at most"
+        f"{format_size(result.peak_rss_bytes)} at peak"
     )
     return lines
 
@@ -85,7 +85,7 @@ def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
         inside = "in" if expected.covers(phase.tokens_per_s) else "outside"
         lines.append(
             f"predicted for {phase.kind} at {phase.context}: {expected.likely.tokens_per_s:.2f} tokens/s, {verdict}; "
-            f"measured is {inside} the range of {expected.low.tokens_per_s:.2f} to {expected.high.tokens_per_s:.2f}"
+            f"the measurement is {inside} the range of {expected.low.tokens_per_s:.2f} to {expected.high.tokens_per_s:.2f}"
         )
     return lines
 
@@ -108,7 +108,9 @@ def comparison_lines(result: Benchmark, plain: Benchmark, plan: Plan | None) -> 
                 f"llama.cpp, {phase.kind} at {phase.context}: {other.tokens_per_s:.2f} tokens/s; "
                 f"localrun is {ratio:.2f} times as fast"
             )
-    lines.append(f"llama.cpp, resident: {format_size(plain.peak_rss_bytes)} at most, localrun's run before it included")
+    lines.append(
+        f"llama.cpp, resident: {format_size(plain.peak_rss_bytes)} at peak, including localrun's run before it"
+    )
     if plan is not None and plan.plain is not None:
         lines.append(f"predicted for llama.cpp's answers: {plan.plain.tokens_per_s:.2f} tokens/s")
     return lines

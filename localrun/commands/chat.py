@@ -38,7 +38,7 @@ examples:
 QUESTION = "Hello! Who are you?"
 """Asked when there is no terminal to type into."""
 
-HELP = "Enter sends. /new starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
+HELP = "Enter sends. /new starts over, /exit or Ctrl-D quits, Ctrl-C stops an answer."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
-        "--server", metavar="URL", help="use the model of a running localrun serve; LOCALRUN_SERVER_KEY holds its key"
+        "--server",
+        metavar="URL",
+        help="use the model of a running localrun serve; set LOCALRUN_SERVER_KEY to its API key",
     )
-    parser.add_argument("--plain", action="store_true", help="line by line, for simple terminals and screen readers")
+    parser.add_argument(
+        "--plain", action="store_true", help="plain line-by-line mode, for simple terminals and screen readers"
+    )
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
 
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         template = generate_command((), settings)
         chat = _Chat(engine, template, args.system, out, plan)
         if not interactive:
-            out.note(f"{facts.name} is asked: {QUESTION}")
+            out.note(f"asking {facts.name}: {QUESTION}")
             chat.ask(QUESTION)
             return 0
         out.note(
@@ -96,7 +100,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
     from localrun.server.remote import RemoteEngine
 
     if args.model is not None:
-        raise UsageError("--server has a model of its own", hint="leave MODEL out")
+        raise UsageError("--server uses the server's model", hint="leave out MODEL")
     template = generate_command((), settings)
     with RemoteEngine(args.server, key=os.environ.get("LOCALRUN_SERVER_KEY")) as engine:
         (ready,) = engine.load()  # a wrong address is told before a screen is opened
@@ -117,7 +121,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
             )
         chat = _Chat(engine, template, args.system, out, {})
         if not interactive:
-            out.note(f"{ready.facts.name} is asked: {QUESTION}")
+            out.note(f"asking {ready.facts.name}: {QUESTION}")
             chat.ask(QUESTION)
             return 0
         out.note(f"{ready.facts.name} at {args.server}, context {ready.facts.n_ctx} tokens")
@@ -201,7 +205,7 @@ def _loop(chat: _Chat, out: Output) -> None:
             return
         if text == "/new":
             chat.restart()
-            out.note("a new conversation")
+            out.note("new conversation")
         elif text.startswith("/"):
             out.note(HELP)
         elif text:

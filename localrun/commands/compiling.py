@@ -56,7 +56,7 @@ class Notice:
                 self._out.status(text)
             elif not noted:
                 noted = True
-                self._out.note("compiling for this processor, only this once: a minute or two")
+                self._out.note("compiling for this processor, first run only: takes a minute or two")
 
     def _text(self) -> str | None:
         """How far the compiler is; None while it does nothing."""
@@ -65,7 +65,7 @@ class Notice:
             return None
         total = f" of about {USUAL_FUNCTIONS}" if done < USUAL_FUNCTIONS else ""
         elapsed = format_duration(time.monotonic() - self._started)
-        return f"compiling for this processor, only this once: function {done}{total}, {elapsed}"
+        return f"compiling for this processor, first run only: function {done}{total}, {elapsed}"
 
     def __enter__(self) -> Notice:
         with contextlib.suppress(RuntimeError):  # no more threads: whoever needs them says so

@@ -13,7 +13,7 @@ from localrun.commands.output import Output
 
 EXAMPLES = """\
 examples:
-  eval "$(localrun completion bash)"                                        for this shell; in ~/.bashrc for all
+  eval "$(localrun completion bash)"                                        this shell only; put it in ~/.bashrc for all
   localrun completion zsh > ~/.zfunc/_localrun                              with fpath+=~/.zfunc before compinit
   localrun completion fish > ~/.config/fish/completions/localrun.fish
 """
@@ -26,7 +26,7 @@ PATH_METAVARS = frozenset({"FILE", "MODEL", "SRC", "DST", "DIR", "PATH", "SOURCE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun completion`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("shell", choices=SHELLS, help="the shell that the script is for")
+    parser.add_argument("shell", choices=SHELLS, help="shell to generate the script for")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,46 +36,53 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun convert`."""
     parser.epilog = EXAMPLES
-    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint directory: config.json and safetensors")
     parser.add_argument(
-        "target_folder", metavar="DST", type=Path, help="directory to write; the same command resumes a killed run"
+        "source", metavar="SRC", type=Path, help="checkpoint directory with config.json and safetensors files"
+    )
+    parser.add_argument(
+        "target_folder",
+        metavar="DST",
+        type=Path,
+        help="directory to write; rerun the same command to resume an interrupted conversion",
     )
     parser.add_argument(
         "--dense",
         choices=DENSE_CHOICES,
         default=None,
         metavar="TYPE",
-        help="type of FP8 attention and shared-expert matrices: q8_0 (default), smaller: q6_k, q5_k, q4_k, exact: bf16, f32",
+        help="type for FP8 attention and shared-expert matrices: q8_0 (default); smaller: q6_k, q5_k, q4_k; exact: bf16, f32",
     )
     parser.add_argument(
         "--base",
         choices=BASE_CHOICES,
         default=None,
         metavar="TYPE",
-        help="type of the experts: mxfp4 (default for FP4 checkpoints, exact), q8_0 (default for FP8), smaller:"
-        " q4_k, iq4_xs, q3_k, iq3_s, iq3_xxs, q2_k, iq2_s, iq2_xs, iq2_xxs, larger: q5_k, q6_k, bf16, f32",
+        help="type for the experts: mxfp4 (default for FP4 checkpoints, exact), q8_0 (default for FP8); smaller:"
+        " q4_k, iq4_xs, q3_k, iq3_s, iq3_xxs, q2_k, iq2_s, iq2_xs, iq2_xxs; larger: q5_k, q6_k, bf16, f32",
     )
     parser.add_argument(
         "--keep-experts",
         action="store_true",
-        help="write the dense part only, a small directory made in minutes; experts are read from SRC, which must stay"
-        " (after moving SRC, the same command again with its new place)",
+        help="write only the dense part, a small directory made in minutes; experts are read from SRC, which must stay"
+        " in place (after moving SRC, run the same command with its new path)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="threads that read, convert and write (8, or one per core)"
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="threads for reading, converting and writing (8, or one per core)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the source, print sizes and the plan, write nothing"
+        "--dry-run", action="store_true", help="check the source and print sizes and the plan; write nothing"
     )
     parser.add_argument(
         "--split",
         type=common.size,
         metavar="SIZE",
-        help="files of at most this size, e.g. 4GB for FAT32 (llama.cpp reads them too)",
+        help="split into files of at most this size, e.g. 4GB for FAT32 (llama.cpp reads them too)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="progress and result for a program: one JSON object a line on stdout"
-    )
+    parser.add_argument("--json", action="store_true", help="print progress and result as JSON, one object per line")
     _add_precision_arguments(parser)
 
 
@@ -89,41 +96,44 @@ def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TYPE:SIZE",
-        help="up to this many bytes of better copies in this type, e.g. mxfp4:12GiB; repeatable; none: remove the overlay",
+        help="add up to this many bytes of better copies in this type, e.g. mxfp4:12GiB; repeatable; none removes the overlay",
     )
     precision.add_argument(
         "--target",
         metavar="SIZE-vram,SIZE-ram",
-        help="choose base and copies for a box with this memory, e.g. 24GiB-vram,64GiB-ram",
+        help="choose base and copies for a machine with this much memory, e.g. 24GiB-vram,64GiB-ram",
     )
     precision.add_argument(
-        "--recipe", metavar="NAME|FILE", help="base, hot, target and dense from a recipe, e.g. ram-64"
+        "--recipe", metavar="NAME|FILE", help="take base, hot, target and dense from a recipe, e.g. ram-64"
     )
-    learn = parser.add_argument_group("how formats are chosen (default: a built-in text, where a type rounds)")
+    learn = parser.add_argument_group("calibration (default: on a built-in text, for types that round)")
     learn.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="run this text (UTF-8, or JSONL of conversations) instead"
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="calibrate on this text instead (UTF-8, or JSONL of conversations)",
     )
-    learn.add_argument("--calibrate-tokens", type=int, default=0, metavar="N", help="only its first N tokens")
+    learn.add_argument("--calibrate-tokens", type=int, default=0, metavar="N", help="use only its first N tokens")
     learn.add_argument(
-        "--imatrix", type=Path, metavar="FILE", help="take importance from llama.cpp's imatrix file instead"
+        "--imatrix", type=Path, metavar="FILE", help="take importance from a llama.cpp imatrix file instead"
     )
-    learn.add_argument("--no-calibrate", action="store_true", help="round without knowing what matters")
+    learn.add_argument("--no-calibrate", action="store_true", help="quantize without importance data")
     learn.add_argument(
         "--ram",
         type=common.size,
         metavar="SIZE",
-        help="memory for experts while the text runs (default: what is free); the conversion itself needs about 1 GiB",
+        help="RAM for experts during calibration (default: what is free); the conversion itself needs about 1 GiB",
     )
     parser.add_argument(
         "--evaluate",
         type=Path,
         metavar="FILE",
-        help="finally, compare with the source on this held-out text (runs both); the result goes into the report",
+        help="afterwards, compare with the source on this held-out text (runs both); results go into the report",
     )
     parser.add_argument(
         "--evaluate-types",
         metavar="TYPE,...",
-        help="with --evaluate: also models with all experts in these types, converted for it and deleted again",
+        help="with --evaluate: also compare models with all experts in these types, converted temporarily",
     )
 
 

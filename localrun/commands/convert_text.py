@@ -20,8 +20,8 @@ def describe_choice(choice: PrecisionChoice) -> list[str]:
 
     summary = choice.importance.summary()
     learned = (
-        f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and are"
-        f" taken as their layer's average, {summary.n_rare} rarely"
+        f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and get"
+        f" their layer's average, {summary.n_rare} rarely used"
     )
     return [learned, *(precision_lines(choice.solution) if choice.solution is not None else ())]
 
@@ -41,15 +41,15 @@ def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list
     mtp = checkpoint.mtp
     if mtp is not None:
         lines.append(
-            f"  {mtp.kind} (mtp.*): {mtp.n_tensors} tensors, {format_size(mtp.n_bytes)}: left out;"
-            " llama.cpp takes drafting blocks from a GGUF of their own"
+            f"  {mtp.kind} (mtp.*): {mtp.n_tensors} tensors, {format_size(mtp.n_bytes)}: skipped;"
+            " llama.cpp reads draft blocks from a separate GGUF"
         )
     if options is not None and options.target is not None:
-        lines.append("output: base and better copies are chosen for the target after a look at the experts")
+        lines.append("output: base and better copies are chosen for the target after measuring the experts")
         return lines
     lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
     if plan.options.keep_experts:
-        lines.append(f"  experts stay in {checkpoint.path} and are read from there: keep it, and keep it as it is")
+        lines.append(f"  experts stay in {checkpoint.path} and are read from there: keep it unchanged")
     for budget in options.hot if options is not None else ():
         lines.append(f"  and better copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
     return lines

@@ -27,7 +27,7 @@ from localrun.units import format_duration, format_size
 EXAMPLES = """\
 examples:
   localrun doctor
-  localrun doctor --warm        also compile the kernels, so that no chat waits for them
+  localrun doctor --warm        also compile the kernels, so chats don't wait for them
 """
 
 LOW_MEMORY_BYTES = 8 * 2**30
@@ -42,7 +42,7 @@ CARDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 """By PCI vendor: who made the card, ggml's backends for it, and how to get one."""
 
 GPU_DRIVERS = {
-    "CUDA": "install or load NVIDIA's driver: nvidia-smi must list the card",
+    "CUDA": "install or load the NVIDIA driver: nvidia-smi must list the card",
     "ROCm": "load the amdgpu driver and join the groups render and video: rocminfo must list the card",
     "Vulkan": "install the card's Vulkan driver (Mesa's: apt install mesa-vulkan-drivers): vulkaninfo --summary must list the card",
 }
@@ -52,12 +52,12 @@ NO_DRIVER = Path(sys.prefix) / "no-driver"
 """A libcuda without a device, which set-up makes where it compiles for NVIDIA's GPUs and finds no driver."""
 
 DRIVER_LIBRARIES = {
-    "libcuda.so": "install NVIDIA's driver, or, without NVIDIA's GPU, make cpu",
-    "libcudart": "make cuda, or name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
-    "libcublas": "make cuda, or name the CUDA toolkit's lib64 in LD_LIBRARY_PATH or to ldconfig, or make cpu",
-    "libvulkan": "install Vulkan's loader (apt install libvulkan1), or make cpu",
-    "libamdhip64": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
-    "blas.so": "name ROCm's lib folder in LD_LIBRARY_PATH or to ldconfig, or make cpu",
+    "libcuda.so": "install the NVIDIA driver, or, without an NVIDIA GPU, make cpu",
+    "libcudart": "make cuda, or add the CUDA toolkit's lib64 to LD_LIBRARY_PATH or ldconfig, or make cpu",
+    "libcublas": "make cuda, or add the CUDA toolkit's lib64 to LD_LIBRARY_PATH or ldconfig, or make cpu",
+    "libvulkan": "install the Vulkan loader (apt install libvulkan1), or make cpu",
+    "libamdhip64": "add ROCm's lib folder to LD_LIBRARY_PATH or ldconfig, or make cpu",
+    "blas.so": "add ROCm's lib folder to LD_LIBRARY_PATH or ldconfig, or make cpu",
 }
 """By shared library that a build for a GPU needs: what mends its absence."""
 
@@ -143,7 +143,7 @@ def check_library() -> Check:
     version_of_ggml = "from localrun.ggml import library; print(library.library().ggml_version().decode())"
     code, output = _probe(version_of_ggml)
     if code and "libcuda.so" in output and NO_DRIVER.is_dir() and not _probe(version_of_ggml, libraries=NO_DRIVER)[0]:
-        detail = f"llama-cpp-python {version}, compiled for NVIDIA's GPUs: the build is fine, the driver (libcuda.so.1) is missing"
+        detail = f"llama-cpp-python {version}, built for NVIDIA GPUs: the build is fine, but the driver (libcuda.so.1) is missing"
         return Check("llama.cpp", "FAIL", detail, DRIVER_LIBRARIES["libcuda.so"])
     if code:
         fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
@@ -205,18 +205,16 @@ def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
     compiled = [name for name in GPU_DRIVERS if name in backends]
     if not cards:
         if not compiled:
-            return Check("GPU", "ok", "none found; localrun computes on the CPU")
+            return Check("GPU", "ok", "none found; localrun runs on the CPU")
         kinds = ", ".join(compiled)
         return Check(
-            "GPU", "ok", f"none found; llama.cpp's build for {kinds} is fine, the card is missing: computing on the CPU"
+            "GPU", "ok", f"none found; llama.cpp's build for {kinds} is fine, but there is no card: running on the CPU"
         )
     makers = ", ".join(dict.fromkeys(maker for maker, _, _ in cards))
     fitting = [name for _, names, _ in cards for name in names if name in compiled]
     if fitting:
         fixes = "; ".join(dict.fromkeys(GPU_DRIVERS[name] for name in fitting))
-        return Check(
-            "GPU", "warn", f"{makers}, but {', '.join(dict.fromkeys(fitting))} finds no card it can use", fixes
-        )
+        return Check("GPU", "warn", f"{makers}, but {', '.join(dict.fromkeys(fitting))} finds no usable card", fixes)
     fixes = ", ".join(dict.fromkeys(fix for _, _, fix in cards))
     return Check("GPU", "warn", f"{makers}, but llama.cpp was compiled without support for it", fixes)
 
@@ -239,7 +237,7 @@ def check_processor() -> Check:
 def check_memory() -> Check:
     total = memory.total_memory()
     if total is None:
-        return Check("memory", "warn", "size unknown", "give --ram")
+        return Check("memory", "warn", "size unknown", "set --ram")
     verdict: Verdict = "warn" if total < LOW_MEMORY_BYTES else "ok"
     return Check("memory", verdict, memory.describe())
 
@@ -268,7 +266,7 @@ def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
     try:
         n_types = warm_kernels(status)
     except Exception as error:  # whatever the compiler raises, the report must go on
-        return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this, with the processor's name")
+        return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this with your processor's name")
     return Check("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
 
 

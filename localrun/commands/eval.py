@@ -35,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser, optional=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tokens", type=Path, metavar="FILE", help="JSON list of token ids; needs --logits")
-    what.add_argument("--text", type=Path, metavar="FILE", help="text whose perplexity is measured")
+    what.add_argument("--text", type=Path, metavar="FILE", help="text to measure perplexity on")
     parser.add_argument(
-        "--logits", type=Path, metavar="OUT.npy", help="write float32 logits of all positions (T, n_vocab) to this file"
+        "--logits",
+        type=Path,
+        metavar="OUT.npy",
+        help="write the logits of all positions to this file, float32 (T, n_vocab)",
     )
     parser.add_argument("--reference", metavar="MODEL", help="with --text: compare with this model's distributions")
     parser.add_argument(
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens is not None:
         return _logits(args, model, options, out)
     if args.logits is not None:
-        raise UsageError("--logits goes with --tokens")
+        raise UsageError("--logits needs --tokens")
     return _text(args, model, options, out)
 
 
@@ -103,12 +106,12 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
         return 0
     out.line(f"perplexity {result.perplexity:.4f} over {result.n_tokens} tokens in windows of {args.window}")
     if result.kl_mean is not None:
-        out.line(f"the reference's perplexity {result.reference_perplexity:.4f}")
+        out.line(f"reference perplexity {result.reference_perplexity:.4f}")
         out.line(
             f"KL from the reference: mean {result.kl_mean:.6f}, median {result.kl_median:.6f}, 99th percentile "
             f"{result.kl_p99:.6f}, largest {result.kl_max:.6f} nats"
         )
-        out.line(f"same most likely token: {result.top1_agreement:.2%}")
+        out.line(f"same top token: {result.top1_agreement:.2%}")
     return 0
 
 

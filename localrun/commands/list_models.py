@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="DIR",
-        help="where to look (default: here, ~/models, localrun's own folders, LOCALRUN_MODELS)",
+        help="folders to search (default: the current folder, ~/models, localrun's own folders, LOCALRUN_MODELS)",
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if not path.exists():
             out.note(f"[models] {name}: {path}: no such file or directory")
     if not found:
-        out.note("no models found; localrun list DIR looks in another folder, localrun chat demo opens the demo model")
+        out.note("no models found; localrun list DIR searches another folder, localrun chat demo opens the demo model")
     return 0
 
 

@@ -46,36 +46,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="flash, pro, a config.json, a converted directory, a GGUF, an official checkpoint, or a name of one",
+        help="flash, pro, a config.json, a converted directory, a GGUF, an official checkpoint, or a model name",
     )
-    add_flags(parser, "limits, as for a load", [BY_NAME[name] for name in LIMITS])
+    add_flags(parser, "limits, as for loading", [BY_NAME[name] for name in LIMITS])
     machine = parser.add_argument_group("another machine (default: this one)")
     machine.add_argument("--box", metavar="NAME", help=f"one of {', '.join(BOX_NAMES)}")
-    machine.add_argument("--machine-ram", type=common.size, metavar="SIZE", help="its memory, 2 GiB of it in use")
+    machine.add_argument(
+        "--machine-ram", type=common.size, metavar="SIZE", help="its RAM, of which 2 GiB are assumed to be in use"
+    )
     machine.add_argument(
         "--machine-vram",
         type=common.size,
         metavar="SIZE",
         action="append",
-        help="a GPU's memory; repeat it for more GPUs",
+        help="memory of a GPU; repeat for several GPUs",
     )
-    machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="its cores")
-    machine.add_argument("--machine-memory-gbps", type=_rate, metavar="X", help="GB/s of its RAM")
-    machine.add_argument("--machine-disk-gbps", type=_rate, metavar="X", help="GB/s of the model's drive")
+    machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="number of cores")
+    machine.add_argument("--machine-memory-gbps", type=_rate, metavar="X", help="RAM bandwidth in GB/s")
+    machine.add_argument("--machine-disk-gbps", type=_rate, metavar="X", help="read speed of the model's drive in GB/s")
     machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
-    machine.add_argument("--machine-gpu-gbps", type=_rate, metavar="X", help="GB/s of the GPUs' memory (500)")
-    machine.add_argument("--machine-pcie-gbps", type=_rate, metavar="X", help="GB/s between RAM and GPU (12)")
-    machine.add_argument("--no-probe", action="store_true", help="don't measure drive and memory of this machine")
-    how = parser.add_argument_group("what is predicted")
-    how.add_argument("--base", metavar="TYPE", help="format of all experts, for a model not converted yet")
+    machine.add_argument("--machine-gpu-gbps", type=_rate, metavar="X", help="GPU memory bandwidth in GB/s (500)")
+    machine.add_argument(
+        "--machine-pcie-gbps", type=_rate, metavar="X", help="bandwidth between RAM and GPU in GB/s (12)"
+    )
+    machine.add_argument("--no-probe", action="store_true", help="don't measure this machine's drive and memory")
+    how = parser.add_argument_group("prediction")
+    how.add_argument("--base", metavar="TYPE", help="type of all experts, for a model not converted yet")
     how.add_argument(
-        "--position", type=common.count(0), metavar="N", help="tokens in the context when an answer begins"
+        "--position", type=common.count(0), metavar="N", help="tokens already in the context when an answer begins"
     )
     how.add_argument(
         "--prompt-tokens", type=common.count(1), default=2048, metavar="N", help="length of the prompt (2048)"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw the bars of memory and time into FILE")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw memory and time as bars to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     user = common.settings_of(args)
     if machine is not None:  # what this machine's owner set for this machine says nothing about another
         user = config.Settings(models=user.models).overridden(args, args.option_names)
-    out.status("looking at the machine")
+    out.status("probing the machine")
     with compiling.Notice(out):
         plan = plan_with(
             args.model,
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.svg is not None:
         with replacing(args.svg) as file:
             file.write(bars_svg(bars(plan), f"{plan.sizes.name}: {args.box or 'the machine'} as planned").encode())
-        out.note(f"drawn: {args.svg}")
+        out.note(f"wrote {args.svg}")
     if args.json:
         out.json(plan.to_json())
         return 0
@@ -171,8 +175,8 @@ def _phase(name: str, span: Range) -> list[str]:
     estimates = (span.low, span.likely, span.high)
     lines = [f"{name:<28}{'low':>10}{'likely':>10}{'high':>10}"]
     lines.append(f"  {'tokens/s':<26}" + "".join(f"{rate.tokens_per_s:>10.2f}" for rate in estimates))
-    lines.append(f"  {'found in memory':<26}" + "".join(f"{rate.hit_rate:>10.0%}" for rate in estimates))
-    lines.append(f"  {'GB from the drive':<26}" + "".join(f"{rate.disk_bytes / 1e9:>10.3f}" for rate in estimates))
+    lines.append(f"  {'hit rate':<26}" + "".join(f"{rate.hit_rate:>10.0%}" for rate in estimates))
+    lines.append(f"  {'GB read from disk':<26}" + "".join(f"{rate.disk_bytes / 1e9:>10.3f}" for rate in estimates))
     for part in span.likely.parts:
         lines.append(f"  {f'ms: {part}':<26}" + "".join(f"{1e3 * rate.parts[part]:>10.2f}" for rate in estimates))
     return lines
@@ -183,7 +187,7 @@ def _rate(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of GB/s") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number (GB/s)") from None
     if not 0 < value < 1e5:
-        raise argparse.ArgumentTypeError(f"{text} GB/s is not a rate")
+        raise argparse.ArgumentTypeError(f"{text} GB/s is out of range")
     return value

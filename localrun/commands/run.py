@@ -28,10 +28,10 @@ examples:
   localrun run -p "Why is the sky blue?"
   localrun run "Why is the sky blue?"                      the same
   git diff | localrun run ~/models/v4-flash -p "Write a commit message for this:" --temp 0
-  localrun run ~/models/v4-flash --file notes.txt -p "Sum this up" --jsonl | jq -r 'select(.event == "text").text'
+  localrun run ~/models/v4-flash --file notes.txt -p "Summarize this" --jsonl | jq -r 'select(.event == "text").text'
 
-The question is made of the files, the prompt and what comes from standard input, in this order. In a loop that reads lines from
-standard input, give localrun another one: localrun run -p "$line" < /dev/null
+The question is the files, the prompt and standard input, in that order. In a loop that reads lines from
+standard input, redirect it: localrun run -p "$line" < /dev/null
 """
 
 
@@ -39,21 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun run`."""
     parser.epilog = EXAMPLES
     common.add_model_argument(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question; standard input is appended to it")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; standard input is appended to it")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
         "--file",
         type=Path,
         action="append",
         metavar="FILE",
-        help="a text file to put before the question; - is standard input; repeatable",
+        help="text file to put before the prompt; - reads standard input; repeatable",
     )
     parser.add_argument(
-        "--tools", type=Path, metavar="FILE", help="JSON list of functions to offer; calls are printed, not run"
+        "--tools", type=Path, metavar="FILE", help="JSON list of functions to offer; calls are printed, not executed"
     )
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="one JSON object at the end instead of streamed text")
-    shown.add_argument("--jsonl", action="store_true", help="a JSON object per line for everything that happens")
+    shown.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming text")
+    shown.add_argument("--jsonl", action="store_true", help="print one JSON object per event, one per line")
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _take_as_question(args: argparse.Namespace, settings: config.Settings, out: Output) -> None:
     """`localrun run "Why is the sky blue?"`: there is no such model, so it is what is asked."""
     answers = settings["model"] or "the demo model"
-    out.note(f"no model of that name, so {answers} is asked (-p TEXT avoids this note)")
+    out.note(f"no model has that name, so it is the prompt for {answers} (use -p TEXT to avoid this note)")
     args.prompt, args.model = args.model, None
 
 
@@ -96,7 +96,7 @@ def _messages(args: argparse.Namespace) -> tuple[dict[str, Any], ...]:
     )
     prompt = "\n\n".join(text for text in (args.prompt, piped) if text)
     if not prompt.strip() and not files:
-        raise UsageError("nothing to answer", hint="give -p TEXT, or pipe text in")
+        raise UsageError("nothing to answer", hint="use -p TEXT, or pipe text in")
     system = [{"role": "system", "content": args.system}] if args.system else []
     return (*system, {"role": "user", "content": with_attachments(files, prompt).strip("\n") if files else prompt})
 
@@ -147,7 +147,7 @@ class _Text:
             self._out.end_line()
             self._out.line(f"{event.name}({event.arguments})")
             if not event.usable:
-                self._out.note(f"note: this call of {event.name} is not complete: {', '.join(event.problems)}")
+                self._out.note(f"note: this call of {event.name} is incomplete: {', '.join(event.problems)}")
         elif isinstance(event, Delta) and event.kind == "thinking":
             self._out.thinking(event.text)
             self._was_thinking = True

@@ -37,7 +37,7 @@ examples:
   localrun serve --port 9000 --api-key-file ~/.localrun-key --host 0.0.0.0
   localrun serve --print-config claude-code
 
-It listens on this machine only, unless --host says otherwise. docs/serve.md says what clients need.
+The server listens on this machine only unless --host says otherwise. See docs/serve.md for client setup.
 """
 
 STATUS_EVERY_S = 0.5
@@ -50,30 +50,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     common.add_model_argument(parser)
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (127.0.0.1)")
-    group.add_argument("--port", type=int, default=8080, metavar="N", help="port (8080); 0 picks a free one")
-    group.add_argument("--api-key", action="append", metavar="KEY", help="a key that clients must send; repeatable")
-    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file of such keys, one per line")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
     group.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name under which clients reach the server"
+        "--port", type=int, default=8080, metavar="N", help="port to listen on (8080); 0 picks a free one"
+    )
+    group.add_argument("--api-key", action="append", metavar="KEY", help="API key that clients must send; repeatable")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with API keys, one per line")
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="additional host name under which clients reach the server",
     )
     group.add_argument(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="web origins that may send requests; *: any",
+        help="web origin allowed to send requests; * allows all",
     )
-    group.add_argument("--model-name", metavar="NAME", help="name under which the model is listed")
-    group.add_argument("--queue", type=int, default=64, metavar="N", help="most requests that may wait (64)")
+    group.add_argument("--model-name", metavar="NAME", help="name to list the model under")
+    group.add_argument("--queue", type=int, default=64, metavar="N", help="maximum number of waiting requests (64)")
     group.add_argument(
-        "--stop-after", type=float, default=30.0, metavar="S", help="time that a running answer gets at shutdown (30 s)"
+        "--stop-after",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="time a running answer gets to finish at shutdown (30 s)",
     )
     group.add_argument(
         "--no-reminders", action="store_true", help="leave date and git status where clients put them, before the tools"
     )
-    group.add_argument("--log-prompts", action="store_true", help="also print what clients send")
-    group.add_argument("--print-config", choices=[*CLIENTS], metavar="CLIENT", help=f"one of {', '.join(CLIENTS)}")
+    group.add_argument("--log-prompts", action="store_true", help="also log what clients send")
+    group.add_argument(
+        "--print-config",
+        choices=[*CLIENTS],
+        metavar="CLIENT",
+        help=f"print a client's configuration and exit; one of {', '.join(CLIENTS)}",
+    )
     common.add_sampling_arguments(parser)
     common.add_load_arguments(parser)
 
@@ -90,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not _is_loopback(args.host) and not keys:
         raise UsageError(
-            f"--host {args.host} is reachable by others, and there is no key",
-            hint="give --api-key-file FILE, or leave --host out",
+            f"--host {args.host} is reachable from other machines, and no API key is set",
+            hint="set --api-key-file FILE, or leave out --host",
         )
     if args.queue < 1:
         raise UsageError("--queue must be at least 1")
@@ -203,7 +218,7 @@ class _Log:
             self._out.note(f"{time.strftime('%H:%M:%S')} {path} {json.dumps(body, ensure_ascii=False)}")
 
     def stopping(self, n_signals: int) -> None:
-        answering = "stopping: the running answer may end; Ctrl-C again ends it now"
+        answering = "stopping after the running answer; press Ctrl-C again to stop now"
         text = "stopping now" if n_signals > 1 else answering if self._dispatcher.busy else "stopping"
         with self._lock:
             self._out.note(text)
@@ -223,7 +238,7 @@ class _Log:
         try:
             stats = self._engine.stats(timeout_s=1.0)
         except (EngineDiedError, TimeoutError, LocalrunError):
-            return " | ".join([*parts, "no engine: the next request starts it"])
+            return " | ".join([*parts, "engine not running: the next request starts it"])
         rate = stats.telemetry.get("hit_rate")
         if isinstance(rate, float):
             parts.append(f"hits {rate:.0%}")
@@ -273,7 +288,7 @@ def _keys(args: argparse.Namespace) -> list[str]:
         lines = path.read_text("utf-8").splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise UsageError(f"{path}: no key in it", hint="one key per line")
+            raise UsageError(f"{path}: contains no key", hint="put one key on each line")
         keys += found
     if any(not key.strip() for key in keys):
         raise UsageError("an API key must not be empty")

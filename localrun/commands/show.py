@@ -86,8 +86,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             + ", ".join(f"{g['count']} in {g['type']} ({format_size(g['size_bytes'])})" for g in facts["experts"])
         )
     if facts["experts_in"] is not None:
-        lines.append(f"         they stay in the checkpoint {facts['experts_in']}")
+        lines.append(f"         read from the checkpoint {facts['experts_in']}")
     lines.append(f"context  {facts['context'] or 'unknown'} tokens at most")
     if not facts["has_tokenizer"]:
-        lines.append("note     no tokenizer: it can be measured, but not talked to")
+        lines.append("note     no tokenizer: bench works, but chat doesn't")
     return lines

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repair",
         type=Path,
         metavar="SOURCE",
-        help="rebuild what is damaged or missing from the checkpoint that the model was converted from",
+        help="rebuild damaged or missing data from the checkpoint the model was converted from",
     )
     parser.add_argument("--restart", action="store_true", help="start over instead of resuming an interrupted run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
@@ -71,21 +71,21 @@ def _restore(model: Path, checkpoint: Path, out: Output) -> bool:
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 
     if not (model / MANIFEST_NAME).is_file():
-        raise UsageError(f"{model} holds no converted model", hint="give the folder that localrun convert wrote")
+        raise UsageError(f"{model} is not a converted model", hint="pass the folder that localrun convert wrote")
     out.status("checking the files")
     restored = restore_files(model, read_manifest(model / MANIFEST_NAME), open_checkpoint(checkpoint))
     out.clear_status()
     for path in restored:
-        out.note(f"restored: {path}: size and header; its contents follow")
+        out.note(f"restored: {path}: size and header; contents are repaired next")
     return bool(restored)
 
 
 def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> int:
     layers = len(source.moe_layers)
     out.note(
-        f"{source.path}: {len(source.tensors)} tensors, {layers} layers with experts: names, types and shapes are right"
+        f"{source.path}: {len(source.tensors)} tensors, {layers} layers with experts: names, types and shapes are correct"
     )
-    out.note("no manifest (localrun.json), so no checksums: the weights were not checked")
+    out.note("no manifest (localrun.json), so no checksums: weights not verified")
     if as_json:
         out.json({"model": str(source.path), "ok": True, "checksums": False, "tensors": len(source.tensors)})
     return 0
@@ -105,7 +105,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
         journal.restart()
     skipped = sum(check.n_bytes for check in checks[: journal.next_check])
     if skipped:
-        out.note(f"going on after {format_size(skipped)} that an interrupted run has read (--restart reads all)")
+        out.note(f"resuming after {format_size(skipped)} read by an interrupted run (--restart starts over)")
     started = time.monotonic()
     damages = verify(source, source.manifest, Progress(out, skipped=skipped), journal)
     seconds = time.monotonic() - started
@@ -117,14 +117,14 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     speed = f"{format_size(n_bytes - skipped)} in {format_duration(seconds)}"
     speed += f", {(n_bytes - skipped) / max(seconds, 1e-9) / 1e9:.2f} GB/s"
     if damages:
-        out.note(f"{source.path}: {len(damages)} of {len(checks)} checksums differ ({speed})")
-        out.note("hint: copy the named files again from an intact copy, use --repair SOURCE, or convert again")
+        out.note(f"{source.path}: {len(damages)} of {len(checks)} checksums are wrong ({speed})")
+        out.note("hint: restore the files above from an intact copy, use --repair SOURCE, or convert again")
     else:
         repaired = f", {n_damaged} after repair" if n_damaged else ""
-        out.note(f"{source.path}: all {len(checks)} checksums are right{repaired} ({speed})")
+        out.note(f"{source.path}: all {len(checks)} checksums are correct{repaired} ({speed})")
     if source.manifest.kept is not None:
         out.note(
-            f"experts in {source.manifest.kept.path}: the checkpoint is the same by names, sizes, headers and samples;"
+            f"experts in {source.manifest.kept.path}: the checkpoint matches by names, sizes, headers and samples;"
             " its weights have no checksums"
         )
     if args.json:
@@ -153,7 +153,7 @@ def _describe(damages: list[Damage], source: Any, out: Output) -> None:
     if len(source.files) > 1:
         for path in source.files:
             if n := sum(damage.path == path for damage in damages):
-                out.note(f"file to copy again: {path.name} ({n} damaged)")
+                out.note(f"file to restore: {path.name} ({n} damaged)")
 
 
 def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -> list[Damage]:
@@ -190,7 +190,7 @@ def _importances(source: Any, out: Output) -> list[ImportanceLookup | None]:
         try:
             found.append(read_imatrix(path, source.moe_layers))
         except LocalrunError as error:
-            out.note(f"not used: {error}")
+            out.note(f"ignored: {error}")
     return [*found, None]
 
 

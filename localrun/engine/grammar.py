@@ -89,7 +89,7 @@ class Grammars:
     def _with_inputs(self, matcher: Any, inputs: Mapping[str, Any]) -> Any:
         closing = self._tokenizer.encode("</")
         if len(closing) != 1:
-            raise UsageError("custom tools with a grammar need a vocabulary with a token `</`")
+            raise UsageError("custom tools with a grammar need a vocabulary that has the token `</`")
         with self._lock:
             if self._words is None:
                 self._words = InputWords.of([self._tokenizer.piece(token) for token in range(self._n_vocab)])

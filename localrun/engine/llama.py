@@ -159,7 +159,7 @@ class Context:
         if not self._ctx:
             raise LocalrunError(
                 f"llama.cpp can't make a context of {n_ctx} tokens: {llama_log.recent_errors()}",
-                hint="give a smaller --context or another KV type, or a smaller --vram where experts fill a GPU",
+                hint="lower --context, use a smaller --kv type, or lower --vram if experts fill a GPU",
             )
         self._n_threads, self._n_threads_now, self._company = n_threads, n_threads, Company()
         self._follows_company = False

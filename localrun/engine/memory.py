@@ -70,7 +70,7 @@ def check_threads(n_threads: int) -> None:
     most = max(_ALWAYS_THREADS, 4 * logical_cores())
     if n_threads > most:
         raise UsageError(
-            f"{n_threads} threads on {logical_cores()} CPUs: at most {most}",
+            f"{n_threads} threads on {logical_cores()} CPUs: the maximum is {most}",
             hint=f"leave out --threads: one per physical core ({physical_cores()}) is usually fastest",
         )
 
@@ -82,7 +82,7 @@ def check_ram(ram_bytes: int | None) -> None:
         raise BudgetError(
             f"--ram {format_size(ram_bytes)}: this machine has {format_size(total)}, of which "
             f"{format_size(available_memory() or 0)} are free",
-            hint="lower --ram, or leave it out to use what is free",
+            hint="lower --ram, or leave it out to use the free RAM",
         )
 
 

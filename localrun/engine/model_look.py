@@ -78,7 +78,9 @@ class Looker:
             process.kill()
             self._process = None
             return Look(
-                str(path), problem="its header can't be read: the reader ended", hint="run localrun verify on it"
+                str(path),
+                problem="its header can't be read: the reader process died",
+                hint="run `localrun verify` on it",
             )
 
 
@@ -93,7 +95,7 @@ def check(path: Path) -> LocalrunError | None:
             process.kill()
             return LocalrunError(f"{path}: reading its headers takes more than {PATIENCE_S:.0f} s")
         except (OSError, ValueError, TypeError) as error:
-            return LocalrunError(f"{path}: its header can't be read: {error}", hint="run localrun verify on it")
+            return LocalrunError(f"{path}: its header can't be read: {error}", hint="run `localrun verify` on it")
     return LocalrunError(look.problem, hint=look.hint or None) if look.problem else None
 
 

@@ -60,7 +60,7 @@ class SamplingOptions:
         top_p: smallest set of tokens with at least this probability; 1 keeps all.
         top_k: the k most likely tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the most likely one; 0 keeps all.
-        seed: same seed, same model, same prompt: same answer. None draws one (reported in `Finished`).
+        seed: random seed; the same seed, model and prompt give the same answer. None draws one (reported in `Finished`).
         repeat_penalty: divides the logits of tokens already in the answer; 1 has no effect.
         presence_penalty: subtracted from the logits of tokens already in the answer.
         frequency_penalty: the same once for each time.
@@ -82,6 +82,6 @@ def check_context(n_ctx: int, trained: int) -> None:
     """Raises UsageError for a context beyond what a model was trained for; `trained` 0: nobody knows."""
     if trained and n_ctx > trained:
         raise UsageError(
-            f"a context of {n_ctx} tokens is more than the {trained} that this model was trained for",
-            hint=f"--context {trained} is the most",
+            f"a context of {n_ctx} tokens exceeds the {trained} tokens this model was trained for",
+            hint=f"use --context {trained} or less",
         )

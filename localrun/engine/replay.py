@@ -110,7 +110,7 @@ class AnswerMemory:
         except FileNotFoundError:
             return
         except OSError as error:
-            log.warning("%s: earlier answers can't be used: %s", path, error.strerror)
+            log.warning("%s: can't reuse earlier answers: %s", path, error.strerror)
             return
         self._n_lines = len(lines)
         for line in lines[-2 * MAX_ANSWERS :]:
@@ -132,7 +132,7 @@ class AnswerMemory:
             else:
                 self._append(_to_line(keys, record))
         except OSError as error:
-            log.warning("%s: an answer's tokens are not kept: %s", self._path, error.strerror)
+            log.warning("%s: could not save an answer's tokens: %s", self._path, error.strerror)
 
     def _append(self, line: bytes) -> None:
         assert self._path is not None

@@ -188,7 +188,7 @@ class Session:
                 self.restore(saved[1])
                 return self.position
             except LocalrunError as error:
-                log.warning("a saved state is not used: %s", error)
+                log.warning("ignoring a saved state: %s", error)
                 assert self._snapshots is not None
                 self._snapshots.drop(saved[0], prompt)
         self.reset()
@@ -212,7 +212,7 @@ class Session:
         try:
             self._snapshots.put(self._tokens, self.snapshot())
         except (LocalrunError, MemoryError) as error:  # it only saves time later: the answer must not end because of it
-            log.warning("the conversation's state is not saved: %s", error or "no memory")
+            log.warning("could not save the conversation's state: %s", error or "out of memory")
 
     def _batches(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         self._check(tokens, room=self.n_ctx - self.position)
@@ -222,8 +222,8 @@ class Session:
     def _check(self, tokens: Sequence[int], *, room: int) -> None:
         if len(tokens) > room:
             raise ContextFullError(
-                f"{len(tokens)} tokens don't fit into the {room} that are left of a context of {self.n_ctx}",
-                hint="shorten the conversation or give a larger --context",
+                f"{len(tokens)} tokens don't fit: {room} of {self.n_ctx} are left in the context",
+                hint="shorten the conversation or raise --context",
             )
         n_vocab = self._context.n_vocab
         for token in tokens:
@@ -255,7 +255,7 @@ class Session:
         if isinstance(cause, LocalrunError):
             raise cause
         if code == DECODE_NO_SLOT and cause is None:
-            raise ContextFullError("llama.cpp has no room for the batch", hint="give a larger --context")
+            raise ContextFullError("llama.cpp has no room for the batch", hint="raise --context")
         raise DecodeError(f"the forward pass failed (llama_decode: {code})") from cause
 
     # --- answers
@@ -383,13 +383,13 @@ class Session:
         if key != self._engine.state_key.encode():
             raise FormatError("the session snapshot belongs to another model or KV cache type")
         if n_tokens > self.n_ctx:
-            raise FormatError(f"the session snapshot holds {n_tokens} tokens, the context {self.n_ctx}")
+            raise FormatError(f"the session snapshot has {n_tokens} tokens, the context only {self.n_ctx}")
         start = _HEADER.size + 4 * n_tokens
         tokens = np.frombuffer(body[_HEADER.size : start], np.int32).tolist()
         self.reset()
         if tokens and not self._context.load_state(body[start:]):
             self.reset()
-            raise DecodeError("llama.cpp refused the session snapshot", hint="delete it")
+            raise DecodeError("llama.cpp rejected the session snapshot", hint="delete it")
         self._tokens = tokens
 
     def close(self) -> None:

@@ -104,7 +104,7 @@ class SnapshotStore:
                     lambda: not self._unwritten or self._waiting_bytes() + len(data) <= self._ram_bytes, SLOW_DRIVE_S
                 )
                 if not fits:
-                    log.warning("%s: a conversation's state is not saved: the drive is too slow", self._folder)
+                    log.warning("%s: a conversation's state was not saved: the drive is too slow", self._folder)
                     return
                 self._unwritten[name] = data
             self._writes.put((name, data))
@@ -151,7 +151,7 @@ class SnapshotStore:
             self._writes.put(None)
             self._writer.join(CLOSE_S)
             if self._writer.is_alive():
-                log.warning("%s: states of conversations are not saved: the drive is too slow", self._folder)
+                log.warning("%s: conversation states are not saved: the drive is too slow", self._folder)
             self._writer = None
 
     def _get(self, name: tuple[int, str]) -> State | None:
@@ -177,7 +177,7 @@ class SnapshotStore:
             folder.mkdir(parents=True, exist_ok=True)
             files = [(path, path.stat()) for path in folder.iterdir()]
         except OSError as error:
-            log.warning("%s: saved states can't be used: %s", folder, error.strerror)
+            log.warning("%s: can't use saved states: %s", folder, error.strerror)
             self._folder = None
             return
         for path, stat in files:
@@ -208,7 +208,7 @@ class SnapshotStore:
         try:
             self._make_room(len(data))
             if shutil.disk_usage(self._folder).free < len(data) + MIN_FREE_BYTES:
-                log.warning("%s: a conversation's state is not saved: the drive is nearly full", self._folder)
+                log.warning("%s: a conversation's state was not saved: the drive is nearly full", self._folder)
                 return
             with replacing(self._folder / _file_name(name)) as file:
                 file.write(data)

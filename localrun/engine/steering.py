@@ -75,7 +75,7 @@ class Steering:
         if self._thinking:
             self._thinking = token != self._think_end
         elif self._matcher is not None and token not in self._ends and not self._matcher.consume_token(token):
-            raise DecodeError(f"the grammar does not go on with token {token}: {self._matcher.get_error()}")
+            raise DecodeError(f"the grammar does not allow token {token}: {self._matcher.get_error()}")
 
     def _follow_grammar(self, logits: npt.NDArray[np.float32]) -> None:
         if self._matcher.is_stopped() and not self._matcher.is_error():  # nothing but the end can follow

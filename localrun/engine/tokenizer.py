@@ -51,7 +51,7 @@ class Tokenizer:
         """
         if not vocab.has_tokenizer:
             raise LocalrunError(
-                "the model has no tokenizer", hint="convert it with its tokenizer.json, or give token ids"
+                "the model has no tokenizer", hint="convert it with its tokenizer.json, or pass token ids"
             )
         self._vocab = vocab
         self._specials = _special_tokens(vocab)
@@ -70,7 +70,8 @@ class Tokenizer:
             ids += self._vocab.tokenize(segment.encode("utf-8", "replace"))
         if not self._special_ids.isdisjoint(ids):
             raise LocalrunError(
-                "the tokenizer turned ordinary text into a special token", hint="report this, with the model's name"
+                "the tokenizer turned ordinary text into a special token",
+                hint="please report this with the model's name",
             )
         return ids
 

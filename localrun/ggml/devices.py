@@ -99,7 +99,7 @@ def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
         if names is not None and name.lower() not in names:
             continue
         if name.startswith("RPC") and not answers(description):
-            log.warning("%s: the server %s does not answer any more", name, description)
+            log.warning("%s: the server %s has stopped responding", name, description)
             continue
         props = ggml.DeviceProps()
         lib.ggml_backend_dev_get_props(address, C.byref(props))
@@ -177,7 +177,7 @@ def add_rpc_server(endpoint: str) -> None:
     except OSError as error:
         raise LocalrunError(
             f"--rpc {endpoint}: {error.strerror or error}",
-            hint="start llama.cpp's `rpc-server -H ADDRESS -p PORT` there, or leave out --rpc",
+            hint="start `rpc-server -H ADDRESS -p PORT` (llama.cpp) there, or leave out --rpc",
         ) from error
     lib = library()
     registry = lib.ggml_backend_reg_by_name(b"RPC")
@@ -227,6 +227,6 @@ def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
         device = by_name.get(name.strip().lower())
         if device is None:
             there = ", ".join(f"{other} ({what})" for _, other, what in _listed()) or "none"
-            raise UsageError(f"--gpu {name.strip()}: no such GPU", hint=f"GPUs that this llama.cpp can use: {there}")
+            raise UsageError(f"--gpu {name.strip()}: no such GPU", hint=f"GPUs this llama.cpp can use: {there}")
         chosen.append(device)
     return chosen

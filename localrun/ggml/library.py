@@ -222,7 +222,7 @@ def _load_backends(lib: Library, folder: Path) -> None:
     llama_log.install()
     lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     if not lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU):
-        raise _misfit(f"{folder}: no CPU backend that this processor can run")
+        raise _misfit(f"{folder}: no CPU backend for this processor")
 
 
 def _misfit(what: str) -> IncompatibleLibraryError:

@@ -79,9 +79,9 @@ def fill_model(
     if unused := filler.unused():
         llama_cpp.llama_model_free(model)
         raise UnsupportedModelError(
-            f"{source.path}: llama.cpp has no use for {len(unused)} of its tensors, such as {unused[0]}; without them its answers"
-            " would be wrong",
-            hint="the file is of another architecture than it says, or newer than this program",
+            f"{source.path}: llama.cpp has no use for {len(unused)} of its tensors, such as {unused[0]}; ignoring"
+            " them would make its answers wrong",
+            hint="the file has a different architecture than it says, or is newer than this program",
         )
     return model
 
@@ -107,7 +107,7 @@ def _overrides(source: ModelSource, options: OffloadOptions) -> C.Array[Any]:
 def _refusal(source: ModelSource, options: OffloadOptions) -> LocalrunError:
     if options.n_gpu_layers:
         return GpuMemoryError(
-            f"{options.gpus[0][0].name} does not take the dense model: {llama_log.recent_errors()}", hint="--gpu none"
+            f"{options.gpus[0][0].name} can't hold the dense model: {llama_log.recent_errors()}", hint="--gpu none"
         )
     return UnsupportedModelError(f"{source.path}: llama.cpp can't load this model: {llama_log.recent_errors()}")
 
@@ -153,7 +153,7 @@ class _Filler:
             raise FormatError(
                 f"{self._source.path}: {name} is {info.type.name} {list(info.shape)}, llama.cpp expects "
                 f"{GGMLQuantizationType(tensor.type).name} {list(shape)}",
-                hint="the file does not fit its own metadata; convert it again",
+                hint="the file contradicts its own metadata; convert it again",
             )
         weight = expert_weight(name)
         if weight is not None and expert_device().is_ours(address):
@@ -203,7 +203,7 @@ class _Filler:
         rows = gguf.dequantize(raw.reshape(info.shape[1], -1), info.type)
         if tensor.type != ggml.TYPE_F32 or rows.shape != (tensor.ne[1], tensor.ne[0]):
             raise LocalrunError(
-                f"{self._source.path}: output.weight is missing and can't be made from token_embd.weight"
+                f"{self._source.path}: output.weight is missing and can't be derived from token_embd.weight"
             )
         return np.ascontiguousarray(rows, np.float32)
 

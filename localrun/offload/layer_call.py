@@ -220,7 +220,7 @@ class LayerCall:
             if self._residency.wait_for_read_ahead():
                 self._start_reads()  # memory that guesses were being read into can be taken now
                 return
-            raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="give more --ram")
+            raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="raise --ram")
 
     def _collect(self) -> list[int]:
         """Waits for at least one read, takes all that are there."""

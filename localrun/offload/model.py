@@ -221,6 +221,6 @@ def _open_mirror(source: ModelSource, path: Path) -> ModelSource:
         f.stat().st_size for f in source.files
     ]:
         raise FormatError(
-            f"{path}: not a copy of {source.path}", hint="copy the model's directory again, or leave out the mirror"
+            f"{path}: not a copy of {source.path}", hint="copy the model's directory again, or leave out --mirror"
         )
     return mirror

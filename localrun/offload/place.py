@@ -141,7 +141,7 @@ def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlaceme
     n_used = shape_of(source).n_used
     if n_used < 1:
         key = f"{source.metadata.get('general.architecture')}.expert_used_count"
-        raise FormatError(f"{source.path}: metadata key {key} does not say how many experts a token uses")
+        raise FormatError(f"{source.path}: metadata key {key} does not tell how many experts each token uses")
     kernels = _make_kernels(source, options)
     wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
     gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
@@ -166,13 +166,13 @@ def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_byt
     # An upgrade holds two slots until the next token, so that they can't serve its neighbours.
     floor = floor_bytes(placement.kernels, placement.n_used + (2 if options.adaptive else 0))
     if budget < floor and options.ram_is_advice:
-        log.warning("little memory is free: RAM for experts is the least that works, %s", format_size(floor))
+        log.warning("little memory is free: using the minimum RAM for experts, %s", format_size(floor))
         return floor
     if budget < floor:
         raise BudgetError(
             f"--ram {format_size(options.ram_bytes)} is too little: one layer's {placement.n_used} experts need "
             f"{format_size(floor)} and reading needs {format_size(reading_bytes)}",
-            hint=f"give --ram at least {format_size(floor + buffers)}",
+            hint=f"set --ram to at least {format_size(floor + buffers)}",
         )
     return budget
 
@@ -218,7 +218,7 @@ def fit_into_free(placement: ExpertPlacement, spare: Mapping[str, int]) -> Exper
             continue
         fits = budget >= scratch + min(slot_bytes(spec, 1, device) for spec in specs)
         log.warning(
-            "%s: %s of the planned %s are left for experts after the first tokens%s",
+            "%s: after the first tokens, %s of the planned %s are left for experts%s",
             device.name,
             format_size(max(0, budget)),
             format_size(planned),

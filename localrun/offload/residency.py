@@ -78,7 +78,7 @@ class Residency:
             raise BudgetError(
                 f"{format_size(budget_bytes)} of RAM for experts is less than the {n_used} experts of one layer "
                 f"({format_size(self.floor_bytes)}) that every token needs",
-                hint=f"give --ram at least {format_size(self.floor_bytes + store.staging_bytes)}",
+                hint=f"set --ram to at least {format_size(self.floor_bytes + store.staging_bytes)}",
             )
         self.lock = threading.RLock()
         self.table = SlotTable(budget_bytes, max(layers) + 1, max(moe.n_experts for moe in layers.values()))

@@ -50,7 +50,7 @@ class Upgrades:
             ticket = self._arrived.popleft()
             self._under_way = False
             if ticket.error is not None:
-                log.warning("a better copy can't be read, the smaller one stays: %s", ticket.error)
+                log.warning("can't read a better copy, keeping the smaller one: %s", ticket.error)
                 self._wanted[ticket.slot.layer, ticket.slot.expert] = 0
             self._table.end_upgrade(ticket.slot, complete=ticket.error is None)
             self.n_done += ticket.error is None

@@ -56,7 +56,7 @@ def locate(path: Path) -> Located:
     if not path.exists():
         raise FormatError(
             f"{path}: no such file or directory",
-            hint="give a converted directory, a GGUF file or a checkpoint directory",
+            hint="pass a converted directory, a GGUF file or a checkpoint directory",
         )
     if not path.is_dir():
         refuse_unfinished(path)
@@ -77,7 +77,7 @@ def locate(path: Path) -> Located:
         return _gguf(ggufs[0])
     raise FormatError(
         f"{path}: neither a converted model ({MANIFEST_NAME}), nor a checkpoint ({CONFIG_NAME}), nor a GGUF file",
-        hint="give a converted directory, a GGUF file or a checkpoint directory",
+        hint="pass a converted directory, a GGUF file or a checkpoint directory",
     )
 
 
@@ -138,7 +138,7 @@ def _snapshot(folder: Path) -> Path | None:
         refuse_leftovers(folder)
         raise FormatError(f"{folder}: no snapshot in this cache", hint="run the download again")
     raise UnsupportedModelError(
-        f"{folder}: {len(snapshots)} snapshots, and no refs/main to choose one", hint="name one of them"
+        f"{folder}: {len(snapshots)} snapshots, and no refs/main to choose one", hint="pass one of them"
     )
 
 

@@ -35,8 +35,8 @@ def open_model(path: Path, *, dense: GGMLQuantizationType | None = None, with_ho
         return CheckpointSource.open(found.path, dense=dense or GGMLQuantizationType.Q8_0)
     if dense is not None:
         raise UsageError(
-            f"{found.path}: --dense {dense.name.lower()}: this model's dense matrices are converted already",
-            hint="leave out --dense, or name the official checkpoint",
+            f"{found.path}: --dense {dense.name.lower()}: this model's dense matrices are already converted",
+            hint="leave out --dense, or pass the official checkpoint",
         )
     if found.kind == "converted" and is_kept(found.path):
         return KeptSource.open(found.path, with_holes=with_holes)

@@ -34,7 +34,7 @@ def refuse_unfinished(path: Path) -> None:
     if (piece := _PIECE.fullmatch(name)) is not None:
         whole = piece["whole"]
         raise FormatError(
-            f"{path}: one piece of {whole}, which was cut into pieces",
+            f"{path}: one piece of {whole}, which was split into pieces",
             hint=f"join them in order: cat {whole}.* > {whole}",
         )
     if name.endswith(_UNFINISHED):
@@ -60,8 +60,8 @@ def refuse_holes(path: Path, fd: int, start: int, end: int) -> None:
     for offset, n_bytes in _holes(fd, start, end):
         if n_bytes >= _HOLE_BYTES and not any(os.pread(fd, _PROBE_BYTES, offset)):
             raise FormatError(
-                f"{path}: {n_bytes} bytes from {offset} on were never written, they read as zeros",
-                hint="the download is unfinished or was cut off: finish it",
+                f"{path}: {n_bytes} bytes from {offset} on were never written and read as zeros",
+                hint="the download is incomplete: finish it",
             )
 
 

@@ -150,13 +150,13 @@ class Endpoints:
     async def get_response(self, request: Request) -> Response:
         kept = self._store.get(request.path_params["id"])
         if kept is None:
-            raise ApiError("not_found", "no such response is kept here", param="response_id")
+            raise ApiError("not_found", "no such response is stored here", param="response_id")
         return json_response(kept.body)
 
     async def delete_response(self, request: Request) -> Response:
         response_id = request.path_params["id"]
         if not self._store.drop(response_id):
-            raise ApiError("not_found", "no such response is kept here", param="response_id")
+            raise ApiError("not_found", "no such response is stored here", param="response_id")
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     # --- tokens
@@ -179,7 +179,7 @@ class Endpoints:
             return json_response({"count": n_tokens, "max_model_len": service.defaults.n_ctx})
         text = next((body[name] for name in ("content", "prompt", "text", "input") if name in body), None)
         if text is None:
-            raise invalid("content", "the text to be cut into tokens is missing", code="missing_required_parameter")
+            raise invalid("content", "no text to tokenize was given", code="missing_required_parameter")
         ids = await self._ask_engine(service.engine.tokenize, text_of(text, "content"))
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.defaults.n_ctx})
 
@@ -209,7 +209,7 @@ class Endpoints:
     async def health(self, request: Request) -> Response:
         loaded = self._service.engine.facts is not None
         waiting = self._service.dispatcher.n_waiting
-        status = "ok" if loaded else "no engine: the next request starts it"
+        status = "ok" if loaded else "engine not running: the next request starts it"
         return json_response({"status": status, "waiting": waiting, "busy": self._service.dispatcher.busy})
 
     async def metrics(self, request: Request) -> Response:

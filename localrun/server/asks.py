@@ -134,7 +134,7 @@ class Defaults:
     """What a request that does not say otherwise gets; the user's settings.
 
     Attributes:
-        model: the name under which the model is listed.
+        model: the name to list the model under.
         think: mode of thinking where the API leaves it open.
         think_modes: what the model can do, least first.
         n_ctx: tokens that prompt and answer have together.
@@ -178,7 +178,7 @@ EFFORTS = ("none", "off", "minimal", "low", "medium", "high", "xhigh", "max", "u
 
 
 def _unknown_effort(effort: str, param: str) -> Exception:
-    return invalid(param, f"{effort!r:.40} is none of {', '.join(EFFORTS)}", code="invalid_value")
+    return invalid(param, f"{effort!r:.40} is not one of {', '.join(EFFORTS)}", code="invalid_value")
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def check_logit_bias(bias: Mapping[str, float] | None, param: str) -> tuple[tupl
     pairs = []
     for key, value in (bias or {}).items():
         if not key.isdecimal() or not -100 <= value <= 100:
-            raise invalid(param, f"{key!r:.20}: a token id and a number from -100 to 100 are wanted")
+            raise invalid(param, f"{key!r:.20}: expected a token id and a number from -100 to 100")
         pairs.append((int(key), float(value)))
     return tuple(pairs)
 
@@ -302,7 +302,7 @@ def text_of(content: Json, param: str, *, joint: str = "\n\n") -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise invalid(param, "must be text or a list of parts", code="invalid_type")
+        raise invalid(param, "must be a string or a list of parts", code="invalid_type")
     texts = []
     for i, part in enumerate(content):
         if isinstance(part, str):
@@ -332,4 +332,4 @@ def part_text(part: Mapping[str, Json], param: str) -> str | None:
         raise unsupported(f"{param}.type", f"the model reads text only, not {_NOT_TEXT[kind]} ({kind})")
     if not isinstance(kind, str):
         raise invalid(f"{param}.type", "must be a string", code="invalid_type")
-    raise unsupported(f"{param}.type", f"parts of type {kind!r:.40} are not known here")
+    raise unsupported(f"{param}.type", f"unsupported part type {kind!r:.40}")

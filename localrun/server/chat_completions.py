@@ -34,7 +34,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class ChatRequest(msgspec.Struct, kw_only=True):
-    """The fields that mean something here; those of OpenAI first, then what others add to them."""
+    """The supported fields: OpenAI's first, then other vendors' additions."""
 
     messages: list[dict[str, Any]]
     model: str = ""
@@ -92,7 +92,7 @@ _KNOWN = (*ChatRequest.__struct_fields__, *_HARMLESS)
 
 
 def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]:
-    """(what is asked for, a hint whose session it is). Raises ApiError."""
+    """(the request, a hint identifying the client's session). Raises ApiError."""
     asks.note_unknown(API, body, _KNOWN)
     request: ChatRequest = asks.convert(body, ChatRequest)
     _refuse(request)
@@ -112,7 +112,7 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
             think_budget=request.thinking_budget,
             sampling=sampling(request, defaults),
             max_tokens=_bound(request),
-            # Behind its end an answer has no more text: to go on is to leave the end out.
+            # Continuing an answer means omitting its end token.
             min_tokens=defaults.n_ctx if request.ignore_eos else request.min_tokens or 0,
             stop=asks.check_stop(request.stop, "stop", defaults.limits),
             tools=tools,
@@ -140,11 +140,11 @@ def _refuse(request: ChatRequest) -> None:
     if request.audio is not None or "audio" in (request.modalities or ()):
         raise unsupported("modalities", "the model writes text only, not audio")
     if request.web_search_options is not None:
-        raise unsupported("web_search_options", "this server does not search the web")
+        raise unsupported("web_search_options", "this server has no web search")
     refuse_moderation(request.moderation)
     for i, tool in enumerate(request.tools or ()):
         if (kind := tool.get("type", "function")) != "function":
-            raise unsupported(f"tools[{i}].type", f"tools of type {kind!r:.40} can't be offered here, only functions")
+            raise unsupported(f"tools[{i}].type", f"unsupported tool type {kind!r:.40}; only functions are supported")
 
 
 def _functions(request: ChatRequest) -> list[Mapping[str, Json]]:
@@ -174,13 +174,13 @@ def _bound(request: ChatRequest) -> int | None:
 
 def _choices(n: int | None, defaults: Defaults) -> int:
     if n is not None and not 1 <= n <= defaults.limits.choices:
-        raise invalid("n", f"must lie between 1 and {defaults.limits.choices}", code="invalid_value")
+        raise invalid("n", f"must be between 1 and {defaults.limits.choices}", code="invalid_value")
     return n or 1
 
 
 def _logprobs(request: ChatRequest) -> int | None:
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-        raise invalid("top_logprobs", "must lie between 0 and 20", code="invalid_value")
+        raise invalid("top_logprobs", "must be between 0 and 20", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs", "needs logprobs: true", code="invalid_value")
     return (request.top_logprobs or 0) if request.logprobs else None
@@ -226,7 +226,7 @@ def _message(message: Mapping[str, Json], i: int) -> dict[str, Json]:
         case "assistant":
             return _assistant(message, where)
     raise invalid(
-        f"{where}.role", f"{role!r:.40} is none of system, developer, user, assistant, tool", code="invalid_value"
+        f"{where}.role", f"{role!r:.40} is not one of system, developer, user, assistant, tool", code="invalid_value"
     )
 
 
@@ -295,7 +295,7 @@ class ChatWriter(Writer):
             case ToolCall() if event.name and answer.calls and not answer.calls[-1].ended:
                 return b""
             case Finished(reason="stopped"):
-                return b""  # the job's end says what happened
+                return b""  # the job's last item says what happened
             case Finished():
                 return self._chunk(choice, {}, finish=answer.finish)
         return b""

@@ -63,17 +63,17 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> Ask:
     request: CompletionsRequest = asks.convert(body, CompletionsRequest)
     limits = defaults.limits
     if request.suffix:
-        raise unsupported("suffix", "the model does not fill gaps")
+        raise unsupported("suffix", "fill-in-the-middle is not supported")
     if request.echo:
-        raise unsupported("echo", "the prompt is not repeated")
+        raise unsupported("echo", "echoing the prompt is not supported")
     if (request.best_of or 1) > (request.n or 1):
-        raise unsupported("best_of", "answers are not chosen from; use n")
+        raise unsupported("best_of", "choosing among several answers is not supported; use n")
     if request.n is not None and not 1 <= request.n <= limits.choices:
-        raise invalid("n", f"must lie between 1 and {limits.choices}", code="invalid_value")
+        raise invalid("n", f"must be between 1 and {limits.choices}", code="invalid_value")
     if request.max_tokens is not None and request.max_tokens < 1:
         raise invalid("max_tokens", "must be at least 1", code="invalid_value")
     if request.logprobs is not None and not 0 <= request.logprobs <= 20:
-        raise invalid("logprobs", "must lie between 0 and 20", code="invalid_value")
+        raise invalid("logprobs", "must be between 0 and 20", code="invalid_value")
     text, tokens = _prompt(request.prompt)
     return Ask(
         model=request.model or defaults.model,
@@ -100,7 +100,7 @@ def _prompt(value: Json) -> tuple[str | None, tuple[int, ...] | None]:
         return None, tuple(value)
     if isinstance(value, list) and value:
         raise unsupported("prompt", "one prompt per request")
-    raise invalid("prompt", "must be a text or a list of token ids", code="missing_required_parameter")
+    raise invalid("prompt", "must be a string or a list of token ids", code="missing_required_parameter")
 
 
 def writer(body: Mapping[str, Json], ask: Ask) -> Writer:

@@ -120,7 +120,7 @@ class Dispatcher:
                 wait_s = round(min(60.0, max(1.0, self._mean_s * n_waiting / 2)))
                 raise ApiError(
                     "overloaded",
-                    f"{n_waiting} requests are waiting already",
+                    f"{n_waiting} requests are already waiting",
                     code="rate_limit_exceeded",
                     retry_after_s=wait_s,
                 )

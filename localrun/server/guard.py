@@ -68,13 +68,13 @@ class Guard:
     def _check_host(self, host: str | None) -> None:
         name = _host_name(host)
         if name is None or (name not in self._hosts and not _is_address(name)):
-            raise ApiError("forbidden", f"this server is not known as {host!r:.100}; --allow-host names others")
+            raise ApiError("forbidden", f"unknown host {host!r:.100}; allow it with --allow-host")
 
     def _check_origin(self, origin: str | None) -> None:
         if origin is None or not origin.startswith(("http://", "https://", "null")):
             return  # no browser's page: programs, and editors built on a browser
         if "*" not in self._origins and origin not in self._origins:
-            raise ApiError("forbidden", f"pages from {origin!r:.100} may not ask; --cors-origin names those that may")
+            raise ApiError("forbidden", f"requests from {origin!r:.100} are not allowed; allow them with --cors-origin")
 
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:

@@ -140,7 +140,7 @@ def parse_json(body: bytes) -> Json:
 async def _read_body(request: Request, limits: Limits) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding not in ("", "identity"):
-        raise invalid(None, f"bodies with content-encoding {encoding!r:.40} are not read")
+        raise invalid(None, f"unsupported content-encoding {encoding!r:.40}")
     too_large = ApiError("too_large", f"the body is larger than {limits.body_bytes} bytes", code="request_too_large")
     length = request.headers.get("content-length", "")
     refused = length.isdecimal() and int(length) > limits.body_bytes

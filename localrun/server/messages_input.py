@@ -1,4 +1,4 @@
-"""Anthropic's Messages: what the requests mean. `messages.py` writes the answers."""
+"""Anthropic's Messages API: reads requests. `messages.py` writes the answers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _KNOWN = (*MessagesRequest.__struct_fields__, *_HARMLESS)
 
 
 def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer) -> tuple[Ask, str | None]:
-    """(what is asked for, a hint whose session it is). Raises ApiError."""
+    """(the request, a hint identifying the client's session). Raises ApiError."""
     asks.note_unknown(API, body, _KNOWN)
     request: MessagesRequest = asks.convert(body, MessagesRequest)
     _refuse(request)
@@ -114,7 +114,7 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer) -> tuple[
 
 def _refuse(request: MessagesRequest) -> None:
     if request.mcp_servers:
-        raise unsupported("mcp_servers", "this server opens no connections to other servers")
+        raise unsupported("mcp_servers", "this server does not connect to other servers")
     for name, why in _ELSEWHERE.items():
         if getattr(request, name) is not None:
             raise unsupported(name, why)
@@ -152,10 +152,10 @@ def _think(request: MessagesRequest, defaults: Defaults) -> tuple[str, int | Non
     if kind == "disabled":
         return "off", None
     if kind not in ("enabled", "adaptive"):
-        raise invalid("thinking.type", f"{kind!r:.40} is none of disabled, enabled, adaptive")
+        raise invalid("thinking.type", f"{kind!r:.40} is not one of disabled, enabled, adaptive")
     budget = thinking.get("budget_tokens")
     if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < MIN_BUDGET):
-        raise invalid("thinking.budget_tokens", f"must be a number of at least {MIN_BUDGET}")
+        raise invalid("thinking.budget_tokens", f"must be a number not below {MIN_BUDGET}")
     effort = (request.output_config or {}).get("effort")
     if effort is None:
         effort = "high"
@@ -180,9 +180,9 @@ def _system(system: str | Sequence[Mapping[str, Json]] | None) -> list[dict[str,
 
 
 def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Mapping[str, Json]], list[Mapping[str, Json]]]:
-    """(tools that are shown when a search finds them, tools that are offered from the beginning).
+    """(tools shown once a search finds them, tools offered from the start).
 
-    A deferred tool at its place among the others would change the beginning of the prompt, when a client adds it later.
+    Listing a deferred tool among the others would change the start of the prompt when a client adds it later.
     """
     deferred: dict[str, Mapping[str, Json]] = {}
     offered: list[Mapping[str, Json]] = []
@@ -220,7 +220,7 @@ def _tool_choice(value: Mapping[str, Json] | None, names: Sequence[str]) -> tupl
         if (name := value.get("name")) not in names:
             raise invalid("tool_choice.name", f"{name!r:.60} is not among the tools")
         return "required", name, one_call
-    raise invalid("tool_choice.type", f"{kind!r:.40} is none of auto, any, tool, none")
+    raise invalid("tool_choice.type", f"{kind!r:.40} is not one of auto, any, tool, none")
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
@@ -234,14 +234,14 @@ class _Reader:
 
     def read(self, message: Mapping[str, Json], i: int) -> Iterator[dict[str, Json]]:
         where, role, content = f"messages[{i}]", message.get("role"), message.get("content")
-        if role == "system":  # a reminder; it stays where it is, or the saved states behind it are lost
+        if role == "system":  # a reminder: it stays in place, or the saved states after it become useless
             yield {"role": "system", "content": asks.text_of(content, f"{where}.content")}
         elif role == "user":
             yield from self._user(content, f"{where}.content")
         elif role == "assistant":
             yield self._assistant(content, f"{where}.content")
         else:
-            raise invalid(f"{where}.role", f"{role!r:.40} is none of user, assistant, system")
+            raise invalid(f"{where}.role", f"{role!r:.40} is not one of user, assistant, system")
 
     def _user(self, content: Json, where: str) -> Iterator[dict[str, Json]]:
         texts: list[str] = []
@@ -294,7 +294,7 @@ class _Reader:
                 if self._signer.is_ours(thought, block.get("signature")):
                     thoughts.append(thought)
                 else:
-                    asks.note_once(API, "thinking with a signature that is not this server's")
+                    asks.note_once(API, "thinking with another server's signature")
             elif kind == "redacted_thinking":
                 asks.note_once(API, "redacted thinking")
             elif kind == "tool_use":
@@ -311,7 +311,7 @@ class _Reader:
 
 def _blocks(content: Json, where: str) -> Iterator[tuple[Mapping[str, Json], str]]:
     if not isinstance(content, list):
-        raise invalid(where, "must be text or a list of blocks")
+        raise invalid(where, "must be a string or a list of blocks")
     for i, block in enumerate(content):
         if not isinstance(block, Mapping):
             raise invalid(f"{where}[{i}]", "must be an object with a type")

@@ -31,7 +31,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "localrun_requests",
-            "Requests for an answer, by how they ended",
+            "Requests for an answer, by outcome",
             ["api", "outcome"],
             registry=self._registry,
         )
@@ -43,8 +43,8 @@ class Metrics:
         self._wait = Histogram(
             "localrun_queue_wait_seconds", "Time in the queue", buckets=_WAIT_BUCKETS, registry=self._registry
         )
-        self._queue = Gauge("localrun_queue_requests", "Requests that wait", registry=self._registry)
-        self._busy = Gauge("localrun_busy", "1 while an answer is computed", registry=self._registry)
+        self._queue = Gauge("localrun_queue_requests", "Requests waiting", registry=self._registry)
+        self._busy = Gauge("localrun_busy", "1 while an answer is being generated", registry=self._registry)
         self._registry.register(_EngineCounters(engine))
 
     def answered(self, api: str, outcome: str, prompt: int, cached: int, new: int) -> None:
@@ -76,7 +76,7 @@ class _EngineCounters(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        up = GaugeMetricFamily("localrun_engine_up", "1 if the engine answers")
+        up = GaugeMetricFamily("localrun_engine_up", "1 if the engine is up")
         try:
             stats = self._engine.stats(timeout_s=2.0)
         except (LocalrunError, TimeoutError):
@@ -86,7 +86,7 @@ class _EngineCounters(Collector):
         up.add_metric([], 1)
         yield up
         yield _gauge("localrun_context_used_tokens", "Tokens in the context", stats.context_used)
-        yield _gauge("localrun_context_tokens", "Tokens that the context holds", stats.n_ctx)
+        yield _gauge("localrun_context_tokens", "Context size in tokens", stats.n_ctx)
         yield _gauge("localrun_engine_resident_bytes", "Memory of the engine process", stats.rss_bytes)
         telemetry: Mapping[str, Any] = stats.telemetry
         if isinstance(rate := telemetry.get("hit_rate"), int | float):

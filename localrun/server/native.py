@@ -61,7 +61,7 @@ class Native:
     async def facts(self, request: Request) -> Response:
         facts = self._service.engine.facts
         if facts is None:
-            raise ApiError("unavailable", "the engine is being started", retry_after_s=1)
+            raise ApiError("unavailable", "the engine is starting", retry_after_s=1)
         return Response(msgspec.json.encode(facts), media_type="application/json")
 
     async def stats(self, request: Request) -> Response:

@@ -60,15 +60,15 @@ def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -
             raise invalid(param, "'required' without tools")
         return value, None
     if not isinstance(value, Mapping):
-        raise invalid(param, f"{value!r:.40} is none of none, auto, required", code="invalid_value")
+        raise invalid(param, f"{value!r:.40} is not one of none, auto, required", code="invalid_value")
     kind = value.get("type")
     if kind == "allowed_tools":
         inner = value.get("allowed_tools", value)
         mode = inner.get("mode") if isinstance(inner, Mapping) else None
-        note_once("openai", f"{param}.allowed_tools: every tool that is offered may be called", "not enforced")
+        note_once("openai", f"{param}.allowed_tools: all offered tools may be called", "not enforced")
         return ("required" if mode == "required" else "auto"), None
     if kind not in ("function", "custom"):
-        raise unsupported(f"{param}.type", f"tools of type {kind!r:.40} can't be called here")
+        raise unsupported(f"{param}.type", f"unsupported tool type {kind!r:.40}")
     inner = value.get(kind)
     name = inner.get("name") if isinstance(inner, Mapping) else value.get("name")
     if name not in names:
@@ -100,7 +100,7 @@ def response_schema(value: Json, param: str, limits: Limits) -> tuple[Mapping[st
         if schema is None:
             raise invalid(f"{where}.schema", "is missing", code="missing_required_parameter")
         return check_schema(schema, f"{where}.schema", limits, len(msgspec.json.encode(schema))), True
-    raise unsupported(f"{param}.type", f"{kind!r:.40} is none of text, json_object, json_schema")
+    raise unsupported(f"{param}.type", f"{kind!r:.40} is not one of text, json_object, json_schema")
 
 
 def logprob(token: TokenLogprob, *, alternatives: bool = True, data: bool = True) -> dict[str, Json]:

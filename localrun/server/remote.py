@@ -50,7 +50,7 @@ class RemoteEngine:
         except ValueError:
             port = 0
         if parts.scheme != "http" or not parts.hostname or not port:
-            raise UsageError(f"{url!r} is not a server's address", hint="as in http://127.0.0.1:8080")
+            raise UsageError(f"{url!r} is not a server address", hint="for example http://127.0.0.1:8080")
         self._host, self._port, self._url = parts.hostname, port, url
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.on_death = on_death
@@ -116,7 +116,7 @@ class RemoteEngine:
             with self._lock:
                 stopped = connection in self._stopped
             if not stopped:
-                raise EngineDiedError(f"{self._url}: the server ended the answer", hint="look at its output")
+                raise EngineDiedError(f"{self._url}: the server broke off the answer", hint="see its output")
             yield Finished(request=0, reason="stopped", timings=Timings(), seed=0)
         finally:
             with self._lock:
@@ -187,7 +187,7 @@ class RemoteEngine:
             message = str(json.loads(text)["error"]["message"])
         except (ValueError, KeyError, TypeError):
             message = f"status {response.status}"
-        hint = "LOCALRUN_SERVER_KEY holds the key" if response.status == 401 else None
+        hint = "set LOCALRUN_SERVER_KEY to the API key" if response.status == 401 else None
         raise LocalrunError(f"{self._url}: {message}", hint=hint)
 
     def _lines(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -207,7 +207,7 @@ def _event(line: bytes) -> GenerateEvent:
     try:
         event = decode_event(line)
     except ProtocolError as error:
-        raise LocalrunError(f"the server speaks another version: {error}", hint="update both sides") from None
+        raise LocalrunError(f"the server runs an incompatible version: {error}", hint="update both sides") from None
     if isinstance(event, Failed):
         kind = getattr(errors, event.kind, LocalrunError)
         raise kind(event.message, hint=event.hint)

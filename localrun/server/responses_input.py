@@ -1,4 +1,4 @@
-"""OpenAI's Responses: what the requests mean. `responses.py` writes the answers."""
+"""OpenAI's Responses API: reads requests. `responses.py` writes the answers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _DROPPED_TOOLS = (
     "image_generation",
     "tool_search",
 )
-"""Offered by agents with every request and not missed if the model doesn't know of them."""
+"""Tools that agents offer with every request, but don't need."""
 
 
 MOST_GRAMMAR_CHARS = 100_000
@@ -80,7 +80,7 @@ MOST_GRAMMAR_CHARS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """How a tool that the model knows by one name is called in this API."""
+    """How a tool, known to the model by one name, is represented in this API."""
 
     name: str
     kind: str = "function"  # or custom
@@ -89,10 +89,10 @@ class Offered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A request, read.
+    """A parsed request.
 
     Attributes:
-        tools: the model's name of a tool -> the client's.
+        tools: the model's name for a tool -> the client's.
         items: the whole conversation as items, for `previous_response_id`.
         echo: fields of the request that the response repeats.
     """
@@ -155,18 +155,20 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: Re
 
 def _refuse(request: ResponsesRequest) -> None:
     if request.background:
-        raise unsupported("background", "answers in the background are not kept here")
+        raise unsupported("background", "background responses are not supported")
     if request.conversation is not None:
-        raise unsupported("conversation", "conversations are not kept here; use previous_response_id")
+        raise unsupported("conversation", "stored conversations are not supported; use previous_response_id")
     if request.prompt is not None:
-        raise unsupported("prompt", "prompt templates are kept by OpenAI, not here")
+        raise unsupported("prompt", "stored prompt templates are not supported")
     refuse_moderation(request.moderation)
     if request.context_management:
         asks.note_once(API, "context_management: a conversation that does not fit is refused, not compacted")
     if request.truncation not in (None, "disabled"):
-        asks.note_once(API, f"truncation {request.truncation!r}: a conversation that does not fit is refused")
+        asks.note_once(
+            API, f"truncation {request.truncation!r}: not supported; a conversation that does not fit is rejected"
+        )
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-        raise invalid("top_logprobs", "must lie between 0 and 20")
+        raise invalid("top_logprobs", "must be between 0 and 20")
 
 
 def _earlier(response_id: str | None, store: ResponseStore) -> Sequence[Mapping[str, Json]]:
@@ -176,7 +178,7 @@ def _earlier(response_id: str | None, store: ResponseStore) -> Sequence[Mapping[
     if kept is None:
         raise ApiError(
             "not_found",
-            f"previous_response_id: response {response_id[:80]!r} is not kept here",
+            f"previous_response_id: response {response_id[:80]!r} is not stored here",
             param="previous_response_id",
             code="previous_response_not_found",
         )
@@ -279,7 +281,7 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
 def _with_format(
     description: str | None, tool: Mapping[str, Json], where: str
 ) -> tuple[str | None, Mapping[str, str] | None]:
-    """(a custom tool's description with its grammar behind it, the grammar as the sampler enforces it)."""
+    """(a custom tool's description followed by its grammar, the grammar that the sampler enforces)."""
     wanted = tool.get("format")
     if wanted is None:
         return description, None
@@ -289,10 +291,10 @@ def _with_format(
     if kind == "text":
         return description, None
     if kind != "grammar":
-        raise unsupported(f"{where}.format.type", f"{kind!r:.40} is none of text, grammar")
+        raise unsupported(f"{where}.format.type", f"{kind!r:.40} is not one of text, grammar")
     syntax, definition = wanted.get("syntax"), wanted.get("definition")
     if syntax not in ("lark", "regex"):
-        raise unsupported(f"{where}.format.syntax", f"{syntax!r:.40} is none of lark, regex")
+        raise unsupported(f"{where}.format.syntax", f"{syntax!r:.40} is not one of lark, regex")
     if not isinstance(definition, str):
         raise invalid(f"{where}.format.definition", "must be a string", code="invalid_type")
     if len(definition) > MOST_GRAMMAR_CHARS:
@@ -345,13 +347,11 @@ class _Reader:
             case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
                 self._output(item, where)
             case "item_reference":
-                raise unsupported(
-                    where, "items are not kept here by their ids; send them whole, or previous_response_id"
-                )
+                raise unsupported(where, "items are not stored by id; send them in full, or use previous_response_id")
             case "local_shell_call" | "web_search_call" | "compaction" | "additional_tools" | "tool_search_call":
                 asks.note_once(API, f"item of type {kind}")
             case str():
-                raise unsupported(f"{where}.type", f"items of type {kind!r:.40} are not known here")
+                raise unsupported(f"{where}.type", f"unsupported item type {kind!r:.40}")
             case _:
                 raise invalid(f"{where}.type", "must be a string", code="invalid_type")
 
@@ -360,16 +360,16 @@ class _Reader:
         text = asks.text_of(item.get("content"), f"{where}.content", joint="" if role == "assistant" else "\n\n")
         if role == "assistant":
             if self.answer is not None and "tool_calls" in self.answer:
-                self.end_answer()  # a text behind calls: the next answer
+                self.end_answer()  # text after calls: the next answer
             self._open()["content"] += text
             return
         if role not in ("user", "system", "developer"):
-            raise invalid(f"{where}.role", f"{role!r:.40} is none of user, assistant, system, developer")
+            raise invalid(f"{where}.role", f"{role!r:.40} is not one of user, assistant, system, developer")
         self.end_answer()
         self.messages.append({"role": "user" if role == "user" else "system", "content": text})
 
     def _reasoning(self, item: Mapping[str, Json]) -> None:
-        """Our own, sealed; or what stands readable in the item. Another server's sealed thoughts are no use."""
+        """Our own signed reasoning, or the item's readable text. Another server's signed reasoning is useless."""
         text = self.signer.unseal(item.get("encrypted_content"))
         if text is None:
             for name in ("content", "summary"):

@@ -47,9 +47,9 @@ def listen(host: str, port: int, limits: Limits) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise LocalrunError(f"can't listen on {host}:{port}: {reason}", hint="--port names another one") from None
+        raise LocalrunError(f"can't listen on {host}:{port}: {reason}", hint="choose another with --port") from None
     except OverflowError:
-        raise UsageError(f"port {port} is not a port") from None
+        raise UsageError(f"port {port} is out of range") from None
     return sock
 
 

@@ -108,7 +108,7 @@ class Answering:
         answer.apply(events)
         if ended:
             if answer.finished is None:
-                answer.fail(feed.error or LocalrunError("the answer ended without a word from the engine"))
+                answer.fail(feed.error or LocalrunError("the answer ended without a final message from the engine"))
             self._feed = None
         now = time.monotonic()
         if ended or now - self._saved_at >= SAVE_INTERVAL_S:
@@ -159,7 +159,7 @@ def _progress_line(progress: PromptProgress | None) -> str:
     if progress is None:
         return "waiting for the first token…"
     if progress.done >= progress.total:
-        return "the prompt is read, waiting for the first token…"
+        return "prompt read, waiting for the first token…"
     filled = round(_BAR_CELLS * progress.done / max(1, progress.total))
     rate = prompt_rate(progress)
     parts = [f"prompt {progress.done:,} of {progress.total:,} tokens"]

@@ -153,19 +153,19 @@ class LocalrunApp(App[None]):
                 return records
             except DamagedConversationsError as error:
                 choices = {
-                    "salvage": "Rescue what can be read",
-                    "memory": "Go on without saving",
+                    "salvage": "Recover what is readable",
+                    "memory": "Continue without saving",
                     "quit": "Quit",
                 }
-                choice = await self._ask("The conversations are damaged", error, choices)
+                choice = await self._ask("The conversation database is damaged", error, choices)
                 if choice == "salvage":
                     await self._salvage(error.path)
                     continue
             except ConversationError as error:
-                choices = {"retry": "Try again", "memory": "Go on without saving", "quit": "Quit"}
-                choice = await self._ask("The conversations can't be opened", error, choices)
+                choices = {"retry": "Try again", "memory": "Continue without saving", "quit": "Quit"}
+                choice = await self._ask("Can't open the conversations", error, choices)
             if choice == "memory":
-                self.notify("Nothing of this session will be saved.", severity="warning", timeout=20)
+                self.notify("Nothing in this session will be saved.", severity="warning", timeout=20)
                 records = Records(StoreThread(ConversationStore.in_memory))
             elif choice != "retry":
                 return None
@@ -181,8 +181,8 @@ class LocalrunApp(App[None]):
             self.notify(visible(str(error)), severity="error", markup=False, timeout=20)
             return
         self.notify(
-            f"{result.n_conversations} conversations with {result.n_messages} messages were read. "
-            f"The damaged file is kept: {visible(str(result.damaged))}",
+            f"{result.n_conversations} conversations with {result.n_messages} messages were recovered. "
+            f"The damaged file is kept as {visible(str(result.damaged))}",
             markup=False,
             timeout=30,
         )

@@ -320,7 +320,7 @@ class ChatScreen(Screen[None]):
 
     def _store_is_slow(self) -> None:
         self.notices.note(
-            "waiting for the file of conversations: another program holds it", severity="warning", timeout_s=6
+            "waiting for the conversation database: another program has it locked", severity="warning", timeout_s=6
         )
 
     # --- from part to part

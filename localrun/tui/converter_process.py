@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import localrun
 
-GO_ON = "start it again: it goes on from here"
+GO_ON = "start it again to resume"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 DEMO_WORDS = (
-    "This is the demo: a toy of 33 million parameters. It knows capitals, elements,\n"
-    "small sums and stories, and shows how localrun works. A real model: Ctrl+L.\n\n"
+    "This is the demo: a toy model with 33 million parameters. It knows capitals, elements,\n"
+    "small sums and stories, and shows how localrun works. For a real model: Ctrl+L.\n\n"
     "Tab puts one of these into the input:\n"
 )
 DEMO_QUESTIONS = ("What can you do?", "Tell me a story about a fox.", "What is an expert?")
 
 DEMO_NOTE = (
-    "a toy of 33 million parameters wrote this: it knows capitals, elements, small sums and stories, and makes up the rest; "
-    "Ctrl+L loads a real model"
+    "a toy model with 33 million parameters wrote this: it knows capitals, elements, small sums and stories, "
+    "and makes up the rest; Ctrl+L loads a real model"
 )
 """Below the first answer of a conversation, unless the question was one of those that are offered."""

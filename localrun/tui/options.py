@@ -41,7 +41,7 @@ def option_of(name: str) -> Option:
     if name not in _BY_NAME:
         near = difflib.get_close_matches(name, _BY_NAME, 1)
         meant = f"did you mean {_BY_NAME[near[0]].name}? " if near else ""
-        raise UsageError(f"there is no sampling value '{name}'", hint=f"{meant}known: {', '.join(NAMES)}")
+        raise UsageError(f"unknown sampling value '{name}'", hint=f"{meant}known: {', '.join(NAMES)}")
     return _BY_NAME[name]
 
 

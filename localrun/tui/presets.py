@@ -40,11 +40,11 @@ def load(name: str) -> ChatOptions:
     """
     tables = _tables()
     if name not in tables:
-        known = f"known: {', '.join(sorted(tables))}" if tables else f"/preset save {name} keeps the present settings"
+        known = f"known: {', '.join(sorted(tables))}" if tables else f"/preset save {name} saves the current settings"
         raise UsageError(f"there is no preset '{name}'", hint=known)
     table = tables[name]
     if not isinstance(table, dict):
-        raise UsageError(f"{path()}: {name} is no table")
+        raise UsageError(f"{path()}: {name} is not a table")
     _check(name, table)
     return from_json(table, ChatOptions())
 
@@ -53,7 +53,7 @@ def save(name: str, options: ChatOptions) -> None:
     """Keeps settings under a name, in place of those that had it. Raises UsageError, StoreError."""
     if not _NAME.fullmatch(name) or name in RESERVED:
         raise UsageError(
-            f"'{name}' is no name for a preset", hint="letters, digits, - and _, at most 40; not save or delete"
+            f"'{name}' is not a valid preset name", hint="letters, digits, - and _, at most 40; not save or delete"
         )
     _write({**_tables(), name: {key: value for key, value in to_json(options).items() if value is not None}})
 
@@ -70,7 +70,7 @@ def _check(name: str, table: Mapping[str, Any]) -> None:
             if key in NAMES:
                 with_value(ChatOptions(), key, str(value))
             elif key not in ("system", "think"):
-                raise UsageError(f"there is no value '{key}'", hint=f"known: system, think, {', '.join(NAMES)}")
+                raise UsageError(f"unknown value '{key}'", hint=f"known: system, think, {', '.join(NAMES)}")
             elif not isinstance(value, str):
                 raise UsageError(f"{key}: expected text")
             elif key == "think" and value not in THINK_MODES:
@@ -85,7 +85,7 @@ def _tables() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path()}: {error}", hint="mend it, or move it away") from error
+        raise UsageError(f"{path()}: {error}", hint="fix it, or move it elsewhere") from error
     except OSError as error:
         raise UsageError(f"{path()}: {error.strerror}") from error
 
@@ -95,7 +95,7 @@ def _write(tables: Mapping[str, Any]) -> None:
     lines: list[str] = []
     for name in sorted(tables):
         if not isinstance(tables[name], dict):
-            raise UsageError(f"{path()}: {name} is no table", hint="mend it, or move it away")
+            raise UsageError(f"{path()}: {name} is not a table", hint="fix it, or move it elsewhere")
         lines += [f"[{_text(name)}]", *(f"{_text(key)} = {_value(value)}" for key, value in tables[name].items()), ""]
     path().parent.mkdir(parents=True, exist_ok=True)
     with replacing(path()) as file:
@@ -109,7 +109,7 @@ def _value(value: object) -> str:
         return repr(value)
     if isinstance(value, str):
         return _text(value)
-    raise UsageError(f"{path()}: {value!r} is no value of a preset", hint="mend it, or move it away")
+    raise UsageError(f"{path()}: {value!r} is not a valid preset value", hint="fix it, or move it elsewhere")
 
 
 def _text(text: str) -> str:

@@ -50,7 +50,7 @@ def test_a_downloaded_repository_is_found_in_the_cache_of_hugging_face(tmp_path:
 @pytest.mark.parametrize(
     ("text", "command", "hint"),
     [
-        ("What is a fox?", "chat", "to ask it: localrun run -p 'What is a fox?'"),
+        ("What is a fox?", "chat", "to ask it as a question: localrun run -p 'What is a fox?'"),
         ("deepseek-v4-flash", "plan", "did you mean: localrun plan flash"),
         ("DeepSeek-V4-Pro", "plan", "did you mean: localrun plan pro"),
         ("v4flash", "chat", "localrun plan flash says what it needs"),
@@ -111,7 +111,7 @@ def test_the_last_model_is_remembered_while_it_is_there(tmp_path: Path) -> None:
         (["What is a fox?"], "hint: to ask a question: localrun run -p TEXT"),
         (["run", "--promt", "x"], "hint: did you mean --prompt?"),
         (["run", "--temprature", "1"], "hint: did you mean --temp?"),
-        (["run", "-p", "What", "is", "a", "fox?"], "hint: a text of several words needs quotes"),
+        (["run", "-p", "What", "is", "a", "fox?"], "hint: put quotes around text of several words"),
         (["run", "-p", "x", "--ram", "24"], "did you mean 24GiB?"),
         (["run", "-p", "x", "--kv", "q9"], "expected f16, bf16, q8_0, q4_0, f32"),
         (["plan", "deepseek-v4-flash"], "hint: did you mean: localrun plan flash"),

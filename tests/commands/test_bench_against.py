@@ -58,7 +58,7 @@ def test_a_checkpoint_is_refused_before_anything_is_measured(
 ) -> None:
     oracle = unpack("flash-1", tmp_path)
     assert cli.main(["bench", str(oracle.path), *SHORT, "--gpu", "none", "--against", "llama.cpp"]) == 2
-    assert "is no GGUF" in capsys.readouterr().err
+    assert "is not a GGUF" in capsys.readouterr().err
 
 
 def test_the_dense_model_may_be_on_a_gpu(model_path: Path) -> None:

@@ -71,6 +71,6 @@ def test_compiling_is_shown_while_nothing_else_is(stream: Any, monkeypatch: pyte
             polled.acquire()
     text = err.getvalue()
     if stream is Terminal:
-        assert "compiling for this processor, only this once: function 2 of about 13, " in text
+        assert "compiling for this processor, first run only: function 2 of about 13, " in text
     else:
-        assert text == "compiling for this processor, only this once: a minute or two\n"
+        assert text == "compiling for this processor, first run only: takes a minute or two\n"

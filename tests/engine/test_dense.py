@@ -65,7 +65,7 @@ def test_a_converted_model_refuses_another_type(checkpoint: Path, tmp_path: Path
     convert(checkpoint, tmp_path / "out")
     with pytest.raises(UsageError, match="converted already") as caught:
         logits(tmp_path / "out", "q4_k")
-    assert caught.value.hint == "leave out --dense, or name the official checkpoint"
+    assert caught.value.hint == "leave out --dense, or pass the official checkpoint"
 
 
 def test_a_second_copy_of_the_checkpoint_is_read_alike(checkpoint: Path, tmp_path: Path) -> None:

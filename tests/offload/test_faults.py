@@ -191,6 +191,6 @@ def test_wrong_bytes_are_found_at_any_read_not_at_an_expert_s_first_only(
         expected = logits(model, tokens, batch=12)
         with monkeypatch.context() as patch:
             patch.setattr(reading, "preadv", wrong)
-            with pytest.raises(ChecksumError, match="differs from its checksum"):
+            with pytest.raises(ChecksumError, match="does not match its checksum"):
                 logits(model, tokens, batch=12)
         np.testing.assert_array_equal(logits(model, tokens, batch=12), expected)

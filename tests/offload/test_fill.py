@@ -62,7 +62,7 @@ def test_a_tensor_of_another_shape_or_type_than_llama_cpp_creates_is_refused(sou
         error = refused(source, {**source.tensors, name: wrong})
         assert name in str(error)
         assert "llama.cpp expects F32" in str(error)
-        assert error.hint == "the file does not fit its own metadata; convert it again"
+        assert error.hint == "the file contradicts its own metadata; convert it again"
 
 
 def test_a_missing_tensor_is_named(source: ModelSource) -> None:

@@ -65,7 +65,7 @@ def test_several_quantizations_are_listed_with_their_sizes(model: Path, tmp_path
     put(tmp_path / "d.tmp", tmp_path / "dspark" / "drafter.gguf")
     with pytest.raises(FormatError, match=r"2 models: UD-IQ1_S \([0-9.]+ MiB\), UD-Q2_K_XL \([0-9.]+ MiB\)") as caught:
         open_model(tmp_path)
-    assert caught.value.hint == "name one of them"
+    assert caught.value.hint == "pass one of them"
 
 
 @pytest.mark.parametrize("companion", [*DRAFTERS, "clip", "imatrix"])
@@ -213,7 +213,7 @@ def test_a_drafter_is_no_chat_model(tmp_path: Path, architecture: str) -> None:
     write_gguf(tmp_path / "m.gguf", architecture, deepseek4_tensors(TinyDeepseek4()), add_keys)
     with pytest.raises(UnsupportedModelError, match=r"a drafter .*only guesses ahead") as caught:
         open_model(tmp_path / "m.gguf")
-    assert caught.value.hint == "give the main model's file"
+    assert caught.value.hint == "pass the main model's file"
 
 
 @pytest.mark.parametrize("name", ["markov_w1.weight", "mtp.0.e_proj.weight", "enc.output_norm.weight"])

@@ -79,7 +79,7 @@ def test_an_unexpected_error_is_shown_with_its_place() -> None:
     except KeyError as error:
         ours = as_ours(error)
     assert str(ours) == "unexpected KeyError: 'x'"
-    assert ours.hint == "please report this with the details"
+    assert ours.hint == "please report this, including the details"
     assert "test_an_unexpected_error_is_shown_with_its_place" in ours.__notes__[0]
 
 

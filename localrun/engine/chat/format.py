@@ -123,7 +123,7 @@ class ChatEncoder:
         """
         name = self.default_mode if mode is None else "max" if mode == "xhigh" else mode
         if name not in self.modes:
-            raise UsageError(f"thinking mode {mode!r}: this model knows {', '.join(self.modes)}")
+            raise UsageError(f"thinking mode {mode!r}: this model supports {', '.join(self.modes)}")
         return name
 
     def max_context_advice(self, mode: str | None, n_ctx: int) -> str | None:
@@ -132,8 +132,8 @@ class ChatEncoder:
         if n_ctx >= effort.advised_context:
             return None
         return (
-            f"thinking mode {mode} is meant for a context of at least {effort.advised_context:,} tokens; "
-            f"with {n_ctx:,} it may run out in the middle of its thoughts"
+            f"thinking mode {mode} needs a context of at least {effort.advised_context:,} tokens; "
+            f"with {n_ctx:,} it may run out mid-thought"
         )
 
     def encode_prompt(
@@ -167,7 +167,7 @@ class ChatEncoder:
         effort = self.efforts.get(mode, Effort())
         messages, shift = _attach(messages, tools, response_format, task)
         if resume and not (messages and isinstance(messages[-1], AssistantMessage) and not messages[-1].tool_calls):
-            raise MessageError("only an assistant message without tool calls, as the last one, can be continued")
+            raise MessageError("only a final assistant message without tool calls can be continued")
         thinking = mode != "off"
         drop = thinking and drop_thinking and not any(_offers_tools(message) for message in messages)
         turns = order_tool_results(merge_turns(messages))
@@ -213,7 +213,7 @@ def encoder_for(metadata: Mapping[str, object]) -> ChatEncoder:
         if str(name) not in ENCODERS:
             raise UnsupportedModelError(
                 f"localrun.chat_encoder: {name!r} is none of {', '.join(ENCODERS)}",
-                hint="the model was converted by a newer localrun: update this one",
+                hint="the model was converted by a newer localrun: update localrun",
             )
         return ENCODERS[str(name)]
     templates = {key: str(value) for key, value in metadata.items() if key.startswith("tokenizer.chat_template")}
@@ -246,7 +246,7 @@ def _attach(
         system = result[index]
         assert isinstance(system, SystemMessage)
         if tools and system.tools:
-            raise MessageError("tools are given with the system message and beside it")
+            raise MessageError("tools are given both in the system message and separately")
         result[index] = dataclasses.replace(
             system,
             tools=tuple(tools) or system.tools,

@@ -55,7 +55,7 @@ class ToolSchema:
     def __post_init__(self) -> None:
         name = self.function.get("name")
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-            raise MessageError(f"tool: name {name!r:.80} must be a word without blanks, quotes and angle brackets")
+            raise MessageError(f"tool: name {name!r:.80} must be one word without spaces, quotes or angle brackets")
         if not isinstance(self.function.get("parameters", {}), Mapping):
             raise MessageError(f"tool {name}: 'parameters' must be a JSON schema (an object)")
         try:
@@ -85,7 +85,7 @@ class ToolCall:
 
     def __post_init__(self) -> None:
         if not _TOOL_NAME.fullmatch(self.name):
-            raise MessageError(f"tool call: name {self.name!r:.80} must be a word without blanks, quotes, brackets")
+            raise MessageError(f"tool call: name {self.name!r:.80} must be one word without spaces, quotes or brackets")
         _check_text(f"tool call {self.name}", self.arguments + self.id)
 
 
@@ -245,7 +245,7 @@ def message_from_json(value: Json, *, where: str = "message") -> Message:
         raise MessageError(f"{where}: unknown role {role!r:.40}", hint="roles are " + ", ".join(_FIELDS))
     fields = {key: item for key, item in value.items() if item is not None and key not in ("role", *_IGNORED)}
     if unknown := fields.keys() - set(_FIELDS[role]):
-        raise MessageError(f"{where}: a message of role {role} has no field {min(unknown)!r}")
+        raise MessageError(f"{where}: a {role} message has no field {min(unknown)!r}")
     try:
         return _build(role, fields, where)
     except MessageError as error:
@@ -299,7 +299,7 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
             raise MessageError(f"{here}: expected an object, got {_kind(item)}")
         item = {key: part for key, part in item.items() if part is not None}  # an optional null is absent
         if (kind := item.get("type", "function")) != "function":
-            raise MessageError(f"{here}: a tool of type {kind!r:.40}", hint="only functions can be offered")
+            raise MessageError(f"{here}: unsupported tool type {kind!r:.40}", hint="only functions are supported")
         function = item.get("function", item if "name" in item else None)
         if not isinstance(function, Mapping):
             raise MessageError(f"{here}: 'function' must be an object with name, description and parameters")
@@ -311,7 +311,7 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
         except MessageError as error:
             raise MessageError(f"{here}: {error}") from None
         if tool.name in tools:
-            raise MessageError(f"{here}: a second tool named {tool.name}")
+            raise MessageError(f"{here}: duplicate tool name {tool.name}")
         tools[tool.name] = tool
     return tuple(tools.values())
 
@@ -324,7 +324,7 @@ def _tool_call(value: Json, where: str) -> ToolCall:
     if not isinstance(value, Mapping) or not isinstance(function := value.get("function"), Mapping):
         raise MessageError(f"{where}: expected an object with 'function'")
     if (kind := value.get("type") or "function") != "function":
-        raise MessageError(f"{where}: a call of type {kind!r:.40}", hint="only functions can be called")
+        raise MessageError(f"{where}: unsupported call type {kind!r:.40}", hint="only functions are supported")
     arguments = function.get("arguments")
     if arguments is None:
         arguments = ""
@@ -346,7 +346,9 @@ def _content(value: Json, where: str) -> str:
     for i, part in enumerate(value):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise MessageError(f"{where}.content[{i}]: a part of type {kind!r:.40}", hint="localrun reads text only")
+            raise MessageError(
+                f"{where}.content[{i}]: unsupported part type {kind!r:.40}", hint="localrun reads text only"
+            )
         texts.append(part["text"])
     return "\n\n".join(texts)
 

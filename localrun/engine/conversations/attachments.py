@@ -55,7 +55,7 @@ def read_attachment(path: Path, *, pipes: bool = False) -> Attachment:
 
 def _read_input() -> bytes:
     if sys.stdin is None or sys.stdin.isatty():
-        raise AttachmentError("standard input: nothing is piped in", hint="localrun run --file - < FILE")
+        raise AttachmentError("standard input is a terminal: pipe a file in", hint="localrun run --file - < FILE")
     return sys.stdin.buffer.read(MAX_BYTES + 1)
 
 

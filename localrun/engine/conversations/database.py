@@ -55,8 +55,8 @@ class DamagedConversationsError(ConversationError):
 
     def __init__(self, path: Path, cause: object) -> None:
         super().__init__(
-            f"{path}: the conversations are damaged ({cause})",
-            hint="what can be read is copied into a new file when you choose so; the damaged one is kept",
+            f"{path}: the conversation database is damaged ({cause})",
+            hint="localrun can copy what is readable into a new file; the damaged one is kept",
         )
         self.path = path
 
@@ -68,7 +68,7 @@ def connect(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise ConversationError(
-            f"{path}: conversations can't be kept there: {error.strerror}",
+            f"{path}: can't store conversations there: {error.strerror}",
             hint="set LOCALRUN_DATA_DIR to another folder",
         ) from error
     return sqlite3.connect(path, timeout=OPEN_TIMEOUT_S, check_same_thread=False, isolation_level=None)
@@ -85,7 +85,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
         raise ConversationError(
-            f"{path}: written by a newer localrun (format {version}, this one knows {SCHEMA_VERSION})",
+            f"{path}: written by a newer localrun (format {version}, this one reads {SCHEMA_VERSION})",
             hint="update localrun, or set LOCALRUN_DATA_DIR to another folder",
         )
     db.execute("PRAGMA journal_mode = WAL")
@@ -101,7 +101,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.execute("ROLLBACK")
             raise ConversationError(
-                f"{path}: a database, but not one of localrun's", hint="move it away or set LOCALRUN_DATA_DIR"
+                f"{path}: not a localrun database", hint="move it elsewhere or set LOCALRUN_DATA_DIR"
             )
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
@@ -117,7 +117,7 @@ def as_our_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> Conve
         error: SQLite's; UnicodeDecodeError: Python could not even read its message, which quotes a damaged schema.
     """
     if isinstance(error, UnicodeDecodeError) or "Could not decode to UTF-8" in str(error):  # this one has no code
-        return DamagedConversationsError(path, "text that is no text")
+        return DamagedConversationsError(path, "text that is not valid UTF-8")
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DamagedConversationsError(path, error)
@@ -125,9 +125,9 @@ def as_our_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> Conve
         sqlite3.SQLITE_FULL: "the disk is full: free some space",
         sqlite3.SQLITE_READONLY: "make the file and its folder writable, or set LOCALRUN_DATA_DIR",
         sqlite3.SQLITE_CANTOPEN: "make the folder writable, or set LOCALRUN_DATA_DIR",
-        sqlite3.SQLITE_BUSY: "another program holds the file: close it and try again",
-        sqlite3.SQLITE_LOCKED: "another program holds the file: close it and try again",
-        sqlite3.SQLITE_IOERR: "the disk reports an error: look at its health before anything else",
+        sqlite3.SQLITE_BUSY: "another program has the file locked: close it and try again",
+        sqlite3.SQLITE_LOCKED: "another program has the file locked: close it and try again",
+        sqlite3.SQLITE_IOERR: "the disk reports an error: check its health first",
     }
     what = "in use by another program" if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) else error
     return ConversationError(f"{path}: {what}", hint=hints.get(code))

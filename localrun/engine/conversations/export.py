@@ -79,7 +79,7 @@ def write_export(
     if target.is_dir():
         target = _free_name(target, slug(store.conversation(conversation_id).title), kind)
     if target.exists():
-        raise ConversationError(f"{target}: the file already exists", hint="give another name")
+        raise ConversationError(f"{target}: the file already exists", hint="choose another name")
     try:
         with replacing(target) as file:
             file.write(text.encode("utf-8", "replace"))

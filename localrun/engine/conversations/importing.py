@@ -20,7 +20,7 @@ from localrun.engine.conversations.store import MAX_TITLE_CHARS, ConversationSto
 
 MAX_BYTES = 1 << 30
 _ROLES = ("user", "assistant")
-_HINT = "localrun reads JSONL of messages, ChatGPT's conversations.json, llama.cpp's export and its own /export json"
+_HINT = "supported: JSONL of messages, ChatGPT's conversations.json, llama.cpp exports, and localrun's /export json"
 
 
 class UnknownExportError(ConversationError, ValueError):
@@ -46,7 +46,7 @@ def read_conversations(path: Path) -> list[Imported]:
     path = path.expanduser()
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UnknownExportError(f"{path}: too large for an export of conversations", hint=_HINT)
+            raise UnknownExportError(f"{path}: too large for a conversation export", hint=_HINT)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConversationError(f"{path}: can't be read: {error.strerror}") from error
@@ -55,11 +55,9 @@ def read_conversations(path: Path) -> list[Imported]:
     try:
         found = [talk for talk in _conversations(_documents(text)) if talk.messages]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise UnknownExportError(
-            f"{path}: not an export of conversations that localrun knows ({error})", hint=_HINT
-        ) from error
+        raise UnknownExportError(f"{path}: not a known conversation export ({error})", hint=_HINT) from error
     if not found:
-        raise UnknownExportError(f"{path}: no conversation in it", hint=_HINT)
+        raise UnknownExportError(f"{path}: contains no conversation", hint=_HINT)
     return found
 
 
@@ -122,7 +120,7 @@ def _conversations(documents: list[Any]) -> Iterator[Imported]:
         return
     for document in documents:
         if not isinstance(document, Mapping):
-            raise ValueError(f"{type(document).__name__} where an object belongs")
+            raise ValueError(f"{type(document).__name__} instead of an object")
         if "mapping" in document:
             yield _chatgpt(document)
         elif "conv" in document:

@@ -62,7 +62,9 @@ class BenchOptions:
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.frontiers, self.frontiers[1:], strict=False))
         if not self.frontiers or self.frontiers[0] < 0 or not rising or self.new_tokens < 1:
-            raise UsageError("frontiers must rise from 0 or more, and at least one token be decoded at each")
+            raise UsageError(
+                "frontiers must be ascending and not negative, and at least one token must be decoded at each"
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -240,8 +242,8 @@ def measure(
     """
     if len(tokens) < options.n_tokens:
         raise UsageError(
-            f"{len(tokens)} tokens are too few: {options.n_tokens} are measured",
-            hint="give a longer text, or fewer --prompt-tokens and --new-tokens",
+            f"{len(tokens)} tokens are too few: the benchmark needs {options.n_tokens}",
+            hint="use a longer text, or fewer --prompt-tokens and --new-tokens",
         )
     return _Run(engine, tokens, options, progress).run()
 
@@ -273,7 +275,7 @@ class _Run:
             session.close()
         if not np.isfinite(logits).all():
             raise DecodeError(
-                "the model's logits are not finite: these measurements mean nothing",
+                "the model's logits are not finite: the measurements are meaningless",
                 hint="run `localrun verify` on the model",
             )
         return Benchmark(
@@ -319,7 +321,7 @@ class _Run:
         # Before the first prefill the decode rate is all there is, and prefill is never slower.
         if need_s <= left_s or (prefill is None and need_s <= 10 * left_s):
             return True
-        self._skipped.append(f"context {frontier}: would take {need_s:.0f} s, {max(0.0, left_s):.0f} s are left")
+        self._skipped.append(f"context {frontier}: would take {need_s:.0f} s, only {max(0.0, left_s):.0f} s left")
         return False
 
     def _prefill(self, frontier: int) -> None:

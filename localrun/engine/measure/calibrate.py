@@ -86,8 +86,8 @@ def calibrate(
     n_tokens = sum(map(len, windows))
     if n_tokens < LEAST_TOKENS:
         raise UsageError(
-            f"{text.name}: {n_tokens} tokens are too few to calibrate with; at least {LEAST_TOKENS} are needed",
-            hint="give a longer text, or leave --calibrate without a file to use the one that ships",
+            f"{text.name}: {n_tokens} tokens are too few to calibrate on; at least {LEAST_TOKENS} are needed",
+            hint="use a longer text, or leave out --calibrate to use the built-in one",
         )
     sums = ExpertSums(loaded.source, n_tokens, seed=seed, sample_bytes=sample_bytes)
     # All logits: otherwise llama.cpp computes the last layer for a window's last token only.

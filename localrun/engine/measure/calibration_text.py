@@ -24,7 +24,7 @@ LEAST_BYTES = 1000
 """A shorter text reaches too few experts to say anything about them."""
 MAX_BYTES = 256 << 20
 
-_HINT = "give UTF-8 text, or JSON lines with one message list each; some hundred kilobytes of what the model is used for will do"
+_HINT = "use UTF-8 text, or JSONL with one message list per line; a few hundred kilobytes of typical use are enough"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _parse(where: str, data: bytes, *, name: str = "default") -> CalibrationText
         raise UsageError(f"{where}: the calibration text is empty", hint=_HINT)
     if len(data) < LEAST_BYTES:
         raise UsageError(
-            f"{where}: {len(data)} bytes are too little to calibrate with; at least {LEAST_BYTES} are needed",
+            f"{where}: {len(data)} bytes are too few to calibrate on; at least {LEAST_BYTES} are needed",
             hint=_HINT,
         )
     digest = xxhash.xxh3_128_hexdigest(data)

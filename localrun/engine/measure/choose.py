@@ -84,7 +84,7 @@ def check_precision_request(source: ModelSource, request: PrecisionRequest) -> t
     """
     if request.text is not None and request.imatrix is not None:
         raise UsageError(
-            "--calibrate and --imatrix can't be combined", hint="an imatrix holds what a calibration finds"
+            "--calibrate and --imatrix can't be combined", hint="an imatrix already is the result of a calibration"
         )
     own = next(iter(source.moe_layers.values())).types[0]
     base = request.base or own
@@ -94,7 +94,7 @@ def check_precision_request(source: ModelSource, request: PrecisionRequest) -> t
     if request.target is not None:
         kinds = target_types(source.moe_layers, request.target, [own])
         if not kinds:
-            raise UsageError("no format fits this model's experts", hint="give --base")
+            raise UsageError("no format fits this model's experts", hint="set --base")
         return kinds
     return tuple(dict.fromkeys([base, *(budget.type for budget in request.hot)])) if request.hot else ()
 
@@ -208,7 +208,7 @@ def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, Erro
             return None
         importance = read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
         if importance.digest != value.get("importance"):
-            raise FormatError(f"{folder / IMATRIX_NAME}: not the one that {TIERS_NAME} was made with")
+            raise FormatError(f"{folder / IMATRIX_NAME}: not the one {TIERS_NAME} was made with")
         errors = ErrorTable.from_json(value["errors"]) if value.get("errors") is not None else None
         if errors is not None and set(errors.layers) != set(source.moe_layers):
             raise FormatError(f"{path}: errors of other layers")
@@ -216,5 +216,5 @@ def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, Erro
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LocalrunError) as error:
-        log.warning("kept results are not used: %s", error)
+        log.warning("ignoring saved results: %s", error)
         return None

@@ -117,7 +117,8 @@ def _check_space(folder: Path, n_tokens: int, n_vocab: int) -> None:
     needed, free = 4 * n_tokens * n_vocab, shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
-            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, {format_size(free)} are free",
+            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, "
+            f"but only {format_size(free)} are free",
             hint="compare fewer tokens (`eval` has --max-tokens), or set another LOCALRUN_CACHE_DIR",
         )
 
@@ -154,7 +155,7 @@ def evaluate(
     if not tokens:
         raise UsageError("the text is empty")
     if not 1 <= window <= session.n_ctx:
-        raise UsageError(f"a window of {window} tokens does not fit the context of {session.n_ctx}")
+        raise UsageError(f"a window of {window} tokens does not fit into the context of {session.n_ctx}")
     scores = Scores(has_reference=reference_folder is not None)
     if progress is not None:
         progress(0, len(tokens))

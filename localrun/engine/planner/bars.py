@@ -90,7 +90,7 @@ def _ram(plan: Plan) -> Bar:
     if not at.dense_on_gpu:
         parts[:0] = _fixed(plan)
     if machine.ram_bytes is None or machine.total_ram_bytes is None:
-        return _bar("RAM", "what the plan takes", parts)
+        return _bar("RAM", "used by the plan", parts)
     parts.append(Part(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
     free = machine.total_ram_bytes - sum(part.value for part in parts)
     parts.append(Part(name="free", value=free, rest=True))
@@ -125,9 +125,9 @@ def _drive(plan: Plan) -> Bar | None:
     each = sizes.expert_file_bytes / sizes.n_copies
     only = sizes.n_copies - at.ram_experts - at.gpu_experts
     parts = [
-        Part(name="in RAM too", value=at.ram_experts * each),
-        Part(name="on a GPU too", value=at.gpu_experts * each),
-        Part(name="only here", value=only * each, rest=True),
+        Part(name="also in RAM", value=at.ram_experts * each),
+        Part(name="also on a GPU", value=at.gpu_experts * each),
+        Part(name="drive only", value=only * each, rest=True),
     ]
     title = f"{format_size(sizes.expert_file_bytes)} of experts"
     if plan.decode is not None:
@@ -140,7 +140,7 @@ def _token(plan: Plan) -> Bar | None:
         return None
     likely = plan.decode.likely
     parts = [Part(name=name, value=seconds) for name, seconds in likely.parts.items()]
-    title = f"{_ms(1 / likely.tokens_per_s)} of an answer, likely {likely.tokens_per_s:.2f} tokens/s"
+    title = f"{_ms(1 / likely.tokens_per_s)} per token, likely {likely.tokens_per_s:.2f} tokens/s"
     return _bar("token", title, parts, "s")
 
 

@@ -59,15 +59,15 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
     if not devices:
         if options.vram_bytes:
             raise LocalrunError(
-                "--vram: there is no GPU that this llama.cpp can use",
+                "--vram: this llama.cpp finds no usable GPU",
                 hint="run `localrun doctor`, or leave out --vram",
             )
         return GpuPlacement()
     integrated = [device.name for device in devices if device.is_integrated]
     if integrated and options.vram_bytes is None:
         raise UsageError(
-            f"--gpu {options.gpu}: {', '.join(integrated)} has no memory of its own",
-            hint="say how much of the RAM it may take, e.g. --vram 8GiB",
+            f"--gpu {options.gpu}: {', '.join(integrated)} has no dedicated memory",
+            hint="set how much RAM it may use, e.g. --vram 8GiB",
         )
     free = [device.free_bytes for device in devices]
     if options.vram_bytes is not None and options.vram_bytes > sum(free):
@@ -91,7 +91,7 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
         ram_bytes += embedding_bytes
     else:
         log.warning(
-            "%s: the dense model and its cache need %s, more than the %s there: they stay on the CPU",
+            "%s: the dense model and its cache need %s, but only %s are free there: they stay on the CPU",
             devices[0].name,
             format_size(needed),
             format_size(budgets[0]),
@@ -105,7 +105,7 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
             raise BudgetError(
                 f"--vram {format_size(options.vram_bytes)} is too little: experts need at least "
                 f"{format_size(_least_for_experts(source, devices[0]))}, the dense model and its cache {format_size(needed)}",
-                hint="give more, or --gpu none",
+                hint="raise it, or use --gpu none",
             )
         return GpuPlacement()
     spare = {

@@ -154,7 +154,7 @@ def detect(
             try:
                 cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
             except LocalrunError as error:  # loading says what it thinks of such a model
-                log.warning("the processor was not measured: %s", error)
+                log.warning("could not measure the processor: %s", error)
         memory_bytes_per_s, cpu = _usual(memory_bytes_per_s, cpu, specs, n_threads)
     available = memory.available_memory()
     return Hardware(

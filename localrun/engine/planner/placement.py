@@ -119,15 +119,15 @@ def _check(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: in
     if options.ram_bytes is not None and ram > left >= floor:
         raise BudgetError(
             f"--ram {format_size(options.ram_bytes)} and {format_size(machine.ram_bytes - left)} for the dense model, "
-            f"its context and buffers are more than the {free} that are free",
-            hint=f"give --ram {_gib(left)} at most, or leave it out",
+            f"its context and buffers exceed the {free} that are free",
+            hint=f"use --ram {_gib(left)} or less, or leave it out",
         )
     if left < floor:
         raise BudgetError(
             f"{sizes.name} does not fit: dense model {format_size(sizes.dense_bytes)}, KV cache of {n_ctx} tokens "
             f"{format_size(sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch))}, buffers "
             f"{format_size(compute_bytes(sizes, n_ctx, options.n_batch))}, process {format_size(PROCESS_BYTES)}, "
-            f"experts of one layer {format_size(floor)}; free are {free}",
+            f"experts of one layer {format_size(floor)}; {free} free",
             hint=_nearest(sizes, machine, options, n_ctx),
         )
 

@@ -25,7 +25,7 @@ class PlanOptions:
 
     Attributes:
         ram_bytes: for experts in RAM, reads under way included.
-        vram_bytes: of GPU memory to use, all GPUs together.
+        vram_bytes: of GPU memory to use, across all GPUs.
         n_ctx: tokens of context.
         adaptive: misses are served from the base's copies.
         position: tokens in the context whose decode is predicted; None: a quarter of the context, at most 8192.

@@ -237,7 +237,7 @@ def sizes_of(
     if base is None:
         return sizes
     if not sizes.convertible:
-        raise UsageError(f"{path}: this model is converted already", hint="plan without --base, or name its checkpoint")
+        raise UsageError(f"{path}: this model is already converted", hint="plan without --base, or pass its checkpoint")
     return sizes.with_experts(base)
 
 
@@ -309,7 +309,7 @@ def format_of(name: str) -> GGMLQuantizationType:
     """
     kind = BASE_TYPES.get(name.lower())
     if kind is None:
-        raise UsageError(f"experts can't be in '{name}'", hint=f"one of {', '.join(BASE_TYPES)}")
+        raise UsageError(f"unknown expert type '{name}'", hint=f"one of {', '.join(BASE_TYPES)}")
     return kind
 
 

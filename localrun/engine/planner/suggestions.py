@@ -90,10 +90,10 @@ def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanO
     for kind in _SMALLER:
         smaller = sizes.with_experts(kind) if sizes.n_copies else sizes
         if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
-            cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, less exact answers"
+            cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, less accurate answers"
             yield f"convert --base {kind.name.lower()}", cost, smaller, machine, options
     if plan.n_ctx > 2 * MIN_CONTEXT and not options.n_ctx:
         less = replace(options, n_ctx=padded(plan.n_ctx // 2))
         yield f"--context {less.n_ctx}", "a shorter conversation", sizes, machine, less
     if options.kv_type in ("f16", "bf16", "f32") and "kv" not in options.fixed:
-        yield "--kv q8_0", "a rounded KV cache", sizes, machine, replace(options, kv_type="q8_0")
+        yield "--kv q8_0", "a quantized KV cache", sizes, machine, replace(options, kv_type="q8_0")

@@ -29,7 +29,7 @@ def plan_lines(plan: Plan) -> list[str]:
     place = "on the GPU" if at.dense_on_gpu else "in RAM"
     memory_line = (
         f"dense {format_size(at.dense_bytes)}, {plan.options.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
-        f"buffers {format_size(at.compute_bytes)} (derived from the model's shape), all {place}"
+        f"buffers {format_size(at.compute_bytes)} (estimated from the model's shape), all {place}"
     )
     if at.headroom_bytes:
         memory_line += f"; {format_size(at.headroom_bytes)} of RAM left free"
@@ -40,7 +40,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"experts  {_experts(plan)}",
     ]
     if plan.decode is None or plan.prefill is None:
-        return [*lines, "speed    too small a model for a prediction", "faster   -"]
+        return [*lines, "speed    model too small to predict", "faster   -"]
     lines.append(
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction from "
         f"{'measured' if machine.cpu is not None else 'assumed'} kernels); most of the time: {plan.decode.likely.limit}"
@@ -54,7 +54,7 @@ def plan_lines(plan: Plan) -> list[str]:
         for s in plan.suggestions
         if s.phase == "prompts"
     ]
-    lines.append(f"faster   {'; '.join(best) or 'nothing that the planner knows of'}")
+    lines.append(f"faster   {'; '.join(best) or 'nothing the planner knows of'}")
     return lines
 
 
@@ -62,8 +62,8 @@ def _plain(plan: Plan) -> str:
     if plan.plain is None or not plan.plain_is_as_fast:
         return ""
     return (
-        f"; plain llama.cpp with the experts on the CPU would be as fast here ({format_rate(plan.plain.tokens_per_s)} tokens/s, "
-        "derived)"
+        "; plain llama.cpp with the experts on the CPU would be just as fast here "
+        f"({format_rate(plan.plain.tokens_per_s)} tokens/s, derived)"
     )
 
 
@@ -108,8 +108,8 @@ def _experts(plan: Plan) -> str:
         return text
     likely = plan.decode.likely
     return (
-        f"{text} ({plan.resident_share:.0%}); {likely.hit_rate:.0%} of requests found there ({plan.rates.source}), "
-        f"{likely.disk_bytes / 1e9:.2f} GB per token from the drive"
+        f"{text} ({plan.resident_share:.0%}); {likely.hit_rate:.0%} hit rate ({plan.rates.source}), "
+        f"{likely.disk_bytes / 1e9:.2f} GB read per token"
         + (
             " (--adaptive: from the base's copies; better ones follow)"
             if plan.options.adaptive and sizes.base_bytes

@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, list[tuple[float, float]]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        log.warning("%s: remembered rates are not used: %s", path, error)
+        log.warning("%s: ignoring saved rates: %s", path, error)
         return {}
 
 
@@ -66,4 +66,4 @@ def _write(path: Path, rates: Mapping[str, list[tuple[float, float]]]) -> None:
         with replacing(path) as file:
             file.write((json.dumps({"version": _VERSION, "rates": rates}, indent=1) + "\n").encode())
     except (OSError, StoreError) as error:
-        log.warning("rates could not be remembered: %s", error)
+        log.warning("could not save rates: %s", error)

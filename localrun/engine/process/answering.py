@@ -118,9 +118,7 @@ class Prompts:
             return Question([*self._begin(), *self._engine.tokenizer.encode(command.text)])
         question = self.of_conversation(command)
         if question.start is None:
-            raise UsageError(
-                "it is not the model's turn", hint="the last message must be one that the model can answer"
-            )
+            raise UsageError("it is not the model's turn", hint="the last message must be one the model can answer")
         return question
 
     def of_conversation(self, command: Conversation) -> Question:
@@ -208,7 +206,7 @@ def steering_for(engine: Engine, command: Generate, start: str | None) -> Steeri
     if forced or strict:
         names = [tool.get("name") for tool in command.tools]
         if command.tool_name is not None and command.tool_name not in names:
-            raise UsageError(f"tool {command.tool_name!r} is not among those offered")
+            raise UsageError(f"tool {command.tool_name!r} is not among the offered tools")
         if not names:
             raise UsageError("a tool call is required, but no tool is offered")
         matcher = engine.grammars.of_calls(

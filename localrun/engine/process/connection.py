@@ -224,7 +224,7 @@ class Connection:
         except ProtocolError as error:
             death = _garbage_error(error)
         except Exception as error:  # whatever it is: those who wait must not wait for ever
-            death = EngineDiedError(f"the engine's events can't be read: {error!r}")
+            death = EngineDiedError(f"can't read the engine's events: {error!r}")
         try:
             # A process that has closed its pipe is ending.
             code = self._process.wait(KILL_TIMEOUT_S) if death is None else self._kill()
@@ -280,14 +280,14 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
         how = f"was killed by {name}"
     else:
         how = f"ended with exit code {code}"
-    hint = "the next question starts it again"
+    hint = "the next question restarts it"
     if code == -signal.SIGKILL:
-        hint = "probably out of memory: give a smaller --ram or --context"
+        hint = "probably out of memory: lower --ram or --context"
     reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
     if code > 0:
         reasons = log[-1:]  # the last line of a traceback
     if any(word in reason for reason in reasons for word in ("shared object", "shared library")):
-        hint = "run `localrun doctor`: it says what is missing"  # e.g. the driver that llama.cpp was compiled for
+        hint = "run `localrun doctor` to see what is missing"  # e.g. the driver that llama.cpp was compiled for
     if any("can't start new thread" in reason for reason in reasons):
         hint = "too little memory, or `ulimit -u` allows no more threads"
     last = f": {reasons[0]}" if reasons and code != -signal.SIGKILL else ""

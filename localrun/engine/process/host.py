@@ -155,8 +155,8 @@ class Host:
         prompt = model.prompts.of_question(command)
         if len(prompt.ids) >= session.n_ctx:
             raise ContextFullError(
-                f"the conversation takes {len(prompt.ids)} tokens, the context has {session.n_ctx}",
-                hint="shorten it, start a new one, or give a larger --context",
+                f"the conversation has {len(prompt.ids)} tokens, but the context only {session.n_ctx}",
+                hint="shorten it, start a new one, or raise --context",
             )
         answer = session.generate(
             prompt.ids,

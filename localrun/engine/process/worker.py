@@ -110,7 +110,7 @@ class Worker:
         if self._outbox.has_room():
             self._outbox.put(line)
         else:
-            log.warning("%s is not sent: the parent does not read", type(event).__name__)
+            log.warning("%s not sent: the parent is not reading", type(event).__name__)
 
     # --- control thread
 

@@ -112,7 +112,7 @@ def probe_disk(
         with _Files(files) as opened:
             profile = _measure(opened, device)
     except OSError as error:
-        log.warning("%s: the drive could not be measured: %s", files[0][0], error.strerror)
+        log.warning("%s: could not measure the drive: %s", files[0][0], error.strerror)
         return known or DiskProfile(device=device)
     _remember(memory, profile)
     return profile
@@ -280,7 +280,7 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
         if not sound:
             raise ValueError("impossible values")
     except (ValueError, TypeError, AttributeError) as error:
-        log.warning("%s: the remembered drive profile is not used: %s", memory, error)
+        log.warning("%s: ignoring the saved drive profile: %s", memory, error)
         return None
     return profile
 
@@ -311,7 +311,7 @@ def _remember(memory: Path, profile: DiskProfile) -> None:
         with replacing(memory) as file:
             file.write(json.dumps({"version": _VERSION, "drives": drives}, indent=1).encode() + b"\n")
     except OSError as error:
-        log.warning("the drive profile could not be remembered: %s", error)
+        log.warning("could not save the drive profile: %s", error)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class RoutingProfile:
                 if arrays[layer].shape != (n,) or not ((arrays[layer] >= 0) & (arrays[layer] < 2.0**53)).all():
                     raise ValueError(f"layer {layer}: not {n} numbers of uses")
         except (KeyError, TypeError, ValueError) as error:
-            log.warning("the routing counts of the model's manifest are not used: %s", error)
+            log.warning("ignoring the routing counts in the model's manifest: %s", error)
             return
         for layer, array in arrays.items():
             self._counts[layer][:] = array * self._weight
@@ -162,7 +162,7 @@ class RoutingProfile:
             with replacing(target) as file:
                 file.write(body + xxhash.xxh3_64_digest(body))
         except OSError as error:
-            log.warning("the routing profile could not be saved: %s", error)
+            log.warning("could not save the routing profile: %s", error)
 
     def _encode(self) -> bytes:
         header = json.dumps(
@@ -194,9 +194,9 @@ class RoutingProfile:
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.warning("%s: the routing profile can't be read: %s", source, error.strerror)
+            log.warning("%s: can't read the routing profile: %s", source, error.strerror)
         except FormatError as error:
-            log.warning("%s: the routing profile is not used: %s", source, error)
+            log.warning("%s: ignoring the routing profile: %s", source, error)
         return profile
 
     def _decode(self, data: bytes) -> None:
@@ -227,7 +227,7 @@ def profile_path(identity: str) -> Path:
 def _parse(data: bytes) -> tuple[dict[str, Any], bytes]:
     body, digest = data[:-8], data[-8:]
     if body[:8] != MAGIC or len(body) < 12:
-        raise FormatError("it is no profile of this version")
+        raise FormatError("it is not a profile of this version")
     if xxhash.xxh3_64_digest(body) != digest:
         raise FormatError("its checksum is wrong")
     n_bytes = int.from_bytes(body[8:12], "little")

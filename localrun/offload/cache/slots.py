@@ -43,8 +43,8 @@ class Arena:
             self._map = anonymous(self.size_bytes)
         except OSError as error:
             raise BudgetError(
-                f"the system gives no {format_size(self.size_bytes)} of memory for experts: {error.strerror}",
-                hint="give less --ram",
+                f"can't allocate {format_size(self.size_bytes)} of memory for experts: {error.strerror}",
+                hint="lower --ram",
             ) from error
         self._anchor: C.c_char | None = C.c_char.from_buffer(self._map)
         self.address = C.addressof(self._anchor)

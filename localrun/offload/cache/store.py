@@ -415,8 +415,8 @@ class ExpertStore:
                 extent = projection.extents[0]
                 raise ChecksumError(
                     f"{self._source.files[extent.file]}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
-                    f"{ticket.slot.expert} differs from its checksum",
-                    hint="the file is damaged; run `localrun verify` to see how much, then copy or convert it again",
+                    f"{ticket.slot.expert} does not match its checksum",
+                    hint="the file is damaged; run `localrun verify` for the extent, then copy or convert it again",
                 )
 
 

@@ -123,7 +123,7 @@ class TraceRecorder:
         payload = b"".join(self._pieces)
         self._pieces, self._pending = [], 0
         if self._size + _BLOCK.size + len(payload) > self._max_bytes:
-            log.warning("%s: the routing trace ends here, %s are reached", self.path, format_size(self._max_bytes))
+            log.warning("%s: the routing trace ends here: limit of %s reached", self.path, format_size(self._max_bytes))
             self._end()
             return
         block = _BLOCK.pack(len(payload), xxhash.xxh3_64_digest(payload)) + payload
@@ -199,7 +199,7 @@ def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
             )
         yield payload
     if head:
-        log.warning("%s: the last block of the routing trace is incomplete and left out", path)
+        log.warning("%s: the last block of the routing trace is incomplete and ignored", path)
     file.seek(start)
 
 

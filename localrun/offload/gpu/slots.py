@@ -264,7 +264,7 @@ class GpuSlots:
             if bank is None or (key == largest and not self._reserve(bank)):
                 self._give_back()
                 log.warning(
-                    "%s: out of memory: room for %d experts, not for %d; the others stay in RAM and on the drive",
+                    "%s: out of memory: room for %d experts instead of %d; the others stay in RAM and on the drive",
                     self.device.name,
                     sum(bank.n_slots for bank in self.banks.values()),
                     sum(counts.values()),

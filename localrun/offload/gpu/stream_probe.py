@@ -54,7 +54,7 @@ def measure(device: GpuDevice, kernel: FfnKernel, n_unpackers: int) -> StreamCos
     try:
         slots = GpuSlots(device, {key: RING_SLOTS}, {key: kernel.spec}, 1 << 62)
         if not slots.banks:
-            raise GpuMemoryError("no memory")
+            raise GpuMemoryError("out of memory")
         thread = GpuThread(slots, [kernel], None, n_unpackers=n_unpackers)
         return _costs(_Bench(kernel, thread))
     except LocalrunError as error:

@@ -238,7 +238,7 @@ class GpuTier:
         at = (upload.layer, upload.expert)
         self._under_way.discard(at)
         if error is not None:
-            log.warning("blk.%d: expert %d was not put on the GPU: %s", *at, error)
+            log.warning("blk.%d: could not copy expert %d to the GPU: %s", *at, error)
             self._bank(upload.place).free.append(upload.place.slot)
             self._refused[at] = True
             return
@@ -474,7 +474,7 @@ def share_out(
             raise BudgetError(
                 f"{device.name}: {format_size(budget)} is too little for experts: intermediate results take "
                 f"{format_size(scratch)} and one expert {format_size(smallest)}",
-                hint="give more --vram, or --gpu none",
+                hint="raise --vram, or use --gpu none",
             )
     limits = [{spec: most_slots(spec, device) for spec in set(specs.values())} for device, _ in gpus]
     size_of: dict[tuple[int, BankKey, int], int] = {}

@@ -62,11 +62,12 @@ def level() -> Level:
     if asked not in [known.value for known in Level]:
         raise UsageError(
             f"LOCALRUN_KERNELS={asked} is not a kernel level",
-            hint=f"this processor has {here}; unset: the last of these",
+            hint=f"this processor has {here}; unset it to use the last of these",
         )
     if Level(asked) not in runnable:
         missing = ", ".join(sorted(_NEEDS[Level(asked)] - features()))
         raise UsageError(
-            f"LOCALRUN_KERNELS={asked}: this processor lacks {missing}", hint=f"it has {here}; unset: the last of these"
+            f"LOCALRUN_KERNELS={asked}: this processor lacks {missing}",
+            hint=f"it has {here}; unset it to use the last of these",
         )
     return Level(asked)

@@ -162,7 +162,7 @@ def _read_small(path: Path) -> bytes:
     except OSError as e:
         raise FormatError(f"{path}: can't be read: {e.strerror or e}") from e
     if len(data) > MAX_JSON_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_JSON_BYTES} bytes: not a file of a checkpoint")
+        raise FormatError(f"{path}: larger than {MAX_JSON_BYTES} bytes: not a checkpoint file")
     return data
 
 
@@ -172,8 +172,8 @@ def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]
         single = path / SINGLE_NAME
         if not single.is_file():
             raise CheckpointError(
-                f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there",
-                hint="give the directory that holds the downloaded checkpoint",
+                f"{path}: found neither {INDEX_NAME} nor {SINGLE_NAME}",
+                hint="pass the directory of the downloaded checkpoint",
             )
         return (SafetensorsFile.open(single),)
     index = parse_json_object(index_path, _read_small(index_path))
@@ -184,7 +184,9 @@ def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]
     for name in names:
         # A name is a name in this folder; the file itself may be a link (download caches are made of them).
         if not is_plain_name(name):
-            raise FormatError(f"{index_path}: file name {name[:80]!r} leaves the checkpoint's folder, or can't be one")
+            raise FormatError(
+                f"{index_path}: file name {name[:80]!r} is invalid or points outside the checkpoint's folder"
+            )
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
         raise CheckpointError(f"{path}: {_some(absent, 'shard')} missing", hint="download the rest of the checkpoint")
@@ -203,11 +205,13 @@ def _compare_index(
     by_name = dict(zip(names, shards, strict=True))
     absent = [name for name, file in weight_map.items() if name not in by_name[file].tensors]
     if absent:
-        raise CheckpointError(f"{index_path}: {_some(absent, 'tensor')} not in the shard that the index names")
+        raise CheckpointError(f"{index_path}: {_some(absent, 'tensor')} not in the shard named by the index")
     for file, shard in by_name.items():
         unlisted = [name for name in shard.tensors if weight_map.get(name) != file]
         if unlisted:
-            raise CheckpointError(f"{shard.path}: {_some(unlisted, 'tensor')} in this shard but not so in the index")
+            raise CheckpointError(
+                f"{shard.path}: {_some(unlisted, 'tensor')} in this shard, but the index says otherwise"
+            )
 
 
 def _collect(path: Path, shards: Iterable[SafetensorsFile]) -> dict[str, tuple[int, TensorEntry]]:
@@ -295,7 +299,7 @@ def _match(
     if extra:
         problems.append(f"{_some(extra, 'tensor')} unknown")
     if problems:
-        hint = "the checkpoint is incomplete, damaged, or of another model than its config.json says"
+        hint = "the checkpoint is incomplete, damaged, or not the model its config.json describes"
         if any(name.startswith("model.layers.") for name in extra):
             hint = "the names are those of a transformers export; localrun reads the official release's files"
         raise CheckpointError(f"{path}: {'; '.join(problems)}", hint=hint)
@@ -340,7 +344,7 @@ def _some(names: Sequence[str], noun: str) -> str:
 
 
 def _first(problems: Sequence[str]) -> str:
-    more = f" and {len(problems) - _NAMED} more like this" if len(problems) > _NAMED else ""
+    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return "; ".join(problems[:_NAMED]) + more
 
 

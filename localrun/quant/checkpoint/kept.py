@@ -116,9 +116,9 @@ def _dense_type(manifest_path: Path, manifest: Manifest) -> GGMLQuantizationType
 def _open_checkpoint(folder: Path, kept: KeptExperts, dense: GGMLQuantizationType) -> CheckpointSource:
     """The checkpoint that has the experts, checked to be the same."""
     path = Path(kept.path)
-    moved = f"if it was moved: localrun convert NEW_PLACE {folder} --keep-experts"
+    moved = f"if it was moved: localrun convert NEW_PATH {folder} --keep-experts"
     if not path.is_dir():
-        raise FormatError(f"{folder}: its experts were in {path}, and nothing is there", hint=moved)
+        raise FormatError(f"{folder}: its experts were in {path}, which is gone", hint=moved)
     for name, size in kept.files.items():
         file = path / name
         if not file.is_file():
@@ -126,13 +126,13 @@ def _open_checkpoint(folder: Path, kept: KeptExperts, dense: GGMLQuantizationTyp
         if (now := file.stat().st_size) != size:
             raise FormatError(
                 f"{file}: {now} bytes, it had {size} when {folder} was made from it",
-                hint=f"put the same file back; {moved}",
+                hint=f"restore the original file; {moved}",
             )
     checkpoint = CheckpointSource.open(path, dense=dense)
     if checkpoint.plan.checkpoint.identity != kept.identity:
         raise FormatError(
-            f"{path}: not the checkpoint any more that {folder} was made from",
-            hint=f"put the same files back, or convert it into another directory; {moved}",
+            f"{path}: not the checkpoint {folder} was made from",
+            hint=f"restore the original files, or convert into another directory; {moved}",
         )
     return checkpoint
 
@@ -143,6 +143,6 @@ def _check_tensors(part: GgufFile, dense: Mapping[str, TensorInfo], checkpoint: 
     if dense != expected:
         odd = min(name for name in dense.keys() | expected.keys() if dense.get(name) != expected.get(name))
         raise FormatError(
-            f"{part.path}: {odd}: not as this version makes it from {checkpoint.path}",
+            f"{part.path}: {odd}: not what this version makes from {checkpoint.path}",
             hint="delete the directory and convert again",
         )

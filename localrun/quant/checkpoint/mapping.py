@@ -296,7 +296,7 @@ def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, optio
     possible = " or ".join(name for name, kind in BASE_TYPES.items() if _fits(spec, kind) and can_convert(dtype, kind))
     if not _fits(spec, target):
         raise UsageError(
-            f"{spec.name}: rows of {spec.shape[-1]} values are no multiple of {target.name}'s blocks of"
+            f"{spec.name}: rows of {spec.shape[-1]} values are not a multiple of {target.name}'s block size"
             f" {GGML_QUANT_SIZES[target][0]}",
             hint=f"{option} {possible}",
         )

@@ -123,7 +123,7 @@ class SafetensorsFile:
             raise StoreError(f"{self.path}: can't be opened: {e.strerror}") from e
         try:
             if os.fstat(fd).st_size != self.size:
-                raise StoreError(f"{self.path}: size has changed since it was opened", hint="open the model again")
+                raise StoreError(f"{self.path}: size changed since it was opened", hint="open the model again")
             read_fully(fd, self.path, offset, out.data)
         finally:
             os.close(fd)

@@ -105,7 +105,7 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> TokenizerMetadata:
     """
     path = folder / TOKENIZER_NAME
     if not path.is_file():
-        warning = f"{folder}: no {TOKENIZER_NAME}: the result understands token ids only, not text"
+        warning = f"{folder}: no {TOKENIZER_NAME}: the result takes token ids only, not text"
         return TokenizerMetadata({"tokenizer.ggml.model": GgufValue.string("none")}, (warning,))
     document = parse_json_object(path, _read(path))
     pre = _pre_tokenizer(path, document)
@@ -164,7 +164,7 @@ def _pre_tokenizer(path: Path, document: Mapping[str, Any]) -> str:
     if name is None:
         known = ", ".join(PRE_TOKENIZERS.values())
         raise _refuse(
-            path, f"pre-tokenizer {str(regexes)[:160]} is none that localrun knows by llama.cpp's names ({known})"
+            path, f"pre-tokenizer {str(regexes)[:160]} has no llama.cpp equivalent known to localrun ({known})"
         )
     return name
 
@@ -217,7 +217,7 @@ def _place(path: Path, texts: dict[int, str], text: object, number: object, voca
     if number >= vocab_size:
         raise _refuse(path, f"token {text[:40]!r} has id {number}, the model has {vocab_size} tokens")
     if texts.setdefault(number, text) != text:
-        raise _refuse(path, f"id {number} stands for {texts[number][:40]!r} and for {text[:40]!r}")
+        raise _refuse(path, f"id {number} is both {texts[number][:40]!r} and {text[:40]!r}")
 
 
 def _complete(

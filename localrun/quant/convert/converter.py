@@ -125,11 +125,11 @@ def check_target(source: Path, target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise UsageError(f"{target} is a file", hint="give a directory that does not exist yet")
+        raise UsageError(f"{target} is a file", hint="pass a directory that does not exist yet")
     if (target / MANIFEST_NAME).exists():
         raise UsageError(f"{target} holds a finished model", hint="choose another directory, or delete this one")
     if not (target / WORK_NAME).is_dir() and any(path.name != LEARNED_NAME for path in target.iterdir()):
-        raise UsageError(f"{target} is not empty", hint="give a directory that does not exist yet")
+        raise UsageError(f"{target} is not empty", hint="pass a directory that does not exist yet")
 
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
@@ -324,7 +324,9 @@ class _Run:
         complete = len(self._journal.done) == len(self._work) and final.exists() and not self._partial.exists()
         if not complete:
             if self._journal.done and not self._partial.exists():
-                raise StoreError(f"{self._partial} has vanished", hint=f"delete {self._partial.parent} to start again")
+                raise StoreError(
+                    f"{self._partial} has disappeared", hint=f"delete {self._partial.parent} to start again"
+                )
             self._write_all(start)
             self._partial.rename(final)
             _sync_folder(final.parent)

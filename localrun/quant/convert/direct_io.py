@@ -110,7 +110,7 @@ class DirectReader:
         try:
             self._direct = _open_direct(path, os.O_RDONLY)
             if os.fstat(self._plain).st_size != size:
-                raise StoreError(f"{path}: size has changed since it was checked", hint="start again")
+                raise StoreError(f"{path}: size changed since it was checked", hint="start again")
         except BaseException:
             self.close()
             raise

@@ -52,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A range that differs from its checksum, or (`found` None) could not be read."""
+    """A range that does not match its checksum, or (`found` None) could not be read."""
 
     check: Check
     path: Path

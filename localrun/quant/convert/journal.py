@@ -92,7 +92,7 @@ class Journal:
         try:
             before = json.loads(path.read_bytes())
             known = isinstance(before, dict) and before.get("version") == STATE_VERSION
-            changed = describe_changes(before, state) if known else ["it was begun by another version of localrun"]
+            changed = describe_changes(before, state) if known else ["it was started by another version of localrun"]
         except (ValueError, AttributeError) as e:
             raise FormatError(f"{path}: damaged", hint=f"delete {self._folder} to start again") from e
         if changed:
@@ -141,14 +141,14 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     """What differs between two states, in the user's words."""
     was, now = before["options"], after["options"]
     changes = [
-        f"--{_TYPED_AS.get(name, name)} was {was.get(name, 'not given')} and is {now.get(name, 'not given')} now"
+        f"--{_TYPED_AS.get(name, name)} was {was.get(name, 'not given')} and is now {now.get(name, 'not given')}"
         for name in (*now, *(name for name in was if name not in now))
         if was.get(name) != now.get(name)
     ]
     if before.get("identity") != after["identity"]:
         moved = before.get("source") != after["source"]
         changes.append(
-            f"the source was {before.get('source')} and is {after['source']} now"
+            f"the source was {before.get('source')} and is now {after['source']}"
             if moved
             else "the files of the source have changed"
         )

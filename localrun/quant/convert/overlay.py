@@ -51,8 +51,8 @@ def plan_overlay(
     identity = base.source.get("identity")
     if identity != checkpoint.identity:
         raise UsageError(
-            f"{checkpoint.path} is not the checkpoint that the base was made from",
-            hint="give that checkpoint, or convert this one into another directory",
+            f"{checkpoint.path} is not the checkpoint the base was made from",
+            hint="use that checkpoint, or convert this one into another directory",
         )
     _check_experts(checkpoint, copies)
     if not copies.n_experts:
@@ -109,8 +109,8 @@ def open_overlay_source(path: Path, target: Path) -> Checkpoint:
     """
     if not is_checkpoint(path):
         raise UsageError(
-            f"{path}: no checkpoint is there, and better copies for {target} can only be made from the source checkpoint",
-            hint="give the directory of the checkpoint that the base was made from",
+            f"{path}: no checkpoint found, and better copies for {target} can only be made from the source checkpoint",
+            hint="pass the directory of the checkpoint the base was made from",
         )
     return Checkpoint.open(path)
 
@@ -123,9 +123,7 @@ def read_base(target: Path) -> Manifest:
     """
     path = target / MANIFEST_NAME
     if not path.is_file():
-        raise UsageError(
-            f"{target} holds no converted model", hint="convert the base first; the overlay is added to it"
-        )
+        raise UsageError(f"{target} is not a converted model", hint="convert the base first, then add the overlay")
     return read_manifest(path)
 
 
@@ -175,7 +173,7 @@ def write_overlay(
     if missing:
         raise StoreError(
             f"{missing[0]}: is gone, and better copies can only be made from the source checkpoint",
-            hint="put the checkpoint back, then run the same command again",
+            hint="restore the checkpoint, then run the same command again",
         )
     return write_file(plan, Place(target / name, target / WORK_NAME), options, publish, jobs=jobs, progress=progress)
 

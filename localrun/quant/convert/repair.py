@@ -49,8 +49,8 @@ def check_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """
     if manifest.source.get("identity") != checkpoint.identity:
         raise UsageError(
-            f"{checkpoint.path} is not the checkpoint that this model was made from",
-            hint="give the directory of that checkpoint, or convert again",
+            f"{checkpoint.path} is not the checkpoint this model was made from",
+            hint="pass the directory of that checkpoint, or convert again",
         )
 
 
@@ -78,7 +78,7 @@ def restore_files(
         header = headers.get(file.name, b"")
         if checksum(header) != file.header_checksum:
             raise FormatError(
-                f"{folder / file.name}: its header can't be made again from {checkpoint.path}",
+                f"{folder / file.name}: its header can't be rebuilt from {checkpoint.path}",
                 hint="convert again; another version of localrun wrote this model",
             )
         _write_header(folder / file.name, header, file.size_bytes)
@@ -218,7 +218,7 @@ class _Maker:
             digest.update(data.data)
         if digest.hexdigest() != check.digest:
             # Types that round take other bytes from other importances.
-            return "the checkpoint gives other bytes (made with an importance matrix, or by another version)"
+            return "the checkpoint yields different bytes (the model was made with an importance matrix, or by another version)"
         path = self._source.files[check.file]
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -73,13 +73,13 @@ def plan_split(
         if size > room:
             needed = size + max_bytes - room
             raise UsageError(
-                f"{tensor.name} takes {format_size(size)} alone: no room in a file of {format_size(max_bytes)}",
+                f"{tensor.name} alone takes {format_size(size)}: it does not fit into a file of {format_size(max_bytes)}",
                 hint=f"--split {ceil_div(needed, 10**6)}MB or more",
             )
         groups[-1].append(tensor)
         room -= size
     if len(groups) > _MAX_PARTS:
-        raise UsageError(f"{len(groups)} files are more than the format can number", hint="give a larger --split")
+        raise UsageError(f"{len(groups)} files are more than the format can number", hint="use a larger --split")
     return [_part(metadata, group, alignment, i, len(groups), len(tensors)) for i, group in enumerate(groups)]
 
 
@@ -121,9 +121,9 @@ def split_model(
     source = GgufSource.open(folder)
     manifest = source.manifest
     if manifest is None or not folder.is_dir():
-        raise UsageError(f"{folder} holds no model that localrun converted")
+        raise UsageError(f"{folder} is not a model converted by localrun")
     if len(manifest.files) != 1:
-        raise UsageError(f"{folder}: the model is split already", hint="convert it again to split it differently")
+        raise UsageError(f"{folder}: the model is already split", hint="convert it again to split it differently")
     if getattr(manifest, "overlay", None) is not None:
         raise UsageError(f"{folder}: the model has an overlay", hint="split the base first, then make the overlay")
     (whole,) = source.parts
@@ -162,7 +162,7 @@ def _check_space(folder: Path, parts: Sequence[SplitPart]) -> None:
     if needed > free:
         raise DiskSpaceError(
             f"{folder}: splitting needs {format_size(needed)}, the disk has {format_size(free)} free",
-            hint="the old file is deleted last; make room, or split on another disk",
+            hint="the original is deleted last; free some space, or split on another disk",
         )
 
 
@@ -201,6 +201,6 @@ def _copy(source: int, source_at: int, target: int, target_at: int, n_bytes: int
     if n == 0:
         data = os.pread(source, n_bytes, source_at)
         if not data:
-            raise StoreError("the model's file has become shorter")
+            raise StoreError("the model's file got shorter")
         n = os.pwrite(target, data, target_at)
     return n

@@ -57,7 +57,7 @@ def prepare_weights(weights: Floats | None, n_in: int, kind: GGMLQuantizationTyp
         raise FormatError(f"{where}: importance of shape {weights.shape} for rows of {n_in}")
     largest = float(weights.max())
     if not (np.isfinite(weights).all() and float(weights.min()) >= 0):
-        raise FormatError(f"{where}: importance that is negative or not a number")
+        raise FormatError(f"{where}: importance is negative or not a number")
     if largest == 0:
         return np.ones(n_in, np.float32)
     exponent = _MAX_WEIGHT_EXPONENT - int(np.frexp(largest)[1])
@@ -93,7 +93,7 @@ def quantize_rows(
     n_out, n_in = values.shape
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if kind not in TYPES or n_in % block:
-        raise FormatError(f"{where}: rows of {n_in} values can't be {kind.name} (blocks of {block})")
+        raise FormatError(f"{where}: rows of {n_in} values can't be stored as {kind.name} (blocks of {block})")
     check_range(values.view(np.uint32), kind, where)
     weights = prepare_weights(weights, n_in, kind, where)
     size = n_out * (n_in // block * block_bytes)

@@ -94,7 +94,7 @@ def _check_scales(scale: Bytes, low: int, high: int, where: str) -> bool:
 
 
 def _refuse_overflow(where: str, scale: int, target: str) -> FormatError:
-    return FormatError(f"{where}: weights with scale 2^{scale - 127} do not fit in {target} exactly")
+    return FormatError(f"{where}: weights with scale 2^{scale - 127} can't be represented exactly in {target}")
 
 
 def _check_fp4(weight: Bytes, scale: Bytes, where: str) -> None:

@@ -27,7 +27,7 @@ from localrun.quant.model.source import MoeLayer, TensorInfo
 MAX_LAYERS = 512
 MAX_EXPERTS = 1024
 MAX_DIMENSION = 1 << 24
-_HINT = "the file is damaged, or was made for another program: convert the model again"
+_HINT = "the file is damaged or made for another program: convert the model again"
 
 _NOT_MULTIPLIABLE = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
 MATRIX_TYPES = frozenset(t for t in GGMLQuantizationType if t.name not in _NOT_MULTIPLIABLE)
@@ -268,7 +268,7 @@ def _moe_layer(keys: KeyReader, layer: int, stack: Mapping[str, TensorInfo], n_e
         if tensor.shape != (*shape, n_experts):
             raise keys.error(f"{tensor.name}: shape {tensor.shape}, expected {(*shape, n_experts)}")
         if tensor.type not in MATRIX_TYPES:
-            raise keys.error(f"{tensor.name}: type {tensor.type.name} is not one of weights")
+            raise keys.error(f"{tensor.name}: type {tensor.type.name} is not a weight type")
     return MoeLayer(
         layer=layer,
         n_experts=n_experts,

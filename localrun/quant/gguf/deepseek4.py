@@ -69,7 +69,7 @@ def read_deepseek4(path: Path, metadata: Metadata, common: Common) -> ModelShape
         if name == "swiglu_clamp_exp" or prefix + name in metadata:
             limits = keys.per_layer(prefix + name, n_layers, (GGUFValueType.FLOAT32,))
             if not all(math.isfinite(limit) and limit >= 0 for limit in limits):
-                raise keys.error(f"{prefix}{name}: {limits[0]} is not a limit")
+                raise keys.error(f"{prefix}{name}: {limits[0]} is not a valid limit")
     bounds = {
         "embedding_length": (1, MAX_DIMENSION),
         "attention.key_length": (1, 1 << 14),
@@ -106,7 +106,9 @@ def _check_shape(shape: ModelShape, keys: KeyReader, prefix: str) -> None:
     if shape.value_dim != shape.head_dim:
         raise keys.error(f"{prefix}attention.value_length: differs from key_length {shape.head_dim}")
     if rope % 2 or rope > shape.index_dim:
-        raise keys.error(f"{prefix}rope.dimension_count: {rope} of a head of {shape.head_dim}, index {shape.index_dim}")
+        raise keys.error(
+            f"{prefix}rope.dimension_count: {rope}, with heads of {shape.head_dim} and indexer keys of {shape.index_dim}"
+        )
     if shape.index_dim % 64:
         raise keys.error(f"{prefix}attention.indexer.key_length: {shape.index_dim} is not a multiple of 64")
     if shape.n_heads % shape.o_groups:
@@ -213,7 +215,7 @@ def _check_scalars(keys: KeyReader, prefix: str, n_layers: int) -> None:
     keys.real(prefix + "expert_weights_scale", -1e6, 1e6)
     keys.boolean(prefix + "expert_weights_norm")
     if keys.integer(prefix + "expert_gating_func", 0, 64) != 4:
-        raise keys.error(f"{prefix}expert_gating_func: only 4 (square root of softplus) exists for this architecture")
+        raise keys.error(f"{prefix}expert_gating_func: this architecture has only 4 (square root of softplus)")
     n_kv = keys.uniform(prefix + "attention.head_count_kv", n_layers)
     if n_kv != 1:
         raise keys.error(f"{prefix}attention.head_count_kv: {n_kv}, this architecture has 1")

@@ -188,7 +188,7 @@ class _HeaderReader:
 
     def _error(self, problem: str) -> FormatError:
         return FormatError(
-            f"{self.path}: {problem}", hint="the file is damaged or incomplete: fetch or convert it again"
+            f"{self.path}: {problem}", hint="the file is damaged or incomplete: download or convert it again"
         )
 
     def _need(self, n_bytes: int, what: str) -> int:
@@ -201,7 +201,7 @@ class _HeaderReader:
 
     def _grow(self, end: int, what: str) -> None:
         if end > self.size:
-            raise self._error(f"{what}: needs bytes up to {end}, the file has {self.size}")
+            raise self._error(f"{what}: needs {end} bytes, the file has {self.size}")
         if end > MAX_HEADER_BYTES:
             raise self._error(f"{what}: header larger than {MAX_HEADER_BYTES} bytes")
         target = min(self.size, MAX_HEADER_BYTES, max(end, 2 * len(self.buffer), _FIRST_READ))
@@ -218,7 +218,7 @@ class _HeaderReader:
         magic, version, n_tensors, n_keys = _PREAMBLE.unpack_from(self.buffer)
         if magic != MAGIC:
             raise FormatError(
-                f"{self.path}: not a GGUF file (starts with {magic!r})", hint="name a .gguf file or a model directory"
+                f"{self.path}: not a GGUF file (starts with {magic!r})", hint="pass a .gguf file or a model directory"
             )
         if version & 0xFFFF == 0:
             raise UnsupportedModelError(f"{self.path}: a big-endian GGUF")
@@ -313,7 +313,7 @@ class _HeaderReader:
             names.add(name)
             n_dims = self._u32(name)
             if n_dims > 4:
-                raise self._error(f"{name}: {n_dims} dimensions, at most 4 exist")
+                raise self._error(f"{name}: {n_dims} dimensions, the maximum is 4")
             shape = tuple(self._u64(name) for _ in range(n_dims)) or (1,)
             code = self._u32(name)
             offset = self._u64(name)
@@ -337,7 +337,7 @@ class _HeaderReader:
         what, hint = f"unknown ggml type {code}", "the file is damaged or newer than this program"
         if foreign := FOREIGN_TYPES.get(code):
             what = f"type {foreign}, which is not one of llama.cpp's ({code})"
-            hint = "take a file that was quantized for llama.cpp, or convert the official checkpoint"
+            hint = "use a file quantized for llama.cpp, or convert the official checkpoint"
         return UnsupportedModelError(f"{self.path}: {name}: {what}", hint=hint)
 
     def _place(
@@ -360,9 +360,9 @@ class _HeaderReader:
         expected, previous = data_offset, "the header"
         for tensor in tensors:
             if tensor.offset != expected:
-                problem = "overlaps" if tensor.offset < expected else f"lies {tensor.offset - expected} bytes behind"
+                problem = "overlaps" if tensor.offset < expected else f"starts {tensor.offset - expected} bytes after"
                 raise self._error(
-                    f"{tensor.info.name}: {problem} {previous}; tensors must follow one another, so a type or a shape is"
+                    f"{tensor.info.name}: {problem} {previous}; tensors must be contiguous, so a type or a shape is"
                     " wrong"
                 )
             expected, previous = align_up(tensor.offset + tensor.info.n_bytes, alignment), tensor.info.name

@@ -73,8 +73,8 @@ def only_model(folder: Path) -> Path:
     if not models:
         refuse_leftovers(folder)
         raise FormatError(
-            f"{folder}: no GGUF with a model in it",
-            hint="give a converted directory, a GGUF file or a checkpoint directory",
+            f"{folder}: contains no GGUF model",
+            hint="pass a converted directory, a GGUF file or a checkpoint directory",
         )
     raise several(folder, "GGUF models", [(model.path.name, model.n_bytes) for model in models])
 
@@ -83,7 +83,7 @@ def several(folder: Path, noun: str, models: Sequence[tuple[str, int]]) -> Forma
     """The error for a folder that leaves a choice: each with its size."""
     listed = ", ".join(f"{name} ({format_size(n_bytes)})" for name, n_bytes in models[:_SHOWN])
     more = f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else ""
-    return FormatError(f"{folder}: {len(models)} {noun}: {listed}{more}", hint="name one of them")
+    return FormatError(f"{folder}: {len(models)} {noun}: {listed}{more}", hint="pass one of them")
 
 
 def refuse_leftovers(folder: Path) -> None:
@@ -107,13 +107,13 @@ def split_files(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count <= _MAX_PARTS:
-        raise FormatError(f"{path}: part {match['number']} of {match['count']} can't exist")
+        raise FormatError(f"{path}: invalid part number {match['number']} of {match['count']}")
     paths = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
         raise FormatError(
             f"{path}: {len(missing)} of {count} parts are missing, first {missing[0]}",
-            hint="put all parts into one folder",
+            hint="put all parts in one folder",
         )
     return paths
 

@@ -88,7 +88,7 @@ class OverlayIndex:
         if values.get("general.architecture") != GgufValue.string(ARCHITECTURE):
             raise self._error("not an overlay")
         if values.get(BASE_KEY) != GgufValue.string(manifest.base_digest):
-            raise self._error(f"belongs to another base than {manifest.files[0].name}")
+            raise self._error(f"belongs to a base other than {manifest.files[0].name}")
 
     def _check_ids(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         values = self._part.metadata

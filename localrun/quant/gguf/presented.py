@@ -96,7 +96,9 @@ def converted(path: Path, stored: TensorInfo, raw: npt.NDArray[np.uint8]) -> npt
             return (raw.view("<u2").astype("<u4") << 16).view(np.uint8)
     ids = raw.view("<i8")
     if ids.size and (ids.min() < 0 or ids.max() >= 1 << 31):
-        raise FormatError(f"{path}: {stored.name}: {ids.max()} is no expert's number", hint="fetch the file again")
+        raise FormatError(
+            f"{path}: {stored.name}: {ids.max()} is not a valid expert number", hint="download the file again"
+        )
     return ids.astype("<i4").view(np.uint8)
 
 
@@ -104,7 +106,7 @@ def refuse_scale(path: Path, name: str, values: npt.NDArray[np.float32]) -> None
     """Raises UnsupportedModelError for a scale that would have to be applied."""
     if not (values == 1).all():
         raise UnsupportedModelError(
-            f"{path}: {name}: a scale of {values[values != 1][0]:g}, which neither localrun nor its llama.cpp applies in this"
+            f"{path}: {name}: a scale of {values[values != 1][0]:g}, which neither localrun nor its llama.cpp supports for this"
             " architecture",
-            hint="take a file without scales (every type but NVFP4), or convert the official checkpoint",
+            hint="use a file without scales (any type but NVFP4), or convert the official checkpoint",
         )

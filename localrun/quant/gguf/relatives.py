@@ -57,35 +57,35 @@ def relative_of(metadata: Mapping[str, GgufValue], tensors: Iterable[str]) -> Re
         return Relative(
             "importance matrix",
             "an importance matrix (imatrix), not a model",
-            "give the model; 'localrun convert --imatrix' takes this file",
+            "pass the model; this file is for 'localrun convert --imatrix'",
         )
     if kind == "adapter" or any(name.endswith(".lora_a") for name in names):
-        return Relative("adapter", "an adapter (LoRA), not a model", "localrun runs no adapters: " + _MAIN)
+        return Relative("adapter", "an adapter (LoRA), not a model", "localrun does not support adapters: " + _MAIN)
     if kind == "vocab":
         return Relative("vocabulary", "a vocabulary without weights", _MAIN)
     if _V41.fullmatch(architecture):
         return Relative(
             "other",
-            f"DeepSeek-V4.1 (architecture '{architecture}'), another architecture than DeepSeek-V4",
-            "localrun runs DeepSeek-V4-Flash and V4-Pro: take a GGUF of one of those",
+            f"DeepSeek-V4.1 (architecture '{architecture}'), a different architecture from DeepSeek-V4",
+            "localrun runs DeepSeek-V4-Flash and V4-Pro: use a GGUF of one of those",
         )
     drafts = _DRAFTER_ARCH.search(architecture) is not None
     if drafts or any(name.startswith(_DRAFTER_TENSORS) for name in names):
         return Relative(
             "drafter",
-            f"a drafter (architecture '{architecture}'), which only guesses ahead for the model that it belongs to",
+            f"a drafter (architecture '{architecture}'), which only drafts tokens for the model it belongs to",
             _MAIN,
         )
     if architecture and architecture not in MOE_ARCHITECTURES:
         return Relative(
             "other",
-            f"architecture '{architecture}' is none of those that localrun runs",
+            f"architecture '{architecture}' is not one that localrun runs",
             "localrun runs mixture-of-experts models that its llama.cpp knows; others run in llama.cpp itself",
         )
     return None
 
 
-_MAIN = "give the main model's file"
+_MAIN = "pass the main model's file"
 
 
 def _text(metadata: Mapping[str, GgufValue], key: str) -> str:

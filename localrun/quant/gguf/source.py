@@ -39,7 +39,7 @@ from localrun.reading import read_fully
 
 _IDENTITY_SAMPLES = 64
 _SAMPLE_BYTES = 4096
-_DAMAGED = "the file is damaged or incomplete: fetch or convert it again"
+_DAMAGED = "the file is damaged or incomplete: download or convert it again"
 
 
 class GgufSource:
@@ -115,7 +115,7 @@ class GgufSource:
         if manifest is not None and manifest.kept is not None:
             raise FormatError(
                 f"{path}: the dense part of a model whose experts are in {manifest.kept.path}",
-                hint=f"name the folder: {manifest_path.parent}",
+                hint=f"pass the folder: {manifest_path.parent}",
             )
         if manifest is not None and not path.is_dir() and path.name not in {file.name for file in manifest.files}:
             # Somebody else's file that lies beside a converted model.
@@ -397,7 +397,7 @@ def _read_parts(paths: Sequence[Path]) -> list[GgufFile]:
         count = _split_number(part, "split.count", 1)
         if count != len(parts):
             hint = "keep the names NAME-00001-of-0000N.gguf of a split model" if len(parts) == 1 else _DAMAGED
-            raise FormatError(f"{part.path}: one of {count} parts, but {len(parts)} belong together", hint=hint)
+            raise FormatError(f"{part.path}: one of {count} parts, but {len(parts)} were found", hint=hint)
         number = _split_number(part, "split.no", 0)
         if number != index:
             raise FormatError(f"{part.path}: is part {number + 1}, its name says {index + 1}", hint=_DAMAGED)

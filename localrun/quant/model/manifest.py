@@ -272,10 +272,10 @@ class _Parser:
         files = self._files("files", root["files"])
         overlay = self._overlay(root["overlay"]) if "overlay" in root else None
         if overlay is not None and {file.name for file in files} & {file.name for file in overlay.files}:
-            raise self._error("overlay.files: a name occurs in files too")
+            raise self._error("overlay.files: a name also occurs in files")
         manifest = self._manifest(root, files, overlay)
         if "checksum" in root and root["checksum"] != _digest_of(root):  # models of other versions may have none
-            raise self._error("its checksum is wrong: something in it was changed or got lost")
+            raise self._error("its checksum is wrong: it was edited or damaged")
         return manifest
 
     def _manifest(self, root: dict[str, Any], files: tuple[ModelFile, ...], overlay: Overlay | None) -> Manifest:

@@ -34,7 +34,7 @@ from localrun.quant.precision.importance import F32, F64, Importance, LayerImpor
 
 _ALIGNMENT = 32
 _MAX_DAT_BYTES = 64 << 30
-_HINT = "the file is damaged or no importance matrix: make it again, or leave --imatrix out to calibrate"
+_HINT = "the file is damaged or not an importance matrix: recreate it, or leave out --imatrix to calibrate"
 _DIGEST_KEY, _TOKENS_KEY = "localrun.calibration.digest", "localrun.calibration.tokens"
 
 
@@ -110,8 +110,8 @@ def _read_gguf(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
     kind = header.metadata.get("general.type")
     if kind is None or kind.value != "imatrix":
         raise FormatError(
-            f"{path}: no importance matrix (general.type is {kind.value if kind else 'missing'})",
-            hint="name a file that llama-imatrix or `localrun convert --calibrate` wrote",
+            f"{path}: not an importance matrix (general.type is {kind.value if kind else 'missing'})",
+            hint="pass a file written by llama-imatrix or `localrun convert --calibrate`",
         )
     layers = {}
     for number, moe in moe_layers.items():
@@ -119,7 +119,7 @@ def _read_gguf(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
             p: _counts(path, header, f"{_name(number, p)}.counts", moe.n_experts) for p in ("gate", "down")
         }  # up's are gate's
         if not np.array_equal(counts["gate"], counts["down"]):
-            raise FormatError(f"{path}: layer {number}: gate and down were used differently often", hint=_HINT)
+            raise FormatError(f"{path}: layer {number}: gate and down have different counts", hint=_HINT)
         layers[number] = LayerImportance(
             counts["gate"],
             _sums(path, header, _name(number, "gate"), moe.n_experts, moe.n_embd),
@@ -156,7 +156,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, object], moe_layers: Mappin
         if name.endswith("_exps.weight.in_sum2") and parts[1].isdigit() and int(parts[1]) not in moe_layers:
             raise FormatError(
                 f"{path}: importance of another model: it has layer {parts[1]}, which the model lacks",
-                hint="give an imatrix that was made from this model, or calibrate again",
+                hint="use an imatrix made from this model, or calibrate again",
             )
 
 
@@ -165,7 +165,7 @@ def _tensor(path: Path, header: GgufFile, name: str) -> GgufTensor:
     if tensor is None:
         raise FormatError(
             f"{path}: importance of another model: no tensor '{name}'",
-            hint="give an imatrix that was made from this model, or calibrate again",
+            hint="use an imatrix made from this model, or calibrate again",
         )
     if tensor.info.type != GGMLQuantizationType.F32:
         raise FormatError(f"{path}: {name}: expected F32, got {tensor.info.type.name}", hint=_HINT)
@@ -180,7 +180,7 @@ def _counts(path: Path, header: GgufFile, name: str, n_experts: int) -> F64:
     if values.size != n_experts:
         raise FormatError(
             f"{path}: importance of another model: {name} has {values.size} experts, the model {n_experts}",
-            hint="give an imatrix that was made from this model, or calibrate again",
+            hint="use an imatrix made from this model, or calibrate again",
         )
     return values
 
@@ -192,7 +192,7 @@ def _sums(path: Path, header: GgufFile, weight: str, n_experts: int, n_in: int) 
     if tensor.info.n_bytes != n_experts * n_in * 4 or shape[0] != n_in:
         raise FormatError(
             f"{path}: importance of another model: {name} is {shape[0]} x {shape[1]}, the model's experts {n_in} x {n_experts}",
-            hint="give an imatrix that was made from this model, or calibrate again",
+            hint="use an imatrix made from this model, or calibrate again",
         )
     return _checked(path, name, _array(path, tensor).reshape(n_experts, n_in))
 
@@ -231,7 +231,7 @@ def _read_dat(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
 
         def take(n_bytes: int, what: str) -> bytes:
             if n_bytes < 0 or file.tell() + n_bytes > size:
-                raise FormatError(f"{path}: truncated at {what}, or no importance matrix", hint=_HINT)
+                raise FormatError(f"{path}: truncated at {what}, or not an importance matrix", hint=_HINT)
             return file.read(n_bytes)
 
         def integer(what: str) -> int:
@@ -261,7 +261,7 @@ def _dat_entries(
     """Mean squares of wanted entries, flat; names alone of other experts' entries (to be refused), nothing of dense ones."""
     n_entries = integer("the number of entries")
     if not 0 < n_entries <= 1 << 20:
-        raise FormatError(f"{path}: claims {n_entries} entries: no importance matrix", hint=_HINT)
+        raise FormatError(f"{path}: claims {n_entries} entries: not an importance matrix", hint=_HINT)
     for i in range(n_entries):
         name = take(integer(f"entry {i}"), f"entry {i}").decode("utf-8", "replace")
         n_calls, n_values = integer(name), integer(name)
@@ -273,7 +273,7 @@ def _dat_entries(
         if n_values != wanted[name]:
             raise FormatError(
                 f"{path}: importance of another model: {name} has {n_values} values, the model {wanted[name]}",
-                hint="give an imatrix that was made from this model, or calibrate again",
+                hint="use an imatrix made from this model, or calibrate again",
             )
         values = np.frombuffer(take(n_values * 4, name), "<f4")
         yield name, _checked(path, name, (values / np.float32(max(1, n_calls))).astype(np.float32))
@@ -286,7 +286,7 @@ def _dat_layer(path: Path, found: Mapping[str, F32], moe: MoeLayer) -> LayerImpo
         if name not in found:
             raise FormatError(
                 f"{path}: importance of another model: no entry '{name}'",
-                hint="give an imatrix that was made from this model, or calibrate again",
+                hint="use an imatrix made from this model, or calibrate again",
             )
         arrays.append(found[name].reshape(moe.n_experts, -1))
     seen = ~((arrays[0] == 1).all(1) & (arrays[1] == 1).all(1))

@@ -149,10 +149,10 @@ class Importance:
 
     def check_fits(self, moe_layers: Mapping[int, MoeLayer], where: str) -> None:
         """Raises FormatError if these are sums of a model of other layers or shapes."""
-        hint = "give an imatrix that was made from this model, or calibrate again"
+        hint = "use an imatrix made from this model, or calibrate again"
         if set(self.layers) != set(moe_layers):
             missing, extra = sorted(set(moe_layers) - set(self.layers)), sorted(set(self.layers) - set(moe_layers))
-            what = f"nothing about layer {missing[0]}" if missing else f"layer {extra[0]}, which the model lacks"
+            what = f"nothing for layer {missing[0]}" if missing else f"layer {extra[0]}, which the model lacks"
             raise FormatError(f"{where}: importance of another model: it has {what}", hint=hint)
         for number, moe in moe_layers.items():
             layer = self.layers[number]

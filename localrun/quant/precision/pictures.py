@@ -43,7 +43,7 @@ def _page(width: float, height: float, title: str, summary: str, body: Iterator[
 
 
 def curve_picture(solution: PrecisionSolution, model: str) -> str:
-    """Expected error (logarithmic; exact at the bottom) over the size of the copies that are used."""
+    """Expected error (logarithmic; exact at the bottom) over the size of the copies used."""
     points = [*solution.curve, *solution.uniform, solution.chosen]
     summary = "; ".join(f"all {p.label}: {format_size(p.n_bytes)}, {p.error:.6f}" for p in solution.uniform)
     summary += f"; chosen: {format_size(solution.chosen.n_bytes)}, {solution.chosen.error:.6f}"
@@ -71,7 +71,7 @@ def _curve(solution: PrecisionSolution, points: Sequence[CurvePoint]) -> Iterato
         size = low_x + i * (high_x - low_x) / 4
         x = place(CurvePoint(round(size), 1.0))[0]
         yield _text(x, _HEIGHT - _BOTTOM + 20, format_size(size), anchor="middle")
-    yield _text(_WIDTH / 2, _HEIGHT - 14, "size of the copies that are used", anchor="middle")
+    yield _text(_WIDTH / 2, _HEIGHT - 14, "size of the copies used", anchor="middle")
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, solution.curve))
     yield f"<polyline points='{line}' fill='none' stroke='#4477aa' stroke-width='2'/>"
     x, y = place(solution.curve[len(solution.curve) // 2])

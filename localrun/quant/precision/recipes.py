@@ -84,13 +84,13 @@ def parse_recipe(name: str, data: bytes, where: str) -> Recipe:
     for key, value in values.items():
         if key == "hot":
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise FormatError(f'{where}: hot: expected a list of texts like "mxfp4:12GiB"')
+                raise FormatError(f'{where}: hot: expected a list of strings like "mxfp4:12GiB"')
         elif not isinstance(value, str):
-            raise FormatError(f"{where}: {key}: expected a text")
+            raise FormatError(f"{where}: {key}: expected a string")
     if "target" in values and ("base" in values or "hot" in values):
         raise FormatError(f"{where}: target can't be combined with base or hot", hint="leave one of them out")
     if not set(values) & {"base", "hot", "target", "dense"}:
-        raise FormatError(f"{where}: says nothing about formats", hint="give base, hot, dense or target")
+        raise FormatError(f"{where}: sets no formats", hint="set base, hot, dense or target")
     try:
         return Recipe(
             name=name,

@@ -134,8 +134,8 @@ def _importance(summary: ImportanceSummary | None) -> list[str]:
         f"Importance of input channels from {', '.join(map(_cell, summary.datasets)) or 'an unnamed text'}, "
         f"{summary.n_tokens:,} tokens (digest `{summary.digest}`).",
         f"Of {summary.n_experts:,} experts, {summary.n_unused:,} were never used and {summary.n_rare:,} fewer than "
-        f"{RARE_ROWS} times. {PRIOR_ROWS:g} rows of the layer's average are mixed into every expert's own, so that an unused "
-        "one has the average.",
+        f"{RARE_ROWS} times. {PRIOR_ROWS:g} rows of the layer's average are mixed into every expert's own, so an unused "
+        "one gets the average.",
     ]
     if summary.unused_by_layer:
         named = ", ".join(f"layer {layer}: {n}" for layer, n in summary.unused_by_layer)
@@ -150,7 +150,7 @@ def precision_lines(solution: PrecisionSolution) -> list[str]:
     lines = [
         f"Base {solution.base.name.lower()} ({format_size(solution.base_bytes)}); better copies: {named} "
         f"({format_size(solution.overlay_bytes)}).",
-        f"Copies that are used: {format_size(solution.chosen.n_bytes)}, expected error {solution.chosen.error:.6f}.",
+        f"Copies used: {format_size(solution.chosen.n_bytes)}, expected error {solution.chosen.error:.6f}.",
     ]
     if solution.streamed_bytes:
         lines.append(
@@ -186,7 +186,7 @@ def _tiers(solution: PrecisionSolution | None) -> list[str]:
         "",
         *precision_lines(solution),
         "",
-        "Expected error: squared error of routed experts' outputs relative to their power, weighted with use; mean over layers.",
+        "Expected error: squared error of the routed experts' outputs relative to their power, weighted by use; mean over layers.",
         "",
         "![size against expected error](report-curve.svg)",
         "",
@@ -206,15 +206,15 @@ def _errors(table: ErrorTable | None) -> list[str]:
         return []
     kinds = list(next(iter(table.layers.values())).relative)
     rows = (
-        "rows that the calibration text sent there"
+        "rows from the calibration text"
         if table.real_rows
-        else ("drawn rows with the imatrix's variances (no text was run)")
+        else ("random rows with the imatrix's variances (no text was run)")
     )
     return [
         "## Error by format",
         "",
         f"Squared error of an expert's output on {rows}, relative to the layer's mean output power. Measured on "
-        f"{table.n_measured:,} of {table.n_experts:,} experts; the others are taken to have their layer's mean.",
+        f"{table.n_measured:,} of {table.n_experts:,} experts; the others are assumed to have their layer's mean.",
         "",
         "![error by layer and format](report-errors.svg)",
         "",

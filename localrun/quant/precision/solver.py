@@ -54,7 +54,7 @@ class HotBudget:
         """Raises UsageError: not TYPE:SIZE, an unknown type."""
         name, colon, size = text.partition(":")
         if not colon:
-            raise UsageError(f"'{text}' is not TYPE:SIZE", hint="write for example --hot mxfp4:12GiB")
+            raise UsageError(f"'{text}' is not TYPE:SIZE", hint="for example --hot mxfp4:12GiB")
         return cls(parse_type(name), parse_size(size))
 
 
@@ -72,10 +72,10 @@ class Target:
         for part in text.split(","):
             match = re.fullmatch(r"\s*(.+?)-(vram|ram)\s*", part)
             if match is None or match[2] in sizes:
-                raise UsageError(f"'{text}' is not a target", hint="write for example --target 24GiB-vram,64GiB-ram")
+                raise UsageError(f"'{text}' is not a target", hint="for example --target 24GiB-vram,64GiB-ram")
             sizes[match[2]] = parse_size(match[1])
         if not any(sizes.values()):
-            raise UsageError(f"target '{text}' has no memory", hint="write for example --target 24GiB-vram,64GiB-ram")
+            raise UsageError(f"target '{text}' has no memory", hint="for example --target 24GiB-vram,64GiB-ram")
         return cls(sizes.get("vram", 0), sizes.get("ram", 0))
 
 
@@ -104,7 +104,7 @@ def expert_bytes(moe: MoeLayer, kind: GGMLQuantizationType) -> int:
         if row % block:
             raise UsageError(
                 f"{kind.name.lower()} can't hold layer {moe.layer}'s expert rows of {row} values: its blocks have {block}",
-                hint="choose mxfp4 or q8_0, whose blocks have 32",
+                hint="choose mxfp4 or q8_0, which have blocks of 32",
             )
     return int(3 * moe.n_embd * moe.n_ff // block * n_bytes)
 
@@ -121,26 +121,26 @@ def check_request(
         UsageError: a format that rows don't fit, twice, or no better than the base; a budget too small for one expert.
     """
     if target is not None and hot:
-        raise UsageError("--target and --hot can't be combined", hint="give budgets by --hot, or let --target choose")
+        raise UsageError("--target and --hot can't be combined", hint="set budgets with --hot, or let --target choose")
     for moe in moe_layers.values():
         expert_bytes(moe, base)
     seen: set[GGMLQuantizationType] = set()
     for budget in hot:
         name = budget.type.name.lower()
         if budget.type in seen:
-            raise UsageError(f"--hot {name} is given twice", hint="add the sizes up")
+            raise UsageError(f"--hot {name} is given twice", hint="add up the sizes")
         seen.add(budget.type)
         if bits_per_weight(budget.type) <= bits_per_weight(base):
             raise UsageError(
                 f"--hot {name} has {bits_per_weight(budget.type):g} bits per weight, the base {base.name.lower()} "
                 f"{bits_per_weight(base):g}: copies would be no better",
-                hint="give a hot format with more bits, or a smaller base",
+                hint="use a hot format with more bits, or a smaller base",
             )
         least = min(expert_bytes(moe, budget.type) for moe in moe_layers.values())
         if budget.n_bytes < least:
             raise UsageError(
                 f"--hot {name}:{format_size(budget.n_bytes)} is too little: one expert takes {format_size(least)}",
-                hint="give more, or leave --hot out",
+                hint="increase it, or leave out --hot",
             )
 
 
@@ -342,7 +342,7 @@ def bytes_for_experts(target: Target, others_bytes: int) -> int:
         raise UsageError(
             f"the target's {format_size(target.vram_bytes + target.ram_bytes)} are less than the dense model and its context "
             f"take ({format_size(others_bytes)})",
-            hint="give a larger target",
+            hint="use a larger target",
         )
     return budget
 

@@ -28,7 +28,7 @@ from localrun.tui.widgets.status_bar import short_count
 TURN_OVERHEAD_TOKENS = 8
 """Role markers around a message; at most."""
 
-BUSY = UsageError("an answer is being written", hint="Esc stops it")
+BUSY = UsageError("an answer is still being written", hint="Esc stops it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Asking:
             model.link,
             lambda: screen.query_one(ChatView),
             ended=self._ended,
-            failed_to_save=lambda error: notices.error("The conversation could not be saved", error),
+            failed_to_save=lambda error: notices.error("Could not save the conversation", error),
         )
 
     @property
@@ -147,7 +147,7 @@ class Asking:
         was_busy = self.busy
         if self.pending is not None:
             self.pending = None
-            self._notices.note("Stopped; F5 asks again")
+            self._notices.note("Stopped; F5 retries")
         if self.answering.running:
             self._model.link.stop()
         return was_busy
@@ -190,10 +190,10 @@ class Asking:
         if 0 < n_turns < n_all:
             choices["branch"] = f"New branch with the last {n_turns} of {n_all} questions"
         if larger > facts.n_ctx:
-            choices["raise"] = f"Raise the context to {short_count(larger)} tokens (loads the model again)"
-        choices["cancel"] = "Leave it as it is"
+            choices["raise"] = f"Raise the context to {short_count(larger)} tokens (reloads the model)"
+        choices["cancel"] = "Leave it as is"
         text = (message or f"The context of {facts.n_ctx:,} tokens is full; the answer ends here.") + (
-            "\n\nNothing is lost, whatever you choose: a new branch leaves this one as it is."
+            "\n\nNothing is lost either way: a new branch leaves this one unchanged."
         )
         choice = await self._screen.app.push_screen_wait(ChoiceDialog("The context is full", text, choices))
         if choice == "branch":

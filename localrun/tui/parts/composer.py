@@ -128,7 +128,7 @@ class Composer:
             self.to_input()
 
         self._screen.app.push_screen(
-            ChoiceDialog("Attach so much?", f"The files named in your message take {share}.", CONFIRM), decided
+            ChoiceDialog("Attach this much?", f"The files named in your message take {share}.", CONFIRM), decided
         )
 
     def put_back(self, question: Question) -> None:
@@ -145,7 +145,7 @@ class Composer:
         command = BY_SLASH.get(name.strip().lower())
         if command is None:
             raise UsageError(
-                f"there is no command /{name.strip()}", hint="/help lists them; // sends a text with a slash"
+                f"unknown command /{name.strip()}", hint="/help lists them; // sends text that starts with a slash"
             )
         attachments = self.prompt.attachments
         self.prompt.clear()
@@ -217,11 +217,11 @@ class Composer:
                 with self._screen.app.suspend():
                     code = subprocess.run([*editor, str(path)], check=False).returncode
             except SuspendNotSupported:
-                raise UsageError("there is no terminal for an editor") from None
+                raise UsageError("no terminal to run an editor in") from None
             except OSError as error:
-                raise UsageError(f"{editor[0]}: {error.strerror}", hint="set EDITOR to an editor") from None
+                raise UsageError(f"{editor[0]}: {error.strerror}", hint="set EDITOR to a text editor") from None
             if code:
-                raise UsageError(f"{editor[0]} ended with exit code {code}", hint="the input is as it was")
+                raise UsageError(f"{editor[0]} ended with exit code {code}", hint="the input is unchanged")
             self.prompt.set_text(path.read_text(encoding="utf-8", errors="replace").rstrip("\n"))
         self.to_input()
 
@@ -229,7 +229,7 @@ class Composer:
         facts, options = self._model.facts, self._current.options
         modes = facts.think_modes if facts is not None else ("off", "high", "max")
         if call.argument and call.argument not in modes:
-            raise UsageError(f"there is no think mode '{call.argument}'", hint="one of " + ", ".join(modes))
+            raise UsageError(f"unknown think mode '{call.argument}'", hint="one of " + ", ".join(modes))
         following = modes[(modes.index(options.think) + 1) % len(modes)] if options.think in modes else modes[0]
         chosen = call.argument or following
         self._current.set_options(replace(options, think=chosen))
@@ -238,13 +238,13 @@ class Composer:
     def _system(self, call: Call) -> None:
         if call.argument:
             self._current.set_options(replace(self._current.options, system=call.argument))
-            self._notices.note("The system prompt is set for this conversation.")
+            self._notices.note("System prompt set for this conversation.")
         else:
             self._open_settings()
 
     def _sampling(self, call: Call) -> None:
         name, _, value = call.argument.replace("=", " ").partition(" ")
         if not name:
-            raise UsageError("name a value", hint="for example /set temperature 0.6")
+            raise UsageError("no value given", hint="for example /set temperature 0.6")
         self._current.set_options(with_value(self._current.options, name, value.strip()))
         self._notices.note(f"{name} is set: {value.strip() or 'default'}")

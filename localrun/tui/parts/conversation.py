@@ -70,7 +70,7 @@ class OpenConversation:
             UsageError: it is a new one.
         """
         if self.conversation is None:
-            raise UsageError("nothing was written in this conversation yet")
+            raise UsageError("this conversation is still empty")
         return self.conversation
 
     # --- which one

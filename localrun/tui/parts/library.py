@@ -125,7 +125,7 @@ class Library:
             return store.conversation(conversation_id).title, sum(map(len, store.children(conversation_id).values()))
 
         title, n_messages = await self._records(look)
-        text = f"“{visible_line(title, max_chars=100)}” with {n_messages} messages is deleted for good."
+        text = f"“{visible_line(title, max_chars=100)}” with {n_messages} messages will be permanently deleted."
 
         def decided(choice: str | None) -> None:
             if choice == "delete":
@@ -149,7 +149,9 @@ class Library:
         kind, _, target = call.argument.partition(" ")
         kind = {"": "md", "markdown": "md"}.get(kind, kind)
         if kind not in ("md", "json"):
-            raise UsageError(f"no export as '{kind}'", hint="/export md or /export json, then a path if you like")
+            raise UsageError(
+                f"unknown export format '{kind}'", hint="/export md or /export json, then a path if you like"
+            )
         place = Path(target.strip()) if target.strip() else None
         path = await self._records(lambda store: write_export(store, conversation.id, cast(ExportFormat, kind), place))
         self._notices.note(str(path.absolute()), title="Exported", timeout_s=8)
@@ -157,7 +159,7 @@ class Library:
     async def _import(self, call: Call) -> None:
         """The newest one comes on view."""
         if not call.argument:
-            raise UsageError("name a file", hint="/import conversations.json")
+            raise UsageError("no file given", hint="/import conversations.json")
         self._check_free()
         path = Path(call.argument)
         ids = await self._records(lambda store: import_conversations(store, read_conversations(path)))

@@ -154,7 +154,7 @@ class LoadedModel:
         if self.facts is None:
             self.load(path)
             return
-        self._notices.note(f"looking at {path}…", timeout_s=2)
+        self._notices.note(f"checking {path}…", timeout_s=2)
 
         def run() -> None:
             self._screen.post_message(ModelChecked(path, check(path)))
@@ -166,7 +166,7 @@ class LoadedModel:
         if event.error is None:
             self.load(event.path)
         else:
-            self._notices.error("This model can't be loaded; the present one stays", event.error, ("models", "close"))
+            self._notices.error("Can't load this model; keeping the current one", event.error, ("models", "close"))
 
     def raise_context(self, n_ctx: int) -> None:
         """Loads the model again with more context."""
@@ -198,7 +198,7 @@ class LoadedModel:
             self._compiled = n_compiled
             n_new = n_compiled - self._compiled_before
             about = f" of about {USUAL_FUNCTIONS}" if n_new < USUAL_FUNCTIONS else ""
-            self._loading_text = f"compiling for this processor, only this once: function {n_new}{about}"
+            self._loading_text = f"compiling for this processor, first run only: function {n_new}{about}"
             self._loading_progress = min(1.0, n_new / USUAL_FUNCTIONS)
             self._show_progress()
 
@@ -230,14 +230,12 @@ class LoadedModel:
             return
         log = self.link.engine.log_tail() if isinstance(event.error, EngineDiedError) else []
         if before is None or before == failed:
-            self._notices.error(
-                "The model could not be loaded", event.error, ("models", "settings", "reload", "close"), log
-            )
+            self._notices.error("Could not load the model", event.error, ("models", "settings", "reload", "close"), log)
             return
         self._loaded = None  # if that fails too, nothing is tried any more
         self.load(before.path, before.options)
         self._notices.error(
-            "The model could not be loaded; the one before is loaded again",
+            "Could not load the model; reloading the previous one",
             event.error,
             ("models", "settings", "close"),
             log,
@@ -249,7 +247,7 @@ class LoadedModel:
             return
         self.facts = None
         self._notices.error(
-            "The engine has died; it is started again",
+            "The engine died and is being restarted",
             event.error,
             ("reload", "models", "close"),
             self.link.engine.log_tail(),
@@ -263,7 +261,7 @@ class LoadedModel:
 
     def choose_for_a_question(self) -> None:
         """A question was asked and there is no model to answer it."""
-        self._notices.note("Your question is kept: choose a model, and it is answered.", timeout_s=6)
+        self._notices.note("Your question is kept: choose a model to get an answer.", timeout_s=6)
         self._choose()
 
     def _models(self, call: Call) -> None:

@@ -54,7 +54,7 @@ class Notices:
         if isinstance(error, UsageError):
             self.complain(error)
         else:
-            self.error("That did not work", error)
+            self.error("That didn't work", error)
 
     async def guard(self, work: Awaitable[None]) -> None:
         """Awaits; an error is told."""

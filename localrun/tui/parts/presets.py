@@ -37,10 +37,10 @@ class Presets:
             self._notices.note(f"Presets: {', '.join(known)}" if known else "No presets yet: /preset save NAME")
         elif verb == "save":
             await asyncio.to_thread(presets.save, name, self._current.options)
-            self._notices.note(f"System prompt, sampling and thinking are kept as {name}: /preset {name}")
+            self._notices.note(f"System prompt, sampling and thinking saved as {name}: /preset {name}")
         elif verb == "delete":
             await asyncio.to_thread(presets.delete, name)
-            self._notices.note(f"The preset {name} is deleted; conversations that use it stay as they are")
+            self._notices.note(f"Preset {name} deleted; conversations that use it are unchanged")
         else:
             self._current.set_options(await asyncio.to_thread(presets.load, call.argument))
-            self._notices.note(f"This conversation uses the preset {call.argument}")
+            self._notices.note(f"This conversation now uses preset {call.argument}")

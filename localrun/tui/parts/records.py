@@ -22,7 +22,9 @@ class GoneError(ConversationError):
     """A conversation or message that was there before is not any more."""
 
     def __init__(self) -> None:
-        super().__init__("this conversation or message is gone", hint="it was deleted, perhaps by another localrun")
+        super().__init__(
+            "this conversation or message no longer exists", hint="it was deleted, perhaps by another localrun"
+        )
 
 
 class Records:

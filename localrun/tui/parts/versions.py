@@ -69,7 +69,7 @@ class Versions:
         if message is not None and message.role != "user":
             message = next((e.message for e in self._chat.entries if e.message.id == message.parent_id), None)
         if message is None:
-            raise UsageError("there is no message of yours to edit")
+            raise UsageError("you have no message to edit yet")
         self._composer.edit(message)
 
     async def _fork(self, call: Call) -> None:
@@ -81,7 +81,7 @@ class Versions:
             await self._regenerate(Call(message_id=message.id))
             return
         await self._current.rewind(message.id)
-        self._notices.note("What you send now begins a new branch here.")
+        self._notices.note("Your next message starts a new branch here.")
         self._composer.to_input()
 
     async def _switch(self, call: Call, step: int) -> None:

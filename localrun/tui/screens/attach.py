@@ -63,7 +63,7 @@ class AttachScreen(Dialog[Attachment]):
         self._ready: tuple[str, Attachment] | None = None
 
     def compose_content(self) -> ComposeResult:
-        yield Input(self._path, placeholder="path; → completes, Enter looks at the file", suggester=PathSuggester())
+        yield Input(self._path, placeholder="path; → completes, Enter checks the file", suggester=PathSuggester())
         yield Static("", id="attach-size")
         yield Static("", id="attach-preview")
         yield Button("Attach", id="attach-do", disabled=True, compact=True)
@@ -104,7 +104,7 @@ class AttachScreen(Dialog[Attachment]):
         size = format_size(len(attachment.text.encode("utf-8", "replace")))
         text = f"{visible_line(attachment.name)}: {size}, {about}{attachment.n_tokens:,} tokens{room}"
         if self._room and attachment.n_tokens > self._room:
-            text += "\n⚠ more than fits"
+            text += "\n⚠ too large for the context"
         self.query_one("#attach-size", Static).update(Content(text))
         button = self.query_one(Button)
         button.disabled = False

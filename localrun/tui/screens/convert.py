@@ -52,11 +52,11 @@ class ConvertScreen(Dialog[Path]):
                 "write to", Input(self._target, placeholder="a folder", suggester=paths, id="target", compact=True)
             )
             recipes = [(f"{name}: {text}" if text else name, name) for name, text in _recipes()]
-            yield from _row("recipe", Select(recipes, prompt="none: what is chosen below", id="recipe", compact=True))
+            yield from _row("recipe", Select(recipes, prompt="none: use the choices below", id="recipe", compact=True))
             yield from _row("experts", Select(_choices(BASE_CHOICES), prompt="as the source", id="base", compact=True))
             yield from _row("better copies", Input(placeholder="e.g. mxfp4:12GiB", id="hot", compact=True))
             yield from _row(
-                "for a box with", Input(placeholder="e.g. 24GiB-vram,64GiB-ram", id="for-box", compact=True)
+                "target machine", Input(placeholder="e.g. 24GiB-vram,64GiB-ram", id="for-box", compact=True)
             )
             yield from _row(
                 "dense", Select(_choices(DENSE_CHOICES), prompt="q8_0, or the recipe's", id="dense", compact=True)
@@ -108,7 +108,7 @@ class ConvertScreen(Dialog[Path]):
             return
         source, target = self._typed("source"), self._typed("target")
         if not source or not target:
-            self._say("name the checkpoint's folder and the one to write")
+            self._say("enter the checkpoint's folder and the folder to write")
             self.query_one("#target" if source else "#source").focus()
             return
         self.query_one(RichLog).clear()

@@ -25,7 +25,7 @@ class HelpScreen(Dialog[None]):
             for group, commands in groups().items():
                 yield Static(Content(group), classes="help-group")
                 if group == "Messages":
-                    note = "letters, arrows and Enter work while a message has the focus; else the last one is meant"
+                    note = "letters, arrows and Enter need a focused message; slash commands fall back to the last one"
                     yield Static(Content(note), classes="help-note")
                 for command in commands:
                     slash = f"/{command.slash[0]} {command.argument}".rstrip() if command.slash else ""

@@ -41,7 +41,7 @@ class PlanScreen(Dialog[None]):
             body.can_focus = True
             if not self._lines:
                 why = (
-                    "This model is too small for a plan: all of it is in memory."
+                    "This model is too small to need a plan: all of it is in memory."
                     if self._loaded
                     else "No model is loaded."
                 )

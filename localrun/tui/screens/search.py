@@ -65,7 +65,7 @@ class SearchScreen(Dialog[SearchHit]):
         options.add_options(Option(_line(hit)) for hit in event.hits)
         if event.hits:
             options.highlighted = 0
-        count = f"{len(event.hits)} places" if event.words.strip() else ""
+        count = f"{len(event.hits)} matches" if event.words.strip() else ""
         self.query_one("#search-note", Static).update(Content(event.error or count))
 
     def on_key(self, event: events.Key) -> None:

@@ -60,7 +60,7 @@ class SettingsScreen(Dialog[SettingsResult]):
                 yield from _row(name, Input(option_of(name).show(value), id=name, compact=True), describe(name))
             yield Static("system prompt", classes="setting-name")
             yield TextArea(self._chat.system, id="system")
-            yield Static("Engine (changes load the model again)", classes="help-group")
+            yield Static("Engine (changes reload the model)", classes="help-group")
             for option in ENGINE_OPTIONS:
                 yield from _row(option.name, _field(option, getattr(self._engine, option.field)), _meaning(option))
             yield Static("Program", classes="help-group")

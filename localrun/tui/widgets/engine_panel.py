@@ -73,14 +73,14 @@ class EnginePanel(Vertical):
         curve = self.query_one("#hit-curve", Static)
         label = self.query_one("#hit-label", Static)
         curve.display = label.display = len(self._hits) > 1
-        label.update(f"hits, 0 to 100 %, last {len(self._hits)} looks")
+        label.update(f"hit rate, 0 to 100 %, last {len(self._hits)} samples")
         curve.update(Content("\n".join(bar_chart(list(self._hits)[-max(1, curve.size.width) :], CURVE_ROWS))))
         if stats.experts is not None:
             self.map.show(self.grid)
         self.call_after_refresh(self.show_legend)  # it depends on the map's width
 
     def show_legend(self) -> None:
-        text = f"{self.map.view}: {self.map.legend()}" if self.grid else "no map from this engine"
+        text = f"{self.map.view}: {self.map.legend()}" if self.grid else "this engine has no map"
         self.query_one("#map-legend", Static).update(Content(text))
 
 
@@ -105,7 +105,7 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     if facts is None:
         yield "no model"
         return
-    yield f"{facts.n_layers} layers, {facts.n_experts} experts, {facts.n_experts_used} a token, {facts.n_threads} threads"
+    yield f"{facts.n_layers} layers, {facts.n_experts} experts, {facts.n_experts_used} per token, {facts.n_threads} threads"
     if grid is not None:
         n_all = grid.n_all
         on_gpu, in_ram = grid.count(GPU), grid.count(RAM)
@@ -120,9 +120,9 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     wait = "–" if rates.wait_share is None else f"{100 * rates.wait_share:.0f} %"
     total = stats.telemetry.get("bytes_read")
     if isinstance(total, int):
-        yield f"read since the load  {format_size(total)}"
+        yield f"read since loading  {format_size(total)}"
     yield f"disk {disk}   waiting {wait}"
-    yield f"hits {hit}   {per_token} a token"
+    yield f"hits {hit}   {per_token} per token"
 
 
 def _tier(name: str, n: int, n_all: int, n_bytes: int) -> str:

@@ -65,7 +65,7 @@ class ExpertMap(ScrollView, can_focus=True):
             gpu = "█ GPU " if self.grid is None or self.grid.count(GPU) else ""
             return f"{gpu}▓ RAM{shared} ◌ read · disk"
         if self.view == "precision":
-            return "digit: bits a weight  (1 2 3 4 5 6 8, g: 16)"
+            return "digit: bits per weight  (1 2 3 4 5 6 8, g: 16)"
         return "use:  . : - = + * # % @  (logarithmic)"
 
     @property

@@ -147,7 +147,7 @@ def test_tools_of_the_call_belong_to_the_first_system_message() -> None:
     beside = render(UserMessage("a"), SystemMessage("S"), tools=(TOOL,), response_format={"x": 1})
     assert beside == render(UserMessage("a"), SystemMessage("S", (TOOL,), {"x": 1}))
     assert render(UserMessage("a"), tools=(TOOL,)) == render(SystemMessage("", (TOOL,)), UserMessage("a"))
-    with pytest.raises(MessageError, match="tools are given with the system message and beside it"):
+    with pytest.raises(MessageError, match="tools are given both in the system message and separately"):
         render(SystemMessage("S", (TOOL,)), tools=(TOOL,))
 
 

@@ -16,7 +16,7 @@ from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.offload.kernels.rates import CpuRates
 
 GIB = 1 << 30
-AS_FAST = "plain llama.cpp with the experts on the CPU would be as fast here"
+AS_FAST = "plain llama.cpp with the experts on the CPU would be just as fast here"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,6 @@ def test_lines_say_where_figures_come_from(flash_q2: ModelSizes) -> None:
     assert "drive 6.00 GB/s (assumed)" in lines[1]
     assert "free (rates assumed)" in lines[1]
     assert "free (rates measured)" in lines[1]
-    assert "(derived from the model's shape)" in lines[2]
+    assert "(estimated from the model's shape)" in lines[2]
     assert "(prediction from assumed kernels)" in lines[4]
     assert "(prediction from measured kernels)" in plan_of(flash_q2, replace(machine, cpu=cpu)).lines()[4]

@@ -71,8 +71,8 @@ def test_a_level_that_does_not_exist_or_that_the_processor_lacks_is_refused(monk
     monkeypatch.setenv("LOCALRUN_KERNELS", "avx1024")
     with pytest.raises(UsageError, match="avx1024 is not a kernel level") as unknown:
         level()
-    assert unknown.value.hint == "this processor has generic, avx2; unset: the last of these"
+    assert unknown.value.hint == "this processor has generic, avx2; unset it to use the last of these"
     monkeypatch.setenv("LOCALRUN_KERNELS", "avx512")
     with pytest.raises(UsageError, match="lacks avx512bw, avx512dq, avx512f, avx512vl") as lacking:
         level()
-    assert lacking.value.hint == "it has generic, avx2; unset: the last of these"
+    assert lacking.value.hint == "it has generic, avx2; unset it to use the last of these"

@@ -203,7 +203,7 @@ def test_index_that_puts_a_tensor_into_another_shard_is_refused(copy: Path) -> N
 
 def test_index_that_forgets_a_tensor_is_refused(copy: Path) -> None:
     change_map(copy, lambda m: m.pop("norm.weight"))
-    assert "in this shard but not so in the index" in damage(copy)
+    assert "in this shard, but the index says otherwise" in damage(copy)
 
 
 def test_index_with_a_tensor_that_no_shard_has_is_refused(copy: Path) -> None:

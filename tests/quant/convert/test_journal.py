@@ -96,5 +96,5 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"state\.json: damaged"):
         journal(tmp_path)
     state.write_text('{"version": 0}')
-    with pytest.raises(UsageError, match="it was begun by another version of localrun"):
+    with pytest.raises(UsageError, match="it was started by another version of localrun"):
         journal(tmp_path)

@@ -107,7 +107,7 @@ def test_a_moved_source_is_told_with_the_way_out_which_works(pair: tuple[Path, P
     moved = source.rename(source.with_name("elsewhere"))
     with pytest.raises(FormatError, match="nothing is there") as caught:
         open_model(small)
-    assert caught.value.hint == f"if it was moved: localrun convert NEW_PLACE {small} --keep-experts"
+    assert caught.value.hint == f"if it was moved: localrun convert NEW_PATH {small} --keep-experts"
     before = (small / DENSE_NAME).stat().st_mtime_ns
     assert convert(moved, small, "--dry-run") == 0
     with pytest.raises(FormatError):
@@ -209,7 +209,7 @@ def test_show_names_the_checkpoint(pair: tuple[Path, Path], capsys: pytest.Captu
     assert cli.main(["show", str(small), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["experts_in"] == str(source)
     assert cli.main(["show", str(small)]) == 0
-    assert f"they stay in the checkpoint {source}" in capsys.readouterr().out
+    assert f"read from the checkpoint {source}" in capsys.readouterr().out
 
 
 def test_the_dense_part_alone_is_no_model(pair: tuple[Path, Path]) -> None:

@@ -258,4 +258,4 @@ def test_the_command_names_the_file_and_goes_on_after_an_interruption(
     assert cli.main(["verify", str(model)]) == 1
     err = capsys.readouterr().err
     assert "going on after" in err
-    assert "file to copy again: model-0000" in err
+    assert "file to restore: model-0000" in err

@@ -119,7 +119,7 @@ def test_three_stacks_are_a_layer() -> None:
         (
             [*experts(0)[:2], stack("blk.0.ffn_down_exps.weight", 32, 64, 8, kind=QT.Q8_K)],
             FormatError,
-            "blk.0.ffn_down_exps.weight: type Q8_K is not one of weights",
+            "blk.0.ffn_down_exps.weight: type Q8_K is not a weight type",
         ),
     ],
 )

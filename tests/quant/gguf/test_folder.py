@@ -46,7 +46,7 @@ def test_a_damaged_file_is_taken_for_a_model(tmp_path: Path) -> None:
 def test_no_model_and_several_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         only_model(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: no GGUF with a model in it"
+    assert str(caught.value) == f"{tmp_path}: contains no GGUF model"
     for name in ("a", "b"):
         write(tmp_path / f"{name}.gguf")
     with pytest.raises(FormatError, match=r": 2 GGUF models: a\.gguf \(.*\), b\.gguf \("):

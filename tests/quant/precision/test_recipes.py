@@ -38,7 +38,7 @@ def test_a_users_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("base = q2_k", "not TOML"),
-        ("", "says nothing about formats"),
+        ("", "sets no formats"),
         ('bass = "q2_k"', "unknown key 'bass'"),
         ('base = "q2"', "unknown expert format 'q2'"),
         ('base = "q2_k"\nhot = "mxfp4:1GiB"', "hot: expected a list"),

@@ -102,7 +102,7 @@ def test_a_required_call_is_of_a_tool_that_is_offered(model: localrun.Model, too
 
 
 def test_what_is_wrong_is_an_error_of_the_package(model: localrun.Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a tool of type 'browser'"):
+    with pytest.raises(UsageError, match="unsupported tool type 'browser'"):
         model.ask("Hello", tools=[{"type": "browser"}])
     with pytest.raises(LocalrunError, match="no such file"):
         localrun.load(tmp_path / "nothing.gguf")

@@ -267,7 +267,7 @@ def test_text_without_a_flag_is_a_question_and_it_is_said(
     done = localrun("run", "Hello you", "--max-tokens", "2", *FAST, LOCALRUN_MODEL=model)
     assert done.returncode == 0
     assert done.stdout
-    assert done.stderr.splitlines() == [f"no model of that name, so {model} is asked (-p TEXT avoids this note)"]
+    assert done.stderr.splitlines() == [f"no model has that name, so it is the prompt for {model} (use -p TEXT to avoid this note)"]
 
 
 @pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])
@@ -338,7 +338,7 @@ def test_a_pasted_message_is_one_question() -> None:
     os.write(leader, b"first line\nsecond /exit\n\nlast line\n")
     until(b"asked 'first line\\nsecond /exit\\n\\nlast line'")
     os.write(leader, b"/new\n")
-    until(b"note a new conversation")
+    until(b"note new conversation")
     os.write(leader, b"/exit\n")
     assert process.wait(timeout=60) == 0
     os.close(leader)
@@ -347,10 +347,10 @@ def test_a_pasted_message_is_one_question() -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (MemoryError(), "no more memory"),
-        (RuntimeError("can't start new thread"), "no more threads"),
-        (BlockingIOError(11, "Resource temporarily unavailable"), "no more processes"),
-        (OSError(24, "Too many open files", "x"), "no more open files"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "thread limit"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "process limit"),
+        (OSError(24, "Too many open files", "x"), "too many open files"),
         (RuntimeError("Could not determine home directory."), "no home folder"),
         (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
     ],
@@ -467,7 +467,7 @@ def test_doctor_fails_only_for_failures(monkeypatch: pytest.MonkeyPatch, capsys:
     ("vendors", "backends", "verdict", "words"),
     [
         ([], ["CPU"], "ok", "none found; localrun"),
-        ([], ["CPU", "Vulkan"], "ok", "none found; llama.cpp's build for Vulkan is fine, the card is missing"),
+        ([], ["CPU", "Vulkan"], "ok", "none found; llama.cpp's build for Vulkan is fine, but there is no card"),
         (["0x10de"], ["CPU", "RPC"], "warn", "make cuda"),
         (["0x10de", "0x8086"], ["CUDA", "CPU"], "warn", "nvidia-smi"),
         (["0x1002"], ["CUDA", "CPU"], "warn", "make rocm"),

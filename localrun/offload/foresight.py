@@ -4,7 +4,7 @@ The next layer's router is asked a layer early (`routers.py`); where it is route
 and RAM lacks is read behind everything that a call waits for: `Store` reads such pieces last, few are under way at once, and those
 that the layer turns out not to want are given up. A right guess that is still under way is waited for, not read again.
 
-Figures are in docs/benchmarks.md, "A guess at the next layer's experts".
+The tuning tool is `tools/guess_next_layer.py`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_files_come_before_prompt_and_standard_input(tmp_path: Path, monkeypatch
     ("option", "content", "code", "message"),
     [
         ("--tools", "[", 2, "tools.json"),
-        ("--tools", '[{"type": "browser"}]', 2, "a tool of type 'browser'"),
+        ("--tools", '[{"type": "browser"}]', 2, "unsupported tool type 'browser'"),
         ("--tools", None, 1, "No such file"),
         ("--file", "\0", 1, "not a text file"),
         ("--file", None, 1, "no such file"),
@@ -131,7 +131,7 @@ def test_tool_calls_are_lines_harmless_on_a_terminal(stream: type[io.StringIO]) 
     shown.end(Finished(request=1, reason="eos", timings=Timings(), seed=1), facts=None)  # type: ignore[arg-type]
     escape = "␛" if stream is Terminal else "\x1b"
     assert out.getvalue() == f'Let me see\nweather({{"city": "{escape}[2J"}})\n'
-    assert err.getvalue() == "note: this call of weather is not complete: truncated\n"
+    assert err.getvalue() == "note: this call of weather is incomplete: truncated\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

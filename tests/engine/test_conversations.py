@@ -257,7 +257,7 @@ def test_somebody_elses_database_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite3"
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE theirs (x)")
-    with pytest.raises(ConversationError, match="not one of localrun's"):
+    with pytest.raises(ConversationError, match="not a localrun database"):
         ConversationStore.open(path)
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)

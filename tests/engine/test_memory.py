@@ -85,7 +85,7 @@ def test_more_threads_than_do_any_good_are_refused(cpus: int, most: int, monkeyp
     monkeypatch.setattr(memory, "logical_cores", lambda: cpus)
     memory.check_threads(0)
     memory.check_threads(most)
-    with pytest.raises(UsageError, match=f"{most + 1} threads on {cpus} CPUs: at most {most}"):
+    with pytest.raises(UsageError, match=f"{most + 1} threads on {cpus} CPUs: the maximum is {most}"):
         memory.check_threads(most + 1)
 
 

@@ -107,7 +107,7 @@ def test_budget_below_one_layers_experts_is_refused_with_the_number_that_works(m
     with pytest.raises(BudgetError) as caught:
         open_offloaded(source, OffloadOptions(ram_bytes=floor - 1, n_threads=2))
     assert caught.value.hint is not None
-    assert "--ram at least" in caught.value.hint
+    assert "--ram to at least" in caught.value.hint
 
 
 def test_an_exception_in_the_device_becomes_a_failed_decode_and_the_model_goes_on(model_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_budget_below_one_tokens_experts_is_refused_with_the_one_that_works(st
     with pytest.raises(BudgetError, match="2 experts of one layer") as caught:
         Residency(LAYERS, KERNELS, {}, store, floor - 1, N_USED, Telemetry(1))
     assert caught.value.hint is not None
-    assert "--ram at least" in caught.value.hint
+    assert "--ram to at least" in caught.value.hint
 
 
 def test_a_read_makes_its_slot_ready_and_visible_to_compiled_code(residency: Residency, store: MemoryStore) -> None:
@@ -231,7 +231,7 @@ def test_a_better_copy_that_cannot_be_read_is_not_tried_again(
         residency.settle()
     assert store.submitted == [(0, 3), (0, 3)]
     assert residency.variants_of(0)[3] == 0
-    assert "the smaller one stays" in caplog.text
+    assert "keeping the smaller one" in caplog.text
     residency.table.check()
     residency.close()
 

@@ -78,5 +78,5 @@ def test_a_copy_that_cannot_be_read_is_not_tried_again(table: SlotTable, caplog:
     assert base is not None
     assert base.pins == 0
     assert upgrades.n_done == 0
-    assert caplog.messages == ["a better copy can't be read, the smaller one stays: damaged"]
+    assert caplog.messages == ["can't read a better copy, keeping the smaller one: damaged"]
     table.check()

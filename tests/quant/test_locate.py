@@ -211,7 +211,7 @@ def test_a_drafter_is_no_chat_model(tmp_path: Path, architecture: str) -> None:
         add_deepseek4_keys(writer, TinyDeepseek4())
 
     write_gguf(tmp_path / "m.gguf", architecture, deepseek4_tensors(TinyDeepseek4()), add_keys)
-    with pytest.raises(UnsupportedModelError, match=r"a drafter .*only guesses ahead") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"a drafter .*only drafts tokens") as caught:
         open_model(tmp_path / "m.gguf")
     assert caught.value.hint == "pass the main model's file"
 
@@ -231,8 +231,8 @@ RELATIVES = {
     "importance": (("", "imatrix", "a.in_sum2"), "an importance matrix"),
     "adapter": (("deepseek4", "adapter", "a.lora_a"), "an adapter"),
     "vocabulary": (("deepseek4", "vocab", "a"), "a vocabulary"),
-    "dense": (("qwen3", "", "a"), "architecture 'qwen3' is none of those"),
-    "unheard of": (("deepseek9", "", "a"), "architecture 'deepseek9' is none of those"),
+    "dense": (("qwen3", "", "a"), "architecture 'qwen3' is not one"),
+    "unheard of": (("deepseek9", "", "a"), "architecture 'deepseek9' is not one"),
 }
 
 

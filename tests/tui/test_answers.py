@@ -444,7 +444,7 @@ async def test_with_a_locked_file_one_can_still_stop_and_quit_and_the_question_i
         talk.screen.prompt.set_text("two")
         talk.screen.prompt.area.focus()
         await talk.pilot.press("enter")
-        await talk.until(lambda: any("another program holds it" in note for note in talk.notes))
+        await talk.until(lambda: any("another program has it locked" in note for note in talk.notes))
         assert talk.screen.prompt.text == "", "the interface goes on"
         await talk.pilot.press("x")
         await talk.until(lambda: talk.screen.prompt.text == "x")

@@ -298,7 +298,7 @@ async def test_export_writes_a_file(setup: Setup, tmp_path: Path) -> None:
         await talk.until(lambda: talk.errors)
         assert "already" in talk.errors[0]
         await talk.type("/export pdf")
-        assert any("no export as 'pdf'" in note for note in talk.notes)
+        assert any("unknown export format 'pdf'" in note for note in talk.notes)
 
 
 async def test_conversations_of_other_programs_are_imported_and_shown(setup: Setup, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_presets_that_were_edited_by_hand_are_checked_by_name(setup: Setup) -> N
         with pytest.raises(UsageError, match=rf"presets.toml: \[{name}\] .*{fault}"):
             presets.load(name)
     for name in ("save", "", "a b", "../x" * 20):
-        with pytest.raises(UsageError, match="no name for a preset"):
+        with pytest.raises(UsageError, match="not a valid preset name"):
             presets.save(name, ChatOptions())
     presets.path().write_text("broken")
     with pytest.raises(UsageError, match=r"presets\.toml"):

@@ -87,7 +87,7 @@ def test_mode_names() -> None:
     assert V4_0731.modes == ("off", "low", "high", "max")
     assert V4.normal_mode("xhigh") == V4_0731.normal_mode("xhigh") == "max"
     assert render(UserMessage("Hi"), mode="xhigh") == render(UserMessage("Hi"), mode="max")
-    with pytest.raises(UsageError, match="'low': this model knows off, high, max"):
+    with pytest.raises(UsageError, match="'low': this model supports off, high, max"):
         render(UserMessage("Hi"), mode="low")
 
 

@@ -94,7 +94,7 @@ def test_openai_conversation_is_understood() -> None:
         ([{"role": "user", "content": 5}], r"messages\[0\].content: expected text, got int"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
-            r"messages\[0\].content\[0\]: a part of type 'image_url'",
+            r"messages\[0\].content\[0\]: unsupported part type 'image_url'",
         ),
         ([{"role": "user", "content": "a", "task": "dance"}], r"messages\[0\].task: 'dance' is none of action"),
         ([{"role": "user", "content": "a", "extracted_url": "u"}], r"messages\[0\]: .*read_url"),
@@ -109,7 +109,7 @@ def test_openai_conversation_is_understood() -> None:
         ([{"role": "tool", "content": "x", "tool_call_id": 7}], r"messages\[0\].tool_call_id: expected text"),
         (
             [{"role": "system", "tools": [{"type": "retrieval"}]}],
-            r"messages\[0\].tools\[0\]: a tool of type 'retrieval'",
+            r"messages\[0\].tools\[0\]: unsupported tool type 'retrieval'",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_tools_are_read_with_and_without_their_wrapper() -> None:
         ([{"name": "f", "parameters": []}], r"tools\[0\]: tool f: 'parameters' must be a JSON schema"),
         ([{"name": "f", "description": "\udc00"}], "surrogate"),
         ([{"name": "f", "default": {1, 2}}], "tool f: not JSON"),
-        ([WEATHER, WEATHER], r"tools\[1\]: a second tool named get_weather"),
+        ([WEATHER, WEATHER], r"tools\[1\]: duplicate tool name get_weather"),
     ],
 )
 def test_bad_tool_is_refused_by_name(tools: object, complaint: str) -> None:

@@ -114,7 +114,7 @@ def test_conversations_are_rendered_and_long_ones_cut(tmp_path: Path, chat_model
     [
         (b"", "is empty"),
         (b" \n" * 2000, "is empty"),
-        (b"short", "5 bytes are too little"),
+        (b"short", "5 bytes are too few"),
         (b"a" * 2000 + b"\xff\xfe", "not UTF-8 text .* at byte 2000"),
         (json.dumps(CHAT).encode() + b"\n{nonsense" + b" " * 1000, r":2: not JSON"),
         (json.dumps(CHAT).encode() + b'\n{"text": "x"}' + b" " * 1000, r":2: expected a list of messages"),

@@ -78,7 +78,7 @@ def test_dense_model_stays_on_the_cpu_when_the_gpu_is_full_before_it_said(
         with Engine.open(chat_model_path, replace(OPTIONS, gpu=name, vram_bytes=2 << 30)) as engine:
             assert not engine.facts.dense_on_gpu
             engine.session().feed([1, 2, 3])
-    assert "does not take the dense model" in caplog.text
+    assert "can't hold the dense model" in caplog.text
 
 
 def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [device])
         source = open_model(chat_model_path)
-        with pytest.raises(UsageError, match="no memory of its own"):
+        with pytest.raises(UsageError, match="no dedicated memory"):
             place_on_gpus(source, sizes_of_source(source), replace(OPTIONS, gpu="iGPU"), 256)
 
 

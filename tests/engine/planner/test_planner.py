@@ -554,7 +554,7 @@ def test_a_load_announces_its_plan_and_follows_it(model_path: Path, monkeypatch:
 
 def test_a_context_beyond_the_trained_length_is_refused(model_path: Path) -> None:
     trained = sizes.sizes_of(model_path).shape.n_ctx_train
-    with pytest.raises(UsageError, match=f"more than the {trained} that this model was trained for"):
+    with pytest.raises(UsageError, match=f"exceeds the {trained} tokens this model was trained for"):
         Engine.open(model_path, EngineOptions(n_ctx=trained + 1), learn=False)
 
 

@@ -85,7 +85,7 @@ def test_file_on_which_reads_fail_gives_defaults_and_a_warning(
 
     monkeypatch.setattr(probe._Files, "read", fail)
     assert not probe_disk([model], memory=memory).measured
-    assert "could not be measured" in caplog.text
+    assert "could not measure the drive" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_drives_are_remembered_side_by_side(model: Path, memory: Path) -> None:
 def test_unwritable_cache_is_a_warning(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     assert probe_disk([model], memory=tmp_path / "file" / "disks.json").measured
-    assert "could not be remembered" in caplog.text
+    assert "could not save the drive profile" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs O_DIRECT")

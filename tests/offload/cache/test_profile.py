@@ -154,4 +154,4 @@ def test_counts_of_a_calibration_start_an_empty_profile_and_one_s_own_use_outwei
         assert other.ranking() == []
     other.seed(counts, "5000")
     assert other.is_empty
-    assert caplog.text.count("routing counts of the model's manifest are not used") == 5
+    assert caplog.text.count("ignoring the routing counts in the model's manifest") == 5

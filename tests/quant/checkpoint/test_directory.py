@@ -217,7 +217,7 @@ def test_index_with_a_tensor_that_no_shard_has_is_refused(copy: Path) -> None:
 )
 def test_index_can_not_leave_the_folder(copy: Path, name: str) -> None:
     change_map(copy, lambda m: m.update({"norm.weight": name}))
-    with pytest.raises(FormatError, match="leaves the checkpoint's folder"):
+    with pytest.raises(FormatError, match="points outside the checkpoint's folder"):
         Checkpoint.open(copy)
 
 

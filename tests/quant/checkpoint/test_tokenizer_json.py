@@ -215,7 +215,7 @@ def set_model(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     [
         (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda d: d.update(pre_tokenizer=None), "pre_tokenizer"),
-        (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0), "none that localrun knows"),
+        (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0), "no llama.cpp equivalent known"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(), "ByteLevel"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "isolate"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(type="Digits"), "not supported"),

@@ -105,7 +105,7 @@ def test_chosen_experts_may_have_copies_of_their_own(pair: tuple[Path, Path]) ->
 def test_a_moved_source_is_told_with_the_way_out_which_works(pair: tuple[Path, Path]) -> None:
     source, small = pair
     moved = source.rename(source.with_name("elsewhere"))
-    with pytest.raises(FormatError, match="nothing is there") as caught:
+    with pytest.raises(FormatError, match="which is gone") as caught:
         open_model(small)
     assert caught.value.hint == f"if it was moved: localrun convert NEW_PATH {small} --keep-experts"
     before = (small / DENSE_NAME).stat().st_mtime_ns
@@ -216,7 +216,7 @@ def test_the_dense_part_alone_is_no_model(pair: tuple[Path, Path]) -> None:
     _, small = pair
     with pytest.raises(FormatError, match="dense part of a model whose experts") as caught:
         open_model(small / DENSE_NAME)
-    assert caught.value.hint == f"name the folder: {small}"
+    assert caught.value.hint == f"pass the folder: {small}"
 
 
 def test_kept_sections_that_make_no_sense_are_refused(pair: tuple[Path, Path]) -> None:

@@ -215,11 +215,11 @@ def test_what_an_overlay_can_not_be_made_of_is_refused_before_any_work(
         with pytest.raises(UsageError, match=message):
             write_overlay(checkpoint, tiers, target)
     other = write_small(tmp_path / "other", seed=5, **WIDE)
-    with pytest.raises(UsageError, match="not the checkpoint that the base was made from"):
+    with pytest.raises(UsageError, match="not the checkpoint the base was made from"):
         write_overlay(Checkpoint.open(other), TIERS, target)
     with pytest.raises(UsageError, match="can only be made from the source checkpoint"):
         open_overlay_source(tmp_path / "gone", target)
-    with pytest.raises(UsageError, match="no converted model"):
+    with pytest.raises(UsageError, match="not a converted model"):
         write_overlay(checkpoint, TIERS, source)
     narrow = write_small(tmp_path / "narrow", hidden_size=256)
     convert(narrow, tmp_path / "narrow.lr")
@@ -251,7 +251,7 @@ def edit_overlay(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no file": (lambda o: o["files"][0].update(name="overlay-0.gguf"), "missing, but listed"),
     "size": (lambda o: o["files"][0].update(size_bytes=4096), "bytes, localrun.json says 4096"),
-    "the base as its file": (lambda o: o["files"][0].update(name=MODEL_NAME), "occurs in files too"),
+    "the base as its file": (lambda o: o["files"][0].update(name=MODEL_NAME), "also occurs in files"),
     "two files": (lambda o: o["files"].append(o["files"][0] | {"name": "x.gguf"}), "missing, but listed"),
     "order of experts": (lambda o: o["experts"]["0"]["mxfp4"].update(ids=[3, 1]), "ascending expert numbers"),
     "an expert twice": (lambda o: o["experts"]["0"]["mxfp4"].update(ids=[1, 1]), "ascending expert numbers"),
@@ -286,7 +286,7 @@ def test_overlays_of_another_base_or_shape_are_refused(source: Path, model: Path
     manifest = read_manifest(other / MANIFEST_NAME)
     overlay = read_manifest(model / MANIFEST_NAME).overlay
     write_manifest(dataclasses.replace(manifest, overlay=overlay), other)
-    with pytest.raises(FormatError, match=r"overlay-.*: belongs to another base than model\.gguf"):
+    with pytest.raises(FormatError, match=r"overlay-.*: belongs to a base other than model\.gguf"):
         GgufSource.open(other)
     path = overlay_file(model)
     part = read_gguf(path)

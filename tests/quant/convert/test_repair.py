@@ -244,7 +244,7 @@ def test_repair_refuses_another_checkpoint(
     before = contents(model)
     other = write_small(tmp_path / "other", seed=5, **WIDE)
     assert cli.main(["verify", str(model), "--repair", str(other)]) == 2
-    assert "not the checkpoint that this model was made from" in capsys.readouterr().err
+    assert "not the checkpoint this model was made from" in capsys.readouterr().err
     assert contents(model) == before
 
 
@@ -257,5 +257,5 @@ def test_the_command_names_the_file_and_goes_on_after_an_interruption(
     interrupted(source, paths.cache_dir() / "verify", 0.5)
     assert cli.main(["verify", str(model)]) == 1
     err = capsys.readouterr().err
-    assert "going on after" in err
+    assert "resuming after" in err
     assert "file to restore: model-0000" in err

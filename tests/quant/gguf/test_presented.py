@@ -80,5 +80,5 @@ def test_values_are_converted_exactly() -> None:
     table = TensorInfo("blk.0.ffn_gate_tid2eid.weight", (2,), QT.I64, 16)
     assert converted(PATH, table, np.array([0, 2**31 - 1], "<i8").view(np.uint8)).view("<i4").tolist() == [0, 2**31 - 1]
     for wrong in (-1, 2**31):
-        with pytest.raises(FormatError, match="is no expert's number"):
+        with pytest.raises(FormatError, match="is not a valid expert number"):
             converted(PATH, table, np.array([0, wrong], "<i8").view(np.uint8))

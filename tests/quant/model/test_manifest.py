@@ -162,5 +162,5 @@ def test_what_was_changed_or_got_lost_is_noticed(tmp_path: Path, part: str) -> N
     written = json.loads(manifest.to_json())
     assert read_manifest(put(tmp_path, json.dumps(written, indent=7))) == manifest, "the layout does not count"
     del written[part]
-    with pytest.raises(FormatError, match="changed or got lost"):
+    with pytest.raises(FormatError, match="edited or damaged"):
         read_manifest(put(tmp_path, json.dumps(written)))

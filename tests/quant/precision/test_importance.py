@@ -148,7 +148,7 @@ GATE = "blk.0.ffn_gate_exps.weight"
         (lambda t: t[f"{GATE}.in_sum2"].__setitem__((2, 1), np.nan), "row 2 holds negative or infinite values or NaN"),
         (lambda t: t[f"{GATE}.in_sum2"].__setitem__((1, 1), -1), "row 1 holds negative"),
         (lambda t: t[f"{GATE}.counts"].__setitem__(0, np.inf), "infinite"),
-        (lambda t: t[f"{GATE}.counts"].__setitem__(0, 3), "used differently often"),
+        (lambda t: t[f"{GATE}.counts"].__setitem__(0, 3), "have different counts"),
         (lambda t: t.pop(f"{GATE}.counts"), "no tensor"),
         (lambda t: t.update({f"{GATE}.in_sum2": np.ones((E, D), np.float16)}), "expected F32"),
     ],

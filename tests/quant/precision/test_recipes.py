@@ -43,7 +43,7 @@ def test_a_users_file(tmp_path: Path) -> None:
         ('base = "q2"', "unknown expert format 'q2'"),
         ('base = "q2_k"\nhot = "mxfp4:1GiB"', "hot: expected a list"),
         ('base = "q2_k"\nhot = ["mxfp4:lots"]', "'lots' is not a size"),
-        ("base = 2", "base: expected a text"),
+        ("base = 2", "base: expected a string"),
         ('base = "q2_k"\ntarget = "1GiB-ram"', "target can't be combined with base or hot"),
         ('target = "1GiB"', "is not a target"),
     ],

@@ -267,7 +267,9 @@ def test_text_without_a_flag_is_a_question_and_it_is_said(
     done = localrun("run", "Hello you", "--max-tokens", "2", *FAST, LOCALRUN_MODEL=model)
     assert done.returncode == 0
     assert done.stdout
-    assert done.stderr.splitlines() == [f"no model has that name, so it is the prompt for {model} (use -p TEXT to avoid this note)"]
+    assert done.stderr.splitlines() == [
+        f"no model has that name, so it is the prompt for {model} (use -p TEXT to avoid this note)"
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])

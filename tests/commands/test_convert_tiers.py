@@ -230,7 +230,7 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_bytes(
     kill_at(".convert", *command)
     state = contents(target / ".convert")
     assert convert(*command, "--dense", "bf16") == 2
-    assert "--dense was q8_0 and is bf16 now" in capsys.readouterr().err
+    assert "--dense was q8_0 and is now bf16" in capsys.readouterr().err
     assert contents(target / ".convert") == state
     kill_at(".overlay", *command)
     assert (target / MODEL_NAME).is_file()
@@ -256,7 +256,7 @@ def test_what_a_target_chose_is_completed_after_a_kill_though_the_base_is_finish
     assert (killed / MANIFEST_NAME).is_file()
     capsys.readouterr()
     assert convert(source, killed, "--target", "1GiB-ram", *LEARN) == 2
-    assert "--base was q2_k and is mxfp4 now" in capsys.readouterr().err
+    assert "--base was q2_k and is now mxfp4" in capsys.readouterr().err
     assert convert(command[0], killed, *command[1:]) == 0
     assert better(killed) > 0
     assert contents(killed) == contents(tmp_path / "whole")

@@ -218,7 +218,7 @@ def test_limits_are_named(small: Running) -> None:
     for body, says in (
         ({"messages": [hi] * 60}, "50 maximum"),
         ({"messages": [hi], "tools": [TOOL] * 20}, "10 maximum"),
-        ({"messages": [hi], "tools": [TOOL, TOOL]}, "second tool"),
+        ({"messages": [hi], "tools": [TOOL, TOOL]}, "duplicate tool"),
         ({"messages": [hi], "tools": [{"type": "function", "function": {"name": "f", "parameters": wide}}]}, "bytes"),
         ({"messages": [hi], "response_format": {"type": "json_schema", "json_schema": {"schema": deep}}}, "deeper"),
     ):

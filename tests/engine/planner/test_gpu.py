@@ -93,7 +93,7 @@ def test_memory_of_an_integrated_gpu_is_ram_and_has_to_be_given(chat_model_path:
 def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -> None:
     with rpc_server() as (endpoint, _), EngineProcess() as engine:
         for options, error, message in (
-            ({"gpu": "none", "vram_bytes": 1 << 30}, LocalrunError, "no GPU"),
+            ({"gpu": "none", "vram_bytes": 1 << 30}, LocalrunError, "no usable GPU"),
             ({"gpu": "CUDA9"}, UsageError, "CUDA9"),
             ({"rpc": "127.0.0.1:9"}, LocalrunError, "127.0.0.1:9"),
             ({"gpu": "RPC0", "rpc": endpoint, "vram_bytes": 1 << 50}, BudgetError, "free"),

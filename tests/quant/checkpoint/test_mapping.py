@@ -67,7 +67,7 @@ def test_fp8_experts_become_q8_0_or_bf16(tmp_path: Path) -> None:
 
 def test_rows_that_a_type_can_not_hold_are_refused_with_the_tensors_name(small: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"layers\.0\.ffn\.experts\.0\.w1\.weight: rows of 64 .* Q2_K's blocks of 256"
+        UsageError, match=r"layers\.0\.ffn\.experts\.0\.w1\.weight: rows of 64 .* Q2_K's block size 256"
     ) as caught:
         plan_of(small, ConversionOptions(base=QT.Q2_K))
     assert caught.value.hint == "--base mxfp4 or q8_0 or bf16 or f32"

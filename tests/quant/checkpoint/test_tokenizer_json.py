@@ -225,7 +225,7 @@ def set_model(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         (set_model("ignore_merges", True), "ignore_merges"),
         (set_model("vocab", {"a": "0"}), "not a token"),
         (set_model("vocab", {"a": -1}), "not a token"),
-        (set_model("vocab", {"a": 0, "b": 0}), "id 0 stands for"),
+        (set_model("vocab", {"a": 0, "b": 0}), "id 0 is both"),
         (set_model("vocab", {"a": 10**6}), "the model has 1000 tokens"),
         (set_model("vocab", {"\ud800": 900}), "not Unicode"),
         (set_model("merges", None), "no list of merges"),

@@ -244,9 +244,9 @@ def test_killed_after_the_manifest_the_model_is_complete(small: Path, undisturbe
 
 
 def test_changed_options_are_refused_by_name(small: Path, half_done: Path) -> None:
-    with pytest.raises(UsageError, match="--dense was q8_0 and is bf16 now"):
+    with pytest.raises(UsageError, match="--dense was q8_0 and is now bf16"):
         convert(small, half_done, ConversionOptions(QT.BF16))
-    with pytest.raises(UsageError, match="--base was default and is f32 now"):
+    with pytest.raises(UsageError, match="--base was default and is now f32"):
         convert(small, half_done, ConversionOptions(base=QT.F32))
 
 
@@ -254,13 +254,13 @@ def test_another_or_a_changed_source_is_refused_and_a_moved_one_is_not(
     small: Path, undisturbed: Path, half_done: Path, tmp_path: Path
 ) -> None:
     other = write_small(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match=r"the source was .*small and is .*other now"):
+    with pytest.raises(UsageError, match=r"the source was .*small and is now .*other"):
         convert(other, half_done)
     moved = Path(shutil.copytree(small, tmp_path / "small"))
     convert(moved, Path(shutil.copytree(half_done, tmp_path / "again")))
     assert contents(tmp_path / "again") == contents(undisturbed)
     edit_json(moved / CONFIG_NAME, rms_norm_eps=1e-5)
-    with pytest.raises(UsageError, match=r"the source was .* and is .* now"):
+    with pytest.raises(UsageError, match=r"the source was .* and is now .*"):
         convert(moved, half_done)
 
 

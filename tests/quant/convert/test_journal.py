@@ -63,13 +63,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "facts", "message"),
     [
-        ({"base": "q2_k"}, {}, "--base was mxfp4 and is q2_k now"),
-        ({"tiers": "q8_0:2"}, {}, "--hot or --target was q8_0:1 and is q8_0:2 now"),
-        ({"dense": "bf16"}, {}, "--dense was not given and is bf16 now"),
+        ({"base": "q2_k"}, {}, "--base was mxfp4 and is now q2_k"),
+        ({"tiers": "q8_0:2"}, {}, "--hot or --target was q8_0:1 and is now q8_0:2"),
+        ({"dense": "bf16"}, {}, "--dense was not given and is now bf16"),
         ({}, {"identity": "j"}, "the files of the source have changed"),
-        ({}, {"identity": "j", "source": "/b"}, "the source was /a and is /b now"),
+        ({}, {"identity": "j", "source": "/b"}, "the source was /a and is now /b"),
         ({}, {"plan": "q"}, "the name, tokenizer or chat template of the source has changed, or localrun was updated"),
-        ({"base": "q2_k"}, {"plan": "q"}, "--base was mxfp4 and is q2_k now"),
+        ({"base": "q2_k"}, {"plan": "q"}, "--base was mxfp4 and is now q2_k"),
     ],
 )
 def test_something_else_is_not_resumed(
@@ -85,7 +85,7 @@ def test_something_else_is_not_resumed(
 def test_an_option_that_is_missing_now_is_named() -> None:
     before = {"options": OPTIONS, **FACTS}
     assert describe_changes(before, {"options": {"base": "mxfp4"}, **FACTS}) == [
-        "--hot or --target was q8_0:1 and is not given now"
+        "--hot or --target was q8_0:1 and is now not given"
     ]
     assert describe_changes(before, {"options": dict(OPTIONS), **FACTS, "source": "/moved"}) == []
 

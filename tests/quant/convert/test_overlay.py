@@ -194,7 +194,7 @@ def test_after_kill_9_the_model_is_sound_and_the_same_command_ends_with_the_same
     in_use = {layer for layer, moe in open_model(target).moe_layers.items() if moe.better}
     assert in_use == ({0, 2} if point == "clean-up" else {1})
     if point == "journal":
-        with pytest.raises(UsageError, match=r"--hot or --target was 5 experts \(.*\) and is 1 experts \(.*\) now"):
+        with pytest.raises(UsageError, match=r"--hot or --target was 5 experts \(.*\) and is now 1 experts \(.*\)"):
             write_overlay(checkpoint, BetterCopies({0: {2: QT.MXFP4}}), target, Importance())
     write_overlay(checkpoint, TIERS, target, Importance())
     assert contents(target) == contents(finished)

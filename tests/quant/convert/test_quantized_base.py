@@ -120,9 +120,9 @@ def test_a_killed_run_goes_on_with_the_same_importance_only_and_ends_with_the_sa
         [sys.executable, "-c", CHILD, source, tmp_path / "out"], capture_output=True, text=True, env=os.environ
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    with pytest.raises(UsageError, match="--imatrix was seed 0 and is seed 1 now"):
+    with pytest.raises(UsageError, match="--imatrix was seed 0 and is now seed 1"):
         convert(source, tmp_path / "out", ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance(1)))
-    with pytest.raises(UsageError, match="--imatrix was seed 0 and is not given now"):
+    with pytest.raises(UsageError, match="--imatrix was seed 0 and is now not given"):
         convert(source, tmp_path / "out", ConversionOptions(base=BASE_TYPES["iq3_xxs"]))
     result = convert(source, tmp_path / "out", options)
     assert 0 < result.written_bytes < result.file_bytes * 0.95

@@ -97,7 +97,7 @@ def test_a_split_model_has_the_same_tensors_in_files_of_bounded_size(whole: Path
 
 def test_a_tensor_that_fits_no_file_is_named_and_nothing_is_touched(whole: Path) -> None:
     before = contents(whole)
-    with pytest.raises(UsageError, match=r"takes .* alone") as caught:
+    with pytest.raises(UsageError, match=r"alone takes") as caught:
         split_model(whole, 10_000)
     assert "--split" in (caught.value.hint or "")
     assert contents(whole) == before
@@ -105,7 +105,7 @@ def test_a_tensor_that_fits_no_file_is_named_and_nothing_is_touched(whole: Path)
 
 def test_a_small_model_stays_whole_and_a_split_one_is_not_split_again(whole: Path, finished: Path) -> None:
     assert split_model(whole, 1 << 40) == []
-    with pytest.raises(UsageError, match="split already"):
+    with pytest.raises(UsageError, match="already split"):
         split_model(finished, PART_BYTES)
 
 

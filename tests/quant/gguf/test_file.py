@@ -227,9 +227,9 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "huge offset": (make_file(tensors=[tensor(b"t", offset=1 << 63)]), "t: ends at byte"),
     "odd offset": (make_file(tensors=[tensor(b"t", offset=4)]), "t: offset 4 is not a multiple of the alignment 32"),
     "overlap": (make_file(tensors=[tensor(b"t", (64,)), tensor(b"u", offset=128)]), "u: overlaps t"),
-    "gap": (make_file(tensors=[tensor(b"t"), tensor(b"u", offset=256)]), "u: lies 128 bytes behind t"),
-    "late start": (make_file(tensors=[tensor(b"t", offset=32)]), "t: lies 32 bytes behind the header"),
-    "order": (make_file(tensors=[tensor(b"t", offset=128), tensor(b"u")]), "t: lies 128 bytes behind the header"),
+    "gap": (make_file(tensors=[tensor(b"t"), tensor(b"u", offset=256)]), "u: starts 128 bytes after t"),
+    "late start": (make_file(tensors=[tensor(b"t", offset=32)]), "t: starts 32 bytes after the header"),
+    "order": (make_file(tensors=[tensor(b"t", offset=128), tensor(b"u")]), "t: starts 128 bytes after the header"),
     "no data": (make_file(tensors=[tensor(b"t")], data=0)[:-5], "truncated: tensor data should start at byte"),
 }  # fmt: skip
 

@@ -163,7 +163,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 def test_a_renamed_part_is_refused(tmp_path: Path) -> None:
     parts = write_deepseek4(tmp_path / "m.gguf", split_max_tensors=30)
-    with pytest.raises(FormatError, match="one of 4 parts, but 1 belong together"):
+    with pytest.raises(FormatError, match="one of 4 parts, but 1 were found"):
         GgufSource.open(parts[0].rename(tmp_path / "model.gguf"))
 
 

@@ -161,10 +161,10 @@ def test_damaged_sums_are_refused(
 
 
 def test_other_files_are_no_importance(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no importance matrix"):
+    with pytest.raises(FormatError, match="not an importance matrix"):
         read_imatrix(_write(tmp_path / "model.gguf", lambda t: None, kind="model"), model(0))
     (tmp_path / "text").write_text("Once upon a time there was a text of some length.")
-    with pytest.raises(FormatError, match="no importance matrix"):
+    with pytest.raises(FormatError, match="not an importance matrix"):
         read_imatrix(tmp_path / "text", model(0))
     with pytest.raises(LocalrunError, match="can't be read"):
         read_imatrix(tmp_path / "missing", model(0))

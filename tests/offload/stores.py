@@ -342,7 +342,7 @@ class MemoryStore:
         self._errors[layer, expert] = StoreError("experts: the file ended at byte 5", hint="check the drive")
 
     def damage(self, layer: int, expert: int) -> None:
-        message = f"experts: blk.{layer}.ffn_up_exps.weight: expert {expert} differs from its checksum"
+        message = f"experts: blk.{layer}.ffn_up_exps.weight: expert {expert} does not match its checksum"
         self._errors[layer, expert] = ChecksumError(message, hint="run `localrun verify`")
 
     def _go_on(self) -> None:

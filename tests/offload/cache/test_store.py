@@ -187,7 +187,7 @@ class TestEveryStore:
         [
             ("fail", StoreError, "Input/output error"),
             ("end_early", StoreError, "the file ended at byte"),
-            ("damage", ChecksumError, "blk.0.ffn_up_exps.weight: expert 3 differs from its checksum"),
+            ("damage", ChecksumError, "blk.0.ffn_up_exps.weight: expert 3 does not match its checksum"),
         ],
         ids=["EIO", "end of file", "damage"],
     )

@@ -5,7 +5,7 @@
     with localrun.load("demo") as model:
         print(model.ask("Hello! Who are you?"))
 
-`__all__` is what is promised to programs (docs/api.md). Importing it costs nothing: a name is loaded when it is first used.
+`__all__` is the stable API (docs/api.md). Importing costs nothing: each name is loaded on first use.
 """
 
 from __future__ import annotations

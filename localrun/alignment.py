@@ -1,15 +1,15 @@
-"""Rounding of sizes and addresses, at the bottom of the package: everything may use it, it uses nothing."""
+"""Rounds sizes and addresses. Imports nothing from the package, so every module may use it."""
 
 from __future__ import annotations
 
 from typing import Final
 
 PAGE_BYTES: Final = 4096
-"""What direct reads and writes, slots and staging buffers are aligned to: the page of x86-64 and a multiple of every drive's block.
-A constant and not the system's page size, because converted files are laid out by it."""
+"""Alignment of direct I/O, slots and staging buffers: x86-64's page size, a multiple of every drive's block size. A constant
+rather than the system's page size, because converted files are laid out with it."""
 
 LINE_BYTES: Final = 64
-"""A cache line, and the widest vector register: what kernels want their memory aligned to."""
+"""Alignment for kernels: a cache line, which is also the widest vector register."""
 
 
 def ceil_div(n: int, divisor: int) -> int:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from localrun.errors import StoreError
 
 @contextmanager
 def replacing(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends without an error; durable by then.
+    """Opens a binary file that replaces `path`, durably, when the block ends without an error.
 
     Until then it is called `NAME.<random>.partial`, and it is deleted if the block fails.
 
     Args:
-        mode: the new file's permissions, less the umask.
+        mode: the new file's permissions, before the umask.
 
     Raises:
-        StoreError: it can't be written; what stood at `path` is unchanged.
+        StoreError: it can't be written; the old `path` is unchanged.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -34,7 +34,7 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
         partial.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # else a power cut may still bring back the file that was there before
+            os.fsync(folder)  # otherwise a power cut may bring back the old file
         finally:
             os.close(folder)
     except OSError as error:
@@ -42,5 +42,5 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
             raise
         raise StoreError(f"{path}: can't be written: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):  # what failed is told, not that there is nothing to delete
+        with contextlib.suppress(OSError):  # report the original failure, not the missing file
             partial.unlink()

@@ -1,7 +1,7 @@
 """The command line: parses arguments, runs one command, turns errors into a line, a hint and an exit code.
 
-Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 interrupted (128 and its number after another signal). Only the module of the
-chosen command is imported, and each of those imports what is heavy when it runs, so that `--help` is quick.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (128 plus the number of another signal). Only the chosen
+command's module is imported, and heavy imports happen when it runs, to keep `--help` fast.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(given: Sequence[str] | None = None) -> int:
     # As in the engine's own process, for commands that compute in this one; libgomp reads it when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us (`>&-`)
+        if getattr(sys, name) is None:  # closed by the parent process (`>&-`)
             setattr(sys, name, _Closed() if name == "stdout" else open(os.devnull, "w"))  # noqa: SIM115  # for the process's life
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -82,7 +82,7 @@ def _guarded(arguments: list[str]) -> int:
     except SystemExit as leave:
         return int(leave.code or 0)
     except BrokenPipeError:
-        return EXIT_FAILED  # whoever read our output has gone: nobody to tell
+        return EXIT_FAILED  # the reader of our output is gone
     except Exception as error:
         return _report(error, debug="--debug" in arguments)
 
@@ -105,7 +105,7 @@ def _module(command: str) -> Any:
 
 
 class _Closed(io.StringIO):
-    """Standard output that whoever started us has closed. Saying nothing there is fine; an answer must not vanish."""
+    """Stands in for a standard output closed by the parent process: writing nothing is fine, but an answer must not vanish."""
 
     refuses = True
 
@@ -117,11 +117,11 @@ class _Closed(io.StringIO):
 
 @contextlib.contextmanager
 def _signals(*, ending: bool) -> Iterator[None]:
-    """How signals end a command. SIGTERM and SIGHUP do it as an error would: what is open is closed, the engine ends, the last
-    event is written.
+    """Installs signal handlers for a command. SIGTERM and SIGHUP act like an error: resources are closed, the engine ends, the
+    last event is written.
 
     Args:
-        ending: the process ends with the block: what comes later must not break off its end.
+        ending: the process exits after the block; later signals must not interrupt that.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -133,7 +133,7 @@ def _signals(*, ending: bool) -> Iterator[None]:
     for name, ours in handlers.items():
         number = getattr(signal, name, None)
         with contextlib.suppress(ValueError):  # not the main thread
-            # Who ignores hang-ups (nohup) or interrupts (a shell's background) wants us to go on.
+            # If SIGHUP (nohup) or SIGINT (background jobs) is ignored, keep it so.
             if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 installed[number] = signal.signal(number, ours)
     try:
@@ -144,7 +144,7 @@ def _signals(*, ending: bool) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that names the flag or command that was probably meant."""
+    """An argument parser that suggests the flag or command that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {visible_line(message)}", file=sys.stderr)

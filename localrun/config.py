@@ -1,7 +1,7 @@
 """The user's settings: defaults < settings file < environment < command line.
 
-The file is TOML, `config.toml` in `paths.config_dir()`: a table per group of options (`options.py`), and `[models]`, names for
-paths. Every option has an environment variable `LOCALRUN_<NAME>`. The command line overrides with what was typed, nothing else.
+The file is `config.toml` in `paths.config_dir()`, with one table per group of options (`options.py`) and `[models]`, names for
+paths. Every option has an environment variable `LOCALRUN_<NAME>`. Only flags that were typed override.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Settings:
 
     Attributes:
         models: the user's names for models -> path as written.
-        given: options that the user set, in the file, the environment or by flag; the default's value counts, too.
+        given: options that the user set in the file, the environment or by flag, even to the default value.
     """
 
     values: Mapping[str, Any] = field(default_factory=lambda: {option.name: option.default for option in OPTIONS})
@@ -44,7 +44,7 @@ class Settings:
         return Settings({**self.values, **values}, self.models, self.given | values.keys())
 
     def overridden(self, typed: object, names: Iterable[str]) -> Settings:
-        """With what was typed: attributes of `typed` by option name, None for what was not."""
+        """Overridden by what was typed: attributes of `typed`, by option name; None means not typed."""
         given = {name: value for name in names if (value := getattr(typed, name, None)) is not None}
         return self.changed(**given)
 

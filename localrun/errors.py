@@ -1,7 +1,7 @@
-"""Every error that a user can meet, with the way out.
+"""Every error that a user may see, with a hint how to fix it.
 
 A message says what went wrong and where (`file: tensor`), what was found and what was expected; `hint` says what to do next.
-The command line prints both and no traceback. `assert` is for our own bugs only.
+The command line prints both without a traceback. `assert` is for our own bugs only.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _NO_MEMORY, _LESS_MEMORY = (
 
 
 def host_error(error: BaseException) -> HostError | None:
-    """What an unexpected exception says about the machine rather than about localrun; None: nothing."""
+    """A HostError for an exception caused by the machine rather than by localrun; None for any other."""
     if isinstance(error, MemoryError):
         return HostError(_NO_MEMORY, hint=_LESS_MEMORY)
     text = str(error)

@@ -1,14 +1,14 @@
-"""What machine code depends on, as a number: of a function that numba compiles, everything that can go into its code.
+"""A hash of everything that can influence the machine code of a function compiled by numba.
 
-That is the function's bytecode, the values of its globals, closure and defaults, and the same of every function and class of the
-package that these lead to: callees, intrinsics with the Python that generates their code, tables, constants, byte offsets into C
-structures. Names, docstrings, comments, positions and annotations of the source are no part of it, nor is a global that the code
-does not mention: a changed docstring or another module leave the number as it is.
+That is the function's bytecode, the values of its globals, closure and defaults, and, recursively, those of every function and
+class of the package that it references: callees, intrinsics with the Python that generates their code, tables, constants, byte
+offsets into C structures. Names, docstrings, comments, line numbers and annotations are excluded, as are globals that the code
+does not mention, so changing a docstring or an unrelated module does not change the hash.
 
-What lies outside the package (numba, numpy, the standard library) counts by its name; whoever uses the number adds versions. Of a
-function that reads `os.environ`, the variables `LOCALRUN_*` that it names count too, because it may choose code by them.
+Anything outside the package (numba, numpy, the standard library) is identified by name; callers add versions. If a function
+reads `os.environ`, the `LOCALRUN_*` variables that it names are included, because they may select code.
 
-Objects are taken as they are at the first look: tables that are filled later, by importing more modules, must be complete by then.
+Objects are hashed as they are when first visited, so tables filled by importing other modules must be complete by then.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _globals_of(code: types.CodeType, scope: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Globals that the code mentions. Of a module of ours the attribute that it takes, not all of the module."""
+    """Globals that the code mentions; for one of our modules only the attribute used, not the whole module."""
     instructions = [step for step in dis.get_instructions(code) if step.opname not in ("PRECALL", "CACHE", "PUSH_NULL")]
     for at, step in enumerate(instructions):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in scope:

@@ -1,4 +1,4 @@
-"""What Ctrl-C does: the first one ends what runs, those that follow must not break off its cleaning up.
+"""Ctrl-C handling: the first one stops the running command, later ones must not interrupt its cleanup.
 
 And that no signal is lost: see `raised_again`. Standard library only.
 """
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 PATIENCE_S = 3.0
-"""A later interrupt means that cleaning up takes too long: the process ends at once, and the engine when its pipe closes."""
+"""Another interrupt means that cleanup takes too long: exit immediately; the engine exits when its pipe closes."""
 
 EXIT_INTERRUPTED = 130
 
@@ -39,7 +39,7 @@ class Once:
 
 
 def again() -> None:
-    """The interrupt was dealt with and the command goes on: the next one counts."""
+    """The interrupt was handled and the command continues: the next one counts as the first."""
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, Once):
         handler.again()

@@ -1,14 +1,15 @@
-"""Where compiled kernels are kept: `@cached_jit` and `@cached_cfunc` are numba's `njit` and `cfunc` with a cache of our own.
+"""The cache of compiled kernels: `@cached_jit` and `@cached_cfunc` are numba's `njit` and `cfunc` with our own cache.
 
 A kernel's file is named by what was compiled: the function's fingerprint (see `fingerprint`), the types of its arguments, the
-processor, and the versions of compiler and interpreter. So code is found whenever the same would come out of compiling, and only
-then: a changed docstring or another module recompiles nothing; a changed constant, helper or offset into a C structure recompiles
-whatever it went into. Nothing of numba's is changed: other users of numba in the process keep their caches where they are.
+processor, and the versions of compiler and interpreter. So cached code is used exactly when compiling would produce the same:
+changing a docstring or an unrelated module recompiles nothing; changing a constant, helper or offset into a C structure
+recompiles everything that depends on it. numba itself is not modified: other users of numba in the process keep their own
+caches.
 
-Files lie in a folder of their own for each version of the tools, `kernel_dir()/<digest>`, and go when nobody has used them for a
-month. They are pickles, which can run anything when they are read. So the folder is only used when nobody else can write to it;
-otherwise a private folder in the temporary directory takes its place. A cache that can't be read or written (read-only, full,
-damaged) costs compiling again, never the command.
+There is one folder per version of the tools, `kernel_dir()/<digest>`; files unused for a month are deleted. They are pickles,
+which can execute code when loaded, so the folder is only used if no other user can write to it; otherwise a private folder in
+the temporary directory is used instead. If the cache is read-only, full or damaged, kernels are recompiled; the command never
+fails because of it.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ log = logging.getLogger(__name__)
 
 _KEEP_S: Final = 30 * 86400.0
 _TOUCH_S: Final = 86400.0
-"""How often a file that is used says so."""
+"""How often a used file's timestamp is refreshed."""
 
 TELL: Final = "LOCALRUN_TELL_COMPILED"
-"""Environment variable: say on standard error what is compiled. The engine process does, for whoever waits for it."""
+"""Environment variable: report compilation on standard error. Set for the engine process, whose parent shows the progress."""
 
 n_compiled = 0
-"""Functions that this process had to compile, the one that is being compiled included."""
+"""Functions that this process had to compile, including the current one."""
 
 _FOLDER = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
 _SUFFIX: Final = ".kernel"
@@ -208,12 +209,12 @@ def is_private(path: Path) -> bool:
 
 
 def _remove_old(path: Path) -> None:
-    """Code that nobody uses any more: of this version of the tools, and folders of others."""
+    """Deletes unused code of this version of the tools, and folders of other versions."""
     before = time.time() - _KEEP_S
     for file in path.iterdir():
         if file.stat().st_mtime < before:
             file.unlink(missing_ok=True)
     for other in path.parent.iterdir():
-        ours = _FOLDER.fullmatch(other.name)  # whoever names a folder full of other things must not lose them
+        ours = _FOLDER.fullmatch(other.name)  # the user may have pointed us at a folder with other contents
         if ours and other != path and other.stat().st_mtime < before:
             shutil.rmtree(other, ignore_errors=True)

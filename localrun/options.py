@@ -1,10 +1,10 @@
 """Every option that a user may set, declared once: name, type, bounds, unit, meaning, and where it applies.
 
-Everything else is derived from here: the tables of `config.toml` and the `LOCALRUN_*` variables (`config.py`), the flags of the
-commands (`add_flags`), `/set` and the settings dialog of the terminal UI, what a shell completes, the checks of the engine
-(`check`), and the reference in docs/options.md. A server reads a request's JSON with `Option.parse`, by the same names.
+Everything else is derived from here: the tables of `config.toml` and the `LOCALRUN_*` variables (`config.py`), the commands'
+flags (`add_flags`), `/set` and the settings dialog of the terminal UI, shell completion, the engine's checks (`check`), and
+the reference in docs/options.md. The server parses request fields with `Option.parse`, by the same names.
 
-Standard library only. What the machine or a model allows is not known here: see `engine/memory.py` and `Engine.open`.
+Standard library only. Limits of the machine or the model are checked elsewhere: see `engine/memory.py` and `Engine.open`.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Option:
 
     Attributes:
         name: in `config.toml`, as `LOCALRUN_<NAME>`, in `/set` and in JSON.
-        field: of `EngineOptions` or `SamplingOptions`; empty: of neither.
+        field: the field of `EngineOptions` or `SamplingOptions`; empty if neither has it.
         help: what it does, one phrase.
         default: None: see `unset`.
         unset: what happens without a value.
-        low, high: bounds, both allowed; of a number or a count.
-        choices: of a CHOICE the only values; of a text those that are usual.
+        low, high: inclusive bounds of a number or count.
+        choices: the allowed values of a CHOICE; the usual values of a TEXT.
         flag: `--name` if empty.
-        short: other names in `/set`.
-        metavar: of the value in `--help`.
+        short: aliases in `/set`.
+        metavar: the value's placeholder in `--help`.
     """
 
     name: str
@@ -105,17 +105,17 @@ class Option:
         return str(self.kind.value)
 
     def parse(self, value: object) -> Any:
-        """The value of what somebody wrote: text, or a value of TOML or JSON.
+        """Parses user input: text, or a TOML or JSON value.
 
         Raises:
-            UsageError: it is none, with what is expected; does not name the option's place.
+            UsageError: it is invalid; the message says what is expected, but not where the option was set.
         """
         result = self._converted(value)
         self.check(result)
         return result
 
     def check(self, value: Any) -> None:
-        """Raises UsageError for a value that is none or out of bounds. None is a value for an option without a default."""
+        """Raises UsageError for a value that is invalid or out of bounds. None is valid for an option without a default."""
         if value is None and self.default is None:
             return
         if self.kind in (Kind.COUNT, Kind.NUMBER, Kind.SIZE):
@@ -459,7 +459,7 @@ def check_fields(table: str, owner: object) -> None:
 
 
 def fields_of(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `EngineOptions` or `SamplingOptions` from values by option name; what is missing keeps its default."""
+    """Arguments for `EngineOptions` or `SamplingOptions` from values by option name; missing ones keep their defaults."""
     return {o.field: values[o.name] for o in those(table) if o.field and o.name in values}
 
 

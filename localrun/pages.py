@@ -1,4 +1,4 @@
-"""Anonymous memory for what kernels stream through."""
+"""Anonymous memory for data that kernels stream through."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HUGE_PAGE_BYTES: Final = 2 << 20
 
 
 def anonymous(n_bytes: int) -> mmap.mmap:
-    """Zeroed private memory, in huge pages where the kernel has them; freed with its last array.
+    """Zeroed private memory, in huge pages where the kernel supports them; freed with the last array that uses it.
 
     Private, because Python's default is a shared mapping: that is tmpfs, whose huge pages are off on most systems
-    (/sys/kernel/mm/transparent_hugepage/shmem_enabled), whatever `madvise` asks for.
+    (/sys/kernel/mm/transparent_hugepage/shmem_enabled), regardless of `madvise`.
 
     Raises:
-        OSError: the system has no such memory.
+        OSError: out of memory.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, n_bytes)

@@ -1,7 +1,7 @@
-"""All paths that localrun writes to: on Linux by the XDG base directory specification, elsewhere where the system keeps such things
+"""All paths that localrun writes to: on Linux as in the XDG base directory specification, elsewhere the system's usual folders
 (platformdirs).
 
-`LOCALRUN_CACHE_DIR`, `LOCALRUN_DATA_DIR` and `LOCALRUN_CONFIG_DIR` override; nothing else in the package composes such a path.
+`LOCALRUN_CACHE_DIR`, `LOCALRUN_DATA_DIR` and `LOCALRUN_CONFIG_DIR` override them; no other module builds such paths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from localrun.errors import HostError
 
 _PROBE_BYTES = 1 << 20
-"""A full drive still makes empty files; the compiled kernels of one type are some hundred kilobytes."""
+"""A full drive can still create empty files; the compiled kernels of one type take a few hundred kilobytes."""
 
 
 def home() -> Path:
@@ -44,11 +44,11 @@ def home() -> Path:
 
 
 def _folder(override: str, kind: str, variable: str, default: str) -> Path:
-    """A folder of ours.
+    """One of localrun's folders.
 
     Args:
-        kind: platformdirs' name of it.
-        variable, default: of the XDG specification.
+        kind: its name in platformdirs.
+        variable, default: as in the XDG specification.
     """
     if own := os.environ.get(override):
         return Path(own)
@@ -106,7 +106,7 @@ def _try_writing(folder: Path) -> None:
 
 
 def kernel_dir() -> Path:
-    """Compiled kernels. `LOCALRUN_KERNEL_DIR` moves them alone: what was compiled once may serve several caches."""
+    """Compiled kernels. `LOCALRUN_KERNEL_DIR` moves only these, so several caches can share them."""
     own = os.environ.get("LOCALRUN_KERNEL_DIR")
     return Path(own) if own else cache_dir() / "kernels"
 

@@ -1,4 +1,4 @@
-"""Reading a range of a file to its end, at the bottom of the package: of `localrun` it uses `errors` only."""
+"""Reads a complete range of a file. Imports only `errors` from the package."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Final
 from localrun.errors import StoreError
 
 _MOST_BYTES: Final = 64 << 20
-"""Of one system call: Linux moves at most 2 GiB at once, and an interrupt should not have to wait for that."""
+"""Per system call: Linux transfers at most 2 GiB, and interrupts should not have to wait that long."""
 
 
 def read_fully(
     fd: int, where: Path | str, offset: int, out: memoryview, *, need: int | None = None, hint: str | None = None
 ) -> None:
-    """Fills `out` (bytes) from `offset` on, however little the system gives at a time.
+    """Fills `out` (bytes) from `offset` on, handling short reads.
 
     Args:
-        where: the file, and what is read of it, for the message only.
-        need: bytes that must be there; the rest of `out` may lie past the end of the file, as in aligned reads. None: all.
+        where: the file and the part being read, for error messages.
+        need: bytes that must exist; the rest of `out` may be past the end of the file, as in aligned reads. None: all.
         hint: for the error.
 
     Raises:

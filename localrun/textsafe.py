@@ -1,11 +1,11 @@
-"""Makes foreign text safe to print on a terminal: what a model writes, file names, error messages of other programs.
+"""Makes untrusted text safe to print on a terminal: model output, file names, error messages of other programs.
 
 A terminal obeys control characters, so a model's answer could retitle the window, fill the clipboard, or hide and
-rewrite what stands on the screen. Control characters are shown as visible stand-ins instead of being dropped, because
-somebody who looks at a file with an escape sequence in it should see that it is there.
+rewrite what is on the screen. Control characters are replaced by visible symbols instead of being dropped, so that an escape
+sequence in a file can be seen.
 
-Works character by character, so a text may be cut into any chunks (with the exception of CR LF, which is one line end
-when it comes in one piece).
+Works character by character, so text may be split into chunks anywhere (except within CR LF, which is one line ending only
+within a chunk).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNSAFE_IN_LINE = re.compile(_UNSAFE.pattern + "|[\t\n]")
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters replaced by pictures of them; tabs and newlines stay.
+    """`text` with control characters replaced by visible symbols; tabs and newlines stay.
 
     >>> visible("\\x1b[31mred")
     '␛[31mred'
@@ -30,10 +30,10 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str, *, max_chars: int = 0) -> str:
-    """As `visible`, in one line: tabs become blanks, newlines `⏎`.
+    """Like `visible`, on one line: tabs become spaces, newlines `⏎`.
 
     Args:
-        max_chars: longer texts are cut and end in `…`; 0: no bound.
+        max_chars: longer text is truncated with `…`; 0: no limit.
     """
     line = _UNSAFE_IN_LINE.sub(_picture_in_line, text.replace("\r\n", "\n"))
     if max_chars and len(line) > max_chars:

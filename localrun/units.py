@@ -1,4 +1,4 @@
-"""Sizes and rates for people: GiB = 2**30 bytes, GB = 10**9 bytes, never mixed."""
+"""Human-readable sizes and rates: GiB = 2**30 bytes, GB = 10**9 bytes, never mixed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     """Bytes of `8GiB`, `500MB`, `1.5G` (a bare letter means the binary unit), or 0.
 
     Raises:
-        UsageError: not a size, negative, or without a unit: nobody means 24 bytes.
+        UsageError: not a size, negative, or without a unit (nobody means 24 bytes).
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if match is None or (match[2] and match[2].upper() not in _UNITS):
@@ -44,7 +44,7 @@ def parse_size(text: str) -> int:
 
 
 def _likely(number: str) -> str:
-    """A bare number with the unit that it was most likely meant in."""
+    """A bare number with the unit that was most likely meant."""
     value = float(number)
     if value < 4096:
         return f"{number}GiB"
@@ -69,7 +69,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_rate(per_s: float) -> str:
-    """Three digits that count, and never an exponent: `0.0123`, `4.12`, `38.5`, `1,234`."""
+    """Three significant digits, never an exponent: `0.0123`, `4.12`, `38.5`, `1,234`."""
     if per_s >= 999.5:
         return f"{per_s:,.0f}"
     return f"{per_s:.3g}" if per_s >= 1e-4 else "0"

@@ -1,5 +1,6 @@
-"""What `import localrun` offers, and what the commands do apart from arguments and printing.
+"""The implementation of `import localrun`, and what the commands do apart from parsing arguments and printing.
 
-Users import from `localrun` (`localrun.__all__` is the promise; docs/api.md); commands and the terminal UI import the modules here.
-Standard library, options and the engine process's parent side only at import: numbers and files are loaded when they are needed.
+Users import from `localrun` (`localrun.__all__` is the stable API; docs/api.md); commands and the terminal UI import the
+modules here. Importing loads only the standard library, options and the parent's side of the engine process; everything else is
+loaded on demand.
 """

@@ -1,4 +1,4 @@
-"""A whole answer, put together from the events of one that is being written."""
+"""A complete answer, assembled from its events."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Answer:
 
     Attributes:
         text: the answer.
-        thinking: the reasoning before it.
-        tool_calls: calls that the model asks for; `arguments` is a JSON object as text, `usable` says whether it is whole.
-        finish_reason: `eos`: the model ended it; `length`: `max_tokens` reached; `context`: the context is full; `stopped`; `stop`:
-            one of the stop texts.
+        thinking: the reasoning that preceded it.
+        tool_calls: calls that the model requests; `arguments` is a JSON object as text, `usable` tells whether it is complete.
+        finish_reason: `eos`: the model ended it; `length`: `max_tokens` reached; `context`: the context is full; `stopped`: by
+            the user; `stop`: a stop string was found.
         seed: gives the same answer again.
         timings: tokens and seconds.
-        problems: what was wrong with the form of the answer, by name.
-        warning: one line that the user should know, or None.
+        problems: names of formal defects of the answer.
+        warning: one line for the user, or None.
     """
 
     text: str

@@ -1,6 +1,6 @@
-"""From an official checkpoint to a directory that localrun and llama.cpp run: learn, choose, write, split, compare, report.
+"""Converts an official checkpoint to a directory that localrun and llama.cpp run: calibrate, choose, write, split, compare, report.
 
-The bytes are `localrun.quant.convert`'s. Each step finds out whether it is done already, so a killed conversion goes on.
+The writing is done by `localrun.quant.convert`. Each step detects whether it is already done, so an interrupted conversion resumes.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ def convert(
     jobs: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """Converts an official checkpoint, as `localrun convert` does; the same call goes on after a kill.
+    """Converts an official checkpoint, like `localrun convert`; repeat the same call to resume after an interruption.
 
     Args:
         source: folder with config.json and safetensors.
-        target_folder: written.
+        target_folder: folder to write.
         base: format of the experts, such as `q2_k`; None: exact (`mxfp4`), `q8_0` for FP8 checkpoints.
         dense: format of the dense matrices; None: `q8_0`.
-        keep_experts: write the dense part only (minutes, some GB); experts are read from `source`, which must stay.
+        keep_experts: write only the dense part (minutes, a few GB); experts are read from `source`, which must stay in place.
         hot: better copies of the experts that matter most, such as `mxfp4:12GiB`.
-        target: instead of `base` and `hot`, a box to choose them for, such as `24GiB-vram,64GiB-ram`.
+        target: instead of `base` and `hot`, the machine to choose them for, such as `24GiB-vram,64GiB-ram`.
         recipe: name or file of a recipe.
-        calibrate: a text to learn from; None: the one that ships, where a format rounds.
-        imatrix: llama.cpp's importance file instead.
-        ram: for experts while the text runs.
-        split: largest size of a file.
+        calibrate: a calibration text; None: the built-in one, if a format rounds.
+        imatrix: a llama.cpp importance file to use instead.
+        ram: RAM for experts during calibration.
+        split: maximum file size.
         jobs: threads.
-        progress: called with what is being done, how much is done, and of how much.
+        progress: called with (step, done, total).
 
     Returns:
         The folder: a model for `localrun.load`.
 
     Raises:
-        UsageError: options that can't be, or that differ from those the folder was begun with.
-        CheckpointError, FormatError: the source is damaged or no checkpoint.
+        UsageError: invalid options, or options that differ from those the folder was started with.
+        CheckpointError, FormatError: the source is damaged or not a checkpoint.
         DiskSpaceError: the result does not fit; nothing is written.
     """
     folder = Path(target_folder).expanduser()
@@ -140,7 +140,7 @@ class _Progress:
 
 
 def run(wanted: Request, out: Follower) -> None:
-    """Converts, goes on with what was begun, or changes the overlay of what is finished: whatever there is to do.
+    """Does whatever is left to do: converts, resumes, or changes the overlay of a finished model.
 
     Raises:
         LocalrunError: see `convert`.
@@ -159,7 +159,7 @@ def run(wanted: Request, out: Follower) -> None:
         if not options.hot and not (wanted.target_folder / LEARNED_NAME).is_dir():
             out.finished(wanted.target_folder)
             return
-    # An overlay alone can be begun anew; what a target chose must fit the base that is there already.
+    # An overlay alone can be restarted; a target's choices must fit the existing base.
     if (wanted.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
         return _complete(wanted, options, jobs, out)
     if wanted.split is not None and splitting.is_waiting(wanted.source, wanted.target_folder) and not wanted.dry_run:
@@ -199,7 +199,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
         read_text(wanted.evaluate)
     precision.evaluation_types(wanted, open_model(wanted.source).moe_layers if wanted.evaluate_types else {})
     if wanted.dry_run:
-        # The plan first: it is what was asked for, also where the disk turns out to be too small.
+        # Show the plan first, even if the disk turns out to be too small.
         out.checked(plan)
         needed = check_space(plan, wanted.target_folder)
         out.note(f"dry run: nothing written; the disk has room for {format_size(needed)}")
@@ -242,7 +242,7 @@ def _conversion_options(
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, ConversionOptions
 
     if wanted.keep_experts:
-        importance = None  # what it would weigh is not written
+        importance = None  # the weights it would apply to are not written
     return ConversionOptions(DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts)
 
 
@@ -282,7 +282,7 @@ def _after_base(
 
 
 def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
-    """The rest of a conversion that was killed after its base was finished: what it learned is still there."""
+    """Completes a conversion that was interrupted after its base was finished; the calibration is still there."""
     from localrun.quant.checkpoint.mapping import make_plan
     from localrun.quant.convert.converter import ConversionResult, described_options
     from localrun.quant.convert.journal import describe_changes
@@ -308,10 +308,10 @@ def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower)
 
 
 def _follow_moved_source(wanted: Request, out: Follower) -> None:
-    """Notes down where the experts of a finished model are now.
+    """Records the new location of a finished model's experts.
 
     Raises:
-        UsageError: it has its own experts, another dense type, or another checkpoint.
+        UsageError: the model includes its experts, has another dense type, or was made from another checkpoint.
     """
     from localrun.quant.convert.converter import open_checkpoint
     from localrun.quant.convert.overlay import read_base
@@ -340,7 +340,7 @@ def _follow_moved_source(wanted: Request, out: Follower) -> None:
 
 
 def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
-    """Another overlay, or none, for a model that was converted before; the base stays as it is."""
+    """Replaces or removes the overlay of a finished model; the base is unchanged."""
     from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import BASE_TYPES
     from localrun.quant.convert.overlay import open_overlay_source, read_base, remove_overlay, write_overlay

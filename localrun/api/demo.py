@@ -1,4 +1,4 @@
-"""The demo model that comes with localrun: an official-format checkpoint in the package, converted on its first use."""
+"""The bundled demo model: a checkpoint in the official format, converted on first use."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def checkpoint() -> Path:
 
 
 def converted() -> Path:
-    """The folder of the converted demo model in the cache; converts it if it is not there.
+    """The folder of the converted demo model in the cache; converts it if necessary.
 
-    Where the cache can't be written, the checkpoint itself: it runs unconverted, but loads more slowly.
+    If the cache is not writable, returns the checkpoint itself, which runs unconverted but loads more slowly.
 
     Raises:
         UsageError: this installation has no demo model.
         LocalrunError: it can't be converted.
     """
     source = checkpoint()
-    # Looking into the checkpoint needs imports of half a second: what it is converted to is remembered by its files' names,
+    # Reading the checkpoint needs imports that take half a second, so the conversion is looked up by file names,
     # sizes and times.
     stamp = paths.cache_dir() / f"demo-{_files_digest(source)}.stamp"
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -62,7 +62,7 @@ def converted() -> Path:
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
         _remove_partial()
-        # Converted beside the target and renamed: two first starts at once both end well.
+        # Converted next to the target and renamed, so two simultaneous first starts are safe.
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         try:
             convert(source, partial)
@@ -79,7 +79,7 @@ def converted() -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """The converted copy has all of its files, each as large as its manifest says: a power cut may leave empty ones."""
+    """Whether the converted copy has all files in the sizes of its manifest: a power cut may leave empty ones."""
     try:
         files = json.loads((folder / MANIFEST_NAME).read_bytes())["files"]
         return bool(files) and all((folder / file["name"]).stat().st_size == file["size_bytes"] for file in files)

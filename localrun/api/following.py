@@ -1,4 +1,4 @@
-"""Whoever follows a conversion: what it tells, and when."""
+"""The interface for following a conversion: which events it reports, and when."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Follower(Protocol):
         """A dry run's plan."""
 
     def chosen(self, choice: PrecisionChoice | None) -> None:
-        """What was learned and decided; None: nothing had to be."""
+        """Calibration and choice of precision; None: neither was needed."""
 
     def wrote(self, result: ConversionResult) -> None:
         """A base or an overlay is whole."""
 
     def finished(self, result: ConversionResult | Path | None) -> None:
-        """All is done: what was written, or the folder that was changed; None: a dry run."""
+        """Finished: what was written, or the folder that was changed; None: a dry run."""

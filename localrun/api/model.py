@@ -1,10 +1,10 @@
-"""A loaded model in a process of its own: ask it, follow its answer as it is written, count tokens.
+"""A loaded model in a separate process: ask it, stream its answers, count tokens.
 
     with localrun.load("demo") as model:
         print(model.ask("Hello! Who are you?"))
 
-Everything a model does happens in its engine process (`engine/process/process.py`): a crash there costs the running answer, and
-the next question loads the model again.
+The model runs in its engine process (`engine/process/process.py`). If that crashes, only the running answer is lost, and the
+next question reloads the model.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Model:
-    """A loaded model. A context manager; `close` ends its process, and so does the end of this one.
+    """A loaded model. A context manager; its process ends with `close` or with this process.
 
-    It answers one conversation at a time; calls from other threads wait. It keeps no conversation: hand over all messages each
-    time, and what they have in common with the last ones is not computed again.
+    It answers one request at a time; calls from other threads wait. It does not store the conversation: pass all messages each
+    time; the prefix shared with the previous request is not recomputed.
     """
 
     def __init__(self, engine: EngineProcess, settings: config.Settings) -> None:
         """
         Args:
-            engine: with a model in it; this object closes it.
-            settings: defaults of answers.
+            engine: has a model loaded; this object closes it.
+            settings: defaults for answers.
         """
         self._engine = engine
         self._settings = settings
@@ -66,16 +66,16 @@ class Model:
         """The whole answer.
 
         Args:
-            question: a text, or a whole conversation.
+            question: a string, or a whole conversation.
             system: the system message before it.
-            tools: functions that the model may call, in the shape of OpenAI's API; calls are returned, not run.
-            tool_choice: `required`: at least one call, enforced while the answer is written.
-            json_schema: the answer is made to follow it.
-            stop: texts that end the answer.
+            tools: functions that the model may call, in the OpenAI API's format; calls are returned, not executed.
+            tool_choice: `required`: at least one call, enforced during decoding.
+            json_schema: decoding is constrained to it.
+            stop: strings that end the answer.
 
         Raises:
-            UsageError: an option that can't be.
-            LocalrunError: the answer failed; the model can be asked again.
+            UsageError: an invalid option.
+            LocalrunError: the answer failed; the model is still usable.
         """
         gathered = Gathered()
         for event in self.stream(
@@ -103,9 +103,9 @@ class Model:
     ) -> Iterator[GenerateEvent]:
         """The events of an answer as they happen; the last one is `Finished`. Leaving the loop early stops the answer.
 
-        Arguments and errors as `ask`. Events: `PromptProgress` while the prompt is read, `Delta` for each piece of the answer, of
-        its reasoning or of a tool call's arguments, `ToolCallBegun` and `ToolCall`; `Loading` and `Ready` first, if the process had
-        to be started again.
+        Arguments and errors as for `ask`. Events: `PromptProgress` while the prompt is read, `Delta` for each piece of the
+        answer, its reasoning or a tool call's arguments, `ToolCallBegun` and `ToolCall`; preceded by `Loading` and `Ready` if
+        the process had to be restarted.
         """
         command = generate_command(
             question,
@@ -130,7 +130,7 @@ class Model:
         return self._in_time(lambda: self._engine.count(command))
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded: memory, context, hits and misses; also while an answer is written.
+        """Counters since the model was loaded: memory, context, hits and misses. Works while an answer is running, too.
 
         Raises:
             LocalrunError: the process has ended, or does not answer.
@@ -138,7 +138,7 @@ class Model:
         return self._in_time(self._engine.stats)
 
     def stop(self) -> None:
-        """Ends the running answer, from another thread; its last event says `stopped`. Returns at once."""
+        """Stops the running answer from another thread; its last event says `stopped`. Returns immediately."""
         self._engine.stop()
 
     def close(self) -> None:
@@ -175,11 +175,11 @@ def load(
         model: a converted directory, a GGUF, an official checkpoint, a name from `[models]` in the user's settings, or `demo`;
             None: the user's default model, else the demo model.
         progress: called with 0 to 1 and what is being done.
-        options: as of `localrun chat`: `ram="48GiB"`, `gpu="none"`, `context=8192`, ...
+        options: those of `localrun chat`: `ram="48GiB"`, `gpu="none"`, `context=8192`, ...
 
     Raises:
-        UsageError, BudgetError: there is no such model, or it can't be loaded like that.
-        LocalrunError: the files are damaged, or no model that localrun runs.
+        UsageError, BudgetError: there is no such model, or it can't be loaded with these options.
+        LocalrunError: the files are damaged, or not a model that localrun runs.
     """
     settings = given(options)
     chosen = engine_options(settings)

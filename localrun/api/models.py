@@ -1,6 +1,6 @@
-"""From what a user writes for MODEL to a path: a path, a name from `[models]`, `demo`, a repository in the Hugging Face cache.
+"""Resolves a MODEL argument to a path: it may be a path, a name from `[models]`, `demo`, or a repository in the Hugging Face cache.
 
-What is none of these is refused with the command that was most likely meant.
+Anything else is rejected with the command that was most likely meant.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LAST = "last-model"
 
 
 def resolve(text: str, settings: config.Settings, *, command: str = "chat") -> Path | None:
-    """The path of the model that `text` means; None: the demo model.
+    """The path of the model `text`; None for the demo model.
 
     Raises:
-        LocalrunError: there is none; the hint is a command line.
+        LocalrunError: there is no such model; the hint is a command line.
     """
     path = expanded(text)
     if path is not None and path.exists():
@@ -59,7 +59,7 @@ def expanded(text: str) -> Path | None:
 
 
 def is_text(text: str, settings: config.Settings) -> bool:
-    """`text` stands where a model belongs, but is a question: no such path or name, and no shape of one."""
+    """Whether `text`, given as a model, is really a question: neither an existing path or name, nor formatted like one."""
     path = expanded(text)
     if (path is not None and path.exists()) or text in settings.models or text == DEMO:
         return False
@@ -86,7 +86,7 @@ def in_hub_cache(repository: str) -> Path | None:
 
 
 def remember(path: Path) -> None:
-    """Keeps a model that was opened: `chat` without a MODEL opens it again. The demo model's copy in the cache is none."""
+    """Remembers an opened model, so that `chat` without MODEL reopens it. The demo model's copy in the cache does not count."""
     if path.absolute().is_relative_to(paths.cache_dir()):
         return
     with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def remember(path: Path) -> None:
 
 
 def last() -> Path | None:
-    """The model that was opened last, if it is still there."""
+    """The model opened last, if it still exists."""
     try:
         path = Path(os.fsdecode((paths.data_dir() / _LAST).read_bytes()))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""From options by name to what the engine takes; where nothing is given, the user's settings apply, as they do in commands."""
+"""Turns options by name into the engine's options; unset ones come from the user's settings, as in commands."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class AnswerOptions(TypedDict, total=False):
 
 
 def given(options: Mapping[str, Any], base: config.Settings | None = None) -> config.Settings:
-    """The user's settings, or `base`, with these options instead; None leaves an option as it is.
+    """The user's settings, or `base`, overridden by these options; None leaves an option unchanged.
 
     Raises:
-        UsageError: a value that is none, or out of bounds.
-        TypeError: an unknown name, as any function's.
+        UsageError: an invalid or out-of-bounds value.
+        TypeError: an unknown name, as for any function.
     """
     if unknown := options.keys() - BY_NAME.keys():
         raise TypeError(f"unknown option {min(unknown)!r}; known: {', '.join(BY_NAME)}")
@@ -72,7 +72,7 @@ def _value(option: Option, value: object) -> Any:
 
 
 def engine_options(settings: config.Settings, *, math: Literal["int8", "f32"] = "int8") -> EngineOptions:
-    """How to load a model. What this machine can't do is refused before anything is read.
+    """How to load a model. Anything this machine can't do is rejected before reading anything.
 
     Raises:
         UsageError, BudgetError: more threads or memory than there are.

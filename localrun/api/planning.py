@@ -1,4 +1,4 @@
-"""What fits where and how fast that will be, on this machine or a described one; the planner's numbers, nothing is loaded."""
+"""Plans for this machine or a described one: what fits where, and how fast it will be. Loads nothing."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A machine to plan for. What is not given is the box's, or this machine's.
+    """A machine to plan for. Unspecified values are those of the box, or of this machine.
 
     Attributes:
-        box: name of a usual machine, such as `gpu-24-ram-64`.
+        box: name of a typical machine, such as `gpu-24-ram-64`.
         ram: its memory, 2 GiB of it in use.
         vram: memory of each GPU; 0 for a machine without.
         threads: its cores.
         memory_gbps, disk_gbps: GB/s of its RAM and of the model's drive.
-        drives: 2: a mirror on a second drive.
+        drives: 2 for a mirror on a second drive.
         gpu_gbps, pcie_gbps: GB/s of the GPUs' memory, and between RAM and GPU.
     """
 
@@ -67,16 +67,16 @@ def plan(
         position: tokens already in the context when an answer begins; None: a quarter of the context, at most 8192.
         prompt_tokens: length of the prompt.
         probe: measure drive and memory of this machine (a second or two, remembered for a month).
-        limits: what may be used: `ram="48GiB"`, `context=131072`, ...
+        limits: as for loading: `ram="48GiB"`, `context=131072`, ...
 
     Raises:
-        BudgetError: it can't fit, or more is promised than the machine has; the hint has the nearest setting that fits.
-        LocalrunError: there is no such model or box, or an option that can't be.
+        BudgetError: it can't fit, or a limit exceeds the machine; the hint has the nearest setting that fits.
+        LocalrunError: there is no such model or box, or an option is invalid.
     """
     user = config.load()
     if isinstance(machine, str):
         machine = Machine(box=machine)
-    if machine is not None:  # what this machine's owner set for this machine says nothing about another
+    if machine is not None:  # settings for this machine don't apply to another one
         user = config.Settings(models=user.models)
     settings = given(limits, user)
     return plan_with(model, settings, machine, base=base, position=position, prompt_tokens=prompt_tokens, probe=probe)
@@ -120,7 +120,7 @@ def plan_with(
 
 
 def hardware_of(machine: Machine | None, settings: config.Settings, sizes: ModelSizes, *, probe: bool) -> Hardware:
-    """This machine, or the one that is described; what is not described is taken from this one, and marked so.
+    """This machine, or the described one; unspecified values are taken from this machine, and marked as such.
 
     Raises:
         UsageError: no such box.

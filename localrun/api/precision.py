@@ -1,8 +1,8 @@
-"""The parts of a conversion that choose formats: what experts need, which get better copies, and the report.
+"""The parts of a conversion that choose formats: calibration, the choice of better copies, and the report.
 
-The order: learn (a calibration text runs through the source itself, or an imatrix is read), measure each format's output error,
-solve, write the base, write the overlay, report. What was learned is kept in the target until the end, so a conversion that goes on
-after a kill decides the same.
+The order: calibrate (run a text through the source, or read an imatrix), measure each format's output error, solve, write the
+base, write the overlay, report. Calibration results are kept in the target until the end, so a resumed conversion makes the
+same choices.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ EVAL_WINDOW = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a conversion is asked for, as `localrun convert` takes it (docs/quantization.md). Sizes in bytes.
+    """A conversion request, as for `localrun convert` (docs/quantization.md). Sizes in bytes.
 
     Attributes:
         source: folder of an official checkpoint.
-        target_folder: written; a killed run goes on where it was.
+        target_folder: folder to write; an interrupted run resumes there.
         base, dense: formats by name; None: the default.
-        keep_experts: experts stay in the checkpoint; only the dense part, and better copies if asked for, are written.
+        keep_experts: experts stay in the checkpoint; only the dense part, and better copies if requested, are written.
         hot: `TYPE:SIZE`, bytes of better copies in a type, or only `none`.
-        target: `SIZE-vram,SIZE-ram`: base and copies are chosen for such a box.
+        target: `SIZE-vram,SIZE-ram`: choose base and copies for such a machine.
         recipe: name or file of a recipe.
         jobs: threads; None: 8, or one per core.
-        split: largest size of a file; None: one file, however large.
-        calibrate, calibrate_tokens: a text to learn from, and how much of it (0: all).
-        imatrix: llama.cpp's importance file instead.
-        no_calibrate: round without knowing what matters.
-        ram: for experts while the text runs.
-        evaluate, evaluate_types: a text to compare on, and formats to compare with, separated by commas.
-        dry_run: check and tell, write nothing.
+        split: maximum file size; None: a single file.
+        calibrate, calibrate_tokens: the calibration text, and how much of it to use (0: all).
+        imatrix: a llama.cpp importance file to use instead.
+        no_calibrate: quantize without importance data.
+        ram: RAM for experts during calibration.
+        evaluate, evaluate_types: a text to compare on, and comma-separated formats to compare with.
+        dry_run: check and report, write nothing.
     """
 
     source: Path
@@ -95,7 +95,7 @@ class FormatOptions:
 
 
 def format_options(wanted: Request, dense_default: str) -> FormatOptions:
-    """Puts recipe and options together; what was typed wins.
+    """Merges recipe and options; options that were typed win.
 
     Raises:
         UsageError, FormatError: unknown types or recipes, impossible budgets, options that exclude each other.
@@ -150,7 +150,7 @@ def learn(
     dense_bytes: int,
     out: Follower,
 ) -> PrecisionChoice | None:
-    """Calibrates or reads, measures, solves; None where nothing can be learned and nothing was asked for.
+    """Calibrates (or reads an imatrix), measures, solves; None if calibration is impossible and nothing requires it.
 
     Raises:
         UsageError: better copies of a checkpoint without a tokenizer, and no imatrix.
@@ -187,7 +187,7 @@ def precision_request(wanted: Request, options: FormatOptions) -> PrecisionReque
     """For `choose_precision`; reads the calibration text.
 
     Raises:
-        UsageError, FormatError: a text that is empty, not UTF-8, or no conversation.
+        UsageError, FormatError: a text that is empty, not UTF-8, or not a conversation.
     """
     from localrun.engine.measure.calibration_text import read_calibration_text
     from localrun.engine.measure.choose import PrecisionRequest
@@ -211,7 +211,7 @@ def write_report(
     name: str,
     evaluations: Sequence[Evaluation],
 ) -> None:
-    """`report.md`, `report.json` and pictures into the target; the imatrix beside them."""
+    """Writes `report.md`, `report.json`, pictures and the imatrix to the target."""
     from localrun.engine.measure.choose import IMATRIX_NAME
     from localrun.quant.convert.converter import LEARNED_NAME
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
@@ -252,9 +252,9 @@ def write_report(
 
 
 def remove_report(folder: Path) -> None:
-    """Takes away what `write_report` wrote about an overlay that is gone, and what an unfinished choice of one kept.
+    """Removes the report of an overlay that no longer exists, and leftovers of an unfinished choice of one.
 
-    The imatrix stays: the base may have been rounded with it.
+    The imatrix stays: the base may have been quantized with it.
     """
     from localrun.quant.convert.converter import LEARNED_NAME
     from localrun.quant.precision.report import REPORT_NAMES
@@ -277,7 +277,7 @@ def evaluation_types(wanted: Request, moe_layers: Mapping[int, MoeLayer]) -> lis
     """Formats to compare the finished model with.
 
     Raises:
-        UsageError: an unknown format, one that the rows don't fit, or no text to compare on.
+        UsageError: an unknown format, one that does not fit the rows, or no text to compare on.
     """
     from localrun.quant.precision.solver import expert_bytes, parse_type
 
@@ -298,9 +298,9 @@ def evaluate(
     importance: ImportanceLookup | None,
     out: Follower,
 ) -> list[Evaluation]:
-    """The finished model, and uniform ones in the formats that were asked for, against the source on the held-out text.
+    """Compares the finished model, and uniform models in the requested formats, with the source on the held-out text.
 
-    Uniform models are written into the target's folder one after the other and deleted when they have been measured.
+    Uniform models are written to the target's folder one at a time and deleted once measured.
     """
     from localrun.api.texts import read_text
     from localrun.engine.measure.compare import compare_models

@@ -1,4 +1,4 @@
-"""The step after a conversion that cuts the model into files for media with a size limit."""
+"""Splits a converted model into files for media with a size limit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def check(plan: ConversionPlan, size: int, out: Follower) -> None:
-    """Says how many files there will be; refuses a size before hours of converting.
+    """Reports how many files there will be; rejects an impossible size before hours of conversion.
 
     Raises:
-        UsageError: a tensor alone is larger.
+        UsageError: a single tensor is larger.
     """
     from localrun.quant.checkpoint.mapping import ALIGNMENT
     from localrun.quant.convert.split import plan_split
@@ -31,7 +31,7 @@ def check(plan: ConversionPlan, size: int, out: Follower) -> None:
 
 
 def is_waiting(source: Path, target: Path) -> bool:
-    """The finished model in `target` was made from the checkpoint `source`, is one file, and may still be split.
+    """Whether the finished model in `target` was made from the checkpoint `source`, is a single file, and can be split.
 
     Raises:
         UsageError: it was made from another checkpoint.

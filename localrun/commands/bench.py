@@ -1,6 +1,6 @@
 """`localrun bench`: how fast a model runs here, where the time goes, and what is read.
 
-The model runs in this process, not in an engine process of its own: nothing else competes with it, and its counters are at hand.
+The model runs in this process rather than in an engine process: nothing competes with it, and its counters are accessible.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _gguf_of(path: Path) -> Path:
     """The file that llama.cpp opens.
 
     Raises:
-        UsageError: the model is none that llama.cpp reads, or not the same model there.
+        UsageError: llama.cpp can't read the model, or would read a different one.
     """
     from localrun.quant.open import open_model
 
@@ -167,10 +167,10 @@ def _measure_plain(
 
 
 def bench_options(args: argparse.Namespace) -> BenchOptions:
-    """What is measured, from the command line.
+    """Benchmark options from the command line.
 
     Raises:
-        UsageError: values without a meaning.
+        UsageError: invalid values.
     """
     from localrun.engine.measure.benchmark import BenchOptions, default_frontiers
 

@@ -1,6 +1,6 @@
-"""`localrun chat`: opens the terminal UI; with `--plain` a conversation line by line; without a terminal one answer, as a check.
+"""`localrun chat`: opens the terminal UI; with `--plain` chats line by line; without a terminal prints one answer, as a check.
 
-The UI itself is handed in by the command line (`args.open_ui`): commands don't import it.
+The command line passes in the UI (`args.open_ui`): commands don't import it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ examples:
 """
 
 QUESTION = "Hello! Who are you?"
-"""Asked when there is no terminal to type into."""
+"""The question asked without a terminal."""
 
 HELP = "Enter sends. /new starts over, /exit or Ctrl-D quits, Ctrl-C stops an answer."
 
@@ -103,7 +103,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
         raise UsageError("--server uses the server's model", hint="leave out MODEL")
     template = generate_command((), settings)
     with RemoteEngine(args.server, key=os.environ.get("LOCALRUN_SERVER_KEY")) as engine:
-        (ready,) = engine.load()  # a wrong address is told before a screen is opened
+        (ready,) = engine.load()  # report a wrong address before opening a screen
         assert isinstance(ready, Ready)
         if interactive and not args.plain:
             return int(
@@ -131,7 +131,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
 
 
 class _Answers(Protocol):
-    """What answers: a process of ours, or a server."""
+    """What answers: an engine process, or a server."""
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]: ...
 
@@ -230,6 +230,6 @@ def _read_message() -> str:
     while select.select([sys.stdin], [], [], PASTE_PAUSE_S)[0]:
         try:
             lines.append(input())
-        except EOFError:  # what was pasted ends the message, not the conversation
+        except EOFError:  # pasted text ends the message, not the conversation
             break
     return "\n".join(lines)

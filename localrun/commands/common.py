@@ -1,4 +1,4 @@
-"""What commands that load a model share: options, the choice of the model, loading with progress."""
+"""Shared by commands that load a model: options, model selection, loading with progress."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def settings_of(args: argparse.Namespace) -> config.Settings:
 
 
 def model_path(args: argparse.Namespace, settings: config.Settings, out: Output) -> Path:
-    """The model that was named or is set, or the demo model, converted on its first use.
+    """The model that was named or configured, else the demo model, converted on first use.
 
     Raises:
         UsageError: there is no such model, or none was named and this installation has no demo model.
@@ -79,7 +79,7 @@ def model_path(args: argparse.Namespace, settings: config.Settings, out: Output)
 
 
 def named_path(args: argparse.Namespace, settings: config.Settings) -> Path | None:
-    """The model that was named or is set; None: the demo model. Raises LocalrunError: there is no such model."""
+    """The model that was named or configured; None for the demo model. Raises LocalrunError: there is no such model."""
     named = args.model if args.model is not None else settings["model"]
     return models.resolve(named, settings, command=getattr(args, "command", "run")) if named is not None else None
 
@@ -120,7 +120,7 @@ def load(
     *,
     each: Callable[[Loading | Ready], None] | None = None,
 ) -> ModelFacts:
-    """Loads a model and shows how far it is; `each` is handed every event, too."""
+    """Loads a model and shows progress; `each` is also called with every event."""
     with compiling.Notice(out, compiling.compiled_by(engine)) as notice:
         for event in engine.load(path, options):
             notice.something_else()
@@ -148,7 +148,7 @@ def show_progress(event: Event, out: Output) -> None:
 
 
 def speed(timings: Timings, plan: Mapping[str, Any] | None = None) -> str:
-    """One line about the cost of an answer, beside what the load's plan said."""
+    """One line about an answer's speed, next to the plan's."""
     parts = [f"{timings.new_tokens} tokens"]
     if (rate := timings.decode_tokens_per_s) is not None:
         said = (plan or {}).get("decode")

@@ -1,6 +1,6 @@
-"""Says so while kernels are being compiled: the first start on a processor, or after an update, waits for the compiler.
+"""Tells the user when kernels are being compiled: on the first start on a processor, or after an update.
 
-Set-up compiles all of them (`warm.py`); this is for whoever starts without.
+Setup compiles all of them (`warm.py`); this covers starts without it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _POLL_S = 0.5
 
 def compiled_here() -> int:
     """Functions that this process has begun to compile."""
-    module = sys.modules.get("localrun.kernel_cache")  # imported by whatever compiles, and takes long to import
+    module = sys.modules.get("localrun.kernel_cache")  # slow to import; whatever compiles imports it anyway
     return module.n_compiled if module is not None else 0
 
 
 def compiled_by(engine: EngineProcess) -> Callable[[], int]:
-    """How many functions an engine process has begun to compile, as it says in its log."""
+    """Number of functions that an engine process has started to compile, from its log."""
     return lambda: sum(line.startswith("compiling ") for line in engine.log_tail())
 
 
 class Notice:
-    """Shows the compiler's progress while nothing else is shown. A thread of its own, ended by `close`."""
+    """Shows the compiler's progress while nothing else is shown, on its own thread, which `close` ends."""
 
     def __init__(self, out: Output, count: Callable[[], int] = compiled_here) -> None:
         self._out, self._count = out, count
@@ -68,7 +68,7 @@ class Notice:
         return f"compiling for this processor, first run only: function {done}{total}, {elapsed}"
 
     def __enter__(self) -> Notice:
-        with contextlib.suppress(RuntimeError):  # no more threads: whoever needs them says so
+        with contextlib.suppress(RuntimeError):  # out of threads: code that really needs one will report it
             self._thread.start()
         return self
 

@@ -1,6 +1,6 @@
 """`localrun convert SRC DST`: an official checkpoint becomes a directory that localrun and llama.cpp run.
 
-Talks to people (stderr) and programs (`--json`, stdout); the work is `localrun.api.conversion`'s.
+Only handles output for people (stderr) and programs (`--json`, stdout); the work is done in `localrun.api.conversion`.
 """
 
 from __future__ import annotations

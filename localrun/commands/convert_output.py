@@ -1,4 +1,4 @@
-"""What `localrun convert` says while it runs: a bar and lines for people, and with `--json` one JSON object a line for programs.
+"""Output of a running `localrun convert`: a progress bar and lines for people, or with `--json` one JSON object per line.
 
 Events on standard output (docs/quantization.md lists their fields); the last one is `finished`, `failed` or `interrupted`:
 

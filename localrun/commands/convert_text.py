@@ -1,4 +1,4 @@
-"""A conversion in words and as JSON: its plan, what was learned, and what was written."""
+"""Describes a conversion as text and JSON: its plan, calibration results, and what was written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe_choice(choice: PrecisionChoice) -> list[str]:
 
 
 def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list[str]:
-    """The plan for people: what is there, what becomes of it, how large it gets."""
+    """The plan for people: the source, what each part becomes, and its size."""
     from localrun.quant.convert.report import summarize
 
     checkpoint, config = plan.checkpoint, plan.checkpoint.config

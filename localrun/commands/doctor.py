@@ -1,4 +1,5 @@
-"""`localrun doctor`: checks in the order in which failures cascade, each with a verdict, what was found, and the fixing command."""
+"""`localrun doctor`: checks in the order in which failures cascade, each with a verdict, the finding, and the command that
+fixes it."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ class Check:
 
     Attributes:
         verdict: only FAIL makes the command fail.
-        fix: the command or step that mends it.
+        fix: the command or step that fixes it.
     """
 
     name: str
@@ -135,7 +136,7 @@ def check_settings() -> Check:
 
 
 def check_library() -> Check:
-    """In a process of its own: a library that does not fit may crash."""
+    """In a separate process, because an incompatible library may crash."""
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
@@ -176,7 +177,7 @@ def check_devices() -> Check:
 
 
 def check_gpus() -> Check:
-    """Cards that the machine has, beside what llama.cpp was compiled for."""
+    """Compares the machine's graphics cards with what llama.cpp was compiled for."""
     code, output = _probe(
         "import json; from localrun.ggml import library as ggml; from localrun.ggml.devices import gpu_devices\n"
         "devices = [(d.name, d.description, d.free_bytes, d.total_bytes) for d in gpu_devices()]; lib = ggml.library()\n"
@@ -265,7 +266,7 @@ def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
     start = time.monotonic()
     try:
         n_types = warm_kernels(status)
-    except Exception as error:  # whatever the compiler raises, the report must go on
+    except Exception as error:  # the report must continue whatever the compiler raises
         return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this with your processor's name")
     return Check("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
 
@@ -290,10 +291,10 @@ def check_demo(*, warm: bool, status: Callable[[str], None]) -> Check:
 
 
 def _probe(code: str, *, libraries: Path | None = None) -> tuple[int, str]:
-    """Runs Python code in a process of its own; returns exit code and output.
+    """Runs Python code in a separate process; returns exit code and output.
 
     Args:
-        libraries: a folder in which the loader looks first.
+        libraries: a folder that the loader searches first.
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(config.__file__).parent.parent)}
     if libraries is not None:

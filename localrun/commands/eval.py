@@ -87,7 +87,7 @@ def _logits(args: argparse.Namespace, model: Path, options: EngineOptions, out: 
 def compare(
     args: argparse.Namespace, model: Path, reference: Path, options: EngineOptions, command: EvalText, out: Output
 ) -> EvalTextResult:
-    """Both models on one text, one after the other: both may want all the memory there is."""
+    """Runs both models on one text, one after the other, because each may need all memory."""
     with paths.scratch_folder("eval-") as folder:
         _measure(args, reference, replace(options, dense=None), structs.replace(command, save_folder=str(folder)), out)
         return _measure(args, model, options, structs.replace(command, reference_folder=str(folder)), out)

@@ -1,7 +1,7 @@
 """Where commands print: data on standard output, everything for people on standard error.
 
-A transient status line and colour appear on a terminal only; `NO_COLOR` and `TERM=dumb` are obeyed. What a model wrote is made
-harmless for a terminal and left as it is for a pipe.
+The transient status line and colour appear only on a terminal, and `NO_COLOR` and `TERM=dumb` are respected. Model output is
+neutralized on a terminal and unchanged in a pipe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Output:
         self._at_line_start = True
 
     def check_open(self) -> None:
-        """Before long work: raises LocalrunError if there is no standard output for its result."""
+        """Call before long work: raises LocalrunError if standard output is closed."""
         self._out.write("")
         if self._out.closed or getattr(self._out, "refuses", False):
             raise LocalrunError("standard output is closed", hint="redirect it to a file, or to /dev/null")
@@ -59,7 +59,7 @@ class Output:
         print(visible_line(text), file=self._err, flush=True)
 
     def answer(self, text: str) -> None:
-        """A piece of a model's answer, without a line end, shown at once."""
+        """Prints a piece of an answer immediately, without a newline."""
         if not text:
             return
         self.clear_status()
@@ -93,7 +93,7 @@ class Output:
         self.line(self._json(value))
 
     def _json(self, value: Any, indent: int | None = None) -> str:
-        """JSON without loss: what this output can't show as it is gets JSON's own escapes."""
+        """Lossless JSON: characters that this output can't represent are JSON-escaped."""
         text = json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             text.encode(getattr(self._out, "encoding", None) or "utf-8")
@@ -110,16 +110,16 @@ class Output:
 
 
 class Progress:
-    """How far a long piece of work is: share, amount, rate and time left, the same for every command.
+    """Progress of a long task: share, amount, rate and time left, the same for every command.
 
-    A line that redraws itself on a terminal, elsewhere a line every ten seconds. One thread.
+    On a terminal one line that redraws itself, elsewhere a line every ten seconds. Use from one thread.
 
     Args:
-        what: said before the figures, such as `splitting`.
-        skipped: of the amount, what counts as done but was done by an earlier run.
-        in_bytes: amounts are bytes; else things, and `unit` says which.
-        bar: draw one, on a terminal.
-        note: takes the lines off a terminal; None: the output's own.
+        what: label before the figures, such as `splitting`.
+        skipped: the part of the amount that an earlier run did.
+        in_bytes: amounts are bytes; otherwise counts of `unit`.
+        bar: draw a bar, on a terminal.
+        note: prints the lines when not on a terminal; None: the output's own.
     """
 
     EVERY_S = 10.0
@@ -142,10 +142,10 @@ class Progress:
         self._started = self._shown = time.monotonic()
 
     def __call__(self, done: int, total: int, *, per_s: float | None = None, left_s: float | None = None) -> None:
-        """Shows it, if it is time to.
+        """Shows progress if it is time to.
 
         Args:
-            per_s: bytes, or whatever is counted, where the caller knows better than the mean so far.
+            per_s: bytes or units per second, if the caller knows better than the mean so far.
             left_s: likewise.
         """
         now = time.monotonic()

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     machine = _machine(args)
     user = common.settings_of(args)
-    if machine is not None:  # what this machine's owner set for this machine says nothing about another
+    if machine is not None:  # settings for this machine don't apply to another one
         user = config.Settings(models=user.models).overridden(args, args.option_names)
     out.status("probing the machine")
     with compiling.Notice(out):
@@ -127,7 +127,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 
 def table(plan: Plan) -> list[str]:
-    """What stands behind the six lines."""
+    """The details behind the six lines."""
     at, sizes = plan.placement, plan.sizes
     lines = ["where memory goes"]
     lines += [f"  {part:<16}{format_size(size):>12}" for part, size in sizes.dense.items()]
@@ -142,7 +142,7 @@ def table(plan: Plan) -> list[str]:
 
 
 def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
-    """Each suggestion as the command that it is, with what it would give and, in a line below, what it costs."""
+    """Each suggestion as a command with its gain, and its cost on the line below."""
     if not plan.suggestions:
         return []
     commands = [(command_of(s.text, args), s) for s in plan.suggestions]
@@ -156,7 +156,7 @@ def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
 def command_of(change: str, args: argparse.Namespace) -> str:
     """A suggestion as a command line: `--kv q8_0` -> `localrun chat MODEL --kv q8_0`.
 
-    A model that was named by its kind only is still to be downloaded: then MODEL stands for it.
+    For a built-in model that has not been downloaded, the command says MODEL.
     """
     from localrun.quant.checkpoint.official import BUILT_IN
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         with common.engine_process(args, out) as engine:
             facts = common.load(engine, named or common.demo_model(out), options, out, each=shown.load)
             _answer(engine, command, facts, shown, out)
-    except BaseException as error:  # also an interrupt: whoever reads the events waits for the last one
+    except BaseException as error:  # also on an interrupt: readers of the events wait for the last one
         with contextlib.suppress(OSError, LocalrunError):  # the output may be what failed
             shown.failed(error)
         raise
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _take_as_question(args: argparse.Namespace, settings: config.Settings, out: Output) -> None:
-    """`localrun run "Why is the sky blue?"`: there is no such model, so it is what is asked."""
+    """`localrun run "Why is the sky blue?"`: there is no such model, so it is the question."""
     answers = settings["model"] or "the demo model"
     out.note(f"no model has that name, so it is the prompt for {answers} (use -p TEXT to avoid this note)")
     args.prompt, args.model = args.model, None
@@ -196,7 +196,7 @@ class _Whole:
 
 
 class _Lines:
-    """A JSON object per line, written as a whole, `event` saying what it is."""
+    """Prints one JSON object per line, atomically; `event` is its kind."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
@@ -227,7 +227,7 @@ class _Lines:
 
 
 def _problem(error: BaseException) -> dict[str, Any]:
-    """Why there is no answer, or only a part of one."""
+    """Why there is no answer, or only part of one."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return {"type": "Interrupted", "message": "interrupted", "hint": None}
     error = host_error(error) or error

@@ -1,4 +1,4 @@
-"""`localrun serve`: a model behind OpenAI's and Anthropic's APIs."""
+"""`localrun serve`: a model behind the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = engine_options(settings)
     named = common.named_path(args, settings)
-    sock = listen(args.host, args.port, limits)  # before the model: a port that is taken is known at once
+    sock = listen(args.host, args.port, limits)  # before loading the model, so a port in use is reported immediately
     with _log_lines(out), sock, common.engine_process(args, out) as engine:
         facts = common.load(engine, named or common.demo_model(out), options, out)
         _serve(args, settings, engine, facts, limits, keys, sock, out)

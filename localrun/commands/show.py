@@ -1,4 +1,4 @@
-"""`localrun show MODEL`: what a model is, what it is made of, and where its bytes lie. Reads headers only."""
+"""`localrun show MODEL`: what a model is, what it consists of, and where it is stored. Reads headers only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`localrun verify MODEL`: every checksum of a converted model, read from the disk; `--repair` makes what is damaged again.
+"""`localrun verify MODEL`: checks every checksum of a converted model on disk; `--repair` rebuilds damaged parts.
 
-An interrupted run goes on where it was, as long as the files are the same.
-A model without a manifest (somebody else's GGUF, an official checkpoint) has no checksums: its structure is checked and said so.
+An interrupted run resumes as long as the files are unchanged. A model without a manifest (another program's GGUF, an official
+checkpoint) has no checksums, so only its structure is checked, and the output says so.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _describe(damages: list[Damage], source: Any, out: Output) -> None:
 
 
 def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -> list[Damage]:
-    """Makes the damaged ranges again and reads them again; what is still bad."""
+    """Rebuilds the damaged ranges and rechecks them; returns what is still damaged."""
     from localrun.quant.convert.converter import open_checkpoint
     from localrun.quant.convert.integrity import recheck
     from localrun.quant.convert.repair import repair
@@ -182,7 +182,7 @@ def _repair(source: Any, damages: list[Damage], checkpoint: Path, out: Output) -
 
 
 def _importances(source: Any, out: Output) -> list[ImportanceLookup | None]:
-    """What the model's rounding types may have been made with: nothing, or the importance files that lie beside it."""
+    """Candidates for the importance data used in quantization: the importance files next to the model, or none."""
     from localrun.quant.precision.imatrix import read_imatrix
 
     found: list[ImportanceLookup | None] = []

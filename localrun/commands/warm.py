@@ -1,4 +1,4 @@
-"""Compiles the kernels of this processor and keeps them on disk, so that no chat and no conversion waits for the compiler."""
+"""Compiles this processor's kernels ahead of time, so chats and conversions don't wait for the compiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TYPES = (
 
 
 def warm_kernels(status: Callable[[str], None]) -> int:
-    """Compiles the kernels of all usual types, and what converting to K types needs; or finds them compiled.
+    """Compiles the kernels of all common types, and what conversion to K types needs, unless they are cached.
 
     Returns:
         How many types models may be stored in.
@@ -41,10 +41,11 @@ def warm_kernels(status: Callable[[str], None]) -> int:
 
 
 def try_demo_model(status: Callable[[str], None]) -> Timings:
-    """Converts the demo model if needed and lets it answer in an engine process: compiles what remains, and shows that all fits.
+    """Converts the demo model if needed and generates an answer in an engine process, which compiles the rest and tests the
+    installation.
 
     Raises:
-        LocalrunError: whatever went wrong.
+        LocalrunError: any failure.
     """
     status("the demo model answers")
     command = Generate(messages=({"role": "user", "content": "Hello"},), max_tokens=16)

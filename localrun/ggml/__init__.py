@@ -1,1 +1,1 @@
-"""The one binding to ggml and llama.cpp's C side: library, structures, types, devices, log. Knows nothing of models."""
+"""The only binding to ggml and llama.cpp's C API: library, structures, types, devices, log. Knows nothing about models."""

@@ -1,7 +1,7 @@
-"""ggml's GPU devices: which there are, how much memory they have, and RPC devices on other machines.
+"""ggml's GPU devices, their memory, and RPC devices on other machines.
 
-Whatever llama.cpp was built for counts: CUDA, ROCm, Vulkan, Metal, or a `rpc-server` that the user names, which is a GPU as far as
-ggml is concerned.
+Covers every backend llama.cpp was built with (CUDA, ROCm, Vulkan, Metal), and any `rpc-server` the user names, which ggml
+treats as a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GpuDevice:
         free_bytes, total_bytes: at the time of the query.
         is_integrated: part of the processor; its memory is the machine's RAM.
         card: the PCI address; empty where the backend does not say. One card has one device for each backend that knows it.
-        has_display: a monitor is connected to it.
+        has_display: a monitor is connected.
     """
 
     address: int
@@ -56,12 +56,12 @@ class GpuDevice:
 
     @property
     def display_bytes(self) -> int:
-        """What the automatic choice leaves to windows, which come and go, beside what it leaves on every card."""
+        """Additional memory that the automatic choice leaves for the desktop, whose use varies."""
         return DISPLAY_BYTES if self.has_display else 0
 
 
 class HostMemory:
-    """RAM from which uploads to a device go fastest: pinned where its backend has such, else plain pages. `close` frees it.
+    """RAM for the fastest uploads to a device: pinned if its backend supports that, else ordinary pages. `close` frees it.
 
     Attributes:
         array: (n_bytes,) the memory; not to be used after `close`.
@@ -88,10 +88,10 @@ class HostMemory:
 
 
 def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
-    """Devices of type GPU, integrated ones too, in ggml's order; those of RPC servers that have gone are left out.
+    """Devices of type GPU, including integrated ones, in ggml's order; unreachable RPC devices are skipped.
 
     Args:
-        names: only these, in lower case. A card that is asked for its memory gets a context, which takes 300 to 450 MB of it.
+        names: only these, in lower case. Querying a card's memory creates a context on it, which takes 300 to 450 MB.
     """
     lib = library()
     devices = []
@@ -116,7 +116,7 @@ def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
 
 
 def free_memory(device: GpuDevice) -> int:
-    """Bytes that the device says are free now."""
+    """Free bytes as reported by the device."""
     free, total = C.c_size_t(), C.c_size_t()
     library().ggml_backend_dev_memory(device.address, C.byref(free), C.byref(total))
     return free.value if free.value <= total.value else 0  # see `gpu_devices`
@@ -136,7 +136,7 @@ def _listed() -> Iterator[tuple[int, str, str]]:
 
 
 def has_display(card: str) -> bool:
-    """A monitor is connected to the card at this PCI address, as Linux has it; elsewhere nobody knows."""
+    """Whether a monitor is connected to the card at this PCI address, according to Linux; False on other systems."""
     if not card:
         return False
     for status in (SYS_PCI / card).glob("drm/card*/card*-*/status"):
@@ -147,7 +147,8 @@ def has_display(card: str) -> bool:
 
 
 def one_per_card(devices: Sequence[GpuDevice]) -> list[GpuDevice]:
-    """Without the second device of a card that two backends know (CUDA and Vulkan, in ggml's order): its memory is there once."""
+    """Drops the second device of a card that two backends list (CUDA and Vulkan, in ggml's order), because they share its
+    memory."""
     cards: set[str] = set()
     result = []
     for device in devices:
@@ -166,7 +167,7 @@ def add_rpc_server(endpoint: str) -> None:
 
     Raises:
         UsageError: not an endpoint.
-        LocalrunError: nobody answers there, or this llama.cpp has no RPC backend.
+        LocalrunError: no server answers there, or this llama.cpp has no RPC backend.
     """
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
@@ -204,14 +205,14 @@ def answers(endpoint: str) -> bool:
 
 
 def choose_gpus(choice: str, rpc: Sequence[str] = ()) -> list[GpuDevice]:
-    """The devices that the user's words mean.
+    """The devices that the user chose.
 
     Args:
-        choice: `auto` (all that have memory of their own), `none`, or names separated by commas.
+        choice: `auto` (all with dedicated memory), `none`, or comma-separated names.
         rpc: servers to add first.
 
     Raises:
-        UsageError: a name that no device has; says which there are.
+        UsageError: an unknown device name; the message lists the known ones.
         LocalrunError: see `add_rpc_server`.
     """
     for endpoint in rpc:

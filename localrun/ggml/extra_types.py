@@ -1,7 +1,7 @@
-"""ggml types that the bundled llama.cpp knows and the installed gguf package does not: added to its tables.
+"""Adds ggml types that the bundled llama.cpp supports, but the installed gguf package does not, to the latter's tables.
 
-Everything else takes types from `GGMLQuantizationType` and `GGML_QUANT_SIZES`, so this must be imported before anybody looks
-through them. `localrun.ggml.types.block_type` compares name and sizes with the library before a type is used.
+Everything else takes types from `GGMLQuantizationType` and `GGML_QUANT_SIZES`, so this must be imported before those tables are
+used. `localrun.ggml.types.block_type` compares name and sizes with the library before a type is used.
 """
 
 from __future__ import annotations

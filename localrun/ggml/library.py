@@ -1,10 +1,10 @@
-"""ggml's functions with their prototypes, looked up once per process, after a check that the library is the one we know.
+"""ggml's functions with their prototypes, looked up once per process after checking the library's version.
 
-Two views of one library: `base()` is libggml-base alone, the number formats and what is pure arithmetic on them; loading it takes
-milliseconds. `library()` is all of it, through the handle of libllama that llama-cpp-python holds, and makes sure of three things
-before it hands out anything: the version, that `structures` fits objects made by the C code, and that `base()` and libllama use one
-copy of ggml. Opening libggml by a path of our own could load a second copy (the wheel has several names for each library), with
-tables and a registry of devices that llama.cpp never sees.
+Two views of one library: `base()` is libggml-base alone: number formats and arithmetic on them, loaded in milliseconds.
+`library()` is the whole library, through the libllama handle of llama-cpp-python. Before it returns anything, it checks three
+things: the version, that `structures` matches objects created by the C code, and that `base()` and libllama share one copy of
+ggml. Opening libggml by path could load a second copy (the wheel has several names for each library), with tables
+and a registry of devices that llama.cpp never sees.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def base() -> Library:
     names = sorted(name for name in os.listdir(folder) if name.startswith("libggml-base.")) if folder.is_dir() else []
     if not names:
         raise _misfit(f"{folder}: no libggml-base")
-    # libllama asks for the name with one number where there are several: the loader then finds that this one is loaded already.
+    # libllama requests one of several versioned names; the loader then finds that this one is already loaded.
     numbered = [name for name in names if name.rpartition(".so.")[2].isdecimal()]
     return Library(C.CDLL(str(folder / (numbered or names)[0])), _BASE)
 
@@ -212,8 +212,8 @@ def _address(function: Callable[..., Any]) -> int | None:
 def _load_backends(lib: Library, folder: Path) -> None:
     """Loads the modules of a portable build: RPC, and the variant of the CPU backend that fits this processor best.
 
-    Has to come before `llama_backend_init`, which otherwise looks for modules in the *current folder*: a program would come from
-    wherever the user happens to stand, a USB stick with models for instance. A native build has its backends linked in.
+    Must be called before `llama_backend_init`, which would otherwise search the *current folder* for modules and so execute
+    code from, say, a USB stick with models. A native build has its backends linked in.
     """
     if lib.ggml_backend_reg_count():
         return
@@ -283,7 +283,7 @@ def _check_backend(lib: Library) -> None:
         raise _misfit("the CPU device's structure differs")
     buft_address = lib.ggml_backend_cpu_buffer_type()
     buft = BufferType.from_address(buft_address)
-    # The CPU buffer type's device is null (a FIXME in ggml-backend.cpp); the name shows that the interface lies where we think.
+    # The CPU buffer type's device is null (a FIXME in ggml-backend.cpp); the name shows that the interface is where we expect it.
     if buft.device not in (None, device_address) or buft.iface.get_name(buft_address) != lib.ggml_backend_buft_name(
         buft_address
     ):

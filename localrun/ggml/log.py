@@ -1,4 +1,5 @@
-"""llama.cpp's log, kept instead of printed: the last lines explain a failed load or decode, and all of it goes to `logging`."""
+"""Captures llama.cpp's log instead of printing it: the last lines explain a failed load or decode, and everything goes to
+`logging`."""
 
 from __future__ import annotations
 

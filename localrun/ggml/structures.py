@@ -1,11 +1,11 @@
 """All C structures and enum values of ggml and llama.cpp that localrun relies on and llama-cpp-python does not bind.
 
-Tensors, type traits, and the *internal* backend interface (`ggml/src/ggml-backend-impl.h`), which has no stability promise: so
-the library's version is pinned, and `library.library()` refuses to hand out anything unless real objects made by the C code have
-their fields where they are here. Field order and sizes are those of the llama.cpp that llama-cpp-python 0.3.36 bundles (0c1e57098,
-ggml 0.25.3). This module loads nothing.
+Tensors, type traits, and the *internal* backend interface (`ggml/src/ggml-backend-impl.h`), which has no stability guarantee.
+So the library's version is pinned, and `library.library()` fails unless objects created by the C code have their fields where
+this module expects them. Field order and sizes are those of the llama.cpp that llama-cpp-python 0.3.36 bundles (0c1e57098, ggml
+0.25.3). This module loads nothing.
 
-A new pin is made here and in `library`:
+To pin a new version, change this module and `library`:
 
 * the three versions below; `GGML_BACKEND_API_VERSION` 3 (llama.cpp b11480 and later) is `BACKEND_API_VERSION`;
 * `BufferTypeInterface`: version 3 adds `alloc_buffer_n` and `get_alloc_size_n`, which go where the header has them. A null
@@ -13,8 +13,8 @@ A new pin is made here and in `library`:
   `offload/device/device.py:_build_buffer_type`;
 * operations: their numbers, which `library` compares with the names that the library gives them;
 * functions: `library._BASE` (libggml-base) and `library._ALL`, where a missing one is reported by name;
-* the format of saved states, which changes there too, needs nothing: `Engine.state_key` holds the pinned version, so that states
-  of another one are not found.
+* the format of saved states changes too, but needs no work: `Engine.state_key` contains the pinned version, so other versions'
+  states are not found.
 """
 
 from __future__ import annotations

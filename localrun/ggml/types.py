@@ -1,7 +1,7 @@
-"""ggml's number formats: sizes, names, and rows to F32 and back, as libggml-base has them.
+"""ggml's number formats: sizes, names, and conversion of rows to and from F32 by libggml-base.
 
-Knows nothing about experts, files or quantizers of our own. Any type that the installed library can dequantize works, new ones
-included. Functions that take addresses check nothing: their callers own the memory and know its size.
+Knows nothing about experts, files or our own quantizers. Any type that the installed library can dequantize works, including
+new ones. Functions that take addresses don't check them: callers own the memory and know its size.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def quantize(
 ) -> int:
     """ggml's quantizer; releases the interpreter lock and uses one thread.
 
-    It aborts the process on NaN, on rows that are no whole blocks, on missing importance, and where squares of tiny numbers vanish.
+    It aborts the process on NaN, on rows that are not whole blocks, on missing importance, and where squares of tiny numbers
+    underflow.
 
     Args:
         values: address of (n_rows, n_in) f32, contiguous.

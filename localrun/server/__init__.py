@@ -1,4 +1,4 @@
-"""An HTTP server that speaks OpenAI's and Anthropic's APIs: knows HTTP and JSON, and nothing about experts.
+"""An HTTP server for the OpenAI and Anthropic APIs. Knows HTTP and JSON, but nothing about experts.
 
-One module per API turns requests into an `Ask` and events into that API's answers; what they share has modules of its own.
+One module per API turns requests into an `Ask` and events into that API's responses; shared parts are in separate modules.
 """

@@ -1,4 +1,4 @@
-"""An answer while it grows: what the engine's events amount to, in the order in which the model wrote it."""
+"""An answer in progress: accumulates the engine's events in the order the model wrote them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 @dataclass(slots=True)
 class Part:
-    """A run of one kind: reasoning, text, or one tool call.
+    """A block of one kind: reasoning, text, or one tool call.
 
     Attributes:
-        text: for a tool call: its arguments as JSON, whole when `ended`.
+        text: for a tool call, its arguments as JSON, complete once `ended`.
         call_id, name: of a tool call.
     """
 
@@ -41,7 +41,7 @@ class Answer:
     """One choice. `add` takes the engine's events in their order.
 
     Attributes:
-        prompt: how far the prompt is.
+        prompt: progress of the prompt.
         n_thinking: tokens of reasoning.
     """
 
@@ -108,7 +108,7 @@ class Answer:
 
     @property
     def finish(self) -> Finish:
-        """OpenAI's reason; `stop` as long as there is none."""
+        """OpenAI's finish reason; `stop` if there is none yet."""
         reason = self.finished.reason if self.finished else "eos"
         if reason in ("length", "context"):
             return "length"

@@ -1,4 +1,4 @@
-"""The application: which path is whose, and what happens to errors that nobody foresaw."""
+"""The application: routes, and handling of unexpected errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def dialect_of(scope: Scope) -> Dialect:
-    """In whose words a request wants its errors."""
+    """The API dialect in which a request expects its errors."""
     path = scope["path"]
     names = {name for name, _ in scope["headers"]}
     if "/messages" in path or b"anthropic-version" in names:
@@ -64,7 +64,7 @@ class Endpoints:
         self._store = ResponseStore(limits.stored_responses, limits.stored_bytes)
 
     def routes(self) -> list[Route]:
-        """With and without `/v1`: clients are told a base address with it, without it, or guess."""
+        """With and without `/v1`, because clients are configured with either base address, or guess."""
         served: list[tuple[str, str, Handler]] = [
             ("POST", "/chat/completions", self.chat),
             ("POST", "/completions", self.completions),
@@ -198,7 +198,7 @@ class Endpoints:
         return json_response(show(self._service))
 
     async def model(self, request: Request) -> Response:
-        """Any name is the one model's: whoever asks for another one gets this one, too."""
+        """Any name refers to the one model."""
         show = anthropic_models if isinstance(dialect_of(request.scope), Anthropic) else openai_models
         shown: dict[str, Json] = show(self._service)["data"][0]
         return json_response({**shown, "id": request.path_params["id"]})

@@ -1,7 +1,7 @@
-"""What a client asks for, in our own terms: every API's requests become an `Ask`, an `Ask` becomes `Generate` commands.
+"""The common form of requests: every API's requests become an `Ask`, and an `Ask` becomes `Generate` commands.
 
-Here is decided, once for all APIs, what efforts and tool choices mean, and what of a prompt changes between requests without
-meaning anything.
+Defines, for all APIs, the meaning of efforts and tool choices, and which parts of a prompt change insignificantly between
+requests.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Ask:
     """A request for one or several answers.
 
     Attributes:
-        model: the name that the client used; it is echoed.
+        model: the name that the client used, to echo.
         messages: as `chat/messages.py` reads them.
         tools: OpenAI `function` objects.
         tool_choice: `required` with `tool_name`: that tool.
         one_call: at most one tool call (`parallel_tool_calls: false`).
         schema: a JSON schema that the answer must follow, shown to the model and enforced; `{"type": "object"}` for any object.
-        show_schema: the model is told about it.
+        show_schema: mention the schema in the prompt.
         text: a raw prompt instead of messages (`/v1/completions`).
-        logprobs: how many alternatives are reported for each token; None: no log probabilities at all.
+        logprobs: number of alternatives to report for each token; None: no log probabilities.
         n: number of answers.
         resume: the last message is the beginning of the answer.
     """
@@ -116,7 +116,7 @@ class Ask:
         """One command for each choice.
 
         Args:
-            room: tokens that fit behind the prompt; bounds the answer. None: unknown.
+            room: tokens left after the prompt, which limits the answer. None: unknown.
         """
         command = self.command()
         if room is not None:
@@ -131,14 +131,14 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request that does not say otherwise gets; the user's settings.
+    """Defaults for requests, from the user's settings.
 
     Attributes:
         model: the name to list the model under.
-        think: mode of thinking where the API leaves it open.
-        think_modes: what the model can do, least first.
-        n_ctx: tokens that prompt and answer have together.
-        max_tokens: bound of answers that the request does not bound.
+        think: thinking mode if the request does not choose one.
+        think_modes: the model's modes, least first.
+        n_ctx: context size, for prompt and answer together.
+        max_tokens: limit for answers if the request has none.
     """
 
     model: str
@@ -154,11 +154,11 @@ class Defaults:
 
 
 def think_mode(effort: str, modes: Sequence[str], param: str) -> str:
-    """The model's mode for an effort: none and minimal do not think, xhigh and max are the most, `high` is the model's own if it
-    has one, everything below is its first.
+    """The model's mode for an effort: none and minimal turn thinking off, xhigh and max select the highest mode, `high` the
+    model's own if it has one, and anything lower its first.
 
     Raises:
-        ApiError: a word that no API knows.
+        ApiError: an unknown effort.
     """
     thinking = [mode for mode in modes if mode != "off"]
     if effort in ("none", "minimal", "off") or not thinking:
@@ -195,7 +195,7 @@ def note_once(api: str, what: str, fate: str = "ignored") -> None:
 
 
 def note_unknown(api: str, body: Mapping[str, Json], known: Sequence[str]) -> None:
-    """Logs fields that nobody here knows."""
+    """Logs unknown fields."""
     for name in body:
         if name not in known:
             note_once(api, f"field {name!r}")
@@ -292,10 +292,10 @@ _NOT_TEXT = {
 def text_of(content: Json, param: str, *, joint: str = "\n\n") -> str:
     """The text of a message's content: a string, null, or a list of text parts.
 
-    A list of one part and the string itself are the same prompt: clients send now the one and now the other.
+    A list with one part equals the plain string, because clients alternate between the two.
 
     Raises:
-        ApiError: a part that is not text, by name.
+        ApiError: a part that is not text; the message names it.
     """
     if content is None:
         return ""
@@ -317,7 +317,7 @@ def text_of(content: Json, param: str, *, joint: str = "\n\n") -> str:
 
 
 def part_text(part: Mapping[str, Json], param: str) -> str | None:
-    """The text of one part; None for one that says nothing to a model. Raises ApiError."""
+    """The text of one part; None for parts that are irrelevant to the model. Raises ApiError."""
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text", "summary_text", "reasoning_text"):
         text = part.get("text")

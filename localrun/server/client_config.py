@@ -1,4 +1,4 @@
-"""Ready configurations of the clients that people use with a local server (`localrun serve --print-config NAME`)."""
+"""Ready-made configurations for common clients (`localrun serve --print-config NAME`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What a client is told.
+    """A client's configuration.
 
     Attributes:
-        hint: where the text belongs, and what to do then.
+        hint: where the text goes, and what to do next.
         text: as it goes into a file or a shell.
     """
 
@@ -22,10 +22,10 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the server is, and what it serves.
+    """The server's address and model.
 
     Attributes:
-        key: what clients send; any word if the server asks for none.
+        key: the API key; any word if the server requires none.
     """
 
     host: str
@@ -166,4 +166,4 @@ CLIENTS: dict[str, Callable[[Address], Configuration]] = {
     "continue": _continue,
     "zed": _zed,
 }
-"""Name -> what is to be put where."""
+"""Client name -> its configuration."""

@@ -1,4 +1,4 @@
-"""OpenAI's old Completions: `POST /v1/completions`, a raw prompt and what the model makes of it."""
+"""OpenAI's legacy Completions: `POST /v1/completions` continues a raw prompt."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Who is answered when: a bounded queue that is fair between clients, and the thread that takes from it.
+"""A bounded request queue that is fair between clients, and the thread that serves it.
 
-The engine answers one request at a time. Requests of one client (a session, a connection) wait in the order of their arrival;
-clients take turns, so that an agent with ten requests does not keep another one waiting for all of them. A request that was
-cancelled costs nothing more: a waiting one is forgotten, a running one is stopped within a token.
+The engine answers one request at a time. Requests of one client (a session or a connection) are served in order of arrival, and
+clients take turns, so an agent with ten requests does not block the others. A cancelled request costs nothing more: a waiting
+one is dropped, a running one is stopped within a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ USUAL_ANSWER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a job's owner gets: an event of one choice, or how the job ended.
+    """An item for a job's owner: an event of one choice, or the job's end.
 
     Attributes:
         event: None at the end.
@@ -51,8 +51,8 @@ class Job:
     """A request on its way through the engine; its events arrive in `items`, on the event loop that submitted it.
 
     Attributes:
-        commands: one for each choice; answered one after the other.
-        client: whose turn it uses up.
+        commands: one per choice, answered in sequence.
+        client: whose turn it uses.
     """
 
     commands: tuple[Generate, ...]
@@ -65,7 +65,7 @@ class Job:
 
     def put(self, item: Item) -> None:
         """From the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop was closed
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
 
 
@@ -73,8 +73,8 @@ class Dispatcher:
     """Owns the thread that talks to the engine. `submit`, `cancel` and `place` may be called from any thread.
 
     Args:
-        most_waiting: requests that may wait; more are refused.
-        on_finished: called in the engine's thread with each answer's last event.
+        most_waiting: maximum number of waiting requests; more are rejected.
+        on_finished: called in the engine's thread with the last event of each answer.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Dispatcher:
         self._most_waiting = most_waiting
         self._on_finished = on_finished
         self._changed = threading.Condition()  # guards everything below
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # client -> its jobs; whose turn it is stands first
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # client -> its jobs; the next client comes first
         self._running: Job | None = None
         self._closing = False
         self._mean_s = USUAL_ANSWER_S
@@ -107,10 +107,10 @@ class Dispatcher:
         return self._closing
 
     def submit(self, job: Job) -> None:
-        """Puts a job into the queue.
+        """Adds a job to the queue.
 
         Raises:
-            ApiError: the queue is full, or the server stops.
+            ApiError: the queue is full, or the server is stopping.
         """
         with self._changed:
             if self._closing:
@@ -151,8 +151,8 @@ class Dispatcher:
                     del self._waiting[job.client]
 
     def close(self, *, patience_s: float) -> None:
-        """Refuses what waits, lets the running answer end for `patience_s`, then ends it. Blocks; may be called twice, the
-        second time with less patience."""
+        """Rejects waiting jobs, gives the running answer `patience_s` to finish, then stops it. Blocks; may be called twice,
+        the second time with less patience."""
         stopping = ApiError("unavailable", "the server is stopping", code="server_stopping", retry_after_s=5)
         with self._changed:
             self._closing = True
@@ -179,7 +179,7 @@ class Dispatcher:
             job.started = start
             try:
                 error = self._answer(job)
-            except Exception as fault:  # a bug of ours must not end the server
+            except Exception as fault:  # a bug must not take the server down
                 log.exception("an answer failed")
                 error = from_engine(fault)
             with self._changed:
@@ -207,7 +207,7 @@ class Dispatcher:
         for choice, command in enumerate(job.commands):
             events: Iterator[GenerateEvent] = self._engine.generate(command)
             try:
-                # A cancel that comes before the engine knows the command finds nothing to stop: the look at each event
+                # A cancel that arrives before the engine knows the command finds nothing to stop: the check at each event
                 # makes up for it, and closing the iterator stops what runs.
                 for event in events:
                     if job.cancelled:

@@ -1,4 +1,4 @@
-"""What the server needs of an engine: `EngineProcess` is one, tests have another that plays scripts."""
+"""The engine interface that the server needs; implemented by `EngineProcess`, and by a scripted engine in tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EngineLike(Protocol):
 
     @property
     def facts(self) -> ModelFacts | None:
-        """Facts of the loaded model; None while there is none, e.g. after its process died."""
+        """Facts about the loaded model; None if none is loaded, e.g. after its process died."""
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
         """One answer, the last event is Finished; loads the model again first if need be. Raises LocalrunError."""

@@ -1,6 +1,6 @@
-"""What can go wrong with a request, before it takes the form of an API.
+"""Request errors, independent of the API.
 
-`ApiError` says it once; each API's module writes it in its own words and status codes.
+An `ApiError` describes the error; each API's module renders it with its own wording and status codes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class ApiError(Exception):
     """A request that gets an error instead of an answer.
 
     Attributes:
-        kind: what sort of error; decides the status.
-        param: the field of the request that is meant, as a path (`messages[2].content`).
-        code: OpenAI's word for it, where clients look for one.
+        kind: category of error; determines the status.
+        param: path of the request field in question (`messages[2].content`).
+        code: OpenAI's error code, where clients check it.
         retry_after_s: when to try again, if that helps.
-        engine_kind: the class in `localrun.errors` that it came from.
+        engine_kind: name of the original class in `localrun.errors`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ def prompt_too_long(n_tokens: int, n_ctx: int) -> ApiError:
 
 
 def from_engine(error: Exception) -> ApiError:
-    """What the engine raised, for a client: no tracebacks, no paths of ours."""
+    """An engine error for a client, without tracebacks or local paths."""
     result = _from_engine(error)
     if isinstance(error, LocalrunError):
         result.engine_kind = type(error).__name__

@@ -1,7 +1,7 @@
-"""Who may ask: the key, the names under which the server is reached, the pages that browsers load.
+"""Access control: API keys, allowed host names, allowed origins.
 
-A page in a browser can send requests to this machine, and by DNS rebinding it can even read the answers. So the `Host` header
-must be an address or a known name, and a request with the `Origin` of a page is refused unless that origin was named.
+A web page can send requests to this machine, and with DNS rebinding it can even read the responses. So the `Host` header must
+be an IP address or a known name, and a request with an `Origin` is rejected unless that origin is allowed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from localrun.server.faults import ApiError
 
 OPEN_PATHS = ("/health", "/")
-"""Asked by things that know no key."""
+"""Paths for monitoring, served without a key."""
 
 
 class Guard:
     """ASGI middleware.
 
     Args:
-        keys: any of them opens; none: everything is open.
-        hosts: names under which the server may be reached, besides addresses and `localhost`.
-        origins: of pages that may ask; `*`: all.
-        refuse: gives the answer for a request that is turned away.
+        keys: accepted API keys; if empty, no key is required.
+        hosts: accepted host names, in addition to IP addresses and `localhost`.
+        origins: accepted web origins; `*`: all.
+        refuse: makes the response for a rejected request.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Guard:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
-        # All are compared, each in constant time: the answer's time says nothing about how much was right.
+        # All keys are compared in constant time, so timing reveals nothing about partial matches.
         fits = [hmac.compare_digest(key, text.encode("utf-8", "replace")) for key in self._keys for text in given]
         if not any(fits):
             raise ApiError("unauthorized", "the API key is missing or wrong", code="invalid_api_key")

@@ -1,4 +1,4 @@
-"""Requests in, answers out: bodies within bounds, whole answers, event streams that never fall silent, clients that leave."""
+"""HTTP input and output: bounded request bodies, complete answers, event streams with keep-alives, disconnecting clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STREAM_HEADERS = {
 
 
 class Dialect(Protocol):
-    """How an API says that something is wrong."""
+    """How an API reports errors."""
 
     name: str
 
@@ -44,10 +44,10 @@ class Dialect(Protocol):
 
 
 class Writer:
-    """How an API writes one answer, as a stream or whole. One per request.
+    """How an API writes one answer, streamed or complete. One per request.
 
-    Every method that returns bytes returns what is to be sent now, empty for nothing. `answers` are complete when `closing` and
-    `whole` are called.
+    Methods that return bytes return what to send now, which may be empty. `answers` are complete when `closing` and `whole` are
+    called.
     """
 
     def __init__(self, ask: Ask) -> None:
@@ -55,7 +55,7 @@ class Writer:
         self.answers = [Answer() for _ in range(ask.n)]
 
     def opening(self) -> bytes:
-        """Right behind the headers."""
+        """Sent right after the headers."""
         return b""
 
     def event(self, choice: int, event: GenerateEvent) -> bytes:
@@ -63,7 +63,7 @@ class Writer:
         raise NotImplementedError
 
     def keep_alive(self, waiting: Mapping[str, Json]) -> bytes:
-        """A sign of life of the kind that clients of this API count."""
+        """A keep-alive that this API's clients accept."""
         raise NotImplementedError
 
     def error(self, error: ApiError) -> bytes:
@@ -80,7 +80,7 @@ class Writer:
 
 
 def sse(data: Json, *, event: str | None = None) -> bytes:
-    """One server-sent event. No `id:` lines: openai-python can't read comments behind them."""
+    """One server-sent event. No `id:` lines: openai-python can't parse comments after them."""
     body = b"data: " + encode_json(data) + b"\n\n"
     return b"event: " + event.encode() + b"\n" + body if event else body
 
@@ -126,7 +126,7 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Json]:
 
 
 def parse_json(body: bytes) -> Json:
-    """JSON as clients write it: halves of surrogate pairs, which a cut in the middle of an emoji leaves, become `?`."""
+    """JSON as clients send it: unpaired surrogates, left by truncation inside an emoji, become `?`."""
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -153,7 +153,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
             async for chunk in request.stream():
                 n_bytes += len(chunk)
                 if n_bytes > limits.body_bytes:
-                    # Read on for a while: a client that is still sending would not see the answer.
+                    # Keep reading for a while: a client that is still sending would not see the response.
                     refused = True
                     chunks.clear()
                     if n_bytes > 4 * limits.body_bytes:
@@ -183,7 +183,7 @@ def client_of(request: Request, hint: str | None = None) -> str:
 async def answer(
     service: Service, request: Request, dialect: Dialect, ask: Ask, writer: Writer, client: str
 ) -> Response:
-    """Puts a request into the queue and answers it as its client wants. Raises ApiError before anything was sent."""
+    """Queues a request and answers it, streamed or complete. Raises ApiError only before anything was sent."""
     n_prompt = await service.count(ask)
     job = service.submit(ask, n_prompt, client)
     if ask.stream:
@@ -211,7 +211,7 @@ class _Watch:
 
 
 async def _whole(service: Service, request: Request, dialect: Dialect, job: Job, writer: Writer) -> Response:
-    """A whole answer. A client that leaves stops it: nobody else would notice, because nothing is sent meanwhile."""
+    """Sends a complete answer. A disconnect must be watched for explicitly, because nothing is sent meanwhile."""
     watch = _Watch(job, writer)
     over = False
 
@@ -246,7 +246,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """An answer as server-sent events: headers at once, then events, with signs of life by the clock between them."""
+    """Streams an answer as server-sent events: headers immediately, then events, with periodic keep-alives."""
 
     def __init__(self, service: Service, job: Job, writer: Writer, dialect: Dialect) -> None:
         super().__init__(headers={**STREAM_HEADERS, "request-id": new_id("req_")})
@@ -314,6 +314,6 @@ class EventStream(Response):
             await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
 
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        """A client that does not take what is sent is a client that has left."""
+        """A client that stops reading is treated as disconnected."""
         async with asyncio.timeout(self._service.defaults.limits.write_s):
             await send(message)

@@ -1,4 +1,4 @@
-"""Bounds on what a request may contain: a request costs little to send and must not cost much to refuse."""
+"""Limits on requests: rejecting a cheap request must be cheap, too."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the server accepts.
+    """The server's limits.
 
     Attributes:
-        body_bytes: largest request body; beyond: 413.
-        depth: nesting of JSON arrays and objects in a body.
+        body_bytes: maximum request body; larger ones get 413.
+        depth: maximum JSON nesting in a body.
         header_bytes: request line and headers together.
-        messages, tools: number of them in a request.
-        schema_bytes, schema_depth: of one JSON schema, tools' parameters among them.
-        choices: largest `n`.
-        stop_strings: number and length of stop strings.
-        read_s: time for a body to arrive, and for headers.
-        write_s: time for a client to take what was sent.
-        queue: requests that wait for the engine; beyond: 429.
+        messages, tools: maximum number per request.
+        schema_bytes, schema_depth: limits of one JSON schema, including tools' parameters.
+        choices: maximum `n`.
+        stop_strings: maximum number and length of stop strings.
+        read_s: time limit for receiving headers and body.
+        write_s: time limit for a client to accept data.
+        queue: maximum number of waiting requests; more get 429.
         stored_responses, stored_bytes: what `previous_response_id` can refer to.
     """
 

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: how an answer to `POST /v1/messages` is written. `messages_input.py` reads the requests."""
+"""Anthropic's Messages API: writes answers to `POST /v1/messages`. `messages_input.py` reads the requests."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Anthropic:
 
 
 class MessagesWriter(Writer):
-    """Events of a message, or the whole of it.
+    """Writes a message as events, or complete.
 
-    `message_start` is sent with the first progress of the prompt, which knows how much was reused, or before the first sign of
-    life. Clients count only data as life, so those are empty deltas of an open block or of the message.
+    `message_start` is sent with the prompt's first progress, when the number of reused tokens is known, or before the first
+    keep-alive. Clients only accept data as keep-alives, so those are empty deltas of an open block or of the message.
     """
 
     def __init__(self, ask: Ask, signer: Signer, *, prompt_tokens: int = 0) -> None:
@@ -181,7 +181,7 @@ class MessagesWriter(Writer):
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.ask.model}
 
     def _usage(self, n_new: int) -> dict[str, Json]:
-        """`input_tokens` are those that had to be read: reused ones are counted apart."""
+        """`input_tokens` excludes reused tokens, which are counted separately."""
         timings, progress = self._answer.timings, self._answer.prompt
         total, reused = self._prompt_tokens, 0
         if self._answer.finished is not None:

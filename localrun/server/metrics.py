@@ -1,4 +1,4 @@
-"""Counters in Prometheus' text format: requests, tokens, the queue, and the engine's own counters at the moment of the scrape."""
+"""Counters in Prometheus' text format: requests, tokens, the queue, and the engine's counters at scrape time."""
 
 from __future__ import annotations
 

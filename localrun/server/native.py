@@ -1,7 +1,7 @@
-"""The engine's own messages over HTTP, for windows of `localrun chat --server`: one JSON line per event, through the same queue.
+"""The engine's own messages over HTTP, for `localrun chat --server`: one JSON line per event, through the same queue.
 
-`POST /localrun/generate` takes a `Generate` and streams its events; `GET /localrun/facts` and `/localrun/stats` give what a user
-interface shows; `POST /localrun/count` takes a `CountTokens`. Empty lines are signs of life.
+`POST /localrun/generate` takes a `Generate` and streams its events; `GET /localrun/facts` and `/localrun/stats` return what a
+user interface shows; `POST /localrun/count` takes a `CountTokens`. Empty lines are keep-alives.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Native:
 
 
 class NativeWriter(Writer):
-    """Events as they are."""
+    """Writes events unchanged."""
 
     def __init__(self) -> None:
         super().__init__(Ask(model=""))

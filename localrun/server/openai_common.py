@@ -1,4 +1,4 @@
-"""What OpenAI's APIs share: errors, tool choices, response formats, log probabilities."""
+"""Shared by the OpenAI APIs: errors, tool choices, response formats, log probabilities."""
 
 from __future__ import annotations
 

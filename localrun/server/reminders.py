@@ -1,11 +1,11 @@
-"""What clients put into their system prompt and change every day: the date, `git status`.
+"""Moves the parts of system prompts that clients change often: the date, `git status`.
 
-V4's prompt has the tools behind the system text, so one such line makes the model read all tools again. The format has a role of
-its own for what is true at the moment (`latest_reminder`: "date, place and the like"), and there these lines go, word for word with
-the client's own labels: behind the tools, where nothing stands behind them but the conversation. When they change within a
-conversation the new ones are put behind the last answer, and what was read before stays as it is.
+V4's prompt has the tools after the system text, so changing one such line makes the model reread all tools. The format has a
+role for volatile information (`latest_reminder`: "date, place and the like"). These lines are moved there verbatim, after the
+tools, so that only the conversation follows them. When they change during a conversation, the new ones are placed after the
+last answer, and everything before is unchanged.
 
-Only requests with tools are touched, and only lines that are known (`_DATE`, `_BLOCKS`). Knows nothing about HTTP.
+Only requests with tools are changed, and only known lines (`_DATE`, `_BLOCKS`). Knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = Mapping[str, Json]
 
 MOST_CONVERSATIONS = 1000
 MOST_CHARS = 4 << 20
-"""Bounds of what is remembered; the conversations that were asked for longest ago go first."""
+"""Limits of the memory; the least recently used conversations are dropped first."""
 
 _DATE = re.compile(r"^[ \t]*(?:Today's date|Current date(?: and time)?): [^\n]{1,80}(?:\n|\Z)", re.MULTILINE)
 """Claude Code, OpenCode and Continue; pi."""
@@ -51,7 +51,7 @@ class _Placed:
 
 
 class Reminders:
-    """Where each conversation's reminders stand. One thread."""
+    """Remembers where each conversation's reminders are. Use from one thread."""
 
     def __init__(self, most: int = MOST_CONVERSATIONS, most_chars: int = MOST_CHARS) -> None:
         self._most, self._most_chars = most, most_chars
@@ -63,7 +63,7 @@ class Reminders:
 
         Args:
             messages: as `chat/messages.py` reads them.
-            learn: remember the places for the next request; False where tokens are only counted.
+            learn: remember the positions for the next request; False if tokens are only counted.
         """
         stable, current = _split(messages)
         first = _n_leading(messages)
@@ -113,7 +113,7 @@ def _n_leading(messages: Sequence[Message]) -> int:
 
 
 def _split(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
-    """(messages without lines that change, these lines; None if there are none)."""
+    """(messages without the volatile lines, these lines; None if there are none)."""
     stable, moved = list(messages), []
     for i in range(_n_leading(messages)):
         content = str(messages[i].get("content") or "")
@@ -140,9 +140,9 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _names(stable: Sequence[Message], first: int) -> tuple[str, str | None]:
-    """What a conversation is known by before its first answer, and from then on (None: there is no answer yet).
+    """A conversation's key before its first answer, and its key from then on (None: no answer yet).
 
-    Two conversations may begin with the same words; their first answers are others.
+    Two conversations may start the same way; their first answers differ.
     """
     hasher = xxhash.xxh3_128()
     answered = next((i for i in range(first, len(stable)) if stable[i]["role"] == "assistant"), None)
@@ -158,7 +158,7 @@ def _names(stable: Sequence[Message], first: int) -> tuple[str, str | None]:
 
 
 def _behind_last_answer(messages: Sequence[Message]) -> int:
-    """Everything up to there has been read before, and no turn of the user's is cut in two."""
+    """Everything up to there has been read before, and no user turn is split."""
     for i in range(len(messages) - 1, -1, -1):
         if messages[i]["role"] == "assistant" and i + 1 < len(messages):
             return i + 1

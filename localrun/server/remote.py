@@ -1,6 +1,6 @@
-"""A running server as an engine: what `localrun chat --server URL` talks to, so that several windows share one loaded model.
+"""A running server as an engine, for `localrun chat --server URL`: several windows can share one loaded model.
 
-Standard library and the protocol only. The model is the server's: it can't be loaded, exchanged or restarted from here.
+Standard library and the protocol only. The server owns the model: it can't be loaded, replaced or restarted from here.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SILENCE_S = 30.0
 
 
 class RemoteEngine:
-    """The methods of `EngineProcess` that a user interface uses, over HTTP. All block, any thread.
+    """The methods of `EngineProcess` that a user interface uses, over HTTP. All of them block and may be called from any thread.
 
     A server that does not answer is a dead engine: `generate` raises EngineDiedError, the next one tries again.
 
     Args:
-        url: as `localrun serve` says it.
-        key: what the server asks for, if it does.
-        on_death: called when an answer ends because the server has gone.
+        url: as printed by `localrun serve`.
+        key: API key, if the server requires one.
+        on_death: called when an answer ends because the server is gone.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RemoteEngine:
 
     @property
     def facts(self) -> ModelFacts | None:
-        """As the server last told them."""
+        """As last reported by the server."""
         return self._facts
 
     @property
@@ -80,7 +80,7 @@ class RemoteEngine:
         """There is nothing to start."""
 
     def load(self, path: Path | str = "", options: EngineOptions | None = None) -> Iterator[LoadEvent]:
-        """The server's model, whatever is asked for. Raises LocalrunError: the server can't be reached, or has none."""
+        """The server's model, regardless of the arguments. Raises LocalrunError: the server is unreachable, or has no model."""
         self._facts = None
         facts = msgspec.convert(self._ask("GET", "/localrun/facts"), ModelFacts)
         self._facts = facts
@@ -145,7 +145,7 @@ class RemoteEngine:
         return int(self._ask("POST", "/localrun/count", encode(CountTokens(text=text)))["n_tokens"])
 
     def close(self) -> None:
-        """Leaves; the server goes on."""
+        """Disconnects; the server keeps running."""
         self.stop()
         self._facts = None
 

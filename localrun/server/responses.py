@@ -1,4 +1,4 @@
-"""OpenAI's Responses: how an answer to `POST /v1/responses` is written. `responses_input.py` reads the requests."""
+"""OpenAI's Responses API: writes answers to `POST /v1/responses`. `responses_input.py` reads the requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses that `previous_response_id` may refer to: in memory, bounded, the oldest go first."""
+"""Responses for `previous_response_id`: in memory, bounded, oldest dropped first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Json = Any
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A response with what it answered.
+    """A response and its input.
 
     Attributes:
-        items: the whole conversation before it.
+        items: the conversation before it.
         output: its own items.
-        body: the response as it was sent.
+        body: the response as sent.
     """
 
     items: Sequence[Mapping[str, Json]]

@@ -1,4 +1,4 @@
-"""What all endpoints share: the engine behind its queue, the defaults, the counters."""
+"""Shared by all endpoints: the engine behind its queue, defaults, counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from localrun.server.signatures import Signer
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 2.0
-"""Between two signs of life. Clients give up after 120 s at the earliest; people look at progress."""
+"""Between keep-alives. Clients time out after 120 s at the earliest; people want to see progress."""
 
 MOST_CHARS_PER_TOKEN = 32
 """On average, of any text (prose has 4 to 5): what can't fit for that reason is refused without being tokenized."""
@@ -33,7 +33,7 @@ FIRST_KEEP_ALIVE_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerLine:
-    """What the log says about a request that is over. Nothing of its content."""
+    """Log data about a finished request, without its content."""
 
     api: str
     client: str
@@ -51,10 +51,10 @@ class Service:
     """The server without HTTP. Used from the event loop's thread.
 
     Attributes:
-        created: when the server was started, for `created` fields that need a time (seconds since 1970).
-        prompts_log: called with every request's API and body if the user asked for that.
-        on_answer: called when a request is over.
-        reminders: None leaves system prompts as clients send them.
+        created: start time of the server, for `created` fields (seconds since 1970).
+        prompts_log: called with each request's API and body, if enabled.
+        on_answer: called when a request has finished.
+        reminders: None leaves system prompts unchanged.
     """
 
     engine: EngineLike
@@ -70,16 +70,16 @@ class Service:
     reminders: Reminders | None = field(default_factory=Reminders)
 
     def arranged(self, ask: Ask, *, learn: bool = True) -> Ask:
-        """The request with what its client changes every day behind the tools (`reminders.py`)."""
+        """The request with volatile lines moved after the tools (`reminders.py`)."""
         if self.reminders is None or not ask.tools:
             return ask
         return replace(ask, messages=self.reminders.arranged(ask.messages, learn=learn))
 
     async def count(self, ask: Ask) -> int | None:
-        """Tokens of the prompt; None while there is no engine to ask: it is started by the request itself.
+        """Number of prompt tokens; None if the engine is not running yet: the request itself starts it.
 
         Raises:
-            ApiError: the prompt can't be made, or leaves no room for an answer.
+            ApiError: the prompt is invalid, or leaves no room for an answer.
         """
         least = ask.n_chars() // MOST_CHARS_PER_TOKEN
         if least >= self.defaults.n_ctx:
@@ -107,7 +107,7 @@ class Service:
         return job
 
     def waiting(self, job: Job, event: GenerateEvent | None) -> dict[str, object]:
-        """What a waiting client is told: the extension field `localrun`."""
+        """Progress information for a waiting client: the extension field `localrun`."""
         if job.started is None:
             return {"state": "queued", "requests_ahead": self.dispatcher.place(job)}
         if event is None:

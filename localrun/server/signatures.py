@@ -1,7 +1,7 @@
-"""Signed reasoning: what a client sends back as the model's thoughts is what the model thought here.
+"""Signed reasoning: proves that reasoning sent back by a client was generated here.
 
-An HMAC over the text with a key of this installation, so that it outlives a restart. A thought with another signature (another
-server's, or altered) is left out of the prompt: an answer without it is better than none.
+An HMAC over the text with a key of this installation, so it survives restarts. Reasoning with a different signature (another
+server's, or altered) is omitted from the prompt: an answer without it is better than none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Signer:
         return _PREFIX + base64.b64encode(digest).decode()
 
     def is_ours(self, text: str, signature: object) -> bool:
-        """`signature` was made here for `text`; blanks at its ends don't count, some clients trim them."""
+        """Whether `signature` was made here for `text`. Leading and trailing spaces are ignored, because some clients trim them."""
         return isinstance(signature, str) and hmac.compare_digest(
             self.sign(text).encode(), signature.encode("utf-8", "replace")
         )

@@ -1,7 +1,7 @@
-"""The web server around the application: uvicorn, its sockets, and how it stops.
+"""The web server around the application: uvicorn, its sockets, and shutdown.
 
-A connection has a limited time to send a request's headers, and one whose other end no longer takes data is given up by the
-system: neither may hold a descriptor for ever.
+A connection has a time limit for sending request headers, and the system closes one whose peer has stopped accepting data, so
+neither holds a descriptor forever.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BACKLOG = 512
 
 
 def listen(host: str, port: int, limits: Limits) -> socket.socket:
-    """A listening socket whose connections die when their other end stays away.
+    """A listening socket whose connections die when their peer is gone.
 
     Raises:
-        LocalrunError: the address is taken or not this machine's.
+        LocalrunError: the address is in use or not this machine's.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -105,14 +105,14 @@ class _Protocol(H11Protocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        # Between two requests uvicorn has its own timer; one that runs there says that nothing was begun.
+        # Between requests uvicorn has its own timer; if that is running, no request has begun.
         if self._idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
             self.transport.abort()
 
 
 class Server(uvicorn.Server):
-    """A server that stops in two steps: at the first signal nothing new is taken, and the running answer has `patience_s` to end;
-    at the second it is ended."""
+    """A server that stops in two steps: after the first signal it accepts nothing new and gives the running answer `patience_s`
+    to finish; after the second it stops the answer."""
 
     def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher, *, patience_s: float) -> None:
         super().__init__(config)

@@ -1,1 +1,1 @@
-"""Engine (a loaded model) and Session (one timeline of tokens), and the process they live in."""
+"""Engine (a loaded model), Session (one timeline of tokens), and the process they run in."""

@@ -1,12 +1,13 @@
-"""How many threads compute llama.cpp's own operations on one token.
+"""Chooses the number of threads for llama.cpp's own operations on one token.
 
-They meet after every node of the graph, some thousand times a token, and sleep while our device computes, so a token also wakes
-them hundreds of times. Where our kernels have the large matrices, what is left is small: on a few cores one thread is faster.
+They synchronize after every node of the graph, about a thousand times per token, and sleep while our device computes, so each
+token also wakes them hundreds of times. When our kernels handle the large matrices, little is left: on few cores a single
+thread is faster.
 
-Where another program computes on a core, the thread there comes a scheduler's time slice late each time, and all wait for it: a
-token takes seconds instead of a tenth of one. Then there are no more threads than cores that others leave. (Our kernels don't wait
-for idle threads, see `offload/kernels/threads`.) Programs of lower priority (`nice`) give way to us and are not counted; nor is the
-kernel's own work, most of which is done for our reads.
+If another program occupies a core, the thread there is late by a scheduler time slice each time and all others wait for it: a
+token takes seconds instead of a tenth of a second. So no more threads are used than other programs leave cores free. (Our
+kernels don't wait for idle threads, see `offload/kernels/threads`.) Programs of lower priority (`nice`) yield to us and are not
+counted; neither is kernel time, most of which is spent on our reads.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from typing import Final
 _STAT = Path("/proc/stat")
 
 INTERVAL_S: Final = 0.25
-"""Between two looks: /proc/stat counts in hundredths of a second."""
+"""Between two samples: /proc/stat has a resolution of 10 ms."""
 
 TOLERANCE: Final = 0.35
-"""Share of a core that others may use before it counts as taken: a desktop's idle programs."""
+"""Share of a core that others may use before it counts as occupied, for a desktop's idle programs."""
 
 FEW_CORES: Final = 4
-"""Up to so many threads, waking and meeting costs more than small operations gain from sharing. Measured with 2 (three layers of
-DeepSeek-V4-Flash, outside of experts: 1 thread 23 ms a token, 2 threads 30), assumed up to 4."""
+"""Up to this many threads, waking and synchronizing costs more than parallelism gains for small operations. Measured with 2
+(three layers of DeepSeek-V4-Flash, outside of experts: 1 thread 23 ms per token, 2 threads 30), assumed up to 4."""
 
 ROWS_PER_THREAD: Final = 8192
 """Tokens of context per thread on few cores: attention over them is worth sharing (equal with 1 and 2 threads at 12,000)."""
 
 
 def threads_at(position: int, n_threads: int) -> int:
-    """Of `n_threads`, those that compute llama.cpp's operations on one token at `position`, where our kernels have the large
-    matrices. It depends on nothing else, so an answer comes out the same again."""
+    """How many of `n_threads` compute llama.cpp's operations on one token at `position` when our kernels handle the large
+    matrices. Depends on nothing else, so answers are reproducible."""
     if n_threads > FEW_CORES:
         return n_threads
     return min(n_threads, 1 + position // ROWS_PER_THREAD)
@@ -49,8 +50,8 @@ def cores() -> frozenset[int]:
 
 
 def busy_seconds(cpus: Collection[int], stat: Path = _STAT) -> float | None:
-    """Seconds that these CPUs have spent since boot on programs of ordinary or higher priority, outside the kernel, and on other
-    machines (steal); None where the system does not tell.
+    """Seconds that these CPUs have spent since boot on programs of normal or higher priority, in user mode, and on other
+    virtual machines (steal); None if the system does not report it.
 
     `cpuN user nice system idle iowait irq softirq steal ...`, in units of 1 / SC_CLK_TCK (proc(5)).
     """
@@ -103,6 +104,6 @@ class Company:
         return self._others
 
     def threads(self, n_threads: int) -> int:
-        """Of `n_threads`, as many as find a core of their own; at least one."""
+        """How many of `n_threads` find a free core; at least one."""
         free = self._n_cores - self.others() + TOLERANCE
         return max(1, min(n_threads, int(free)))

@@ -1,7 +1,7 @@
-"""A loaded model: weights in llama.cpp and in our expert slots, its vocabulary, and facts about it.
+"""A loaded model: weights in llama.cpp and in our expert slots, the vocabulary, and facts about the model.
 
-`Engine` and `Session` are what the engine process, tests and scripts use. How experts are stored and computed is
-`localrun.offload`'s business; this module only decides budgets, threads and context length.
+The engine process, tests and scripts use `Engine` and `Session`. `localrun.offload` stores and computes experts; this module
+only decides budgets, threads and context length.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LoadedModel(Protocol):
 
 
 class Engine:
-    """A loaded model. Owns it and the sessions made from it; a context manager, `close` frees all.
+    """A loaded model. Owns the model and its sessions; a context manager, `close` frees everything.
 
     Not thread-safe, except `stats` and the sessions' `stop`.
     """
@@ -106,8 +106,8 @@ class Engine:
         """Loads a converted directory, a llama.cpp GGUF or an official checkpoint, experts on our device.
 
         Args:
-            announce: called with the plan of this load before any weight is read.
-            learn: use the model's routing profile and go on with it; measurements on made-up tokens must not.
+            announce: called with the plan before any weight is read.
+            learn: use and update the model's routing profile; not for measurements on synthetic tokens.
 
         Raises:
             LocalrunError: any reason, with message and hint.
@@ -212,8 +212,8 @@ class Engine:
         """A new, empty session.
 
         Args:
-            snapshots: where the session keeps and finds states.
-            all_logits: for `Session.feed_all_logits`; costs n_batch rows of logits.
+            snapshots: where the session saves and finds states.
+            all_logits: enable `Session.feed_all_logits`; takes memory for n_batch rows of logits.
         """
         facts = self.facts
         context = self._first.take() if self._first is not None else None
@@ -258,10 +258,11 @@ class Engine:
 
     @contextmanager
     def recording(self, path: Path) -> Iterator[None]:
-        """Adds the routing of all that runs meanwhile to a trace file (`localrun.offload.cache.trace`); nothing without our device.
+        """Appends the routing of everything that runs meanwhile to a trace file (`localrun.offload.cache.trace`); no effect
+        without our device.
 
         Raises:
-            FormatError, StoreError: the file is something else, or can't be written.
+            FormatError, StoreError: the file is not a trace, or can't be written.
         """
         if not isinstance(self._loaded, OffloadedModel):
             yield

@@ -1,6 +1,6 @@
-"""What is known about a loaded model, and what an answer cost.
+"""Facts about a loaded model, and the cost of an answer.
 
-Standard library only, as `options`.
+Standard library only, like `options`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FinishReason = Literal["eos", "length", "context", "stopped", "stop"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What is known about a loaded model. Sizes in bytes; counts of 0 mean "has none"."""
+    """Facts about a loaded model. Sizes in bytes; counts of 0 mean "has none"."""
 
     path: str
     name: str
@@ -47,7 +47,7 @@ class Timings:
 
     Attributes:
         prompt_tokens: tokens of the whole prompt.
-        reused_tokens: of those, tokens whose KV state was still there.
+        reused_tokens: of those, tokens whose KV state was available.
         prompt_s: time of the prefill of the rest.
         new_tokens: tokens generated.
         decode_s: time from the first sampled token to the end.

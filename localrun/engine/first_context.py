@@ -1,8 +1,9 @@
-"""The context that a load makes while GPUs hold the dense model and no experts: what llama.cpp takes there is known only then.
+"""The context that a load creates while GPUs hold the dense model but no experts, to find out how much memory llama.cpp takes
+there.
 
-A context reserves its buffers when it is made, but CUDA's scratch memory, kernels that are loaded at first use and recorded graphs
-come with the first tokens. So it computes a full batch and single tokens before experts get what is left, and the first session
-takes it over. Where it does not fit, a smaller batch, which needs smaller buffers, is tried first.
+A context reserves its buffers on creation, but CUDA's scratch memory, kernels loaded on first use and recorded graphs come with
+the first tokens. So it computes a full batch and single tokens before experts get the remaining memory, and the first session
+takes it over. If it does not fit, smaller batches, which need smaller buffers, are tried first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SINGLE_TOKENS = 3
 
 
 class FirstContext:
-    """Makes the context at load, keeps it for the first session, or closes it.
+    """Creates the context at load, keeps it for the first session, or closes it.
 
     Args:
         device: name of the GPU that has the dense model, for messages.
@@ -41,10 +42,10 @@ class FirstContext:
         self._context: Context | None = None
 
     def make(self, model: Any) -> FirstContext:
-        """Makes it and lets it compute; the experts must be idle.
+        """Creates it and computes with it; the experts must be idle.
 
         Raises:
-            GpuMemoryError: no context fits beside the dense model.
+            GpuMemoryError: no context fits next to the dense model.
         """
         while True:
             try:
@@ -67,7 +68,7 @@ class FirstContext:
         return context
 
     def close(self) -> None:
-        """Frees the context if nobody took it; before the model is freed."""
+        """Frees the context if no session took it; call before freeing the model."""
         if (context := self.take()) is not None:
             context.close()
 

@@ -1,13 +1,12 @@
-"""Grammars over token ids: answers that follow a JSON schema, tool calls that follow their tools' schemas.
+"""Grammars over token ids: constrain answers to a JSON schema, and tool calls to their tools' schemas.
 
-llguidance compiles them and says, in well under a millisecond a token, which ids may come next. It is told the vocabulary's own
-bytes, so that masks are exact for every way of cutting a text into tokens. Special tokens stand in a grammar by id (`<[7]>`);
-no text, a parameter's value among it, can contain one.
+llguidance compiles them and computes, in well under a millisecond per token, which ids may come next. It gets the vocabulary's
+bytes, so masks are exact for every tokenization of a text. Grammars refer to special tokens by id (`<[7]>`); text, including
+parameter values, can't contain any.
 
-Keywords of a schema that llguidance does not know (`propertyNames`, ...) are not enforced, and the log says so.
-The text of a custom tool follows its own grammar (`tool_inputs.py`).
-Of a tool's schema the order of parameters, those that must be there and their values' types are enforced; of a string, which
-stands raw in DSML, only `enum` and `const`.
+Schema keywords that llguidance does not support (`propertyNames`, ...) are not enforced but logged. The text of a custom tool
+follows its own grammar (`tool_inputs.py`). For tools, the order of parameters, required parameters and value types are
+enforced; for strings, which are raw in DSML, only `enum` and `const`.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from localrun.errors import UsageError
 log = logging.getLogger(__name__)
 
 _BLANKS = r"(\n[ ]{0,40})?|[ ]?"
-"""Between JSON's signs: without a bound a small model may write blanks for ever."""
+"""Whitespace in JSON: without a limit a small model may write spaces forever."""
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary. Any thread; the vocabulary is given to llguidance on the first use (0.3 s for 129,280
+    """Compiles grammars for one vocabulary. Thread-safe; llguidance gets the vocabulary on first use (0.3 s for 129,280
     tokens)."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Sequence[int]) -> None:
@@ -57,10 +56,10 @@ class Grammars:
 
         Args:
             tools: OpenAI `function` objects.
-            required: the answer is calls and nothing else; otherwise a text, and calls behind it if the model likes.
+            required: the answer consists of calls only; otherwise of text, optionally followed by calls.
             only: the name of the only tool that may be called.
-            most: most calls.
-            schema: what an answer without calls must follow.
+            most: maximum number of calls.
+            schema: for answers without calls.
 
         Raises:
             UsageError: a schema that can't be enforced.
@@ -195,7 +194,7 @@ def _call_rules(i: int, tool: Mapping[str, Json], mark: str) -> list[str]:
 
 
 def _parameter(name: str, schema: Mapping[str, Json], mark: str) -> str:
-    """One parameter and the line break behind it: every value that the schema allows, strings raw, all else as JSON."""
+    """One parameter and the following line break: any value that the schema allows, strings raw, everything else as JSON."""
     head = f'parameter name="{name}" string='
     tail = f"{mark} {_text('parameter>' + chr(10))}"
     ways = []

@@ -1,7 +1,6 @@
-"""llama.cpp's C functions that the engine uses, typed and with Python's error habits: vocabulary and context.
+"""Pythonic wrappers of the llama.cpp C functions that the engine uses: vocabulary and context.
 
-Two owners of C objects: `Vocab` (borrows from a model) and `Context` (owns a `llama_context`). Nothing here knows what a prompt or
-an expert is.
+`Vocab` borrows from a model, `Context` owns a `llama_context`. Knows nothing about prompts and experts.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def metadata_int(model: Any, key: str) -> int:
 
 
 class Vocab:
-    """A model's vocabulary, which lies in the model: whoever frees that calls `close` before, when no other thread is in here.
-    Afterwards every question raises LocalrunError. Otherwise immutable; any thread."""
+    """A model's vocabulary, part of the model: call `close` before freeing that, when no other thread is in here. Afterwards
+    every method raises LocalrunError. Otherwise immutable and thread-safe."""
 
     def __init__(self, model: Any) -> None:
         self._handle = L.llama_model_get_vocab(model)
@@ -94,7 +93,7 @@ class Vocab:
         return list(ids[:n])
 
     def piece(self, token: int) -> bytes:
-        """What the token stands for, special tokens by their name."""
+        """The token's text; for special tokens, the name."""
         buffer = C.create_string_buffer(64)
         n = L.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         if n < 0:
@@ -104,10 +103,10 @@ class Vocab:
 
 
 class StopFlag:
-    """A flag that llama.cpp polls between two nodes of a graph without entering Python.
+    """A flag that llama.cpp polls between graph nodes without entering Python.
 
-    The abort callback must be a C function `bool (void *)`: `strlen` is one. The empty string is "go on"; a string of one
-    character has length 1, whose low byte is what a C caller takes for `true`.
+    The abort callback must be a C function `bool (void *)`, and `strlen` works as one: the empty string means "continue"; a
+    string of one character has length 1, whose low byte C callers read as `true`.
     """
 
     def __init__(self) -> None:
@@ -130,16 +129,16 @@ class Context:
     Not thread-safe; `stop` may be set from any thread. Freed by `close`, before the model is.
 
     Attributes:
-        small_operations: the large matrices are not llama.cpp's own, so that few threads are enough (`company.threads_at`).
+        small_operations: our device handles the large matrices, so few threads are enough (`company.threads_at`).
     """
 
     def __init__(self, model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int, all_logits: bool) -> None:
         """
         Args:
-            n_ctx: tokens; llama.cpp rounds it up, see the attribute.
-            all_logits: room for the logits of a whole batch, not of one token only.
+            n_ctx: tokens; llama.cpp rounds this up, see the attribute.
+            all_logits: room for the logits of a whole batch instead of one token.
         Raises:
-            LocalrunError: llama.cpp can't make the context (memory, KV type).
+            LocalrunError: llama.cpp can't create the context (memory, KV type).
         """
         self.stop = StopFlag()
         params = L.llama_context_default_params()
@@ -185,10 +184,10 @@ class Context:
 
     @property
     def follows_company(self) -> bool:
-        """Tokens are computed by no more threads than find a core (`company`).
+        """Use no more threads than there are free cores (`company`).
 
-        Not for answers that shall come out the same again: from 512 rows of context on, llama.cpp's attention adds up in as many
-        parts as there are threads (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
+        Not for reproducible answers: from 512 rows of context on, llama.cpp's attention sums in as many parts as there are
+            threads (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
         """
         return self._follows_company
 
@@ -201,7 +200,7 @@ class Context:
 
         Args:
             tokens: at most n_batch ids, the first one at `position`.
-            all_logits: of every token, else of the last one.
+            all_logits: for every token, else for the last one.
         """
         ctx, batch, n = self.handle, self._batch, len(tokens)
         batch.n_tokens = n
@@ -238,7 +237,7 @@ class Context:
         """Writes the sequence's KV state, for `load_state` of a context of the same model and options; returns its size.
 
         Args:
-            place: writable, `state_size()` bytes or more. A state of a long conversation is large: it is written where it stays.
+            place: writable, at least `state_size()` bytes. States of long conversations are large, so they are written in place.
         """
         buffer = (C.c_uint8 * len(place)).from_buffer(place)
         n = int(L.llama_state_seq_get_data(self.handle, buffer, len(place), 0))

@@ -1,6 +1,6 @@
-"""How much memory and how many cores this process may use: the machine's, or its cgroup's if that is less.
+"""Memory and cores available to this process: the machine's, or its cgroup's if lower.
 
-Linux reads /proc and /sys; elsewhere the answers are None or what `os` knows.
+On Linux from /proc and /sys; elsewhere None or whatever `os` provides.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _cgroups() -> Iterator[tuple[Path, _CgroupFiles]]:
 
 
 def _cgroup_limit() -> int | None:
-    """The tightest limit of all levels; None if there is none. Version 1 writes a number near 2**63 for none."""
+    """The tightest limit of all levels; None if there is none. Version 1 reports "none" as a number near 2**63."""
     return min(
         (limit for folder, files in _cgroups() if (limit := _number(folder / files.limit)) is not None), default=None
     )

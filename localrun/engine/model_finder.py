@@ -1,6 +1,6 @@
-"""Models on this machine: what lies in a few folders, how large it is and whether it fits.
+"""Finds models on this machine: searches a few folders; reports sizes and whether they fit.
 
-Runs in a thread. Knows where models may lie; what they are is found out by the code that loads them (`model_look`).
+Runs in a thread. Knows where to search; the code that loads models inspects them (`model_look`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FoundModel:
         format: number format of most experts.
         n_bytes: of all its files.
         dense_bytes, expert_bytes: of its tensors.
-        problem: why it can't be run; empty: it can.
+        problem: why it can't be run; empty if it can.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def default_folders() -> list[Path]:
 
 
 def find_models(folders: Iterable[Path]) -> Iterator[FoundModel]:
-    """Models below the folders, each once, as they are found. Unreadable folders are passed over."""
+    """Models below the folders, each once, as they are found. Unreadable folders are skipped."""
     seen: set[Path] = set()
     with Looker() as looker:
         for folder in folders:

@@ -1,8 +1,8 @@
-"""What a model is, without loading it: opened by the code that loads models, in a process of its own.
+"""Inspects a model without loading it, with the code that loads models, in a separate process.
 
-Interfaces start without the libraries that read headers, and a header may be large or wrong in ways that nobody thought of: as a
-program (`python -m localrun.engine.model_look`) this reads paths from standard input, one a line as JSON, and answers each with
-one line of JSON; as a module it starts that program.
+User interfaces start without the libraries that read headers, and a header may be huge or malformed in unforeseen ways. As a
+program (`python -m localrun.engine.model_look`) this reads paths from standard input, one per line as JSON, and answers each
+with one line of JSON; as a module it starts that program.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        name: the model's own; empty where it has none.
+        name: from the model; empty if it has none.
         format: number format of most experts.
-        n_bytes: of its files; experts that stay in a checkpoint elsewhere don't count.
-        problem, hint: why localrun does not run it and what to do; empty: it does.
+        n_bytes: of its files, without experts kept in a checkpoint elsewhere.
+        problem, hint: why localrun can't run it and what to do; empty if it can.
     """
 
     path: str

@@ -1,6 +1,6 @@
-"""How a model is loaded, and how its next token is chosen: what callers of the engine decide.
+"""Options for callers of the engine: how to load a model, and how to choose the next token.
 
-Bounds, defaults and meanings are declared in `localrun.options`. Standard library only, so that a user interface can use it
+Bounds, defaults and meanings are declared in `localrun.options`. Standard library only, so a user interface can import it
 without loading numpy, numba or llama.cpp.
 """
 
@@ -26,15 +26,16 @@ class EngineOptions:
         ram_bytes: budget of the expert slots in RAM; None: chosen from the memory that is available.
         vram_bytes: budget on the GPU; None: chosen from the free GPU memory.
         gpu: `auto`, `none` or the name of a ggml device.
-        rpc: `HOST:PORT` of llama.cpp's rpc-server on other machines, separated by commas; their devices count as GPUs.
+        rpc: comma-separated `HOST:PORT` of llama.cpp rpc-servers on other machines; their devices count as GPUs.
         n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
         n_threads: CPU threads; 0: one per physical core.
-        n_batch: most tokens per forward pass during prefill.
+        n_batch: maximum tokens per forward pass during prefill.
         kv_type: number format of the KV cache, one of `KV_TYPES`.
         dense: type that an official checkpoint's FP8 dense matrices are converted to, by name; None: `q8_0`. Only for those.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
-        mirror: a second copy of the model, best on another drive; experts are read from both.
-        adaptive: answer a miss from the base's smaller copy and fetch the better one later; the same seed may differ then.
+        mirror: a second copy of the model, ideally on another drive; experts are read from both.
+        adaptive: on a miss, use the base's smaller copy and fetch the better one later; the same seed may then give different
+            tokens.
     """
 
     ram_bytes: int | None = None
@@ -53,18 +54,18 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. The defaults are DeepSeek's own.
+    """How to choose the next token. The defaults are DeepSeek's.
 
     Attributes:
-        temperature: 0 takes the most likely token.
+        temperature: 0 picks the most likely token.
         top_p: smallest set of tokens with at least this probability; 1 keeps all.
         top_k: the k most likely tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the most likely one; 0 keeps all.
-        seed: random seed; the same seed, model and prompt give the same answer. None draws one (reported in `Finished`).
+        seed: random seed; the same seed, model and prompt give the same answer. None picks a random one (reported in `Finished`).
         repeat_penalty: divides the logits of tokens already in the answer; 1 has no effect.
         presence_penalty: subtracted from the logits of tokens already in the answer.
-        frequency_penalty: the same once for each time.
-        logit_bias: (token id, what is added to its logit); -100 and below ban it.
+        frequency_penalty: the same, once per occurrence.
+        logit_bias: (token id, value to add to its logit); -100 and below ban it.
     """
 
     temperature: float = BY_NAME["temperature"].default
@@ -79,7 +80,7 @@ class SamplingOptions:
 
 
 def check_context(n_ctx: int, trained: int) -> None:
-    """Raises UsageError for a context beyond what a model was trained for; `trained` 0: nobody knows."""
+    """Raises UsageError for a context longer than the model was trained for; `trained` 0 means unknown."""
     if trained and n_ctx > trained:
         raise UsageError(
             f"a context of {n_ctx} tokens exceeds the {trained} tokens this model was trained for",

@@ -1,4 +1,4 @@
-"""DSML, the markup in which DeepSeek-V4 is told about tools and calls them.
+"""DSML, DeepSeek-V4's markup for describing and calling tools.
 
 A block of calls looks like this; only `｜DSML｜` is a token of the vocabulary, the rest is text around it:
 
@@ -9,10 +9,10 @@ A block of calls looks like this; only `｜DSML｜` is a token of the vocabulary
     </｜DSML｜invoke>
     </｜DSML｜tool_calls>
 
-Strings stand as they are, without escaping; everything else is JSON. The wording of the instructions is the official
-encoder's (`encoding/encoding_dsv4.py` of DeepSeek-V4-Flash): models were trained on exactly these bytes.
+Strings are unescaped; everything else is JSON. The instructions are worded exactly as in the official encoder
+(`encoding/encoding_dsv4.py` of DeepSeek-V4-Flash), because models were trained on these bytes.
 
-What a model wrote is read by `dsml_reader.py` and `stream_parser.py`.
+Model output is parsed by `dsml_reader.py` and `stream_parser.py`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Parameter(NamedTuple):
 
 
 def to_json(value: Json) -> str:
-    """JSON as the models were trained to see it: Python's separators, non-ASCII characters as they are.
+    """JSON as in the models' training data: Python's separators, non-ASCII characters unescaped.
 
-    A value with half a surrogate pair, which can't be tokenised, is escaped to ASCII.
+    A value with an unpaired surrogate, which can't be tokenized, is escaped to ASCII.
     """
     text = json.dumps(value, ensure_ascii=False)
     return text if _is_encodable(text) else json.dumps(value, ensure_ascii=True)
@@ -96,7 +96,7 @@ def parameters_of(arguments: str) -> list[Parameter]:
 
 
 def render_tool_calls(calls: Iterable[ToolCall]) -> list[Part]:
-    """The block of calls as it stands at the end of an assistant's message, blank line before it included."""
+    """The block of calls at the end of an assistant message, including the blank line before it."""
     parts: list[Part] = [Text("\n\n"), *_tag("tool_calls>\n")]
     for call in calls:
         parts += _tag(f'invoke name="{call.name}">\n')

@@ -1,7 +1,7 @@
-"""How the parameters of a call that a model writes become JSON, while they are written.
+"""Converts the parameters of a tool call to JSON while the model is writing them.
 
-A value that is declared a string, or must be one by the tool's schema, is passed on as it comes. Everything else is passed on when
-its parameter ends, because only then is it known to be JSON. Whatever had to be guessed is flagged.
+A value that is declared a string, or must be one by the tool's schema, is streamed. Any other value is passed on when its
+parameter ends, because only then is it known to be JSON. All guesses are flagged.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from localrun.engine.chat.stream_events import Problem
 from localrun.engine.chat.tool_types import ALL_TYPES, ToolTypes, fits
 
 WRAPPER = "arguments"
-"""A parameter of this name that no schema knows wraps all others: what the encoder makes of arguments that it can't read."""
+"""A parameter with this name that is not in the schema wraps all others: the encoder does this with arguments it can't parse."""
 
 _IMPOSSIBLE = re.compile(r"[<>\x00-\x1f\ud800-\udfff]")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 class CallReader:
-    """Puts the arguments of one call together. Methods return what they add to the JSON text of the arguments.
+    """Assembles the arguments of one call. Methods return what they append to the arguments' JSON text.
 
     Args:
-        types: what the tool's schema says; None: the tool is not known.
+        types: from the tool's schema; None: unknown tool.
 
     Attributes:
         problems: what had to be guessed so far.
-        body: pieces of text found between the parameters.
+        body: text found between parameters.
     """
 
     def __init__(self, index: int, name: str, types: ToolTypes | None = None) -> None:
@@ -146,7 +146,7 @@ class CallReader:
             self.problems.append("guessed_type")
             return word
         if parsed is not None:
-            return text.strip()  # of another type than the schema wants: for the tool to refuse
+            return text.strip()  # not the type in the schema: left for the tool to reject
         self.problems.append("bad_json" if tag.mode == "false" or decides else "guessed_type")
         return to_json(text)
 
@@ -155,8 +155,8 @@ class CallReader:
         return name == WRAPPER and not self._names and known is not None and name not in known
 
     def _unwrapped(self, text: str, inside: str = "") -> str | None:
-        """The members of a JSON object, without its end, if the schema knows them all; `inside`: of the object that this
-        one holds and nothing else."""
+        """The members of a JSON object, without its end, if all are in the schema; with `inside`, those of the only object in
+        it."""
         parsed = _parsed(text)
         value: Json = None if parsed is None else parsed.value
         if inside:
@@ -191,7 +191,7 @@ class _Parsed:
 
 
 def _parsed(text: str) -> _Parsed | None:
-    """The value of a JSON text; None: it is none. Numbers keep their kind, not their value."""
+    """The value of a JSON text; None if it is invalid. Numbers keep their type, not their value."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)  # NaN and Infinity, which Python's parser takes

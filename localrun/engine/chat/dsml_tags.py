@@ -1,11 +1,11 @@
-"""What a DSML tag is: found in text that is still being written, and read however it is spelled.
+"""Finds DSML tags in streamed text and parses them, including misspelled ones.
 
 The official form is `<｜DSML｜invoke name="f">` and `<｜DSML｜parameter name="k" string="true">`. Models also write attributes in
-another order, without quotes or in typographic ones, with blanks, line breaks and attributes of their own, a bar too many around
-the token, or a closing tag that is misspelt. All of that is read where it has one meaning, and marked as `odd`.
+another order, with missing or typographic quotes, extra spaces, line breaks, invented attributes, extra bars around the token,
+or misspelled closing tags. All of this is accepted where it is unambiguous, and marked as `odd`.
 
-Whether a tag is complete follows from the text up to its end and a little behind it, never from how the text arrives. A tag is at
-most `MAX_TAG` characters, so looking at an incomplete one again with every piece costs a bounded amount.
+Whether a tag is complete depends only on the text up to its end and slightly beyond, never on how the text is chunked. A tag
+has at most `MAX_TAG` characters, so rescanning an incomplete one with each chunk has bounded cost.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 from typing import NamedTuple
 
 DSML_MARK = "\ud800"
-"""Stands for the token `｜DSML｜` in text to be read. Half a surrogate pair can't occur in decoded text, so no text can
-imitate it."""
+"""Represents the token `｜DSML｜` in text to be parsed. Decoded text never contains an unpaired surrogate, so no text can imitate
+it."""
 
 MAX_TAG = 1024
-"""Characters after the mark: more is no tag but text in which one was begun."""
+"""Maximum characters after the mark; anything longer is text, not a tag."""
 
 HELD = re.compile(r"\n{0,2}(?:<\s{0,2}/?\s{0,2}[｜|]?)?\Z")
 """What may precede the mark at the end of a text: line breaks that belong to the markup, and the bracket."""
@@ -66,14 +66,14 @@ class Tag(NamedTuple):
     """A tag in `text[start:end]`.
 
     Attributes:
-        kind: `calls`, `invoke` or `parameter`, with a slash before it if it closes; `?` if it is no tag of ours; `cut`
-            if the text ends inside it.
+        kind: `calls`, `invoke` or `parameter`, preceded by a slash if it closes; `?` for an unknown tag; `cut` if the text ends
+            inside it.
         name: of the tool or the parameter.
-        mode: what a parameter says about being a string: `true`, `false`, or empty if nothing that can be read.
-        odd: not in the official form; the meaning is clear.
-        broken: its name has no end.
+        mode: a parameter's `string` attribute: `true`, `false`, or empty if missing or invalid.
+        odd: not in the official form, but unambiguous.
+        broken: its name is unterminated.
         closed: it closes itself (`<... />`).
-        hints: values of attributes that the format does not have.
+        hints: values of unknown attributes.
     """
 
     kind: str
@@ -95,7 +95,7 @@ def next_tag(text: str, *, final: bool, start: int = 0) -> Tag | None:
     if begin == mark:
         return Tag("?", mark, mark + 1)
     following = text.find(DSML_MARK, mark + 1, mark + 1 + MAX_TAG)
-    # A tag contains one mark, so what stands behind the next one can't be part of it.
+    # A tag contains one mark, so anything after the next one can't be part of it.
     end = bracket_before(text, following, mark + 1)[0] if following >= 0 else min(len(text), mark + 1 + MAX_TAG)
     settled = final or following >= 0 or end < len(text)
     body = text[mark + 1 : end]
@@ -119,7 +119,7 @@ def next_tag(text: str, *, final: bool, start: int = 0) -> Tag | None:
 
 
 def bracket_before(text: str, mark: int, start: int = 0) -> tuple[int, bool, bool]:
-    """Where the bracket right before `text[mark]` begins (`mark` if there is none), if it closes, if it is odd."""
+    """Start of the bracket right before `text[mark]` (`mark` if there is none), whether it closes, whether it is odd."""
     match = _BRACKET.search(text, max(start, mark - HELD_CHARACTERS), mark)
     if match is None:
         return mark, False, False

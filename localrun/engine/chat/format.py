@@ -1,22 +1,22 @@
-"""DeepSeek-V4's prompt format: a conversation becomes special tokens and text.
+"""DeepSeek-V4's prompt format: turns a conversation into special tokens and text.
 
 Follows the official `encoding/encoding_dsv4.py` byte for byte, for both generations, which differ in the efforts only:
 `v4` (first release of Flash and Pro) and `v4-0731` (Flash-0731, Pro-0813). The chat templates that llama.cpp ships
 differ from it in corners; `tests/engine/chat/test_format.py` lists them.
 
-What is easily overlooked:
+Easily overlooked:
 
-* Consecutive user and tool messages are one user turn; tool results are put into the order of the calls.
+* * Consecutive user and tool messages are one user turn; tool results are sorted in call order.
 * Reasoning before the last user turn is dropped, and developer messages there with it, unless a message offers tools.
 * Tool results are not escaped: a literal `</tool_result>` in one ends it early for the model, as it does officially.
-* A system message has no marker and stands where it is.
+* * A system message has no marker and stays in place.
 
 Departures from the official encoder, which renders these conversations without `<｜Assistant｜>` or not at all:
 
-* An assistant message always stands behind `<｜Assistant｜>` and a thinking marker, also if it opens the conversation
-  or follows another assistant message; a system message between a question and its answer does not take them away.
+* * An assistant message always follows `<｜Assistant｜>` and a thinking marker, even if it opens the conversation or follows
+  another assistant message, or if a system message separates it from its question.
 * An answer can be continued inside its reasoning (`resume`).
-* A task on a user message that is merged into the turn before it is an error; officially it is silently lost.
+* * A task on a user message that is merged into the previous turn is an error; the official encoder drops it silently.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Effort:
     """A level of thinking.
 
     Attributes:
-        prefix: text right behind the begin token.
-        advised_context: tokens of context that it needs to be of use; 0: nothing special.
+        prefix: text right after the begin token.
+        advised_context: minimum useful context in tokens; 0: no requirement.
     """
 
     prefix: str = ""
@@ -147,17 +147,17 @@ class ChatEncoder:
         drop_thinking: bool = True,
         resume: bool = False,
     ) -> Prompt:
-        """Encodes a conversation, up to where the model goes on if it is the model's turn.
+        """Encodes a conversation, up to where the model continues if it is the model's turn.
 
         Args:
             messages: the whole conversation.
             mode: one of `modes`, `xhigh`, or None for the default.
-            tools: offered by the first system message, or one put before all if there is none.
+            tools: offered by the first system message, which is added if there is none.
             response_format: a JSON schema for the answer; goes where `tools` go.
             task: a quick instruction; put on the last message.
             drop_thinking: leave out reasoning of earlier turns (never if a message offers tools).
-            resume: the last message is an answer that was cut off and that the model shall continue. An answer that
-                was cut off inside a tool call is continued from before its calls.
+            resume: the last message is a truncated answer for the model to continue. An answer truncated inside a tool call is
+                continued from before its calls.
 
         Raises:
             MessageError: the conversation can't be encoded.
@@ -203,8 +203,8 @@ def encoder_for(metadata: Mapping[str, object]) -> ChatEncoder:
     """The encoder that a model was trained with.
 
     Args:
-        metadata: the GGUF's. `localrun.chat_encoder` decides if it is there. Else it is the second generation if a chat
-            template has that one's wording, or if the model or a template is named after its dates; else the first.
+        metadata: the GGUF's. `localrun.chat_encoder` decides if present. Otherwise it is the second generation if a chat
+            template has its wording, or if the model or a template is named after its dates; else the first.
 
     Raises:
         UnsupportedModelError: `localrun.chat_encoder` names an encoder that this version does not know.

@@ -1,10 +1,10 @@
-"""Chat messages, tool schemas and tool calls: typed, checked, and their JSON in the shape of the OpenAI API.
+"""Chat messages, tool schemas and tool calls: typed, validated, with JSON in the OpenAI API's format.
 
-One class per role. Fields that the API does not know keep the names of DeepSeek's official encoder
-(`reasoning_content`, `task`, `wo_eos`). Reading is strict: an unknown field, a wrong type or a picture is an error that
-names the message; a field that is null counts as absent. Writing then reading gives an equal message.
+One class per role. Fields that the API lacks are named as in DeepSeek's official encoder (`reasoning_content`, `task`,
+`wo_eos`). Parsing is strict: an unknown field, a wrong type or an image is an error that names the message; a null field counts
+as absent. Round trips preserve messages.
 
-This module knows nothing about tokens and prompts (`format.py`).
+Knows nothing about tokens and prompts (`format.py`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ToolSchema:
     """A tool that the model may call.
 
     Attributes:
-        function: the OpenAI `function` object (`name`, `description`, `parameters`, ...). It is shown to the model as
-            it is, keys in their order.
+        function: the OpenAI `function` object (`name`, `description`, `parameters`, ...). It is shown to the model unchanged,
+            keys in order.
     """
 
     function: Mapping[str, Json]
@@ -75,8 +75,8 @@ class ToolCall:
     """A call that the assistant made.
 
     Attributes:
-        arguments: a JSON object as text, as the model wrote it; other text is legal but unusual.
-        id: what a tool's result refers to; may be empty.
+        arguments: a JSON object as text, as written by the model; other text is allowed but unusual.
+        id: referenced by the tool's result; may be empty.
     """
 
     name: str
@@ -94,7 +94,7 @@ class SystemMessage:
     """Instructions, without any marker in the prompt.
 
     Attributes:
-        tools: tools on offer; from then on no reasoning is dropped from the conversation.
+        tools: tools on offer; if any are, reasoning is never dropped from the conversation.
         response_format: a JSON value (usually a schema) that replies must follow.
     """
 
@@ -142,12 +142,12 @@ class UserMessage:
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswer:
-    """An answer as the ids that the model drew; the text of the same meaning may be cut into others.
+    """An answer as the ids that the model sampled; the same text may tokenize differently.
 
     Attributes:
-        thinking: of the reasoning, without `<think>` and `</think>`; None: it began without any.
-        rest: of all that follows, tool calls included, without the end token.
-        text: what `rest` says, for people.
+        thinking: ids of the reasoning, without `<think>` and `</think>`; None: there was none.
+        rest: ids of everything after it, including tool calls, without the end token.
+        text: `rest` decoded, for people.
     """
 
     thinking: tuple[int, ...] | None
@@ -164,10 +164,10 @@ class AssistantMessage:
 
     Attributes:
         reasoning: text between `<think>` and `</think>`.
-        wo_eos: leave out the end token after it, wherever it stands (the official encoder's switch).
-        thinking_open: it was cut off inside the reasoning; matters only if the message is to be continued.
+        wo_eos: omit the end token after it, wherever the message is (a switch of the official encoder).
+        thinking_open: it was truncated inside the reasoning; matters only for continuing the message.
         task: `title` asks for a title of the conversation after this message.
-        sampled: what the model really wrote; stands in the prompt instead of the texts. Not part of the JSON.
+        sampled: the exact tokens the model wrote; used in the prompt instead of the texts. Not part of the JSON.
     """
 
     content: str = ""
@@ -286,7 +286,7 @@ def tools_from_json(value: Json | str | bytes, *, where: str = "tools") -> tuple
     """Tools from a JSON array: `{"type": "function", "function": {...}}` or the bare function objects.
 
     Raises:
-        MessageError: names the tool; also for two tools of one name.
+        MessageError: names the tool; also for duplicate names.
     """
     if isinstance(value, str | bytes):
         value = _parse_json(value, where)

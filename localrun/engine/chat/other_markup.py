@@ -1,8 +1,8 @@
 """Calls in markup without the format's own token: `<|DSML|invoke name="f">`, a missing bar, or a bare `<invoke name="f">`.
 
-Such text may as well be an example in an answer. It is read as a call only where no doubt is left: it begins a line outside of a
-code block, every tag is closed, and the tools on offer know the name and all parameters. Anything else stays text. So it is held
-back until its end, unlike real calls, and searched once.
+Such text may also be an example in an answer. It is treated as a call only if there is no doubt: it starts a line outside of
+code blocks, every tag is closed, and the name and all parameters match a tool on offer. Everything else stays text. So, unlike
+real calls, it is held back until its end and searched once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LONGEST_TAG = 40
 _HEAD = 512
 """Within so many characters the tool must be named: text that only looks alike is not held back for long."""
 _PATIENCE = 8
-"""So often something may look like a call and be none; then the rest of the answer is taken as text."""
+"""After this many false positives, the rest of the answer is treated as text."""
 
 
 class OtherMarkup:
-    """Watches the text of an answer for the beginning of such markup, then collects it up to its end. Not thread-safe.
+    """Watches an answer's text for the start of such markup, then collects it up to its end. Not thread-safe.
 
     Args:
         tools: names of the tools on offer.
@@ -41,9 +41,9 @@ class OtherMarkup:
         self._n_refused = 0
         self._opener = ""
         self._pieces: list[str] = []
-        self._head = ""  # what stands behind the opener, until the tool is named
+        self._head = ""  # the text after the opener, until the tool is named
         self._named = False
-        self._tail = ""  # the end of what was collected, in which a closing tag may have begun
+        self._tail = ""  # the tail of the collected text, in which a closing tag may have begun
         self._close: re.Pattern[str] | None = None
 
     # --- watching
@@ -86,7 +86,7 @@ class OtherMarkup:
         self._pieces, self._head, self._tail, self._named = [], "", "", False
 
     def add(self, text: str) -> int | None:
-        """More text. How much of it belongs to the call if this is its end, -1 if this is no call."""
+        """Adds text. Returns how much of it belongs to the call if the call ends here, -1 if this is not a call."""
         assert self._close is not None
         if not self._named:
             self._head = (self._head + text)[:_HEAD]
@@ -106,7 +106,7 @@ class OtherMarkup:
         return n_taken
 
     def collected(self) -> tuple[str, str]:
-        """The opener, and what was collected behind it."""
+        """The opener and the text collected after it."""
         return self._opener, "".join(self._pieces)
 
     def refuse(self) -> None:

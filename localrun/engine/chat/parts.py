@@ -1,12 +1,11 @@
-"""What a prompt is made of: special tokens and text, kept apart so that text can never become a special token.
+"""The parts of a prompt: special tokens and text, kept separate so that text can never become a special token.
 
-The official encoder builds one string and lets the tokenizer find the role tokens in it; a user who types `<｜User｜>`
-then writes a role token. Here a prompt is a sequence of `Special` (one token of the vocabulary, by its string) and
-`Text` (ordinary text from anyone, to be tokenised with no added token matched inside it).
+The official encoder builds one string and lets the tokenizer find the role tokens in it, so a user who types `<｜User｜>` creates
+a role token. Here a prompt is a sequence of `Special` (one token of the vocabulary, by its string) and `Text` (ordinary text,
+tokenized without matching added tokens).
 
-A tokenizer splits its input at added tokens before it does anything else, so tokenising part by part gives exactly the
-ids of the whole string, provided that neighbouring texts are one part: `merge_texts`. What a model wrote before may stand there as
-its ids (`Sampled`).
+A tokenizer first splits its input at added tokens, so tokenizing part by part gives exactly the ids of the whole string,
+provided that adjacent texts are merged (`merge_texts`). Earlier model output may be included as its ids (`Sampled`).
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ class Special:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text to be tokenised as ordinary text, whatever it looks like."""
+    """Text to be tokenized as ordinary text, whatever it looks like."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Something that a model wrote, as the ids that it drew: they are not made of the text again."""
+    """Model output as the sampled ids, which are not recomputed from the text."""
 
     ids: tuple[int, ...]
     text: str
@@ -87,7 +86,7 @@ class TokenFinder:
         self._held = ""
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that are certain; an end that may become a token is kept back."""
+        """The parts that are certain; a tail that may become a token is held back."""
         text = self._held + text
         *parts, last = split_protocol_text(text) or [Text("")]
         self._held = ""
@@ -101,7 +100,7 @@ class TokenFinder:
         return [*parts, last]
 
     def flush(self) -> list[Part]:
-        """What was kept back: it did not become a token."""
+        """The tail that was held back, which did not become a token."""
         held, self._held = self._held, ""
         return [Text(held)] if held else []
 

@@ -1,4 +1,4 @@
-"""Finds stop strings in text that comes in pieces, and holds back what may become one."""
+"""Finds stop strings in streamed text, and holds back a tail that may become one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StopFinder:
         self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """What of the text so far is certain to stand before any stop string. Empty once one was found."""
+        """The text so far that certainly precedes any stop string. Empty once one was found."""
         if self.found is not None:
             return ""
         if not self._stops:

@@ -1,4 +1,4 @@
-"""What an answer consists of while it is being written: the events of `stream_parser.py`, and their sum.
+"""The events of an answer in progress (`stream_parser.py`), and their sum.
 
 Knows nothing about tokens and markup.
 """
@@ -22,15 +22,15 @@ Problem = Literal[
     "no_name",  # a call that names no tool: do not run it
     "bad_name",  # a tool or a parameter under a name that can't be one: do not run it
     "odd_tag",  # a tag is spelled otherwise than the format has it, the meaning is clear
-    "misspelt_close",  # a closing tag is misspelt; it ends what it stands behind
+    "misspelt_close",  # a misspelled closing tag; it closes the element it follows
     "misnamed_tag",  # a call in a parameter's tag, by the name of a known tool
-    "guessed_name",  # the tool's name stands in another attribute
-    "other_markup",  # a call without the format's own token, as the tool's schema wants it
-    "unwrapped",  # all parameters in one that the schema does not know
-    "guessed_type",  # neither tag nor schema says whether a value is a string
-    "retyped",  # the schema wants another type than the tag declares
+    "guessed_name",  # the tool's name is in another attribute
+    "other_markup",  # a call without the format's token that matches the tool's schema
+    "unwrapped",  # all parameters inside one that is not in the schema
+    "guessed_type",  # neither tag nor schema tells whether a value is a string
+    "retyped",  # the schema requires a type other than the declared one
     "bad_json",  # a parameter that should be JSON is not; kept as a string
-    "not_parameters",  # the call's body is not made of parameters
+    "not_parameters",  # the call's body does not consist of parameters
     "duplicate_parameter",  # the first one counts
 ]
 
@@ -67,7 +67,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """A call is over.
+    """A call has ended.
 
     Attributes:
         arguments: always a JSON object as text.
@@ -92,10 +92,10 @@ class ToolCallEnd:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The output is over; nothing follows.
+    """The output has ended; nothing follows.
 
     Attributes:
-        reason: `eos`, or what was given to `finish`.
+        reason: `eos`, or the argument of `finish`.
         problems: outside of calls.
     """
 

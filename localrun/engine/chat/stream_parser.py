@@ -1,17 +1,17 @@
-"""What a model writes, piece by piece, becomes typed events: thinking, text, tool calls, end.
+"""Parses streamed model output into typed events: thinking, text, tool calls, end.
 
-The tokenizer hands over decoded text and, for tokens of the protocol, their strings; only those are markup. A model that
-spells out `</think>` in ordinary characters has written text, and shows as text. For completions that are one string,
-`markup_in_text=True` looks for the tokens in it.
+The tokenizer provides decoded text and, for protocol tokens, their strings; only those are markup. If a model spells out
+`</think>` in ordinary characters, that is text. For completions given as one string, `markup_in_text=True` finds the tokens in
+it.
 
-How the text is cut into pieces makes no difference to the events, except that one run of text may come as several
-deltas. Nothing that may still turn out to be markup is let through before that is decided.
+Chunking makes no difference to the events, except that one run of text may come as several deltas. Potential markup is held
+back until it is decided.
 
-Well-formed output is read as the official `parse_message_from_completion_text` reads it. Everything else is read
-leniently and flagged (`Problem`): tool calls before `</think>`, thinking that never ends, blocks that break off, tags
-that never close, arguments that are not JSON, tags that are spelled otherwise (`dsml_tags.py`), and, where the tools on
-offer leave no doubt, calls without the format's token (`other_markup.py`). Only a parameter's closing tag ends its value
-for certain; where it is missing, the next tag ends it. A whole block inside a value is part of the value.
+Well-formed output is parsed like the official `parse_message_from_completion_text`. Everything else is parsed leniently and
+flagged (`Problem`): tool calls before `</think>`, unterminated thinking, truncated blocks, unclosed tags, arguments that are
+not JSON, misspelled tags (`dsml_tags.py`), and, where the tools on offer leave no doubt, calls without the format's token
+(`other_markup.py`). Only a parameter's closing tag reliably ends its value; if that is missing, the next tag does. A whole
+block inside a value is part of the value.
 """
 
 from __future__ import annotations
@@ -84,27 +84,26 @@ __all__ = [
     "parse_completion",
 ]
 
-# Half a surrogate pair can't come out of a decoder; in the buffer one stands for the DSML token.
+# A decoder never produces an unpaired surrogate; in the buffer one represents the DSML token.
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 _TURN_TOKENS = (BOS, USER, ASSISTANT, LATEST_REMINDER)
 _LINE_BREAKS = re.compile(r"\n{1,2}\Z")
 _UNFINISHED_BRACKET = re.compile(r"<\s{0,2}/?\s{0,2}[｜|]?\Z")
 _FORGIVEN = frozenset({"odd_tag", "guessed_type", "retyped", "unwrapped"})
-"""Problems with which a call in other markup is still beyond doubt."""
+"""Problems that still leave no doubt about a call in other markup."""
 
 
 class StreamParser:
-    """Parses one answer. Feed it, then `finish` it unless it has `ended` by itself. Not thread-safe.
+    """Parses one answer. Feed it, then call `finish` unless it has `ended` by itself. Not thread-safe.
 
     Args:
         start: where the prompt left off (`Prompt.completion`).
-        markup_in_text: find protocol tokens in the fed text, for text that was decoded with them in it.
+        markup_in_text: find protocol tokens in the text, for text decoded together with them.
         id_prefix: ids of tool calls are `<prefix>_<index>`; results refer to them, so choose one per answer.
-        tools: what was on offer. Their schemas decide types, and markup without the format's own token is read only if
-            they agree.
+        tools: the tools on offer. Their schemas determine types, and whether markup without the format's token is accepted.
 
     Attributes:
-        n_scanned: characters looked at so far, a measure of the work: it grows in proportion to the answer.
+        n_scanned: characters scanned so far, a measure of work: linear in the answer's length.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class StreamParser:
         self._state: Literal["thinking", "content", "block", "call", "value", "other"] = start
         self._around_block: Literal["thinking", "content"] = start
         self._buffer = ""
-        self._at = 0  # what stands before it in the buffer is done
+        self._at = 0  # everything before it in the buffer is done
         self._out: list[StreamEvent] = []
         self._text: list[str] = []  # pieces of the last event in `_out`
         self._problems: list[Problem] = []
@@ -225,7 +224,7 @@ class StreamParser:
             return
         closed = reason == "eos" and self._state == "value" and PLAIN_CLOSERS.fullmatch(self._buffer) is not None
         if closed:
-            # Nothing but closing tags in ordinary text, and then the model itself ended.
+            # Only closing tags in ordinary text, then the model ended the answer.
             self._buffer = ""
             self._leave_value()
             self._close_call("misspelt_close")
@@ -234,7 +233,7 @@ class StreamParser:
             self._leave_value()
             self._close_call("truncated")
         elif self._state == "call":
-            # If the model itself ended here, between two parameters, then it has given all of them.
+            # If the model ended the answer here, between two parameters, then it has given all of them.
             whole = reason == "eos" and self._call.between_parameters
             self._close_call("missing_close" if whole else "truncated")
         elif self._state == "block":
@@ -307,7 +306,7 @@ class StreamParser:
         return True
 
     def _find_other(self) -> bool:
-        """Whether markup without the token begins before the next token; then it is collected from now on."""
+        """Whether markup without the token begins before the next token; if so, it is collected from here on."""
         assert self._other is not None
         mark = self._buffer.find(DSML_MARK, self._at)
         end = len(self._buffer) if mark < 0 else mark
@@ -433,7 +432,7 @@ class StreamParser:
             self._close_call()
 
     def _is_misnamed(self, tag: Tag) -> bool:
-        """A call in a parameter's tag: it has the name of a tool where a call must stand."""
+        """A call in a parameter's tag: a tool's name in a place where only a call is valid."""
         return tag.kind == "parameter" and not tag.mode and tag.name in self._tools
 
     def _step_call(self, final: bool) -> bool:
@@ -559,7 +558,7 @@ class StreamParser:
             self._text.clear()
 
     def _emit_answer(self, text: str) -> None:
-        """Text of the answer or of the reasoning, as it stands there."""
+        """Text of the answer or of the reasoning, unchanged."""
         if self._other is not None and self._state == "content":
             self._other.passed(text)
         self._emit_text(text)

@@ -1,7 +1,7 @@
-"""What the schemas of tools say about a call: which parameters exist, and which JSON types their values may have.
+"""Extracts from tool schemas which parameters exist and which JSON types their values may have.
 
-Knows the few keywords that decide a type (`type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf`); whether a value obeys the rest of
-a schema is the tool's business.
+Only handles keywords that determine a type (`type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf`); checking the rest of a schema
+is up to the tool.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ToolTypes:
     """One tool's parameters.
 
     Attributes:
-        types: JSON types by parameter, of those whose schema says them.
+        types: JSON types by parameter, where the schema specifies them.
         names: all parameters; None if the schema does not list them, or allows others.
         required: parameters that a call must have.
     """
@@ -70,7 +70,7 @@ def fits(value: Json, types: frozenset[str]) -> bool:
 
 
 def _types(schema: Json, depth: int = 0) -> frozenset[str]:
-    """Types that a schema allows; all of them where it does not say."""
+    """Types that a schema allows; all if it does not specify any."""
     if not isinstance(schema, Mapping) or depth > 8:
         return ALL_TYPES
     allowed = ALL_TYPES

@@ -1,6 +1,6 @@
-"""The core of the prompt format: messages become turns, turns become parts. `format.py` says what follows what.
+"""The core of the prompt format: messages become turns, turns become parts. `format.py` documents the rules.
 
-Knows nothing about models, modes and where tools come from.
+Knows nothing about models, modes and the origin of tools.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _RESPONSE_FORMAT = (
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """A place between two parts at which a message has just ended: where a session takes snapshots.
+    """A position between two parts where a message ends: where a session takes snapshots.
 
     Attributes:
-        message: index of that message; of several that make one turn the last; -1 for a system part of our own making.
-        part: the prompt's parts before this index are this message and all before it. The token that asks for an
-            answer (`<｜Assistant｜>` and what follows) lies behind it.
+        message: index of that message, or of the last one in its turn; -1 for a generated system part.
+        part: the parts before this index are this message and all earlier ones. The cue for an answer (`<｜Assistant｜>` and what
+            follows) comes after it.
         stable: these parts stay a prefix of the prompt when the conversation is answered and the user writes again.
     """
 
@@ -67,9 +67,8 @@ class Prompt:
 
     Attributes:
         parts: no two texts are neighbours.
-        boundaries: ascending. A message that ends inside a text (it was merged with the next one) or that was left
-            out has none.
-        completion: how the model's output begins, for the stream parser; None if it is not the model's turn.
+        boundaries: ascending. A message that ends inside a text (merged with the next one) or was dropped has none.
+        completion: the start of the model's output, for the stream parser; None if it is not the model's turn.
     """
 
     parts: tuple[Part, ...]
@@ -86,7 +85,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Turn:
-    """What the format knows as one message.
+    """What the format treats as one message.
 
     Attributes:
         role: `user` for user and tool messages, else the message's.
@@ -124,7 +123,7 @@ def merge_turns(messages: Iterable[Message]) -> list[Turn]:
 
 
 def order_tool_results(turns: list[Turn]) -> list[Turn]:
-    """Results stand in the order of the calls; texts between them stay where they are."""
+    """Sorts results in call order; texts between them stay in place."""
     order: dict[str, int] = {}
     for turn in turns:
         first = turn.messages[0]
@@ -162,7 +161,7 @@ class PromptWriter:
         self.parts: list[Part] = []
         self.answer_open = False
         self.unanswered: int | None = None
-        self.late_task = False  # a system message stands between a task and its answer
+        self.late_task = False  # a system message separates a task from its answer
         self.completion: Literal["thinking", "content"] | None = None
         self.ends: list[tuple[int, int]] = []  # (message, len(parts) there)
         self.stable: int | None = None  # len(parts) up to which nothing changes later
@@ -233,7 +232,7 @@ class PromptWriter:
             self._open_answer(i)
 
     def _open_answer(self, i: int) -> None:
-        """`i`: the question, or the answer itself where there is none."""
+        """`i`: the question, or the answer itself if there is none."""
         self.answer_open = True
         self.parts.append(Special(ASSISTANT))
         thinks = self.thinking and (not self.drop or i >= self.last_question)
@@ -278,8 +277,8 @@ class PromptWriter:
         self.parts.append(Sampled(answer.rest, answer.text))
 
     def _mark_unstable(self, *, text_joins: bool = False) -> None:
-        """What is written from here on changes with the next question. `text_joins`: then a text may stand here, which
-        becomes one with a text before it."""
+        """Everything from here on changes with the next question. `text_joins`: the next question may put a text here, which
+        merges with the text before it."""
         if self.stable is None:
             end = len(self.parts)
             while text_joins and isinstance(self.parts[end - 1], Text):
@@ -287,10 +286,10 @@ class PromptWriter:
             self.stable = end
 
     def _finish(self, shift: int) -> Prompt:
-        """Merges texts; keeps the ends of messages that still lie between two parts."""
+        """Merges texts; keeps the message ends that are still between two parts."""
         stable = len(self.parts) if self.stable is None else self.stable
         if self.completion is not None and isinstance(self.parts[-1], Text):
-            stable = min(stable, len(self.parts) - 1)  # the model goes on in this text
+            stable = min(stable, len(self.parts) - 1)  # the model continues this text
         edges = _edges_after_merge(self.parts)
         boundaries: dict[int, Boundary] = {}
         for message, end in self.ends:
@@ -300,7 +299,7 @@ class PromptWriter:
 
 
 def _edges_after_merge(parts: Sequence[Part]) -> list[int | None]:
-    """Where the edge before `parts[i]` (or behind the last one) is among the merged parts; None: inside a text."""
+    """Position among the merged parts of the edge before `parts[i]` (or after the last one); None if inside a text."""
     kinds = ["" if part == Text("") else type(part).__name__ for part in parts]
     following = [""] * (len(parts) + 1)  # kind of the next part that is not empty
     for i in range(len(parts) - 1, -1, -1):

@@ -1,9 +1,9 @@
-"""The user's conversations: a SQLite file that is written as things happen and survives a crash at any moment.
+"""The user's conversations: an SQLite file that is written continuously and survives a crash at any moment.
 
-A conversation is a tree of messages. `head` names the last message on view, the path from the first message to it is what
-the model sees. Editing, regenerating and branching only add messages and move the head; nothing is ever overwritten except
-the message that is being written. Knows nothing about the engine, prompts or terminals; texts are kept as they were written
-(`localrun.textsafe` makes them safe to show).
+A conversation is a tree of messages. `head` is the last visible message; the model sees the path from the first message to it.
+Editing, regenerating and branching only add messages and move the head; nothing is overwritten except the message being
+written. Knows nothing about the engine, prompts or terminals; texts are stored verbatim (`localrun.textsafe` makes them safe to
+show).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text files that go with a message: read, checked to be text, and put before what the user wrote."""
+"""Text files attached to a message: read, checked to be text, and put before the user's text."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def read_attachment(path: Path, *, pipes: bool = False) -> Attachment:
     """The file as text, its tokens not counted yet.
 
     Args:
-        pipes: also read `-`, standard input, and pipes to their end (`<(...)`), which may take as long as whoever writes.
+        pipes: also read `-` (standard input) and pipes (`<(...)`) to their end, however long their writer takes.
 
     Raises:
-        AttachmentError: it can't be read, is too large, or is not text in UTF-8 or UTF-16 with a mark.
+        AttachmentError: it can't be read, is too large, or is not UTF-8 text (or UTF-16 with a byte order mark).
     """
     name = path.name
     try:
@@ -73,7 +73,7 @@ def _read(path: Path, *, pipes: bool) -> bytes:
         return path.read_bytes()
     if not (pipes and stat.S_ISFIFO(mode)):
         raise AttachmentError(f"{path}: not a regular file")
-    # Opening a pipe that nobody writes to would wait for ever; without waiting, it is at its end at once.
+    # Opening a pipe without a writer would block forever; non-blocking, it is at its end immediately.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     with open(descriptor, "rb") as file:
@@ -84,6 +84,6 @@ def _read(path: Path, *, pipes: bool) -> bytes:
 
 
 def with_attachments(attachments: Iterable[Attachment], text: str) -> str:
-    """What the model reads: each file with its name in a fence, then the text."""
+    """The text for the model: each file with its name, fenced, then the message."""
     parts = [f"File `{a.name}`:\n\n{fenced(a.text)}" for a in attachments]
     return "\n\n".join([*parts, text])

@@ -1,7 +1,7 @@
-"""The store on a thread of its own: whoever must not block (an event loop) hands work over and gets a future.
+"""Runs the store on its own thread: callers that must not block (an event loop) submit work and get a future.
 
-One thread does all of it, in the order in which it was handed over. So what was written before is there for what reads after,
-and a caller that waits for its future knows that the change is in the file.
+One thread does all work in submission order, so reads see all earlier writes, and once a future is done, the change is in the
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ R = TypeVar("R")
 class StoreThread:
     """Owns a `ConversationStore`: opens it, uses it and closes it on its thread.
 
-    All methods may be called from any thread. The thread is a daemon: a file system that hangs keeps nobody from leaving.
+    All methods may be called from any thread. The thread is a daemon, so a hanging file system does not block exit.
     """
 
     def __init__(self, open_store: Callable[[], ConversationStore] = ConversationStore.open) -> None:
@@ -44,7 +44,8 @@ class StoreThread:
         return self._submit(job)
 
     def submit(self, work: Callable[[ConversationStore], R]) -> Future[R]:
-        """Does `work` after all that was handed over before. Fails as it does, or with ConversationError without a store."""
+        """Runs `work` after everything submitted before. The future fails like `work`, or with ConversationError if there is no
+        store."""
 
         def job() -> R:
             if self._store is None:
@@ -54,7 +55,7 @@ class StoreThread:
         return self._submit(job)
 
     def close(self, timeout_s: float) -> bool:
-        """Does what was handed over, then closes the file; returns whether that was done in time."""
+        """Finishes submitted work, then closes the file; returns whether that was done in time."""
 
         def job() -> bool:
             store, self._store = self._store, None
@@ -71,7 +72,7 @@ class StoreThread:
         future: Future[Any] = Future()
 
         def run() -> bool:
-            # A caller that gave up waiting still has its change made: it asked for it.
+            # The change is made even if its caller has stopped waiting.
             try:
                 result, error = job(), None
             except BaseException as failure:

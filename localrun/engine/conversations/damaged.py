@@ -1,4 +1,4 @@
-"""A new file out of what can be read of a damaged one."""
+"""Recovers the readable parts of a damaged file into a new one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Salvage:
 
 
 def salvage(path: Path | None = None) -> Salvage:
-    """Moves a damaged file aside (`….damaged-TIME`, never deleted) and makes a new one of everything that can be read.
+    """Moves a damaged file aside (`….damaged-TIME`, never deleted) and recovers everything readable into a new one.
 
     Raises:
         ConversationError: the folder can't be written to.
@@ -35,7 +35,7 @@ def salvage(path: Path | None = None) -> Salvage:
     path = path or paths.data_dir() / FILE_NAME
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     try:
-        # The main file last: until it moves, a crash here changes nothing that counts.
+        # The main file last: until it is moved, a crash here has no effect.
         for suffix in ("-wal", "-shm", ""):
             side = path.with_name(path.name + suffix)
             if side.exists():
@@ -79,7 +79,7 @@ def _readable_rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator
 
 
 def _mend(db: sqlite3.Connection) -> None:
-    """Makes whole trees of what was read: lost conversations get a name, lost parents make a new beginning."""
+    """Repairs trees: messages without a conversation get a new one, messages without a parent become roots."""
     now = time.time()
     db.execute(
         "INSERT INTO conversations (id, title, created_at, updated_at, settings)"

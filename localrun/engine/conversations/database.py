@@ -1,4 +1,4 @@
-"""The file: its tables, opening and checking it, and SQLite's errors in words that help."""
+"""The file: its tables, opening and checking it, and helpful messages for SQLite's errors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from localrun.errors import LocalrunError
 SCHEMA_VERSION = 1
 FILE_NAME = "conversations.sqlite3"
 APPLICATION_ID = 0x4C52434E
-"""SQLite's header field that says whose file it is ("LRCN")."""
+"""SQLite's application id ("LRCN")."""
 
 BUSY_TIMEOUT_S = 5.0
 """Another localrun may be writing; its transactions take milliseconds."""
 
 OPEN_TIMEOUT_S = 0.5
-"""Whoever opens the file is somebody who waits for a program to begin: a file that another program holds is said at once."""
+"""When opening, the user is waiting for the program to start, so a locked file is reported quickly."""
 
 _SCHEMA = """
 CREATE TABLE conversations (
@@ -51,7 +51,7 @@ class ConversationError(LocalrunError):
 
 
 class DamagedConversationsError(ConversationError):
-    """The file is no sound database; `salvage` rescues what can be read."""
+    """The file is not a valid database; `salvage` recovers what is readable."""
 
     def __init__(self, path: Path, cause: object) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Checks what is there and makes what is not; from then on others may take their time."""
+    """Checks existing tables and creates missing ones; afterwards, locks are waited for longer."""
     _check(db, path)
     db.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
@@ -111,7 +111,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 
 
 def as_our_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> ConversationError:
-    """What became of a statement, in words that help.
+    """Translates a database error into a helpful one.
 
     Args:
         error: SQLite's; UnicodeDecodeError: Python could not even read its message, which quotes a damaged schema.

@@ -1,4 +1,4 @@
-"""Conversations as Markdown (the branch on view, for people) and JSON (all branches, for programs)."""
+"""Exports conversations as Markdown (the current branch, for people) and JSON (all branches, for programs)."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def export_json(store: ConversationStore, conversation_id: int) -> str:
 def write_export(
     store: ConversationStore, conversation_id: int, kind: ExportFormat, target: Path | None = None
 ) -> Path:
-    """Writes an export, never over a file that exists.
+    """Writes an export; never overwrites a file.
 
     Args:
-        target: a file, or a folder for a name made from the title; None: the working directory.
+        target: a file, or a folder, in which the file is named after the title; None: the working directory.
 
     Raises:
         ConversationError: the file exists or can't be written.

@@ -1,7 +1,6 @@
-"""Conversations of other programs: JSONL, ChatGPT's export, llama.cpp's web interface, and localrun's own JSON export.
+"""Imports conversations: JSONL, ChatGPT exports, llama.cpp's web interface, and localrun's JSON export.
 
-What is read is text and its order in the tree; pictures, tool calls and the like are left out. A file is taken as a whole or not at
-all.
+Imports text and tree structure; images, tool calls and the like are skipped. A file is imported completely or not at all.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def read_conversations(path: Path) -> list[Imported]:
     """Conversations of a file.
 
     Raises:
-        ConversationError: it can't be read, or holds none of a known kind.
+        ConversationError: it can't be read, or is not in a known format.
     """
     path = path.expanduser()
     try:
@@ -62,7 +61,7 @@ def read_conversations(path: Path) -> list[Imported]:
 
 
 def import_conversations(store: ConversationStore, found: Iterable[Imported]) -> list[int]:
-    """Writes them, all in one transaction; gives their ids in the store.
+    """Writes them in one transaction; returns their ids in the store.
 
     Raises:
         ConversationError: the store can't be written.
@@ -172,7 +171,7 @@ def _own(document: Mapping[str, Any]) -> Imported:
 
 
 def _tree(title: str, tree: Mapping[str, tuple[Any, Mapping[str, Any]]], body: Any, head: Any) -> Imported:
-    """A tree whose nodes may hold nothing: those are passed over, and what is below them hangs on what is above."""
+    """A tree with possibly empty nodes, which are skipped: their children are attached to their parents."""
     talk = Imported(title)
     kept: dict[str, str | None] = {}
     for start in tree:
@@ -189,7 +188,7 @@ def _tree(title: str, tree: Mapping[str, tuple[Any, Mapping[str, Any]]], body: A
 
 
 def _add(talk: Imported, key: str, parent: str | None, role: Any, content: Any, reasoning: Any) -> str | None:
-    """Adds a message and gives its key; what is no message of a person or a model leaves the way as it was."""
+    """Adds a message and returns its key; messages from neither user nor model leave the path unchanged."""
     text = _text(content)
     if role == "system" and text and not talk.system:
         talk.system = text

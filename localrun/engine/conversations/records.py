@@ -1,4 +1,4 @@
-"""What conversations are made of, and how it lies in the file's rows."""
+"""The records of conversations, and their representation in database rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Message:
     """One message of a tree. `parent_id` is None for the first one of a branch.
 
     Attributes:
-        details: what else is known, by name: `timings`, `seed`, `model`, `think`, `thinking_s`, `warning`, `error`.
+        details: further information, by name: `timings`, `seed`, `model`, `think`, `thinking_s`, `warning`, `error`.
     """
 
     id: int
@@ -90,7 +90,7 @@ def details_json(details: Mapping[str, Any], attachments: Sequence[Attachment]) 
 
 
 class ImpossibleRowError(ValueError):
-    """A row that no localrun has written: SQLite keeps any type in any column and knows no JSON."""
+    """A row not written by localrun: SQLite stores any type in any column and does not validate JSON."""
 
 
 def message_of(row: Sequence[Any]) -> Message:

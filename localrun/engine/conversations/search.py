@@ -1,7 +1,7 @@
-"""Search in titles and messages.
+"""Searches titles and messages.
 
-Departure from the textbook: it scans the texts with Python's case folding instead of an index. Words are then found inside
-identifiers and in any script, and there is no index that could disagree with the texts; one person's conversations are small.
+Departure from the textbook: it scans the texts with Python's case folding instead of using an index. This finds words inside
+identifiers and in any script, and there is no index that could become inconsistent; one person's conversations are small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The store: everything that is done with conversations, each change one transaction."""
+"""The store: all operations on conversations, each change a transaction."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class ConversationStore:
     """All conversations of one user, in one file.
 
     Owns the connection; one lock makes every method safe from any thread, and SQLite's own locks make several programs on
-    one file safe. A method's changes are one transaction: after a crash they are there as a whole or not at all. A power
-    failure may lose the last second's (WAL with synchronous=NORMAL), never more.
+    one file safe. A method's changes are one transaction: a crash leaves all or none of them. A power failure may lose the last
+    second of changes (WAL with synchronous=NORMAL), never more.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -77,11 +77,11 @@ class ConversationStore:
 
     @classmethod
     def open(cls, path: Path | None = None) -> ConversationStore:
-        """Opens or makes the file (default: in the user's data folder, readable by nobody else).
+        """Opens or creates the file (default: in the user's data folder, readable only by its owner).
 
         Raises:
-            DamagedConversationsError: it is there but no sound database.
-            ConversationError: no permission, a full disk, or a file of a newer version.
+            DamagedConversationsError: it exists but is not a valid database.
+            ConversationError: no permission, a full disk, or a newer version's file.
         """
         path = path or paths.data_dir() / FILE_NAME
         connection = connect(path)
@@ -285,7 +285,7 @@ class ConversationStore:
 
     @_translated
     def rewind(self, conversation_id: int, message_id: int | None) -> None:
-        """Makes `message_id` (None: nothing) the end of what is on view; what followed stays as a branch."""
+        """Makes `message_id` (None: nothing) the end of the visible path; messages after it remain as a branch."""
         with self._transaction():
             if message_id is None:
                 self._db.execute("UPDATE conversations SET head = NULL WHERE id = ?", (conversation_id,))
@@ -333,7 +333,7 @@ class ConversationStore:
     def search(self, query: str, *, conversation_id: int | None = None, limit: int = 200) -> list[SearchHit]:
         """Messages (in all branches) and titles that contain every word of `query`, case ignored, newest first.
 
-        Reads through a connection of its own: a long search does not delay the saving of an answer.
+        Uses a separate connection, so a long search does not delay saving an answer.
         """
         words = query.casefold().split()
         if not words:

@@ -1,12 +1,12 @@
-"""Measures a loaded model: prefill and decode at context frontiers, where the time goes, what is read, and on which machine.
+"""Measures a loaded model: prefill and decode at several context lengths ("frontiers"), time breakdown, reads, and the machine.
 
-One stream of tokens is fed to one session. At each frontier the context is filled up to it (that is a prefill measurement), then
-tokens are fed one by one (decode). Tokens are given, not sampled: two runs, or two engines, do the same work. Every token's time
-includes fetching its logits, without which no next token could be chosen.
+One stream of tokens is fed to one session. The context is filled up to each frontier (a prefill measurement), then tokens are
+fed one by one (decode). Tokens are given, not sampled, so that two runs, or two engines, do the same work. Every token's time
+includes fetching its logits, which choosing the next token would require.
 
-The split of a token's time comes from the expert path's counters: dense is what passes in llama.cpp outside our device, compute
-what passes in expert kernels, waiting is the decoding thread's idleness while a read is under way, other the rest of our device
-(routing, bookkeeping, hand-over). A model without our device has totals only.
+The breakdown of a token's time comes from the expert path's counters: dense is time in llama.cpp outside our device, compute is
+time in expert kernels, waiting is when the decoding thread is idle during a read, other is the rest of our device (routing,
+bookkeeping, hand-over). A model without our device has only totals.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Counters = dict[int, dict[str, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What is measured.
+    """Benchmark options.
 
     Attributes:
         frontiers: tokens in the context at which decode is measured, rising.
         new_tokens: decoded at each frontier.
-        warm_up_tokens: fed before, and forgotten: they compile kernels and fill caches.
-        time_limit_s: a frontier that would exceed it is left out, and said so.
+        warm_up_tokens: fed first and discarded, to compile kernels and fill caches.
+        time_limit_s: frontiers that would exceed it are skipped and reported.
     """
 
     frontiers: tuple[int, ...] = (0, 512, 2048)
@@ -101,7 +101,7 @@ class Phase:
         hits, misses: distinct experts per layer call that were in RAM, or had to be read.
         bytes_read: from files, read-ahead included.
         prefetched: experts read ahead of their call.
-        guesses, guesses_used, guesses_wasted: those of them that the next layer's router made likely, and what became of them.
+        guesses, guesses_used, guesses_wasted: experts among them predicted with the next layer's router, and their fate.
         layers: the counters per layer, with `layer`.
         rss_bytes: resident size of the process afterwards.
     """
@@ -186,10 +186,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where it was measured. What is unknown is empty, 0 or None.
+    """The machine. Unknown values are empty, 0 or None.
 
     Attributes:
-        load_average: runnable threads over the last minute, when this was made: measurements on a busy machine say so.
+        load_average: runnable threads over the last minute, to identify measurements on a busy machine.
     """
 
     cpu: str
@@ -208,9 +208,9 @@ class Benchmark:
 
     Attributes:
         phases: in the order of measurement.
-        skipped: what was left out, and why.
+        skipped: what was skipped, and why.
         rss_start_bytes: after loading; compare with the last phase's to see growth.
-        peak_rss_bytes: largest resident size of the process in its life.
+        peak_rss_bytes: peak resident size of the process.
     """
 
     phases: tuple[Phase, ...]
@@ -234,7 +234,7 @@ def measure(
     """Runs all phases in a fresh session of `engine`.
 
     Args:
-        tokens: `options.n_tokens` ids at least; more are not used.
+        tokens: at least `options.n_tokens` ids; more are ignored.
 
     Raises:
         UsageError: too few tokens.
@@ -287,7 +287,8 @@ class _Run:
         )
 
     def _warm_up(self) -> None:
-        """A batch and single tokens, because they take different code; from the stream's end, so that they heat nothing."""
+        """A batch and single tokens, because they use different code; from the stream's end, so that no measured experts are
+        warmed up."""
         n = min(self._options.warm_up_tokens, self._session.n_ctx, len(self._tokens))
         if n <= 0:
             return
@@ -300,7 +301,7 @@ class _Run:
         self._wait_for_gpus()
 
     def _wait_for_gpus(self) -> None:
-        """Experts are copied to GPUs while the program answers already; what is measured is how it goes afterwards."""
+        """Experts are copied to GPUs while the program is already answering; measure the state afterwards."""
         deadline = time.monotonic() + _GPU_WAIT_S
         while self._engine.stats().get("gpu_under_way") and time.monotonic() < deadline:
             self._progress(f"copying experts to the GPU: {self._engine.stats()['gpu_experts']}")
@@ -425,7 +426,7 @@ def machine(model: Path | None = None, *, probe: bool = True) -> Machine:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident size that this process had; 0 if unknown."""
+    """Peak resident size of this process; 0 if unknown."""
     try:
         import resource
     except ImportError:

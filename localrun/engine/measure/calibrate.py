@@ -1,14 +1,14 @@
-"""Runs a text through a loaded model and collects what quantizers and the precision solver want to know about its experts.
+"""Runs a text through a loaded model and collects expert statistics for quantizers and the precision solver.
 
-Sums of squared inputs per expert and channel (`Importance`), the router weights that outputs were multiplied with, and for a sample
-of the text's positions the experts' input rows with the experts that were chosen, on which output errors are measured.
+These are sums of squared inputs per expert and channel (`Importance`), the router weights that outputs were multiplied by, and,
+for a sample of positions, the experts' input rows with the chosen experts, on which output errors are measured.
 
-The sample is of positions, the same in all layers: one row serves all experts that it was routed to, so a given amount of memory
-shows several times more rows per expert than samples per expert would. An expert that no sampled position chose is measured on
-other experts' rows (`expert_error`).
+Positions are sampled, the same ones in all layers: one row serves all experts it was routed to, so memory holds several times
+more rows per expert than with separate samples per expert. An expert that no sampled position chose is measured on other
+experts' rows (`expert_error`).
 
-Router weights are not visible to our device; they are computed here from the same input and the router's own matrix, as
-llama.cpp does (llama-graph.cpp, build_moe_ffn). For routers that this module does not know they are left out.
+Our device does not see router weights; they are computed here from the same input and the router's matrix, as in llama.cpp
+(llama-graph.cpp, build_moe_ffn). For unknown routers they are omitted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What one run learned.
+    """The result of one run.
 
     Attributes:
         importance: sums over all tokens.
@@ -70,11 +70,11 @@ def calibrate(
         window: tokens per window; each starts with an empty context.
         max_tokens: only the first ones; 0: all.
         seed: chooses the sampled positions.
-        sample_bytes: most memory for sampled rows.
-        progress: called with (tokens done, tokens in all).
+        sample_bytes: maximum memory for sampled rows.
+        progress: called with (tokens done, total tokens).
 
     Raises:
-        UsageError: the text has too few tokens, or the engine has no experts of ours.
+        UsageError: the text has too few tokens, or the engine's experts are not on our device.
         DecodeError: the model's activations are not finite.
     """
     loaded = engine._loaded
@@ -122,7 +122,7 @@ class ExpertSums:
     """Collects from the expert path (`localrun.offload.pool.Collector`). One batch at a time: `begin`, decode, `end`.
 
     Args:
-        n_tokens: tokens that will be run in all; sampled positions are chosen among them in advance.
+        n_tokens: total tokens to run; sampled positions are chosen among them in advance.
     """
 
     def __init__(self, source: ModelSource, n_tokens: int, *, seed: int = 0, sample_bytes: int = SAMPLE_BYTES) -> None:
@@ -227,11 +227,11 @@ _SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4  # llama-hparams.h, llama_expert_ga
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """One layer's router, as far as weights go: which experts are chosen is seen, not computed.
+    """One layer's router, only for weights: the chosen experts are observed, not computed.
 
     Attributes:
         matrix: (E, D).
-        gating: llama.cpp's number of the function over its outputs.
+        gating: llama.cpp's number of the gating function.
         normalized: weights of the chosen experts are divided by their sum.
         scale: factor of all weights.
     """

@@ -1,7 +1,6 @@
-"""Texts for calibration: plain UTF-8, or conversations as JSON lines. Read and checked before anything is loaded.
+"""Calibration texts: plain UTF-8, or conversations as JSONL. Read and checked before anything is loaded.
 
-A conversation is rendered as the model was trained to see it; plain text is cut into windows. Knows nothing about
-what is measured with the tokens.
+Conversations are rendered in the model's prompt format; plain text is split into windows. Knows nothing about what is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import FormatError, StoreError, UsageError
 
 LEAST_BYTES = 1000
-"""A shorter text reaches too few experts to say anything about them."""
+"""A shorter text reaches too few experts."""
 MAX_BYTES = 256 << 20
 
 _HINT = "use UTF-8 text, or JSONL with one message list per line; a few hundred kilobytes of typical use are enough"
@@ -34,8 +33,8 @@ class CalibrationText:
     Attributes:
         name: the file's name, or "default".
         digest: xxh3_128 of the file's bytes.
-        text: plain text; empty if it is conversations.
-        conversations: message lists; empty if it is plain text.
+        text: plain text; empty for conversations.
+        conversations: message lists; empty for plain text.
     """
 
     name: str
@@ -44,9 +43,9 @@ class CalibrationText:
     conversations: tuple[tuple[Message, ...], ...] = ()
 
     def token_windows(self, tokenizer: Tokenizer, chat: ChatEncoder, begin: int | None, window: int) -> list[list[int]]:
-        """Token lists of at most `window`, each to be run in an empty context.
+        """Token lists of at most `window` tokens, each to be run in an empty context.
 
-        Plain text: consecutive pieces, each behind the begin token. Conversations: one after the other, long ones in pieces.
+        Plain text: consecutive pieces, each after the begin token. Conversations: one after the other, long ones in pieces.
         """
         if not self.conversations:
             return _pieces(tokenizer.encode(self.text), begin, window)
@@ -70,10 +69,10 @@ def default_text() -> CalibrationText:
 
 
 def read_calibration_text(path: Path) -> CalibrationText:
-    """Reads plain text, or (by the name's end `.jsonl`, or where the first line is JSON) conversations, one per line.
+    """Reads plain text, or conversations, one per line (if the name ends in `.jsonl` or the first line is JSON).
 
     Raises:
-        FormatError: not UTF-8, or a line that is no conversation (named).
+        FormatError: not UTF-8, or a line that is not a conversation (named).
         UsageError: empty or too short.
         StoreError: can't be read.
     """

@@ -1,7 +1,7 @@
-"""From what the user asked for to a precision for every expert: calibrate (or read an imatrix), measure output errors, solve.
+"""Chooses a precision for every expert: calibrates (or reads an imatrix), measures output errors, solves.
 
-What was learned is kept in a work folder, so that a conversion that goes on after a kill decides the same without running the
-text again: `imatrix.gguf` and `tiers.json`. Both are thrown away when the model, the text or the formats are others.
+Results are kept in a work folder (`imatrix.gguf` and `tiers.json`), so a resumed conversion makes the same choices without
+rerunning the text. Both are discarded if the model, the text or the formats differ.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 
 IMATRIX_NAME, TIERS_NAME = "imatrix.gguf", "tiers.json"
 Report = Callable[[str, int, int], None]
-"""Called with (what is being done, done, in all)."""
+"""Called with (step, done, total)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionRequest:
-    """What the user asked for.
+    """The user's request.
 
     Attributes:
-        base: format of the base; None: the source's own. Of no meaning with a target.
-        hot, target: see `precision.solver`; neither: importance only.
-        text: calibration text; None: the one that ships.
-        imatrix: sums from a file in place of a calibration.
+        base: format of the base; None: the source's own. Ignored with a target.
+        hot, target: see `precision.solver`; without both, only importance is computed.
+        text: calibration text; None: the built-in one.
+        imatrix: sums from a file instead of calibration.
         max_tokens: run only the first ones of the text; 0: all.
-        reserve_bytes: of a target's memory, for the context.
+        reserve_bytes: part of a target's memory, for the context.
     """
 
     base: GGMLQuantizationType | None = None
@@ -77,7 +77,7 @@ class PrecisionChoice:
 
 
 def check_precision_request(source: ModelSource, request: PrecisionRequest) -> tuple[GGMLQuantizationType, ...]:
-    """Everything that can be wrong before any work; the formats that will be measured.
+    """Checks everything before any work; returns the formats to measure.
 
     Raises:
         UsageError, FormatError: see `precision.solver.check_request` and `read_imatrix`.
@@ -111,9 +111,9 @@ def choose_precision(
     """Decides which expert gets which format.
 
     Args:
-        model: any source; best the official checkpoint.
-        options: how to load it for the calibration; context and batch are chosen here.
-        work_folder: where results are kept and found; None: nowhere.
+        model: any source; preferably the official checkpoint.
+        options: how to load it for calibration; context and batch are set here.
+        work_folder: where results are saved and found; None: nowhere.
         dense_bytes: of the dense model in the target.
 
     Raises:
@@ -184,7 +184,7 @@ def _keep_importance(folder: Path, importance: Importance, source: ModelSource) 
     """Writes the sums and reads them back: mapped (those of a big model are a gigabyte), and rounded as a later run sees them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TIERS_NAME).unlink(missing_ok=True)  # it says that the sums beside it are those that it was made with
+        (folder / TIERS_NAME).unlink(missing_ok=True)  # it certifies the sums next to it
     except OSError as error:
         raise StoreError(f"{folder}: can't be written: {error.strerror}") from error
     write_imatrix(importance, folder / IMATRIX_NAME)
@@ -192,7 +192,7 @@ def _keep_importance(folder: Path, importance: Importance, source: ModelSource) 
 
 
 def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None) -> None:
-    """Last: it says that the sums are complete, and what was measured with them."""
+    """Written last: certifies that the sums are complete, and holds the measurements made with them."""
     path = folder / TIERS_NAME
     value = {"key": key, "importance": importance.digest, "errors": errors.to_json() if errors is not None else None}
     with replacing(path) as file:

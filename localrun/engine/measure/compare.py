@@ -1,7 +1,7 @@
-"""Several models against an exact one on the same text, for conversion reports.
+"""Compares several models with an exact one on the same text, for conversion reports.
 
-Runs in this process: the commands that use it run models in it anyway, to calibrate. `localrun eval --reference` does the same for
-one model in the engine process; what is measured, and how the logits wait, is `evaluate`'s for both.
+Runs in this process, because the commands that use it calibrate in it anyway. `localrun eval --reference` does the same for one
+model in the engine process; both use `evaluate`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def compare_models(
     max_tokens: int = 0,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
-    """Perplexity, KL from the reference and agreement of each named model, in their order; the next one is asked for when the one
-    before is closed.
+    """Perplexity, KL from the reference and agreement of each named model, in order; the next model is requested after the
+    previous one is closed.
 
     Args:
         options: how to load all of them; the context is as long as a window.

@@ -1,9 +1,9 @@
-"""How good a model's predictions are: perplexity of a text, and distance from a reference's distributions.
+"""Measures a model's predictions: perplexity of a text, and distance from a reference's distributions.
 
-A text is cut into windows of equal length; each is predicted from an empty context that holds the begin token only, so every
-token of the text is predicted exactly once. Figures of different window lengths can't be compared.
+A text is split into windows of equal length; each is predicted from a context with only the begin token, so every token of the
+text is predicted exactly once. Results for different window lengths are not comparable.
 
-Two models are compared one after the other, because both may want all the memory there is; the reference's logits wait on the disk.
+Two models are run one after the other, because each may need all memory; the reference's logits are kept on disk.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def evaluate_text(
     reference_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """`evaluate` of a text in a session of its own; `window` is cut to the context, `max_tokens` 0 is the whole text.
+    """Runs `evaluate` on a text in its own session; `window` is limited to the context, `max_tokens` 0 means the whole text.
 
     Raises:
         UsageError: the text is empty, or the model has no begin token.
@@ -144,8 +144,8 @@ def evaluate(
     Args:
         session: one with all logits.
         begin: id of the begin token.
-        save_folder: gets one `window_N.npy` per window: logits, float32 (T, n_vocab), and their tokens.
-        reference_folder: what another model's run saved for the same tokens and window length.
+        save_folder: receives one `window_N.npy` per window: logits, float32 (T, n_vocab), and their tokens.
+        reference_folder: another model's `save_folder`, for the same tokens and window length.
         progress: called at the start and after each window with (tokens done, tokens in all).
 
     Raises:

@@ -1,4 +1,4 @@
-"""A GGUF as llama.cpp loads it itself, experts in its own memory: the reference that ours is compared with."""
+"""A GGUF loaded by stock llama.cpp, experts in its memory: the reference for comparisons."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_DEVICES = (C.c_void_p * 1)(None)
 
 
 def without_gpus(params: Any) -> None:
-    """Makes `llama_model_params` use no GPU, whatever llama.cpp was built for and whichever servers were added."""
+    """Makes `llama_model_params` use no GPU, regardless of the build and any added servers."""
     params.n_gpu_layers = 0
     params.devices = C.cast(_NO_DEVICES, C.c_void_p)
 
@@ -60,7 +60,7 @@ class StockModel:
             raise FormatError(f"{path}: llama.cpp can't load it: {llama_log.recent_errors()}")
 
     def take_error(self) -> BaseException | None:
-        """None: no device of ours took part."""
+        """None: our device was not involved."""
         return None
 
     def request_stop(self) -> None:
@@ -89,9 +89,9 @@ def open_stock(path: Path, options: EngineOptions, placement: str = "plain", *, 
 
 
 def best_placement(file_bytes: int, available_bytes: int | None) -> str:
-    """How llama.cpp is fastest: experts repacked where file (in the page cache) and copy fit into RAM, else mapped as they are.
+    """llama.cpp's fastest setup: experts repacked if file (in the page cache) and copy fit in RAM, else mapped.
 
-    Its own choice ends the process where a build for AMX runs on a machine that does not let programs use it.
+    llama.cpp's default crashes when an AMX build runs on a machine that does not permit AMX.
     """
     return "experts" if available_bytes is not None and 2 * file_bytes < available_bytes else "plain"
 

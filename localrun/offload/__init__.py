@@ -1,1 +1,1 @@
-"""Expert ownership: our ggml device, stores, slots and kernels. Knows files and llama.cpp, nothing about chats."""
+"""Experts: our ggml device, stores, slots and kernels. Knows files and llama.cpp, nothing about chats."""

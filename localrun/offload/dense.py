@@ -1,9 +1,8 @@
-"""The big dense matrices on our device: where no GPU takes them, they are most of the bytes that a token reads.
+"""The large dense matrices on our device: without a GPU, they are most of the bytes read per token.
 
-llama.cpp's loader from user callbacks never repacks weights for the CPU, and its plain Q8_0 product stays well below memory
-bandwidth. So 2-D (and
-grouped) matrices of BF16, and of types that our kernels have a layout for, are placed in our weights buffer, packed once at load,
-and multiplied by the same kernels as the experts. Everything else of the graph stays llama.cpp's.
+When loading through user callbacks, llama.cpp never repacks weights for the CPU, and its plain Q8_0 product stays well below
+memory bandwidth. So 2-D (and grouped) matrices in BF16, or in types that our kernels have a layout for, are placed in our
+weights buffer, packed once at load, and multiplied by the expert kernels. llama.cpp computes the rest of the graph.
 """
 
 from __future__ import annotations
@@ -69,10 +68,10 @@ def dense_pattern(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 class DenseMatrices:
-    """Packed matrices of one model. Owns their memory until `close`; filled at load, read by compiled code.
+    """A model's packed matrices. Owns their memory until `close`; filled at load, read by compiled code.
 
     Attributes:
-        scratch_bytes: what the largest call needs.
+        scratch_bytes: scratch memory of the largest call.
         n_bytes: memory of all packed matrices.
     """
 
@@ -86,7 +85,7 @@ class DenseMatrices:
     def add(
         self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.int64]:
-        """Packs a matrix; the result is its record for `tensor.extra`.
+        """Packs a matrix; returns its record for `tensor.extra`.
 
         Args:
             kind: ggml type of `data`.

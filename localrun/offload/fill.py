@@ -1,8 +1,8 @@
-"""Loads a model's dense part into llama.cpp; expert tensors become ours, without bytes.
+"""Loads a model's dense part into llama.cpp; our device takes the expert tensors, without data.
 
 llama.cpp gets metadata and a callback that fills dense tensors one by one (`llama_model_init_from_user`); expert tensors are
-placed into our device's weights buffer, which holds nothing. With this entry llama.cpp checks no shapes against the file and
-creates optional tensors that the model lacks, so both are handled here.
+placed in our device's weights buffer, which holds no data. This entry point does not check shapes against the file and creates
+optional tensors that the model lacks, so both are handled here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from localrun.offload.place import OffloadOptions
 from localrun.quant.model.source import PROJECTIONS, ModelSource
 
 Adopt = Callable[[int, Weight], None]
-"""Called with the address of each stacked expert tensor that llama.cpp has created, and what it is."""
+"""Called with the address of each stacked expert tensor created by llama.cpp, and its description."""
 
 InMemory = Callable[[str, int], None]
 """Called with a filled tensor's name and the address of its bytes, which stay there until the model is freed."""
@@ -38,9 +38,9 @@ def fill_model(
     """llama.cpp's `llama_model *` with all dense tensors read; the caller frees it.
 
     Args:
-        adopt: gets the expert tensors.
-        dense: gets the matrices that our device multiplies.
-        in_memory: gets the name and the address of what llama.cpp keeps in the processor's memory.
+        adopt: receives the expert tensors.
+        dense: receives the matrices that our device multiplies.
+        in_memory: receives name and address of tensors that llama.cpp keeps in CPU memory.
 
     Raises:
         FormatError, UnsupportedModelError: llama.cpp does not accept the model.
@@ -60,7 +60,7 @@ def fill_model(
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.use_extra_bufts = False
-    # The dense model goes to one device: the first that was chosen. An empty list means none, whatever llama.cpp was built for.
+    # The dense model goes to one device: the first one chosen. An empty list means none, whatever llama.cpp was built for.
     devices = (C.c_void_p * 2)(options.gpus[0][0].address if options.n_gpu_layers else None, None)
     params.devices = C.cast(devices, C.c_void_p)
     params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)

@@ -1,8 +1,9 @@
-"""What a token's next layer will likely need, read while the drive would be idle: during attention and dense matrices.
+"""Reads what a token's next layer will likely need while the drive would be idle: during attention and dense matrices.
 
-The next layer's router is asked a layer early (`routers.py`); where it is routed by token id the answer is certain. What it names
-and RAM lacks is read behind everything that a call waits for: `Store` reads such pieces last, few are under way at once, and those
-that the layer turns out not to want are given up. A right guess that is still under way is waited for, not read again.
+The next layer's router is evaluated a layer early (`routers.py`); for layers routed by token id the prediction is certain.
+Predicted experts missing from RAM are read after everything that a call waits for: `Store` reads such pieces last, few are in
+flight at a time, and those that the layer does not need after all are cancelled. A correct guess still in flight is awaited,
+not reread.
 
 The tuning tool is `tools/guess_next_layer.py`.
 """
@@ -23,15 +24,15 @@ from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
 
 UNDER_WAY: Final = 2
-"""Most guesses being read at once: one hides the other's start; more would hold buffers that needed reads want."""
+"""Maximum guesses in flight: one hides the other's start; more would occupy buffers that awaited reads need."""
 MOST_SLOTS: Final = 8
 """Most slots with guesses that no call has judged yet."""
 LEAST_SLOTS: Final = 4
-"""Times a token's experts of one layer must fit into RAM; with less, guesses would displace what the same token needs."""
+"""How many times a token's experts of one layer must fit in RAM; otherwise guesses would displace what the same token needs."""
 
 WORTH_READING: Final = 1 / 3
-"""Least share of a layer's guesses that must be right lately. [m] Whole Flash: with a quarter right a token costs 3 % more than
-without any, with four of five a fifth less."""
+"""Minimum share of a layer's recent guesses that must be right. [m] Whole Flash: with a quarter right, a token costs 3 % more
+than without guessing, with four fifths right a fifth less."""
 _REMEMBERED: Final = 32
 """Guesses that "lately" means."""
 _TRY_EVERY: Final = 16
@@ -39,15 +40,15 @@ _TRY_EVERY: Final = 16
 
 
 class Foresight:
-    """Guesses for one model's next layer. For the decoding thread, which holds residency's lock.
+    """Guesses for a model's next layer. For the decoding thread, which holds residency's lock.
 
-    Owns the guesses: slots whose reads it started, until their layer's call has shown whether it wanted them.
+    Owns the guesses: slots whose reads it started, until their layer's call shows whether it needs them.
 
     Attributes:
-        token: the only one of the running batch, -1 if there are several.
+        token: the running batch's only token, -1 if there are several.
 
     Args:
-        residency: whose experts.
+        residency: the experts' residency.
         n_used: experts per token.
         hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
         routers: rank the experts of other layers.
@@ -68,19 +69,21 @@ class Foresight:
         self._guesses: set[Slot] = set()
         self._likely: deque[tuple[int, int]] = deque()  # (layer, expert) to be read, likeliest first
         self._right: dict[int, float] = {}  # by layer: share of its guesses that were right lately
-        self._left_out: dict[int, int] = {}  # by layer: tokens since it last had one, while they are not worth reading
+        self._left_out: dict[
+            int, int
+        ] = {}  # by layer: tokens since the last guess, while guesses are not worth reading
         self.token = -1
 
     def begin(self, layer: int, used: I32) -> None:
-        """At the beginning of a layer's call, before its reads: those under way for it that it does not want end."""
+        """Call at the start of a layer's call, before its reads: cancels pending guesses that it does not need."""
         self._likely.clear()
         for slot in self._guesses:
             if slot.layer == layer and slot.state is SlotState.LOADING and slot.expert not in used:
                 self._residency.store.abandon(slot)
 
     def look(self, layer: int, x: F32) -> None:
-        """When a token's call of `layer` has asked for all that it needs: starts reading what the next layer will likely need and
-        has not got.
+        """Call once a token's call of `layer` has requested everything it needs: starts reading what the next layer will likely
+        need.
 
         Args:
             x: (D,) input of this layer's experts.
@@ -133,7 +136,7 @@ class Foresight:
             n_loading += 1
 
     def judge(self, layer: int, used: I32) -> None:
-        """At the end of a layer's call: guesses that it did not want, and nobody has used since, go next."""
+        """Call at the end of a layer's call: wrong guesses that were not used since become the next to evict."""
         table, row = self._residency.table, self._residency.telemetry.values[layer]
         for slot in [slot for slot in self._guesses if slot.layer == layer]:
             self._guesses.discard(slot)

@@ -1,13 +1,13 @@
-"""How fast this machine reads: the model's drive past the page cache, and its memory.
+"""Measures read speeds: of the model's drive, bypassing the page cache, and of RAM.
 
-The disk probe answers two questions: how many reads of what size keep the drive busy (`ExpertStore`'s lanes and pieces), and what
-the drive then gives (the planner's figure). It reads random places of the model's own files for about a second, once per drive:
-the answer is remembered under `cache_dir()`. Nothing here may fail a start: what can't be measured or remembered falls back to
-published values, with a warning.
+The disk probe determines how many reads of what size keep the drive busy (`ExpertStore`'s lanes and pieces), and the resulting
+bandwidth (for the planner). It reads random positions of the model's files for about a second, once per drive; the result is
+cached under `cache_dir()`. Nothing here may fail a start: if measuring or caching fails, published values are used, with a
+warning.
 
-Method: threads keep reads in flight, as the store does it. A rate is all bytes over the time from the first read's start to the
-last one's end. (Leaving out start and end of so short a run sounds better and is not: with 16 reads of 4 MiB completions come
-in bursts, and what remained between two of them gave three times the drive's rate.)
+Method: threads keep reads in flight, like the store. A rate is all bytes divided by the time from the first read's start to the
+last one's end. (Excluding start and end of such a short run would be worse: with 16 reads of 4 MiB, completions come in bursts,
+and the time between two of them gave three times the drive's rate.)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LANES: Final = (4, 8, 16)
 
 PIECES: Final = (1 << 20, 2 << 20, 4 << 20)
 MIN_FILE_BYTES: Final = 64 << 20
-"""Smaller files say more about a drive's cache than about the drive."""
+"""Smaller files would measure the drive's cache rather than the drive."""
 
 MAX_AGE_S: Final = 30 * 86400.0
 _VERSION: Final = 1
@@ -56,13 +56,13 @@ _TIE: Final = 0.97
 
 @dataclass(frozen=True, slots=True)
 class DiskProfile:
-    """What a drive gives, and how to ask it.
+    """A drive's bandwidth, and how to reach it.
 
     Attributes:
         lanes: reads in flight.
         piece_bytes: size of one read.
-        bytes_per_s: rate with these; None: not measured.
-        direct: the reads went past the page cache (O_DIRECT).
+        bytes_per_s: bandwidth with these; None: not measured.
+        direct: the reads bypassed the page cache (O_DIRECT).
         device: `major:minor`, file system and source of the mount.
         measured_at: seconds since the epoch; 0.0: not measured.
         tried: "lanes x KiB" -> bytes per second of every combination that was measured.
@@ -88,13 +88,13 @@ class DiskProfile:
 def probe_disk(
     paths: Sequence[Path], *, refresh: bool = False, max_age_s: float = MAX_AGE_S, memory: Path | None = None
 ) -> DiskProfile:
-    """The profile of the drive that holds most of these files, remembered or measured (about a second).
+    """The profile of the drive that holds most of these files, cached or measured (about a second).
 
     Args:
         paths: files of the model; folders stand for the files in them.
-        refresh: measure even if a remembered profile is there.
-        max_age_s: older profiles are measured again.
-        memory: where profiles are remembered, by default `disk_profiles_path()`.
+        refresh: measure even if there is a cached profile.
+        max_age_s: older profiles are remeasured.
+        memory: file of cached profiles, by default `disk_profiles_path()`.
 
     Returns:
         The defaults, not `measured`, for small or unreadable files.
@@ -180,7 +180,7 @@ class _Files:
         return [(self._fds[i], int(offset)) for i, offset in zip(which, offsets, strict=True)]
 
     def read(self, fd: int, offset: int, target: mmap.mmap) -> int:
-        """Bytes read. Through the page cache only if there is no way past it, and then of pages that it has dropped."""
+        """Bytes read. Uses the page cache only if it can't be bypassed, and then only for pages that it has dropped."""
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, offset, len(target), os.POSIX_FADV_DONTNEED)
         return preadv(fd, [target], offset)
@@ -286,7 +286,7 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
 
 
 def _stored(memory: Path) -> dict[str, Any]:
-    """What the file holds; nothing if there is none. Raises ValueError if it is damaged."""
+    """The file's profiles; empty if there is no file. Raises ValueError if it is damaged."""
     try:
         values = json.loads(memory.read_text())
     except FileNotFoundError:
@@ -328,11 +328,11 @@ def read_memory(values: npt.NDArray[np.int64], rounds: int) -> Any:
 
 
 def probe_memory(n_threads: int = 0, *, buffer_bytes: int = 256 << 20) -> float:
-    """Bytes per second that all cores together read from RAM; the best of a few passes, about 0.2 s.
+    """RAM read bandwidth of all cores together, bytes per second; the best of a few passes, about 0.2 s.
 
     Args:
         n_threads: 0: as many as this process may use.
-        buffer_bytes: read once per pass; must exceed the last-level cache to mean anything.
+        buffer_bytes: read once per pass; must exceed the last-level cache.
     """
     if not n_threads:
         n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

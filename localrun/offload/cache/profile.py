@@ -1,15 +1,15 @@
-"""The routing profile of a model: how often and how recently each expert was used, kept from one run to the next.
+"""A model's routing profile: how often and how recently each expert was used, kept across runs.
 
-Learned while the model runs, saved at exit, loaded at the next start, where it says which experts to read first and which few
-to pin. Counts decay: profiles are specific to what one works on (field
-traces: coding and general top sets overlap by a fifth to a third), so last week's topic must not outweigh today's.
+Learned while the model runs, saved at exit, and loaded at the next start, when it determines which experts to read first and
+which few to pin. Counts decay, because profiles depend on the topic (in field traces, the top sets of coding and general text
+overlap by a fifth to a third) and last week's topic must not outweigh today's.
 
-Saved under `cache_dir()/profiles/<identity>.profile`, so a profile never meets other weights. Losing one costs a cold start and
-nothing else: a file that can't be read, or does not fit, is a warning and an empty profile. When two processes run one model, the
-last one that ends writes the file.
+Saved as `cache_dir()/profiles/<identity>.profile`, so a profile is never used with other weights. Losing one only costs a cold
+start: an unreadable or mismatched file causes a warning and an empty profile. If two processes run one model, the last one to
+exit writes the file.
 
 File, little-endian: 8 bytes magic "LRPROF01"; u32 length of the JSON header {"identity", "shapes", "clock", "half_life"}; header;
-per layer of `shapes` f32 counts, then per layer i64 last uses; xxh3_64 of all before.
+per layer of `shapes` f32 counts, then per layer i64 last uses; xxh3_64 of everything before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Key = tuple[int, int]
 """(layer, expert)."""
 
 HALF_LIFE_TOKENS: Final = 20_000
-"""Tokens after which a use counts half: a long working session or two."""
+"""Half-life of a use in tokens: a long working session or two."""
 
 MAGIC: Final = b"LRPROF01"
 MAX_HEADER_BYTES: Final = 1 << 20
@@ -59,12 +59,12 @@ def _count(counts: F64, last: I64, experts: I32, starts: I32, weight: float, clo
 class RoutingProfile:
     """Counts and last uses per (layer, expert).
 
-    Written by the decoding thread; readers in other threads may see a call half counted. Instead of decaying every count at every
-    token, new uses weigh more and more (`2 ** (clock / half_life)`); only ratios matter.
+    Written by the decoding thread; readers in other threads may see a partially counted call. Instead of decaying every count
+    at every token, new uses get ever larger weights (`2 ** (clock / half_life)`); only ratios matter.
 
     Attributes:
         identity: `ModelSource.identity` of the model.
-        clock: tokens seen so far, all runs together.
+        clock: tokens seen so far, in all runs.
 
     Args:
         shapes: experts by block number.
@@ -102,11 +102,11 @@ class RoutingProfile:
             self._weight = 1.0
 
     def seed(self, counts: Mapping[str, object], n_tokens: object) -> None:
-        """Starts an empty profile with uses that another counted, as a calibration does; what does not fit is a warning.
+        """Seeds an empty profile with external counts, such as a calibration's; warns if they don't fit.
 
         Args:
-            counts: (n_experts,) pairs by block number, which is text as in JSON.
-            n_tokens: that they were counted over.
+            counts: (n_experts,) pairs by block number; keys are strings, as in JSON.
+            n_tokens: tokens they were counted over.
         """
         try:
             if type(n_tokens) is not int or n_tokens <= 0:
@@ -186,7 +186,7 @@ class RoutingProfile:
         path: Path | None = None,
         half_life: float = HALF_LIFE_TOKENS,
     ) -> RoutingProfile:
-        """The model's saved profile; an empty one if there is none, or none that fits (with a warning)."""
+        """The model's saved profile; an empty one if there is none, or (with a warning) if it does not fit."""
         profile = cls(identity, shapes, half_life=half_life)
         source = path or profile_path(identity)
         try:

@@ -1,9 +1,9 @@
-"""Bounded RAM for experts: one arena, a first-fit allocator, and who goes when there is no room.
+"""Bounded RAM for experts: an arena, a first-fit allocator, and eviction.
 
 `Arena` hands out aligned ranges of one anonymous mapping whose size never changes; `SlotTable` maps (layer, expert) to ranges and
-evicts the least recently used one that is neither pinned nor being filled. Recency, use counts and addresses lie in plain arrays,
-because compiled code (`device/compiled.py`) reads and updates them. Neither class knows files, formats or threads: callers hold
-residency's lock, and I/O threads only fill memory of slots that are in state LOADING.
+evicts the least recently used one that is neither pinned nor being filled. Recency, use counts and addresses are plain arrays,
+because compiled code (`device/compiled.py`) reads and updates them. Neither class knows about files, formats or threads:
+callers hold residency's lock, and I/O threads only fill slots in state LOADING.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from localrun.pages import anonymous
 from localrun.units import format_size
 
 TAIL_TOKENS = 16
-"""A long batch (a prompt) touches nearly every expert of every layer, and the last layers' would be all that recency keeps. With
-policies that go by recency alone it is better to count only what the batch's last tokens used as used: simulated on prompts of 256
-tokens with answers of 144, LRU at 30 % resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
+"""A long batch (a prompt) touches nearly every expert of every layer, so pure recency would keep only the last layers'. It is
+better to count only what the batch's last tokens used: simulated on prompts of 256 tokens with answers of 144, LRU at 30 %
+resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
 
 
 class Arena:
-    """One anonymous mapping of fixed size; ranges of it by first fit, free neighbours merged.
+    """One anonymous mapping of fixed size; first-fit allocation, adjacent free ranges are merged.
 
-    The budget is a promise: nothing beyond `size_bytes` is ever mapped, and pages become resident only when first written.
+    The budget is strict: never maps more than `size_bytes`; pages become resident only when first written.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -103,13 +103,13 @@ class Slot:
     """One expert's place in RAM.
 
     Attributes:
-        layer, expert: whose it is.
+        layer, expert: the expert it belongs to.
         address: first byte, page-aligned.
         size_bytes: packed size.
-        variant: which of the layer's `MoeLayer.variants` its bytes are in.
+        variant: index into the layer's `MoeLayer.variants`.
         state: see `SlotState`.
-        pins: running calls that need it; a pinned slot is never evicted.
-        replaces: the slot whose place in the table this one takes when it is complete, see `SlotTable.begin_upgrade`.
+        pins: number of running calls that need it; a pinned slot is never evicted.
+        replaces: the slot that this one replaces once complete, see `SlotTable.begin_upgrade`.
         ready_stamp: its recency when it became READY, -1 before.
     """
 
@@ -132,18 +132,18 @@ ABSENT = 1 << 62
 _PINNED = 1 << 61
 """Added to the recency of slots that must stay."""
 _KEPT = 1 << 60
-"""Added to the recency of experts that go only when no others can."""
+"""Added to the recency of experts to evict last."""
 _CANDIDATES = 32
 """Coldest slots around which room is looked for when slots have several sizes."""
 
 
 class SlotTable:
-    """Which experts are in RAM.
+    """The experts in RAM.
 
     Attributes, all (n_layers, n_experts) and shared with compiled code:
-        resident: address of the READY slot plus its variant (`VARIANT_MASK`), 0 if there is none. One word, because compiled code
-            reads it without a lock: two stores may arrive in another order on processors other than x86.
-        variants: which of the layer's types the READY slot is in.
+        resident: address of the READY slot plus its variant (`VARIANT_MASK`), 0 if there is none. A single word, because
+            compiled code reads it without a lock, and two stores may be reordered on processors other than x86.
+        variants: variant of the READY slot.
         stamps: value of `tick` at the last use; `ABSENT` if not READY.
         uses: (token, expert) pairs served since the model was opened, for the routing profile.
 
@@ -178,7 +178,7 @@ class SlotTable:
         return self.arena.size_bytes - self.arena.free_bytes
 
     def find(self, layer: int, expert: int) -> Slot | None:
-        """The expert's slot, made the most recently used one; it may still be LOADING."""
+        """The expert's slot, marked as most recently used; it may still be LOADING."""
         slot = self._slots.get((layer, expert))
         if slot is not None:
             self.touch(slot)
@@ -208,13 +208,13 @@ class SlotTable:
         variant: int = 0,
         evict: bool = True,
     ) -> Slot | None:
-        """A LOADING slot for an expert that has none, evicting unpinned READY slots, coldest first.
+        """Allocates a LOADING slot for an expert without one, evicting unpinned READY slots, coldest first.
 
         Args:
-            evict: False: only free memory (guesses must not displace what was used).
+            evict: False: use only free memory (guesses must not displace used experts).
 
         Returns:
-            The slot, or None if everything that is left is pinned or loading.
+            The slot, or None if everything else is pinned or loading.
         """
         address = self._allocate(size_bytes, evict=evict)
         if address is None:
@@ -236,7 +236,7 @@ class SlotTable:
         bisect.insort(self._addresses, slot.address)
 
     def begin_upgrade(self, old: Slot, size_bytes: int, variant: int) -> Slot | None:
-        """A second, LOADING slot for an expert whose READY slot `old` serves until `end_upgrade`; evicts others for it.
+        """Allocates a second, LOADING slot for an expert whose READY slot `old` serves until `end_upgrade`; evicts others for it.
 
         Returns:
             The slot, or None if there is no room.
@@ -292,7 +292,7 @@ class SlotTable:
             self._kept[layer, expert] = _KEPT
 
     def discard(self, slot: Slot) -> None:
-        """Frees a slot whatever its state; for failed reads and for experts that live elsewhere now."""
+        """Frees a slot in any state; for failed reads and for experts that moved elsewhere."""
         at = (slot.layer, slot.expert)
         self.resident[at], self.stamps[at], self._protection[at] = 0, ABSENT, 0
         del self._slots[at]
@@ -304,10 +304,10 @@ class SlotTable:
         self.arena.release(slot.address, slot.size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Evicts until one hole is large enough; False if it can't be.
+        """Evicts until a hole is large enough; False if that is impossible.
 
-        Slots of one size: the coldest. Of several sizes one may not be enough; then the cheapest of the runs of neighbours
-        around the coldest slots goes, a run costing what its most recently used slot is worth.
+        With equal slot sizes, evicts the coldest. With several sizes one slot may not be enough; then the cheapest run of
+        neighbours around the coldest slots is evicted, where a run's cost is that of its most recently used slot.
         """
         need = align_up(size_bytes, PAGE_BYTES)
         # 11,008 experts (Flash): about 10 us, once per read of 12 MiB.
@@ -344,8 +344,8 @@ class SlotTable:
         return best[1] if best is not None else None
 
     def _run_around(self, slot: Slot, need: int, order: npt.NDArray[np.int64]) -> list[Slot] | None:
-        """`slot` and as many neighbours, the colder one first, as free `need` bytes in a row; None if a pinned one is in
-        the way."""
+        """`slot` and enough neighbours, colder ones first, to free `need` contiguous bytes; None if a pinned one is in the
+        way."""
         low = high = bisect.bisect_left(self._addresses, slot.address)
         run = [slot]
         if order[slot.layer, slot.expert] >= _PINNED:
@@ -382,7 +382,7 @@ class SlotTable:
         return self.arena.address + self.arena.size_bytes
 
     def check(self) -> None:
-        """Asserts that slots do not overlap, lie in the arena, that used plus free is everything, and that the arrays agree."""
+        """Asserts that slots are in the arena and don't overlap, that used plus free is everything, and that the arrays agree."""
         ranges = sorted((s.address, s.address + align_up(s.size_bytes, PAGE_BYTES)) for s in self._by_address.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)), "slots overlap"
         assert all(self.arena.address <= a and b <= self.arena.address + self.arena.size_bytes for a, b in ranges)

@@ -1,9 +1,9 @@
-"""Reads experts from files into slots: positional reads, O_DIRECT where the file system has it, several in flight.
+"""Reads experts from files into slots: positional reads, O_DIRECT where supported, several in flight.
 
-One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is cut into pieces of a few
-MiB which I/O threads ("lanes") fetch in parallel: one read in flight leaves about a third of an NVMe drive idle. The thread that
-finishes an expert's last piece decodes (official formats to ggml rows), verifies the checksum, and packs the
-rows into the slot in the kernel's layout. No mmap: the kernel's read-ahead knows nothing of experts.
+One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is split into pieces of a few
+MiB, which I/O threads ("lanes") fetch in parallel, because a single read in flight leaves about a third of an NVMe drive idle.
+The thread that finishes an expert's last piece decodes it (official formats to ggml rows), verifies the checksum, and packs the
+rows into the slot in the kernel's layout. No mmap: the operating system's read-ahead knows nothing about experts.
 
 `completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
 """
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 
 N_BUFFERS = 4
-"""Experts whose reads are under way at once, where nobody says otherwise."""
+"""Default number of experts being read concurrently."""
 
 
 class Packer(Protocol):
@@ -55,7 +55,7 @@ class Packer(Protocol):
 
 
 class AbandonedError(StoreError):
-    """A read that ended early because nobody wanted it any more."""
+    """A read that was cancelled because the expert is no longer needed."""
 
 
 class _Buffer:
@@ -73,11 +73,11 @@ class _Piece:
     file: int
     offset: int
     target: memoryview
-    need: int  # bytes that must arrive; the rest of an aligned read may lie past the end of the file
+    need: int  # bytes that must arrive; the rest of an aligned read may be past the end of the file
 
 
 class _Pieces:
-    """What lanes have to read: pieces that somebody waits for in order, then the others."""
+    """The lanes' queue: awaited pieces in order, then the others."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -117,14 +117,14 @@ class _Pieces:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One expert's read on its way. `error` is set before the ticket appears in `completions`.
+    """One expert's pending read. `error` is set before the ticket appears in `completions`.
 
     Attributes:
-        slot: what it fills.
+        slot: the slot to fill.
         projections: where the bytes are.
-        ahead: nobody waited for it when it was submitted.
-        hurried: somebody does since.
-        receiver: gets the ticket instead of `completions`, and ggml rows as they are instead of the kernel's layout.
+        ahead: read-ahead: not awaited when submitted.
+        hurried: awaited since then.
+        receiver: gets the ticket instead of `completions`, and plain ggml rows instead of the kernel's layout.
         error: why it failed.
     """
 
@@ -150,12 +150,12 @@ Receiver = Callable[[Ticket], None]
 
 
 class Store(Protocol):
-    """Fills slots with experts, in the background. Any thread; slots and `completions` are the caller's to keep in order.
+    """Fills slots with experts in the background. Thread-safe, but the caller must synchronize slots and `completions`.
 
     Attributes:
-        depth: reads that go on at once; more wait their turn.
+        depth: concurrent reads; more are queued.
         staging_bytes: RAM of reads in flight.
-        completions: tickets whose read has ended, well or not; none is lost, and none appears before its slot is filled.
+        completions: tickets of finished reads, successful or not; none is lost, and none appears before its slot is filled.
     """
 
     depth: int
@@ -166,15 +166,15 @@ class Store(Protocol):
         """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
 
         Args:
-            ahead: nobody waits for it: every wanted expert goes first.
-            receiver: for memory outside the slot table, on its way to a device that knows no layout but ggml's: gets the ticket.
+            ahead: read-ahead: all awaited experts go first.
+            receiver: gets the ticket; for memory outside the slot table, destined for a device that only knows ggml's layout.
 
-        If it raises, no ticket will come and nothing writes into the slot.
+        If it raises, there will be no ticket and nothing writes to the slot.
         """
         ...
 
     def hurry(self, slot: Slot) -> None:
-        """Somebody waits for this slot now: what has not been read of it goes before what nobody waits for."""
+        """This slot is awaited now: its remaining pieces go before all read-ahead."""
         ...
 
     def abandon(self, slot: Slot) -> None:
@@ -192,15 +192,15 @@ class ExpertStore:
     Owns file descriptors, lanes and staging buffers; `staging_bytes` counts towards the RAM budget.
 
     Args:
-        source: where experts lie.
-        packers: by layer one kernel for each of its variants.
+        source: the experts' locations.
+        packers: by layer, one kernel per variant.
         n_lanes: reads in flight.
-        piece_bytes: largest single read.
+        piece_bytes: maximum size of a single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
-        verify: compare checksums on every read, where the source has them: a drive may fail at any of them. One core hashes 17 to
-            21 GB/s, many times what a drive gives.
-        mirror: a second copy of the same model, best on another drive: pieces go to the copy with less under way, and to the other
-            one if a read fails.
+        verify: check checksums on every read, if the source has them, because any read may fail. One core hashes 17 to 21 GB/s,
+            many times a drive's rate.
+        mirror: a second copy of the same model, ideally on another drive: pieces go to the copy with fewer pending reads, and
+            to the other one if a read fails.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class ExpertStore:
         ticket = Ticket(slot, (), ahead, receiver)
         try:
             ticket.projections = recipe(slot.layer, slot.expert)
-        except Exception as error:  # whoever waits for this ticket must get it
+        except Exception as error:  # waiters must get this ticket
             ticket.error = error
             self._hand_over(ticket)
             return ticket
@@ -283,7 +283,7 @@ class ExpertStore:
         for ticket in waiting:
             ticket.error = error
             self._hand_over(ticket)
-        self._pieces.hurry(slot)  # so that its buffer is free again at once
+        self._pieces.hurry(slot)  # frees its buffer immediately
 
     def close(self) -> None:
         """Ends the lanes after the reads under way and closes the files."""
@@ -342,7 +342,7 @@ class ExpertStore:
             if ticket.error is None:
                 try:
                     self._read(piece)
-                except Exception as error:  # whatever it is belongs to the decoding thread
+                except Exception as error:  # any error is reported by the decoding thread
                     ticket.error = error
             with ticket._lock:
                 ticket._left -= 1
@@ -458,7 +458,7 @@ def _open_error(path: Path, error: OSError) -> StoreError:
 
 
 def staging_bytes(source: ModelSource) -> int:
-    """RAM that reading this model's experts takes beside their slots, where nobody says otherwise."""
+    """Default RAM for reading this model's experts, in addition to their slots."""
     buffer_bytes, halves = _buffers(source)
     return N_BUFFERS * buffer_bytes * halves
 
@@ -500,7 +500,7 @@ def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) 
 
 
 def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: _Buffer) -> Bytes:
-    """gate|up|down as one array: a view where the reads already lie back to back, a copy otherwise."""
+    """gate|up|down as one array: a view if the reads are contiguous, a copy otherwise."""
     if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
         return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]
     return np.concatenate(rows)

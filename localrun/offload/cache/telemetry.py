@@ -1,4 +1,4 @@
-"""Counters of the expert path: always on, a few integer additions per layer call, readable at any time from any thread.
+"""Counters of the expert path: always on, a few integer additions per layer call, readable from any thread.
 
 One row per block number. Times are nanoseconds of wall clock on the decoding thread; bytes are payload read from files.
 """

@@ -1,6 +1,6 @@
-"""Routing traces: which experts every layer call asked for, recorded while a model runs, replayed by `tools/simulator`.
+"""Routing traces: the experts of every layer call, recorded while a model runs and replayed by `tools/simulator`.
 
-A trace holds expert ids only: no token, no text. What it tells about a conversation is how similar its parts are.
+A trace holds only expert ids, no tokens or text. All it reveals about a conversation is how similar its parts are.
 
 File, little-endian, append-only:
 
@@ -12,8 +12,8 @@ File, little-endian, append-only:
         8   xxh3_64 of the payload
         m   records: u16 layer, u16 n_used, u32 n_tokens, then n_tokens * n_used expert ids as u16
 
-A block that is incomplete at the end of the file (the process was killed) is left out by the reader and cut off before more is
-appended; a block whose checksum is wrong is an error.
+An incomplete block at the end of the file (the process was killed) is ignored by the reader and removed before appending; a
+wrong checksum is an error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MAX_BLOCK_BYTES: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class TraceHeader:
-    """Whose routing it is.
+    """The model a trace belongs to.
 
     Attributes:
         identity: `ModelSource.identity`.
@@ -76,18 +76,18 @@ class TraceHeader:
 class TraceRecorder:
     """Writes a trace; the device calls `record` once per layer call.
 
-    Owns the file from construction to `close`. Not thread-safe: the decoding thread records. A full disk, or `max_bytes`
-    reached, ends the recording with a log message and never the answer.
+    Owns the file from construction to `close`. Not thread-safe: only the decoding thread records. A full disk or reaching
+    `max_bytes` ends the recording with a log message, but never the answer.
 
     Args:
-        path: created, or continued if it is a trace of the same model.
+        path: created, or appended to if it is a trace of the same model.
         header: see `TraceHeader.of`.
-        buffer_bytes: collected in memory before a block is written; a crash loses at most so much.
-        max_bytes: of the file.
+        buffer_bytes: size of a block, collected in memory; a crash loses at most this much.
+        max_bytes: maximum size of the file.
 
     Raises:
         StoreError: the file can't be opened.
-        FormatError: it exists and is something else, or a trace of another model.
+        FormatError: it exists but is not a trace, or a trace of another model.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TraceRecorder:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is in memory as a block."""
+        """Writes the buffered records as a block."""
         if self._file is None or not self._pieces:
             return
         payload = b"".join(self._pieces)
@@ -158,10 +158,10 @@ class TraceRecorder:
 
 
 def read_header(file: BinaryIO, path: Path) -> TraceHeader:
-    """Whose trace it is; afterwards the file stands at the first block.
+    """Reads the header; leaves the file at the first block.
 
     Raises:
-        FormatError: it is no trace, or its header is damaged.
+        FormatError: not a trace, or a damaged header.
     """
     start = file.read(len(MAGIC) + 4)
     if len(start) < len(MAGIC) + 4 or start[: len(MAGIC)] != MAGIC:
@@ -180,7 +180,7 @@ def read_header(file: BinaryIO, path: Path) -> TraceHeader:
 
 
 def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Whole blocks; afterwards the file stands behind the last one."""
+    """Complete blocks; leaves the file after the last one."""
     while True:
         start = file.tell()
         head = file.read(_BLOCK.size)

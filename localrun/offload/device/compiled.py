@@ -1,12 +1,11 @@
-"""The compiled half of our device: `graph_compute` without Python while nothing has to be read.
+"""The compiled half of our device: `graph_compute` without Python as long as nothing must be read.
 
-A layer enters our device once per token, and with the dense matrices on it (see `dense.py`) about ten times. So the callback that
-ggml calls is a compiled C function: it walks the split's nodes, multiplies with dense matrices, and runs an expert chain whose
-experts are all in RAM or, in calls of few tokens, on GPUs (`compiled_gpu.py`). Whatever it does not know (an expert to be read, a
-graph of another architecture, a stop request) it gives to Python, which takes the interpreter lock.
+A layer enters our device once per token, or about ten times with the dense matrices on it (see `dense.py`). So ggml's callback
+is a compiled C function: it walks the split's nodes, multiplies dense matrices, and runs expert chains whose experts are all in
+RAM or, in calls of few tokens, on GPUs (`compiled_gpu.py`). It hands anything else (an expert to be read, a graph of another
+architecture, a stop request) to Python, which takes the interpreter lock.
 
-Records are those of `layouts`, the same for both sides; a weight's hangs on its tensor's `extra`, the process's on the backend's
-context.
+Both sides share the records of `layouts`; a weight's record is the tensor's `extra`, the process's the backend's context.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _begin(process: int, call: int, jobs_bytes: int, tasks_bytes: int) -> None:
 
 @nb.njit
 def _dense(process: int, node: int, weight: int) -> bool:
-    """One MUL_MAT with a matrix of ours; False for a layout that we don't know."""
+    """One MUL_MAT with one of our matrices; False for an unknown layout."""
     source, call = load_i64(node + SRC + 8), get(weight, WEIGHT.call)
     n_rows, n_batch = load_i64(source + NE + 8), load_i64(source + NE + 16)
     plain = (
@@ -143,7 +142,7 @@ def _glu(node: int) -> bool:
 
 @nb.njit
 def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
-    """The weight record of a whole expert chain that begins at node `index`, 0 if there is none."""
+    """The weight record of the complete expert chain that starts at node `index`, 0 if there is none."""
     if index + 4 > n_nodes:
         return 0
     node_at = get(process, PROCESS.node_at)
@@ -200,8 +199,8 @@ def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: 
 
 @nb.njit
 def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
-    """Groups the counted pairs of experts in RAM by expert, experts by variant, into the process's arrays; the number of distinct
-    experts. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
+    """Groups the counted pairs of experts in RAM by expert, and experts by variant, into the process's arrays; returns the
+    number of distinct experts. Variant v's experts are `bounds[v]..bounds[v + 1]`."""
     n_experts, resident = get(layer, LAYER.n_experts), get(layer, LAYER.resident)
     counts, places, gpu = get(process, PROCESS.counts), get(process, PROCESS.places), get(layer, LAYER.gpu)
     starts, slots, bounds = get(process, PROCESS.starts), get(process, PROCESS.slots), get(process, PROCESS.bounds)
@@ -398,7 +397,7 @@ ABORTED_ANSWER: Final = -STATUS_ABORTED - 2
 
 
 class Process:
-    """The process's field array and what it points to; made once by the device.
+    """The process's field array and its targets; created once by the device.
 
     `python` is `int64 f(graph, index)`: nodes done, or one of the `*_ANSWER`s. `weights_type` is our weights' buffer type.
     """

@@ -1,16 +1,16 @@
-"""Experts on GPUs in compiled layer calls: what `GpuTier.start` and `finish` do, without Python.
+"""Experts on GPUs in compiled layer calls: `GpuTier.start` and `finish` without Python.
 
-In decode nearly every layer call has experts on a GPU, so its way must be as short as that of experts in RAM. Compiled code
-(`compiled.py`) plans a call's parts, one for each GPU and format, starts the first part of each GPU, computes what is in RAM
-meanwhile, takes the results, and starts a GPU's next part when the one before it is done: they share the memory of intermediate
-results.
+In decode nearly every layer call has experts on a GPU, so this path must be as fast as that of experts in RAM. Compiled code
+(`compiled.py`) plans a call's parts, one for each GPU and format, starts the first part of each GPU, computes experts in RAM
+meanwhile, collects the results, and starts a GPU's next part when the previous one is done, because they share the memory for
+intermediate results.
 
-What stays in Python: calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph which nobody has made
-yet. Python makes it (`GpuSlots`) and registers it here, so each graph costs one such call. A device that fails is Python's to
-report: the call ends there with nothing under way, Python does it again, fails the same way and raises.
+Python handles calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph that does not exist yet. It
+builds the graph (`GpuSlots`) and registers it here, so each graph costs one such call. If a device fails, the call ends with
+nothing pending; Python repeats it, fails the same way and raises.
 
-What a device reads and writes lies in host memory that it has pinned where it can do so: from and to other memory some backends
-copy synchronously. Records are those of `layouts`; they change between two decodes only, or while Python has the call.
+Devices read and write host memory that is pinned if possible, because some backends copy other memory synchronously. Records
+are those of `layouts`; they change only between decodes, or while Python has the call.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pair
         if get(graph, GRAPH.graph) == 0:
             return -1
         for i in range(end - first, get(graph, GRAPH.pairs)):
-            store_i32(slot_ids + i * 4, 0)  # pairs that fill up the graph; nobody reads their results
+            store_i32(slot_ids + i * 4, 0)  # padding pairs to fill the graph; their results are ignored
         part = get(gpu, GPU_LAYER.parts) + n_parts * PART.size * 8
         put(part, PART.bank, bank)
         put(part, PART.graph, graph)
@@ -123,7 +123,7 @@ def _abandon(gpu: int, n_parts: int) -> None:
 
 @nb.njit
 def start(gpu: int, n_parts: int, x: int, x_stride: int) -> bool:
-    """Starts the first part of each GPU; False if a device failed, then nothing is under way."""
+    """Starts the first part of each GPU; False if a device failed, with nothing pending."""
     for i in range(n_parts):
         # Parts of one GPU are neighbours.
         if i > 0 and get(get(_part(gpu, i), PART.bank), BANK.device) == get(
@@ -204,10 +204,10 @@ class BankRecord:
 
 
 class LayerOnGpu:
-    """A layer's fields; keeps what they point to alive.
+    """A layer's fields; keeps their targets alive.
 
     Args:
-        where, slots, variants: (n_experts,) GPU or -1, slot and variant of each expert; changed in place between two decodes.
+        where, slots, variants: (n_experts,) GPU or -1, slot and variant of each expert; changed in place between decodes.
         banks: (GPU, variant) -> bank or None.
     """
 

@@ -6,13 +6,13 @@ over a token's experts (`claims.py`). The tensors hold no data: a
 weights buffer is a few bytes of address space per tensor, so expert bytes never enter llama.cpp. Activations stay in the CPU's
 own buffers, which we read and write in place.
 
-The device is registered once per process and never goes away (ggml can't unregister a running one); what comes and goes are
-*owners*, one per loaded model, found through the buffer that a weight lies in. This module knows how ggml calls us; what an
-expert is and where its bytes are is the owner's business.
+The device is registered once per process and stays (ggml can't unregister a running one). *Owners*, one per loaded model, come
+and go; they are found through the buffer that holds a weight. This module only knows how ggml calls us; owners know what
+experts are and where their bytes are.
 
-ggml calls `graph_compute` on the thread that called `llama_decode`; that is a compiled function (`compiled.py`), which comes to
-Python only for what it can't do. Exceptions must not reach C (ctypes would print and swallow them): they are handed to the owner
-and ggml gets a failure status, so that `llama_decode` returns an error.
+ggml calls `graph_compute` on the thread that called `llama_decode`. It is a compiled function (`compiled.py`), which enters
+Python only for what it can't do. Exceptions must not reach C (ctypes would print and swallow them): they are passed to the
+owner and ggml gets a failure status, so `llama_decode` returns an error.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Owner(Protocol):
         ...
 
     def check_stop(self) -> None:
-        """Raises StoppedError if the user wants no more."""
+        """Raises StoppedError if a stop was requested."""
         ...
 
     def failed(self, error: BaseException) -> None:
@@ -138,7 +138,7 @@ class ExpertDevice:
                 self._loading = None
 
     def is_ours(self, tensor: int | None) -> bool:
-        """True if the tensor at that address lies in one of our weights buffers."""
+        """Whether the tensor at that address is in one of our weights buffers."""
         if not tensor:
             return False
         buffer = Tensor.from_address(tensor).buffer
@@ -157,9 +157,9 @@ class ExpertDevice:
         self._set(iface, "get_name", lambda buft: C.addressof(_NAME))
         self._set(iface, "alloc_buffer", self._alloc_buffer)
         self._set(iface, "get_alignment", lambda buft: _ALIGNMENT)
-        # The experts' bytes are elsewhere: a tensor needs an address of its own and nothing more.
+        # The experts' bytes are elsewhere: a tensor only needs a unique address.
         self._set(iface, "get_alloc_size", lambda buft, tensor: _ALIGNMENT)
-        # Not host memory: so that no other backend thinks that it could read the weights.
+        # Not host memory, so no other backend tries to read the weights.
         self._set(iface, "is_host", lambda buft: False)
         self._weights_type.device = C.addressof(self._device)
         buffer = self._buffer_interface
@@ -337,7 +337,7 @@ def expert_device() -> ExpertDevice:
     """The process's device, registered with ggml on first use.
 
     Raises:
-        IncompatibleLibraryError: the installed llama.cpp is not the one that our structures match.
+        IncompatibleLibraryError: our structures don't match the installed llama.cpp.
     """
     global _device
     with _device_lock:

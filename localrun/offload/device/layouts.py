@@ -1,7 +1,7 @@
-"""The records of the compiled path: what the device's C callback finds from a tensor and from its own context.
+"""Records of the compiled path, which the device's C callback reaches from a tensor and from its context.
 
-Written by the decoding thread between two decodes or while Python has the call, except where a field says otherwise. Read-ahead may
-add residents meanwhile: one aligned store of address and variant, after the bytes.
+Written by the decoding thread between decodes or while Python has the call, unless a field says otherwise. Read-ahead may add
+residents meanwhile: one aligned store of address and variant, after the bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Final
 from localrun.offload.kernels.records import Layout, Words
 
 MOST_PAIRS: Final = 64
-"""(token, expert) pairs on GPUs of a compiled call, and its tokens: enough for decode. Longer calls take so long that the way
-through Python does not matter."""
+"""Maximum (token, expert) pairs on GPUs of a compiled call, and its tokens: enough for decode. Longer calls take so long that
+going through Python does not matter."""
 
 
 class _Process(Layout):
@@ -74,7 +74,7 @@ PROCESS = _Process()
 
 
 class _Weight(Layout):
-    """What a tensor's `extra` points to: one weight of ours."""
+    """One of our weights; a tensor's `extra` points to it."""
 
     kind: int
     """`KIND_DENSE` or `KIND_EXPERTS`."""
@@ -99,7 +99,7 @@ KIND_DENSE, KIND_EXPERTS = 1, 2
 
 
 class _Layer(Layout):
-    """A layer's experts. Compiled code reads addresses and counts in what they point to."""
+    """A layer's experts. Compiled code reads the addresses and counts in their targets."""
 
     n_experts: int
     """Experts that the router may choose."""

@@ -1,4 +1,4 @@
-"""Which tokens go to which expert, and the gated activation of experts that are computed projection by projection."""
+"""Groups tokens by expert, and the gated activation for experts computed projection by projection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localrun.offload.device.view import F32, I32, View, rows_at
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Who goes where in one call, sorted by expert.
+    """The routing of one call, sorted by expert.
 
     Attributes:
         experts: distinct expert ids, ascending (which is file order).
@@ -81,6 +81,6 @@ def swiglu(gate: View, up: View, out: View, limit: float) -> None:
 def gated(gate: F32, up: F32, limit: float) -> F32:
     """silu(min(gate, limit)) * clip(up, -limit, limit)."""
     gate = np.minimum(gate, np.float32(limit))
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then the right 0
+    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, which is correct
         result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
     return result

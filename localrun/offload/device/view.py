@@ -1,4 +1,4 @@
-"""Tensors of a running ggml graph as numpy arrays, in place."""
+"""Tensors of a running ggml graph as numpy arrays, without copying."""
 
 from __future__ import annotations
 

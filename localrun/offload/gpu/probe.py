@@ -1,12 +1,12 @@
-"""How fast a GPU is at everything that a plan counts: calls, experts, dense matrices, small operations, uploads.
+"""Measures everything a plan needs to know about a GPU: calls, experts, dense matrices, small operations, uploads.
 
-What counts is what a run will see, so experts go through the expert path's own slots and graphs, one token's worth (memory) and a
-batch (multiplications), link and hand-over included. The dense model's work is a chain of quantized matrices, and a chain of
-normalisations for what costs a launch each and hardly any bytes. A device of another machine (RPC) is measured the same way, and a
-"GPU" that shares our memory or our cores is found out by both working at once.
+It measures under real conditions: experts go through the expert path's slots and graphs, for one token (memory-bound) and a
+batch (compute-bound), including link and hand-over. The dense model is represented by a chain of quantized matrices, and
+launch-bound operations by a chain of normalizations. A device on another machine (RPC) is measured the same way, and a "GPU"
+that shares our memory or cores is detected by running both at once.
 
-Nothing is remembered: the whole probe takes less than loading a model onto the device does, and a device whose name is an address
-may be another one tomorrow.
+Nothing is cached: the probe takes less time than loading a model onto the device, and a device named by an address may be a
+different one tomorrow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _T: Final = GGMLQuantizationType.MXFP4
 _SPEC: Final = FfnSpec((_T, _T, _T), 4096, 2048, math.inf)
 _SLOTS: Final = 8
 _SMALL: Final = FfnSpec((_T, _T, _T), 256, 256, math.inf)
-"""An expert without weight: what is left of a call is the call."""
+"""A minimal expert, to measure the overhead of a call."""
 
 _DENSE_TYPE: Final = GGMLQuantizationType.Q8_0
 _DENSE_MATRICES: Final = 8
@@ -51,15 +51,15 @@ _ROUND_S: Final = 0.06
 """As many rounds as fit into this make a figure; a slow device gets one or two."""
 
 _FILL: Final = 0x77
-"""Byte that weights consist of: in all quantized formats ordinary numbers, with ordinary products. Memory that was
-never written may not be there at all."""
+"""Fill byte for weights: gives normal numbers and products in all quantized formats. Memory that was never written may not be
+backed at all."""
 
 
 def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
-    """Measures a device: about a second of a slow one, 350 MB of its memory; None, with a warning, if it can't be measured.
+    """Measures a device, using 350 MB of its memory and up to about a second; None, with a warning, if that fails.
 
     Args:
-        spec: shape and formats of the experts; the dense matrices are as wide.
+        spec: shape and formats of the experts; the dense matrices have the same width.
     """
     try:
         with _Experts(device, spec) as experts, _Dense(device, spec.n_embd) as dense:
@@ -132,7 +132,7 @@ def _overlap(call: Callable[[], object], call_s: float) -> float:
 
     seconds(device=False, reading=True)
     rounds = max(1, round(n_calls * call_s / seconds(device=False, reading=True)))
-    # In turn, so that a moment in which the machine is busy elsewhere spoils one of each.
+    # Alternating, so a busy moment of the machine spoils one of each.
     runs = [
         [seconds(device=True, reading=False), seconds(device=False, reading=True), seconds(device=True, reading=True)]
         for _ in range(3)
@@ -179,10 +179,10 @@ class _Experts:
 
 
 class _Dense:
-    """Graphs as a dense model has them. Owns a backend, a context and a buffer; a context manager.
+    """Graphs like those of a dense model. Owns a backend, a context and a buffer; a context manager.
 
     Raises:
-        LocalrunError: no memory there, or an operation that the device can't do.
+        LocalrunError: out of memory there, or an unsupported operation.
     """
 
     def __init__(self, device: GpuDevice, n: int) -> None:

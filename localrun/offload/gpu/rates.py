@@ -1,4 +1,4 @@
-"""What a GPU does per second, measured by `probe.py` or assumed of a card that is only described. Numbers alone, no device."""
+"""A GPU's rates, measured by `probe.py` or assumed for a described card. Only numbers, no device."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ NODE_S: Final = 2e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuRates:
-    """What one device does while nothing else runs, but where it says so. `docs/planner.md` has the method.
+    """Rates of one device with nothing else running, unless noted. `docs/planner.md` has the method.
 
     Attributes:
-        latency_s: seconds of one call of the expert path that has nothing to compute: hand-over there and back.
+        latency_s: seconds per call of the expert path with nothing to compute: a round trip.
         decode_bytes_per_s: bytes of experts per second, multiplied with one token each, eight in a call; without `latency_s`.
         batch_macs_per_s: multiplications per second of 512 (token, expert) pairs over eight experts; without `latency_s`.
         upload_bytes_per_s: bytes per second from RAM into slots, in the pieces that the expert path uses.
         dense_bytes_per_s: bytes per second of 8-bit matrices multiplied with one row; without `latency_s`.
         dense_macs_per_s: multiplications per second of such a matrix with 512 rows; without `latency_s`.
-        node_s: seconds of one operation of a graph on a single row of 4096 values: what it costs to be an operation.
+        node_s: seconds per graph operation on a single row of 4096 values, i.e. launch overhead.
         value_s: seconds of such an operation per value, in a batch of rows.
-        overlap: of the shorter of two works, the device's and that of CPU kernels which read memory, the part that disappears when
-            both run at once. 1: neither slows the other down; 0: one waits for the other, as where they share cores.
+        overlap: when the device and memory-bound CPU kernels run at once, the share of the shorter task's time that is hidden.
+            1: neither slows the other down; 0: they serialize, as when they share cores.
         measured: False: assumed.
     """
 
@@ -49,10 +49,10 @@ class GpuRates:
 
 
 def assumed_rates(memory_bytes_per_s: float, link_bytes_per_s: float) -> GpuRates:
-    """Of a card that nobody has measured.
+    """Assumed rates of a card that was not measured.
 
     Args:
-        memory_bytes_per_s: of its memory, as its maker says.
+        memory_bytes_per_s: memory bandwidth according to its maker.
         link_bytes_per_s: between RAM and the card.
     """
     return GpuRates(

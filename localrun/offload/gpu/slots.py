@@ -1,11 +1,11 @@
-"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and the graphs that multiply with them.
+"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and the graphs that use them.
 
-A bank is the slots of one layer in one format: three stacked tensors, as llama.cpp's own expert tensors are, with slots in the
-place of experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started without waiting, so that the CPU computes its
-share meanwhile. Which expert is in which slot is `tier.py`'s business. Calls of few tokens use the same graphs without coming
-here, see `device/compiled_gpu.py`.
+A bank is the slots of one layer in one format: three stacked tensors, like llama.cpp's expert tensors, with slots in place of
+experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started asynchronously, so the CPU computes its share
+meanwhile. `tier.py` decides which expert is in which slot. Calls of few tokens use the same graphs without going through this
+module, see `device/compiled_gpu.py`.
 
-Everything that is allocated counts towards the budget: slots and the buffer of intermediate results.
+All allocations count towards the budget: slots and the buffer for intermediate results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_PAIRS = 512
 """(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
 
 _SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
-"""Pairs of several tokens for which graphs are built; calls are filled up with pairs of slot 0, whose results nobody reads."""
+"""Graph sizes, in pairs of several tokens; calls are padded with pairs of slot 0, whose results are ignored."""
 
 MAX_SLOTS = 1024
 """Of a bank: more than any model has experts in a layer."""
@@ -60,8 +60,8 @@ class _Graph:
 
 @dataclass(slots=True)
 class _Part:
-    """Pairs of one graph: `ids` filled up to the graph's size, `x` (one row if all pairs are one token's) and `out` with the real
-    ones only."""
+    """Pairs of one graph: `ids` padded to the graph's size, `x` (one row if all pairs belong to one token) and `out`
+    unpadded."""
 
     bank: Bank
     ids: I32
@@ -75,8 +75,8 @@ class Bank:
 
     Attributes:
         spec: shapes and types.
-        n_slots: how many.
-        free: slots that hold nothing.
+        n_slots: number of slots.
+        free: empty slots.
         tensors: gate, up and down, each (n_in, n_out, n_slots).
         row_bytes: size of one expert's gate, up and down.
         record: its graphs, for compiled calls.
@@ -97,10 +97,10 @@ def scratch_bytes(spec: FfnSpec) -> int:
 
 
 class DeviceClosedError(GpuMemoryError):
-    """A device can't be opened: it has gone, or has no memory for its driver's own needs.
+    """A device can't be opened: it is gone, or lacks memory for its driver.
 
     Attributes:
-        device: which.
+        device: the device.
     """
 
     def __init__(self, device: GpuDevice) -> None:
@@ -111,15 +111,15 @@ class DeviceClosedError(GpuMemoryError):
 class GpuSlots:
     """All banks of one device. Owns a backend, its buffers and contexts until `close`.
 
-    For the decoding thread; `upload` may run on another one meanwhile (ggml's devices order their own work).
+    For the decoding thread; `upload` may run concurrently on another one (ggml's devices order their work).
 
-    A device that has less memory than it said gets the banks that fit, the first ones, possibly none, with a warning.
+    If a device has less memory than reported, it gets only the first banks that fit, possibly none, with a warning.
 
     Args:
-        device: where.
+        device: the device to use.
         counts: slots by (layer, variant); none may be 0.
         specs: shape and types by (layer, variant).
-        budget_bytes: most memory to take.
+        budget_bytes: maximum memory to use.
 
     Raises:
         BudgetError: more than the budget.
@@ -161,7 +161,7 @@ class GpuSlots:
         return int(slots + (self._lib.ggml_gallocr_get_buffer_size(self._gallocr, 0) if self._gallocr else 0))
 
     def upload(self, key: BankKey, slot: int, rows: Sequence[npt.NDArray[np.uint8]]) -> None:
-        """Copies an expert's gate, up and down (ggml rows) into a slot; any thread, not the same slot twice at once."""
+        """Copies an expert's gate, up and down (ggml rows) into a slot; any thread, but not the same slot concurrently."""
         bank = self.banks[key]
         for tensor, size, data in zip(bank.tensors, bank.row_bytes, rows, strict=True):
             assert data.nbytes == size
@@ -170,13 +170,13 @@ class GpuSlots:
                 self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
 
     def start(self, key: BankKey, slots: I32, x: F32) -> F32:
-        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; waits for nothing.
+        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; asynchronous.
 
-        What does not fit into one graph, and what is started while another graph runs, follows in `finish`.
+        Anything that does not fit in one graph, or is started while another graph runs, is done in `finish`.
 
         Args:
             slots: (N,) int32.
-            x: (N, D) or, if all pairs are one token's, (1, D) f32, contiguous.
+            x: (N, D) or, if all pairs belong to one token, (1, D) f32, contiguous.
 
         Returns:
             (N, D) array that is filled when `finish` returns.
@@ -198,7 +198,7 @@ class GpuSlots:
         """Waits for everything that was started.
 
         Raises:
-            DecodeError: the device reports a failure; nothing is under way any more.
+            DecodeError: the device reports a failure; nothing is pending then.
         """
         while self._running is not None:
             part, graph = self._running
@@ -272,7 +272,8 @@ class GpuSlots:
                 return
 
     def _give_back(self) -> None:
-        """The device is full to the brim, and its driver wants some memory when it computes: at least a sixteenth of ours."""
+        """Memory to give back when the device is completely full, because its driver needs some to compute: at least a
+        sixteenth of ours."""
         full = self._allocated()
         while self.banks and (self._allocated() > full * 15 // 16 or not self._gallocr):
             self.banks.popitem()
@@ -302,7 +303,7 @@ class GpuSlots:
             raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
 
     def _graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
-        """The graph for so many pairs, made on first use; compiled calls find it from then on."""
+        """The graph for this many pairs, built on first use; compiled calls find it from then on."""
         made = bank.graphs.get((n_pairs, one_token))
         if made is None:
             made = self._make_graph(bank, n_pairs, one_token=one_token)
@@ -336,8 +337,9 @@ class GpuSlots:
 
 
 def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, one_token: bool) -> _Graph:
-    """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, and backends have their
-    fastest kernels for one column. Of several tokens each pair is a column: how many experts of a token are here varies."""
+    """One token's experts are one column of `mul_mat_id`, as in llama.cpp: its input is sent once, and backends have their
+    fastest kernels for one column. With several tokens each pair is a column, because the number of experts per token on this
+    GPU varies."""
     lib = library()
     n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
     x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
@@ -349,7 +351,7 @@ def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: 
         active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
     out = lib.ggml_mul_mat_id(context, tensors[2], active, ids)
     for product in (gate, up, out):
-        # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA takes 4 on RTX 50 (mmq.cu) if nobody objects.
+        # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA defaults to 4 bits on RTX 50 (mmq.cu).
         lib.ggml_prec_set_src(product, ggml.PREC_Q8, 1)
     lib.ggml_set_input(x)
     lib.ggml_set_input(ids)
@@ -385,7 +387,7 @@ def _stacked(context: int, spec: FfnSpec, n_slots: int) -> tuple[int, int, int]:
 
 
 def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
-    """How many experts one bank may have: Vulkan devices can't address tensors beyond a few GiB, some not beyond 128 MiB.
+    """Maximum experts per bank: Vulkan devices can't address tensors beyond a few GiB, some not beyond 128 MiB.
 
     Returns:
         0 if the device can't multiply with such experts at all, with a warning; `MAX_SLOTS` without a limit.

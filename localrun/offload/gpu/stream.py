@@ -1,14 +1,14 @@
-"""Long prompts on GPUs: a thread for each GPU, and experts that only pass through.
+"""Long prompts on GPUs: a thread for each GPU, and experts that are streamed through.
 
-A batch of hundreds of tokens uses nearly all experts, most of which have no place on a GPU. Computing one on the CPU takes the
-longer the more tokens use it; sending it through a GPU always takes the time of its upload. So of each call the experts with most
-tokens go through a GPU, in file order, and the CPU computes the others meanwhile: as many as make both end at the same time
-(`choose`), by times that were measured when the model was loaded (`stream_probe.py`), and none where that would gain nothing.
+A batch of hundreds of tokens uses nearly all experts, most of which are not on a GPU. Computing an expert on the CPU takes time
+proportional to its tokens, while streaming it through a GPU takes a constant upload time. So in each call the experts with the
+most tokens are streamed, in file order, while the CPU computes the others. Their number is chosen so that both sides finish
+together (`choose`), using times measured at load (`stream_probe.py`); if streaming gains nothing, none are.
 
-Experts that are in RAM are turned back into ggml rows (`FfnKernel.unpack`), the others are read as they are; neither changes what
-is in RAM. They are uploaded into a ring of two halves: while the GPU multiplies with one, the other is filled.
+Experts in RAM are unpacked to ggml rows (`FfnKernel.unpack`), others are read in that form; RAM contents don't change. They are
+uploaded to a double buffer: the GPU multiplies with one half while the other is filled.
 
-A call of few tokens never comes here: the decoding thread drives the GPU itself. One of the two drives a `GpuSlots` at a time.
+Calls of few tokens never use this: the decoding thread drives the GPU itself. Only one of the two drives a `GpuSlots` at a time.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class StreamCosts:
     """Times of one format's experts.
 
     Attributes:
-        cpu: an expert in RAM, on the CPU with all its threads.
+        cpu: an expert in RAM, on the CPU with all threads.
         gpu: the same expert, through the GPU: unpacked, uploaded, multiplied, results fetched.
-        unpack_s: of that, what an expert saves that is read as ggml rows.
-        slowdown: how much longer both take side by side than each alone; 2 where the "GPU" shares our cores.
+        unpack_s: the part of that which experts read as ggml rows save.
+        slowdown: how much longer both take concurrently than alone; 2 if the "GPU" shares our cores.
     """
 
     cpu: Cost
@@ -96,16 +96,16 @@ class StreamCosts:
 
 
 def choose(cpu_s: F64, gpu_s: F64, *, others_s: float = 0.0, busy_s: float = 0.0, slowdown: float = 1.0) -> I32:
-    """Which experts of a call to stream, so that it ends as soon as possible.
+    """Chooses the experts of a call to stream, to minimize its time.
 
     Args:
-        cpu_s, gpu_s: (n,) seconds of each expert that may be streamed, on either side.
-        others_s: what the CPU has to do besides.
-        busy_s: what the GPU has to do besides.
+        cpu_s, gpu_s: (n,) seconds of each candidate, on either side.
+        others_s: the CPU's other work.
+        busy_s: the GPU's other work.
         slowdown: see `StreamCosts`.
 
     Returns:
-        Indices, ascending; empty where the call would not end `LEAST_GAIN` times as soon.
+        Indices, ascending; empty if the call would not be `LEAST_GAIN` times faster.
     """
     order = np.argsort(gpu_s / cpu_s, kind="stable")
     on_gpu, on_cpu = busy_s + np.cumsum(gpu_s[order]), others_s + cpu_s.sum() - np.cumsum(cpu_s[order])
@@ -119,11 +119,11 @@ def choose(cpu_s: F64, gpu_s: F64, *, others_s: float = 0.0, busy_s: float = 0.0
 
 @dataclass(frozen=True, slots=True)
 class Rings:
-    """What passes through which GPU.
+    """What is streamed through which GPU.
 
     Attributes:
         gpu: number of the GPU.
-        kernels, costs: by ring, one for each format that is streamed.
+        kernels, costs: by ring, one for each streamed format.
     """
 
     gpu: int
@@ -163,7 +163,7 @@ class Passing:
     Attributes:
         ring: number of its format's ring.
         layer, expert, variant: which copy.
-        address: of its slot in RAM, which the caller keeps pinned; 0: it is read.
+        address: of its slot in RAM, which the caller keeps pinned; 0: to be read.
         x_rows, out_rows: (n,) rows of the call's inputs and outputs.
     """
 
@@ -178,13 +178,13 @@ class Passing:
 
 @dataclass(slots=True)
 class Job:
-    """One GPU's part of a long call. `done` is set when nothing uses the call's memory any more.
+    """One GPU's part of a long call. `done` is set once nothing uses the call's memory.
 
     Attributes:
         x, out: the call's inputs and outputs.
         resident: pairs of experts that live on the GPU.
         passing: experts to stream, in file order.
-        bytes_read: payload of the reads that were started.
+        bytes_read: payload of the reads started.
         error: why it failed; outputs are then incomplete.
     """
 
@@ -206,9 +206,9 @@ class GpuThread:
 
     Args:
         slots: the GPU's, with a ring for each of `kernels`.
-        kernels: of the formats that are streamed here, by ring; may be none.
-        store: reads experts that are not in RAM; None: all are.
-        n_unpackers: threads that turn experts in RAM into ggml rows.
+        kernels: of the formats streamed here, by ring; may be empty.
+        store: reads experts that are not in RAM; None if all are.
+        n_unpackers: threads that unpack experts in RAM to ggml rows.
     """
 
     def __init__(
@@ -249,14 +249,14 @@ class GpuThread:
                 if job.passing:
                     self._stream(job)
                 self._take(job)
-            except BaseException as error:  # whatever it is belongs to the decoding thread
+            except BaseException as error:  # any error is reported by the decoding thread
                 job.error = error
                 self._abandon()
             finally:
                 job.done.set()
 
     def _abandon(self) -> None:
-        """After an error: lets the device end what it does; nobody wants the result."""
+        """After an error: waits for the device to finish; the result is discarded."""
         if self._running is not None:
             self._running = None
             try:

@@ -1,6 +1,6 @@
-"""Whether streaming a prompt's experts through a GPU pays: measured when a model is loaded, with its own formats.
+"""Measures at load, with the model's formats, whether streaming a prompt's experts through a GPU pays off.
 
-One made-up expert on the CPU, through the GPU's own ring and thread, and on both sides at once, as `stream.py` will do it.
+Runs a synthetic expert on the CPU, through the GPU's ring and thread, and on both at once, as `stream.py` will.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from localrun.offload.kernels import FfnKernel
 log = logging.getLogger(__name__)
 
 _FILL = 0x11
-"""Byte of made-up weights: no NaN and, unlike random scales, nothing denormal, which a CPU behind a device multiplies slowly."""
+"""Fill byte for synthetic weights: no NaN and, unlike random scales, no denormals, which are slow on a CPU-backed device."""
 
 
 def unpackers(n_threads: int) -> int:
@@ -42,11 +42,11 @@ def unpackers(n_threads: int) -> int:
 
 
 def measure(device: GpuDevice, kernel: FfnKernel, n_unpackers: int) -> StreamCosts | None:
-    """Times of one format's experts on this CPU and through this GPU, by its own ring: some tenths of a second for real sizes.
+    """Times of one format's experts on this CPU and through this GPU's ring: takes a few tenths of a second for real sizes.
 
     Returns:
-        None where streaming does not make a made-up call of many experts and tokens `LEAST_GAIN` times as fast, both sides working
-        at once; with a warning where the device can't be measured.
+        None if streaming does not make a synthetic call of many experts and tokens `LEAST_GAIN` times as fast, with both sides
+        working; also, with a warning, if the device can't be measured.
     """
     thread: GpuThread | None = None
     slots: GpuSlots | None = None
@@ -148,7 +148,7 @@ class _Bench:
 
 
 def _best(run: Callable[[], None]) -> float:
-    """Seconds of the fastest of up to three runs, as many as take a tenth of a second; the first one may have to set things up."""
+    """Seconds of the fastest of up to three runs within a tenth of a second; the first one may include setup."""
     best, end = math.inf, time.perf_counter() + 0.1
     for _ in range(3):
         started = time.perf_counter()

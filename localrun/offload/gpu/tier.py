@@ -1,12 +1,11 @@
-"""Which experts live on GPUs: placed by the routing profile at load, exchanged by use while running.
+"""The experts on GPUs: placed by the routing profile at load, exchanged by use while running.
 
-An expert on a GPU is in no RAM slot. Its ggml rows (GPUs don't know our layouts) are made from its copy in RAM, or read by the
-store, whose reads for others come first, and copied by a thread of this module, so decoding never waits for an upload. What has
-arrived is put to use between two decodes. An expert that leaves a GPU is on the drive again and comes back through RAM when it is
-asked for.
+An expert on a GPU has no RAM slot. Its ggml rows (GPUs don't know our layouts) are unpacked from its copy in RAM or read by the
+store at low priority, and uploaded by a thread of this module, so decoding never waits for an upload. Uploaded experts come
+into use between decodes. An expert evicted from a GPU is only on the drive, and returns through RAM when it is needed.
 
-Threads: the filling thread owns the staging buffer and uploads; calls of many tokens are driven by each GPU's own thread
-(`stream.py`); everything else happens on the decoding thread, under residency's lock where it touches RAM.
+Threads: the filling thread owns the staging buffer and uploads; each GPU's own thread drives calls of many tokens
+(`stream.py`); everything else runs on the decoding thread, under residency's lock where it touches RAM.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 EXCHANGE_EVERY = 16
 """Decodes between two looks at whether an expert in RAM has become hotter than one on a GPU; at most one is exchanged each time."""
 EXCHANGE_GAIN = 1.5
-"""How much hotter it must be, so that experts of similar use don't change places for ever."""
+"""How much hotter a replacement must be, to keep experts with similar use from swapping forever."""
 LEAST_HEAT = 4.0
 """What an expert must have been used at least to come to a GPU while running."""
 
@@ -85,19 +84,19 @@ class RamCopies(Protocol):
         ...
 
     def copy_rows(self, layer: int, expert: int, variant: int, rows: npt.NDArray[np.uint8]) -> bool:
-        """Writes an expert's ggml rows from its copy in RAM; False if there is none in this variant. Any thread."""
+        """Unpacks an expert's ggml rows from its copy in RAM; False if there is none in this variant. Any thread."""
         ...
 
 
 class GpuTier:
-    """Experts on one or several GPUs.
+    """Experts on one or more GPUs.
 
     Args:
-        gpus: (device, most bytes to take) of each.
+        gpus: (device, maximum bytes to use) of each.
         specs: shape and types by (layer, variant).
-        wanted: by layer the variant of each expert.
-        ranking: (layer, expert), the likeliest first; all experts.
-        rings: what long prompts stream, and where; None: nothing.
+        wanted: by layer, the variant of each expert.
+        ranking: (layer, expert) of all experts, likeliest first.
+        rings: what long prompts stream through which GPU; None: nothing.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class GpuTier:
 
     @property
     def staging_bytes(self) -> int:
-        """RAM through which experts go on their way to a GPU."""
+        """RAM that stages experts on their way to a GPU."""
         sizes = [sum(bank.row_bytes) for slots in self.slots for bank in slots.banks.values()]
         return align_up(max(sizes, default=0), PAGE_BYTES)
 
@@ -224,8 +223,8 @@ class GpuTier:
         self._thread.start()
 
     def step(self, in_ram: RamCopies, heat: Heat) -> None:
-        """Between two decodes, on the decoding thread, which holds residency's lock: takes in what was uploaded, and now and then
-        gives the place of an expert that is little used to one that is used more."""
+        """Call between decodes, on the decoding thread, which holds residency's lock: activates uploaded experts, and
+        occasionally replaces a rarely used expert with a more used one."""
         while not self._uploaded.empty():
             upload, error = self._uploaded.get()
             self._settle(upload, error)
@@ -301,7 +300,7 @@ class GpuTier:
                 return
             try:
                 self._copy(in_ram, upload, memory)
-            except BaseException as error:  # whatever it is: the expert stays where it was
+            except BaseException as error:  # on any error the expert stays where it was
                 self._uploaded.put((upload, error))
             else:
                 self._uploaded.put((upload, None))
@@ -339,10 +338,10 @@ class GpuTier:
 
 
 class GpuCall:
-    """One layer call's work on GPUs: started, then waited for. For the decoding thread; `abandon` ends it in any case.
+    """One layer call's work on GPUs: start it, then wait. For the decoding thread; `abandon` ends it in any case.
 
-    Few tokens are multiplied by graphs that this thread starts; for `LONG_TOKENS` and more each GPU's own thread does all, so that
-    the CPU's share never waits for it.
+    For few tokens, this thread starts the graphs; from `LONG_TOKENS` on each GPU's own thread does everything, so the CPU's
+    share never waits for it.
 
     Args:
         x, out: the call's inputs and outputs.
@@ -356,17 +355,17 @@ class GpuCall:
     def choose(
         self, n_pairs: I32, variants: I32, in_ram: npt.NDArray[np.bool_], others: int, resident: int
     ) -> npt.NDArray[np.int32]:
-        """Which experts to stream.
+        """Chooses experts to stream.
 
         Args:
             n_pairs: (n,) pairs of each candidate.
-            variants: (n,) the copy that would be used.
-            in_ram: (n,) whether that is in RAM.
-            others: pairs that the CPU has to do in any case.
-            resident: pairs of experts that live on GPUs.
+            variants: (n,) the variant that would be used.
+            in_ram: (n,) whether it is in RAM.
+            others: pairs that the CPU must compute in any case.
+            resident: pairs of experts on GPUs.
 
         Returns:
-            Indices of candidates, ascending; mostly none.
+            Indices of candidates, ascending; usually none.
         """
         rings = self._tier.rings
         nobody = np.zeros(0, np.int32)
@@ -408,7 +407,7 @@ class GpuCall:
         """Starts the pairs of experts that are all on GPUs, and streams others.
 
         Args:
-            passing: in file order; what has an address stays there until `wait` or `abandon` returns.
+            passing: in file order; experts with an address stay there until `wait` or `abandon` returns.
         """
         jobs: dict[int, Job] = {}
         for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
@@ -421,16 +420,16 @@ class GpuCall:
             self._tier.threads[gpu].submit(job)
 
     def wait(self, check_stop: Callable[[], None] = lambda: None) -> int:
-        """Waits until all outputs are written; returns the bytes that were read.
+        """Waits until all outputs are written; returns the bytes read.
 
         Args:
-            check_stop: called now and then during a long call; what it raises ends the waiting, and `abandon` has to follow.
+            check_stop: called periodically during a long call; if it raises, waiting ends, and `abandon` must follow.
 
         Raises:
-            DecodeError, StoreError, ChecksumError: the first thing that failed.
+            DecodeError, StoreError, ChecksumError: the first failure.
         """
         running, self._running = self._running, []
-        with contextlib.ExitStack() as all_of_them:  # whatever one of them reports
+        with contextlib.ExitStack() as all_of_them:  # whatever any of them reports
             for slots in {id(slots): slots for slots, _, _ in running}.values():
                 all_of_them.callback(slots.finish)
         for _, result, out_rows in running:
@@ -438,7 +437,10 @@ class GpuCall:
         for job in self._jobs:
             while not job.done.wait(_STOP_POLL_S):
                 check_stop()
-        jobs, self._jobs = self._jobs, []  # not before: whatever interrupts the waiting, `abandon` must know what runs
+        jobs, self._jobs = (
+            self._jobs,
+            [],
+        )  # not earlier: if the wait is interrupted, `abandon` must know what is running
         for job in jobs:
             if job.error is not None:
                 raise job.error
@@ -460,10 +462,10 @@ def share_out(
     wanted: Mapping[int, I32],
     ranking: Sequence[tuple[int, int]],
 ) -> list[dict[BankKey, int]]:
-    """How many slots each GPU gives to each layer and format: the likeliest experts, each to the GPU with most room left.
+    """Slots per GPU, layer and format: the likeliest experts, each on the GPU with the most room left.
 
     Raises:
-        BudgetError: a budget too small for the intermediate results and a single expert.
+        BudgetError: a budget is too small for intermediate results and one expert.
     """
     scratch = max(scratch_bytes(spec) for spec in specs.values())
     result: list[dict[BankKey, int]] = [{} for _ in gpus]

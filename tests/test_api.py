@@ -106,7 +106,7 @@ def test_what_is_wrong_is_an_error_of_the_package(model: localrun.Model, tmp_pat
         model.ask("Hello", tools=[{"type": "browser"}])
     with pytest.raises(LocalrunError, match="no such file"):
         localrun.load(tmp_path / "nothing.gguf")
-    with pytest.raises(UsageError, match="no box 'castle'"):
+    with pytest.raises(UsageError, match="unknown box 'castle'"):
         localrun.plan("flash", machine="castle")
     with pytest.raises(LocalrunError):
         localrun.convert(tmp_path / "nothing", tmp_path / "out")

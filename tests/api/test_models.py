@@ -53,7 +53,7 @@ def test_a_downloaded_repository_is_found_in_the_cache_of_hugging_face(tmp_path:
         ("What is a fox?", "chat", "to ask it as a question: localrun run -p 'What is a fox?'"),
         ("deepseek-v4-flash", "plan", "did you mean: localrun plan flash"),
         ("DeepSeek-V4-Pro", "plan", "did you mean: localrun plan pro"),
-        ("v4flash", "chat", "localrun plan flash says what it needs"),
+        ("v4flash", "chat", "localrun plan flash shows what it needs"),
         ("deepseek-ai/DeepSeek-V4-Flash", "chat", "hf download deepseek-ai/DeepSeek-V4-Flash --local-dir ~/models/"),
         ("someone/other-model", "plan", "then: localrun plan ~/models/other-model"),
         ("fast-mdoel", "run", "did you mean: localrun run fast-model"),

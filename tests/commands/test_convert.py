@@ -123,7 +123,7 @@ def test_human_output_goes_to_stderr_without_bars(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--jobs", "0"], "--jobs 0"), (["--base", "q2_k"], "no multiple of Q2_K")]
+    ("arguments", "message"), [(["--jobs", "0"], "--jobs 0"), (["--base", "q2_k"], "not a multiple of Q2_K")]
 )
 def test_impossible_options_are_refused_before_any_work(
     small: Path, tmp_path: Path, arguments: list[str], message: str

@@ -270,7 +270,7 @@ def test_a_recipe_is_its_options(source: Path, finished: Path, tmp_path: Path) -
     # The same sums give the same base; errors were measured on drawn rows, so the copies may be others'.
     assert (tmp_path / "out" / MODEL_NAME).read_bytes() == (finished / MODEL_NAME).read_bytes()
     assert better(tmp_path / "out") == 5
-    assert "drawn rows" in (tmp_path / "out" / "report.md").read_text()
+    assert "random rows" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")

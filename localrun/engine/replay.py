@@ -1,13 +1,13 @@
-"""What the model wrote, token by token, for conversations that come back.
+"""Remembers the tokens of the model's answers, for conversations that clients send back.
 
-Clients send the whole conversation with each question, and send earlier answers not quite as they were: arguments of tool calls are
-serialised anew, blanks are trimmed, reasoning is left out. The text may even be the same and its tokens others, because a model
-does not always cut a text as its tokenizer would. Any difference makes the saved state behind it useless. So every answer's ids
-are kept, and an answer that comes back, recognised by the ids of its tool calls or by the conversation before it, enters the
-prompt as those ids.
+Clients send the whole conversation with each question, but not earlier answers verbatim: arguments of tool calls are
+reserialized, spaces are trimmed, reasoning is omitted. Even identical text may have different tokens, because a model does not
+always tokenize like its tokenizer. Any difference invalidates the saved state after it. So every answer's ids are kept, and
+when an answer comes back, recognized by the ids of its tool calls or by the conversation before it, those ids are used in the
+prompt.
 
-An answer that a client has changed in meaning (another text, other arguments) is the client's own and is written as it came.
-Kept in memory and in a file of one JSON line per answer; both are bounded, the oldest go first. One thread.
+An answer that a client has changed in substance (different text or arguments) is used as sent.
+Kept in memory and in a file with one JSON line per answer; both are bounded, oldest dropped first. Use from one thread.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ MAX_IDS = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One answer: what it says, to be compared with, and its ids."""
+    """One answer: its content, for comparison, and its ids."""
 
     content: str
-    calls: tuple[tuple[str, str], ...]  # (name, arguments in a form without blanks)
+    calls: tuple[tuple[str, str], ...]  # (name, arguments without whitespace)
     sampled: SampledAnswer
 
 
 class AnswerMemory:
-    """Answers by what they are recognised by.
+    """Answers, indexed by what identifies them.
 
     Args:
-        path: the file; None: memory only. It holds what the model wrote, so only its owner may read it.
+        path: the file, readable only by its owner because it holds model output; None: memory only.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -114,7 +114,7 @@ class AnswerMemory:
             return
         self._n_lines = len(lines)
         for line in lines[-2 * MAX_ANSWERS :]:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # another version's, or cut off
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # from another version, or truncated
                 keys, record = _from_line(line)
                 for key in keys:
                     self._put(key, record)
@@ -125,7 +125,7 @@ class AnswerMemory:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._n_lines > 2 * MAX_ANSWERS:
-                self._path.unlink(missing_ok=True)  # begins anew with what is in memory
+                self._path.unlink(missing_ok=True)  # rewritten from memory
                 self._n_lines = 0
                 for key, kept in self._records.items():
                     self._append(_to_line([key], kept))
@@ -142,7 +142,7 @@ class AnswerMemory:
 
 
 def _add(hasher: Any, message: Message) -> None:
-    """What of a message tells conversations apart and survives a client: not the reasoning, not blanks at the ends."""
+    """The part of a message that identifies a conversation and survives clients: without reasoning and surrounding whitespace."""
     content = message.content.strip()
     parts = [role_of(message), content]
     if isinstance(message, AssistantMessage):

@@ -1,7 +1,7 @@
 """Choosing the next token: llama.cpp's sampler chain built from `SamplingOptions`.
 
-Order as in llama.cpp: biases and penalties change the model's distribution, top-k, top-p, min-p cut it, then the temperature,
-then the draw.
+Order as in llama.cpp: biases and penalties modify the distribution, top-k, top-p and min-p truncate it, then temperature, then
+sampling.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localrun.errors import UsageError
 from localrun.options import MAX_SEED, check_fields
 
 PENALTY_TOKENS = 4096
-"""Of the answer's end: penalties count what was said there. llama.cpp looks at all of them for every token."""
+"""Number of recent tokens that penalties count. llama.cpp scans all of them for every token."""
 
 
 def check(options: SamplingOptions) -> None:
@@ -28,7 +28,7 @@ class Sampler:
     """A sampler chain with its random state: one per answer, closed after it.
 
     Attributes:
-        seed: the one given, or the one drawn.
+        seed: the one given, or a random one.
     """
 
     def __init__(self, options: SamplingOptions, n_vocab: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""One timeline of tokens: what is in the KV cache, the logits after it, and answers generated from there.
+"""One timeline of tokens: the KV cache's contents, the logits after them, and answers generated from there.
 
-llama.cpp can't cut a deepseek4 sequence at an arbitrary position, so a session only grows, is emptied, or is restored from a state
-that was saved before (`snapshots.py` keeps them). The session knows ids only: text, roles and messages are `tokenizer.py`'s and
-`engine/chat/format.py`'s.
+llama.cpp can't truncate a deepseek4 sequence at an arbitrary position, so a session can only grow, be cleared, or be restored
+from a saved state (`snapshots.py`). The session only knows ids: `tokenizer.py` and `engine/chat/format.py` handle text, roles
+and messages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with (tokens in the context, tokens wanted): when it is known what was there before, and after each batch."""
+"""Called with (tokens in the context, tokens wanted): once the reused tokens are known, and after each batch."""
 
 STOP_PATIENCE_S = 0.3
 """A stop lets a running step of one token end by itself for so long: that keeps the KV cache, an aborted step loses it."""
@@ -49,7 +49,7 @@ SNAPSHOT_DISTANCE = 512
 """Tokens between two saved states inside one prompt: what going back costs at most, against a state's size."""
 
 SAVE_EVERY_S = 60.0
-"""A prompt that takes longer is saved on its way: whoever loses patience and asks again shall not begin at its beginning."""
+"""Longer prompts are saved along the way, so that cancelling and asking again does not start over."""
 
 _MAGIC = b"LRSNAP01"
 _HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
@@ -60,16 +60,16 @@ class Session:
     """The tokens that a context holds, and everything that adds to them.
 
     Owns a llama.cpp context; made by `Engine.session`, freed by `close` or with the engine (then every use raises LocalrunError).
-    Not thread-safe, except `stop`. Lock: `_stop_lock`, held for moments, never during a step; inside it nothing is locked.
+    Not thread-safe, except `stop`. Lock: `_stop_lock`, held briefly, never during a step; no other lock is taken inside it.
 
-    After a failed or stopped batch the context's contents are undefined in llama.cpp; the session is then empty, and usable.
-    `prefill` makes that invisible to callers that hand over whole prompts.
+    After a failed or stopped batch the context's contents are undefined in llama.cpp, so the session is cleared and usable
+    again. Callers that pass whole prompts to `prefill` don't notice.
     """
 
     def __init__(self, engine: Engine, context: Context, snapshots: SnapshotStore | None = None) -> None:
         """
         Args:
-            snapshots: where states are kept and looked for; None: the session only grows or starts anew.
+            snapshots: where states are saved and found; None: the session can only grow or start over.
         """
         self._engine = engine
         self._snapshots = snapshots
@@ -83,7 +83,7 @@ class Session:
 
     @property
     def follows_company(self) -> bool:
-        """See `Context.follows_company`; `generate` switches it on for answers that nobody asked to come out the same again."""
+        """See `Context.follows_company`; `generate` enables it for answers that need not be reproducible."""
         return self._context.follows_company
 
     @follows_company.setter
@@ -115,11 +115,11 @@ class Session:
     # --- feeding
 
     def feed(self, tokens: Sequence[int], *, progress: Progress | None = None) -> None:
-        """Appends tokens in batches; `logits` are then those after the last one.
+        """Appends tokens in batches; `logits` are those after the last one.
 
         Raises:
-            ContextFullError: they don't fit; nothing was changed.
-            UsageError: an id is not in the vocabulary; nothing was changed.
+            ContextFullError: they don't fit; nothing changed.
+            UsageError: an id is not in the vocabulary; nothing changed.
             StoppedError, DecodeError: the session is empty now.
         """
         total = self.position + len(tokens)
@@ -137,18 +137,18 @@ class Session:
     def prefill(
         self, prompt: Sequence[int], *, boundaries: Sequence[int] = (), progress: Progress | None = None
     ) -> int:
-        """Makes the context hold exactly `prompt`, with logits after it, by the shortest way.
+        """Makes the context hold exactly `prompt`, with logits after it, with the least work.
 
-        That is: go on if the prompt continues what is there, else go on from the longest saved state that it begins with, else from
-        nothing.
+        It continues from the current contents if the prompt starts with them, else from the longest saved state that is a
+        prefix, else from scratch.
 
         Args:
-            boundaries: ascending positions in the prompt where messages end: states are saved at the first and the last one,
-                and between them at least `SNAPSHOT_DISTANCE` apart; elsewhere only after `SAVE_EVERY_S`.
-            progress: called first with what need not be computed, then after each batch.
+            boundaries: ascending positions in the prompt where messages end. States are saved at the first and the last, and at
+                those in between at least `SNAPSHOT_DISTANCE` apart; elsewhere only after `SAVE_EVERY_S`.
+            progress: called first with the reused tokens, then after each batch.
 
         Returns:
-            How many tokens did not have to be computed.
+            Number of reused tokens.
         Raises:
             As `feed`; UsageError for an empty prompt.
         """
@@ -206,7 +206,7 @@ class Session:
         return places
 
     def save(self) -> None:
-        """Keeps the present state, if there is a place for it and it is not kept already."""
+        """Saves the current state, if there is a store and it is not already saved."""
         if self._snapshots is None or not self._tokens or self._snapshots.has(self._tokens):
             return
         try:
@@ -232,7 +232,7 @@ class Session:
 
     def _decode(self, batch: Sequence[int], *, all_logits: bool) -> None:
         """One llama_decode; on failure the session is emptied and the cause raised."""
-        self._context.require_open()  # before the experts are told
+        self._context.require_open()  # before the experts are notified
         with self._stop_lock:
             if self._stopping:
                 raise StoppedError("stopped")
@@ -275,8 +275,8 @@ class Session:
         """Prepares an answer to `prompt`; iterate over the result. See `Generation`.
 
         Args:
-            steering: rules for the tokens of this answer.
-            top_logprobs: keep each token's log probability and those of so many others.
+            steering: constraints on this answer's tokens.
+            top_logprobs: record each token's log probability and those of this many others.
         """
         self.follows_company = sampling.seed is None and sampling.temperature > 0
         return Generation(
@@ -293,7 +293,7 @@ class Session:
 
     @property
     def n_vocab(self) -> int:
-        """Ids that the model knows."""
+        """Checks that the ids are in the vocabulary."""
         return self._context.n_vocab
 
     def _is_end(self, token: int) -> bool:
@@ -302,7 +302,8 @@ class Session:
     # --- stopping
 
     def stop(self) -> None:
-        """Ends what is running; any thread. A batch of several tokens fails within a layer, a step of one token may end first."""
+        """Stops the running step; any thread. A batch of several tokens fails within a layer, a single-token step may finish
+        first."""
         with self._stop_lock:
             self._stopping = True
             if not self._in_step:
@@ -313,7 +314,7 @@ class Session:
                 self._stop_timer.start()
 
     def clear_stop(self) -> None:
-        """Forgets `stop`, also one that still waits for a step; to be called before the next command."""
+        """Clears `stop`, even if it has not taken effect; call before the next command."""
         with self._stop_lock:
             self._stopping = False
             self._forget_timer()
@@ -347,9 +348,9 @@ class Session:
         self._context.clear()
 
     def snapshot(self) -> bytearray:
-        """Everything needed to go on from here: ids and KV state, with a checksum. Logits are not part of it.
+        """Everything needed to continue from here: ids and KV state, with a checksum, but no logits.
 
-        The only copy that is made; the caller owns it.
+        The only copy; the caller owns it.
         """
         start = _HEADER.size + 4 * self.position
         result = bytearray(start + (self._context.state_size() if self._tokens else 0) + _DIGEST_BYTES)
@@ -365,12 +366,12 @@ class Session:
         return result
 
     def restore(self, snapshot: bytes | bytearray) -> None:
-        """Puts the session where `snapshot` was taken; feed at least one token before asking for logits.
+        """Restores the session to where `snapshot` was taken; feed at least one token before reading logits.
 
         Raises:
-            ChecksumError: the bytes were damaged; nothing was changed.
-            FormatError: no snapshot, or one of another model, KV type or context length; nothing was changed.
-            DecodeError: llama.cpp refused the state; the session is empty now.
+            ChecksumError: the bytes are damaged; nothing changed.
+            FormatError: not a snapshot, or one of another model, KV type or context length; nothing changed.
+            DecodeError: llama.cpp rejected the state; the session is empty now.
         """
         body, digest = memoryview(snapshot)[:-_DIGEST_BYTES], bytes(snapshot[-_DIGEST_BYTES:])
         if len(body) < _HEADER.size or bytes(body[:8]) != _MAGIC:
@@ -407,14 +408,14 @@ class Session:
 
 
 class Generation:
-    """One answer, token by token: an iterator of ids. The end token is not among them.
+    """One answer, token by token: an iterator of ids, without the end token.
 
     Attributes:
         reason: why it ended; None before.
-        seed: what the sampler was seeded with.
+        seed: the sampler's seed.
         timings: cost so far, final when the iterator is exhausted.
-        logprobs: if asked for: of the token given last, the model's (id, log probability) of itself and then of the most
-            likely ones, before sampling options and steering.
+        logprobs: if requested, the model's (id, log probability) of the last token and then of the most likely ones, before
+            sampling options and steering.
     """
 
     def __init__(
@@ -447,7 +448,7 @@ class Generation:
 
     def _run(self) -> Iterator[int]:
         session, n_prompt = self._session, len(self._prompt)
-        start: float | None = None  # of the prefill: looking for a saved state and reading it is no part of its rate
+        start: float | None = None  # of the prefill: finding and reading a saved state is not part of its rate
 
         def progress(done: int, total: int) -> None:
             nonlocal start

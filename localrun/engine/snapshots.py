@@ -1,13 +1,13 @@
-"""Saved session states, so that a conversation that goes on, goes back or is opened again is not read a second time.
+"""Saved session states, so that continuing, reverting or reopening a conversation does not require rereading it.
 
-llama.cpp can't cut a deepseek4 sequence: its rings and compressor frontiers hold only the present. So a session that must go
-back restores the longest saved state that its prompt begins with and feeds the rest. States lie in RAM, newest first, and as files
-of the same bytes; both have a budget, and the least recently used go first. The budget in RAM covers states that wait for being
-written, the one on disk the files of all models and of all running programs. A state is named by its token ids and by what it was
-computed with (model, KV type), and carries a checksum: nothing is restored into another model.
+llama.cpp can't truncate a deepseek4 sequence: its rings and compressor frontiers hold only the current position. So to go back,
+a session restores the longest saved state that is a prefix of its prompt and feeds the rest. States are kept in RAM, newest
+first, and as files of the same bytes; both have a budget, and the least recently used are dropped first. The RAM budget
+includes states waiting to be written, the disk budget the files of all models and running programs. A state is identified by
+its token ids and what it was computed with (model, KV type), and has a checksum, so it is never restored into another model.
 
-Knows bytes and token ids only; `session.py` makes and takes them. One owner thread, plus one that writes files: a drive that hangs
-costs saved states, never an answer.
+Knows only bytes and token ids; `session.py` creates and restores states. One owner thread, plus one that writes files: a
+hanging drive costs saved states, never an answer.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MIN_FREE_BYTES = 1 << 30
 """Nothing is written that would leave less than this free on the drive: it is the user's home."""
 
 SLOW_DRIVE_S = 5.0
-"""What an answer waits for states that were saved before to be written; then its own is not saved."""
+"""How long an answer waits for earlier states to be written; after that its own is not saved."""
 
 CLOSE_S = 15.0
 """What closing waits for the last states; a drive that hangs must not keep a whole model in memory."""
 
 _ABANDONED_S = 600.0
-"""A partial file older than this has no writer any more; a younger one may be another program's."""
+"""A partial file older than this has no writer; a younger one may be another program's."""
 
 State = bytes | bytearray
 
@@ -56,9 +56,9 @@ class SnapshotStore:
     """States of one model's sessions by token prefix.
 
     Args:
-        folder: where files lie, one folder per `key`; None: RAM only.
-        key: names model and KV type; states of other keys are never seen.
-        ram_bytes, disk_bytes: budgets; 0 switches that place off.
+        folder: for the files, with one subfolder per `key`; None: RAM only.
+        key: identifies model and KV type; states of other keys are invisible.
+        ram_bytes, disk_bytes: budgets; 0 disables that location.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class SnapshotStore:
             return name in self._ram or name in self._files or name in self._unwritten
 
     def put(self, tokens: Sequence[int], data: State) -> None:
-        """Saves a state, which is this store's from now on. The file is written in the background; where all together would be more
-        than the budget in RAM, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
+        """Saves a state, which the store owns from now on. The file is written in the background; if the RAM budget would be
+        exceeded, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
         name = _name(tokens)
         if self._folder is not None and len(data) <= self._disk_bytes:
             if self._writer is None:
@@ -113,14 +113,14 @@ class SnapshotStore:
             self._ram.move_to_end(name)
         while self._ram and self.ram_used > self._ram_bytes:
             if len(self._ram) == 1 and name in self._ram:
-                break  # what is over is still being written, and room for that was made above
+                break  # the excess is still being written, and room for it was made above
             self._ram.popitem(last=False)
 
     def _waiting_bytes(self) -> int:
         return sum(len(data) for data in self._unwritten.values())
 
     def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, State] | None:
-        """The longest saved state that `tokens` begins with and goes on from: (n_tokens, state)."""
+        """The longest saved state that is a proper prefix of `tokens`: (n_tokens, state)."""
         with self._lock:
             names = {*self._ram, *self._files, *self._unwritten}
         lengths = sorted({n for n, _ in names if 0 < n < len(tokens)})
@@ -196,7 +196,7 @@ class SnapshotStore:
             try:
                 if wanted:
                     self._write(name, data)
-            except Exception:  # whatever it is: those who wait for this thread must not wait for ever
+            except Exception:  # on any error: waiters for this thread must not wait forever
                 log.exception("%s: a conversation's state could not be saved", self._folder)
             del item, data  # else the last state stays in memory until the next one comes
             with self._written:
@@ -219,7 +219,7 @@ class SnapshotStore:
             self._files[name] = len(data)
 
     def _make_room(self, n_bytes: int) -> None:
-        """Looks at the drive each time: other programs write there too, and a file's time says when it was last used."""
+        """Scans the drive each time, because other programs write there too; a file's timestamp is its last use."""
         files = self._all_files()
         used = sum(size for _, _, size in files)
         for _, path, size in files:

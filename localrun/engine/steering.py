@@ -1,7 +1,7 @@
-"""What may come next: end tokens, reasoning within its budget, and a grammar for what follows the reasoning.
+"""Constrains the next token: end tokens, the reasoning budget, and a grammar for what follows the reasoning.
 
-A `Steering` belongs to one answer. Before a token is drawn it takes the forbidden ones out of the logits; afterwards it is told
-which one it was. The reasoning itself is free: a grammar begins to count behind `</think>`, and until then the answer can't end.
+A `Steering` belongs to one answer. Before sampling it masks forbidden tokens in the logits; afterwards it is given the sampled
+token. Reasoning is unconstrained: a grammar applies after `</think>`, and until then the answer can't end.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _NEVER = np.float32(-np.inf)
 
 
 class Steering:
-    """Rules for the tokens of one answer. Not thread-safe.
+    """Constraints on the tokens of one answer. Not thread-safe.
 
     Args:
         thinking: the prompt left the reasoning open.
-        think_end: id of the token that ends the reasoning; None: the model has none.
+        think_end: id of the token that ends the reasoning; None if the model has none.
         ends: ids that end an answer.
-        banned: ids that never come.
-        free_of: ids that don't come in the reasoning, because they would begin what a grammar is for.
-        min_tokens: no end before so many.
-        think_budget: most tokens of reasoning.
+        banned: forbidden ids.
+        free_of: ids forbidden in the reasoning, because they would start what the grammar covers.
+        min_tokens: minimum length before an end token.
+        think_budget: maximum tokens of reasoning.
         matcher: an `llguidance.LLMatcher` for what follows the reasoning.
     """
 
@@ -53,10 +53,10 @@ class Steering:
         self._n_tokens = 0
 
     def allow(self, logits: npt.NDArray[np.float32]) -> None:
-        """Sets the logits (n_vocab,) of what may not come next to minus infinity, in place.
+        """Sets the logits (n_vocab,) of forbidden tokens to minus infinity, in place.
 
         Raises:
-            DecodeError: the grammar has come to a place from which nothing leads on.
+            DecodeError: the grammar has reached a dead end.
         """
         if self._thinking:
             if self._think_budget is not None and self._n_tokens >= self._think_budget:

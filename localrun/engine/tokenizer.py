@@ -1,10 +1,10 @@
-"""Text to token ids and back, with one promise: text never becomes a special token.
+"""Converts text to token ids and back, guaranteeing that text never becomes a special token.
 
 llama.cpp matches user-defined tokens (DeepSeek's role tokens among them) inside ordinary text even when told not to parse
 specials. Here every occurrence of a special token's name in a text is split before llama.cpp sees it, whatever type the GGUF
-gives that token, and the ids that come back are checked once more. Special tokens enter a prompt by name only (`Special`).
+gives that token, and the resulting ids are checked again. Special tokens enter a prompt only by name (`Special`).
 
-The ids of all other text are llama.cpp's own, which equal those of the `tokenizers` library.
+All other text gets llama.cpp's ids, which equal those of the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from localrun.engine.llama import ATTR_CONTROL, ATTR_UNKNOWN, ATTR_USER_DEFINED,
 from localrun.errors import LocalrunError
 
 MAX_RUN = 2000
-"""Characters without white space, or of white space, that go to llama.cpp in one piece.
+"""Maximum run of whitespace or non-whitespace characters passed to llama.cpp in one piece.
 
-Its pre-tokenizer is a recursive std::regex: a single run of 30,000 letters overflows the stack (8,000 were fine).
+Its pre-tokenizer is a recursive std::regex: a run of 30,000 letters overflows the stack (8,000 were fine).
 """
 
 _LONG_RUN = re.compile(rf"\S{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")
@@ -76,7 +76,7 @@ class Tokenizer:
         return ids
 
     def encode_parts(self, parts: Iterable[Part]) -> list[int]:
-        """Ids of a prompt. Neighbouring texts are tokenized as one.
+        """Ids of a prompt. Adjacent texts are tokenized as one.
 
         Raises:
             LocalrunError: the vocabulary lacks a special token of the prompt.
@@ -101,7 +101,7 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of finished ids, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+        """Text of complete ids, special tokens by name; invalid UTF-8 becomes U+FFFD."""
         decoder = StreamDecoder(self)
         pieces = [piece for token in ids for piece in decoder.push(token)]
         return "".join(piece.text for piece in (*pieces, *decoder.flush()))
@@ -114,7 +114,7 @@ class Tokenizer:
         return self._vocab.piece(token)
 
     def _segments(self, text: str) -> Iterator[str]:
-        """`text` cut so that no segment contains a special token's name: after the first character of each occurrence.
+        """Splits `text` so that no segment contains a special token's name: after the first character of each occurrence.
 
         A segment ends one character into the leftmost name that starts in it, so it can't hold a whole name, except one of a single
         character; the check in `encode` finds those.
@@ -150,7 +150,7 @@ class StreamDecoder:
 
 
 def _short_runs(text: str) -> Iterator[str]:
-    """`text` cut so that no run is longer than MAX_RUN, where possible at a place that does not change the ids."""
+    """Splits `text` so that no run is longer than MAX_RUN, if possible where it does not change the ids."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         while run.end() - start > MAX_RUN and (limit := max(start, run.start()) + MAX_RUN) < run.end():
@@ -164,7 +164,7 @@ def _short_runs(text: str) -> Iterator[str]:
 def _special_tokens(vocab: Vocab) -> dict[str, int]:
     """Name -> id of everything that is not ordinary text.
 
-    By type, and the protocol's own tokens by name too, should a GGUF call them normal.
+    By type, and the protocol's tokens also by name, in case a GGUF marks them as normal.
     """
     specials = {}
     protocol = set(PROTOCOL_TOKENS)

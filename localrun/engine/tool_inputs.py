@@ -1,8 +1,8 @@
-"""Custom tools: their one argument `input` is a text that follows a grammar of the client's, Lark or a regular expression.
+"""Custom tools: their only argument `input` is text that follows the client's grammar, Lark or a regular expression.
 
-The grammar of the calls lets `input` be any text and says where it ends. While it is written, the client's grammar restricts the
-tokens further. The two can't be one grammar: a lexer takes the longest match, so a terminal like `/.*/` would swallow the `</`
-with which DSML ends a value.
+The grammar of the calls allows any text for `input` and determines where it ends. Meanwhile, the client's grammar restricts the
+tokens further. The two can't be merged: a lexer takes the longest match, so a terminal like `/.*/` would swallow the `</` with
+which DSML ends a value.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 HEAD = b'parameter name="input" string="true">'
-"""What stands between DSML's token and the text."""
+"""The markup between DSML's token and the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputWords:
-    """What of a vocabulary has to be known, once for all answers.
+    """Vocabulary data, computed once for all answers.
 
     Attributes:
         pieces: the bytes of each token.
-        straddling: a last piece of `HEAD` -> ids that go on behind it, where they would escape the text's grammar.
+        straddling: a final piece of `HEAD` -> ids that extend beyond it, where they would escape the text's grammar.
     """
 
     pieces: Sequence[bytes]
@@ -40,13 +40,13 @@ class InputWords:
 
 
 class InputMatcher:
-    """An `LLMatcher` for calls, and one more for the text of a custom tool's `input`, with the methods that `Steering` uses.
+    """An `LLMatcher` for calls, plus one for the text of a custom tool's `input`, with the methods that `Steering` uses.
 
     Args:
         calls: the matcher of the whole answer.
-        inputs: a matcher for each custom tool's grammar, by the tool's name; none of them has consumed anything.
+        inputs: a fresh matcher for each custom tool's grammar, by the tool's name.
         mark: id of DSML's token.
-        closing: id of the token `</`, with which a text ends.
+        closing: id of the token `</`, which ends a text.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InputMatcher:
         self._tool = ""
         self._input: Any = None  # inside a text: its matcher
         self._may_close = False  # inside a text: the last token was `</`, and it may have been the end
-        self._alive = False  # inside a text: its grammar goes on with what was written, `</` included
+        self._alive = False  # inside a text: its grammar continues with the text, including `</`
 
     def consume_token(self, token: int) -> bool:
         if not self._calls.consume_token(token):

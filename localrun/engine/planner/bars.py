@@ -1,7 +1,7 @@
-"""A plan drawn: where memory goes and what a token's time is made of, as bars of characters or as SVG.
+"""Draws a plan: where memory goes and how a token's time is spent, as bars of characters or as SVG.
 
-Every number is one of the plan's. Parts have glyphs of their own in a terminal, so colours are not needed to read them.
-Bars are made where the plan is and drawn where somebody looks: they travel in a plan's JSON (`bars_json`, `read_bars`).
+All numbers are the plan's. In a terminal each part has its own glyph, so colours are not needed to read them. Bars are computed
+with the plan and drawn elsewhere: the plan's JSON contains them (`bars_json`, `read_bars`).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _glyphs(bar: Bar) -> list[str]:
 
 
 def shares(values: Sequence[float], cells: int) -> list[int]:
-    """Whole cells in proportion, all of them given away: the largest remainders are rounded up."""
+    """Proportional whole cells that add up exactly: the largest remainders are rounded up."""
     total = sum(values)
     exact = [value / total * cells if total else 0.0 for value in values]
     whole = [int(value) for value in exact]
@@ -192,7 +192,7 @@ _WIDTH, _LEFT, _BAR_HEIGHT, _LINE = 800, 20, 26, 18
 
 
 def bars_svg(drawn: Sequence[Bar], heading: str) -> str:
-    """The same bars as a picture of 800 pixels' width, with the fonts of whoever looks at it."""
+    """The bars as an SVG, 800 pixels wide, with the viewer's fonts."""
     body = [_text(_LEFT, 30, heading, bold=True)]
     y = 56
     for bar in drawn:

@@ -1,6 +1,6 @@
-"""Machines that people have, by name: to plan for one without describing it.
+"""Typical machines by name, to plan for one without describing it.
 
-Bandwidths are what such machines give in practice, not what is printed on the box.
+Bandwidths are realistic, not nominal.
 """
 
 from __future__ import annotations

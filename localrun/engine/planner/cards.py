@@ -1,4 +1,4 @@
-"""Memory bandwidths of known graphics cards, as their makers state them: a better guess than any card's average."""
+"""Memory bandwidths of known graphics cards according to their makers: better than a generic assumption."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def card_bytes_per_s(description: str) -> float | None:
     if re.search(r"laptop|mobile|max-q", description, re.IGNORECASE):
         return None
     description = re.sub(r"\((?:R|TM)\)", "", description)
-    # The longest name first: an RTX 4070 Ti is no RTX 4070.
+    # The longest name first: an RTX 4070 Ti is not an RTX 4070.
     for name in sorted(CARD_GB_PER_S, key=len, reverse=True):
         if re.search(rf"\b{re.escape(name)}\b", description, re.IGNORECASE):
             return CARD_GB_PER_S[name] * 1e9

@@ -1,10 +1,10 @@
-"""How much memory llama.cpp's graph of one batch takes besides weights and cache.
+"""Estimates the memory that llama.cpp's graph of one batch takes besides weights and cache.
 
-llama.cpp plans one buffer in which tensors follow each other; its size is the largest sum that lives at a time. For deepseek4 three
-moments compete, found by varying every dimension of small models and reading llama.cpp's log: mHC with its streams and the queries
-beside them, the indexer's queries, and the experts' activations; over many compressed rows their masks come on top, which grow with
-context times batch. The terms are in values of 4 bytes per token. docs/planner.md has what the formula was compared with: within
-1 % up to 131072 tokens of context, up to a fifth too high beyond that where several CSA layers follow each other.
+llama.cpp plans one buffer for all tensors; its size is the peak of the tensors alive at a time. For deepseek4 there are three
+candidates for the peak, found by varying every dimension of small models and reading llama.cpp's log: mHC with its streams and
+queries, the indexer's queries, and the experts' activations; with many compressed rows their masks, which grow with context
+times batch, are added. Terms are in 4-byte values per token. docs/planner.md has a comparison: within 1 % up to 131072 tokens
+of context, up to a fifth too high beyond that with several consecutive CSA layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes to GPUs: the dense model and its cache first, on the device with most room, then experts on all of them."""
+"""Decides what goes to GPUs: first the dense model and its cache, on the device with the most room, then experts on all."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 ALL_LAYERS = 999
 
 DRIVER_BYTES = 128 << 20
-"""What stays free on a GPU whatever `--vram` says, where that is found out: scratch memory of the kernels that multiply experts."""
+"""Memory kept free on a GPU regardless of `--vram`, for scratch memory of the expert kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPlacement:
     """Attributes:
     n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
-    experts: devices and the bytes that experts may take on each; 0 where nothing is left for them.
-    ram_bytes: RAM that integrated GPUs may take of all this, and the input embedding, which llama.cpp keeps there.
-    spare: bytes that stay free, by the device's name: the driver's own memory and windows, or what `--vram` leaves to the former.
+    experts: devices and the bytes available for experts on each; may be 0.
+    ram_bytes: the part of this that integrated GPUs take from RAM, plus the input embedding, which llama.cpp keeps there.
+    spare: bytes that stay free, by device name: for the driver and windows, or only for the driver with `--vram`.
     """
 
     n_gpu_layers: int = 0
@@ -41,20 +41,20 @@ class GpuPlacement:
 
 
 def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int) -> GpuPlacement:
-    """Chooses devices and shares out their memory.
+    """Chooses devices and divides their memory.
 
     Args:
         sizes: the source's.
         n_ctx: tokens of context that the cache must hold.
 
     Raises:
-        UsageError: `--gpu` names a device that is not there, or one without memory of its own, and no `--vram`.
+        UsageError: `--gpu` names a missing device, or one without dedicated memory and without `--vram`.
         BudgetError: `--vram` is too little for anything.
-        LocalrunError: `--vram` without a GPU; an RPC server that does not answer.
+        LocalrunError: `--vram` without a GPU, or an unreachable RPC server.
     """
     rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
     devices = choose_gpus(options.gpu, rpc)
-    if options.gpu == "auto":  # who names them says which comes first
+    if options.gpu == "auto":  # the user's order counts
         devices.sort(key=lambda device: -device.free_bytes)
     if not devices:
         if options.vram_bytes:

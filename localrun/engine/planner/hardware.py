@@ -1,7 +1,7 @@
-"""What a machine has for a model: memory, bandwidths, cores, GPUs; measured here, or given for a machine that is elsewhere.
+"""A machine's memory, bandwidths, cores and GPUs: measured here, or given for another machine.
 
-Every value knows where it comes from ("measured", "given", "assumed"), because a prediction from an assumed bandwidth is no
-better than the assumption. Nothing here may fail a start: what can't be found out is assumed, and said so.
+Every value records its origin ("measured", "given", "assumed"), because a prediction from an assumed bandwidth is no better
+than the assumption. Nothing here may fail a start: unknown values are assumed and marked as such.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Gpu:
 
     Attributes:
         vram_bytes: free memory.
-        rates: what it does per second; `rates.measured` says whether that is known.
+        rates: its rates; `rates.measured` tells whether they were measured.
     """
 
     name: str = "GPU"
@@ -77,14 +77,14 @@ class Hardware:
     """A machine.
 
     Attributes:
-        ram_bytes: free for a whole program, what this process holds already included; None: nobody knows, and a plan assumes that
+        ram_bytes: available to one program, including what this process already uses; None: unknown, and a plan assumes that
             everything fits.
         total_ram_bytes: of the machine, or of its cgroup.
-        disk_bytes_per_s: of the model's drive, several reads in flight, past the page cache.
+        disk_bytes_per_s: of the model's drive, with several reads in flight, bypassing the page cache.
         n_drives: 2: a mirror on a second one.
         memory_bytes_per_s: of RAM, all cores reading.
-        n_threads: that compute.
-        cpu: what our kernels do here; None: assumed from memory and threads.
+        n_threads: compute threads.
+        cpu: our kernels' rates here; None: assumed from memory and threads.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
@@ -104,10 +104,10 @@ class Hardware:
         return sum(gpu.vram_bytes for gpu in self.gpus)
 
     def given(self, **values: object) -> Hardware:
-        """With these values instead, and marked as given; None leaves a value as it is."""
+        """With these values, marked as given; None leaves a value unchanged."""
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
-        if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # what was measured with others says nothing
+        if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
             named["cpu"] = None
             origin.pop("cpu", None)
         return replace(self, **named, origin=origin)  # type: ignore[arg-type]
@@ -125,11 +125,11 @@ def detect(
     """This machine.
 
     Args:
-        files: of the model: the drive that holds them is measured (once a month, about a second); without any, a figure
-            remembered of the cache folder's drive is taken.
-        n_threads: that will compute; 0: one per physical core.
-        probe: measure bandwidths; else only what costs nothing, the rest assumed.
-        gpus: look for those that llama.cpp can use.
+        files: of the model, whose drive is measured (once a month, about a second); without any, a cached figure for the cache
+            folder's drive is used.
+        n_threads: compute threads; 0: one per physical core.
+        probe: measure bandwidths; otherwise use only what is free to determine and assume the rest.
+        gpus: look for GPUs that llama.cpp can use.
         specs: experts to measure the kernels with.
     """
     n_threads = n_threads or memory.physical_cores()
@@ -153,7 +153,7 @@ def detect(
 
             try:
                 cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
-            except LocalrunError as error:  # loading says what it thinks of such a model
+            except LocalrunError as error:  # loading reports what is wrong with such a model
                 log.warning("could not measure the processor: %s", error)
         memory_bytes_per_s, cpu = _usual(memory_bytes_per_s, cpu, specs, n_threads)
     available = memory.available_memory()
@@ -199,12 +199,12 @@ def local_gpus() -> tuple[Gpu, ...]:
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
-    """These devices with their rates. Where `probe` is False or fails, they are assumed, from the bandwidth that the card's maker
-    states and the link's as the system tells it."""
+    """These devices with their rates. If `probe` is False or fails, rates are assumed from the card maker's bandwidth and the
+    system's link speed."""
     from localrun.offload.gpu.probe import probe_gpu
 
     links = display_links()
-    known = len(links) == len(devices)  # else nobody knows which is which
+    known = len(links) == len(devices)  # otherwise they can't be told apart
     result = []
     for number, device in enumerate(devices):
         link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
@@ -265,7 +265,7 @@ SYSTEM_BYTES = 2 * 2**30
 
 
 def pcie_rate(address: str) -> float | None:
-    """Bytes per second of a PCI device's link at its best (idle cards slow theirs down); None if the system doesn't say.
+    """Maximum link bandwidth of a PCI device in bytes per second (idle cards slow theirs down); None if unknown.
 
     Args:
         address: `0000:01:00.0`.

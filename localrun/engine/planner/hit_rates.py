@@ -1,7 +1,7 @@
-"""How often an expert is found in fast memory when a given share of them fits there: published, or from the user's own profile.
+"""Expert hit rates for a given resident share: from published measurements, or from the user's own profile.
 
-A rate here is the share of (token, expert) requests of steady decode. Two curves bound what a user meets: one topic for a long
-time, and short unrelated prompts. The same knowledge says how many experts a batch of a prompt touches.
+A rate is the share of (token, expert) requests in steady decode. Two curves bound real use: one topic for a long time, and
+short unrelated prompts. The same data gives the number of experts that a prompt batch touches.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from localrun.offload.cache.profile import RoutingProfile, profile_path
 PUBLISHED = ((0.0, 0.0), (0.10, 0.58), (0.15, 0.68), (0.25, 0.77), (0.30, 0.80), (0.40, 0.85), (0.50, 0.90), (1.0, 1.0))
 """Resident share -> hit rate of V4-Flash, decode of one topic, LRU. Measured by users of other engines at 9.4, 12.5, 15.6 and 25 %
 (58.8, 64.0, 68.0 and 77.4 %: Crow, issue 30, llama.cpp with expert streaming, coding prompt, 11,008 layer steps); 30 % agrees with
-DeepSeek-V4.1's published trace; 40 and 50 % are extrapolated, and above that a straight line to everything. There is no published
-curve of V4-Pro: this one is used."""
+DeepSeek-V4.1's published trace; 40 and 50 % are extrapolated, beyond that linearly to 100 %. No curve has been published for
+V4-Pro, so this one is used."""
 
 TOPIC_CHANGES = 0.15
-"""Taken off for short unrelated prompts: 10 to 20 points (SGLang's expert pack: 46 to 54 % where the curve says 68)."""
+"""Deducted for short unrelated prompts: 10 to 20 points (SGLang's expert pack: 46 to 54 % where the curve says 68)."""
 
 LRU_GAIN = 0.41
-"""Part of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace
+"""Share of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace
 of V4.1-Flash (0.670 -> 0.805, 0.748 -> 0.855, 0.780 -> 0.875, 0.810 -> 0.891, 0.859 -> 0.917)."""
 
 _GRID = 256
@@ -69,7 +69,7 @@ class Curve:
         return float(np.interp(share, shares, rates))
 
     def unsteady(self, share: float) -> float:
-        """See `HitRates`. The loss shrinks with what does not fit: at 100 % there is none."""
+        """See `HitRates`. The loss shrinks with the non-resident share: at 100 % resident there is none."""
         rate = self.steady(share)
         return max(0.0, rate - TOPIC_CHANGES * min(1.0, (1 - rate) / 0.2))
 
@@ -83,11 +83,11 @@ class Curve:
 
 
 class Learned:
-    """From the routing profile of the user's own model.
+    """From the model's own routing profile.
 
-    The hottest experts, kept for ever, would hit `hottest(share)`: that is what is left when topics change, for a long profile has
-    seen many. LRU adds what is recent. A short profile knows how unevenly this model routes, not how topics change: it is no
-    promise above the published curve for those.
+    Keeping the hottest experts permanently would hit `hottest(share)`, which remains valid when topics change, because a long
+    profile has seen many. LRU adds recency. A short profile shows how unevenly the model routes, but not how topics change, so
+    for changing topics it is capped at the published curve.
     """
 
     def __init__(self, profile: RoutingProfile, layers: Sequence[int]) -> None:
@@ -118,11 +118,11 @@ class Learned:
 
 
 def expected_counts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(n,) uses of a layer's experts, as far as they say something about the next uses; the same sum.
+    """(n,) expected uses of a layer's experts, with the same sum.
 
-    A few uses per expert are uneven by chance alone. The experts' true shares are taken as drawn from a symmetric Dirichlet
-    distribution, whose concentration follows from how much more the counts vary than chance would have it; what is expected then
-    lies between the counts and all alike.
+    A few uses per expert are uneven by chance alone. The experts' true shares are modelled as drawn from a symmetric Dirichlet
+    distribution, whose concentration is estimated from the counts' excess variance; the expectation then lies between the
+    counts and a uniform distribution.
     """
     n, total = counts.size, float(counts.sum())
     if n < 2 or total <= 0:
@@ -165,11 +165,11 @@ class Unlearned:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """Of a layer's experts, in one batch, as shares.
+    """Shares of a layer's experts in one batch.
 
     Attributes:
-        distinct: that the batch uses.
-        missing: of these, not in memory when the most used ones are there.
+        distinct: used by the batch.
+        missing: of these, not in memory when the most used ones are.
     """
 
     distinct: float
@@ -177,11 +177,11 @@ class Touched:
 
 
 def touched(rates: HitRates | None, share: float, n_tokens: int, n_used: int, n_experts: int) -> Touched:
-    """Experts that a batch uses, its tokens choosing independently.
+    """Experts that a batch uses if its tokens choose independently.
 
     Args:
-        rates: None: all experts alike.
-        share: resident.
+        rates: None: uniform use.
+        share: resident share.
     """
     use = np.full(_GRID, 1 / _GRID) if rates is None else rates.use()
     chance = np.minimum(1.0, n_used * use * (use.size / n_experts))
@@ -196,17 +196,17 @@ def _use(hits: Callable[[float], float]) -> npt.NDArray[np.float64]:
 
 
 MIN_PROFILE_TOKENS = 100
-"""2.3 uses of each of Flash's experts, enough for how uneven they are (`expected_counts`)."""
+"""2.3 uses of each of Flash's experts, enough to estimate their unevenness (`expected_counts`)."""
 
 TOPICS_TOKENS = 2000
-"""A shorter profile says more about one conversation's words than about a user."""
+"""A shorter profile reflects one conversation rather than a user."""
 
 
 def hit_rates(identity: str, shapes: dict[int, int]) -> HitRates:
-    """The user's own where enough is known, else the published curve.
+    """The user's own rates if the profile is long enough, else the published curve.
 
     Args:
-        identity: of the model; empty for one that is not there.
+        identity: of the model; empty if there is none.
         shapes: experts by block number.
     """
     if identity and profile_path(identity).is_file():

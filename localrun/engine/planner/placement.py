@@ -1,7 +1,7 @@
-"""Where the parts of a model go on a machine, in bytes; what can't fit is refused with numbers and the nearest setting that fits.
+"""Places the parts of a model on a machine, in bytes; rejects what can't fit, with numbers and the nearest setting that fits.
 
-Order of claims on memory: dense model, KV cache and llama.cpp's buffers first, then headroom, then experts; the first three go
-together to the first GPU or not at all.
+Memory is assigned in this order: dense model, KV cache and llama.cpp's buffers, then headroom, then experts. The first three go
+to the first GPU together or not at all.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ GPU_HEADROOM_BYTES = 512 << 20
 """Left free on each GPU by the automatic choice: the desktop's windows and the driver's own memory."""
 
 MIN_CONTEXT = 4096
-"""Tokens; nobody wants fewer."""
+"""Minimum context in tokens."""
 
 
 def headroom(available: int, total: int) -> int:
-    """RAM that the automatic choice leaves: 2 GiB or a tenth of the machine, on a small one at most a quarter of what is free."""
+    """RAM that the automatic choice leaves free: 2 GiB or a tenth of the machine, on a small one at most a quarter of the free
+    RAM."""
     wanted = max(memory.HEADROOM_BYTES, total // 10)
     return min(wanted, available // 4) if available < 8 * 2**30 else wanted
 
 
 def gpu_share(machine: Hardware, vram_bytes: int | None, dense_bytes: int) -> GpuShare:
-    """As much as fits: the dense model and what belongs to it on the largest GPU, experts in what is left on all.
+    """As much as fits: the dense model with cache and buffers on the largest GPU, experts in the rest of all.
 
     Args:
-        vram_bytes: to use, of all GPUs together; None: all but some headroom on each.
+        vram_bytes: to use, across all GPUs; None: all but some headroom on each.
         dense_bytes: cache and buffers included.
     """
     free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
@@ -43,12 +44,12 @@ def gpu_share(machine: Hardware, vram_bytes: int | None, dense_bytes: int) -> Gp
 
 
 def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -> list[int]:
-    """Bytes to use of each GPU, of which the first is meant for the dense model.
+    """Bytes to use of each GPU; the first one is for the dense model.
 
     Args:
-        free: bytes of each.
-        vram_bytes: to use, of all together: shared out by what is free, but enough for the dense model on the first one, if it has
-            that; None: all but some headroom on each.
+        free: free bytes of each.
+        vram_bytes: to use, across all: divided in proportion to free memory, but enough for the dense model on the first one,
+            if it has that much; None: all but some headroom on each.
         dense_bytes: cache and buffers included.
     """
     if vram_bytes is None or not free:
@@ -64,10 +65,10 @@ def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -
 def place(
     sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int, gpu: GpuShare | None = None
 ) -> Placement:
-    """Shares out the memory.
+    """Divides the memory.
 
     Args:
-        gpu: what goes to GPUs, decided already; None: as much as fits.
+        gpu: what goes to GPUs, if already decided; None: as much as fits.
 
     Raises:
         BudgetError: it does not fit.
@@ -107,10 +108,10 @@ def place(
 
 
 def _check(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int, left: int, ram: int) -> None:
-    """Refuses what can't fit.
+    """Rejects what can't fit.
 
     Args:
-        left: RAM less everything but the experts.
+        left: RAM minus everything but the experts.
         ram: the experts' budget.
     """
     floor = sizes.floor_bytes if sizes.n_copies else 0

@@ -1,7 +1,7 @@
-"""What llama.cpp itself would reach: dense model on a GPU if it fits, all experts on the CPU, from a mapped file.
+"""Predicts stock llama.cpp: dense model on a GPU if it fits, all experts on the CPU, from a mapped file.
 
-That is the usual way to run such a model (`--n-cpu-moe`), so a plan has to beat it or say that it does not. Experts are in the page
-cache, which keeps what was used last as we do; but nothing is read ahead, and a miss is a row of page faults.
+That is the usual way to run such a model (`--n-cpu-moe`), so a plan must beat it or say that it doesn't. Experts are in the
+page cache, which like ours keeps what was used last; but nothing is read ahead, and a miss is a series of page faults.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import Rate, Residency, predict_decode, slowest
 
 FAULT_SHARE = 0.2
-"""Of the rate at which our reads fill their slots, what page faults get out of a drive. [m] Flash in MXFP4, 24 GiB, a drive of
+"""Read rate of page faults, relative to that of our reads. [m] Flash in MXFP4, 24 GiB, a drive of
 1.23 GB/s: 3.70 s a token with 0.4 s of computing, where localrun waited 0.58 s for about as many misses: 0.18."""
 
 MXFP4_SLOWER = 1.7
-"""How much longer llama.cpp's experts in MXFP4 take on a CPU. [m] Whole tokens on slices in RAM, two AVX-512 cores: 1.64, 1.74.
-Other formats are taken to be equal ([m] Q4_K on Zen 5: 0.99)."""
+"""How much slower llama.cpp's MXFP4 experts are on a CPU. [m] Whole tokens on slices in RAM, two AVX-512 cores: 1.64, 1.74.
+Other formats are assumed to be equal ([m] Q4_K on Zen 5: 0.99)."""
 
 
 def predict_plain(
@@ -35,7 +35,7 @@ def predict_plain(
     position: int,
     kv_type: str,
 ) -> Rate | None:
-    """The likely speed of answers; None where nobody knows how much RAM there is.
+    """The likely decode speed; None if the amount of RAM is unknown.
 
     Args:
         context_bytes: KV cache and compute buffers.

@@ -13,7 +13,7 @@ from localrun.engine.planner.speed import Range, Rate, Residency, predict_decode
 from localrun.engine.planner.text import plan_json, plan_lines
 
 AS_FAST = 0.95
-"""Of our predicted speed, from which on llama.cpp counts as being as fast."""
+"""From this share of our predicted speed on, llama.cpp counts as equally fast."""
 
 PROMPT_TOKENS = 2048
 """Length of the prompt whose reading is predicted."""
@@ -21,15 +21,15 @@ PROMPT_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What a user may choose. None and 0: the planner chooses.
+    """The user's choices. None and 0: the planner chooses.
 
     Attributes:
-        ram_bytes: for experts in RAM, reads under way included.
+        ram_bytes: for experts in RAM, including reads in flight.
         vram_bytes: of GPU memory to use, across all GPUs.
         n_ctx: tokens of context.
         adaptive: misses are served from the base's copies.
-        position: tokens in the context whose decode is predicted; None: a quarter of the context, at most 8192.
-        fixed: options (`kv`, `batch`, ...) that the user set himself: no suggestion changes them.
+        position: context length at which decode is predicted; None: a quarter of the context, at most 8192.
+        fixed: options (`kv`, `batch`, ...) set by the user, which suggestions don't change.
     """
 
     ram_bytes: int | None = None
@@ -74,10 +74,11 @@ class Placement:
 
     Attributes:
         dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers; on the GPU or in RAM, all three.
-        ram_bytes: budget of the experts in RAM, reads under way included; None: nobody knows what is free, and all experts fit.
-        headroom_bytes: of RAM, left to the desktop and the page cache.
+        ram_bytes: budget for experts in RAM, including reads in flight; None: free memory is unknown, and all experts are
+            assumed to fit.
+        headroom_bytes: RAM left for the desktop and the page cache.
         gpu_expert_bytes: of experts on GPUs.
-        ram_experts, gpu_experts: how many have a place there.
+        ram_experts, gpu_experts: how many fit there.
     """
 
     dense_on_gpu: bool
@@ -93,14 +94,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """A change and what it would give.
+    """A change and its gain.
 
     Attributes:
         text: the change, as a command or an option.
-        cost: what it takes.
-        gain: of the likely speed of its phase, 1.5 is half as fast again.
+        cost: what it costs.
+        gain: factor on the likely speed of its phase.
         tokens_per_s: that speed.
-        phase: what gets faster.
+        phase: the phase that gets faster.
     """
 
     text: str
@@ -116,8 +117,8 @@ class Plan:
 
     Attributes:
         decode, prefill: None for models too small to predict.
-        plain: answers of llama.cpp itself with the experts on the CPU (`plain.py`); None: not known.
-        rates: hit rates that were used.
+        plain: decode with stock llama.cpp, experts on the CPU (`plain.py`); None: unknown.
+        rates: the hit rates used.
     """
 
     sizes: ModelSizes
@@ -139,7 +140,7 @@ class Plan:
 
     @property
     def plain_is_as_fast(self) -> bool:
-        """This model on this machine gains nothing by localrun, as far as the planner knows."""
+        """Whether, as far as the planner knows, localrun gains nothing for this model on this machine."""
         if self.plain is None or self.decode is None:
             return False
         return self.plain.tokens_per_s >= AS_FAST * self.decode.likely.tokens_per_s

@@ -1,6 +1,6 @@
-"""What fits where on a machine, how fast that will be, and what would make it faster: before anything is read, on any machine.
+"""Plans, for any machine and before reading anything, what fits where, how fast it will be, and what would make it faster.
 
-One code for `localrun plan`, for every load (the budgets that the engine uses are decided here) and for simulations. A `Plan` is
+Used by `localrun plan`, by every load (it decides the engine's budgets) and by simulations. A `Plan` is
 made from sizes (`sizes.py`), a machine (`hardware.py`), places (`placement.py`), hit rates (`hit_rates.py`) and rates of bytes
 (`speed.py`). A load decides about its GPUs itself (`gpu.py`) and tells the plan.
 """
@@ -20,7 +20,7 @@ from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
 
 DEFAULT_CONTEXT = 32768
-"""Tokens, when the user says nothing and the model was trained for more."""
+"""Default context in tokens, if the model was trained for more."""
 
 SMALL_BYTES = 256 << 20
 """Models below run from the processor's caches and in milliseconds: no prediction."""
@@ -35,11 +35,11 @@ def plan_load(
     suggest: bool = False,
     learned: bool = True,
 ) -> Plan:
-    """The plan that a load follows: `placement.ram_bytes` is its budget.
+    """The plan for a load; `placement.ram_bytes` is its budget.
 
     Args:
-        gpu: what goes to GPUs, decided already; None: nothing.
-        learned: the run will know the model's routing profile.
+        gpu: what goes to GPUs, already decided; None: nothing.
+        learned: the run will use the model's routing profile.
 
     Raises:
         BudgetError: it can't fit; the message has the numbers, the hint the nearest setting that fits.
@@ -67,7 +67,7 @@ def make_plan(
     """Places a model on a machine and predicts its speed.
 
     Args:
-        suggest: also plan what would be faster.
+        suggest: also look for faster alternatives.
         rates: instead of the user's own or the published ones.
         gpu: what goes to GPUs; None: as much as fits.
 

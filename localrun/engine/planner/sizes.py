@@ -1,8 +1,9 @@
-"""What a model takes: bytes of the dense model, of the KV cache, of llama.cpp's buffers and of the experts in their formats.
+"""A model's sizes in bytes: dense model, KV cache, llama.cpp's buffers, and experts by format.
 
-Everything follows from a config.json or from a model's headers; no weight is read. The KV cache and its frontiers are counted as
-llama.cpp allocates them (`llama-kv-cache-dsv4.cpp`), which is more than a sequence needs: rows are padded to 256, and the window
-holds a whole batch besides its 128 rows. Models other than `deepseek4` are counted as having a plain cache, which is an estimate.
+Everything is derived from a config.json or a model's headers; no weights are read. The KV cache and its frontiers are counted
+as llama.cpp allocates them (`llama-kv-cache-dsv4.cpp`), which is more than a sequence needs: rows are padded to 256, and the
+window holds a whole batch in addition to its 128 rows. For models other than `deepseek4` a plain cache is assumed, as an
+estimate.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _COMPONENTS = (
 """Parts of the dense model, the first whose mark occurs in a tensor's name; the rest is "other"."""
 
 LOOKED_UP = ("embedding", "hash tables")
-"""Parts of which a token reads one row."""
+"""Parts of which each token reads one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class ExpertGroup:
 
     Attributes:
         types: of gate, up and down.
-        count: how many, over all layers.
-        file_bytes: of one, as ggml rows: what a miss reads.
+        count: number over all layers.
+        file_bytes: of one as ggml rows, which a miss reads.
         slot_bytes: of one in RAM.
     """
 
@@ -83,18 +84,18 @@ class ExpertGroup:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Sizes of one model in the formats that it has or would have. All in bytes.
+    """Sizes of one model in its actual or planned formats, in bytes.
 
     Attributes:
-        identity: of the weights, for their routing profile; empty where there are none.
-        files: of the model, to measure the drive; empty where there are none.
+        identity: of the weights, for their routing profile; empty if there are none.
+        files: of the model, to measure the drive; empty if there are none.
         shape: dimensions.
         dense: by part, see `_COMPONENTS`.
-        dense_weights: weights of all matrices that every token is multiplied with.
-        experts: the copies that would be used, by format.
-        staging_bytes: buffers of reads under way.
-        base_bytes: all experts in the base's copies, where an overlay has better ones; else 0.
-        convertible: another format of the experts is a matter of converting again.
+        dense_weights: number of weights that every token is multiplied by.
+        experts: the copies used, by format.
+        staging_bytes: buffers for reads in flight.
+        base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
+        convertible: other expert formats are possible by converting again.
     """
 
     name: str
@@ -155,7 +156,7 @@ class ModelSizes:
 
     @property
     def used_weights(self) -> int:
-        """Expert weights that a token is multiplied with."""
+        """Number of expert weights that a token is multiplied by."""
         return len(self.shape.moe_layers) * self.shape.n_used * self.shape.expert_weights
 
     @property
@@ -217,8 +218,8 @@ def sizes_of(
     """Sizes of a converted directory, a GGUF, an official checkpoint, a config.json alone, or `flash` or `pro`.
 
     Args:
-        base: format of the experts, for models that are yet to be converted (default: as an FP4 checkpoint's, MXFP4).
-        dense: format of the dense matrices, likewise (default: Q8_0), and of an official checkpoint that is loaded as it is.
+        base: format of the experts, for unconverted models (default: MXFP4, as for an FP4 checkpoint).
+        dense: format of the dense matrices, likewise (default: Q8_0), also for an official checkpoint loaded unconverted.
 
     Raises:
         UsageError: `base` or `dense` for a model whose formats are fixed.
@@ -271,7 +272,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
 
 
 def sizes_of_source(source: ModelSource) -> ModelSizes:
-    """Sizes of a model that lies on the disk, each expert in the copy that the engine would read."""
+    """Sizes of a model on disk, each expert in the copy that the engine would read."""
     dense: Counter[str] = Counter()
     weights = 0
     for tensor, info in source.tensors.items():
@@ -305,7 +306,7 @@ def format_of(name: str) -> GGMLQuantizationType:
     """`q2_k` -> its type.
 
     Raises:
-        UsageError: not a format of experts.
+        UsageError: not an expert format.
     """
     kind = BASE_TYPES.get(name.lower())
     if kind is None:

@@ -1,13 +1,13 @@
-"""Predicts tokens per second from the bytes and multiplications of a token, and says what limits them.
+"""Predicts tokens per second from a token's bytes and multiplications, and identifies the bottleneck.
 
 A token's time on a machine is a sum over resources, each with its own rate: dense matrices and cache rows through RAM or GPU
-memory, experts through the memory that they are in, misses through the drive, and a time per layer for what is neither (mHC,
-attention, routing, norms, graph overhead). Where experts are on a GPU and in RAM, both compute at once, as far as they let each
-other. The three estimates differ in what nobody can know beforehand: `low` has changing topics and reads that nothing hides,
-`high` a steady topic and reads hidden behind computing, `likely` lies between.
+memory, experts through the memory that they are in, misses through the drive, and a time per layer for everything else (mHC,
+attention, routing, norms, graph overhead). With experts on a GPU and in RAM, both compute concurrently, as far as they don't
+slow each other down. The three estimates differ in what can't be known beforehand: `low` assumes changing topics and no overlap
+of reads, `high` a single topic and reads overlapped with computation, `likely` is in between.
 
-Rates of kernels, memory, drive and GPUs come from the machine (`hardware.py`), measured or assumed. What is left is here as
-constants; docs/planner.md says how far predictions were off.
+Rates of kernels, memory, drive and GPUs come from the machine (`hardware.py`), measured or assumed. The rest are constants
+here; docs/planner.md has the known weaknesses.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ LAYER_VALUES = 190
 of one pass on a core of the same machine."""
 
 DISK_SHARE = (0.75, 1.0, 1.0)
-"""Of the drive's probed rate at which misses are read: low, likely, high. One expert's three pieces keep fewer reads in flight than
-the probe where nothing is read ahead."""
+"""Effective read rate for misses, relative to the probed rate: low, likely, high. Without read-ahead, one expert's three pieces
+keep fewer reads in flight than the probe."""
 
 HIDDEN_READS = (0.0, 0.5, 1.0)
-"""Part of a token's reads that may hide behind its computing: reads of the next layer's likely experts and of hash layers go on
-while others are multiplied. [m] Whole Flash on two cores, drive 1.23 GB/s: MXFP4 at 65 % hits read for 0.98 s, computed for 0.40
-and waited for 0.58; at 81 % read for 0.52, waited for 0.26; Q2_K at 79 % read for 0.36 and took 0.39 in all."""
+"""Share of a token's reads that may overlap with computation: the next layer's likely experts and hash layers are read
+meanwhile. [m] Whole Flash on two cores, drive 1.23 GB/s: MXFP4 at 65 % hits read for 0.98 s, computed for 0.40 and waited for
+0.58; at 81 % read for 0.52, waited for 0.26; Q2_K at 79 % read for 0.36 and took 0.39 in all."""
 
 PACK_SHARE = 1 / 6
-"""Of RAM's bandwidth at which experts that were read are packed into their slots, on the cores that compute. [m] Whole Flash, two
+"""Rate of packing experts into their slots on the computing cores, relative to RAM bandwidth. [m] Whole Flash, two
 cores: experts took 0.18 s at 65 and at 81 % hits, 0.08 and 0.10 by the probe of that hour: 12 and 9 GB/s at 73 and 52 of RAM."""
 
 PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
-"""The same for a prompt, where the next layer is read ahead, too, and the drive is taken at its probed rate. [m] The slice under 2,
+"""The same for a prompt, where the next layer is read ahead too, at the drive's probed rate. [m] The slice under 2,
 3 and 5 GiB, nine prompts: 0.5 fits best on average."""
 
 SECOND_DRIVE_GAIN = 0.375
@@ -74,13 +74,13 @@ MARGIN = 0.15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residency:
-    """Where a model is, as shares.
+    """A model's placement, as shares.
 
     Attributes:
         dense_on_gpu: the dense model and the cache.
         gpu_share, ram_share: of all experts; what is on the GPU is not in RAM.
-        gpu: what the slowest GPU does; None without one.
-        miss_bytes: that a miss waits for.
+        gpu: rates of the slowest GPU; None without one.
+        miss_bytes: bytes that a miss waits for.
     """
 
     ram_share: float
@@ -101,9 +101,9 @@ class Rate:
 
     Attributes:
         tokens_per_s: the rate.
-        hit_rate: of expert requests that need no drive.
+        hit_rate: share of expert requests that need no read.
         disk_bytes: read per token.
-        parts: seconds per token by resource; what is hidden behind something else counts less.
+        parts: seconds per token by resource; overlapped time counts less.
     """
 
     tokens_per_s: float
@@ -126,7 +126,7 @@ class Range:
     high: Rate
 
     def covers(self, tokens_per_s: float) -> bool:
-        """Whether a measurement lies in it."""
+        """Whether a measurement is within the range."""
         return self.low.tokens_per_s <= tokens_per_s <= self.high.tokens_per_s
 
     def error(self, tokens_per_s: float) -> float:
@@ -168,7 +168,7 @@ def predict_decode(
 def dense_token(
     sizes: ModelSizes, place: Residency, machine: Hardware, position: int, kv_type: str
 ) -> dict[str, float]:
-    """Seconds of a token by resource, all but its experts."""
+    """Seconds per token by resource, without experts."""
     n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
     attention = attention_macs(sizes, position)
     if place.dense_on_gpu and place.gpu is not None:
@@ -185,7 +185,7 @@ def dense_token(
 
 
 def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, float]:
-    """Experts on the CPU and on a GPU at once: the longer of both, and of the shorter what does not disappear."""
+    """Time for experts on the CPU and on a GPU concurrently: the longer one, plus the part of the shorter that does not overlap."""
     parts = {"experts in RAM": on_cpu_s}
     if gpu is not None and on_gpu_s:
         hidden = gpu.overlap * min(on_cpu_s, on_gpu_s)
@@ -202,9 +202,9 @@ def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, f
 def predict_prefill(
     sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
 ) -> Range:
-    """Speed of reading a prompt in an empty context, in batches, each expert that is missing read once per batch.
+    """Prompt speed in an empty context, in batches, with each missing expert read once per batch.
 
-    Experts that a GPU could compute of a long prompt besides those that live on it (`offload/gpu/stream.py`) are not counted.
+    Experts streamed through a GPU (`offload/gpu/stream.py`) are not included.
     """
     batch = max(1, min(n_batch, prompt_tokens))
     n_layers, n_experts = len(sizes.shape.moe_layers), max(1, sizes.shape.n_experts)

@@ -35,7 +35,7 @@ _WORTH = 1.05
 
 
 def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
-    """Changes that are worth it: those that make answers faster, the best first, then those for prompts."""
+    """Worthwhile changes: those that speed up answers, best first, then those for prompts."""
     assert plan.decode is not None
     assert plan.prefill is not None
     base = plan.decode.likely.tokens_per_s
@@ -76,7 +76,7 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
 
 
 def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanOptions]]:
-    """Each change as a command or an option, with its cost. What the user set himself stays as it is."""
+    """Each change as a command or an option, with its cost. The user's own choices are kept."""
     sizes, machine, options = plan.sizes, plan.machine, plan.options
     total = machine.total_ram_bytes
     if total is not None and machine.ram_bytes is not None and options.ram_bytes is None:

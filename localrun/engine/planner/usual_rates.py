@@ -1,7 +1,7 @@
-"""What this machine usually does: rates of the last starts, so that a busy moment at a start does not make its plan slow.
+"""Typical rates of this machine over recent starts, so a busy moment at a start does not distort the plan.
 
-A rate that another program took its part of is too low, never too high, and a busy day has many starts. So the best measurements
-of a week are kept, not the last ones, and the plan takes the middle of them: a single one that was lucky decides nothing.
+Other programs can only lower a measured rate, and a busy day may have many starts. So the best measurements of a week are kept
+rather than the latest, and the plan uses their median, to ignore lucky outliers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _VERSION = 1
 
 
 def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> dict[str, float]:
-    """Remembers rates and returns the usual ones, by name; a file that can't be read or written is done without.
+    """Stores rates and returns the typical ones, by name; does without the file if it can't be read or written.
 
     Args:
-        measured: rates, more is better. The name holds everything that they depend on.
+        measured: rates, higher is better. The name includes everything they depend on.
         path: `cache_dir()/rates.json`.
     """
     path, now = path or cache_dir() / "rates.json", time.time()

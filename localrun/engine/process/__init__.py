@@ -1,1 +1,1 @@
-"""The engine process: messages, both ends of the pipe, and what each command does."""
+"""The engine process: messages, both ends of the pipe, and the implementation of each command."""

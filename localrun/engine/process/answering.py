@@ -1,6 +1,6 @@
-"""From a question to token ids, and from sampled ids to events: what an answer is made of, without the model.
+"""Turns a question into token ids, and sampled ids into events, without the model.
 
-Prompts may also be made on another thread than the one that computes: their length is asked for in the middle of an answer.
+Prompts may also be built on a thread other than the computing one, to count their tokens during an answer.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Question:
     """A prompt as ids.
 
     Attributes:
-        boundaries: how many ids lie before each place where a message ends for good.
-        start: how the model's output begins; None: it is not its turn.
-        messages: what it was made of, if it was.
+        boundaries: number of ids before each stable end of a message.
+        start: the start of the model's output; None if it is not its turn.
+        messages: the messages it was built from, if any.
     """
 
     ids: list[int]
@@ -80,7 +80,7 @@ class Question:
 
 
 class KeptAnswers:
-    """The memory of answers behind a lock: prompts are counted on another thread."""
+    """The answer memory, behind a lock because another thread counts prompts."""
 
     def __init__(self, path: Path | None) -> None:
         self._memory = AnswerMemory(path)
@@ -91,7 +91,7 @@ class KeptAnswers:
             return self._memory.recall(messages)
 
     def keep(self, engine: Engine, command: Generate, question: Question, out: AnswerWriter, reason: str) -> None:
-        """Remembers an answer, unless a stop cut it in the middle of what its client has seen."""
+        """Remembers an answer, unless a stop truncated it in the middle of what its client has seen."""
         if question.messages is None or command.resume or reason not in ("eos", "length", "context"):
             return
         answer = out.message()
@@ -177,7 +177,7 @@ def shown_tools(tools: Sequence[Json]) -> list[Json]:
 
 
 def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[ToolSchema, ...]:
-    """What may be called in an answer: tools beside the messages, and in them."""
+    """The tools an answer may call: those given separately and those in messages."""
     if command.tool_choice == "none":
         return ()
     beside = tools_from_json(shown_tools(command.tools)) if command.tools else ()
@@ -186,10 +186,10 @@ def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[
 
 
 def steering_for(engine: Engine, command: Generate, start: str | None) -> Steering | None:
-    """The rules for an answer; None if there are none.
+    """The constraints on an answer; None if there are none.
 
     Raises:
-        UsageError: a schema that can't be enforced, a tool that is not offered.
+        UsageError: a schema that can't be enforced, or a tool that is not offered.
     """
     check_counts(
         min_tokens=command.min_tokens, think_budget=command.think_budget, max_tool_calls=command.max_tool_calls
@@ -237,7 +237,7 @@ class AnswerWriter:
     """Turns sampled ids into events.
 
     Attributes:
-        reason: why the answer ends here, if not by the session's own reasons.
+        reason: why the answer ends here, unless the session ended it.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ class AnswerWriter:
             self._write(self._decoder.push(token))
 
     def finish(self, reason: str) -> tuple[str, ...]:
-        """Gives out what was held back; returns what was wrong with the form of the answer."""
+        """Emits what was held back; returns formal defects of the answer."""
         if self._decoder is not None and self.reason is None:
             self._write(self._decoder.flush())
         if self.reason is None:
@@ -309,7 +309,7 @@ class AnswerWriter:
             return None
 
     def sampled(self, engine: Engine) -> SampledAnswer | None:
-        """The answer's ids, as they stand in the next prompt; None if the reasoning never ended."""
+        """The answer's ids for the next prompt; None if the reasoning never ended."""
         ids, thinking = self._all, None
         if self._started_thinking:
             end = engine.tokenizer.specials.get(THINK_END)
@@ -323,7 +323,7 @@ class AnswerWriter:
         return SampledAnswer(thinking, tuple(rest), engine.tokenizer.decode(rest))
 
     def _closing(self, engine: Engine, ids: Sequence[int]) -> list[int]:
-        """What is missing of the block when it was left behind a call."""
+        """The missing end of a block that was abandoned after a call."""
         written = engine.tokenizer.decode(ids)
         if written.rstrip("\n").endswith("tool_calls>"):
             return []

@@ -1,6 +1,7 @@
-"""One engine process as its parent sees it: the child, its pipes, who waits for what, and what it died of.
+"""The parent's connection to one engine process: the child, its pipes, pending requests, and the cause of death.
 
-Knows requests and events, not what they mean. A dead process's connection is not used again; `process.EngineProcess` makes another.
+Knows requests and events, but not their meaning. The connection of a dead process is not reused; `process.EngineProcess` makes
+a new one.
 """
 
 from __future__ import annotations
@@ -31,37 +32,38 @@ from localrun.errors import EngineDiedError, LocalrunError
 LOG_LINES = 200
 """Lines of the C library's output that are kept to explain a crash."""
 
-_LOG_LINE_BYTES = 4096  # of one line; what is longer becomes several
+_LOG_LINE_BYTES = 4096  # per line; longer ones are split
 
 CLOSE_TIMEOUT_S = 25.0
-"""More than the engine gives itself to save what it has learned (`worker.LAST_WORDS_S`)."""
+"""Longer than the engine allows itself for saving state (`worker.LAST_WORDS_S`)."""
 
 KILL_TIMEOUT_S = 5.0
 """What a killed process may take to disappear; one that a dead drive or driver keeps is left behind."""
 
 WORKER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "passive", "LOCALRUN_TELL_COMPILED": "1"}
-"""Unless the user sets them. Threads that spin between two parallel regions starve everybody else on a busy machine: four tokens of
-a tiny model took 0.6 s with waiting threads and 34 s with spinning ones (two cores, load 18)."""
+"""Defaults, unless the user sets them. Threads that spin between parallel regions starve all others on a busy machine: four
+tokens of a tiny model took 0.6 s with waiting threads and 34 s with spinning ones (two cores, load 18)."""
 
 # How an abort begins: ggml_abort's `file.cpp:12: GGML_ASSERT(...) failed`, or an uncaught C++ exception.
 _LAST_WORDS = re.compile(r"\.(?:c|cc|cpp|cu|h|m):\d+: |^\s*what\(\): ")
 
 Inbox = queue.SimpleQueue[Event | LocalrunError]
-"""Events of one request, or why there are no more. Holds at most one answer, however slowly it is read: others don't wait."""
+"""Events of one request, or the reason why there are no more. Holds at most one answer, however slowly it is read, so others
+don't wait."""
 
-_requests = itertools.count(1)  # of all connections, so that a number never means two things
+_requests = itertools.count(1)  # unique across connections
 
 
 class Connection:
-    """A running engine process. Methods may be called from any thread; none but `close` waits for anything.
+    """A running engine process. Methods may be called from any thread; only `close` blocks.
 
-    Owns the child, its pipes, and three threads: one writes commands (`Outbox`), one hands out events, one keeps the log.
+    Owns the child, its pipes, and three threads: one writes commands (`Outbox`), one dispatches events, one keeps the log.
 
-    Lock: `_lock` guards what stands below it. Held for moments, never while a pipe is written or read, nor while callbacks run;
-    inside it only the outbox's.
+    Lock: `_lock` guards the attributes below it. Held briefly, never during pipe I/O or callbacks; only the outbox's lock is
+    taken inside it.
 
     Attributes:
-        facts: of the loaded model; None while there is none.
+        facts: of the loaded model; None if there is none.
         log: the last lines that the engine's C libraries printed.
 
     Args:
@@ -132,7 +134,7 @@ class Connection:
     # --- commands
 
     def post(self, command: Command, *, long: bool) -> tuple[int, Inbox]:
-        """Sends a command under a number of its own; its events come into the inbox until `forget`.
+        """Sends a command with a unique number; its events go to the inbox until `forget`.
 
         Raises:
             EngineDiedError: the process has ended.
@@ -154,7 +156,7 @@ class Connection:
         return request, inbox
 
     def forget(self, request: int, *, stop: bool) -> None:
-        """Nobody waits for this request any more; `stop`: it still runs, and shall not."""
+        """Drops this request; `stop`: also stop it if it is still running."""
         with self._lock:
             if stop and request in self._running:
                 self._stop(request)
@@ -177,8 +179,8 @@ class Connection:
     # --- ending
 
     def close(self) -> None:
-        """Ends the process, politely at first; returns within `CLOSE_TIMEOUT_S` and `KILL_TIMEOUT_S`. Those who wait are told at
-        once."""
+        """Ends the process, gracefully at first; returns within `CLOSE_TIMEOUT_S` plus `KILL_TIMEOUT_S`. Waiters are notified
+        immediately."""
         self._end(EngineDiedError("the engine was closed"))
         self._outbox.put(encode(Close()))
         self._outbox.close()  # the end of the pipe alone also ends the engine
@@ -195,7 +197,7 @@ class Connection:
             return None
 
     def _end(self, cause: EngineDiedError) -> bool:
-        """Tells everybody who waits; False if the end had come before."""
+        """Notifies all waiters; False if that had already happened."""
         with self._lock:
             if self._ended is not None:
                 return False
@@ -215,7 +217,7 @@ class Connection:
                 self.log.append(line.decode("utf-8", "replace").rstrip())
 
     def _read_events(self, stream: IO[bytes]) -> None:
-        """Hands events out until the process is dead, then tells everybody who waits."""
+        """Dispatches events until the process is dead, then notifies all waiters."""
         death: EngineDiedError | None = None
         try:
             with io.BufferedReader(stream, 1 << 16) as lines:  # type: ignore[type-var]
@@ -223,7 +225,7 @@ class Connection:
                     self._hand_out(decode_event(line))
         except ProtocolError as error:
             death = _garbage_error(error)
-        except Exception as error:  # whatever it is: those who wait must not wait for ever
+        except Exception as error:  # on any error: waiters must not wait forever
             death = EngineDiedError(f"can't read the engine's events: {error!r}")
         try:
             # A process that has closed its pipe is ending.

@@ -1,6 +1,6 @@
-"""What the engine process does for each long command: one model, one session, answers as typed events.
+"""Implements the engine process's long commands: one model, one session, answers as typed events.
 
-Runs on the worker's main thread; `stop`, `stats` and `count_tokens` may be called from others. Knows nothing about pipes.
+Runs on the worker's main thread; `stop`, `stats` and `count_tokens` may be called from other threads. Knows nothing about pipes.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class _Loaded:
 class Host:
     """The loaded model of an engine process, if there is one. Every method sends its events, the closing one last.
 
-    The main thread alone loads, computes and frees. Other threads look at the model inside `Shared.use` only, for which freeing it
-    waits. Lock: that of `Shared`, and `Session.stop`'s inside it.
+    Only the main thread loads, computes and frees. Other threads access the model only inside `Shared.use`, which freeing waits
+    for. Lock: that of `Shared`, and `Session.stop`'s inside it.
     """
 
     def __init__(self, send: Send) -> None:
@@ -126,7 +126,7 @@ class Host:
                 self._send(Loading(request=command.request, progress=fraction, text=text))
 
         def announce(plan: Plan) -> None:
-            if plan.decode is not None:  # a small model's plan interests nobody
+            if plan.decode is not None:  # a small model's plan is not interesting
                 lines = tuple(plan.lines())
                 self._send(Loading(request=command.request, progress=0.0, text="reading the model", plan=lines))
 
@@ -260,7 +260,7 @@ class Host:
         )
 
     def close(self) -> None:
-        """Frees the model, after those who look at it; waits until what it leaves behind is written."""
+        """Frees the model once no thread uses it; waits until its files are written."""
         model = self._model.take()
         if model is not None:
             try:
@@ -279,7 +279,7 @@ class Host:
         return model
 
     def _progress(self, request: int) -> Progress:
-        """Sends PromptProgress; its first call says what need not be computed, and starts the clock."""
+        """Sends PromptProgress; the first call reports reused tokens and starts the clock."""
         reused: int | None = None
         start = 0.0
 

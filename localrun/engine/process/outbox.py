@@ -1,6 +1,6 @@
-"""Lines on their way into a pipe: a thread writes them, so that whoever has one never waits for the other process to read.
+"""Queues lines for a pipe: a thread writes them, so senders never wait for the other process to read.
 
-Both ends of the engine's pipes send through one of these. Knows bytes only.
+Both ends of the engine's pipes send through one of these. Knows only bytes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ def _always() -> bool:
 
 
 class Outbox:
-    """The writing end of a pipe, its thread, and the lines that wait.
+    """The writing end of a pipe, its thread, and the queued lines.
 
     `put` never blocks: it may be called with any lock held. Owns the file descriptor; the thread closes it and ends after `close`,
-    or when the other side has gone (lines are then forgotten).
+    or when the other side is gone (lines are then discarded).
 
-    Lock: `_changed` guards everything below it. Held for moments, never while writing or calling others; nothing is locked inside
-    it.
+    Lock: `_changed` guards everything below it. Held briefly, never while writing or calling other code; no other lock is taken
+    inside it.
 
     Args:
-        fd: blocking; this object's from now on.
+        fd: blocking; owned by this object from now on.
         name: of the thread.
-        room_bytes: what may wait before `has_room` says no.
-        on_broken: called once, from the thread, when the other side has gone.
+        room_bytes: queue size from which `has_room` is False.
+        on_broken: called once, from the thread, when the other side is gone.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Outbox:
         return self._n_bytes < self._room_bytes
 
     def put(self, line: bytes, wanted: Callable[[], bool] = _always) -> None:
-        """Writes `line` after those before it, unless `wanted` says no when its turn comes. Does nothing after `close`."""
+        """Queues `line`; it is dropped if `wanted` returns False when its turn comes. Does nothing after `close`."""
         with self._changed:
             if self._closed or self._broken:
                 return

@@ -1,10 +1,10 @@
-"""The user interface's side of the engine: sends commands, hands events out, starts the process again when it has died.
+"""The user interface's side of the engine: sends commands, delivers events, restarts the process after a crash.
 
 Why a process: llama.cpp aborts the whole process on internal errors, and every layer enters Python once per token, so
-a busy interface thread would slow the engine down. A dead engine costs the running answer and a reload, nothing else.
+a busy interface thread would slow the engine down. A crash only costs the running answer and a reload.
 
-This module knows nothing about models or numbers; it imports the standard library and the protocol only. The child and its pipes
-are `connection.py`'s.
+Knows nothing about models or numbers; imports only the standard library and the protocol. `connection.py` handles the child and
+its pipes.
 """
 
 from __future__ import annotations
@@ -57,23 +57,21 @@ _E = TypeVar("_E", bound=Event)
 
 
 class EngineProcess:
-    """One engine process and the model in it; a new process is started when one is needed.
+    """One engine process and its model; starts a new process when needed.
 
-    All methods may be called from any thread. Long commands (load, generate, evaluate) run one after another in the engine, in the
-    order of their calls; `stats`, `count_tokens` and `stop` are served meanwhile. `stop` never waits; `close` returns within
-    `CLOSE_TIMEOUT_S` and `KILL_TIMEOUT_S` of `connection.py`; the short questions have timeouts.
+    All methods may be called from any thread. Long commands (load, generate, evaluate) run one after another in call order;
+    `stats`, `count_tokens` and `stop` are served meanwhile. `stop` never blocks; `close` returns within `CLOSE_TIMEOUT_S` plus
+    `KILL_TIMEOUT_S` of `connection.py`; short queries have timeouts.
 
-    The iterators block between events; run them in a worker thread. One that is closed before its end stops its
-    command.
+    The iterators block between events; run them in a worker thread. Closing one early stops its command.
 
-    A dead engine: the running iterators raise EngineDiedError with the cause. The next `generate` starts a new process
-    and loads the same model again first, which shows as Loading and Ready events in its stream; `reload` does that at
-    once.
+    If the engine dies, running iterators raise EngineDiedError with the cause. The next `generate` first starts a new process
+    and reloads the model, with Loading and Ready events in its stream; `reload` does that immediately.
 
-    The child never outlives this process: it ends when its command pipe is closed, however that happens, and looks for its parent
-    besides. (PR_SET_PDEATHSIG would kill it as soon as the *thread* that started it ends, so it is no use here.)
+    The child never outlives this process: it exits when its command pipe closes for any reason, and also polls for its parent.
+    (PR_SET_PDEATHSIG is useless here, because it fires when the *thread* that started the child ends.)
 
-    Lock: `_lock` guards which connection is the present one and which model it shall have; starting a process happens inside it.
+    Lock: `_lock` guards the current connection and its intended model; held while a process is started.
     """
 
     def __init__(self, *, on_death: Callable[[EngineDiedError], None] | None = None) -> None:
@@ -114,14 +112,14 @@ class EngineProcess:
     # --- commands
 
     def start(self) -> None:
-        """Starts the process now, so that its imports are done by the time of the first command. Not needed otherwise."""
+        """Starts the process early, so its imports are done before the first command. Optional."""
         self._connected()
 
     def load(self, path: Path | str, options: EngineOptions | None = None) -> Iterator[LoadEvent]:
-        """Loads a model in place of the present one; the last event is Ready.
+        """Replaces the current model; the last event is Ready.
 
         Raises:
-            LocalrunError: the model can't be loaded; the process stays, without a model.
+            LocalrunError: the model can't be loaded; the process continues without a model.
             EngineDiedError: the engine ended meanwhile.
         """
         command = Load(path=str(path), options=options or EngineOptions())
@@ -132,19 +130,18 @@ class EngineProcess:
         return cast(Iterator[LoadEvent], self._events(command))
 
     def reload(self) -> Iterator[LoadEvent]:
-        """Starts a new process if the engine is dead and loads the last model again; GPUs of other machines that no longer
-        answer are left out."""
+        """Starts a new process if the engine is dead and reloads the last model, without unreachable remote GPUs."""
         load = self._load
         if load is None:
             raise LocalrunError("no model was loaded")
         return cast(Iterator[LoadEvent], self._events(_without_lost_servers(load)))
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
-        """One answer; the last event is Finished. `command.request` is assigned here. Waits for a load that is under way; without a
-        model, the last one is loaded again first.
+        """One answer; the last event is Finished. `command.request` is assigned here. Waits for a running load; if no model is
+        loaded, the last one is reloaded first.
 
         Raises:
-            LocalrunError: the answer failed; the engine lives on.
+            LocalrunError: the answer failed; the engine is still usable.
             EngineDiedError: the engine ended meanwhile.
         """
         connection = self._connection
@@ -153,14 +150,14 @@ class EngineProcess:
         yield from cast(Iterator[GenerateEvent], self._events(command))
 
     def stop(self) -> None:
-        """Ends all long commands that are running or waiting, within one layer's time. Does nothing if there is
-        none; returns at once."""
+        """Stops all running and queued long commands, within one layer's time. No effect if there are none; returns
+        immediately."""
         connection = self._connection
         if connection is not None:
             connection.stop()
 
     def stats(self, *, expert_map: bool = False, timeout_s: float = 5.0) -> Stats:
-        """The engine's counters, also in the middle of an answer.
+        """The engine's counters; works during an answer, too.
 
         Raises:
             EngineDiedError: there is no engine process.
@@ -214,7 +211,7 @@ class EngineProcess:
     # --- inside
 
     def _connected(self) -> Connection:
-        """The present process, a new one if there is none or it has died."""
+        """The current process, or a new one if there is none or it has died."""
         with self._lock:
             if self._connection is None or not self._connection.alive:
                 self._connection = self._log = Connection(self._died)
@@ -291,7 +288,7 @@ def _without_lost_servers(command: Load) -> Load:
     there = [endpoint for endpoint in servers if answers(endpoint)]
     if len(there) == len(servers):
         return command
-    # The memory that was asked for is not there any more, nor is a device that was named.
+    # The requested memory, or a named device, is gone.
     gpu = "auto" if command.options.gpu != "none" else "none"
     options = replace(command.options, rpc=",".join(there) or None, vram_bytes=None, gpu=gpu)
     return structs.replace(command, options=options)

@@ -1,14 +1,14 @@
-"""The messages between a user interface and the engine process; `wire` puts each of them on a line.
+"""The messages between a user interface and the engine process; `wire` encodes each as a line.
 
-Commands go to the engine, events come back. Every command has a `request` number that its sender chooses; every event
-carries the number of the command that it answers, so that statistics can be asked for in the middle of an answer. A
-command is finished by exactly one closing event: `Failed`, or the one named in its docstring.
+Commands go to the engine, events come back. Every command has a `request` number chosen by its sender; every event carries the
+number of the command it answers, so statistics can be requested during an answer. Exactly one closing event ends a command:
+`Failed`, or the one named in its docstring.
 
-A new message is a new subclass of `Command` or `Event`, a new field one with a default: `wire` finds both by themselves. Fields
-are msgspec's types, or dataclasses of `facts` and `options`; sequences are tuples.
+To add a message, subclass `Command` or `Event`; to add a field, give it a default. `wire` picks up both. Fields are msgspec
+types, or dataclasses of `facts` and `options`; sequences are tuples.
 
-This module imports the standard library and msgspec only: a user interface can use it without loading numpy, numba or llama.cpp.
-It knows nothing about pipes and processes (`process.py`, `worker.py`) or models (`engine.py`).
+Imports only the standard library and msgspec, so a user interface can use it without loading numpy, numba or llama.cpp. Knows
+nothing about pipes and processes (`process.py`, `worker.py`) or models (`engine.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Command(_Message, frozen=True, kw_only=True):
 
 
 class Load(Command, frozen=True, kw_only=True):
-    """Closes the present model and loads another. Events: Loading*, then Ready."""
+    """Closes the current model and loads another. Events: Loading*, then Ready."""
 
     path: str
     options: EngineOptions = field(default_factory=EngineOptions)
@@ -46,13 +46,13 @@ class Conversation(Command, frozen=True, kw_only=True):
     """Base of commands about a prompt made of messages.
 
     Attributes:
-        messages: in the shape of the OpenAI API: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
+        messages: in the OpenAI API's format: `{"role": ..., "content": ...}`, optionally `reasoning_content`,
             `tool_calls`, ...
-        think: no reasoning, reasoning, or the longest reasoning.
+        think: no reasoning, reasoning, or maximum reasoning.
         tools: OpenAI `function` objects.
-        response_format: a JSON schema that the answer is asked to follow.
+        response_format: a JSON schema that the prompt asks the answer to follow.
         task: name of a quick-instruction task.
-        resume: the last message is an answer that was cut off and shall be continued.
+        resume: the last message is a truncated answer to continue.
     """
 
     messages: tuple[Mapping[str, Json], ...] = ()
@@ -66,22 +66,21 @@ class Conversation(Command, frozen=True, kw_only=True):
 class Generate(Conversation, frozen=True, kw_only=True):
     """One answer to a whole conversation. Events: PromptProgress*, (Delta | ToolCall)*, then Finished.
 
-    The sender hands over the full list every time; the engine reuses what its context already holds.
+    The sender always passes the full list; the engine reuses what its context already holds.
 
     Attributes:
         tokens: the prompt as token ids instead of messages (models without a tokenizer, measurements).
-        text: the prompt as plain text instead of messages, behind the token that a text begins with.
-        max_tokens: bound of the answer; None: until the context is full.
-        min_tokens: no end token before so many.
-        ignore_eos: go on after the end token (measurements).
-        stop: texts that end the answer where they appear in it, outside of reasoning and tool calls; not part of it.
-        think_budget: most tokens of reasoning; then it is ended.
-        tool_choice: `none`: no calls, though the tools are shown; `required`: at least one, enforced while sampling.
-        tool_name: with `required`: this tool.
-        max_tool_calls: the answer ends after so many calls.
-        json_schema: the answer (not the reasoning) is made to follow it while sampling; what the model is told is
-            `response_format`.
-        logprobs: report each token's log probability and those of so many alternatives.
+        text: the prompt as plain text instead of messages, after the begin token.
+        max_tokens: limit of the answer; None: until the context is full.
+        min_tokens: no end token before this many.
+        ignore_eos: continue after the end token (for measurements).
+        stop: strings that end the answer, outside of reasoning and tool calls; not included in it.
+        think_budget: maximum tokens of reasoning, which is then ended.
+        tool_choice: `none`: no calls, although the tools are shown; `required`: at least one, enforced during sampling.
+        tool_name: with `required`: only this tool.
+        max_tool_calls: end the answer after this many calls.
+        json_schema: constrains sampling of the answer (not the reasoning); `response_format` is what the prompt says.
+        logprobs: report each token's log probability and those of this many alternatives.
     """
 
     tokens: tuple[int, ...] | None = None
@@ -100,14 +99,14 @@ class Generate(Conversation, frozen=True, kw_only=True):
 
 
 class Stop(Command, frozen=True, kw_only=True):
-    """Ends the running command `target` within one layer's time; too late or unknown targets are ignored. Has no event
-    of its own: the target ends with `Finished(reason="stopped")` or `Failed(kind="StoppedError")`."""
+    """Stops the running command `target` within one layer's time; finished or unknown targets are ignored. Has no event: the
+    target ends with `Finished(reason="stopped")` or `Failed(kind="StoppedError")`."""
 
     target: int
 
 
 class GetStats(Command, frozen=True, kw_only=True):
-    """Counters, answered at once also in the middle of an answer. Events: Stats.
+    """Requests counters; answered immediately, even during an answer. Events: Stats.
 
     Attributes:
         expert_map: also the state of every expert (a few bytes each).
@@ -117,12 +116,11 @@ class GetStats(Command, frozen=True, kw_only=True):
 
 
 class CountTokens(Conversation, frozen=True, kw_only=True):
-    """Length in tokens of a text, or of the prompt that a conversation becomes; answered also in the middle of an answer.
-    Events: TokenCount.
+    """Counts the tokens of a text, or of a conversation's prompt; answered even during an answer. Events: TokenCount.
 
     Attributes:
-        text: counted as text alone; None: the conversation is.
-        ids: also give the token ids.
+        text: text to count; None: count the conversation.
+        ids: also return the token ids.
     """
 
     text: str | None = None
@@ -150,13 +148,13 @@ class EvalLogits(Command, frozen=True, kw_only=True):
 
 
 class EvalText(Command, frozen=True, kw_only=True):
-    """Perplexity of a text, and how far from a reference's distributions. Events: PromptProgress*, EvalTextResult.
+    """Perplexity of a text, and divergence from a reference. Events: PromptProgress*, EvalTextResult.
 
     Attributes:
         window: tokens per window; each starts with an empty context.
         max_tokens: evaluate only the first ones; 0: all.
         save_folder: write every window's logits there, as `reference_folder` of another model's run.
-        reference_folder: compare with what the reference saved there.
+        reference_folder: compare with the logits that the reference saved there.
     """
 
     text: str
@@ -180,7 +178,7 @@ class Event(_Message, frozen=True, kw_only=True):
 
 
 class Loading(Event, frozen=True, kw_only=True):
-    """Progress of a load, 0 to 1, and what is being done; once, where there is something to say, the lines of its plan."""
+    """Progress of a load, 0 to 1, and the current step; once, if available, the lines of its plan."""
 
     progress: float
     text: str
@@ -196,8 +194,8 @@ class Ready(Event, frozen=True, kw_only=True):
 
 
 class PromptProgress(Event, frozen=True, kw_only=True):
-    """Prefill: `done` of `total` prompt tokens are in the context; the first `reused` of them did not have to be computed (the
-    context or a saved state had them), the others have taken `elapsed_s`."""
+    """Prefill: `done` of `total` prompt tokens are in the context; the first `reused` came from the context or a saved state,
+    the others have taken `elapsed_s`."""
 
     done: int
     total: int
@@ -206,11 +204,11 @@ class PromptProgress(Event, frozen=True, kw_only=True):
 
 
 class TokenLogprob(Struct, frozen=True, kw_only=True):
-    """A token and the logarithm of the probability that the model gave it, before sampling options.
+    """A token and its log probability before sampling options.
 
     Attributes:
-        data: its bytes; a token may be part of a character.
-        top: the most likely tokens at this place, most likely first.
+        data: its bytes, possibly part of a character.
+        top: the most likely tokens at this position, most likely first.
     """
 
     token: int
@@ -222,9 +220,9 @@ class TokenLogprob(Struct, frozen=True, kw_only=True):
 class Delta(Event, frozen=True, kw_only=True):
     """A piece of the answer: whole characters, in order.
 
-    Concatenated per kind they are the reasoning, the text, and the JSON arguments of the tool call that is being written (shown
-    while it lasts; the ToolCall that follows has them all). `tokens` are the ids sampled since the last Delta or ToolCall: none,
-    if the sampled token gives several pieces, or more than one, if a character or a tag took several.
+    Concatenated by kind they give the reasoning, the text, and the JSON arguments of the current tool call (repeated in full by
+    the ToolCall that follows). `tokens` are the ids sampled since the last Delta or ToolCall: empty if a token gives several
+    pieces, several if a character or a tag took more than one token.
     """
 
     kind: Literal["thinking", "text", "tool"]
@@ -242,11 +240,11 @@ class ToolCallBegun(Event, frozen=True, kw_only=True):
 
 
 class ToolCall(Event, frozen=True, kw_only=True):
-    """A tool call that the model wrote, complete.
+    """A complete tool call.
 
     Attributes:
         arguments: a JSON object as text.
-        usable: it is whole and may be run.
+        usable: it is complete and may be executed.
         problems: what had to be guessed (`stream_events.Problem`).
     """
 
@@ -260,15 +258,15 @@ class ToolCall(Event, frozen=True, kw_only=True):
 
 
 class Finished(Event, frozen=True, kw_only=True):
-    """The answer is over.
+    """The answer has ended.
 
     Attributes:
         reason: the model's end token; `max_tokens` reached; context full; stopped by the user; a stop string.
-        stop_string: the one that was found.
+        stop_string: the one found.
         seed: what the sampler was seeded with.
-        problems: what was wrong with the form of the answer (`stream_events.Problem`), e.g. `unclosed_think`.
-        warning: one line that the user should know.
-        tokens: ids that no Delta or ToolCall carried.
+        problems: formal defects of the answer (`stream_events.Problem`), e.g. `unclosed_think`.
+        warning: one line for the user.
+        tokens: remaining ids, not in any Delta or ToolCall.
     """
 
     reason: FinishReason
@@ -287,7 +285,7 @@ class Stats(Event, frozen=True, kw_only=True):
         busy: a command is running.
         context_used: tokens in the session's context, of `n_ctx`.
         telemetry: the expert engine's counters by name (see `offload/cache/telemetry.py`).
-        experts: if asked for: what `expert_map()` of the expert engine gives.
+        experts: if requested, the result of the expert engine's `expert_map()`.
     """
 
     busy: bool
@@ -354,7 +352,7 @@ class Closed(Event, frozen=True, kw_only=True):
 
 
 class Failed(Event, frozen=True, kw_only=True):
-    """A command failed; the engine lives on.
+    """A command failed; the engine continues.
 
     Attributes:
         kind: class name in `localrun.errors`, or the name of an unexpected exception.

@@ -1,4 +1,4 @@
-"""A place for something that one thread frees while others look at it."""
+"""Shares an object that one thread may free while others use it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """Holds a value, or None. Its owner puts and takes it; any thread may use it inside a block, and the owner, who wants to free
-    it, gets it back only after those blocks have ended.
+    """Holds a value, or None. The owner puts and takes it; any thread may use it inside a block, and the owner gets it back, to
+    free it, only after those blocks have ended.
 
-    Lock: `_idle`, held for moments, never inside a block of `use`.
+    Lock: `_idle`, held briefly, never inside a block of `use`.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Shared(Generic[T]):
                     self._idle.notify_all()
 
     def take(self) -> T | None:
-        """Empties the place and waits until nobody uses what was in it; the caller may then free it."""
+        """Removes the value and waits until it is unused; the caller may then free it."""
         with self._idle:
             value, self._value = self._value, None
             self._idle.wait_for(lambda: self._n_users == 0)

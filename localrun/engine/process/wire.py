@@ -1,7 +1,7 @@
-"""Messages as bytes: one JSON object per line, checked against the types in `protocol` when it is read.
+"""Encodes messages as one JSON object per line; validates them against the types in `protocol` when decoding.
 
-msgspec checks types, missing and unknown fields; the text itself is Python's `json`, because messages carry what strict JSON has
-no form for: lone surrogates (file names that are not UTF-8), infinities and integers of any size.
+msgspec checks types, missing and unknown fields; the text is produced and parsed by Python's `json`, because messages contain
+what strict JSON can't represent: lone surrogates (file names that are not UTF-8), infinities and integers of any size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from localrun.errors import LocalrunError
 
 
 class ProtocolError(LocalrunError, ValueError):
-    """A line that is no message of this protocol: the two ends are of different versions, or something else wrote to
-    the pipe."""
+    """A line that is not a message of this protocol: the two ends have different versions, or something else wrote to the
+    pipe."""
 
 
 M = TypeVar("M", bound=Command | Event)

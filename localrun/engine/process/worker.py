@@ -1,7 +1,7 @@
 """The engine process: reads commands from its standard input, sends events to its standard output (`protocol.py`).
 
-Whatever C code prints goes to standard error, which the parent keeps as a log. When its parent has gone, so does this process:
-within `ORPHAN_S`, whatever it is doing.
+Output of C code goes to standard error, which the parent keeps as a log. When the parent is gone, this process exits within
+`ORPHAN_S`, whatever it is doing.
 
 Started by `connection.Connection` as `python -m localrun.engine.process.worker PARENT_PID`.
 """
@@ -51,33 +51,31 @@ LAST_WORDS_S = 20.0
 """What closing may take before the process ends without it, when the parent asked for it and waits."""
 
 ORPHAN_S = 8.0
-"""The same when the parent has gone: the memory of a whole model is held for nobody."""
+"""The same when the parent is gone, to release a whole model's memory."""
 
 ORPHAN_EMPTY_S = 2.0
-"""The same when there is no loaded model, so nothing worth saving."""
+"""The same without a loaded model, when there is nothing to save."""
 
 PARENT_POLL_S = 0.5
-"""How often the parent is looked for. The end of the command pipe usually says it sooner, but a process that the parent forked may
-hold that pipe open."""
+"""Polling interval for the parent. The end of the command pipe usually comes sooner, but a process forked by the parent may
+keep it open."""
 
 TRACE_CHARACTERS = 20_000
-"""Of a traceback's end: a message may quote what it was given, and each cause quotes it again."""
+"""Maximum length kept of a traceback's end: messages may quote their input, and each cause repeats it."""
 
 _Send = Callable[[Event], None]
 
 
 class Worker:
-    """The engine and its session behind the two pipes.
+    """The engine and its session, behind two pipes.
 
     Threads:
         main (`run`) owns the host: loads models, computes, frees them.
-        control (`read_commands`) reads every command as soon as it comes, whatever the others do: it never waits for a pipe or a
-            computation.
-        counting (`count_all`) tokenizes, which may take seconds for a large text.
-        parent (`watch_parent`) notices that the parent has gone.
-        events (in `Outbox`) writes.
+        control (`read_commands`) reads every command immediately: it never waits for a computation or another pipe. counting
+        (`count_all`) tokenizes, which may take seconds for a large text. parent (`watch_parent`) notices that the parent has
+        gone. events (in `Outbox`) writes.
 
-    Lock: `_lock` guards what stands below it. Held for moments; inside it only the locks of `Host.stop`.
+    Lock: `_lock` guards the attributes below it. Held briefly; only the locks of `Host.stop` are taken inside it.
 
     Args:
         commands: read by the control thread only.
@@ -99,7 +97,7 @@ class Worker:
         self._deadline: float | None = None  # time.monotonic() at which the process ends in any case
 
     def send(self, event: Event) -> None:
-        """On the main thread; waits while the parent does not read what was sent before."""
+        """On the main thread; waits while the parent does not read earlier events."""
         line = encode(event)
         self._outbox.wait_for_room()
         self._outbox.put(line)
@@ -181,14 +179,14 @@ class Worker:
     # --- ending
 
     def watch_parent(self) -> None:
-        """Waits until the parent has gone, on a thread of its own."""
+        """Waits until the parent is gone; runs on its own thread."""
         while os.getppid() == self._parent:
             time.sleep(PARENT_POLL_S)
         self._orphaned()
 
     def _orphaned(self) -> None:
-        """Nobody is there any more. What is worth saving (the routing profile, a conversation's state) is saved all the same, in a
-        short time. Any thread, also several times."""
+        """The parent is gone. Saves the routing profile and the conversation's state in a short time. Any thread; may be called
+        repeatedly."""
         host = self._host
         self._end_within(ORPHAN_S if host is not None and host.has_model else ORPHAN_EMPTY_S)
         self._queue.put(Close())
@@ -196,11 +194,11 @@ class Worker:
         self._outbox.close()  # the main thread must not wait for room
 
     def _end_within(self, seconds: float) -> None:
-        """The process ends then in any case; an earlier deadline stays."""
+        """Sets a deadline for exiting in any case; an earlier one stays."""
         with self._lock:
             now = time.monotonic()
             self._deadline = min(self._deadline or now + seconds, now + seconds)
-            # Needs neither this thread nor the interpreter's lock, and the log says where everybody was.
+            # Needs neither this thread nor the interpreter lock, and logs all stacks.
             faulthandler.dump_traceback_later(max(0.01, self._deadline - now), exit=True)
 
     # --- main thread

@@ -1,4 +1,4 @@
-"""A plan and what it is made of: options, placement, estimates, suggestions. Numbers, no handles; made by `planner.py`."""
+"""A plan and its parts: options, placement, estimates, suggestions. Plain data, made by `planner.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would make a model faster: plans of it on a changed machine or with changed options, never fixed sentences."""
+"""Suggests what would make a model faster, by planning it on a changed machine or with changed options."""
 
 from __future__ import annotations
 

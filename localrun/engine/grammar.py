@@ -48,26 +48,23 @@ class Grammars:
         tools: Sequence[Mapping[str, Json]],
         *,
         required: bool,
-        only: str | None = None,
         most: int | None = None,
         schema: Mapping[str, Json] | None = None,
     ) -> Any:
         """A matcher for tool calls.
 
         Args:
-            tools: OpenAI `function` objects.
+            tools: OpenAI `function` objects of the tools that may be called.
             required: the answer consists of calls only; otherwise of text, optionally followed by calls.
-            only: the name of the only tool that may be called.
             most: maximum number of calls.
             schema: for answers without calls.
 
         Raises:
             UsageError: a schema that can't be enforced.
         """
-        chosen = [tool for tool in tools if only is None or tool.get("name") == only]
         mark = f"<[{self._tokenizer.special(Special(DSML))}]>"
-        matcher = self._compile(_calls_grammar(chosen, mark, required=required, most=most, schema=schema))
-        inputs = {str(tool["name"]): self._of_input(tool) for tool in chosen if tool.get("grammar") is not None}
+        matcher = self._compile(_calls_grammar(tools, mark, required=required, most=most, schema=schema))
+        inputs = {str(tool["name"]): self._of_input(tool) for tool in tools if tool.get("grammar") is not None}
         return self._with_inputs(matcher, inputs) if inputs else matcher
 
     def _of_input(self, tool: Mapping[str, Json]) -> Any:

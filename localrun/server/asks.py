@@ -37,7 +37,7 @@ class Ask:
         model: the name that the client used, to echo.
         messages: as `chat/messages.py` reads them.
         tools: OpenAI `function` objects.
-        tool_choice: `required` with `tool_name`: that tool.
+        tool_names: only these tools may be called, though the model is shown all; None: all.
         one_call: at most one tool call (`parallel_tool_calls: false`).
         schema: a JSON schema that the answer must follow, shown to the model and enforced; `{"type": "object"}` for any object.
         show_schema: mention the schema in the prompt.
@@ -59,7 +59,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Json], ...] = ()
     tool_choice: ToolChoice = "auto"
-    tool_name: str | None = None
+    tool_names: tuple[str, ...] | None = None
     one_call: bool = False
     schema: Mapping[str, Json] | None = None
     show_schema: bool = True
@@ -83,7 +83,7 @@ class Ask:
             stop=self.stop,
             tools=self.tools,
             tool_choice=self.tool_choice,
-            tool_name=self.tool_name,
+            tool_names=self.tool_names,
             max_tool_calls=1 if self.one_call else None,
             response_format=self.schema if self.show_schema else None,
             json_schema=self.schema,

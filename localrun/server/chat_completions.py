@@ -101,7 +101,9 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
     if not request.messages:
         raise invalid("messages", "must not be empty")
     tools = asks.check_tools(_functions(request), "tools", defaults.limits)
-    chosen, name = tool_choice(request.tool_choice or request.function_call, [str(t["name"]) for t in tools])
+    chosen, allowed = tool_choice(
+        _wanted_call(request), {(None, name): name for name in (str(t["name"]) for t in tools)}
+    )
     schema, shown = response_schema(request.response_format, "response_format", defaults.limits)
     messages = tuple(_message(message, i) for i, message in enumerate(request.messages))
     return (
@@ -117,7 +119,7 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
             stop=asks.check_stop(request.stop, "stop", defaults.limits),
             tools=tools,
             tool_choice=chosen,
-            tool_name=name,
+            tool_names=allowed,
             one_call=request.parallel_tool_calls is False,
             schema=schema,
             show_schema=shown,
@@ -162,6 +164,14 @@ def _functions(request: ChatRequest) -> list[Mapping[str, Json]]:
             raise invalid(f"tools[{i}].function.name", "must be a string", code="invalid_type")
         shown.append({key: value for key, value in inner.items() if key != "strict" or value})
     return shown
+
+
+def _wanted_call(request: ChatRequest) -> Json:
+    """`tool_choice`, or what was there before it: a name without a type."""
+    old = request.function_call
+    if request.tool_choice is not None or not isinstance(old, Mapping):
+        return request.tool_choice if request.tool_choice is not None else old
+    return {"type": "function", "function": old}
 
 
 def _bound(request: ChatRequest) -> int | None:

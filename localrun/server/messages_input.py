@@ -102,7 +102,7 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer) -> tuple[
             stop=asks.check_stop(request.stop_sequences, "stop_sequences", defaults.limits),
             tools=tools,
             tool_choice=choice,
-            tool_name=name,
+            tool_names=None if name is None else (name,),
             one_call=one_call,
             schema=schema,
             resume=messages[-1]["role"] == "assistant",

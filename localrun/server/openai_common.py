@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -28,6 +28,16 @@ _TYPES: Mapping[Kind, str] = {
     "internal": "server_error",
 }
 
+DROPPED_TOOLS = (
+    "web_search",
+    "web_search_preview",
+    "web_search_2025_08_26",
+    "local_shell",
+    "image_generation",
+    "tool_search",
+)
+"""Tools that agents offer with every request, but don't need."""
+
 _CODES: Mapping[Kind, str] = {"unauthorized": "invalid_api_key", "not_found": "not_found"}
 
 
@@ -51,8 +61,16 @@ class OpenAi:
         return error.status, {"error": error_object(error)}
 
 
-def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -> tuple[ToolChoice, str | None]:
-    """(choice, the tool that must be called). Raises ApiError: an unknown word, or a tool that is not offered."""
+Names = Mapping[tuple[str | None, str], str]
+"""Offered tools: (namespace, client's name) -> model's name."""
+
+
+def tool_choice(value: Json, names: Names, param: str = "tool_choice") -> tuple[ToolChoice, tuple[str, ...] | None]:
+    """The choice and the model's names of the tools that may be called (None: all).
+
+    Raises:
+        ApiError: an unknown word, or a tool that is not offered.
+    """
     if value is None or value == "auto":
         return "auto", None
     if value in ("none", "required"):
@@ -61,19 +79,47 @@ def tool_choice(value: Json, names: Sequence[str], param: str = "tool_choice") -
         return value, None
     if not isinstance(value, Mapping):
         raise invalid(param, f"{value!r:.40} is not one of none, auto, required", code="invalid_value")
+    if value.get("type") == "allowed_tools":
+        return _allowed_tools(value.get("allowed_tools", value), names, f"{param}.allowed_tools")
+    return "required", (_chosen_tool(value, names, param),)
+
+
+def _allowed_tools(value: Json, names: Names, param: str) -> tuple[ToolChoice, tuple[str, ...] | None]:
+    mode = value.get("mode", "auto") if isinstance(value, Mapping) else None
+    if mode not in ("auto", "required"):
+        raise invalid(f"{param}.mode", f"{mode!r:.40} is not one of auto, required", code="invalid_value")
+    tools = value.get("tools")
+    if not isinstance(tools, list):
+        raise invalid(f"{param}.tools", "must be a list", code="invalid_type")
+    allowed = []
+    for i, tool in enumerate(tools):
+        where = f"{param}.tools[{i}]"
+        if not isinstance(tool, Mapping):
+            raise invalid(where, "must be an object", code="invalid_type")
+        if isinstance(kind := tool.get("type"), str) and kind in DROPPED_TOOLS:
+            note_once("openai", f"{where}: tool of type {kind}")
+        else:
+            allowed.append(_chosen_tool(tool, names, where))
+    if allowed:
+        return mode, tuple(allowed)
+    if mode == "required":
+        raise invalid(f"{param}.tools", "'required' without tools")
+    return "none", None
+
+
+def _chosen_tool(value: Mapping[str, Json], names: Names, param: str) -> str:
+    """The model's name for a tool given by type and name."""
     kind = value.get("type")
-    if kind == "allowed_tools":
-        inner = value.get("allowed_tools", value)
-        mode = inner.get("mode") if isinstance(inner, Mapping) else None
-        note_once("openai", f"{param}.allowed_tools: all offered tools may be called", "not enforced")
-        return ("required" if mode == "required" else "auto"), None
     if kind not in ("function", "custom"):
         raise unsupported(f"{param}.type", f"unsupported tool type {kind!r:.40}")
-    inner = value.get(kind)
-    name = inner.get("name") if isinstance(inner, Mapping) else value.get("name")
-    if name not in names:
-        raise invalid(f"{param}.name", f"{name!r:.60} is not among the tools")
-    return "required", name
+    inner = value.get(kind, value)
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if isinstance(name, str):
+        namespace = value.get("namespace")
+        for key, model_name in names.items():
+            if key[1] == name and namespace in (None, key[0]):
+                return model_name
+    raise invalid(f"{param}.name", f"{name!r:.60} is not among the tools")
 
 
 def refuse_moderation(value: Json) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from localrun.server import asks
 from localrun.server.asks import Ask, Defaults
 from localrun.server.faults import ApiError, invalid, unsupported
-from localrun.server.openai_common import refuse_moderation, response_schema, tool_choice
+from localrun.server.openai_common import DROPPED_TOOLS, refuse_moderation, response_schema, tool_choice
 from localrun.server.responses_store import ResponseStore
 from localrun.server.signatures import Signer
 
@@ -64,17 +64,6 @@ _HARMLESS = (
 )
 _KNOWN = (*ResponsesRequest.__struct_fields__, *_HARMLESS)
 
-_DROPPED_TOOLS = (
-    "web_search",
-    "web_search_preview",
-    "web_search_2025_08_26",
-    "local_shell",
-    "image_generation",
-    "tool_search",
-)
-"""Tools that agents offer with every request, but don't need."""
-
-
 MOST_GRAMMAR_CHARS = 100_000
 
 
@@ -117,11 +106,10 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: Re
         raise invalid("input", f"{len(items)} items > {defaults.limits.messages} maximum")
     tools, functions = _tools(request.tools or ())
     offered = asks.check_tools(functions, "tools", defaults.limits)
-    chosen, name = tool_choice(request.tool_choice, [tool.name for tool in tools.values()])
-    if name is not None:
-        name = next(model_name for model_name, tool in tools.items() if tool.name == name)
+    names = {(tool.namespace, tool.name): model_name for model_name, tool in tools.items()}
+    chosen, allowed = tool_choice(request.tool_choice, names)
     schema, shown = response_schema((request.text or {}).get("format"), "text.format", defaults.limits)
-    messages = _messages(items, request.instructions, signer, {(t.namespace, t.name): n for n, t in tools.items()})
+    messages = _messages(items, request.instructions, signer, names)
     if not messages:
         raise invalid("input", "must not be empty", code="missing_required_parameter")
     include = request.include or ()
@@ -133,7 +121,7 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: Re
         max_tokens=_bound(request),
         tools=offered,
         tool_choice=chosen,
-        tool_name=name,
+        tool_names=allowed,
         one_call=request.parallel_tool_calls is False,
         schema=schema,
         show_schema=shown,
@@ -222,7 +210,7 @@ def _echo(request: ResponsesRequest, body: Mapping[str, Json], ask: Ask) -> dict
         "temperature": ask.sampling.temperature,
         "text": request.text or {"format": {"type": "text"}},
         "tool_choice": request.tool_choice if request.tool_choice is not None else "auto",
-        "tools": [_echoed_tool(tool) for tool in request.tools or () if tool.get("type") not in _DROPPED_TOOLS],
+        "tools": [_echoed_tool(tool) for tool in request.tools or () if tool.get("type") not in DROPPED_TOOLS],
         "top_logprobs": ask.logprobs or 0,
         "top_p": ask.sampling.top_p,
         "truncation": "disabled",
@@ -271,7 +259,7 @@ def _tools(tools: Sequence[Mapping[str, Json]]) -> tuple[dict[str, Offered], lis
             for k, each in enumerate(inner if isinstance(inner, list) else ()):
                 if isinstance(each, Mapping) and each.get("type", "function") in ("function", "custom"):
                     offer(each, f"{where}.tools[{k}]", str(tool.get("name") or ""))
-        elif kind in _DROPPED_TOOLS:
+        elif kind in DROPPED_TOOLS:
             asks.note_once(API, f"tool of type {kind}")
         else:
             raise unsupported(f"{where}.type", f"tools of type {kind!r:.40} are run by OpenAI, not here")

@@ -85,8 +85,8 @@ def test_noise_writes_a_call_that_follows_the_tools_schema(tokenizer: Tokenizer,
             assert isinstance(arguments["days"], int)
 
 
-def test_only_the_named_tool_is_called(tokenizer: Tokenizer, grammars: Grammars) -> None:
-    matcher = grammars.of_calls([WEATHER, NOW], required=True, only="now", most=1)
+def test_a_tool_without_parameters_is_called(tokenizer: Tokenizer, grammars: Grammars) -> None:
+    matcher = grammars.of_calls([NOW], required=True, most=1)
     (call,) = parse_completion(written(tokenizer, matcher, 1)).calls
     assert (call.name, call.arguments) == ("now", "{}")
 
@@ -137,7 +137,7 @@ def custom(syntax: str, definition: str) -> dict[str, Any]:
 def test_noise_writes_texts_of_custom_tools_by_their_grammars(
     tokenizer: Tokenizer, grammars: Grammars, syntax: str, definition: str, expected: str, seed: int
 ) -> None:
-    matcher = grammars.of_calls([custom(syntax, definition), NOW], required=True, only="patch", most=2)
+    matcher = grammars.of_calls([custom(syntax, definition)], required=True, most=2)
     answer = parse_completion(written(tokenizer, matcher, seed, likes="</+>*ab\n"))
     assert answer.calls
     for call in answer.calls:

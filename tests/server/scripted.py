@@ -39,7 +39,7 @@ from localrun.engine.process.protocol import (
     ToolCall,
     ToolCallBegun,
 )
-from localrun.errors import EngineDiedError, LocalrunError
+from localrun.errors import EngineDiedError, LocalrunError, UsageError
 
 Play = Callable[[Generate], Iterable["str | Exception"]]
 
@@ -157,8 +157,7 @@ class ScriptedEngine:
     # --- inside
 
     def _answer(self, command: Generate) -> Iterator[GenerateEvent]:
-        text, start = (command.text, "content") if command.text is not None else rendered(command)
-        assert text is not None
+        text, start = _prompt(command)
         n_prompt = len(text) // CHARS_PER_TOKEN + 1
         reused = min(n_prompt - 1, max((_common(text, known) for known in self._known), default=0) // CHARS_PER_TOKEN)
         yield PromptProgress(request=1, done=reused, total=n_prompt, reused=reused, elapsed_s=0.0)
@@ -259,6 +258,15 @@ class _Writer:
         data = tuple(text.encode())
         other = TokenLogprob(token=2, data=(120,), logprob=-2.0)
         return (TokenLogprob(token=1, data=data, logprob=-0.1, top=(other,)),)
+
+
+def _prompt(command: Generate) -> tuple[str, str]:
+    """(the prompt as one text, how the answer begins); ids stand for themselves."""
+    if command.tokens is not None:
+        if not all(0 <= token < FACTS.n_vocab for token in command.tokens):
+            raise UsageError("a prompt of ids that the vocabulary does not have")
+        return "".join(f"{token:<{CHARS_PER_TOKEN}}" for token in command.tokens), "content"
+    return (command.text, "content") if command.text is not None else rendered(command)
 
 
 def rendered(command: Conversation) -> tuple[str, str]:

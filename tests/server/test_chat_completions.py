@@ -12,7 +12,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from localrun.engine.process.protocol import Generate
-from localrun.server import asks
 from tests.server.raw import post
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
@@ -26,6 +25,11 @@ WEATHER: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+
+
+def _allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 @pytest.fixture
@@ -150,18 +154,27 @@ def test_conversation_with_tools_reaches_the_model_whole(client: openai.OpenAI, 
         ("none", ("none", None)),
         ("auto", ("auto", None)),
         ("required", ("required", None)),
-        ({"type": "function", "function": {"name": "get_weather"}}, ("required", "get_weather")),
+        ({"type": "function", "function": {"name": "get_weather"}}, ("required", ("get_weather",))),
+        (_allowed("auto", "get_weather"), ("auto", ("get_weather",))),
+        (_allowed("required", "get_weather"), ("required", ("get_weather",))),
+        (_allowed("auto"), ("none", None)),
     ],
 )
 def test_tool_choice_reaches_the_engine(
-    running: Running, engine: ScriptedEngine, choice: Any, expected: tuple[str, str | None]
+    running: Running, engine: ScriptedEngine, choice: Any, expected: tuple[str, Any]
 ) -> None:
     body = {"messages": HI, "tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False}
     assert post(running, "/v1/chat/completions", body).status == 200
     command = engine.commands[-1]
-    assert (command.tool_choice, command.tool_name) == expected
+    assert (command.tool_choice, command.tool_names) == expected
     assert command.max_tool_calls == 1
     assert len(command.tools) == 1  # shown also where none may be called: the prompt stays the same
+
+
+def test_old_choice_of_a_function_is_a_choice_of_a_tool(running: Running, engine: ScriptedEngine) -> None:
+    body = {"messages": HI, "functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}}
+    assert post(running, "/v1/chat/completions", body).status == 200
+    assert (engine.commands[-1].tool_choice, engine.commands[-1].tool_names) == ("required", ("get_weather",))
 
 
 def test_parsing_helper_gives_an_object(client: openai.OpenAI, engine: ScriptedEngine) -> None:
@@ -278,6 +291,16 @@ def test_developer_and_system_are_system_where_they_stand(running: Running, engi
             {"messages": HI, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice.name",
         ),
+        (
+            {"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("auto", "x")},
+            "tool_choice.allowed_tools.tools[0].name",
+        ),
+        ({"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("never")}, "tool_choice.allowed_tools.mode"),
+        (
+            {"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("required")},
+            "tool_choice.allowed_tools.tools",
+        ),
+        ({"messages": HI, "tools": [WEATHER], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         ({"messages": HI, "modalities": ["audio"]}, "modalities"),
         ({"messages": HI, "reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"messages": HI, "response_format": {"type": "yaml"}}, "response_format.type"),
@@ -295,19 +318,6 @@ def test_what_can_not_be_done_is_refused_by_name(running: Running, body: Any, pa
     assert reply.status == 400
     assert reply.json["error"]["param"] == param
     assert reply.json["error"]["type"] == "invalid_request_error"
-
-
-def test_tools_outside_the_allowed_ones_are_not_forbidden_and_the_log_says_so(
-    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(asks, "_noted", set())
-    caplog.set_level("INFO", "localrun.server")
-    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
-    assert (
-        post(running, "/v1/chat/completions", {"messages": HI, "tools": [WEATHER], "tool_choice": allowed}).status
-        == 200
-    )
-    assert "not enforced: tool_choice.allowed_tools" in caplog.text
 
 
 def test_unknown_fields_are_no_reason_to_refuse(running: Running) -> None:

@@ -177,13 +177,13 @@ def test_bound_is_told(client: anthropic.Anthropic) -> None:
         ({"type": "auto"}, ("auto", None, None)),
         ({"type": "none"}, ("none", None, None)),
         ({"type": "any"}, ("required", None, None)),
-        ({"type": "tool", "name": "read", "disable_parallel_tool_use": True}, ("required", "read", 1)),
+        ({"type": "tool", "name": "read", "disable_parallel_tool_use": True}, ("required", ("read",), 1)),
     ],
 )
 def test_tool_choice_reaches_the_engine(running: Running, engine: ScriptedEngine, choice: Any, expected: Any) -> None:
     post(running, "/v1/messages", {"messages": HI, "max_tokens": 10, "tools": [TOOL], "tool_choice": choice})
     command = engine.commands[-1]
-    assert (command.tool_choice, command.tool_name, command.max_tool_calls) == expected
+    assert (command.tool_choice, command.tool_names, command.max_tool_calls) == expected
 
 
 def test_what_claude_code_sends(running: Running, engine: ScriptedEngine) -> None:

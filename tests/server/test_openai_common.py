@@ -11,6 +11,8 @@ from localrun.server.faults import STATUS, ApiError
 from localrun.server.limits import Limits
 from localrun.server.openai_common import OpenAi, logprob, response_schema, tool_choice
 
+F = {"type": "function", "name": "f"}
+
 
 @pytest.mark.parametrize(
     ("kind", "status", "word", "code"),
@@ -45,15 +47,16 @@ def test_every_kind_of_fault_is_tested_above() -> None:
         ("auto", ("auto", None)),
         ("none", ("none", None)),
         ("required", ("required", None)),
-        ({"type": "function", "function": {"name": "f"}}, ("required", "f")),
-        ({"type": "function", "name": "f"}, ("required", "f")),
-        ({"type": "custom", "custom": {"name": "f"}}, ("required", "f")),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "required"}}, ("required", None)),
-        ({"type": "allowed_tools", "mode": "auto"}, ("auto", None)),
+        ({"type": "function", "function": {"name": "f"}}, ("required", ("f",))),
+        ({"type": "function", "name": "f"}, ("required", ("f",))),
+        ({"type": "custom", "custom": {"name": "f"}}, ("required", ("f",))),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [F]}}, ("required", ("f",))),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [F]}, ("auto", ("f",))),
+        ({"type": "allowed_tools", "mode": "auto", "tools": []}, ("none", None)),
     ],
 )
-def test_tool_choices(value: Any, choice: tuple[str, str | None]) -> None:
-    assert tool_choice(value, ["f"]) == choice
+def test_tool_choices(value: Any, choice: tuple[str, Any]) -> None:
+    assert tool_choice(value, {(None, "f"): "f"}) == choice
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_tool_choices(value: Any, choice: tuple[str, str | None]) -> None:
 )
 def test_choices_that_can_t_be_made_name_the_field(value: Any, names: list[str], param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        tool_choice(value, names)
+        tool_choice(value, {(None, name): name for name in names})
     assert (caught.value.kind, caught.value.param) == ("invalid", param)
 
 

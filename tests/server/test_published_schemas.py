@@ -123,6 +123,10 @@ RESPONSES = [
     {"text": {"format": {"type": "json_schema", "name": "x", "schema": PARAMETERS, "strict": True}}},
     {"tools": TOOLS, "reasoning": {"effort": "xhigh"}, "prompt_cache_key": "k", "parallel_tool_calls": False},
     {"tools": TOOLS, "tool_choice": {"type": "function", "name": "get_weather"}},
+    {
+        "tools": TOOLS,
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "patch"}]},
+    },
     {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "store": False},
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -129,6 +130,25 @@ def test_required_call_is_made_and_none_forbids_it(client: openai.OpenAI) -> Non
     assert silent.usage is not None
     assert answer.usage is not None
     assert silent.usage.prompt_tokens == answer.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("allowed", ["left", "right"])
+def test_only_allowed_tools_are_called_and_the_prompt_is_the_same(client: openai.OpenAI, allowed: str) -> None:
+    names = ("left", "right", "up")
+    tools: Any = [{"type": "function", "function": {"name": name, "parameters": CITY}} for name in names]
+    choice: Any = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": allowed}}]},
+    }
+    ask = functools.partial(client.chat.completions.create, model="m", messages=HI, tools=tools, max_tokens=200)
+    answer = ask(tool_choice=choice, parallel_tool_calls=False)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == allowed
+    free = ask(tool_choice="auto", max_tokens=1)
+    assert answer.usage is not None
+    assert free.usage is not None
+    assert answer.usage.prompt_tokens == free.usage.prompt_tokens
 
 
 def test_log_probabilities_are_the_models(client: openai.OpenAI) -> None:

@@ -252,6 +252,64 @@ def test_formats_of_custom_tools_that_are_unknown_are_refused(running: Running, 
     assert reply.json["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"type": "function", "name": "exec"}, ("required", ("exec",))),
+        ({"type": "function", "name": "spawn"}, ("required", ("agents.spawn",))),
+        ({"type": "custom", "name": "patch"}, ("required", ("patch",))),
+        (
+            {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [
+                    {"type": "custom", "name": "patch"},
+                    {"type": "function", "name": "spawn", "namespace": "agents"},
+                    {"type": "web_search"},
+                ],
+            },
+            ("auto", ("patch", "agents.spawn")),
+        ),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}, ("none", None)),
+    ],
+)
+def test_choice_of_tools_reaches_the_engine_in_the_models_names(
+    running: Running, engine: ScriptedEngine, choice: Any, expected: Any
+) -> None:
+    inner = {"type": "function", "name": "spawn", "parameters": {"type": "object"}}
+    tools = [
+        TOOL,
+        {"type": "custom", "name": "patch"},
+        {"type": "namespace", "name": "agents", "description": "d", "tools": [inner]},
+    ]
+    reply = post(running, "/v1/responses", {"input": "Hi", "tools": tools, "tool_choice": choice})
+    assert reply.json["tool_choice"] == choice
+    assert (engine.commands[-1].tool_choice, engine.commands[-1].tool_names) == expected
+    assert len(engine.commands[-1].tools) == 3
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "function", "name": "nothing"}, "tool_choice.name"),
+        ({"type": "function", "name": "exec", "namespace": "agents"}, "tool_choice.name"),
+        ({"type": "file_search"}, "tool_choice.type"),
+        ({"type": "mcp", "server_label": "s"}, "tool_choice.type"),
+        ({"type": "apply_patch"}, "tool_choice.type"),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]},
+            "tool_choice.allowed_tools.tools[0].type",
+        ),
+        ({"type": "allowed_tools", "mode": "auto", "tools": "exec"}, "tool_choice.allowed_tools.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": ["exec"]}, "tool_choice.allowed_tools.tools[0]"),
+    ],
+)
+def test_choices_of_tools_that_are_not_here_are_refused(running: Running, choice: Any, param: str) -> None:
+    reply = post(running, "/v1/responses", {"input": "Hi", "tools": [TOOL], "tool_choice": choice})
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == param
+
+
 def test_parsing_helper_gives_an_object(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     class Answer(BaseModel):
         city: str

@@ -180,9 +180,16 @@ def known_tools(command: Generate, messages: Sequence[Message] | None) -> tuple[
     """The tools an answer may call: those given separately and those in messages."""
     if command.tool_choice == "none":
         return ()
-    beside = tools_from_json(shown_tools(command.tools)) if command.tools else ()
+    callable_tools = _callable(command)
+    beside = tools_from_json(shown_tools(callable_tools)) if callable_tools else ()
     inside = (m.tools for m in messages or () if isinstance(m, SystemMessage | DeveloperMessage))
     return (*beside, *(tool for tools in inside for tool in tools))
+
+
+def _callable(command: Generate) -> list[Json]:
+    """Those of the tools beside the messages that may be called."""
+    names = command.tool_names
+    return [dict(tool) for tool in command.tools if names is None or tool.get("name") in names]
 
 
 def steering_for(engine: Engine, command: Generate, start: str | None) -> Steering | None:
@@ -195,7 +202,8 @@ def steering_for(engine: Engine, command: Generate, start: str | None) -> Steeri
         min_tokens=command.min_tokens, think_budget=command.think_budget, max_tool_calls=command.max_tool_calls
     )
     check_counts(logprobs=command.logprobs)
-    strict = command.tool_choice == "auto" and any(tool.get("strict") is True for tool in command.tools)
+    some = command.tool_names is not None and bool(command.tools)
+    strict = command.tool_choice == "auto" and (some or any(tool.get("strict") is True for tool in command.tools))
     forced = command.tool_choice == "required"
     silent = command.tool_choice == "none" and bool(command.tools)
     budget = command.think_budget is not None and start == "thinking"
@@ -204,17 +212,13 @@ def steering_for(engine: Engine, command: Generate, start: str | None) -> Steeri
     specials = engine.tokenizer.specials
     matcher = None
     if forced or strict:
-        names = [tool.get("name") for tool in command.tools]
-        if command.tool_name is not None and command.tool_name not in names:
-            raise UsageError(f"tool {command.tool_name!r} is not among the offered tools")
-        if not names:
+        offered = [tool.get("name") for tool in command.tools]
+        if unknown := [name for name in command.tool_names or () if name not in offered]:
+            raise UsageError(f"tool {unknown[0]!r} is not among the offered tools")
+        if not (tools := _callable(command)):
             raise UsageError("a tool call is required, but no tool is offered")
         matcher = engine.grammars.of_calls(
-            command.tools,
-            required=forced,
-            only=command.tool_name,
-            most=command.max_tool_calls,
-            schema=command.json_schema,
+            tools, required=forced, most=command.max_tool_calls, schema=command.json_schema
         )
     elif command.json_schema is not None and command.tools and not silent:
         matcher = engine.grammars.of_calls(command.tools, required=False, schema=command.json_schema)

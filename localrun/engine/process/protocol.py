@@ -77,7 +77,7 @@ class Generate(Conversation, frozen=True, kw_only=True):
         stop: strings that end the answer, outside of reasoning and tool calls; not included in it.
         think_budget: maximum tokens of reasoning, which is then ended.
         tool_choice: `none`: no calls, although the tools are shown; `required`: at least one, enforced during sampling.
-        tool_name: with `required`: only this tool.
+        tool_names: the tools that may be called, although all are shown; None: all.
         max_tool_calls: end the answer after this many calls.
         json_schema: constrains sampling of the answer (not the reasoning); `response_format` is what the prompt says.
         logprobs: report each token's log probability and those of this many alternatives.
@@ -92,7 +92,7 @@ class Generate(Conversation, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     think_budget: int | None = None
     tool_choice: Literal["auto", "none", "required"] = "auto"
-    tool_name: str | None = None
+    tool_names: tuple[str, ...] | None = None
     max_tool_calls: int | None = None
     json_schema: Mapping[str, Json] | None = None
     logprobs: int | None = None

@@ -21,3 +21,8 @@ def test_tools_are_known_beside_the_messages_and_in_them_unless_calls_are_forbid
     messages = [SystemMessage("s", (ToolSchema({"name": "inside"}),)), UserMessage("q")]
     assert [tool.name for tool in known_tools(command, messages)] == names
     assert [tool.name for tool in known_tools(command, None)] == names[:1]
+
+
+def test_tools_that_may_not_be_called_are_not_known() -> None:
+    tools = ({"name": "read"}, {"name": "write"})
+    assert [t.name for t in known_tools(Generate(request=1, tools=tools, tool_names=("write",)), None)] == ["write"]

@@ -1,7 +1,6 @@
 """The command line: parses arguments, runs one command, turns errors into a line, a hint and an exit code.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (128 plus the number of another signal). Only the chosen
-command's module is imported, and heavy imports happen when it runs, to keep `--help` fast.
+Exit codes are listed in docs/run.md. Only the chosen command's module is imported, and heavy imports happen when it runs, to keep `--help` fast.
 """
 
 from __future__ import annotations
@@ -43,13 +42,16 @@ COMMANDS = {
 _MODULES = {"list": "list_models"}
 """Where a module has another name than its command."""
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, interrupts.EXIT_INTERRUPTED
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = LocalrunError.exit_code, UsageError.exit_code, interrupts.EXIT_INTERRUPTED
 
 EXAMPLES = """\
 examples:
   localrun chat                                    the demo model
   localrun chat ~/models/DeepSeek-V4-Flash         an official checkpoint, as downloaded
   localrun run -p "What is a mixture of experts?"
+
+exit codes:
+  0 done, 1 failed, 2 wrong usage, 130 interrupted, 128 + N ended by signal N
 """
 
 
@@ -242,7 +244,7 @@ def _report(error: Exception, *, debug: bool) -> int:
     print(f"error: {visible_line(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {visible_line(hint)}", file=sys.stderr)
-    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    return error.exit_code if isinstance(error, LocalrunError) else EXIT_FAILED
 
 
 def _leave_stdout() -> None:

@@ -7,6 +7,7 @@ The command line prints both without a traceback. `assert` is for our own bugs o
 from __future__ import annotations
 
 import errno
+from typing import ClassVar
 
 
 class LocalrunError(Exception):
@@ -15,7 +16,12 @@ class LocalrunError(Exception):
     Args:
         message: one line, names the file and the tensor where there is one.
         hint: one line, the next step for the user, or None.
+
+    Attributes:
+        exit_code: of a command that ends with it; see docs/run.md.
     """
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -79,7 +85,11 @@ class MessageError(LocalrunError, ValueError):
 
 
 class UsageError(LocalrunError, ValueError):
-    """Wrong command line or option value (exit code 2)."""
+    """What the user typed or wrote himself can't be: an option, a value, a setting, a path or name where nothing is, a text that
+    can't be read. What programs wrote (models, importance, exports) is a `FormatError` if it is unsound.
+    """
+
+    exit_code = 2
 
 
 class HostError(LocalrunError, OSError):

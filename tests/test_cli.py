@@ -147,7 +147,7 @@ def test_every_command_has_two_examples_in_its_help(capsys: pytest.CaptureFixtur
 
 def test_missing_model_is_one_line_and_a_hint() -> None:
     done = localrun("run", "/no/such/model", "-p", "x")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: /no/such/model")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from localrun import config, paths
 from localrun.atomic import replacing
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import UsageError
 
 DEMO = "demo"
 """The name of the model that comes with localrun."""
@@ -28,7 +28,7 @@ def resolve(text: str, settings: config.Settings, *, command: str = "chat") -> P
     """The path of the model `text`; None for the demo model.
 
     Raises:
-        LocalrunError: there is no such model; the hint is a command line.
+        UsageError: there is no such model; the hint is a command line.
     """
     path = expanded(text)
     if path is not None and path.exists():
@@ -120,7 +120,7 @@ def _near(text: str, settings: config.Settings) -> str | None:
     return str(path.parent / near[0]) if near else None
 
 
-def _refusal(text: str, settings: config.Settings, command: str) -> LocalrunError:
+def _refusal(text: str, settings: config.Settings, command: str) -> UsageError:
     if re.search(r"\s", text.strip()) and not text.startswith(("/", "~", "./", "../")):
         return UsageError(
             f"there is no model '{text}'", hint=f"to ask it as a question: localrun run -p {shlex.quote(text)}"
@@ -142,4 +142,4 @@ def _refusal(text: str, settings: config.Settings, command: str) -> LocalrunErro
             hint=f"hf download {text} --local-dir {folder}, then: localrun {command} {folder}"
             + (f"; first: localrun plan {release}" if release and command != "plan" else ""),
         )
-    return LocalrunError(f"{text}: no such file or directory", hint="localrun list shows the models on this machine")
+    return UsageError(f"{text}: no such file or directory", hint="localrun list shows the models on this machine")

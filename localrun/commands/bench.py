@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.api.options import engine_options
+from localrun.api.texts import read_text
 from localrun.commands import common
 from localrun.commands.output import Output
 from localrun.errors import UsageError
@@ -60,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=common.count(0), default=32, metavar="N", help="tokens to feed first, not counted (32)"
     )
     what.add_argument(
-        "--time-limit", type=float, default=600, metavar="S", help="skip measurements that would take longer (600 s)"
+        "--time-limit",
+        type=common.seconds,
+        default=600,
+        metavar="S",
+        help="skip measurements that would take longer (600 s)",
     )
     what.add_argument(
         "--record", type=Path, metavar="FILE", help="append the routing to this trace file; slows the run down"
@@ -198,8 +203,4 @@ def _tokens(args: argparse.Namespace, engine: Engine, options: BenchOptions) -> 
 
     if args.text is None:
         return random_tokens(options.n_tokens, engine.facts.n_vocab, args.seed)
-    try:
-        text = args.text.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{args.text}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return list(engine.tokenizer.encode(text))
+    return list(engine.tokenizer.encode(read_text(args.text)))

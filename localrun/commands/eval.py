@@ -140,6 +140,8 @@ def _read_tokens(path: Path) -> tuple[int, ...]:
         value: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise UsageError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
         raise UsageError(f"{path}: expected a JSON list of token ids")
     return tuple(value)

@@ -10,6 +10,7 @@ from localrun import config
 from localrun.api import models
 from localrun.commands.output import Output
 from localrun.engine.model_finder import FoundModel, default_folders, find_models, fit
+from localrun.errors import UsageError
 from localrun.units import format_size
 
 EXAMPLES = """\
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out, settings = Output(), config.load()
     names = {path.resolve(): name for name, text in settings.models.items() if (path := models.expanded(text))}
+    for folder in args.folder:
+        if not folder.expanduser().exists():
+            raise UsageError(f"{folder}: no such folder")
     folders = [*(args.folder or [*default_folders(), *(path.parent for path in names)])]
     out.status("looking for models")
     found = sorted(find_models(folders), key=lambda model: (bool(model.problem), model.name.lower()))

@@ -109,6 +109,8 @@ def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
 
     try:
         return tuple(tool_to_json(tool) for tool in tools_from_json(path.expanduser().read_bytes(), where=str(path)))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     except MessageError as error:
         raise UsageError(str(error), hint=error.hint or "a list of functions as in the OpenAI API") from None
 

@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
     group.add_argument(
-        "--port", type=int, default=8080, metavar="N", help="port to listen on (8080); 0 picks a free one"
+        "--port",
+        type=common.count(0, 65535),
+        default=8080,
+        metavar="N",
+        help="port to listen on (8080); 0 picks a free one",
     )
     group.add_argument("--api-key", action="append", metavar="KEY", help="API key that clients must send; repeatable")
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with API keys, one per line")
@@ -71,10 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="web origin allowed to send requests; * allows all",
     )
     group.add_argument("--model-name", metavar="NAME", help="name to list the model under")
-    group.add_argument("--queue", type=int, default=64, metavar="N", help="maximum number of waiting requests (64)")
+    group.add_argument(
+        "--queue", type=common.count(1), default=64, metavar="N", help="maximum number of waiting requests (64)"
+    )
     group.add_argument(
         "--stop-after",
-        type=float,
+        type=common.seconds,
         default=30.0,
         metavar="S",
         help="time a running answer gets to finish at shutdown (30 s)",
@@ -108,8 +114,6 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} is reachable from other machines, and no API key is set",
             hint="set --api-key-file FILE, or leave out --host",
         )
-    if args.queue < 1:
-        raise UsageError("--queue must be at least 1")
     limits = Limits(queue=args.queue)
     from localrun.server.web import listen
 
@@ -285,7 +289,10 @@ def _keys(args: argparse.Namespace) -> list[str]:
     keys = list(args.api_key or ())
     if args.api_key_file is not None:
         path = args.api_key_file.expanduser()
-        lines = path.read_text("utf-8").splitlines()
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise UsageError(f"{path}: contains no key", hint="put one key on each line")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from localrun.errors import FormatError, LocalrunError, UnsupportedModelError
+from localrun.errors import FormatError, LocalrunError, UnsupportedModelError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, INDEX_NAME
 from localrun.quant.gguf.folder import GgufModel, ggufs_in, is_companion, models_in, refuse_leftovers, several
 from localrun.quant.model.manifest import MANIFEST_NAME
@@ -43,7 +43,8 @@ def locate(path: Path) -> Located:
     """The one model that a user means by a path.
 
     Raises:
-        FormatError: nothing there, an unfinished download, or several models; the message lists them with their sizes.
+        UsageError: nothing is there, or nothing that is a model.
+        FormatError: an unfinished download, or several models; the message lists them with their sizes.
     """
     try:
         path.stat()
@@ -54,7 +55,7 @@ def locate(path: Path) -> Located:
     if path.is_symlink() and not path.exists():
         raise FormatError(f"{path}: a link to a missing file", hint="run the download again")
     if not path.exists():
-        raise FormatError(
+        raise UsageError(
             f"{path}: no such file or directory",
             hint="pass a converted directory, a GGUF file or a checkpoint directory",
         )
@@ -75,7 +76,7 @@ def locate(path: Path) -> Located:
     refuse_leftovers(folder)
     if ggufs := ggufs_in(folder):
         return _gguf(ggufs[0])
-    raise FormatError(
+    raise UsageError(
         f"{path}: neither a converted model ({MANIFEST_NAME}), nor a checkpoint ({CONFIG_NAME}), nor a GGUF file",
         hint="pass a converted directory, a GGUF file or a checkpoint directory",
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from localrun import paths
 from localrun.atomic import replacing
-from localrun.errors import UsageError
+from localrun.errors import HostError, UsageError
 from localrun.options import THINK_MODES
 from localrun.tui.options import NAMES, ChatOptions, from_json, to_json, with_value
 
@@ -87,7 +87,7 @@ def _tables() -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path()}: {error}", hint="fix it, or move it elsewhere") from error
     except OSError as error:
-        raise UsageError(f"{path()}: {error.strerror}") from error
+        raise HostError(f"{path()}: {error.strerror}") from error
 
 
 def _write(tables: Mapping[str, Any]) -> None:

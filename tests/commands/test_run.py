@@ -73,9 +73,9 @@ def test_files_come_before_prompt_and_standard_input(tmp_path: Path, monkeypatch
     [
         ("--tools", "[", 2, "tools.json"),
         ("--tools", '[{"type": "browser"}]', 2, "unsupported tool type 'browser'"),
-        ("--tools", None, 1, "No such file"),
-        ("--file", "\0", 1, "not a text file"),
-        ("--file", None, 1, "no such file"),
+        ("--tools", None, 2, "No such file"),
+        ("--file", "\0", 2, "not a text file"),
+        ("--file", None, 2, "no such file"),
     ],
 )
 def test_bad_files_are_refused_before_a_model_is_loaded(
@@ -100,7 +100,7 @@ def test_bad_files_are_refused_before_a_model_is_loaded(
 
 def test_an_error_is_an_event_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    assert cli.main(["run", "/no/such/model", "-p", "x", "--jsonl"]) == 1
+    assert cli.main(["run", "/no/such/model", "-p", "x", "--jsonl"]) == 2
     captured = capsys.readouterr()
     *_, last = map(json.loads, captured.out.splitlines())
     assert last["event"] == "error"

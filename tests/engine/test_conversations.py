@@ -446,20 +446,20 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "n_rescued"),
     [
-        "UPDATE messages SET details = '[]' WHERE id = 2",
-        "UPDATE messages SET details = 'x' WHERE id = 2",
-        "UPDATE messages SET details = '{\"attachments\": [{}]}' WHERE id = 2",
-        "UPDATE messages SET content = x'41' WHERE id = 2",
-        "UPDATE messages SET content = CAST(x'ff41' AS TEXT) WHERE id = 2",
-        "UPDATE messages SET role = 'nobody' WHERE id = 2",
-        "UPDATE messages SET parent_id = 2 WHERE id = 2",
-        "UPDATE messages SET parent_id = 3 WHERE id = 2",
-        "UPDATE conversations SET settings = 'null'",
+        ("UPDATE messages SET details = '[]' WHERE id = 2", 2),
+        ("UPDATE messages SET details = 'x' WHERE id = 2", 2),
+        ("UPDATE messages SET details = '{\"attachments\": [{}]}' WHERE id = 2", 2),
+        ("UPDATE messages SET content = x'41' WHERE id = 2", 2),
+        ("UPDATE messages SET content = CAST(x'ff41' AS TEXT) WHERE id = 2", 2),
+        ("UPDATE messages SET role = 'nobody' WHERE id = 2", 2),
+        ("UPDATE messages SET parent_id = 2 WHERE id = 2", 3),
+        ("UPDATE messages SET parent_id = 3 WHERE id = 2", 3),
+        ("UPDATE conversations SET settings = 'null'", 3),
     ],
 )
-def test_rows_that_nobody_wrote_are_damage_and_rescued_around(tmp_path: Path, damage: str) -> None:
+def test_rows_that_nobody_wrote_are_damage_and_rescued_around(tmp_path: Path, damage: str, n_rescued: int) -> None:
     path = tmp_path / "c.sqlite3"
     with ConversationStore.open(path) as store:
         talk = store.create("t").id
@@ -472,7 +472,7 @@ def test_rows_that_nobody_wrote_are_damage_and_rescued_around(tmp_path: Path, da
     with ConversationStore.open(path) as store, pytest.raises(DamagedConversationsError):
         assert store.conversations() == store.branch(talk)
     rescued = salvage(path)
-    assert rescued.n_messages in (2, 3)
+    assert rescued.n_messages == n_rescued
     with ConversationStore.open(path) as store:
         (conversation,) = store.conversations()
         assert store.branch(conversation.id)[-1].content == "three"

@@ -165,7 +165,7 @@ def test_schema_that_can_not_be_enforced_is_refused(grammars: Grammars, schema: 
         grammars.of_schema(schema)
 
 
-def test_keywords_that_agents_send_are_known(grammars: Grammars) -> None:
+def test_keywords_that_agents_send_are_known(tokenizer: Tokenizer, grammars: Grammars) -> None:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
@@ -181,5 +181,9 @@ def test_keywords_that_agents_send_are_known(grammars: Grammars) -> None:
         "required": ["a"],
         "$defs": {"g": {"type": "array", "items": {"type": "integer"}}},
     }
-    grammars.of_schema(schema)
-    grammars.of_calls([{"name": "t", "parameters": schema}], required=True)
+    value = json.loads(written(tokenizer, grammars.of_schema(schema), 1, likes='"},]'))
+    assert value["a"] is None or 1 <= len(value["a"]) <= 5
+    assert set(value) <= set(schema["properties"])
+    matcher = grammars.of_calls([{"name": "t", "parameters": schema}], required=True)
+    (call,) = parse_completion(written(tokenizer, matcher, 1, likes="</]")).calls
+    assert (call.name, call.problems) == ("t", ())

@@ -342,6 +342,8 @@ def test_closed_engine_frees_sessions_that_were_left_open(model_path: Path) -> N
     engine.close()
     engine.close()
     session.close()
+    with pytest.raises(LocalrunError, match="the session is closed"):
+        session.feed(TOKENS[:1])
 
 
 def test_what_was_closed_says_so_instead_of_touching_freed_memory(chat_model_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_closing_while_warming_ends_at_once(model_path: Path) -> None:
     ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(model.source), depth=1)
     ahead.warm([(layer, expert) for layer in range(4) for expert in range(MODEL.n_experts)])
     ahead.close()
+    assert not any(thread.name.startswith("localrun-warm") for thread in threading.enumerate())
     model.close()
 
 

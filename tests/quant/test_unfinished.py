@@ -57,7 +57,7 @@ def test_a_download_program_s_notes_beside_a_file_mean_that_it_is_not_finished(t
 
 
 def test_what_is_missing_is_for_others_to_say(tmp_path: Path) -> None:
-    refuse_unfinished(tmp_path / "m-00001-of-00002.gguf")
+    assert refuse_unfinished(tmp_path / "m-00001-of-00002.gguf") is None
 
 
 def test_a_range_that_was_never_written_is_refused_and_zeros_that_were_are_not(

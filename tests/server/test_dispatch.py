@@ -102,6 +102,7 @@ def test_fault_of_ours_in_an_answer_does_not_end_the_thread(queue: Queue) -> Non
     queue.engine.play = queue._play
     queue.submit("a2", "a")
     wait_until(lambda: "a2" in queue.order)
+    assert queue.order == ["first", "a2"]
 
 
 def test_stopping_refuses_what_waits_and_what_comes(queue: Queue) -> None:

@@ -31,6 +31,8 @@ class Talk:
     app: LocalrunApp
     pilot: Pilot[None]
     engine: FakeEngine
+    notes: list[str] = field(default_factory=list)
+    """All short notes since the start, whether or not they have gone from the screen."""
 
     @property
     def screen(self) -> ChatScreen:
@@ -45,10 +47,6 @@ class Talk:
     @property
     def errors(self) -> list[str]:
         return [str(panel.error) for panel in self.screen.query(ErrorPanel)]
-
-    @property
-    def notes(self) -> list[str]:
-        return [notification.message for notification in self.app._notifications]
 
     async def stored(self) -> list[Conversation]:
         """All conversations, as they are in the file after everything that was asked for."""
@@ -128,6 +126,14 @@ class Setup:
             return engines[-1]
 
         app = LocalrunApp(self.launch, engine_factory=factory, store_path=self.folder / "c.sqlite3")
+        notes: list[str] = []
+        notify = app.notify
+
+        def keep(message: str, **how: Any) -> None:
+            notes.append(message)
+            notify(message, **how)
+
+        app.notify = keep  # type: ignore[method-assign]
         async with app.run_test(size=self.size, notifications=self.toasts) as pilot:
             end = time.monotonic() + PATIENCE_S
             while app.chat is None and len(app.screen_stack) == 1:
@@ -139,4 +145,4 @@ class Setup:
                 assert time.monotonic() < end, "the model was never ready"
                 await asyncio.sleep(0.01)
             await pilot.pause()
-            yield Talk(app, pilot, engines[0] if engines else FakeEngine(lambda error: None))
+            yield Talk(app, pilot, engines[0] if engines else FakeEngine(lambda error: None), notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.app import App, ComposeResult
+from textual.pilot import Pilot
 
 from localrun.engine.conversations import Attachment, Message
 from localrun.engine.conversations.attachments import AttachmentError, read_attachment
@@ -31,6 +34,7 @@ from localrun.tui.widgets.message_view import code_blocks
 from localrun.tui.widgets.status_bar import short_count, short_size
 from tests.gguf_models import write_deepseek4
 from tests.tui.fake_engine import facts, finished
+from tests.tui.support import PATIENCE_S
 
 # --- the map
 
@@ -265,13 +269,22 @@ class Document(App[None]):
             for line in "\n".join(strip.text for strip in self.screen._compositor.render_strips()).split("\n")
         ]
 
+    async def drawn(self, pilot: Pilot[None], is_whole: Callable[[list[str]], bool]) -> list[str]:
+        """The lines as soon as all is there and nothing moves any more."""
+        end, before = time.monotonic() + PATIENCE_S, [""]
+        while (lines := self.lines()) != before or not is_whole(lines):
+            assert time.monotonic() < end, lines
+            before = lines
+            await pilot.pause(0.02)
+        return lines
+
 
 async def test_lists_and_tables_are_drawn_with_hanging_indents() -> None:
     text = "- one two three four five six seven\n  1. inner\n  2. second\n\n| a | bb |\n|---|---|\n| x | **y** z |\n"
     app = Document(text)
     async with app.run_test(size=(30, 14)) as pilot:
-        await pilot.pause(0.1)
-        shown = [line.strip("\n") for line in app.lines() if line.strip()]
+        lines = await app.drawn(pilot, lambda lines: any("x │ y z" in line for line in lines))
+    shown = [line.strip("\n") for line in lines if line.strip()]
     assert shown == [
         "  • one two three four five",
         "    six seven",
@@ -286,8 +299,8 @@ async def test_lists_and_tables_are_drawn_with_hanging_indents() -> None:
 async def test_a_table_too_wide_wraps_its_cells() -> None:
     app = Document("| first | second |\n|---|---|\n| " + "word " * 12 + "| x |\n")
     async with app.run_test(size=(30, 14)) as pilot:
-        await pilot.pause(0.1)
-        shown = [line for line in app.lines() if line.strip()]
+        lines = await app.drawn(pilot, lambda lines: " ".join(lines).count("word") == 12)
+    shown = [line for line in lines if line.strip()]
     assert all(len(line) <= 30 for line in shown)
     assert sum(line.count("word") for line in shown) == 12
 
@@ -296,14 +309,12 @@ async def test_streamed_lists_and_tables_end_as_written_at_once() -> None:
     text = "Intro\n\n- a\n- b\n  - c\n\n1. x\n2. y\n\n| h | i |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\nend\n"
     whole, streamed = Document(text), Document("")
     async with whole.run_test(size=(40, 30)) as pilot:
-        await pilot.pause(0.1)
-        expected = whole.lines()
+        expected = await whole.drawn(pilot, lambda lines: any(line.strip() == "end" for line in lines))
     async with streamed.run_test(size=(40, 30)) as pilot:
         markdown = streamed.query_one(LeanMarkdown)
         for char in text:
             await markdown.append(char)
-        await pilot.pause(0.1)
-        assert streamed.lines() == expected
+        await streamed.drawn(pilot, lambda lines: lines == expected)
 
 
 ENTITIES = """evil &#x202e;entity lrm &lrm;a rlm &rlm;b iso &#x2066;c&#x2069; sep &#x2028;d tag &#xE0041;e ff &#12;x cr&#13;over
@@ -331,8 +342,7 @@ async def test_what_entities_hide_from_the_filter_is_visible_too() -> None:
     """HTML entities are decoded by the parser of Markdown, after the text itself was made harmless."""
     app = Document(ENTITIES)
     async with app.run_test(size=(120, 60)) as pilot:
-        await pilot.pause(0.1)
-        shown = "\n".join(app.lines())
+        shown = "\n".join(await app.drawn(pilot, lambda lines: any("a &#x202e;" in line for line in lines)))
         links = [
             str(span.style)
             for content in app.query("MarkdownParagraph")

@@ -38,7 +38,7 @@ from localrun.tui.widgets.status_bar import Status, StatusBar, status_line
 from localrun.units import format_rate
 from tests.gguf_models import write_deepseek4
 from tests.tui.fake_engine import FakeEngine, held, text
-from tests.tui.support import Setup, Talk
+from tests.tui.support import PATIENCE_S, Setup, Talk
 
 # --- the list of commands
 
@@ -756,7 +756,7 @@ async def test_short_notes_leave_status_line_and_keys_alone(setup: Setup) -> Non
     setup.toasts = True
     async with setup.start() as talk:
         for n in range(4):
-            talk.screen.notices.note(f"note {n}\nsecond line")
+            talk.screen.notices.note(f"note {n}\nsecond line", timeout_s=PATIENCE_S)
         await talk.until(lambda: len(talk.app.screen.query("Toast")) == 4)
         await talk.settled()
         status = talk.screen.query_one(StatusBar).region

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from localrun.engine.conversations import Attachment
 from localrun.engine.conversations.export import fenced
-from localrun.errors import LocalrunError
+from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_size
 
 MAX_BYTES = 16 << 20
@@ -19,6 +19,8 @@ MAX_BYTES = 16 << 20
 
 class AttachmentError(LocalrunError, ValueError):
     """The file can't be attached."""
+
+    exit_code = UsageError.exit_code
 
 
 def read_attachment(path: Path, *, pipes: bool = False) -> Attachment:

@@ -15,9 +15,9 @@ from typing import Any
 import xxhash
 
 from localrun.engine.chat.format import ChatEncoder
-from localrun.engine.chat.messages import Message, message_from_json
+from localrun.engine.chat.messages import Message, MessageError, message_from_json
 from localrun.engine.tokenizer import Tokenizer
-from localrun.errors import FormatError, StoreError, UsageError
+from localrun.errors import UsageError
 
 LEAST_BYTES = 1000
 """A shorter text reaches too few experts."""
@@ -72,16 +72,14 @@ def read_calibration_text(path: Path) -> CalibrationText:
     """Reads plain text, or conversations, one per line (if the name ends in `.jsonl` or the first line is JSON).
 
     Raises:
-        FormatError: not UTF-8, or a line that is not a conversation (named).
-        UsageError: empty or too short.
-        StoreError: can't be read.
+        UsageError: can't be read, empty, too short, not UTF-8, or a line that is not a conversation (named).
     """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path}: more than {MAX_BYTES >> 20} MiB of calibration text", hint=_HINT)
         data = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
+        raise UsageError(f"{path}: can't be read: {error.strerror}") from error
     return _parse(str(path), data, name=path.name)
 
 
@@ -89,7 +87,7 @@ def _parse(where: str, data: bytes, *, name: str = "default") -> CalibrationText
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FormatError(
+        raise UsageError(
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start})", hint="save the file as UTF-8"
         ) from None
     if not text.strip():
@@ -123,8 +121,13 @@ def _conversation(where: str, line: str) -> tuple[Message, ...]:
     try:
         value: Any = json.loads(line)
     except ValueError as error:
-        raise FormatError(f"{where}: not JSON: {error}", hint=_HINT) from None
+        raise UsageError(f"{where}: not JSON: {error}", hint=_HINT) from None
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise FormatError(f"{where}: expected a list of messages or an object with 'messages'", hint=_HINT)
-    return tuple(message_from_json(message, where=f"{where}: message {i + 1}") for i, message in enumerate(messages))
+        raise UsageError(f"{where}: expected a list of messages or an object with 'messages'", hint=_HINT)
+    try:
+        return tuple(
+            message_from_json(message, where=f"{where}: message {i + 1}") for i, message in enumerate(messages)
+        )
+    except MessageError as error:
+        raise UsageError(str(error), hint=error.hint or _HINT) from None

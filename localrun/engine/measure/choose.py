@@ -90,6 +90,8 @@ def check_precision_request(source: ModelSource, request: PrecisionRequest) -> t
     base = request.base or own
     check_request(source.moe_layers, base, request.hot, request.target)
     if request.imatrix is not None:
+        if not request.imatrix.exists():
+            raise UsageError(f"{request.imatrix}: no such file")
         read_imatrix(request.imatrix, source.moe_layers)
     if request.target is not None:
         kinds = target_types(source.moe_layers, request.target, [own])

@@ -10,7 +10,7 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.errors import BudgetError, LocalrunError, UsageError
+from localrun.errors import BudgetError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
 from localrun.offload.kernels import FfnSpec
@@ -48,9 +48,9 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
         n_ctx: tokens of context that the cache must hold.
 
     Raises:
-        UsageError: `--gpu` names a missing device, or one without dedicated memory and without `--vram`.
+        UsageError: `--gpu` names a missing device, or one without dedicated memory and without `--vram`; `--vram` without a GPU.
         BudgetError: `--vram` is too little for anything.
-        LocalrunError: `--vram` without a GPU, or an unreachable RPC server.
+        LocalrunError: an unreachable RPC server.
     """
     rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
     devices = choose_gpus(options.gpu, rpc)
@@ -58,7 +58,7 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
         devices.sort(key=lambda device: -device.free_bytes)
     if not devices:
         if options.vram_bytes:
-            raise LocalrunError(
+            raise UsageError(
                 "--vram: this llama.cpp finds no usable GPU",
                 hint="run `localrun doctor`, or leave out --vram",
             )

@@ -26,7 +26,7 @@ import xxhash
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, LocalrunError, StoreError, UsageError
-from localrun.quant.checkpoint.directory import Checkpoint
+from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
 from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionOptions, ConversionPlan, Part, make_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.journal import Journal, PartResult
@@ -196,7 +196,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such directory")
-    if path.is_file() or (path / MANIFEST_NAME).exists():
+    if not (path / CONFIG_NAME).is_file() or (path / MANIFEST_NAME).exists():
         raise UsageError(f"{path} is not a checkpoint directory", hint="convert reads the official safetensors release")
     return Checkpoint.open(path)
 

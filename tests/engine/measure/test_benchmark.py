@@ -80,13 +80,13 @@ def test_given_tokens_are_fed_in_order_after_a_forgotten_warm_up(
     assert seen == tokens[:33]
 
 
-def test_memory_is_steady_in_a_small_budget(model_path: Path) -> None:
+def test_a_small_budget_is_kept_by_giving_experts_away(model_path: Path) -> None:
     options = EngineOptions(n_ctx=512, n_batch=64, n_threads=1, ram_bytes=600_000)
     with Engine.open(model_path, options) as engine:
         result = measure(engine, random_tokens(300, engine.facts.n_vocab, 3), BenchOptions(frontiers=(0, 64, 128)))
+        assert engine.facts.ram_bytes <= options.ram_bytes
     assert all(phase.misses and phase.bytes_read for phase in result.phases)
     assert all(phase.evictions for phase in result.phases[1:])
-    assert result.phases[-1].rss_bytes - result.phases[1].rss_bytes < 20 << 20
 
 
 @pytest.mark.parametrize(

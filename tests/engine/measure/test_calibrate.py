@@ -13,7 +13,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.measure.calibrate import Router, calibrate
 from localrun.engine.measure.calibration_text import CalibrationText, default_text, read_calibration_text
 from localrun.engine.measure.choose import PrecisionRequest, check_precision_request, choose_precision
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import UsageError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
 from localrun.quant.model.shape import shape_of
 from localrun.quant.open import open_model
@@ -124,7 +124,7 @@ def test_conversations_are_rendered_and_long_ones_cut(tmp_path: Path, chat_model
 def test_texts_that_cannot_be_used_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(data)
-    with pytest.raises(LocalrunError, match=message):
+    with pytest.raises(UsageError, match=message):
         read_calibration_text(path)
 
 

@@ -45,7 +45,7 @@ def test_every_allocation_may_fail(
         shimmed.n_allocations, shimmed.fail_allocation = 0, number
         found = load(model_path, gpu)
         lines = [record.getMessage() for record in caplog.records if gpu.name in record.getMessage()]
-        assert found < all_of_them or lines, f"buffer {number} of {n_allocations}"
+        assert lines, f"buffer {number} of {n_allocations}"
         if found < all_of_them:
             assert any("out of memory" in line or "out of memory" in line for line in lines), (number, lines)
 

@@ -125,5 +125,5 @@ def test_command_says_when_there_are_no_checksums(
 
 
 def test_command_on_something_else_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(tmp_path / "nothing")]) == 1
+    assert cli.main(["verify", str(tmp_path / "nothing")]) == 2
     assert "no such file" in capsys.readouterr().err

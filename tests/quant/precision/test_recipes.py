@@ -19,7 +19,7 @@ def test_shipped_recipes_are_sound() -> None:
     assert len(recipes) >= 5
     for recipe in recipes.values():
         assert recipe.description
-        assert recipe.target or recipe.base
+        assert (recipe.target is None) != (recipe.base is None)
         assert recipe.dense is None or recipe.dense in DENSE_TYPES
         if recipe.base is not None:
             check_request({0: layer(4)}, recipe.base, recipe.hot)

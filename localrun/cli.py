@@ -1,6 +1,7 @@
 """The command line: parses arguments, runs one command, turns errors into a line, a hint and an exit code.
 
-Exit codes are listed in docs/run.md. Only the chosen command's module is imported, and heavy imports happen when it runs, to keep `--help` fast.
+Exit codes are listed in docs/run.md. Only the chosen command's module is imported, and heavy imports happen when it runs, to
+keep `--help` fast.
 """
 
 from __future__ import annotations

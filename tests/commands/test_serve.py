@@ -29,8 +29,8 @@ PATIENCE_S = 120.0
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--host", "0.0.0.0"], "no key"),
-        (["--host", "example.com"], "no key"),
+        (["--host", "0.0.0.0"], "no API key"),
+        (["--host", "example.com"], "no API key"),
         (["--api-key", " "], "empty"),
         (["--queue", "0"], "--queue"),
     ],

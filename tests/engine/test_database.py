@@ -34,7 +34,7 @@ def test_a_new_file_is_ours_and_private_and_opens_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("CREATE TABLE theirs (a)", "not one of localrun's"),
+        ("CREATE TABLE theirs (a)", "not a localrun database"),
         (f"PRAGMA user_version = {SCHEMA_VERSION + 1}", "written by a newer localrun"),
     ],
 )
@@ -58,7 +58,7 @@ def test_another_programs_and_a_newer_file_are_refused_and_left_as_they_are(
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConversationError, match="can't be kept there"):
+    with pytest.raises(ConversationError, match="can't store conversations there"):
         connect(tmp_path / "file/c.sqlite3")
 
 

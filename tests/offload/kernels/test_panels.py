@@ -46,7 +46,9 @@ def test_blocks_of_32(x: F32, offset: int) -> None:
         np.testing.assert_array_equal(rest[: 4 * N_TOKENS].view(np.float32), scales[:, unit])
         sums = own.astype(np.int32).sum(1)
         if offset == SUM:
-            np.testing.assert_array_equal(rest[4 * N_TOKENS :].view(np.float32), scales[:, unit] * sums.astype(np.float32))
+            np.testing.assert_array_equal(
+                rest[4 * N_TOKENS :].view(np.float32), scales[:, unit] * sums.astype(np.float32)
+            )
         else:
             np.testing.assert_array_equal(rest[4 * N_TOKENS :].view(np.int32), -offset * sums)
 

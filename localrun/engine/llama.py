@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import llama_cpp as L
@@ -18,6 +19,7 @@ from localrun.engine.company import Company, threads_at
 from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
+from localrun.offload.device.device import expert_device
 from localrun.options import KV_TYPES
 
 _KV_TYPES = {name: GGMLQuantizationType[name.upper()] for name in KV_TYPES}
@@ -129,7 +131,8 @@ class Context:
     Not thread-safe; `stop` may be set from any thread. Freed by `close`, before the model is.
 
     Attributes:
-        small_operations: our device handles the large matrices, so few threads are enough (`company.threads_at`).
+        small_operations: our device handles the large matrices and attention, so few threads are enough for the rest
+            (`company.threads_at`).
     """
 
     def __init__(self, model: Any, options: EngineOptions, *, n_ctx: int, n_threads: int, all_logits: bool) -> None:
@@ -210,7 +213,8 @@ class Context:
             batch.logits[i] = all_logits or i == n - 1
         n_threads = threads_at(position, self._n_threads) if self.small_operations else self._n_threads
         self._use_threads(self._company.threads(n_threads) if self.follows_company else n_threads)
-        return int(L.llama_decode(ctx, batch))
+        with expert_device().attention() if self.small_operations else nullcontext():
+            return int(L.llama_decode(ctx, batch))
 
     def _use_threads(self, n_threads: int) -> None:
         """For operations on one token; prompts have work enough to share unevenly."""

@@ -26,7 +26,10 @@ from localrun.ggml.structures import (
     GLU_SWIGLU_CLAMP,
     LLAMA_CPP_PYTHON_VERSION,
     OP_ADD,
+    OP_CONCAT,
+    OP_FLASH_ATTN_EXT,
     OP_GLU,
+    OP_LIGHTNING_INDEXER,
     OP_MUL,
     OP_MUL_MAT,
     OP_MUL_MAT_ID,
@@ -242,6 +245,9 @@ def _check_fit(lib: Library) -> None:
         OP_VIEW: b"VIEW",
         OP_PERMUTE: b"PERMUTE",
         OP_TRANSPOSE: b"TRANSPOSE",
+        OP_CONCAT: b"CONCAT",
+        OP_FLASH_ATTN_EXT: b"FLASH_ATTN_EXT",
+        OP_LIGHTNING_INDEXER: b"LIGHTNING_INDEXER",
         OP_GLU: b"GLU",
     }
     for op, expected in operations.items():

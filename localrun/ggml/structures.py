@@ -30,17 +30,21 @@ BACKEND_API_VERSION: Final = 2  # ggml-backend-impl.h, GGML_BACKEND_API_VERSION
 OP_NONE: Final = 0
 OP_ADD: Final = 2
 OP_MUL: Final = 7
+OP_CONCAT: Final = 22
 OP_MUL_MAT: Final = 29
 OP_MUL_MAT_ID: Final = 30
 OP_RESHAPE: Final = 36
 OP_VIEW: Final = 37
 OP_PERMUTE: Final = 38
 OP_TRANSPOSE: Final = 39
+OP_FLASH_ATTN_EXT: Final = 74
+OP_LIGHTNING_INDEXER: Final = 87
 OP_GLU: Final = 100
 GLU_SWIGLU: Final = 2
 GLU_SWIGLU_CLAMP: Final = 6
 
 TYPE_F32: Final = 0  # ggml.h, enum ggml_type
+TYPE_F16: Final = 1
 TYPE_I32: Final = 26
 
 STATUS_FAILED: Final = -1  # ggml.h, enum ggml_status

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from localrun.errors import FormatError
+from localrun.errors import DecodeError, FormatError
 from localrun.ggml import log as llama_log
 from localrun.offload.cache.drive_probe import DiskProfile, probe_disk
 from localrun.offload.cache.slots import SlotState
@@ -112,7 +112,11 @@ class OffloadedModel:
 
     def take_error(self) -> BaseException | None:
         """Why the last `llama_decode` failed, if our device was the cause; asked once."""
-        return self.pool.handover.take_error()
+        unread = expert_device().process.take_unread_joins()
+        error = self.pool.handover.take_error()
+        if error is None and unread:
+            return DecodeError(f"the keys of {unread} layers were left to our device, and attention to llama.cpp")
+        return error
 
     def request_stop(self) -> None:
         """Ends the running decode at the next layer; any thread."""
@@ -170,6 +174,7 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
                 opened.callback(options.first_context(model).close)
             placement = fit_into_free(placement, options.gpu_spare)
         device.process.grow(max(dense.scratch_bytes, placement.scratch_bytes), MAX_BATCH * placement.n_used, MAX_BATCH)
+        device.process.prepare_attention(options.n_threads)
         learner = Learner(source, pool.residency, pool.telemetry, options.profile_folder)
         tier = make_tier(source, placement, learner.profile.ranking())
         if tier is not None:

@@ -26,15 +26,25 @@ def write_model(folder: Path, model: TinyDeepseek4 = MODEL, **options: Any) -> P
     return write_deepseek4(folder / "model.gguf", model, **options)[0]
 
 
-def logits(model: Any, tokens: list[int] = TOKENS, *, batch: int = 64, kv_type: str = "f16", n_threads: int = 1) -> F32:
+def logits(
+    model: Any,
+    tokens: list[int] = TOKENS,
+    *,
+    batch: int = 64,
+    kv_type: str = "f16",
+    n_threads: int = 1,
+    attention: bool = True,
+) -> F32:
     """(T, n_vocab) logits of a fresh context, `batch` tokens at a time, llama.cpp's own operations on `n_threads`: for so small a
-    model they wait for each other longer than they compute. Our kernels have threads of their own.
+    model they wait for each other longer than they compute. Our kernels have threads of their own. `attention`: on our device if
+    the model is `OffloadedModel`.
 
     Raises:
         BaseException: what our device kept as the cause, if a decode failed.
     """
     options = EngineOptions(n_batch=256, kv_type=kv_type)
     context = Context(model.model, options, n_ctx=512, n_threads=n_threads, all_logits=True)
+    context.small_operations = attention and isinstance(model, OffloadedModel)
     try:
         rows = []
         for at in range(0, len(tokens), batch):

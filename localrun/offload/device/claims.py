@@ -14,6 +14,7 @@ import numba as nb
 
 from localrun.ggml import structures as ggml
 from localrun.kernel_cache import cached_cfunc
+from localrun.offload.device.compiled_attention import takes_attention, takes_indexer, takes_join
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.tensors import BUFFER, NB, NE, OP, PARAMS, SRC, TYPE, VIEW_SRC
 from localrun.offload.kernels.lowlevel import call_i64, load_i32, load_i64
@@ -25,6 +26,7 @@ MOST_SUMMED: Final = 16
 _MUL_MAT, _MUL_MAT_ID, _GLU = ggml.OP_MUL_MAT, ggml.OP_MUL_MAT_ID, ggml.OP_GLU
 _NONE, _ADD, _MUL, _VIEW = ggml.OP_NONE, ggml.OP_ADD, ggml.OP_MUL, ggml.OP_VIEW
 _SWIGLU, _SWIGLU_CLAMP = ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP
+_CONCAT, _ATTENTION, _INDEXER = ggml.OP_CONCAT, ggml.OP_FLASH_ATTN_EXT, ggml.OP_LIGHTNING_INDEXER
 _F32 = ggml.TYPE_F32
 _CONTEXT: Final = ggml.Device.context.offset
 
@@ -130,4 +132,12 @@ def supports_op(device: int, op: int) -> int:
         ours = is_weighting(process, op)
     elif kind == _ADD:
         ours = _is_sum(process, op)
+    elif get(process, PROCESS.takes_attention) == 0:
+        ours = False
+    elif kind == _CONCAT:
+        ours = takes_join(process, op)
+    elif kind == _ATTENTION:
+        ours = takes_attention(process, op)
+    elif kind == _INDEXER:
+        ours = takes_indexer(process, op)
     return 1 if ours else 0

@@ -27,9 +27,11 @@ from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device import weighting
+from localrun.offload.device.compiled_attention import attend_node, index_node
 from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT
 from localrun.offload.device.tensors import DATA, EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
 from localrun.offload.device.view import F32
+from localrun.offload.kernels import attention, threads
 from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
     call_1,
@@ -54,6 +56,7 @@ _CONTEXT: Final = ggml.Backend.context.offset
 
 _MUL_MAT, _MUL_MAT_ID, _GLU, _NONE = ggml.OP_MUL_MAT, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_NONE
 _ADD, _MUL = ggml.OP_ADD, ggml.OP_MUL
+_CONCAT, _ATTENTION, _INDEXER = ggml.OP_CONCAT, ggml.OP_FLASH_ATTN_EXT, ggml.OP_LIGHTNING_INDEXER
 _FIRST_VIEW, _LAST_VIEW = ggml.OP_RESHAPE, ggml.OP_TRANSPOSE
 _SWIGLU, _SWIGLU_CLAMP = ggml.GLU_SWIGLU, ggml.GLU_SWIGLU_CLAMP
 _CALLS, _TOKENS, _REQUESTS, _HITS = (
@@ -355,6 +358,16 @@ def graph_compute(backend: int, graph: int) -> int:
                 add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
             done = 1 if _glu(node) else 0
+        elif op == _CONCAT:  # attention reads the rows where they are
+            add(process, PROCESS.unread_joins, 1)
+            done = 1
+        elif op in (_ATTENTION, _INDEXER):
+            started, done = _now_ns(process), 1
+            if op == _ATTENTION:
+                attend_node(process, node)
+            else:
+                index_node(process, node)
+            add(process, PROCESS.attention_ns, _now_ns(process) - started)
         elif op == _MUL_MAT_ID:
             weight, end = _chain(graph, process, index, n_nodes), 0
             put(process, PROCESS.tail_end, 0)
@@ -410,6 +423,7 @@ class Process:
         functions: tuple[tuple[int, Any], ...] = (
             (PROCESS.n_nodes, lib.ggml_graph_n_nodes),
             (PROCESS.node_at, lib.ggml_graph_node),
+            (PROCESS.is_host, lib.ggml_backend_buft_is_host),
             (PROCESS.clock, libc.clock_gettime),
             (PROCESS.buffer_type, lib.ggml_backend_buffer_get_type),
         )
@@ -418,6 +432,8 @@ class Process:
         self.fields[PROCESS.python] = python
         self.fields[PROCESS.weights_type] = weights_type
         self.fields[PROCESS.run] = runner().run_address
+        self._point(PROCESS.attention, attention.ATTENTION.empty())
+        self._point(PROCESS.indexer, attention.INDEXER.empty())
         self._point(PROCESS.timespec, np.zeros(2, np.int64))
         self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
         self._point(PROCESS.places, np.zeros(MAX_EXPERTS, np.int32))
@@ -443,6 +459,19 @@ class Process:
             out: (T, D) the sums.
         """
         _add_up(self.address, n_tokens, n_used, rows.shape[1], *_place(rows), *_place(out))
+
+    def prepare_attention(self, n_threads: int) -> None:
+        """Attention comes with so many threads from now on; while nothing is decoded."""
+        if not attention.is_supported():
+            return
+        self.fields[PROCESS.attend], self.fields[PROCESS.index] = attention.attend_address(), attention.index_address()
+        self.fields[PROCESS.pool], self.fields[PROCESS.threads] = threads.pool_for(n_threads), n_threads
+
+    def take_unread_joins(self) -> int:
+        """Joined rows of the last decode that were left to an operation of ours and read by none; counted anew from here."""
+        count = int(self.fields[PROCESS.unread_joins])
+        self.fields[PROCESS.unread_joins] = 0
+        return max(count, 0)
 
     @property
     def dense_ns(self) -> int:

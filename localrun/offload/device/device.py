@@ -35,8 +35,10 @@ from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.device import compiled as native
 from localrun.offload.device.claims import supports_op
+from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.routing import swiglu
 from localrun.offload.device.view import View, view
+from localrun.offload.kernels import attention
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +138,17 @@ class ExpertDevice:
                 yield
             finally:
                 self._loading = None
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """While open, graphs are made with attention on this device, where the cache is in the CPU's memory; for decoding with a
+        model whose dense matrices are ours. Not while a context is made: it looks where attention runs, and does without its
+        fused form if that is not the device that the layer is on (llama-context.cpp, `resolve_fused_ops`)."""
+        self.process.fields[PROCESS.takes_attention] = attention.is_supported()
+        try:
+            yield
+        finally:
+            self.process.fields[PROCESS.takes_attention] = 0
 
     def is_ours(self, tensor: int | None) -> bool:
         """Whether the tensor at that address is in one of our weights buffers."""

@@ -59,7 +59,8 @@ class _Process(Layout):
     weights_type: int
     """Address of our weights' buffer type."""
     weights: int
-    """Address of `capacity` F32: the router's weights of the running call's pairs; compiled code writes, as all that follow."""
+    """Address of `capacity` F32: the router's weights of the running call's pairs; compiled code writes, as the next
+    four."""
     taken: int
     """Address of `capacity` uint8: 1 for a pair that somebody else weights and adds up."""
     tail_end: int
@@ -68,6 +69,26 @@ class _Process(Layout):
     """Address of the weights' tensor."""
     tail_sum: int
     """Address of the sum's tensor."""
+    attention_ns: int
+    """Time in attention and the indexer; likewise."""
+    attention: int
+    """Address of an ATTENTION record; compiled code writes and reads."""
+    indexer: int
+    """Address of an INDEXER record; likewise."""
+    attend: int
+    """Address of the task of `attention.attend`."""
+    index: int
+    """Address of the task of `attention.index`."""
+    pool: int
+    """Address of the POOL record whose threads help with attention, 0: the calling thread alone."""
+    threads: int
+    """Threads that do."""
+    takes_attention: int
+    """1 while graphs are made with attention on our device; Python writes."""
+    is_host: int
+    """Address of `ggml_backend_buft_is_host(type)`."""
+    unread_joins: int
+    """Joined rows of the running decode that no attention has read in place yet; compiled code counts, Python reads and clears."""
 
 
 PROCESS = _Process()

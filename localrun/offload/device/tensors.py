@@ -17,3 +17,4 @@ VIEW_SRC: Final = Tensor.view_src.offset
 VIEW_OFFS: Final = Tensor.view_offs.offset
 DATA: Final = Tensor.data.offset
 EXTRA: Final = Tensor.extra.offset
+NAME: Final = Tensor.name.offset

@@ -51,7 +51,7 @@ def quantize16(_typing: Any, source: Any, inverse: Any, target: Any) -> Any:
     return types.int32(types.intp, types.float32, types.intp), codegen
 
 
-def _exp(s: Simd, x: Any) -> Any:
+def exp16(s: Simd, x: Any) -> Any:
     """e**x to about 2 ulp, saturating at +-87 (constants of Cephes' expf)."""
     b = s.b
     x = b.select(b.fcmp_ordered("<", x, s.floats(-87.0)), s.floats(-87.0), x)
@@ -78,7 +78,7 @@ def swiglu16(_typing: Any, gate: Any, up: Any, limit: Any) -> Any:
         g = builder.select(builder.fcmp_ordered(">", g, limit), limit, g)
         u = builder.select(builder.fcmp_ordered(">", u, limit), limit, u)
         u = builder.select(builder.fcmp_ordered("<", u, least), least, u)
-        s.store(s.mul(builder.fdiv(g, builder.fadd(_exp(s, builder.fneg(g)), s.floats(1.0))), u), target)
+        s.store(s.mul(builder.fdiv(g, builder.fadd(exp16(s, builder.fneg(g)), s.floats(1.0))), u), target)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32), codegen

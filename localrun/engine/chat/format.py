@@ -212,7 +212,7 @@ def encoder_for(metadata: Mapping[str, object]) -> ChatEncoder:
     if (name := metadata.get("localrun.chat_encoder")) is not None:
         if str(name) not in ENCODERS:
             raise UnsupportedModelError(
-                f"localrun.chat_encoder: {name!r} is none of {', '.join(ENCODERS)}",
+                f"localrun.chat_encoder: {name!r} is not one of {', '.join(ENCODERS)}",
                 hint="the model was converted by a newer localrun: update localrun",
             )
         return ENCODERS[str(name)]

@@ -370,7 +370,7 @@ def _flag(fields: Mapping[str, Json], key: str, where: str) -> bool:
 def _one_of(fields: Mapping[str, Json], key: str, choices: Sequence[str], where: str) -> str | None:
     value = fields.get(key)
     if value is not None and value not in choices:
-        raise MessageError(f"{where}.{key}: {value!r:.40} is none of " + ", ".join(choices))
+        raise MessageError(f"{where}.{key}: {value!r:.40} is not one of " + ", ".join(choices))
     return cast("str | None", value)
 
 

@@ -272,7 +272,7 @@ class ExpertStore:
 
     def abandon(self, slot: Slot) -> None:
         """See `Store`."""
-        error = AbandonedError("nobody wants this expert")
+        error = AbandonedError("this expert is not needed")
         with self._lock:
             waiting = [ticket for ticket in self._waiting_ahead if ticket.slot is slot]
             for ticket in waiting:

@@ -558,7 +558,7 @@ def test_encoder_is_chosen_by_metadata(metadata: dict[str, object], name: str) -
 
 
 def test_an_encoder_of_a_newer_version_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="'v5' is none of v4, v4-0731"):
+    with pytest.raises(UnsupportedModelError, match="'v5' is not one of v4, v4-0731"):
         encoder_for({"localrun.chat_encoder": "v5"})
 
 

@@ -96,7 +96,7 @@ def test_openai_conversation_is_understood() -> None:
             [{"role": "user", "content": [{"type": "image_url"}]}],
             r"messages\[0\].content\[0\]: unsupported part type 'image_url'",
         ),
-        ([{"role": "user", "content": "a", "task": "dance"}], r"messages\[0\].task: 'dance' is none of action"),
+        ([{"role": "user", "content": "a", "task": "dance"}], r"messages\[0\].task: 'dance' is not one of action"),
         ([{"role": "user", "content": "a", "extracted_url": "u"}], r"messages\[0\]: .*read_url"),
         ([{"role": "user", "content": "\ud800"}], r"messages\[0\]: .*surrogate"),
         ([{"role": "developer", "content": ""}], r"messages\[0\]: developer message: content must not be empty"),

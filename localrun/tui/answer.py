@@ -1,6 +1,6 @@
-"""One answer while it is being written: text so far, thinking, rates, and what is left of the prefill.
+"""One answer in progress: text so far, thinking, rates, and the remaining prefill.
 
-Pure state: fed with the engine's events, asked by widgets. Times come from a clock that tests can set.
+Pure state, updated by the engine's events and read by widgets. The clock is injectable for tests.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _STATES: Mapping[str, MessageState] = {
 
 
 class Answer:
-    """What has arrived of one answer.
+    """The received part of one answer.
 
     Attributes:
         message: the stored message as last written.
-        progress: the last news of the prefill; None before any and when decoding has begun.
+        progress: latest progress of the prefill; None before it and once decoding has begun.
         finished: the closing event.
         error: why it ended without one.
     """
@@ -167,7 +167,7 @@ def prompt_time_left(progress: PromptProgress) -> float | None:
 
 
 def prompt_messages(branch: Sequence[Message], system: str = "") -> tuple[dict[str, Any], ...]:
-    """A branch as the engine wants it. Attachments go before the text; answers that never began are left out."""
+    """A branch as messages for the engine. Attachments precede the text; answers that never began are omitted."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
     for message in branch:
         if message.role == "assistant":

@@ -1,6 +1,6 @@
 """Runs one answer at a time: engine events become text on the screen and in the store.
 
-Text is drawn and saved at fixed rates however fast it comes: drawing costs the same processor that computes the answer.
+Text is drawn and saved at limited rates, because drawing uses the same processor that computes the answer.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Answering:
     """The answer that is being written, if any.
 
     Args:
-        host: whose event loop and timers are used.
-        ended: called with an answer when its last event was taken in; all of it is on its way to the store by then.
-        failed_to_save: called with the first error of the store; the answer goes on.
+        host: provides the event loop and timers.
+        ended: called with an answer after its last event, when all of it has been submitted to the store.
+        failed_to_save: called with the store's first error; the answer continues.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Answering:
             self._draw_later()
 
     def _draw_later(self) -> None:
-        """Layout and painting happen between two draws, so the processor time since the last one is what it cost."""
+        """Layout and painting happen between draws, so the processor time since the last draw is its cost."""
         now = time.process_time()
         interval = (now - self._cpu_at) / DRAW_SHARE
         self._cpu_at = now
@@ -103,7 +103,7 @@ class Answering:
         assert feed is not None
         assert answer is not None
         assert entry is not None
-        ended = feed.ended  # before taking: what was added before the end is then taken too
+        ended = feed.ended  # before taking, so everything added before the end is included
         events = feed.take()
         answer.apply(events)
         if ended:
@@ -125,7 +125,7 @@ class Answering:
         return bool(events)
 
     def save(self) -> None:
-        """Saves what is there of the answer under way."""
+        """Saves the answer in progress."""
         if self.running and self.answer is not None:
             self._save(self.answer)
 

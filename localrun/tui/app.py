@@ -1,7 +1,7 @@
 """The program behind `localrun chat`: opens the conversations, starts the engine, shows the chat screen, cleans up.
 
-Whatever happens, the terminal is given back in order: signals end the program the normal way, if that takes no longer than
-`lifeline` allows, and the engine is a process of its own whose death is an event like others.
+The terminal is always restored: signals end the program normally, if that takes no longer than `lifeline` allows, and the
+engine is a separate process whose death is just an event.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ STORE_CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the program starts with.
+    """Start-up parameters.
 
     Attributes:
-        model: model to load; None: `prepare` gives it, in a thread (the demo model may have to be converted first).
+        model: model to load; None: from `prepare`, in a thread (the demo model may have to be converted first).
         chat: settings of new conversations.
-        model_folders: where the chooser looks.
-        fresh: begin a new conversation instead of the last one.
+        model_folders: folders that the chooser searches.
+        fresh: start a new conversation instead of reopening the last one.
         notify: how the end of a long answer is told.
     """
 
@@ -188,7 +188,7 @@ class LocalrunApp(App[None]):
         )
 
     async def on_event(self, event: events.Event) -> None:
-        """A paste goes to the text field that has the focus, in the chat to the input whatever has it."""
+        """A paste goes to the focused text field; in the chat always to the input."""
         if isinstance(event, events.Paste) and not event.is_forwarded:
             if not isinstance(self.focused, Input | TextArea) and self.chat is not None and self.screen is self.chat:
                 if self.chat.panels.engine != "full":
@@ -209,18 +209,18 @@ class LocalrunApp(App[None]):
         self._loop.call_soon_threadsafe(self.leave, return_code)
 
     def leave(self, return_code: int) -> None:
-        """Ends the program; what stands in the input and what is written so far is kept."""
+        """Quits; the input's text and the answer so far are saved."""
         if self.chat is not None and self.chat.is_mounted:
             self.chat.save()
         self.exit(return_code=return_code)
 
     @on(LongAnswerEnded)
     def call_attention(self) -> None:
-        """Tells whoever looks elsewhere, as it was chosen."""
+        """Notifies the user in the chosen way."""
         self.tell_terminal(attention.sequence(self.launch.notify, "the answer is ready"))
 
     def tell_terminal(self, sequence: str) -> None:
-        """Writes what the terminal itself understands; nothing without one."""
+        """Writes a control sequence to the terminal, if there is one."""
         if self._driver is not None and not self.is_headless:
             self._driver.write(sequence)
 
@@ -248,20 +248,20 @@ def run_app(
     """Runs the terminal UI until the user leaves; standard input and output must be a terminal.
 
     Args:
-        model: what to load; None: what `prepare` gives (called in a thread while the interface is up already), or, without
-            one, the chooser opens.
+        model: what to load; None: the result of `prepare` (called in a thread while the interface is already up), or, without
+            that, the chooser opens.
         options: how to load it.
-        engine: an engine process that was started already, or a server; None: a process is started when it is needed.
+        engine: a running engine process, or a server; None: start a process when needed.
         sampling, think, system, max_tokens: settings of new conversations.
         model_folders: where the chooser looks for models; None: `default_folders()`.
-        fresh: begin a new conversation instead of the last one.
+        fresh: start a new conversation instead of reopening the last one.
         notify: how the end of a long answer is told.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: standard error, where Textual draws, is no terminal.
+        UsageError: standard error, where Textual draws, is not a terminal.
     """
     if sys.__stderr__ is None or not sys.__stderr__.isatty():
         raise UsageError("standard error is not a terminal", hint="don't redirect it, or use localrun chat --plain")

@@ -1,4 +1,4 @@
-"""Calling somebody who looks elsewhere: the terminal's bell, or a notification of the desktop that the terminal shows."""
+"""Gets the user's attention: the terminal bell, or a desktop notification through the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BELL = "\x07"
 
 
 def sequence(how: str, text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What is written to the terminal; empty for `off`.
+    """The control sequence to write; empty for `off`.
 
     Desktop notifications have two forms: OSC 777 (rxvt, foot, terminals made with VTE) and OSC 9 (iTerm2, kitty, WezTerm,
     Ghostty, Windows Terminal). Some terminals know both and would show it twice. Others ignore them: the bell rings as well.

@@ -1,4 +1,4 @@
-"""The chat screen: puts widgets and parts together, and brings keys, slash commands and messages to the part they belong to.
+"""The chat screen: assembles widgets and parts, and routes keys, slash commands and messages to them.
 
 Every command of `commands.COMMANDS` is a method of one of the parts (`localrun.tui.parts`); keys, slash commands, palette and
 buttons all come through `run_command`, where errors become notes or panels.
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from localrun.tui.parts.records import Records
 
 LONG_ANSWER_S = 20.0
-"""From here on the end of an answer is told to somebody who looks elsewhere."""
+"""Answers that take at least this long are announced."""
 
 _LIVE_TICK_S = 0.25
 _STATS_TICK_S = 1.0
@@ -224,14 +224,14 @@ class ChatScreen(Screen[None]):
         self.model.link.close()
 
     def save(self) -> None:
-        """What is not in the file yet: the text in the input, and what is written of an answer."""
+        """Saves what is not in the file yet: the input's text and the answer in progress."""
         self.composer.save_draft()
         self.asking.answering.save()
 
     # --- commands
 
     def run_command(self, name: str, argument: str = "", message_id: int | None = None) -> None:
-        """Carries out a command, at once or after those under way.
+        """Runs a command, immediately or after pending ones.
 
         Args:
             message_id: which message a command of scope `message` means; None: the focused or the last one.
@@ -339,7 +339,7 @@ class ChatScreen(Screen[None]):
         self.monitor.look()
         timings = answer.finished.timings if answer.finished is not None else None
         if timings is not None and timings.prompt_s + timings.decode_s >= LONG_ANSWER_S:
-            self.post_message(LongAnswerEnded())  # whoever waited so long looks elsewhere
+            self.post_message(LongAnswerEnded())  # after such a wait the user is probably looking elsewhere
 
     def _conversation_changed(self) -> None:
         self.show_header()

@@ -1,7 +1,7 @@
-"""`localrun convert --json` in a process of its own: started and stopped by the interface, followed line by line.
+"""Runs `localrun convert --json` as a subprocess: started and stopped by the interface, followed line by line.
 
-A conversion that is stopped goes on from there when it is started again: that is the converter's own promise. It ends with the
-interface, whose pipe it writes to.
+A stopped conversion resumes when it is started again, which the converter guarantees. It ends with the interface, which reads
+its pipe.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ GO_ON = "start it again to resume"
 
 @dataclass(frozen=True, slots=True)
 class ConversionNews:
-    """How a conversion stands.
+    """The state of a conversion.
 
     Attributes:
         note: text for the log; empty: none.
         step: what is being done.
-        done, total: bytes, or what else is counted; total 0: not known yet.
-        is_bytes: they are bytes.
+        done, total: bytes or another unit; total 0: not known yet.
+        is_bytes: whether they are bytes.
         ended: it is over; `error` and `hint` say why if it failed.
     """
 
@@ -83,7 +83,7 @@ class ConverterProcess:
         return not self.last.ended
 
     def stop(self) -> None:
-        """Interrupts it, as Ctrl-C would: once, so that it can say its last words."""
+        """Interrupts it like Ctrl-C, once, so that it can finish its output."""
         if self._stopped:
             return
         self._stopped = True
@@ -118,10 +118,10 @@ class ConverterProcess:
 
 
 def news_of(event: Mapping[str, Any], last: ConversionNews) -> ConversionNews:
-    """What an event of `localrun convert --json` says, on top of what was known before.
+    """Updates the state with an event of `localrun convert --json`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no such event.
+        KeyError, TypeError, ValueError: not such an event.
     """
     kind = event["event"]
     last = replace(last, note="")

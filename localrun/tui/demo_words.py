@@ -1,4 +1,4 @@
-"""What the interface says of the demo model, which is a toy."""
+"""What the interface says about the demo model, which is a toy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Textual's driver for a real terminal, with pastes taken out of the input before its parser sees them (`pasted`)."""
+"""Textual's driver for a real terminal, with pastes extracted from the input before its parser sees them (`pasted`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TerminalDriver(LinuxDriver):
                     except OSError:
                         data = b""
                     if not data:
-                        self.exit_event.wait()  # nobody is there any more
+                        self.exit_event.wait()  # the terminal is gone
                         break
                     self._dispatch(parser, splitter.feed(decode(data)))
                 else:

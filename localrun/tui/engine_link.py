@@ -1,7 +1,7 @@
-"""Between the interface and the engine process: blocking calls run in threads, which only post messages.
+"""Connects the interface to the engine process: blocking calls run in threads, which only post messages.
 
-Knows nothing about widgets. The threads are daemons of our own, not Textual's thread workers: those are waited for when
-the program ends, and one that waits for a hanging engine would keep the terminal.
+Knows nothing about widgets. The threads are our own daemons rather than Textual's thread workers, which are joined at exit, so
+that one waiting for a hanging engine would block the terminal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def start_engine(on_death: OnDeath) -> EngineLike:
 class AnswerFeed:
     """Events of one answer on their way from the engine's thread to the screen.
 
-    The thread adds, the screen takes all that is there: a fast model costs one message per frame, not one per token.
+    The thread adds events, the screen takes all available ones: a fast model costs one message per frame, not one per token.
     `ended` is set after the last event, `error` says why if it failed.
     """
 
@@ -90,7 +90,7 @@ class AnswerFeed:
 
 
 class EngineLink:
-    """The engine as the screen sees it: calls return at once, answers come as messages.
+    """The engine for the screen: calls return immediately, results arrive as messages.
 
     Owns the engine. Methods are for the screen's thread.
 
@@ -108,7 +108,7 @@ class EngineLink:
     # --- commands
 
     def load(self, path: Path, options: EngineOptions, *, restart: bool = False) -> None:
-        """Ends in EngineReady or EngineFailed. `restart` ends the present process first, whatever it does."""
+        """Ends in EngineReady or EngineFailed. `restart` first ends the current process, whatever it is doing."""
 
         def run() -> None:
             if restart:
@@ -131,7 +131,7 @@ class EngineLink:
         self.engine.stop()
 
     def ask_stats(self, *, expert_map: bool) -> None:
-        """Ends in StatsArrived, or in nothing. A question that is still open is not asked again."""
+        """Ends in StatsArrived, or nothing. Skipped while a request is pending."""
         if self.engine.alive and self._asking_stats.acquire(blocking=False):
             self._start("stats", lambda: self._run_stats(expert_map))
 
@@ -154,7 +154,7 @@ class EngineLink:
         try:
             for event in events:
                 self._post_load_event(event)
-        except Exception as error:  # a fault of ours must not leave the screen waiting
+        except Exception as error:  # a bug must not leave the screen waiting
             self._post(EngineFailed(as_ours(error)))
 
     def _run_answer(self, command: Generate, feed: AnswerFeed) -> None:

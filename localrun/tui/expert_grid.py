@@ -1,4 +1,4 @@
-"""The state of every expert, as the map draws it; and the rates that follow from two looks at the engine's counters.
+"""The state of every expert for the map, and rates computed from two samples of the engine's counters.
 
 What `Stats.experts` holds (compact, because Pro has 23,424 experts):
 
@@ -56,7 +56,7 @@ class ExpertGrid:
 
 
 def read_grid(experts: Mapping[str, Any] | None) -> ExpertGrid | None:
-    """Parses `Stats.experts`; None if there is no map or it is of another shape."""
+    """Parses `Stats.experts`; None if there is no map or its format is unknown."""
     try:
         if not experts or not experts["layers"]:
             return None
@@ -79,7 +79,7 @@ def _read_layer(row: Mapping[str, Any]) -> LayerExperts:
 
 @dataclass(frozen=True, slots=True)
 class TierRates:
-    """What happened between two looks at the counters. None: nothing to measure.
+    """Rates between two samples of the counters. None: nothing to measure.
 
     Attributes:
         hit_rate: experts found in memory, of those asked for.
@@ -95,7 +95,7 @@ class TierRates:
 
 
 def tier_rates(before: Stats | None, after: Stats, facts: ModelFacts | None) -> TierRates:
-    """Rates from one look to the next; `before` None: since the model was loaded."""
+    """Rates between two samples; `before` None: since the model was loaded."""
     change = {name: _number(after, name) - (_number(before, name) if before else 0) for name in _COUNTERS}
     if any(value < 0 for value in change.values()):  # the engine was restarted meanwhile
         return tier_rates(None, after, facts)

@@ -1,4 +1,4 @@
-"""Unexpected exceptions, for a screen that shows errors and goes on."""
+"""Wraps unexpected exceptions for a screen that shows errors and continues."""
 
 from __future__ import annotations
 

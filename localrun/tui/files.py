@@ -1,4 +1,4 @@
-"""Files that a message names: `@notes.txt` attaches that file."""
+"""Files mentioned in a message: `@notes.txt` attaches that file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ LONG_PASTE_LINES = 30
 
 
 def mentioned_files(text: str) -> list[Attachment]:
-    """Texts of the files that `@path` names, in order, each once. What is no file (a mail address, a handle) is just text.
+    """Texts of the files mentioned as `@path`, in order, each once. Anything that is not a file (a mail address, a handle) is
+    just text.
 
     Raises:
         AttachmentError: there is such a file, and it can't be attached.
@@ -57,5 +58,5 @@ def is_long_paste(text: str) -> bool:
 
 
 def estimate_tokens(text: str) -> int:
-    """A rough count for when no tokenizer can be asked: 4 bytes of UTF-8 a token."""
+    """A rough count without a tokenizer: 4 bytes of UTF-8 per token."""
     return ceil_div(len(text.encode("utf-8", "replace")), 4)

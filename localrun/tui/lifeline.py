@@ -1,7 +1,7 @@
-"""The end of the program, whatever it is doing: a terminal that goes away, a signal, and a deadline for what comes after.
+"""Guarantees that the program ends: on a lost terminal, on a signal, and after a deadline for the shutdown.
 
-The event loop can't be trusted with that. It may be busy, or it may wait for ever to write to a terminal that is gone: Textual's
-output is a queue of bounded length whose reader ends with the first error. So a thread watches, and has the last word.
+The event loop can't be trusted with that. It may be busy, or block forever writing to a terminal that is gone: Textual's output
+is a bounded queue whose reader ends at the first error. So a thread watches and enforces the deadline.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _RESTORE = b"\x1b[<u\x1b[?1049l\x1b[?25h\x1b[?1004l\x1b[?2004l\x1b[?1000l\x1b[?1
 
 
 class Lifeline:
-    """Watches over one run of the program. Make it in the main thread before the interface starts.
+    """Watches over one run of the program. Create it in the main thread before the interface starts.
 
     Args:
-        leave: asks the interface to end with an exit code; called from any thread, returns at once.
-        last: called before the process is ended by force; must not block.
+        leave: asks the interface to exit with a code; called from any thread, returns immediately.
+        last: called before the process is killed; must not block.
     """
 
     def __init__(self, leave: Callable[[int], Any], last: Callable[[], None] = lambda: None) -> None:
@@ -79,7 +79,7 @@ class Lifeline:
         poll.register(self._wake_reader, select.POLLIN)
         terminals = [stream.fileno() for stream in (sys.__stdin__, sys.__stderr__) if stream is not None]
         for terminal in terminals:
-            poll.register(terminal, 0)  # hanging up is told unasked
+            poll.register(terminal, 0)  # hang-ups are reported without being requested
         while self._deadline_s is None and not self._ended.is_set():
             for descriptor, happened in poll.poll(1000 * _POLL_S):
                 if descriptor == self._wake_reader:

@@ -1,4 +1,4 @@
-"""What threads and widgets tell the chat screen. Plain data: whoever receives one owns what happens next."""
+"""Messages from threads and widgets to the chat screen. Plain data; the receiver decides what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EngineLoading(Message):
-    """A load is under way, 0 to 1; once, where there is something to say, with the lines of its plan."""
+    """Progress of a load, 0 to 1; once, if available, with the lines of its plan."""
 
     progress: float
     text: str
@@ -50,14 +50,14 @@ class EngineFailed(Message):
 
 @dataclass
 class EngineDied(Message):
-    """The engine process is gone, whatever it was doing."""
+    """The engine process has died."""
 
     error: LocalrunError
 
 
 @dataclass
 class ModelChecked(Message):
-    """The headers of a model were looked at; `error` says what is wrong with them."""
+    """The headers of a model were checked; `error` is the problem, if any."""
 
     path: Path
     error: LocalrunError | None

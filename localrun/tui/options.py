@@ -1,4 +1,4 @@
-"""What the user can set for a conversation, and how it is kept and typed."""
+"""Options of a conversation: how they are stored and typed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ChatOptions:
     """Settings of one conversation.
 
     Attributes:
-        max_tokens: bound of an answer; None: the context.
+        max_tokens: limit of an answer; None: the context.
     """
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -35,7 +35,7 @@ def option_of(name: str) -> Option:
     """The declaration of a sampling value, by any of its names.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such value.
     """
     name = name.replace("-", "_").lower()
     if name not in _BY_NAME:
@@ -60,7 +60,7 @@ def with_value(options: ChatOptions, name: str, text: str) -> ChatOptions:
     """`options` with a sampling value as the user typed it.
 
     Raises:
-        UsageError: no such name or not a value of it.
+        UsageError: unknown name or invalid value.
     """
     option = option_of(name)
     unset = option.default is None and text.strip().lower() in ("", "none", "off")
@@ -77,7 +77,7 @@ def to_json(options: ChatOptions) -> dict[str, Any]:
 
 
 def from_json(body: Mapping[str, Any], defaults: ChatOptions) -> ChatOptions:
-    """Inverse of `to_json`; what is missing or senseless is taken from `defaults`."""
+    """Inverse of `to_json`; missing or invalid values are taken from `defaults`."""
     options = defaults
     for name in NAMES:
         if name in body:

@@ -1,7 +1,7 @@
-"""Bracketed paste: text between two marks of the terminal, whatever is in it, is one text and never a key.
+"""Bracketed paste: anything between the terminal's two marks is text, never keys.
 
-Textual reads the escape sequences inside a paste as keys: a coloured log would be sent line by line, and a byte 0x11 in it would
-quit. So pastes are taken out of the terminal's input before Textual parses the rest.
+Textual interprets escape sequences inside a paste as keys: a coloured log would be sent line by line, and a byte 0x11 in it
+would quit. So pastes are extracted from the terminal's input before Textual parses the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Pasted:
 class PasteSplitter:
     """Splits what the terminal sends into keys (strings, for Textual's parser) and pastes.
 
-    A paste may contain the end mark itself. The terminal's own one is the last before anything else begins, so a paste is
-    complete when an end mark came and then nothing for a while, or a next paste begins: call `quiet` when nothing came.
+    A paste may contain the end mark itself. The terminal's own mark is the last one before other input, so a paste is complete
+    when an end mark is followed by silence or by another paste: call `quiet` when no input arrives.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class PasteSplitter:
 
     @property
     def waiting(self) -> bool:
-        """Something is held back until more comes or `quiet` says that nothing does."""
+        """Whether input is held back until more arrives or `quiet` is called."""
         return bool(self._held)
 
     def feed(self, data: str) -> Iterator[str | Pasted]:
-        """Takes in what was read."""
+        """Processes input."""
         self._held += data
         while True:
             if not self._in_paste:
@@ -59,7 +59,7 @@ class PasteSplitter:
             yield from self._finish(len(self._held) if following is None else following)
 
     def quiet(self) -> Iterator[str | Pasted]:
-        """Nothing came for a while: what was held back is complete, unless the end mark of a paste is still to come."""
+        """No input for a while: what was held back is complete, unless a paste lacks its end mark."""
         if not self._in_paste:
             keys, self._held = self._held, ""
             if keys:
@@ -68,7 +68,7 @@ class PasteSplitter:
             yield from self._finish(len(self._held))
 
     def _next_start(self) -> int | None:
-        """Where the next paste begins; what stands before is complete, if there is an end mark in it."""
+        """Start of the next paste; everything before it is complete if it contains an end mark."""
         end = self._held.find(END, max(0, self._seen - len(END)))
         if end < 0:
             self._seen = len(self._held)

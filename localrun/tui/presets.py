@@ -1,6 +1,6 @@
-"""Presets: system prompt, sampling and thinking under a name, in `presets.toml` in the config folder, a table each.
+"""Presets: named system prompt, sampling and thinking, one table each in `presets.toml` in the config folder.
 
-The file is small and may be edited by hand; it is read anew at every use.
+The file is small and may be edited by hand, so it is reread at every use.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def path() -> Path:
 
 
 def names() -> list[str]:
-    """Of all presets. Raises UsageError for a file that is none."""
+    """All presets. Raises UsageError for an invalid file."""
     return sorted(_tables())
 
 
 def load(name: str) -> ChatOptions:
-    """What a preset sets; the rest is the program's default.
+    """The values of a preset; everything else has the program's default.
 
     Raises:
-        UsageError: there is none, or the file says something senseless.
+        UsageError: there is no such preset, or its values are invalid.
     """
     tables = _tables()
     if name not in tables:
@@ -50,7 +50,7 @@ def load(name: str) -> ChatOptions:
 
 
 def save(name: str, options: ChatOptions) -> None:
-    """Keeps settings under a name, in place of those that had it. Raises UsageError, StoreError."""
+    """Saves settings under a name, replacing an existing preset. Raises UsageError, StoreError."""
     if not _NAME.fullmatch(name) or name in RESERVED:
         raise UsageError(
             f"'{name}' is not a valid preset name", hint="letters, digits, - and _, at most 40; not save or delete"
@@ -91,7 +91,7 @@ def _tables() -> dict[str, Any]:
 
 
 def _write(tables: Mapping[str, Any]) -> None:
-    """Raises UsageError for what was edited into the file and can't be written again."""
+    """Raises UsageError for hand-edited values that can't be written back."""
     lines: list[str] = []
     for name in sorted(tables):
         if not isinstance(tables[name], dict):
@@ -113,5 +113,5 @@ def _value(value: object) -> str:
 
 
 def _text(text: str) -> str:
-    """A TOML string or key: JSON's, but DEL has to be escaped, too."""
+    """A TOML string or key: like JSON, but DEL must be escaped, too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,8 +1,8 @@
-"""Text with control characters in a text field: kept as it is, drawn harmlessly.
+"""Text with control characters in a text field: stored unchanged, drawn harmlessly.
 
-A text field draws its document, counts its cells and splits it into lines; a terminal obeys control characters, and Python's line
-ends are more than newline. So each unsafe character stands in the document as one of the last private-use characters, which is
-one cell wide like the picture that is drawn for it.
+A text field draws its document, counts its cells and splits it into lines, but a terminal obeys control characters, and Python
+recognizes more line ends than newline. So each unsafe character is represented in the document by one of the last private-use
+characters, which is one cell wide like the symbol drawn for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the chat screen is made of besides widgets: parts that each own some state and the commands about it.
+"""The parts of the chat screen besides widgets; each owns some state and the related commands.
 
-A part knows the widgets that it fills and the parts that it was given, never the screen that puts them together. What it
-changes in the background (the store, an answer that ends) goes through the `WorkQueue`, one thing after the other.
+A part knows the widgets it fills and the parts it was given, but not the screen. Background changes (the store, an answer that
+ends) go through the `WorkQueue`, one at a time.
 """

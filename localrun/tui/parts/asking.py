@@ -1,4 +1,4 @@
-"""Asking: questions on their way to the model, the answer that is written, and what happens when it ends."""
+"""Asking: pending questions, the answer in progress, and what happens when it ends."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Question:
 
 
 class Asking:
-    """Owns the answer that is written and the question that waits for a model.
+    """Owns the answer in progress and the question waiting for a model.
 
     Args:
-        refused: gets a question back that could not be written down.
-        answered: told of every answer that has ended.
+        refused: gets a question that could not be saved.
+        answered: called for every answer that has ended.
 
     Attributes:
-        answering: the answer under way, or the last one.
-        pending: id of the question that is answered as soon as a model is loaded, whatever fails until then.
+        answering: the current or last answer.
+        pending: id of the question to answer as soon as a model is loaded.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Asking:
         await self.answer_to(message.id)
 
     async def answer_to(self, question_id: int) -> None:
-        """Starts an answer to a question that is the end of what is on view; without a model the question waits for one."""
+        """Starts an answer to the question at the end of the visible branch; without a model the question waits for one."""
         self.check_free()
         self._notices.clear()
         facts = self._model.facts
@@ -143,7 +143,7 @@ class Asking:
             await self.answer_to(self.pending)
 
     def stop(self) -> bool:
-        """Ends the answer at once, also one that waits for a model; returns whether there was one."""
+        """Stops the answer immediately, even one waiting for a model; returns whether there was one."""
         was_busy = self.busy
         if self.pending is not None:
             self.pending = None
@@ -177,7 +177,7 @@ class Asking:
     # --- context full
 
     async def _context_full(self, facts: ModelFacts, message: str) -> None:
-        """Asks what to do; nothing is ever cut silently."""
+        """Asks what to do; nothing is truncated silently."""
         branch = await self.current.branch()
         if branch and branch[-1].role == "assistant":
             branch = branch[:-1]
@@ -217,7 +217,7 @@ class Asking:
         return self._model.link.count_now(text) if text else 0
 
     async def _branch_with(self, messages: Sequence[Message]) -> None:
-        """The last turns as a beginning of its own."""
+        """Copies the last turns to a new root."""
         last = await self.current.begin_again_with(messages)
         if last is not None:
             await self.answer_to(last)

@@ -1,4 +1,4 @@
-"""Writing: the text in the input, the files that go with it, the message that it edits, and its way to the model."""
+"""Writing: the input's text, attached files, the message being edited, and sending."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ LARGE_SHARE = 0.1
 CONFIRM = {"back": "Not yet", "send": "Send it"}
 
 DRAFT_DELAY_S = 0.5
-"""From the last key to the saving of what stands in the input."""
+"""Delay from the last keystroke to saving the draft."""
 
 
 class Composer:
-    """Owns which message is being edited, and the saving of the draft.
+    """Owns the id of the message being edited, and saves the draft.
 
     Args:
-        run: carries out a command by its name.
-        room: tokens that are left in the context; 0: not known.
+        run: runs a command by name.
+        room: tokens left in the context; 0: unknown.
         open_settings: shows the dialog.
     """
 
@@ -155,7 +155,7 @@ class Composer:
     # --- editing
 
     def edit(self, message: Message) -> None:
-        """Puts a message into the input; what is sent then is a new version of it."""
+        """Puts a message into the input; sending it creates a new version."""
         self.put_into_input(message)
         self._begin_editing(message)
 
@@ -190,7 +190,7 @@ class Composer:
         self._timer = self._screen.set_timer(DRAFT_DELAY_S, self.save_draft)
 
     def save_draft(self) -> None:
-        """What stands in the input is there again at the next start, however this one ends."""
+        """Restores the draft at the next start, however this one ends."""
         text = self.prompt.text
         if text != self._saved_draft and self.editing is None:
             self._saved_draft = text

@@ -1,4 +1,4 @@
-"""The conversation on view: which one, its settings, and the branch of it that the chat shows."""
+"""The open conversation: its id, settings, and the branch shown in the chat."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ NO_TITLE = "New conversation"
 
 
 class OpenConversation:
-    """Owns which conversation is open, and its settings; writes to it and shows it in the chat.
+    """Owns the open conversation and its settings; writes to it and shows it in the chat.
 
-    Coroutines belong into the work queue.
+    Run its coroutines in the work queue.
 
     Args:
         defaults: settings of new conversations.
-        live: id of the message that is being written; None: none is.
-        changed: called when title or content of what is on view has changed.
-        failed: told of an error of a write that nobody waits for.
+        live: id of the message being written; None if there is none.
+        changed: called when the open conversation's title or content has changed.
+        failed: called with the error of a write that is not awaited.
 
     Attributes:
-        conversation: None: a new one that nothing was written to yet.
-        options: settings of the conversation on view.
+        conversation: None: a new, empty one.
+        options: settings of the open conversation.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class OpenConversation:
         await self.show(at=message_id)
 
     async def begin_new(self) -> None:
-        """An empty one; the present one is kept."""
+        """Starts an empty one; the current one is kept."""
         await self._records(lambda store: store.set_state("last_conversation", None))
         self.conversation, self.options = None, self._defaults
         await self.show()
@@ -141,8 +141,8 @@ class OpenConversation:
     async def add_question(
         self, text: str, attachments: Sequence[Attachment], *, instead_of: Message | None = None
     ) -> Message:
-        """Writes a question below what is on view, or as another version of `instead_of`; makes the conversation if there is
-        none, named after the question. In the same moment the draft is gone."""
+        """Writes a question at the end of the visible branch, or as another version of `instead_of`; creates the conversation
+        if necessary, named after the question. The draft is deleted in the same transaction."""
         title = visible_line((text or attachments[0].name).strip().split("\n")[0], max_chars=TITLE_CHARS)
         conversation, settings = self.conversation, to_json(self.options)
 
@@ -180,7 +180,7 @@ class OpenConversation:
         await self.show()
 
     async def rewind(self, message_id: int | None) -> None:
-        """Makes a message the end of what is on view; what followed stays as a branch."""
+        """Makes a message the end of the visible branch; what followed stays as a branch."""
         conversation_id = self.needed().id
         await self._records(lambda store: store.rewind(conversation_id, message_id))
         await self.show()
@@ -202,7 +202,7 @@ class OpenConversation:
         return other
 
     async def begin_again_with(self, messages: Sequence[Message]) -> int | None:
-        """Copies messages as a beginning of its own; gives the id of the last one."""
+        """Copies messages to a new root; returns the id of the last one."""
         conversation_id = self.needed().id
 
         def work(store: ConversationStore) -> int | None:

@@ -19,7 +19,7 @@ MAX_LOG_LINES = 500
 
 
 class Conversions:
-    """Owns the conversion and what it said. One at a time; it goes on when the dialog is closed.
+    """Owns the conversion and its log. One at a time; it continues when the dialog is closed.
 
     Args:
         load: loads the finished model.

@@ -1,4 +1,4 @@
-"""Finding words in the conversation on view, and marking them."""
+"""Finds words in the open conversation and highlights them."""
 
 from __future__ import annotations
 

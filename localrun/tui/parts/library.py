@@ -24,11 +24,11 @@ from localrun.tui.widgets.conversation_list import ConversationList
 
 
 class Library:
-    """Commands about whole conversations. Owns nothing but the way between the list, the store and the one on view.
+    """Commands for whole conversations. Connects the list, the store and the open conversation; owns no state.
 
     Args:
-        check_free: raises UsageError while an answer is written: the conversation on view can't be left then.
-        leaving: called before another conversation takes the place of the one on view.
+        check_free: raises UsageError during an answer, when the open conversation can't be left.
+        leaving: called before switching to another conversation.
         to_input: gives the focus to the input.
     """
 

@@ -1,4 +1,4 @@
-"""The model: which one is loaded or being loaded, how, and what to do when that fails."""
+"""The model: loading it, its state, and recovery from failed loads."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class Choice:
 
 
 class LoadedModel:
-    """Owns the way to the engine, what is loaded in it, and what was loaded before, in case the next one fails.
+    """Owns the link to the engine, the loaded model, and the previous one, in case the next load fails.
 
     Args:
-        prepare: gives the first model where none was named (it may have to be made); None: the chooser opens.
+        prepare: returns the first model if none was named (it may have to be converted); None: the chooser opens.
         begun: called when a load takes the model away.
         ready: called when there is a model.
-        changed: called when what `label` says has changed.
+        changed: called when `label` has changed.
         to_input: gives the focus to the input.
 
     Attributes:
         link: the engine.
         facts: of the model that can answer now; None: there is none.
-        loading: a load is under way.
-        plan_lines: of the present load; none for models too small for a plan.
-        planned: tokens per second of answers that the plan expects, from and to.
-        plan_bars: what that plan looks like.
+        loading: a load is running.
+        plan_lines: of the current load; empty for models too small for a plan.
+        planned: range of decode tokens per second that the plan predicts.
+        plan_bars: the plan's bars.
     """
 
     def __init__(
@@ -124,17 +124,17 @@ class LoadedModel:
     def _prepare(self, prepare: Callable[[], Path]) -> None:
         try:
             path = prepare()
-        except Exception as error:  # whatever it is, the screen must not go on waiting
+        except Exception as error:  # on any error: the screen must not keep waiting
             self._screen.post_message(EngineFailed(as_ours(error)))
         else:
             self._screen.app.call_from_thread(self.load, path)
 
     def load(self, path: Path, options: EngineOptions | None = None, *, restart: bool = False) -> None:
-        """Loads in place of the present model; a running answer is stopped first.
+        """Replaces the current model; a running answer is stopped first.
 
         Args:
-            options: how; None: as the one before.
-            restart: in a new process, for an engine that does not react any more.
+            options: load options; None: as before.
+            restart: in a new process, for an unresponsive engine.
         """
         self.link.stop()
         self.options = options or self.options
@@ -149,7 +149,7 @@ class LoadedModel:
         self.link.load(path, self.options, restart=restart)
 
     def switch(self, path: Path) -> None:
-        """Loads another model if its headers are sound; else the present one stays."""
+        """Loads another model if its headers are valid; otherwise keeps the current one."""
         path = path.expanduser()
         if self.facts is None:
             self.load(path)
@@ -232,7 +232,7 @@ class LoadedModel:
         if before is None or before == failed:
             self._notices.error("Could not load the model", event.error, ("models", "settings", "reload", "close"), log)
             return
-        self._loaded = None  # if that fails too, nothing is tried any more
+        self._loaded = None  # if that fails too, give up
         self.load(before.path, before.options)
         self._notices.error(
             "Could not load the model; reloading the previous one",
@@ -242,7 +242,7 @@ class LoadedModel:
         )
 
     def died(self, event: EngineDied) -> None:
-        """Says so and starts the engine again; a death while loading is told by the load itself."""
+        """Reports the crash and restarts the engine; a crash during a load is reported by the load."""
         if self.loading:
             return
         self.facts = None

@@ -1,4 +1,4 @@
-"""What the engine's counters say: the status line, the engine panel, and when it is worth asking."""
+"""Shows the engine's counters in the status line and the engine panel, and decides when to poll them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ IDLE_STATS_EVERY = 3
 """While nothing is computed the counters hardly change."""
 
 MAP_EVERY = 3
-"""Looks at the counters per look at the map. A look at the 11,008 experts of Flash takes the engine 26 ms at most (measured on
-a busy machine), most of it JSON: once in 3 s that is less than 1 % of its time."""
+"""Counter polls per map poll. A map of Flash's 11,008 experts takes the engine 26 ms at most (measured on a busy machine),
+mostly for JSON; every 3 s that is less than 1 % of its time."""
 
 
 class Monitor:
-    """Owns the last look at the counters.
+    """Owns the last sample of the counters.
 
     Args:
-        extra: what else goes on, for the status line (a conversion).
+        extra: other activity for the status line (a conversion).
     """
 
     def __init__(

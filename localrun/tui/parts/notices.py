@@ -1,4 +1,4 @@
-"""What the user is told: panels for errors, short notes for everything else."""
+"""Notifications: panels for errors, short notes for everything else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Notices:
             self.error("That didn't work", error)
 
     async def guard(self, work: Awaitable[None]) -> None:
-        """Awaits; an error is told."""
+        """Awaits; errors are shown."""
         try:
             await work
         except LocalrunError as error:

@@ -1,4 +1,4 @@
-"""Which panels are open beside the chat, or, on a narrow screen, instead of it."""
+"""The panels open next to the chat, or, on a narrow screen, instead of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localrun.tui.widgets.engine_panel import EnginePanel
 EnginePanelState = Literal["off", "side", "full"]
 
 WIDE_COLUMNS = 110
-"""From this width on panels stand beside the chat; `localrun.tcss` knows it as `-wide`."""
+"""From this width on, panels are shown next to the chat; `-wide` in `localrun.tcss`."""
 
 ENGINE_COLUMNS = 140
 """From this width on the engine panel is open at the start."""
@@ -23,7 +23,7 @@ _NEXT: dict[EnginePanelState, EnginePanelState] = {"off": "side", "side": "full"
 
 
 class Panels:
-    """Owns what is open.
+    """Owns the open panels.
 
     Args:
         to_input: gives the focus to the input.
@@ -47,7 +47,7 @@ class Panels:
 
     @property
     def narrow(self) -> bool:
-        """There is no place for a panel beside the chat."""
+        """Whether there is no room for a panel next to the chat."""
         return self._screen.app.size.width < WIDE_COLUMNS
 
     def begin(self) -> None:
@@ -73,7 +73,7 @@ class Panels:
         self.opened()
 
     def resized(self, width: int) -> None:
-        """Panels that have lost their place beside the chat are closed: they would cover it."""
+        """Closes panels that no longer fit next to the chat, which they would cover."""
         narrow = width < WIDE_COLUMNS
         if narrow and not self._was_narrow:
             self.set(conversations=False, engine="off")
@@ -102,7 +102,7 @@ class Panels:
             self.set(engine="full" if self.engine == "off" else "off")
         else:
             self.set(engine=_NEXT[self.engine])
-        if self.engine == "full":  # the input can't be seen: what is typed must not go there
+        if self.engine == "full":  # the input is hidden, so keys must not go there
             self._screen.query_one(EnginePanel).map.focus()
         else:
             self._to_input()

@@ -1,4 +1,4 @@
-"""The command for presets: settings under a name, for the conversation on view."""
+"""The command for presets: named settings for the open conversation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localrun.tui.parts.work import Call, Handler
 
 
 def preset_arguments() -> list[str]:
-    """What may follow `/preset`, while it is typed: a broken file is told when the command is used."""
+    """Completions for `/preset`; an invalid file is only reported when the command is used."""
     try:
         known = presets.names()
     except UsageError:

@@ -1,4 +1,4 @@
-"""The store as the event loop sees it: reading and writing are awaited, the work happens on the store's thread."""
+"""The store for the event loop: reads and writes are awaited; the work happens on the store's thread."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from localrun.tui.faults import as_ours
 R = TypeVar("R")
 
 SLOW_S = 1.0
-"""After so long the user is told that the file keeps us waiting."""
+"""After this delay the user is told that the file is locked."""
 
 
 class GoneError(ConversationError):
-    """A conversation or message that was there before is not any more."""
+    """A conversation or message no longer exists."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -32,7 +32,7 @@ class Records:
 
     Args:
         thread: owns the store.
-        slow: called when the file has kept somebody waiting for `SLOW_S`.
+        slow: called when a caller has waited for the file for `SLOW_S`.
     """
 
     def __init__(self, thread: StoreThread, slow: Callable[[], None] = lambda: None) -> None:
@@ -44,11 +44,11 @@ class Records:
         return await asyncio.wrap_future(self._thread.open())
 
     async def __call__(self, work: Callable[[ConversationStore], R]) -> R:
-        """What `work` gives. When this returns, its changes are in the file.
+        """The result of `work`. When this returns, its changes are in the file.
 
         Raises:
             ConversationError: the file can't be read or written.
-            GoneError: what `work` names is gone.
+            GoneError: a conversation or message that `work` uses is gone.
         """
         told = asyncio.get_running_loop().call_later(SLOW_S, self.slow)
         try:
@@ -59,7 +59,7 @@ class Records:
             told.cancel()
 
     def post(self, work: Callable[[ConversationStore], Any], failed: Callable[[LocalrunError], None]) -> None:
-        """Does it without being waited for. `failed` is called on the event loop; what is gone by then is nobody's loss."""
+        """Runs it in the background. `failed` is called on the event loop; missing records are ignored."""
         loop = asyncio.get_running_loop()
 
         def done(future: Future[Any]) -> None:
@@ -70,7 +70,7 @@ class Records:
         self._thread.submit(work).add_done_callback(done)
 
     def search(self, words: str) -> list[SearchHit]:
-        """Blocks; for a thread of its own. See `ConversationStore.search`."""
+        """Blocks; use in a separate thread. See `ConversationStore.search`."""
         return self._thread.submit(lambda store: store).result().search(words)
 
     def close(self, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""Commands about single messages: answer again, edit, branch, go from version to version, copy."""
+"""Commands for single messages: answer again, edit, branch, switch versions, copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localrun.tui.widgets.message_view import MessageView, code_blocks
 
 
 class Versions:
-    """What can be done with the messages on view. Has no state: the store knows the versions, the chat what is on view."""
+    """Operations on visible messages. Stateless: the store knows the versions, the chat what is visible."""
 
     def __init__(
         self, screen: Screen[Any], notices: Notices, current: OpenConversation, asking: Asking, composer: Composer

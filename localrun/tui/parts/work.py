@@ -1,4 +1,4 @@
-"""Commands and the queue in which those that take time are carried out."""
+"""Commands, and the queue that runs those that take time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One use of a command.
+    """One invocation of a command.
 
     Attributes:
         argument: what followed the slash command.
-        message_id: which message a command of scope `message` means; None: the last one that fits.
+        message_id: the message for a command of scope `message`; None: the last suitable one.
     """
 
     argument: str = ""
@@ -22,17 +22,17 @@ class Call:
 
 
 Handler = Callable[[Call], Coroutine[Any, Any, None] | None]
-"""Carries out a command: at once, or, as a coroutine, in the work queue."""
+"""Runs a command: immediately, or, if it is a coroutine, in the work queue."""
 
 
 class WorkQueue:
-    """Carries out coroutines in the order in which they came, one at a time, so that none finds another half done.
+    """Runs coroutines in order, one at a time, so that none sees another half done.
 
-    Neither keys nor painting wait for it: with a conversations file that is slow to answer one can still scroll, stop and quit.
-    Belongs to one event loop.
+    Keys and painting don't wait for it: with a slow conversations file the user can still scroll, stop and quit. Belongs to one
+    event loop.
 
     Args:
-        guard: awaits a piece of work and tells the user of its errors.
+        guard: awaits a piece of work and shows its errors to the user.
     """
 
     def __init__(self, guard: Callable[[Awaitable[None]], Awaitable[None]]) -> None:

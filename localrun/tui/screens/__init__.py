@@ -1,1 +1,1 @@
-"""Dialogs. Each returns its result to whoever pushed it; none changes the conversation itself."""
+"""Dialogs. Each returns its result to its caller; none changes the conversation itself."""

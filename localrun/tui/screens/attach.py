@@ -1,4 +1,4 @@
-"""Attaching a text file: path with completion, and its size in tokens before it is taken."""
+"""Attaches a text file: path with completion, and its size in tokens before it is attached."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class PathSuggester(Suggester):
 
 
 class AttachScreen(Dialog[Attachment]):
-    """Gives the file with its count of tokens."""
+    """Returns the file with its token count."""
 
     TITLE_TEXT = "Attach a text file"
 
     @dataclass
     class Counted(Message):
-        """The engine (or an estimate) says how long the file is."""
+        """The file's token count has arrived, from the engine or as an estimate."""
 
         path: str
         attachment: Attachment
@@ -56,7 +56,7 @@ class AttachScreen(Dialog[Attachment]):
     def __init__(self, link: EngineLink, room: int, path: str = "") -> None:
         """
         Args:
-            room: tokens that are left in the context; 0: not known.
+            room: tokens left in the context; 0: unknown.
         """
         super().__init__(classes="small")
         self._link, self._room, self._path = link, room, path

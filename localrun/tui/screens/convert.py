@@ -1,4 +1,4 @@
-"""Converting a checkpoint: say what, start it, watch it, leave it running."""
+"""Converts a checkpoint: configure, start, watch, leave running."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Start = Callable[[Path, Path, list[str]], ConverterProcess]
 
 
 class ConvertScreen(Dialog[Path]):
-    """Gives the finished model's folder when the user wants to load it. The conversion belongs to whoever gave `start`.
+    """Returns the finished model's folder when the user wants to load it. The owner of `start` owns the conversion.
 
     Args:
-        log: what the running conversion, or the last one, has said.
+        log: output of the running or last conversion.
     """
 
     TITLE_TEXT = "Convert a checkpoint"
@@ -119,7 +119,7 @@ class ConvertScreen(Dialog[Path]):
         self.query_one("#convert-hide").focus()
 
     def _options(self) -> list[str]:
-        """What was chosen, as `localrun convert` wants it."""
+        """The choices as arguments of `localrun convert`."""
         options: list[str] = []
         for name in ("recipe", "base", "dense"):
             value = self.query_one(f"#{name}", Select).value

@@ -1,4 +1,4 @@
-"""What all dialogs share: a framed box in the middle that Esc closes, and two small ones: a question and a line of text."""
+"""The base of all dialogs, a centred box that Esc closes, and two small ones: a question and a line of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localrun.textsafe import visible
 R = TypeVar("R")
 
 MAX_ROW_CELLS = 60
-"""Buttons that need more stand below each other."""
+"""Wider buttons are stacked."""
 
 
 class Dialog(ModalScreen[R | None]):

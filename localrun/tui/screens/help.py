@@ -1,4 +1,4 @@
-"""The F1 page, made from the list of commands."""
+"""The F1 page, generated from the list of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model chooser: what was found on this machine, with size and fit, or a path."""
+"""The model chooser: models found on this machine, with size and fit, or a path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME_CELLS = 30
 
 
 class ModelsScreen(Dialog[Path]):
-    """Gives the path of the chosen model. Models that can be run come first; below the table stands all of the highlighted one."""
+    """Returns the path of the chosen model. Runnable models come first; details of the highlighted one are below the table."""
 
     TITLE_TEXT = "Choose a model"
 
@@ -70,7 +70,7 @@ class ModelsScreen(Dialog[Path]):
         note.update(f"{len(self._models)} found, still looking…")
 
     def _fill(self) -> None:
-        """All rows anew, in order; the highlighted model stays highlighted."""
+        """Rebuilds all rows in order; the highlighted model stays highlighted."""
         table = self.query_one(DataTable)
         models = sorted(
             self._models.values(), key=lambda m: (bool(m.problem), m.path != self._current, m.name.casefold())

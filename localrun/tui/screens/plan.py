@@ -1,4 +1,4 @@
-"""What the planner said of the load, in words and as bars, and beside it what the last answer measured."""
+"""The load's plan, as text and bars, next to the last answer's measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlanScreen(Dialog[None]):
     """The six lines, wrapped, and below them the bars as `localrun plan` draws them.
 
     Args:
-        lines: of the plan; empty where there is none.
+        lines: of the plan; empty if there is none.
         bars: of memory and of a token's time.
         measured: of the last answer.
         loaded: there is a model.

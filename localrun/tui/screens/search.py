@@ -1,4 +1,4 @@
-"""Search in all conversations, in all their branches."""
+"""Searches all conversations, in all their branches."""
 
 from __future__ import annotations
 

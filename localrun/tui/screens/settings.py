@@ -1,4 +1,4 @@
-"""Model and sampling: what is loaded, how answers are chosen, how much memory and context there is, the theme."""
+"""Settings: the loaded model, sampling, memory and context, the theme."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The conversation: thousands of messages, of which only those near the viewport are widgets.
 
-Blank widgets above and below stand for the rest, as high as the rest was measured or estimated, so that the scrollbar
-tells the truth and any place can be jumped to. What is on view stays where it is when something above it changes its
-height: unless the view follows the end, the first visible message is held in place at every layout.
+Spacers above and below replace the rest, with measured or estimated heights, so that the scrollbar is correct and any position
+can be jumped to. The view stays in place when something above it changes height: unless it follows the end, the first visible
+message is anchored at every layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIN_MARGIN_ROWS = 30
 
 
 class Spacer(Static):
-    """Stands for messages that are no widgets."""
+    """Spacer for messages without widgets."""
 
     def set_height(self, rows: int) -> None:
         self.styles.height = rows
@@ -59,7 +59,7 @@ class ChatView(VerticalScroll, can_focus=False):
     # --- what it shows
 
     async def show(self, entries: Sequence[Entry], *, at: int | None = None) -> None:
-        """Shows a branch. Messages that it has in common with the one before stay as they are.
+        """Shows a branch. Messages shared with the previous one are kept.
 
         Args:
             at: message to scroll to; None: the end.
@@ -315,7 +315,7 @@ class ChatView(VerticalScroll, can_focus=False):
         self._held = next(((view, top - y) for view, top, height in self._placed if top + height > y), None)
 
     def _estimate(self, message: Message) -> int:
-        """Rows of a message at the present width."""
+        """Rows of a message at the current width."""
         width = max(20, (self._measured_width or self.size.width or 80) - 6)
         rows = sum(1 + len(line) // width for line in message.content.split("\n"))
         return rows + 2 + len(message.attachments) + (2 if message.role == "assistant" else 0)

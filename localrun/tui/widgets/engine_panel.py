@@ -1,4 +1,4 @@
-"""What only localrun can show: the tiers with their bytes and rates, and the map of experts."""
+"""The engine panel: tiers with bytes and rates, and the map of experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CURVE_ROWS = 2
 
 
 class EnginePanel(Vertical):
-    """Tiers, rates, map. Fed with `Stats` by the screen; remembers the look before for the rates.
+    """Tiers, rates, map. The screen feeds it `Stats`; it keeps the previous sample to compute rates.
 
     Attributes:
         rates: between the last two looks at which anything had happened.
@@ -94,7 +94,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def ram_bytes(facts: ModelFacts, grid: ExpertGrid | None, stats: Stats | None) -> int | None:
-    """Bytes of experts in RAM: counted on the map, or else as the engine says."""
+    """Bytes of experts in RAM: counted on the map, otherwise as reported by the engine."""
     if grid is not None:
         return grid.count(RAM) * facts.expert_bytes
     value = stats.telemetry.get("ram_bytes") if stats is not None else None

@@ -1,8 +1,8 @@
-"""Layers x experts as coloured glyphs: where each expert is, how precise, how much used.
+"""Layers x experts as coloured glyphs: each expert's location, precision or use.
 
-Every meaning has a glyph of its own, so the map can be read without colours. Where there are more layers than lines they stand in
-columns beside each other, so that all are on view as long as cells keep a meaning. Cells are aggregated to the width at hand and
-drawn only for the lines on view, so a refresh costs about as much as a line of text per layer.
+Every meaning has its own glyph, so the map is readable without colours. If there are more layers than lines, they are arranged
+in columns, so that all are visible as long as cells stay meaningful. Cells are aggregated to the available width and drawn only
+for visible lines, so a refresh costs about as much as a line of text per layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Search in the conversation on view: words, number of places, next and previous."""
+"""Search in the open conversation: words, number of matches, next and previous."""
 
 from __future__ import annotations
 

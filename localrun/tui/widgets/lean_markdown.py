@@ -1,8 +1,8 @@
 """Markdown whose lists and tables are one widget each.
 
-Textual makes four widgets of a list item and one of every table cell. Mounting a widget costs milliseconds, and a
-conversation is read by the page: here a plain list or table draws itself. A list that contains code, tables or quotations is
-left to Textual. Departure: no mouse selection inside lists and tables (the copy commands give the source).
+Textual creates four widgets per list item and one per table cell. Mounting a widget takes milliseconds, and conversations are
+paged through, so here a plain list or table draws itself. Lists that contain code, tables or quotations are left to Textual.
+Departure: no mouse selection inside lists and tables (the copy commands give the source).
 """
 
 from __future__ import annotations
@@ -219,14 +219,14 @@ class LeanMarkdown(Markdown):
 
 
 def markdown_parser() -> MarkdownIt:
-    """As `parse_markdown`; what it gives is harmless for a terminal, whatever was written as an entity."""
+    """Like `parse_markdown`, but the result is safe for a terminal, including text written as entities."""
     parser = _plain_parser()
     parser.core.ruler.push("visible", _make_visible)
     return parser
 
 
 def parse_markdown(text: str) -> Sequence[Token]:
-    """What a model has written, as it is: to be copied, not to be shown."""
+    """Raw model output, for copying, not for display."""
     return _plain_parser().parse(text)
 
 

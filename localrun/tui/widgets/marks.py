@@ -1,4 +1,4 @@
-"""Words that are looked for, marked wherever a message shows them: text, lists, tables, code and reasoning."""
+"""Highlights search words wherever a message shows them: text, lists, tables, code and reasoning."""
 
 from __future__ import annotations
 

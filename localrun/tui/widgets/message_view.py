@@ -53,7 +53,7 @@ class Entry:
 class MessageView(Vertical, can_focus=True):
     """Shows an entry; grows with it while `live`.
 
-    Threads: none. `sync` may be called at any rate, it writes only what is new.
+    No threads. `sync` may be called at any rate; it only writes what is new.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -98,7 +98,7 @@ class MessageView(Vertical, can_focus=True):
             yield Static(ending, classes="message-ending")
 
     async def sync(self, entry: Entry, thinking_live: bool = False) -> None:
-        """Shows the entry's present state. Its text may only have grown."""
+        """Shows the entry's current state. Its text may only have grown."""
         self.entry = entry
         if not self.is_mounted or not self.children:
             return
@@ -124,7 +124,7 @@ class MessageView(Vertical, can_focus=True):
             block.toggle()
 
     def mark(self, words: Sequence[str]) -> None:
-        """Marks words that are looked for, also in what is drawn later; none: no marks."""
+        """Highlights search words, also in text drawn later; empty: no highlights."""
         self._words = tuple(words)
         self._marks.show(self, self._words)
 
@@ -134,7 +134,7 @@ class MessageView(Vertical, can_focus=True):
         return self._marks.first
 
     def on_markdown_table_of_contents_updated(self, event: Markdown.TableOfContentsUpdated) -> None:
-        """The text was drawn anew."""
+        """The text was redrawn."""
         if self._words:
             self._marks.show(self, self._words)
 
@@ -149,7 +149,7 @@ class MessageView(Vertical, can_focus=True):
             await self.mount(block, before=self.query_one(LeanMarkdown))
 
     async def _show_line(self, name: str, text: Content) -> None:
-        """A line below the text, there only while it says something: widgets that are not there cost nothing."""
+        """A line below the text, mounted only while it is not empty, because unmounted widgets cost nothing."""
         lines = self.query_children(f".{name}").results(Static)
         line = next(iter(lines), None)
         if line is None:

@@ -1,4 +1,4 @@
-"""Panels inside the chat: an error with its way out, and the progress of a load."""
+"""Panels inside the chat: an error with a remedy, and the progress of a load."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ErrorPanel(Vertical):
 
 
 class LoadingPanel(Vertical):
-    """What a load is doing, and the plan that it follows: a line each, cut where the screen ends (`/plan` shows all)."""
+    """A load's progress and plan: a line each, truncated at the screen's edge (`/plan` shows everything)."""
 
     def __init__(self) -> None:
         super().__init__(id="loading")

@@ -31,7 +31,7 @@ class PromptArea(TextArea):
     """The text field itself; what a key means here is decided in `on_key` before `TextArea` sees it."""
 
     def get_line(self, line_index: int) -> Text:
-        """A line as it is drawn: a picture in place of each character that a terminal would obey."""
+        """A line as drawn: control characters are replaced by symbols."""
         return Text(pictures(self.document.get_line(line_index)), end="", no_wrap=True)
 
     async def _on_paste(self, event: events.Paste) -> None:
@@ -71,16 +71,16 @@ class PromptArea(TextArea):
 class Prompt(Vertical):
     """Input, suggestions above it, chips of attached files.
 
-    Owns the history and the files that go with the next message.
+    Owns the history and the files attached to the next message.
 
     Attributes:
-        offers: questions that Tab puts into an empty input, one after the other.
-        arguments: by a command's name what may follow its slash command.
+        offers: questions that Tab cycles through in an empty input.
+        arguments: completions for slash commands, by command name.
     """
 
     @dataclass
     class Changed(Message):
-        """Another text stands in it."""
+        """Its text has changed."""
 
     def __init__(self) -> None:
         super().__init__(id="prompt")
@@ -145,7 +145,7 @@ class Prompt(Vertical):
     def fold(self, text: str) -> None:
         """A long paste goes with the message as a file does."""
         number = sum(a.name.startswith(PASTED) for a in self.attachments) + 1
-        # What an engine would count is not worth waiting for.
+        # Not worth waiting for the engine's count.
         self.set_attachments([*self.attachments, Attachment(f"{PASTED} {number}", text, estimate_tokens(text))])
         self.area.focus()
 
@@ -238,7 +238,7 @@ class Prompt(Vertical):
         ]
 
     def _arguments(self, text: str) -> list[Option]:
-        """What may follow a slash command and begins with what was typed; nothing once one of them stands there."""
+        """Completions of a slash command's argument; empty once it is complete."""
         self._kind = "/"
         name, blank, typed = text.removeprefix("/").partition(" ")
         command = BY_SLASH.get(name) if text.startswith("/") and blank else None
@@ -274,7 +274,7 @@ class Prompt(Vertical):
         return True
 
     def _word(self) -> str:
-        """What stands before the cursor, back to the last blank."""
+        """The word before the cursor."""
         row, column = self.area.cursor_location
         return self.area.document.get_line(row)[:column].rpartition(" ")[2]
 

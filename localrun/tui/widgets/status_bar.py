@@ -1,4 +1,4 @@
-"""The line that is always there: rates, context, cache hits, memory; while the prompt is read, how far and how long."""
+"""The status line: rates, context, cache hits, memory; while the prompt is read, its progress."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from localrun.units import format_duration
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the line shows. None: not known, shown as a dash.
+    """The line's values. None: unknown, shown as a dash.
 
     Attributes:
         activity: what the engine is doing (`loading 40 %`, `reading 512/2,048, 12s left`); empty: nothing.
-        planned: tokens per second of decode that the load's plan expects, from and to; None: nothing expected.
-        hit_rate: share of experts found in memory, lately.
-        ram_bytes, ram_budget: experts in RAM and the most there may be.
-        extra: something else that goes on (a conversion).
+        planned: range of decode tokens per second that the plan predicts; None: no prediction.
+        hit_rate: recent share of experts found in memory.
+        ram_bytes, ram_budget: experts in RAM, and their budget.
+        extra: other activity (a conversion).
     """
 
     activity: str = ""

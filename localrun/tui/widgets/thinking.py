@@ -1,4 +1,4 @@
-"""The model's reasoning: one line with its time, which folds out. While it is being written its last lines are shown."""
+"""The model's reasoning: one line with its duration, which unfolds. During writing its last lines are shown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ThinkingHeader(Static):
 
 
 class ThinkingBlock(Vertical):
-    """Reasoning of one answer. Plain text: it is no Markdown document, and it can be very long."""
+    """Reasoning of one answer, as plain text: it is not Markdown, and it can be very long."""
 
     def __init__(self, text: str, seconds: float | None, *, live: bool = False) -> None:
         super().__init__()

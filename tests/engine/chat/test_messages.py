@@ -89,7 +89,7 @@ def test_openai_conversation_is_understood() -> None:
         (["hi"], r"messages\[0\]: expected an object"),
         ([{"role": "user", "content": "a"}, {"role": "robot"}], r"messages\[1\]: unknown role 'robot'"),
         ([{"content": "a"}], r"messages\[0\]: unknown role None"),
-        ([{"role": "user", "content": "a", "images": []}], r"messages\[0\]: .* user has no field 'images'"),
+        ([{"role": "user", "content": "a", "images": []}], r"messages\[0\]: a user message has no field 'images'"),
         ([{"role": "user", "content": "a", "tool_calls": [1]}], "no field 'tool_calls'"),
         ([{"role": "user", "content": 5}], r"messages\[0\].content: expected text, got int"),
         (

@@ -1,7 +1,7 @@
-"""What a path means: which model in a folder, a hub's cache or a folder of quantizations is to be opened, and its name.
+"""Resolves a path: which model in a folder, a hub cache or a folder of quantizations to open, and its name.
 
-Everything that shows models and everything that opens them asks here, so that both mean the same. Reads names, and headers of
-GGUFs where several lie together; whether a model is sound is found out by opening it.
+Used by everything that lists or opens models, so that both agree. Reads names, and headers if a folder has several GGUFs;
+whether a model is valid is determined by opening it.
 
 Hub cache: `models--OWNER--NAME/refs/BRANCH` names a commit, `snapshots/COMMIT/` holds links to the files of that commit.
 """
@@ -26,11 +26,11 @@ _HUB = "models--"
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A model's place.
+    """A model's location.
 
     Attributes:
         path: what to open: a converted or checkpoint directory, or a GGUF file (any part of a split one).
-        kind: what lies there.
+        kind: kind of model.
         name: for people: `owner/name` in a hub's cache, else the file's or folder's name.
     """
 
@@ -103,7 +103,7 @@ def _below(folder: Path) -> Iterator[Located]:
             target = _snapshot(sub) or sub
             found = _in_folder(target)
         except LocalrunError:
-            yield Located(sub, "GGUF", _name(sub))  # a choice or a fault of its own: opening it says which
+            yield Located(sub, "GGUF", _name(sub))  # several models or an error: opening it reports which
             continue
         if found is None and target != sub:
             yield from _below(target)
@@ -124,7 +124,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _snapshot(folder: Path) -> Path | None:
-    """The snapshot that a repository of a hub's cache stands for: the one of branch `main`, else the only one."""
+    """The snapshot to use of a repository in a hub cache: that of branch `main`, else the only one."""
     if not folder.name.startswith(_HUB) or not (folder / "snapshots").is_dir():
         return None
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())

@@ -1,4 +1,4 @@
-"""Opens a model whatever its files look like: a converted directory, with its experts or without, a GGUF, or a checkpoint."""
+"""Opens any kind of model: a converted directory, with or without its experts, a GGUF, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def open_model(path: Path, *, dense: GGMLQuantizationType | None = None, with_ho
         path: a converted directory, a GGUF (any part of a split one), an official checkpoint directory, or a folder that
             holds one of them (see `locate`).
         dense: ggml type that FP8 dense matrices of an official checkpoint are presented in; None: Q8_0.
-        with_holes: also a converted model of which parts were never written: for those who check it against its checksums.
+        with_holes: also accept a converted model with parts that were never written, to check it against its checksums.
 
     Raises:
         FormatError: damaged or inconsistent files.
-        UnsupportedModelError: a sound model of a kind that localrun does not run.
-        UsageError: `dense` for a model whose matrices have their types already.
+        UnsupportedModelError: a valid model of a kind that localrun does not run.
+        UsageError: `dense` for a model whose matrices are already converted.
     """
     found = locate(path)
     if found.kind == "checkpoint":
@@ -47,7 +47,7 @@ def dense_type(name: str | None) -> GGMLQuantizationType | None:
     """`q4_k` -> Q4_K.
 
     Raises:
-        UsageError: nothing that dense matrices can become.
+        UsageError: not a type for dense matrices.
     """
     if name is None:
         return None

@@ -1,7 +1,7 @@
-"""Files that are not, or not yet, what their name says: downloads that never ended, pointers, web pages, pieces of a cut file.
+"""Detects files that are not what their name says: unfinished downloads, pointers, web pages, pieces of a split file.
 
-Knows nothing about formats beyond their first bytes. A file system tells which ranges of a file were never written: what
-download programs reserve beforehand reads as zeros, and a model of zeros would load and answer nonsense.
+Knows nothing about formats beyond their first bytes. The file system tells which ranges of a file were never written: space
+reserved by download programs reads as zeros, and a model of zeros would load and produce nonsense.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def refuse_unfinished(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(256)
     except OSError:
-        return  # whoever opens it says so
+        return  # opening it reports the problem
     if head.startswith(_LFS):
         raise FormatError(
             f"{path}: a Git LFS pointer instead of the file itself", hint="run 'git lfs pull' in that folder"

@@ -1,1 +1,1 @@
-"""Official checkpoints: config, safetensors, tokenizer, and how their tensors map to GGUF."""
+"""Official checkpoints: config, safetensors, tokenizer, and the mapping of their tensors to GGUF."""

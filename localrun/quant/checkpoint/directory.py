@@ -1,8 +1,8 @@
-"""An official checkpoint directory: config.json plus safetensors, everything checked before anybody works with it.
+"""An official checkpoint directory: config.json plus safetensors, fully checked before use.
 
 `Checkpoint.open` reads the config, the index and every shard's header (no weights but a few kilobytes of scales and samples) and
-compares them with the schema. What it returns is complete and consistent: whoever holds one needs no further checks except those
-on the weights' own bytes (NaN), which `formats` makes while converting.
+compares them with the schema. The result is complete and consistent: no further checks are needed except on the weights' values
+(NaN), which `formats` does while converting.
 
 Knows nothing about GGUF.
 """
@@ -40,13 +40,13 @@ _VISION = re.compile(r"^(vision|aligner)\.|^image_|\.gate\.bias_vl$")
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A tensor of the schema and where its bytes lie.
+    """A tensor of the schema and the location of its bytes.
 
     Attributes:
-        spec: what it is.
+        spec: its specification.
         dtype: safetensors dtype of the weight.
-        weight: its bytes; `file` counts in `Checkpoint.files`.
-        scale: the quantisation scales' bytes (E8M0), for FP8 and FP4.
+        weight: its bytes; `file` is an index into `Checkpoint.files`.
+        scale: the quantization scales' bytes (E8M0), for FP8 and FP4.
     """
 
     spec: TensorSpec
@@ -57,7 +57,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class MtpSummary:
-    """The `mtp.*` tensors of a checkpoint, which the GGUF leaves out.
+    """The `mtp.*` tensors of a checkpoint, which the GGUF omits.
 
     Attributes:
         kind: `MTP` (first release) or `DSpark`.
@@ -80,7 +80,7 @@ class Checkpoint:
         config: parsed config.json.
         shards: opened safetensors files.
         tensors: the trunk's tensors in schema order.
-        mtp: what the `mtp.*` tensors are, None without them.
+        mtp: the `mtp.*` tensors, None without them.
         n_tensors, n_bytes: everything in the shards.
         warnings: for the user.
         identity: digest of config, headers, sizes and a sample of each shard's bytes.
@@ -118,7 +118,7 @@ class Checkpoint:
         Raises:
             FormatError: a damaged file.
             CheckpointError: tensors missing, unknown, mis-shaped, mistyped, or an index that disagrees with the shards.
-            UnsupportedModelError: a sound checkpoint of another model.
+            UnsupportedModelError: a valid checkpoint of another model.
         """
         config_path = path / CONFIG_NAME
         config_bytes = _read_small(config_path)
@@ -182,7 +182,7 @@ def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]
         raise FormatError(f"{index_path}: weight_map is not an object of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        # A name is a name in this folder; the file itself may be a link (download caches are made of them).
+        # A name must be in this folder, but the file itself may be a link, as in download caches.
         if not is_plain_name(name):
             raise FormatError(
                 f"{index_path}: file name {name[:80]!r} is invalid or points outside the checkpoint's folder"
@@ -234,7 +234,7 @@ def _refuse_vision(path: Path, stored: Iterable[str]) -> None:
 
 
 class _Matcher:
-    """Pairs specs with stored tensors, collecting everything that does not fit, so that one message can name it."""
+    """Matches specs with stored tensors, collecting all mismatches for one message."""
 
     def __init__(self, stored: Mapping[str, tuple[int, TensorEntry]]) -> None:
         self._stored = stored
@@ -349,7 +349,7 @@ def _first(problems: Sequence[str]) -> str:
 
 
 def _identity(config: bytes, shards: Iterable[SafetensorsFile]) -> str:
-    """Digest of what identifies the weights without reading them: 64 KiB at both ends of each shard's data stand for the rest."""
+    """Digest that identifies the weights without reading them all: 64 KiB at both ends of each shard's data represent the rest."""
     digest = xxhash.xxh3_128(config)
     for shard in shards:
         digest.update(f"{shard.path.name} {shard.size} {shard.header_digest}\n".encode())
@@ -363,5 +363,5 @@ def _identity(config: bytes, shards: Iterable[SafetensorsFile]) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory looks like an official checkpoint (says nothing about its soundness)."""
+    """Whether a directory looks like an official checkpoint (which may still be invalid)."""
     return (path / CONFIG_NAME).is_file() and ((path / INDEX_NAME).is_file() or (path / SINGLE_NAME).is_file())

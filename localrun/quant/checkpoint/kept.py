@@ -1,11 +1,11 @@
-"""A small directory beside a checkpoint: dense part, tokenizer and better copies here, all other experts where they lie.
+"""A small directory next to a checkpoint: it holds the dense part, tokenizer and better copies; all other experts stay in place.
 
     DST/dense.gguf            dense matrices in the chosen type, and all metadata
     DST/overlay-XXXXXXXX.gguf  copies of chosen experts, as beside any base
     DST/localrun.json         checksums of both, and which checkpoint has the experts (`Manifest.kept`)
 
-The checkpoint must be the one that it was: folder, names, sizes, headers and samples of each shard's data are compared when the
-model is opened. Its experts have no checksums.
+The checkpoint must be unchanged: folder, names, sizes, headers and samples of each shard's data are compared when the model is
+opened. Its experts have no checksums.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KeptSource(GgufSource):
         """Opens a directory that `localrun convert --keep-experts` wrote.
 
         Raises:
-            FormatError: damaged files, or the checkpoint is gone or another one.
+            FormatError: damaged files, or the checkpoint is missing or has changed.
             StoreError: a file can't be read.
         """
         manifest_path = path / MANIFEST_NAME

@@ -1,11 +1,11 @@
-"""A checkpoint seen as a GGUF: metadata, and for every output tensor the recipe that makes it from ranges of the shards.
+"""A checkpoint as a GGUF: metadata, and for every output tensor a recipe that builds it from ranges of the shards.
 
-The converter writes a plan to a file, `CheckpointSource` serves it on demand; both get the same bytes. A plan is a function of the
-checkpoint and the options alone: same input, same plan, same file. Types are chosen per tensor, so that a plan may mix them.
+The converter writes a plan to a file, `CheckpointSource` serves it on demand; both produce the same bytes. A plan depends only
+on the checkpoint and the options, so the same input gives the same file. Types are chosen per tensor.
 
-Order in the file: all dense tensors first (llama.cpp reads them at start, in one run), then the experts layer by layer, each
-projection's experts one behind the other. `general.alignment` is 4096: at Flash's and Pro's sizes every expert then begins on a
-page, so that O_DIRECT can read it in place.
+Order in the file: all dense tensors first (llama.cpp reads them sequentially at start), then the experts layer by layer, each
+projection's experts consecutively. `general.alignment` is 4096: at Flash's and Pro's sizes every expert then starts on a page,
+so O_DIRECT can read it directly.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class ConversionOptions:
     """What the user may choose.
 
     Attributes:
-        dense: type of FP8 attention and shared-expert matrices; what the checkpoint holds in BF16 or F32 stays as it is.
-        base: type of all experts, None: MXFP4 for FP4, Q8_0 for FP8, otherwise as they are.
-        importance: of the experts' input channels, for types that round; None: all alike.
-        keep_experts: the file holds the dense part only; experts stay in the checkpoint, as they are.
+        dense: type of FP8 attention and shared-expert matrices; BF16 and F32 tensors are unchanged.
+        base: type of all experts; None: MXFP4 for FP4, Q8_0 for FP8, otherwise unchanged.
+        importance: of the experts' input channels, for types that round; None: uniform.
+        keep_experts: the file holds only the dense part; experts stay in the checkpoint, unchanged.
     """
 
     dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0
@@ -104,13 +104,13 @@ class Part:
     """Some consecutive rows of an output tensor, made from one source tensor: all of a dense tensor, or one expert.
 
     Attributes:
-        source: where the rows come from.
+        source: origin of the rows.
         target: ggml type.
         n_out, n_in: rows and row length.
         offset: first byte inside the output tensor.
         n_bytes: size in the output.
-        limit: integers (expert numbers) must lie below it.
-        expert: layer, expert and projection, by which its importance is looked up; None for dense tensors.
+        limit: exclusive upper bound of integers (expert numbers).
+        expert: layer, expert and projection, to look up importance; None for dense tensors.
     """
 
     source: SourceTensor
@@ -148,7 +148,7 @@ class Part:
         where: str,
         importance: npt.NDArray[np.float32] | None = None,
     ) -> Loss | None:
-        """Converts `count` rows whose bytes `extents` named.
+        """Converts `count` rows from the bytes of `extents`.
 
         Raises:
             FormatError: a NaN, or a value that the type can't hold.
@@ -161,7 +161,7 @@ class Part:
         return self.n_bytes // self.n_out * count
 
     def importance(self, lookup: ImportanceLookup | None) -> npt.NDArray[np.float32] | None:
-        """The columns' importance, where somebody knows it."""
+        """The columns' importance, if known."""
         return None if lookup is None or self.expert is None else lookup.weights(*self.expert)
 
 
@@ -172,7 +172,7 @@ class PlannedTensor:
     Attributes:
         info: name, ggml shape, type, size.
         offset: first byte in the file.
-        parts: what it consists of, in order, without gaps.
+        parts: its parts, in order, without gaps.
         layer, projection: for stacked experts (0 gate, 1 up, 2 down), -1 for dense tensors.
     """
 
@@ -189,15 +189,15 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """Everything about the GGUF but its weights. Immutable.
+    """Everything about the GGUF except its weights. Immutable.
 
     Attributes:
         checkpoint: the source.
-        options: what it was made with.
+        options: the options used.
         metadata: typed GGUF keys.
         tensors: by name, in file order.
         header: the file's bytes before the first tensor.
-        file_size: all of it, the last tensor's padding included.
+        file_size: total, including the last tensor's padding.
         warnings: for the user.
     """
 
@@ -220,7 +220,7 @@ def make_plan(checkpoint: Checkpoint, options: ConversionOptions | None = None) 
     """Plans a GGUF.
 
     Raises:
-        UsageError: the options ask for a conversion that does not exist.
+        UsageError: the options request an unsupported conversion.
         FormatError: a damaged tokenizer.
         UnsupportedModelError: llama.cpp could not run the result.
     """
@@ -288,10 +288,10 @@ def _fits(spec: TensorSpec, kind: GGMLQuantizationType) -> bool:
 
 
 def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, option: str) -> None:
-    """Refuses a type that a tensor's rows can't have.
+    """Rejects a type that a tensor's rows can't have.
 
     Raises:
-        UsageError: names the tensor and, as its hint, what `option` may be instead.
+        UsageError: names the tensor; the hint lists possible values of `option`.
     """
     possible = " or ".join(name for name, kind in BASE_TYPES.items() if _fits(spec, kind) and can_convert(dtype, kind))
     if not _fits(spec, target):
@@ -310,10 +310,10 @@ def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, optio
 def shape_tensor(
     name: str, target: GGMLQuantizationType, sources: Sequence[SourceTensor], n_experts: int
 ) -> tuple[TensorInfo, tuple[Part, ...]]:
-    """An output tensor and its parts: one source tensor, or experts to be stacked in the order given.
+    """An output tensor and its parts: one source tensor, or experts to stack in the given order.
 
     Args:
-        n_experts: of the model; bounds the entries of tables of expert numbers.
+        n_experts: of the model; limits the entries of expert number tables.
     """
     spec = sources[0].spec
     n_in = spec.shape[-1]

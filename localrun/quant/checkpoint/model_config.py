@@ -1,7 +1,7 @@
 """config.json of a DeepSeek-V4 checkpoint, read strictly.
 
-The file's own keys decide everything, never a model's name. Values that are sound but that llama.cpp's `deepseek4` graph does not
-compute are refused here, by name, because llama.cpp would end the process on them.
+Only the file's keys count, never a model's name. Valid values that llama.cpp's `deepseek4` graph does not support are rejected
+here by name, because llama.cpp would abort the process on them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OTHER_MODELS: Mapping[str, str] = {
     "deepseek_v3": "DeepSeek-V3",
     "deepseek_v2": "DeepSeek-V2",
 }
-"""`model_type` values that people are likely to try, by the name they know."""
+"""`model_type` values that users are likely to try, with their common names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +202,10 @@ class _Reader:
 
 
 def check_model_type(path: Path, raw: Mapping[str, Any]) -> None:
-    """Refuses models that are not DeepSeek-V4 language models, by the name people know.
+    """Rejects models that are not DeepSeek-V4 language models, by their common names.
 
     Raises:
-        FormatError: config.json does not say what it is.
+        FormatError: config.json does not identify the model.
         UnsupportedModelError: another model.
     """
     model_type = raw.get("model_type")

@@ -1,6 +1,6 @@
-"""The official config.json of DeepSeek-V4-Flash and V4-Pro, so that a plan needs no file at all.
+"""The official config.json of DeepSeek-V4-Flash and V4-Pro, so planning needs no files.
 
-A test compares the sizes that follow from them with the published byte counts of the checkpoints.
+A test compares the derived sizes with the published byte counts of the checkpoints.
 """
 
 from __future__ import annotations

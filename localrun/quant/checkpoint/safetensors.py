@@ -1,8 +1,8 @@
 """One safetensors file: its header, fully checked, and positional reads of its bytes.
 
-Why not the `safetensors` library: it maps the file, knows no read into a buffer of ours (so no O_DIRECT and no bound on the page
-cache), and hands F8_E8M0 out only through torch. We need byte ranges, a check of every header field before anything is allocated,
-and errors that name the file and the tensor.
+The `safetensors` library is not used because it maps the file, can't read into our buffers (so no O_DIRECT and unbounded page
+cache use), and supports F8_E8M0 only through torch. We need byte ranges, checks of every header field before allocating
+anything, and errors that name the file and the tensor.
 
 Layout (safetensors format, https://github.com/huggingface/safetensors#format): u64 little endian header length N, N bytes of JSON
 `{name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}`, then the data; offsets count from 8 + N, ranges
@@ -68,7 +68,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """A checked header. Holds no descriptor: every read opens the file, so an object may live as long as it likes.
+    """A checked header. Holds no descriptor: every read opens the file, so objects need no closing.
 
     Attributes:
         path: the file.
@@ -200,7 +200,7 @@ def _check_ranges(path: Path, entries: list[TensorEntry], data_start: int, size:
 
 
 def parse_json_object(path: Path, data: bytes, *, what: str = "file") -> dict[str, Any]:
-    """A JSON object from bytes, refusing duplicate keys, NaN and what is not an object.
+    """Parses a JSON object, rejecting duplicate keys, NaN and anything that is not an object.
 
     Raises:
         FormatError: with `path` and `what` in the message.

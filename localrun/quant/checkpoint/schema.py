@@ -1,10 +1,10 @@
-"""Every tensor of an official DeepSeek-V4 checkpoint, as it follows from the config.
+"""Every tensor of an official DeepSeek-V4 checkpoint, derived from its config.
 
 Names, shapes and dtypes are those of the official files (`layers.N.attn.wq_a.weight`, sizes `[out, in]`); the GGUF names are
 llama.cpp's for the architecture `deepseek4`. This module is the only place that knows both.
 
-How experts are stored (FP4 or FP8) is not in the config of the first release: callers look at the dtype that is there and ask
-`TensorSpec.stored` what must go with it.
+The first release's config does not tell how experts are stored (FP4 or FP8): callers check the actual dtype and ask
+`TensorSpec.stored` what goes with it.
 """
 
 from __future__ import annotations

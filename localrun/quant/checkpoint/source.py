@@ -1,7 +1,7 @@
 """An official checkpoint directory as a `ModelSource`: the converter's plan, served on demand.
 
-Dense tensors are decoded when they are read; experts stay where they are, and the recipes say how their bytes become ggml rows.
-So a user who has only downloaded weights can run at once, at the price of the shuffle on every expert read and without checksums.
+Dense tensors are decoded when read; experts stay in place, with recipes that turn their bytes into ggml rows. So downloaded
+weights run immediately, at the cost of a shuffle on every expert read, and without checksums.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan,
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 
 _SLICE_BYTES = 16 << 20
-"""Source bytes that one thread decodes at a time: keeps the copies small beside the result."""
+"""Source bytes that one thread decodes at a time, to keep copies small compared with the result."""
 
 _ENCODINGS = {"I8": Encoding.FP4, "F8_E4M3": Encoding.FP8}
 
 
 def _fp8_experts(dense: GGMLQuantizationType) -> GGMLQuantizationType:
-    """What experts in FP8 are read as: the store knows how to make two types of them."""
+    """Types that experts in FP8 can be read as by the store."""
     exact = dense in (GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
     return GGMLQuantizationType.BF16 if exact else GGMLQuantizationType.Q8_0
 
@@ -51,7 +51,7 @@ class CheckpointSource:
 
         Raises:
             FormatError: damaged or inconsistent files.
-            UnsupportedModelError: a sound checkpoint of another model.
+            UnsupportedModelError: a valid checkpoint of another model.
         """
         checkpoint = Checkpoint.open(path)
         fp8_experts = any(tensor.spec.expert == 0 and tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors)

@@ -1,13 +1,13 @@
 """tokenizer.json (Hugging Face `tokenizers` format) as llama.cpp's tokenizer metadata.
 
-Only byte-level BPE, which is what DeepSeek-V4 uses, and only pre-tokenizers that llama.cpp implements under a name: they are
-recognised by their regular expressions, letter for letter, and anything else is refused rather than tokenized slightly differently.
+Supports only byte-level BPE, which DeepSeek-V4 uses, and only pre-tokenizers that llama.cpp implements by name. They are
+recognized by their exact regular expressions; anything else is rejected rather than tokenized slightly differently.
 
 Token types follow llama.cpp's converter: added tokens that are special or look so (`<｜User｜>`, `<|EOT|>`) are CONTROL, other
 added tokens (`<think>`, `｜DSML｜`) are USER_DEFINED. Notable departure: U+2581 in USER_DEFINED tokens is kept, as `tokenizers`
 does.
 
-Knows nothing about prompts beyond a small chat template for other programs; localrun's own prompts come from `engine.chat`.
+Knows nothing about prompts beyond a small chat template for other programs; localrun's prompts come from `engine.chat`.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ CHAT_TEMPLATE = """\
   {%- endif -%}
 {%- endfor -%}
 """
-"""Plain chat form of the official encoder (system, user, tool results, answers; no tools text), for checkpoints without a
-template of their own. `thinking` opens the answer with <think>."""
+"""A simple chat template like the official encoder (system, user, tool results, answers; no tool descriptions), for checkpoints
+without one. `thinking` opens the answer with <think>."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerMetadata:
-    """What a checkpoint's tokenizer becomes.
+    """A converted tokenizer.
 
     Attributes:
         values: GGUF keys, `tokenizer.*`.

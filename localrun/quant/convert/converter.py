@@ -1,13 +1,12 @@
-"""Writes a plan to a directory: streaming, resumable after any kill, the same bytes every time.
+"""Writes a plan to a directory: streaming, resumable after a kill at any point, reproducible.
 
     DST/.convert/   work directory: model.gguf.partial, state.json, journal.jsonl
-    DST/model.gguf  appears when all of it is on the disk (dense.gguf where the experts stay in the checkpoint)
+    DST/model.gguf  appears once it is completely on disk (dense.gguf if the experts stay in the checkpoint)
     DST/localrun.json   the manifest, last: a directory that has one is complete
 
-Several threads each take a part (a dense tensor, or one expert's matrix), read it slice by slice, convert the slice and write it to
-its place; more threads than cores, because most of them wait for the disk. What a thread holds is bounded by the slice size, not
-by the tensor's, so memory does not depend on the model. The main thread makes finished parts durable in batches and only then
-writes them down in the journal.
+Each thread takes a part (a dense tensor, or one expert's matrix), reads it slice by slice, converts each slice and writes it to
+its position. There are more threads than cores, because most wait for the disk. A thread's memory is bounded by the slice size,
+independent of the model. The main thread makes finished parts durable in batches and only then records them in the journal.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ DENSE_NAME = "dense.gguf"
 """Instead, where the experts stay in the checkpoint: no model by itself."""
 WORK_NAME = ".convert"
 LEARNED_NAME = ".tiers"
-"""Folder in the target in which the choice of formats keeps what it learned (see `localrun.engine.measure.choose`)."""
+"""Folder in the target for intermediate results of the choice of formats (see `localrun.engine.measure.choose`)."""
 
 SLICE_BYTES = 8 << 20
-"""Upper bound for what a thread reads, and for what it writes, at a time: 2-4 MiB pieces reach an NVMe's full speed."""
+"""Maximum bytes that a thread reads or writes at a time: 2-4 MiB pieces reach an NVMe's full speed."""
 
 DEFAULT_JOBS = max(8, os.cpu_count() or 1)
 """Reads and writes in flight; one leaves a third of an NVMe idle. Threads, so at most a core's worth each of conversion."""
@@ -90,7 +89,7 @@ class ConversionResult:
         file_bytes: size of the GGUF.
         seconds: duration of this run.
         read_bytes, written_bytes: by this run, tensor bytes.
-        losses: by `source dtype -> ggml type`, what rounding changed; empty for an exact conversion.
+        losses: rounding loss by `source dtype -> ggml type`; empty for an exact conversion.
     """
 
     path: Path
@@ -112,10 +111,10 @@ class _Work:
 
 
 def check_target(source: Path, target: Path) -> None:
-    """Refuses targets that would harm something.
+    """Rejects unsafe targets.
 
     Raises:
-        UsageError: inside the source, or holds something else already.
+        UsageError: it is inside the source, or already holds something else.
     """
     source, target = source.resolve(), target.resolve()
     if target == source or source in target.parents:
@@ -133,7 +132,7 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
-    """Bytes that must still be allocated for the output; see `Place.check_space`."""
+    """Bytes still to allocate for the output; see `Place.check_space`."""
     return _place(plan, target).check_space(plan)
 
 
@@ -142,7 +141,7 @@ class Place:
     """Where a file is made.
 
     Attributes:
-        final: its path, which appears when all of it is on the disk.
+        final: its path, which appears once it is completely on disk.
         work: folder of the unfinished file and its journal.
     """
 
@@ -154,7 +153,7 @@ class Place:
         return self.work / (self.final.name + ".partial")
 
     def check_space(self, plan: ConversionPlan) -> int:
-        """Bytes that must still be allocated for the output.
+        """Bytes still to allocate for the output.
 
         Raises:
             DiskSpaceError: more than the disk has.
@@ -188,7 +187,7 @@ def convert(
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, with a clear refusal of what is converted already.
+    """Opens the checkpoint at `path`, with a clear error if it is already converted.
 
     Raises:
         UsageError: not a checkpoint directory.
@@ -204,7 +203,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def write_plan(
     plan: ConversionPlan, target: Path, *, jobs: int = DEFAULT_JOBS, progress: Callable[[Progress], None] | None = None
 ) -> ConversionResult:
-    """Writes the plan to a directory, or finishes what an earlier run began.
+    """Writes the plan to a directory, or completes an earlier run.
 
     Args:
         plan: what to write.
@@ -215,7 +214,7 @@ def write_plan(
     Raises:
         UsageError: the target is in use for something else, or an earlier run had other options.
         DiskSpaceError, StoreError: the disks.
-        FormatError: a weight that the target type can't hold (NaN); what is done so far stays and is used again.
+        FormatError: a weight that the target type can't represent (NaN); finished work is kept and reused.
     """
     check_target(plan.checkpoint.path, target)
     options = described_options(plan)
@@ -241,11 +240,11 @@ def write_file(
     jobs: int = DEFAULT_JOBS,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversionResult:
-    """Writes a plan's file, or finishes what an earlier run began.
+    """Writes a plan's file, or completes an earlier run.
 
     Args:
-        options: the user's choices by option name; an unfinished file that was begun with others is refused.
-        publish: tells the world, once the file is whole and in place: results of all parts by number, and what rounding changed.
+        options: the user's choices by option name; an unfinished file started with other options is rejected.
+        publish: called once the file is complete and in place, with the results of all parts by number and the rounding losses.
 
     Raises:
         As `write_plan`.
@@ -287,8 +286,8 @@ def described_options(plan: ConversionPlan) -> dict[str, str]:
 class _Run:
     """One run of a conversion: its threads, files and counters.
 
-    Threads: workers take work from an iterator under `_lock` and put results into `_finished` under the same lock; the main
-    thread alone touches the journal. The first error stops everybody.
+    Threads: workers take work from an iterator under `_lock` and add results to `_finished` under the same lock; only the main
+    thread uses the journal. The first error stops all threads.
     """
 
     reserves_space = True
@@ -362,7 +361,7 @@ class _Run:
                 self._stop.set()
                 for thread in threads:
                     thread.join()
-                # also after an error: what is done need not be done again
+                # also after an error: finished work need not be repeated
                 self._record(writer)
             if self._error is not None:
                 raise self._error
@@ -390,7 +389,7 @@ class _Run:
             self._progress(Progress(self._total, self._total, self._resumed, time.perf_counter() - start))
 
     def _record(self, writer: DirectWriter) -> None:
-        """Syncs, then writes down what had been finished before the sync."""
+        """Syncs, then records what was finished before the sync."""
         with self._lock:
             finished, self._finished = self._finished, []
         writer.sync()
@@ -436,7 +435,7 @@ class _Pipeline:
         self._weights, self._scales, self._out = AlignedBuffer(), AlignedBuffer(), AlignedBuffer()
 
     def run(self, work: _Work, stop: threading.Event, count: Callable[[int, int], None]) -> PartResult | None:
-        """Writes a part; None if told to stop before its end."""
+        """Writes a part; None if stopped before its end."""
         part = work.part
         output, weights, scales = xxhash.xxh3_64(), xxhash.xxh3_64(), xxhash.xxh3_64()
         loss: Loss | None = None
@@ -484,8 +483,8 @@ def slice_rows(part: Part) -> int:
 
 
 def _in_reading_order(plan: ConversionPlan) -> Iterator[_Work]:
-    """All parts: dense tensors first, the largest in front (one thread each, so a late one would run alone), then the experts
-    in the order of their bytes in the shards."""
+    """All parts: dense tensors first, largest first (one thread each, so a late one would run alone), then the experts in shard
+    order."""
     numbered: list[_Work] = []
     for tensor in plan.tensors.values():
         for part in tensor.parts:

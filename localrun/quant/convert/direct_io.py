@@ -1,8 +1,8 @@
-"""Positional reads and writes of large files that leave the page cache alone.
+"""Positional reads and writes of large files that bypass the page cache.
 
-Converting 150 GB through the page cache would push everything else out of memory and, on a machine with a memory limit, cost the
-kernel's reclaim on every page. So both sides use O_DIRECT where the file system has it and the range is aligned, and otherwise
-ordinary calls followed by POSIX_FADV_DONTNEED. A source range that lies in the page cache already is taken from there.
+Converting 150 GB through the page cache would evict everything else from memory and, under a memory limit, cause page reclaim
+for every page. So both sides use O_DIRECT where the file system supports it and the range is aligned, and otherwise ordinary
+calls followed by POSIX_FADV_DONTNEED. Source ranges already in the page cache are read from there.
 
 Alignment is 4096 throughout: offsets, lengths and buffers.
 """
@@ -29,7 +29,7 @@ _CACHESTAT = 451
 """System call of Linux 6.5, the same number on every architecture but alpha."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# Linux only; elsewhere files grow as they are written and the page cache does what it likes.
+# Linux only; elsewhere files grow as they are written and the page cache is not controlled.
 _fallocate = getattr(_libc, "fallocate", None)
 _fdatasync = getattr(os, "fdatasync", os.fsync)
 if _fallocate is not None:
@@ -119,7 +119,7 @@ class DirectReader:
         """Reads a range; the result is a view into `buffer`.
 
         Raises:
-            StoreError: I/O error or a file that has become shorter.
+            StoreError: I/O error, or the file was truncated.
         """
         head = offset % PAGE_BYTES
         memory = buffer.array(head + n_bytes)
@@ -161,9 +161,9 @@ class DirectWriter:
     """A file of known size, written in any order. Safe to use from several threads on disjoint ranges.
 
     Args:
-        path: created if it is not there.
+        path: created if it does not exist.
         size: final size; unwritten ranges read as zeros.
-        reserve: allocate all of it at once, so that a full disk shows before anything is written.
+        reserve: allocate everything up front, so a full disk is detected before anything is written.
 
     Raises:
         DiskSpaceError: the disk can't hold it.

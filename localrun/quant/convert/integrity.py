@@ -1,7 +1,7 @@
-"""Does every byte of a converted model still have the checksum that its manifest promises?
+"""Checks every byte of a converted model against its manifest's checksums.
 
-Reads the disk, not the page cache, with several reads in flight, in file order. Damage is reported, not raised: one bad expert
-must not hide another.
+Reads from disk, bypassing the page cache, with several reads in flight, in file order. Damage is reported rather than raised,
+so that one bad expert does not hide another.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ HEADER = "header"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A byte range and the digest that it must have.
+    """A byte range and its expected digest.
 
     Attributes:
         file: index into the source's files.
-        tensor: tensor name, or `header` for all that precedes the data.
+        tensor: tensor name, or `header` for everything before the data.
         expert: expert number within a stack, else None.
         digest: xxh3_64 hex.
     """
@@ -106,11 +106,11 @@ def verify(
     progress: Callable[[int, int], None] = lambda done, total: None,
     journal: VerifyJournal | None = None,
 ) -> list[Damage]:
-    """Reads everything once and returns what is damaged, in file order.
+    """Reads everything once and returns the damage, in file order.
 
     Args:
-        progress: called with bytes done and bytes in all, from this thread.
-        journal: what an interrupted run has done is not read again; its state is written down for the next one.
+        progress: called with (bytes done, total bytes), from this thread.
+        journal: skips what an interrupted run has read, and records progress for the next one.
     """
     checks = planned_checks(source, manifest)
     first = min(journal.next_check, len(checks)) if journal is not None else 0
@@ -141,7 +141,7 @@ def verify(
 
 
 def recheck(source: GgufSource, damages: Sequence[Damage]) -> list[Damage]:
-    """Those of the damaged ranges that still are."""
+    """The ranges that are still damaged."""
     with ExitStack() as opened:
         readers = []
         for part in source.parts:
@@ -154,7 +154,7 @@ def recheck(source: GgufSource, damages: Sequence[Damage]) -> list[Damage]:
 
 def _reader(path: Path, size: int) -> DirectReader:
     reader = DirectReader(path, size)
-    # What lies in the page cache would be taken from there and could hide damage on the disk.
+    # Cached pages would hide damage on the disk.
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,11 +1,11 @@
-"""The unfinished state of a conversion: what was asked for, and which parts are safely on the disk.
+"""The state of an unfinished conversion: the request, and which parts are safely on disk.
 
 Files in the work directory:
     state.json      what the conversion is (options, source, plan); written once, at the start
     journal.jsonl   one line per finished part, appended only after the part's bytes have been synced
     lock            held while a process works here
 
-A process may be killed at any point: a line that was not written to its end is ignored, and its part is done again.
+A process may be killed at any point: an incomplete line is ignored, and its part is redone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TYPED_AS = {"imatrix": "calibrate or --imatrix", "tiers": "hot or --target"}
 
 @dataclass(frozen=True, slots=True)
 class PartResult:
-    """What is known about a part once it is written.
+    """The result for a written part.
 
     Attributes:
         checksum: xxh3_64 of the output bytes.
@@ -50,10 +50,10 @@ class Journal:
     Args:
         folder: the work directory, created if needed.
         options: the user's choices by option name, for the comparison with an earlier run.
-        facts: what else must be the same (source path, identity, plan digest).
+        facts: other values that must match (source path, identity, plan digest).
 
     Raises:
-        UsageError: an earlier run was asked for something else; names what.
+        UsageError: an earlier run had a different request; names the differences.
         LocalrunError: another process works here.
     """
 

@@ -1,7 +1,7 @@
-"""Writes overlays: better copies of chosen experts, in a file of their own beside the base's (layout: `overlay_index`).
+"""Writes overlays: better copies of chosen experts, in a separate file next to the base (layout: `overlay_index`).
 
-The file's name has the digest of its plan: a new overlay is written under a name of its own, then the manifest names it, then
-the old one goes. So a reader finds one or the other whole, wherever the writer is killed. The base is only read.
+The file's name contains the digest of its plan: a new overlay is written under a unique name, then the manifest is updated,
+then the old one is deleted. So readers always find a complete overlay, wherever the writer is killed. The base is only read.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ WORK_NAME = ".overlay"
 def plan_overlay(
     checkpoint: Checkpoint, copies: BetterCopies, base: Manifest, importance: ImportanceLookup | None = None
 ) -> ConversionPlan:
-    """Plans an overlay's file; `write_overlay` writes it, and `file_size` says what it takes.
+    """Plans an overlay's file, for `write_overlay`; `file_size` is its size.
 
     Raises:
-        UsageError: a layer or expert that the model does not have, rows that a type can't hold, another checkpoint than the base's,
-            or no expert at all.
+        UsageError: a missing layer or expert, rows that a type can't hold, a checkpoint other than the base's, or no experts.
     """
     identity = base.source.get("identity")
     if identity != checkpoint.identity:
@@ -102,10 +101,10 @@ def _place(tensor: SourceTensor) -> tuple[int, int]:
 
 
 def open_overlay_source(path: Path, target: Path) -> Checkpoint:
-    """The checkpoint that an overlay for `target` is made from.
+    """The checkpoint to make an overlay for `target` from.
 
     Raises:
-        UsageError: it is gone, or not a checkpoint; says that an overlay can't do without.
+        UsageError: it is missing, or not a checkpoint; the message explains that an overlay needs it.
     """
     if not is_checkpoint(path):
         raise UsageError(
@@ -137,18 +136,18 @@ def write_overlay(
     progress: Callable[[Progress], None] | None = None,
     sections: Mapping[str, Mapping[str, object]] | None = None,
 ) -> ConversionResult:
-    """Gives a converted model an overlay, or another one than it has; goes on with what a killed run began.
+    """Adds or replaces a converted model's overlay; resumes an interrupted run.
 
     Args:
-        checkpoint: what the base was made from (`open_overlay_source`).
-        copies: who gets which.
+        checkpoint: the base's checkpoint (`open_overlay_source`).
+        copies: the experts and their formats.
         target: the converted model's directory.
         importance: for types that round.
-        sections: what to put into the manifest along with it: `tiers`, `profile`, `report`. `tiers` defaults to the plan.
+        sections: manifest sections to write with it: `tiers`, `profile`, `report`. `tiers` defaults to the plan.
 
     Raises:
         UsageError: not a converted model, another checkpoint, impossible copies, or an unfinished run with other options.
-        DiskSpaceError, StoreError: the disks, or the source has gone.
+        DiskSpaceError, StoreError: disk errors, or the source is gone.
         FormatError: a weight that the target type can't hold.
     """
     base = read_base(target)
@@ -179,7 +178,7 @@ def write_overlay(
 
 
 def remove_overlay(target: Path) -> None:
-    """Takes a model's overlay away; the base stays as it is.
+    """Removes a model's overlay; the base is unchanged.
 
     Raises:
         UsageError: not a converted model.
@@ -188,7 +187,7 @@ def remove_overlay(target: Path) -> None:
 
 
 def _put(target: Path, manifest: Manifest) -> None:
-    """Makes a manifest valid, then deletes overlays that it does not name."""
+    """Writes a manifest, then deletes overlays that it does not name."""
     write_manifest(manifest, target)
     named = {file.name for file in manifest.overlay.files} if manifest.overlay is not None else set()
     for path in target.glob("overlay-????????.gguf"):

@@ -1,8 +1,8 @@
-"""Rewrites damaged parts of a converted model from the checkpoint that it was made from.
+"""Rewrites damaged parts of a converted model from its checkpoint.
 
-Works like the converter on single tensors and experts: what is damaged is converted again, its checksum is compared with the
-manifest's, and only then its bytes are written over the bad ones. So nothing that was whole is touched, an interrupted repair
-leaves damage that `verify` finds again, and another checkpoint or version of the converter can't make things worse.
+Works like the converter on single tensors and experts: a damaged part is converted again, and overwritten only if the checksum
+matches the manifest's. So intact data is never touched, an interrupted repair leaves damage that `verify` finds again, and a
+different checkpoint or converter version can't make things worse.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from localrun.quant.precision.copies import BetterCopies
 
 
 def check_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Refuses another checkpoint than the model was made from.
+    """Rejects a checkpoint other than the model's.
 
     Raises:
-        UsageError: it is another one, or the manifest does not say which.
+        UsageError: it is a different one, or the manifest does not identify it.
     """
     if manifest.source.get("identity") != checkpoint.identity:
         raise UsageError(
@@ -57,12 +57,12 @@ def check_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
 def restore_files(
     folder: Path, manifest: Manifest, checkpoint: Checkpoint, importance: ImportanceLookup | None = None
 ) -> list[Path]:
-    """Gives files that are missing, of the wrong size, or whose header is damaged their size and header again, so that the model
-    can be opened; what lies behind the headers is `repair`'s work. Returns those files.
+    """Restores size and header of files that are missing, have the wrong size or a damaged header, so that the model can be
+    opened; `repair` restores their contents. Returns those files.
 
     Raises:
-        UsageError: another checkpoint.
-        FormatError: a header can't be made again.
+        UsageError: a different checkpoint.
+        FormatError: a header can't be rebuilt.
         StoreError: can't be written.
     """
     check_source(manifest, checkpoint)
@@ -90,7 +90,8 @@ def _all_files(manifest: Manifest) -> Sequence[ModelFile]:
 
 
 def _is_sound(path: Path, file: ModelFile) -> bool:
-    """Size and header are right. The header's length stands nowhere, so it is taken for right where the file can be opened."""
+    """Whether size and header are correct. The header's length is not recorded, so it counts as correct if the file can be
+    opened."""
     from localrun.quant.gguf.file import read_gguf
 
     if not path.is_file() or path.stat().st_size != file.size_bytes:
@@ -155,14 +156,14 @@ def repair(
     importance: ImportanceLookup | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Damage]:
-    """Rewrites what `integrity.verify` found; returns what is still bad, with the reason.
+    """Rewrites the damage found by `integrity.verify`; returns what is still damaged, with the reason.
 
     Args:
-        importance: what the model's rounding types were made with, if anything.
-        progress: called with repaired ranges and ranges in all.
+        importance: used for the model's rounding types, if any.
+        progress: called with (repaired ranges, total ranges).
 
     Raises:
-        UsageError: another checkpoint.
+        UsageError: a different checkpoint.
         StoreError: can't be written.
     """
     check_source(manifest, checkpoint)

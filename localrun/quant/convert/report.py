@@ -1,4 +1,4 @@
-"""What a conversion says about itself: the plan as a table, and the manifest of the result."""
+"""Describes a conversion: the plan as a table, and the manifest of the result."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def overlay_section(
     options: Mapping[str, str],
     losses: Mapping[str, Loss],
 ) -> Overlay:
-    """What the manifest says of a finished overlay; `done` has a result for every part."""
+    """The manifest entry of a finished overlay; `done` has a result for every part."""
     checksums: dict[tuple[int, str], list[list[str]]] = {}
     ids: dict[tuple[int, str], tuple[int, ...]] = {}
     number = 0
@@ -127,7 +127,7 @@ def overlay_section(
 
 
 def source_facts(plan: ConversionPlan, done: Mapping[int, PartResult]) -> dict[str, object]:
-    """What the manifest says about the checkpoint: sizes and, per shard, a digest over the weights that were read from it."""
+    """The manifest entry of the checkpoint: sizes and, per shard, a digest of the weights read from it."""
     checkpoint = plan.checkpoint
     lines: list[list[str]] = [[] for _ in checkpoint.shards]
     number = 0

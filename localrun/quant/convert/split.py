@@ -1,8 +1,8 @@
-"""Cuts a converted model into files of a bounded size, for media and file systems with a limit.
+"""Splits a converted model into files of bounded size, for media and file systems with a limit.
 
-llama.cpp's layout: `model-00001-of-00003.gguf`; the first part has all metadata, every part its own list of whole tensors. Tensors
-stay in their order and keep their bytes, so the manifest's checksums stay valid but for the headers'. The parts are complete on the
-disk before the manifest names them, and only then the old file goes: a reader finds one or the other, wherever this is killed.
+llama.cpp's layout: `model-00001-of-00003.gguf`; the first part has all metadata, every part its own list of whole tensors.
+Tensors keep their order and bytes, so the manifest's checksums stay valid except for headers. The parts are complete on disk
+before the manifest names them, and only then is the old file deleted: readers find one or the other, wherever this is killed.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class SplitPart:
 def plan_split(
     metadata: Mapping[str, GgufValue], tensors: Sequence[TensorInfo], alignment: int, max_bytes: int
 ) -> list[SplitPart]:
-    """Which tensors go into which file; the same arguments give the same bytes.
+    """Assigns tensors to files; deterministic.
 
     Args:
-        max_bytes: bound of a file's size.
+        max_bytes: maximum file size.
 
     Raises:
-        UsageError: a tensor alone is larger.
+        UsageError: a single tensor is larger.
     """
-    # A converter's metadata lack the alignment, a file's have it somewhere: both shall give the same bytes.
+    # A converter's metadata lacks the alignment, a file's has it somewhere: both must give the same bytes.
     metadata = {key: value for key, value in metadata.items() if key != ALIGNMENT_KEY}
     # Upper bounds: a header's exact length depends on what else gets into the file.
     room = max_bytes - len(build_header(metadata, [], alignment)) - _KEYS_BYTES - alignment
@@ -107,15 +107,15 @@ def _part(
 def split_model(
     folder: Path, max_bytes: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[SplitPart]:
-    """Cuts the model in `folder`, which has to be a finished conversion of one file; returns the parts.
+    """Splits the model in `folder`, which must be a finished conversion with one file; returns the parts.
 
-    A model that is small enough stays as it is. Needs as much free space as the model takes: the old file goes last.
+    A small enough model is unchanged. Needs as much free space as the model takes, because the old file is deleted last.
 
     Args:
-        progress: called with bytes copied and bytes in all.
+        progress: called with (bytes copied, total bytes).
 
     Raises:
-        UsageError: no such model, it is split already, or it has an overlay, which belongs to the base's files as they are.
+        UsageError: no such model, it is already split, or it has an overlay, which is tied to the base's files.
         DiskSpaceError, StoreError: the disk.
     """
     source = GgufSource.open(folder)

@@ -1,7 +1,7 @@
-"""How far a verification got, so that one that was interrupted goes on instead of reading 150 GB again.
+"""Progress of a verification, so that an interrupted one resumes instead of rereading 150 GB.
 
-A small JSON file in the cache, named after the model's folder, valid for exactly these files (sizes, times of change, manifest):
-a model that was changed in between is read from its beginning. Losing the file costs time only, so nothing here fails.
+A small JSON file in the cache, named after the model's folder, valid for exactly these files (sizes, modification times,
+manifest): a model that has changed is read from the start. Losing the file only costs time, so nothing here fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VerifyJournal:
 
     Attributes:
         next_check: checks before this one are done.
-        damaged: those of them that failed: number, digest found (None: unreadable), problem.
+        damaged: failed ones: number, digest found (None: unreadable), problem.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path], manifest_digest: str) -> None:
@@ -35,7 +35,7 @@ class VerifyJournal:
         Args:
             folder: where journals are kept.
             files: the model's files.
-            manifest_digest: names what the files should contain.
+            manifest_digest: identifies the expected contents.
         """
         self._key = _key(files, manifest_digest)
         self._path = folder / f"{xxhash.xxh3_64_hexdigest(os.fsencode(files[0].resolve()))}.json"
@@ -43,7 +43,7 @@ class VerifyJournal:
         self.next_check, self.damaged = _read(self._path, self._key)
 
     def done(self, next_check: int, damage: tuple[int, str | None, str] | None) -> None:
-        """Notes that all checks before `next_check` are done; written to disk every now and then."""
+        """Records that all checks before `next_check` are done; written to disk periodically."""
         self.next_check = next_check
         if damage is not None:
             self.damaged.append(damage)

@@ -1,1 +1,1 @@
-"""Number formats: from a checkpoint's to ggml's, and quantizers."""
+"""Number formats: conversion from a checkpoint's to ggml's, and quantizers."""

@@ -1,10 +1,10 @@
-"""F32 rows to any block type and back: by our quantizers where there are some (`k_quantize`), by ggml's for all other types.
+"""Quantizes F32 rows to any block type and back: with our quantizers where they exist (`k_quantize`), with ggml's otherwise.
 
-Which one, and the checks that the C code lacks: it aborts the process on NaN, on rows that are no whole blocks, on missing
-importance weights, and where squares of tiny numbers vanish. Everything that gets past `quantize_rows` is safe for it. Calls
-release the interpreter lock and use one thread: callers bring the threads.
+Chooses the quantizer, and does the checks that the C code lacks: it aborts the process on NaN, on rows that are not whole
+blocks, on missing importance weights, and where squares of tiny numbers underflow. Everything that passes `quantize_rows` is
+safe for it. Calls release the interpreter lock and use one thread: callers provide threads.
 
-Knows nothing about files or tensors; how ggml is called is `ggml.types`' business.
+Knows nothing about files or tensors; `ggml.types` calls ggml.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 def needs_weights(kind: GGMLQuantizationType) -> bool:
-    """Whether the type can't be quantized without importance; `quantize_rows` then takes all channels as alike."""
+    """Whether the type can't be quantized without importance; `quantize_rows` then uses uniform importance."""
     return types.needs_importance(kind)
 
 
 def prepare_weights(weights: Floats | None, n_in: int, kind: GGMLQuantizationType, where: str) -> Floats | None:
-    """Importance as ggml can take it: checked, scaled by a power of two (which changes no result), and nowhere zero.
+    """Importance prepared for ggml: checked, scaled by a power of two (which changes no result), and nonzero everywhere.
 
     Args:
         weights: `(n_in,)`, or None: then all ones where the type needs weights.
-        where: what to call the tensor in an error message.
+        where: name of the tensor for error messages.
 
     Raises:
         FormatError: another length, a negative number, NaN or infinity.
@@ -81,7 +81,7 @@ def quantize_rows(
         kind: one of TYPES.
         weights: importance of the columns, `(n_in,)`; what a squared error there counts. Use `prepare_weights` once for many calls.
         out: where the rows go; allocated if None.
-        where: what to call the tensor in an error message.
+        where: name of the tensor for error messages.
         ours: False: by ggml's quantizer in any case, for comparison.
 
     Returns:

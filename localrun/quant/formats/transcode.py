@@ -1,4 +1,4 @@
-"""From a checkpoint's number formats to ggml's: exact wherever the target can hold the value, measured where it can't.
+"""Converts a checkpoint's number formats to ggml's: exactly where the target can represent the value, otherwise with measured loss.
 
     official            ggml     how
     FP4 + E8M0 / 32     MXFP4    byte shuffle, exact
@@ -52,7 +52,7 @@ _FP8_BF16_SAFE_MIN = 3
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a rounding conversion changed, as sums over weights in F64.
+    """The loss of a rounding conversion, as sums over weights in F64.
 
     Attributes:
         error_power: sum of squared differences.
@@ -86,7 +86,7 @@ def _fp8_values() -> npt.NDArray[np.float64]:
 
 
 def _check_scales(scale: Bytes, low: int, high: int, where: str) -> bool:
-    """Refuses NaN scales; whether some lie outside low..high, where single values need a look."""
+    """Rejects NaN scales; returns whether some are outside low..high, so that single values must be checked."""
     if scale.size and int(scale.max()) == _NAN_SCALE:
         at = int(np.flatnonzero(scale == _NAN_SCALE)[0])
         raise FormatError(f"{where}: scale {at} is NaN (0xFF)", hint="the file is damaged; download it again")
@@ -136,7 +136,7 @@ def _check_nan(values: npt.NDArray[Any], where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one source matrix, as they lie in the file.
+    """Rows of one source matrix, as stored in the file.
 
     Attributes:
         dtype: safetensors dtype.
@@ -144,7 +144,7 @@ class Rows:
         scale: E8M0 bytes of these rows, flat; empty for dtypes without scales. FP8 rows start at a multiple of 128.
         n_out, n_in: rows and logical row length.
         where: `file: tensor` for messages.
-        limit: integers must lie below it.
+        limit: exclusive upper bound of integers.
         importance: what a squared error in a column counts, for types that are searched for; None: all alike.
     """
 
@@ -332,7 +332,7 @@ _NUMBERS = ("I8", "F8_E4M3", "BF16", "F32")
 
 
 def can_convert(dtype: str, target: GGMLQuantizationType) -> bool:
-    """Whether `convert_rows` knows the pair."""
+    """Whether `convert_rows` supports the pair."""
     return (dtype, target) in _CONVERSIONS or (dtype in _NUMBERS and target in ggml_quantize.TYPES)
 
 
@@ -345,7 +345,7 @@ def convert_rows(rows: Rows, target: GGMLQuantizationType, out: Bytes) -> Loss |
         out: exactly the rows' size in the target type, aligned to 4 bytes.
 
     Returns:
-        What was lost, or None for an exact conversion.
+        The loss, or None for an exact conversion.
 
     Raises:
         FormatError: a NaN, or a value that the target can't hold.

@@ -1,4 +1,4 @@
-"""Is this GGUF a model that llama.cpp can be handed without crashing the process?
+"""Checks that llama.cpp can load a GGUF without crashing the process.
 
 `llama_model_init_from_user`, through which localrun loads models, creates tensors with the shapes that the metadata
 implies and never compares them with the file; wrong types and many wrong numbers end in `GGML_ASSERT`, which aborts the
@@ -6,7 +6,7 @@ process. So what llama.cpp asserts for every architecture, instead of reporting 
 `deepseek4_layout` for the rest. Facts: llama.cpp `src/llama-model.cpp` (load_hparams) and `src/llama-vocab.cpp` (load),
 as bundled by llama-cpp-python 0.3.36.
 
-Works on metadata and descriptions only; tensor contents are `GgufSource`'s to look at.
+Works on metadata and descriptions only; `GgufSource` checks tensor contents.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class KeyReader:
         return int(values[0])
 
     def per_layer(self, key: str, n_layers: int, value_types: tuple[GGUFValueType, ...]) -> list[Any]:
-        """One value per layer from an array of exactly that length, or from a scalar that stands for all layers."""
+        """One value per layer from an array of exactly that length, or from a scalar for all layers."""
         value = self.metadata.get(key)
         if value is None:
             raise self.error(f"no key '{key}'")
@@ -103,7 +103,7 @@ class KeyReader:
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What every architecture's metadata says: `general.architecture`, blocks, size of the vocabulary."""
+    """Metadata common to all architectures: `general.architecture`, blocks, vocabulary size."""
 
     arch: str
     n_layers: int
@@ -123,7 +123,7 @@ def check_common(path: Path, metadata: Metadata, tensors: Tensors) -> Common:
     keys.integer(f"{arch}.embedding_length", 1, MAX_DIMENSION)
     keys.integer(f"{arch}.context_length", 1, (1 << 31) - 1)
     heads = keys.per_layer(f"{arch}.attention.head_count", n_layers, INTEGERS)
-    # Hybrid models have layers without attention, which say 0.
+    # Hybrid models have layers without attention, with a value of 0.
     if not all(0 <= n <= 1 << 16 for n in heads) or max(heads) < 1:
         raise keys.error(f"{arch}.attention.head_count: {max(heads)} heads")
     if (count := metadata.get(f"{arch}.expert_count")) is None or count == GgufValue.uint32(0):
@@ -196,7 +196,7 @@ def drop_next_token_layers(
     """The trunk of a file that also holds next-token-prediction (MTP) blocks.
 
     llama.cpp, given metadata instead of a file, can't see that these blocks are extra (it looks for a tensor in the
-    file) and would run them as ordinary layers, so they are taken out of both.
+    file) and would run them as ordinary layers, so they are removed from both.
     """
     arch = metadata["general.architecture"].value if "general.architecture" in metadata else ""
     key, count_key = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
@@ -226,7 +226,7 @@ def moe_layers(path: Path, metadata: Metadata, tensors: Tensors, arch: str) -> d
     """Layers with routed experts, from the shapes of the stacked expert tensors.
 
     Raises:
-        FormatError: stacks of one layer disagree with one another or with the metadata.
+        FormatError: stacks of one layer are inconsistent with each other or with the metadata.
         UnsupportedModelError: no routed experts, or a layout other than three stacks per layer.
     """
     keys = KeyReader(path, metadata)

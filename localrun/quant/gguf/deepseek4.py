@@ -1,4 +1,4 @@
-"""llama.cpp's architecture `deepseek4`: which keys it reads and which tensors, of which shapes and types, it creates.
+"""llama.cpp's architecture `deepseek4`: the keys it reads, and the names, shapes and types of the tensors it creates.
 
 Facts: `src/models/deepseek4.cpp` (load_arch_hparams, load_arch_tensors, the graph's assertions) and
 `ggml/src/ggml-cpu` for types, as bundled by llama-cpp-python 0.3.36.
@@ -57,7 +57,7 @@ def read_deepseek4(path: Path, metadata: Metadata, common: Common) -> ModelShape
     """Checks every key that llama.cpp's deepseek4 loader reads.
 
     Raises:
-        FormatError: a key is missing, has another type, or a value that llama.cpp could not run.
+        FormatError: a key is missing, or has a wrong type or a value that llama.cpp can't run.
         UnsupportedModelError: layer kinds that crash llama.cpp.
     """
     keys, n_layers = KeyReader(path, metadata), common.n_layers
@@ -101,7 +101,7 @@ def read_deepseek4(path: Path, metadata: Metadata, common: Common) -> ModelShape
 
 
 def _check_shape(shape: ModelShape, keys: KeyReader, prefix: str) -> None:
-    """Values against one another."""
+    """Checks values for consistency."""
     rope = keys.integer(prefix + "rope.dimension_count", 2, shape.head_dim)
     if shape.value_dim != shape.head_dim:
         raise keys.error(f"{prefix}attention.value_length: differs from key_length {shape.head_dim}")

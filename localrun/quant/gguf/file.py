@@ -1,6 +1,6 @@
-"""GGUF headers: read with every field checked, and written.
+"""Reads and writes GGUF headers; checks every field.
 
-Knows keys, values, tensor descriptions and where tensors lie; knows nothing about architectures or weights. Layout:
+Knows keys, values, tensor descriptions and offsets; nothing about architectures or weights. Layout:
 ggml `docs/gguf.md`, versions 2 and 3 (same bytes for little endian), with llama.cpp's limits (`ggml/src/gguf.cpp`).
 
 Why not `gguf.GGUFReader`: it maps the whole file, builds several numpy objects per token and trusts counts, offsets and
@@ -58,7 +58,7 @@ _IK_REPACKED = {
 MAX_HEADER_BYTES = 256 << 20
 """A vocabulary of V4's size makes a header of 6 MB; a larger claim than this is damage, and reading it costs memory."""
 MAX_ARRAY_STRINGS = 1 << 22
-"""Sixteen times the largest vocabulary in use; bounds the time that a hostile count can cost."""
+"""Sixteen times the largest vocabulary in use; limits the cost of a malicious count."""
 MAX_TENSORS = 1 << 20
 MAX_KEYS = 1 << 16
 MAX_KEY_BYTES = 1 << 16
@@ -85,7 +85,7 @@ def tensor_bytes(ggml_type: GGMLQuantizationType, shape: Sequence[int]) -> int:
     """Size of a tensor of `shape` (ggml order, innermost first).
 
     Raises:
-        ValueError: a row is no multiple of the type's block.
+        ValueError: a row is not a multiple of the type's block.
     """
     block, block_bytes = GGML_QUANT_SIZES[ggml_type]
     if shape[0] % block:
@@ -192,7 +192,7 @@ class _HeaderReader:
         )
 
     def _need(self, n_bytes: int, what: str) -> int:
-        """Makes `n_bytes` from `pos` on available, moves `pos` behind them and returns their start."""
+        """Makes `n_bytes` from `pos` on available, advances `pos` and returns their start."""
         start, end = self.pos, self.pos + n_bytes
         if end > len(self.buffer):
             self._grow(end, what)
@@ -355,8 +355,8 @@ class _HeaderReader:
         return tensors
 
     def _check_order(self, tensors: Iterable[GgufTensor], data_offset: int, alignment: int) -> None:
-        """Tensors follow one another in the order of the header, without gaps: llama.cpp takes nothing else (gguf.cpp,
-        `gguf_init_from_reader`). A gap or an overlap is how a wrong type or shape shows."""
+        """Checks that tensors are contiguous and in header order, as llama.cpp requires (gguf.cpp, `gguf_init_from_reader`). A
+        gap or an overlap indicates a wrong type or shape."""
         expected, previous = data_offset, "the header"
         for tensor in tensors:
             if tensor.offset != expected:
@@ -369,7 +369,7 @@ class _HeaderReader:
 
 
 def tensor_offsets(tensors: Iterable[TensorInfo], alignment: int) -> list[int]:
-    """Offsets of tensors from the start of the data when they follow one another, each padded to `alignment`."""
+    """Offsets of contiguous tensors from the start of the data, each padded to `alignment`."""
     offsets, position = [], 0
     for tensor in tensors:
         offsets.append(position)

@@ -1,6 +1,6 @@
-"""Which GGUF in a folder is the model: parts of split ones belong together, companions of a model are passed over.
+"""Finds the GGUF model in a folder: groups the parts of split models and skips companion files.
 
-Knows nothing about converted directories and checkpoints; a header is read only where names don't decide.
+Knows nothing about converted directories and checkpoints; headers are read only if names are not enough.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class GgufModel:
     """A GGUF in a folder, all its parts together.
 
     Attributes:
-        path: the file; of a split one its first part that is there.
-        name: the file's, without number and ending.
+        path: the file; for a split model the first existing part.
+        name: the file's, without number and extension.
         n_bytes: of all parts.
     """
 
@@ -52,7 +52,7 @@ def models_in(folder: Path) -> list[GgufModel]:
 
 
 def is_companion(path: Path) -> bool:
-    """Whether a GGUF belongs to a model and is none; a file that can't be read is taken for a model, to be told why."""
+    """Whether a GGUF is a companion rather than a model; an unreadable file counts as a model, so that opening it reports why."""
     try:
         header = read_gguf(path)
     except LocalrunError:
@@ -62,7 +62,7 @@ def is_companion(path: Path) -> bool:
 
 
 def only_model(folder: Path) -> Path:
-    """The one GGUF model right in a folder; of a split one its first part.
+    """The only GGUF model directly in a folder; for a split model its first part.
 
     Raises:
         FormatError: none, or several.
@@ -87,7 +87,7 @@ def several(folder: Path, noun: str, models: Sequence[tuple[str, int]]) -> Forma
 
 
 def refuse_leftovers(folder: Path) -> None:
-    """Raises FormatError if what lies in a folder are pieces or unfinished downloads of a model."""
+    """Raises FormatError if a folder holds pieces or unfinished downloads of a model."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and ".gguf" in path.name:
             refuse_unfinished(path)

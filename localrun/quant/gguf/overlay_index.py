@@ -1,9 +1,9 @@
-"""An overlay: a second GGUF beside the base's, with better copies of chosen experts; here its layout and its reading.
+"""Overlays: a second GGUF next to the base, with better copies of chosen experts. Defines and reads the layout.
 
 Per layer and type, each projection's copies are one stacked tensor, as in the base: `blk.3.ffn_gate_exps.mxfp4.weight` of ggml
 shape `(n_in, n_out, n_chosen)`. Metadata:
 
-    general.architecture                "localrun-overlay": nothing else shall take it for a model
+    general.architecture "localrun-overlay", so no other program mistakes it for a model
     localrun.overlay.base               digest of the base that it belongs to (`Manifest.base_digest`)
     localrun.overlay.blk.3.mxfp4        i32 array: expert numbers in the order of the stacks, ascending
 """
@@ -37,7 +37,7 @@ def stack_name(layer: int, projection: int, kind: GGMLQuantizationType) -> str:
 
 
 class OverlayIndex:
-    """Who has a better copy, and where it lies; checked against the manifest and the base. Immutable.
+    """The experts with better copies and their locations; checked against the manifest and the base. Immutable.
 
     Attributes:
         copies: layer -> expert -> type and number in the stack.
@@ -52,7 +52,7 @@ class OverlayIndex:
             layers: of the base.
 
         Raises:
-            FormatError: belongs to another base, or differs in anything from what the manifest says.
+            FormatError: it belongs to another base, or contradicts the manifest.
         """
         assert manifest.overlay is not None
         self._part = part

@@ -1,12 +1,12 @@
-"""Tensors as llama.cpp must see them, where files hold the same values in another form.
+"""Presents tensors in the form that llama.cpp requires, if files store them differently.
 
 * Vectors in F16 or BF16: ggml adds and multiplies element by element only by F32 (`binary_op`), and aborts otherwise.
 * A hash layer's table as I64: `get_rows` gives ids as I32 only.
-* Gate and up of the experts in one tensor (`ffn_gate_up_exps`), gate's rows first: shown as two. llama.cpp takes it so for other
-  architectures (`create_tensor_gate_up_exps`), and for deepseek4 not at all.
-* Scales that are 1: left out. deepseek4's graph applies none, so any other value would be a wrong answer in silence.
+* * Gate and up of the experts in one tensor (`ffn_gate_up_exps`), gate's rows first: presented as two. llama.cpp supports this
+  for other architectures (`create_tensor_gate_up_exps`), but not for deepseek4.
+* * Scales that are 1: omitted. deepseek4's graph applies none, so any other value would give silently wrong answers.
 
-All of it is exact.
+All conversions are exact.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _HALF = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 @dataclass(frozen=True, slots=True)
 class Presented:
-    """A file's tensors in the form that llama.cpp takes.
+    """A file's tensors in the form that llama.cpp requires.
 
     Attributes:
-        tensors: what is shown.
-        stored: by name what the file holds, of tensors that are shown as another type.
-        fused: by the name of a stack that is shown, the tensor that holds it and its place there (0: first half, 1: second).
-        scales: names of scales that are left out and must be 1.
+        tensors: as presented.
+        stored: stored tensors by name, for those presented as another type.
+        fused: by the name of a presented stack, the tensor that contains it and its half (0 or 1).
+        scales: names of omitted scales, which must be 1.
     """
 
     tensors: dict[str, TensorInfo]
@@ -47,7 +47,7 @@ class Presented:
 
 
 def present(tensors: Mapping[str, TensorInfo], *, drop_scales: bool) -> Presented:
-    """What to show of a file's tensors.
+    """How to present a file's tensors.
 
     Args:
         tensors: by name.
@@ -84,10 +84,10 @@ def _target(name: str, info: TensorInfo) -> GGMLQuantizationType | None:
 
 
 def converted(path: Path, stored: TensorInfo, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A tensor's bytes in the type that is shown.
+    """A tensor's bytes in its presented type.
 
     Raises:
-        FormatError: an id that is none.
+        FormatError: an invalid id.
     """
     match stored.type:
         case GGMLQuantizationType.F16:

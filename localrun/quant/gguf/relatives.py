@@ -1,7 +1,7 @@
-"""GGUFs that are kept beside models but are not models: drafters, image encoders, importance matrices, adapters, other generations.
+"""Recognizes GGUFs that accompany models: drafters, image encoders, importance matrices, adapters, other generations.
 
-Says what a file is and which one is wanted instead, from its keys and the names of its tensors. What localrun runs is an
-allow-list: the architectures for which the bundled llama.cpp (0c1e57098) creates stacks of routed experts and that write text.
+Identifies a file by its keys and tensor names, and names the file to use instead. localrun runs an allow-list: the text
+architectures for which the bundled llama.cpp (0c1e57098) creates stacks of routed experts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _V41 = re.compile(r"deepseek[-_]?(v)?4[._]?1")
 
 
 class Relative(NamedTuple):
-    """A file that is no model to chat with.
+    """A file that is not a chat model.
 
     Attributes:
-        kind: what sort of file.
-        what: the same in a clause that follows the file's name.
-        hint: which file is wanted.
+        kind: kind of file.
+        what: the same as a phrase to follow the file's name.
+        hint: which file to use.
     """
 
     kind: Kind

@@ -1,11 +1,11 @@
-"""A model that lies on the disk as GGUF: a converted directory, or any llama.cpp GGUF of a mixture-of-experts model.
+"""A model stored as GGUF: a converted directory, or any llama.cpp GGUF of a mixture-of-experts model.
 
 Opens one file, all parts of a split one, or a folder; merges the parts into one list of tensors and checks the whole
-before anything is handed to llama.cpp (`gguf_checks`, `deepseek4_layout`). Reading experts is the store's work: this
-module only says where each one lies.
+before anything is passed to llama.cpp (`gguf_checks`, `deepseek4_layout`). The store reads experts; this module only locates
+them.
 
-Departures from llama.cpp: values are shown in the form that it takes (`presented.py`); any part of a split model may be named;
-blocks for next-token prediction are left out; models without an output matrix get the embedding's under that name, because
+Departures from llama.cpp: values are presented in the form it requires (`presented.py`); any part of a split model may be
+opened; blocks for next-token prediction are skipped; models without an output matrix get the embedding under that name, because
 llama.cpp can't tie them without a file.
 """
 
@@ -103,11 +103,11 @@ class GgufSource:
 
         Args:
             path: file or folder.
-            with_holes: also a converted model of which parts were never written: for those who check it against its checksums.
+            with_holes: also accept a converted model with parts that were never written, to check it against its checksums.
 
         Raises:
             FormatError: damaged or inconsistent files.
-            UnsupportedModelError: a sound model of a kind that localrun does not run.
+            UnsupportedModelError: a valid model of a kind that localrun does not run.
             StoreError: a file can't be read.
         """
         manifest_path = (path if path.is_dir() else path.parent) / MANIFEST_NAME
@@ -118,7 +118,7 @@ class GgufSource:
                 hint=f"pass the folder: {manifest_path.parent}",
             )
         if manifest is not None and not path.is_dir() and path.name not in {file.name for file in manifest.files}:
-            # Somebody else's file that lies beside a converted model.
+            # A foreign file next to a converted model.
             manifest = None
         overlay = None
         if manifest is not None:
@@ -178,7 +178,7 @@ class GgufSource:
 
         Raises:
             KeyError: no such tensor.
-            ValueError: a stack of experts; `expert` says where those lie.
+            ValueError: a stack of experts; see `expert`.
             StoreError: the file can't be read or is shorter than its header says.
         """
         if name in self._stacks:
@@ -190,12 +190,12 @@ class GgufSource:
         return array if stored is None else converted(self._files[extent.file], stored, array)
 
     def tensor_extent(self, name: str) -> Extent:
-        """Where a tensor's bytes lie in the file, whatever type they are shown in (stacks of experts too)."""
+        """Location of a tensor's bytes in the file, regardless of the presented type (including stacks of experts)."""
         index, tensor = self._where[name]
         return Extent(index, tensor.offset, tensor.info.n_bytes)
 
     def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
-        """The better copy where the overlay has one, else the base's.
+        """The better copy if the overlay has one, else the base's.
 
         Raises:
             IndexError: the layer has fewer experts.
@@ -250,7 +250,7 @@ class GgufSource:
             self._where["output.weight"] = embedding
 
     def _check_contents(self, shape: ModelShape) -> None:
-        """Values that llama.cpp uses as addresses or sorts by (token-to-expert tables, the router's biases), and scales that it
+        """Checks values that llama.cpp uses as indices or sorts by (token-to-expert tables, router biases), and scales that it
         does not apply."""
         for name in self._presented.scales:
             if self._where[name][1].info.type != GGMLQuantizationType.F32:
@@ -305,7 +305,7 @@ class GgufSource:
                 os.close(fd)
 
     def _digest(self) -> str:
-        """Over headers, sizes and samples of the data, so that models of equal shape differ when weights do."""
+        """Digest of headers, sizes and samples of the data, so that models of equal shape with different weights differ."""
         digest = xxhash.xxh3_128()
         for part in self._parts:
             digest.update(part.header_digest.encode())
@@ -391,7 +391,7 @@ def listed_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
 
 
 def _read_parts(paths: Sequence[Path]) -> list[GgufFile]:
-    """Headers of all parts, each checked to be the part that its name says."""
+    """Headers of all parts, each checked to match its name."""
     parts = [read_gguf(path) for path in paths]
     for index, part in enumerate(parts):
         count = _split_number(part, "split.count", 1)
@@ -415,7 +415,7 @@ def _split_number(part: GgufFile, key: str, default: int) -> int:
         return default
     if value.type not in (GGUFValueType.UINT16, GGUFValueType.INT32, GGUFValueType.UINT32):
         raise FormatError(f"{part.path}: {key}: expected UINT16 or INT32, got {value.type.name}", hint=_DAMAGED)
-    # 0 is what unsplit files written by some tools say.
+    # Some tools write 0 for unsplit files.
     return int(value.value) or default
 
 

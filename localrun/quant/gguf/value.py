@@ -1,7 +1,7 @@
-"""One value of a GGUF's metadata: its type, and the bytes that a file holds for it.
+"""One value of a GGUF's metadata: its type and its bytes in the file.
 
-Kept as bytes and decoded when somebody asks, so that a header which is read and written again keeps every type and width,
-and a vocabulary that nobody looks at costs nothing.
+Stored as bytes and decoded on demand, so that rewriting a header preserves every type and width, and an unused vocabulary costs
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _U64 = struct.Struct("<Q")
 
 
 def pack_string(text: str) -> bytes:
-    """UTF-8 behind its length as u64."""
+    """UTF-8, preceded by its length as u64."""
     data = text.encode()
     return _U64.pack(len(data)) + data
 

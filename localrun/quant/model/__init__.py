@@ -1,1 +1,1 @@
-"""What a model is and where its bytes are, whatever the files look like."""
+"""Models and the location of their bytes, independent of the file format."""

@@ -1,13 +1,12 @@
-"""`localrun.json`: what a converted model's folder holds and the checksum of everything in it.
+"""`localrun.json`: the contents of a converted model's folder, with checksums of everything in it.
 
 The base is described by `files`, `tensors` and `experts`, an overlay with better copies by `overlay`, experts that stay in a
-checkpoint elsewhere by `kept`. `tiers`, `profile` and
-`report` are JSON of those who choose the copies and measure the result; this module only keeps them.
+checkpoint elsewhere by `kept`. `tiers`, `profile` and `report` are JSON written by the choice of copies and the measurements;
+this module only stores them.
 
-Strictly read: a manifest decides which files are opened, so every field is checked and no name can leave the folder; `kept` alone
-leads elsewhere, to a checkpoint that is read and must be the one that it was.
-Knows JSON and digests; knows nothing about GGUF. Checksums are xxh3_64 as 16 hex digits: they find damage, they don't
-protect against somebody who forges a file. A checksum of all that a manifest says is its last key.
+Parsed strictly: a manifest determines which files are opened, so every field is checked and no name can point outside the
+folder; only `kept` refers elsewhere, to a checkpoint that must be unchanged. Knows JSON and digests, but nothing about GGUF.
+Checksums are xxh3_64 as 16 hex digits: they detect damage, not forgery. The last key is a checksum of the manifest's contents.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def checksum(data: Any) -> str:
 
 
 def _digest_of(data: Mapping[str, object]) -> str:
-    """Of what a manifest says, without its own checksum, however it is laid out: an overlay's key or an option that got lost would
-    otherwise leave another sound model."""
+    """Checksum of a manifest's contents without this key, independent of formatting: a lost overlay key or option would
+    otherwise leave a different but valid model."""
     said = json.dumps({key: value for key, value in data.items() if key != "checksum"}, ensure_ascii=True)
     return checksum(json.dumps(json.loads(said), sort_keys=True, separators=(",", ":")).encode())
 
@@ -79,7 +78,7 @@ class OverlayStack:
 
     Attributes:
         ids: expert numbers in the order of the stack, ascending.
-        checksums: for gate, up and down those of the ggml rows, in the same order.
+        checksums: of the ggml rows of gate, up and down, in the same order.
     """
 
     ids: tuple[int, ...]
@@ -91,10 +90,10 @@ class Overlay:
     """Better copies of some experts. Immutable.
 
     Attributes:
-        files: GGUFs that hold them; one, so far.
-        experts: layer -> lower-case ggml type -> who.
+        files: their GGUFs; currently one.
+        experts: layer -> lower-case ggml type -> experts.
         options: what the user asked for, and the digest of the plan (`plan`).
-        rounding: by `source dtype -> ggml type`, what it changed (free JSON).
+        rounding: losses by `source dtype -> ggml type` (free JSON).
     """
 
     files: tuple[ModelFile, ...]
@@ -122,7 +121,7 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class KeptExperts:
-    """Experts that stay in the checkpoint that the rest was made from. Immutable.
+    """Experts that stay in the source checkpoint. Immutable.
 
     Attributes:
         path: the checkpoint's folder, absolute.
@@ -146,12 +145,12 @@ class Manifest:
         files: GGUF parts in order.
         tensors: dense tensor name -> checksum of its bytes.
         experts: layer -> for gate, up and down the checksums of all experts' ggml rows, in order of expert number.
-        source: where the weights came from (free JSON: kind, names, sizes, hashes).
+        source: origin of the weights (free JSON: kind, names, sizes, hashes).
         tools: program versions that wrote the files.
-        options: what the user asked of the converter.
+        options: the user's conversion options.
         overlay: better copies of some experts; None without.
-        kept: where the experts are, if they are not in `files`; `experts` is empty then.
-        tiers, profile, report: how the copies were chosen, how often experts are used, what it costs (free JSON; may be empty).
+        kept: location of the experts, if they are not in `files`; `experts` is then empty.
+        tiers, profile, report: how copies were chosen, expert use counts, and quality (free JSON; may be empty).
     """
 
     files: tuple[ModelFile, ...]
@@ -168,7 +167,7 @@ class Manifest:
 
     @property
     def base_digest(self) -> str:
-        """Names the base's contents, every byte of it; an overlay says by it to which base it belongs."""
+        """Digest of the base's complete contents, by which an overlay identifies its base."""
         digest = xxhash.xxh3_128()
         digest.update("".join(f"{file.size_bytes} {file.header_checksum}\n" for file in self.files).encode())
         digest.update("".join(f"{name} {checksum}\n" for name, checksum in sorted(self.tensors.items())).encode())
@@ -180,8 +179,8 @@ class Manifest:
         return digest.hexdigest()
 
     def to_json(self) -> str:
-        """The file's text. Each layer's projection is one string of concatenated digests: a list would be half as long
-        again and a hundred times as many lines."""
+        """The file's text. Each layer's projection is one string of concatenated digests: a list would be half again as long
+        with a hundred times as many lines."""
         experts = {
             str(layer): {name: "".join(digests) for name, digests in zip(PROJECTIONS, self.experts[layer], strict=True)}
             for layer in sorted(self.experts)

@@ -1,7 +1,7 @@
-"""What a model is made of, in numbers: the one description that readers produce and everybody else uses.
+"""A model's dimensions: the single description that readers produce and everything else uses.
 
-It comes from a GGUF's metadata (`read_shape`, `shape_of`) or from an official config.json (`ModelConfig.shape`). Values are taken
-as they are: whoever reads untrusted files checks them (`gguf/checks.py`, `gguf/deepseek4.py`, `checkpoint/model_config.py`).
+It comes from a GGUF's metadata (`read_shape`, `shape_of`) or from an official config.json (`ModelConfig.shape`). Values are not
+checked here: readers of untrusted files do that (`gguf/checks.py`, `gguf/deepseek4.py`, `checkpoint/model_config.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _LEAST_LIMIT = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Dimensions of one model. A number that a model says per layer stands here once, as the largest one.
+    """Dimensions of one model. Per-layer numbers are given once, as their maximum.
 
     Attributes:
-        architecture: as llama.cpp calls it.
+        architecture: llama.cpp's name.
         n_layers: blocks.
         n_embd: hidden size.
         n_vocab: tokens of the vocabulary.
-        n_ctx_train: tokens of context that the model was trained for; 0: not said.
+        n_ctx_train: context length that the model was trained for; 0: unknown.
         n_heads, n_kv_heads: of attention.
         head_dim, value_dim: of a key and of a value.
         moe_layers: blocks with routed experts.
@@ -42,9 +42,9 @@ class ModelShape:
         n_ff: width of an expert.
         clamp_limits: SwiGLU's limit by block, of blocks with routed experts that have one.
         window: tokens that attention sees uncompressed; 0: all.
-        ratios: compression ratio per layer; empty for models without compressed layers. As all that follow: deepseek4 only.
+        ratios: compression ratio per layer; empty for models without compressed layers. This and the following: deepseek4 only.
         index_heads, index_dim, index_top_k: of the indexer.
-        n_hash_layers: first blocks, whose experts follow from the token id.
+        n_hash_layers: number of initial blocks whose experts follow from the token id.
         q_rank, o_groups, o_rank: of the low-rank projections of queries and outputs.
         n_streams: residual streams (mHC).
     """
@@ -106,12 +106,12 @@ def shape_of(source: ModelSource) -> ModelShape:
 def read_shape(
     metadata: Mapping[str, object], *, moe_layers: Sequence[int], n_experts: int, n_ff: int, n_vocab: int
 ) -> ModelShape:
-    """The shape that GGUF metadata describe.
+    """The shape described by GGUF metadata.
 
     Args:
         metadata: keys and plain values.
-        moe_layers, n_experts, n_ff: as the expert tensors are, which is what is computed with.
-        n_vocab: where the metadata don't say.
+        moe_layers, n_experts, n_ff: from the expert tensors, which are what is computed with.
+        n_vocab: if the metadata lacks it.
     """
     architecture = str(metadata.get("general.architecture", "unknown"))
 

@@ -1,10 +1,10 @@
-"""Where a model's bytes come from: every kind of model, seen as a llama.cpp GGUF.
+"""The source of a model's bytes: presents every kind of model as a llama.cpp GGUF.
 
 Three kinds exist: a directory written by `localrun convert`, any llama.cpp GGUF (split or not), and an official checkpoint
-directory as downloaded. All present the same thing: GGUF metadata, tensor descriptions under GGUF names, dense tensors as ggml
-bytes, and for each expert of each layer a recipe that says which byte ranges of which file make one projection.
+directory as downloaded. All present the same things: GGUF metadata, tensor descriptions under GGUF names, dense tensors as ggml
+bytes, and for each expert a recipe: which byte ranges of which file form each projection.
 
-This module knows nothing about caches, threads or inference; reading expert bytes is `localrun.offload.cache.store`'s work.
+Knows nothing about caches, threads or inference; `localrun.offload.cache.store` reads expert bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorInfo:
 
 
 class Encoding(Enum):
-    """How a projection's bytes lie in the file.
+    """How a projection is stored in the file.
 
     GGML: rows of the ggml type, ready to use (1 extent).
     FP4: official FP4, `uint8 (n_out, n_in/2)` low nibble first, then E8M0 scales `uint8 (n_out, n_in/32)` (2 extents): MXFP4.
@@ -64,7 +64,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One matrix of one expert: where it lies and what it becomes.
+    """One matrix of one expert: its location and its decoded form.
 
     Attributes:
         type: ggml type after decoding.
@@ -72,7 +72,7 @@ class Projection:
         encoding: how to turn the extents' bytes into `n_bytes` of ggml rows.
         extents: byte ranges, in the order that the encoding names.
         n_bytes: size as ggml rows.
-        checksum: xxh3_64 hex digest of the ggml rows, where the source has one.
+        checksum: xxh3_64 hex digest of the ggml rows, if the source has one.
     """
 
     type: GGMLQuantizationType
@@ -94,12 +94,12 @@ class MoeLayer:
 
     Attributes:
         layer: block number.
-        n_experts: how many experts the layer has.
+        n_experts: number of experts in the layer.
         n_embd: hidden size D (input of gate and up, output of down).
         n_ff: expert width F.
         types: types of the stacked tensors, which every expert has; what llama.cpp sees.
         expert_bytes: size of one expert in these types, the three projections as ggml rows.
-        better: further types that an overlay has some experts in, in ascending order; empty without an overlay.
+        better: additional types of an overlay's copies, in ascending order; empty without an overlay.
     """
 
     layer: int

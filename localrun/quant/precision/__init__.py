@@ -1,1 +1,1 @@
-"""Which expert gets which precision: importance, measured error, solver, report."""
+"""Chooses the precision of each expert: importance, measured error, solver, report."""

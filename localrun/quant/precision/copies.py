@@ -1,4 +1,4 @@
-"""Which experts get a better copy than the base's, in what format: decided by the solver, carried out by the overlay's writer.
+"""The experts that get better copies than the base's, and their formats: chosen by the solver, written to the overlay.
 
 Plain values and their JSON; knows nothing about files, budgets or errors.
 """
@@ -30,7 +30,7 @@ class BetterCopies:
     """Better copies by expert. Immutable.
 
     Attributes:
-        formats: layer -> expert -> type of all three projections of its better copy; experts that are absent have only the base's.
+        formats: layer -> expert -> type of all three projections of its better copy; other experts have only the base's.
     """
 
     formats: Mapping[int, Mapping[int, GGMLQuantizationType]]
@@ -57,13 +57,13 @@ class BetterCopies:
 
     @classmethod
     def from_json(cls, value: object, where: str = "tiers") -> BetterCopies:
-        """Reads what `to_json` wrote.
+        """Inverse of `to_json`.
 
         Args:
-            where: what to call the value in an error message.
+            where: name of the value for error messages.
 
         Raises:
-            FormatError: not such an object; an unknown type; an expert twice.
+            FormatError: not such an object, an unknown type, or a duplicate expert.
         """
         formats: dict[int, dict[int, GGMLQuantizationType]] = {}
         for layer, by_type in _object(value, where).items():

@@ -1,11 +1,11 @@
-"""What a format does to an expert's output: quantized and dequantized weights against exact ones, on rows that the expert saw.
+"""Measures a format's effect on an expert's output: quantized against exact weights, on rows that the expert processed.
 
-The error of the weights alone says little: what counts is the output after SwiGLU on inputs that occur. Per expert and format:
-mean squared difference of outputs, relative to the mean squared output of the layer's experts, so that an expert with small
-outputs counts as little as it does in the model.
+Weight errors alone mean little: what matters is the output after SwiGLU on real inputs. Per expert and format: mean squared
+difference of outputs, relative to the mean squared output of the layer's experts, so that an expert with small outputs counts
+as little as it does in the model.
 
 Measuring a big model's experts in all formats would take longer than converting it: above `ALL_BELOW_WEIGHTS` weights an expert,
-a sample is measured per layer, half of it the most used ones, half drawn; the others get the layer's mean, and say so.
+a sample is measured per layer, half of it the most used experts, half random; the others get the layer's mean and are marked.
 Arithmetic is F32 with exact activations; what the kernels' 8-bit activations add is the same for all formats.
 """
 
@@ -73,7 +73,7 @@ class ErrorTable:
         return sum(layer.measured.size for layer in self.layers.values())
 
     def to_json(self) -> dict[str, Any]:
-        """All measured values, for the report and for a conversion that goes on after a kill."""
+        """All measured values, for the report and for resuming a conversion."""
         return {
             "real_rows": self.real_rows,
             "layers": {
@@ -143,10 +143,10 @@ def measure_errors(
     """Measures every layer.
 
     Args:
-        types: formats; one that an expert already has costs nothing and is exact.
+        types: formats; an expert's current format is exact and free.
         n_threads: experts measured at once; each needs about twice its F32 weights of one projection.
         seed: chooses the sample of a big model.
-        progress: called with (experts measured, experts to be measured).
+        progress: called with (experts measured, total experts to measure).
 
     Raises:
         StoreError: a file can't be read.
@@ -292,6 +292,6 @@ def _read(source: ModelSource, file: int, offset: int, n_bytes: int) -> npt.NDAr
 def swiglu(gate: F32, up: F32, limit: float) -> F32:
     """silu(min(gate, limit)) * clip(up, -limit, limit)."""
     gate = np.minimum(gate, np.float32(limit))
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then the right 0
+    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, which is correct
         result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
     return result

@@ -2,14 +2,14 @@
 
 GGUF (llama.cpp tools/imatrix/imatrix.cpp, save_imatrix): `general.type` is "imatrix"; keys `imatrix.datasets`,
 `imatrix.chunk_count`, `imatrix.chunk_size`; per weight two F32 tensors, `<name>.in_sum2` (n_in, n_experts) with raw sums of squares
-and `<name>.counts` (1, n_experts). Ours adds keys `localrun.calibration.*` and tensors `localrun.blk.N.route_power`, which
-llama.cpp passes over.
+and `<name>.counts` (1, n_experts). We add keys `localrun.calibration.*` and tensors `localrun.blk.N.route_power`, which
+llama.cpp ignores.
 
 `.dat` (save_imatrix_legacy), little-endian: i32 entries; each i32 length, name, i32 calls, i32 values, f32 values = mean square *
-calls; then i32 chunks, i32 length, name of the text. It keeps no counts per expert: all experts then count alike, and a value of
-1 in all channels stands for an expert without data.
+calls; then i32 chunks, i32 length, name of the text. It has no counts per expert: all experts then count equally, and a value
+of 1 in all channels marks an expert without data.
 
-Entries of other tensors (dense ones) are passed over: dense matrices keep 8 bits or more here.
+Entries of other tensors (dense ones) are ignored: dense matrices keep 8 bits or more here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _route_name(layer: int) -> str:
 
 
 def write_imatrix(importance: Importance, path: Path) -> None:
-    """Writes llama.cpp's GGUF form; the file appears whole or not at all.
+    """Writes llama.cpp's GGUF form, atomically.
 
     Raises:
         StoreError: it can't be written.
@@ -89,10 +89,10 @@ def _info(name: str, array: npt.NDArray[np.floating]) -> TensorInfo:
 
 
 def read_imatrix(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
-    """Reads either form and checks it against a model. Sums stay in the file, mapped.
+    """Reads either form and checks it against a model. Sums are memory-mapped.
 
     Raises:
-        FormatError: damaged, no importance matrix, or one of another model.
+        FormatError: damaged, not an importance matrix, or one of another model.
         StoreError: can't be read.
     """
     try:
@@ -144,7 +144,7 @@ def _integer(header: GgufFile, key: str, default: int) -> int:
 
 
 def _n_tokens(header: GgufFile, layers: Mapping[int, LayerImportance]) -> int:
-    """Ours says it; llama.cpp's has chunks, of which a part may be missing."""
+    """Ours records it; llama.cpp's has chunks, the last of which may be partial."""
     n_chunks, n_chunk = _integer(header, "imatrix.chunk_count", 0), _integer(header, "imatrix.chunk_size", 0)
     return _integer(header, _TOKENS_KEY, n_chunks * n_chunk)
 

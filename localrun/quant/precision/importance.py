@@ -1,11 +1,11 @@
-"""How much each input channel of each routed expert matters, and how often the expert is used: what a calibration text showed.
+"""The importance of each input channel of each routed expert, and how often the expert is used, from a calibration text.
 
-Per layer: the sum of squared inputs of gate and up, the same of down, and how many rows each expert saw. A quantizer weighs a
-weight's squared error with its channel's mean square; the precision solver weighs an expert with its use. Knows nothing about where
-the sums come from (`localrun.engine.measure.calibrate`, or a file of llama.cpp's: `imatrix_file`).
+Per layer: the sum of squared inputs of gate and up, the same of down, and how many rows each expert saw. A quantizer weights a
+weight's squared error by its channel's mean square; the precision solver weights an expert by its use. Knows nothing about the
+origin of the sums (`localrun.engine.measure.calibrate`, or a file of llama.cpp's: `imatrix_file`).
 
-Experts that the text reached seldom or never: `PRIOR_ROWS` rows of the layer's average are added to every expert's sums, so one
-that was never reached gets the average itself, and one reached often only its own. The sums themselves are kept as they are.
+For rarely or never used experts, `PRIOR_ROWS` rows of the layer's average are added to every expert's sums: an unused expert
+gets the average, while a frequently used one is dominated by its own sums. The stored sums are not modified.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class LayerImportance:
 
 @dataclass(frozen=True, slots=True)
 class ImportanceSummary:
-    """What a report says about a calibration.
+    """Summary of a calibration for reports.
 
     Attributes:
         n_tokens: tokens of the text.
         n_experts: experts of all layers.
-        n_unused: experts that no token was routed to; they get their layer's average.
+        n_unused: experts that no token was routed to, which get their layer's average.
         n_rare: experts with some rows, fewer than `RARE_ROWS`.
-        unused_by_layer: (block, number) of layers that have such.
+        unused_by_layer: (block, number) of layers with unused experts.
     """
 
     n_tokens: int
@@ -78,7 +78,7 @@ class Importance:
         n_tokens: tokens that were run.
         datasets: names of the texts.
         chunk_tokens: tokens per window.
-        text_digest: of the calibration text; empty where not known.
+        text_digest: of the calibration text; empty if unknown.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class Importance:
         return result
 
     def route_weights(self, layer: int) -> F64:
-        """(E,) how much each expert's squared error counts, summing to 1 over a layer.
+        """(E,) weight of each expert's squared error, summing to 1 over a layer.
 
-        Squared router weights where they are known, else uses; experts that were not seen count as half a use.
+        Squared router weights if known, else uses; unused experts count as half a use.
         """
         sums = self.layers[layer]
         uses = sums.counts + 0.5

@@ -1,6 +1,6 @@
-"""Pictures of a conversion report, as SVG written by hand: no plotting library in a package that is to run air-gapped.
+"""Pictures of a conversion report, as hand-generated SVG, to keep plotting libraries out of a package that must run air-gapped.
 
-Colours are Paul Tol's; nothing is told by colour alone (marks have labels, cells have titles).
+Colours are Paul Tol's; colour never carries meaning alone (marks have labels, cells have titles).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _curve(solution: PrecisionSolution, points: Sequence[CurvePoint]) -> Iterato
     low_x, high_x = min(p.n_bytes for p in points), max(p.n_bytes for p in points)
     errors = [p.error for p in points if p.error > 0] or [1.0]
     high_y = math.ceil(math.log10(max(errors)))
-    # Errors of nearly finished curves would stretch the picture over many decades that nobody looks at.
+    # Errors of nearly finished curves would stretch the picture over many irrelevant decades.
     low_y = max(math.floor(math.log10(min(errors))), high_y - 4)
 
     def place(point: CurvePoint) -> tuple[float, float]:

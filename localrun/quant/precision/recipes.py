@@ -1,4 +1,4 @@
-"""Conversion recipes: small TOML files that say which formats a model is converted to. Some for known boxes ship.
+"""Conversion recipes: small TOML files that define the target formats. Some for typical machines are built in.
 
     description = "24 GB GPU, 64 GB RAM"
     base = "q2_k"               # format that every expert has
@@ -29,7 +29,7 @@ _MAX_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A read and checked recipe; None where it says nothing."""
+    """A checked recipe; None for unset values."""
 
     name: str
     description: str = ""
@@ -50,7 +50,7 @@ def installed_recipes() -> dict[str, Recipe]:
 
 
 def read_recipe(name_or_path: str) -> Recipe:
-    """A recipe that ships, by its name, or a file's.
+    """A built-in recipe by name, or one from a file.
 
     Raises:
         UsageError: no such recipe.

@@ -1,7 +1,6 @@
 """The report of a conversion: `report.md` for people, `report.json` for programs, two pictures. Written into the output directory.
 
-Takes the pieces that others measured (importance, errors per format, the solver's decision, evaluation) and shows those that are
-there. Measures nothing.
+Formats the available results (importance, errors per format, the solver's choice, evaluation). Measures nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Evaluation:
 
     Attributes:
         name: which model or format.
-        n_bytes: of the expert copies that are used; None: not known.
+        n_bytes: of the expert copies used; None: unknown.
     """
 
     name: str
@@ -46,12 +45,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionReport:
-    """The pieces of a report; None and empty ones are left out.
+    """The pieces of a report; None and empty ones are omitted.
 
     Attributes:
         model: name of the model.
         sizes: label -> bytes, in the order shown ("base", "overlay", "dense", "source").
-        options: what the user asked for, as text.
+        options: the user's options, as text.
         evaluations: the finished model first, then formats to compare with.
         text: name of the held-out text.
     """
@@ -95,7 +94,7 @@ class PrecisionReport:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes what there is into `folder`; each file appears whole.
+        """Writes the available pieces to `folder`, each file atomically.
 
         Raises:
             StoreError: it can't be written.
@@ -118,7 +117,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _cell(text: str) -> str:
-    """Text that stays inside one table cell or list item, whatever a file was called."""
+    """Escapes text for a table cell or list item."""
     return " ".join(text.replace("|", "\\|").split())
 
 

@@ -1,4 +1,4 @@
-"""Rows that a model's experts saw, to measure output errors on: real ones of a calibration, or drawn from its variances.
+"""Input rows of a model's experts, to measure output errors on: real ones from a calibration, or random ones with its variances.
 
 Knows nothing about models or texts; `localrun.engine.measure.calibrate` collects.
 """
@@ -35,9 +35,9 @@ class ActivationSamples:
     real: bool = True
 
     def rows(self, layer: int, expert: int, n: int) -> tuple[F32, int]:
-        """Up to `n` rows for an expert, its own first, topped up with others' of the layer; how many are its own.
+        """Up to `n` rows for an expert, its own first, then others of the layer; also how many are its own.
 
-        Always the same ones for the same samples.
+        Deterministic for the same samples.
         """
         sampled = self.layers[layer]
         own = np.flatnonzero(sampled.chosen[:, expert])[:n]

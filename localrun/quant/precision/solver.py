@@ -1,15 +1,15 @@
-"""Which expert gets which precision, within byte budgets, so that the expected error is least. Pure arithmetic.
+"""Assigns precisions to experts within byte budgets, minimizing the expected error. Pure arithmetic.
 
 Expected error: per layer, the sum over experts of (share of the layer's routed power) * (squared error of the expert's output,
-relative to the layer's mean output power), then the mean over layers. 0 is exact, 1 is as wrong as leaving the experts out.
+relative to the layer's mean output power), then the mean over layers. 0 is exact, 1 is as wrong as omitting the experts.
 
-Two questions are answered. *Base and hot budgets*: every expert has the base's format, and each hot format has bytes for better
-copies; this is an assignment problem with capacities, solved exactly by augmenting paths (formats are few, so a path is short).
-*Target*: so much memory for the copies that are used; per base format a multi-choice knapsack, solved greedily along each expert's
-lower convex hull, which is optimal for every budget where it stops and at most one upgrade short between. Ties go to the lower
-layer and expert, so equal input gives equal output, and a larger budget never a larger error.
+It solves two problems. *Base and hot budgets*: every expert has the base's format, and each hot format has bytes for better
+copies; this is an assignment problem with capacities, solved exactly by augmenting paths (there are few formats, so paths are
+short). *Target*: a memory budget for the copies used; per base format a multiple-choice knapsack, solved greedily along each
+expert's lower convex hull, which is optimal for every budget where it stops and at most one upgrade short in between. Ties go
+to the lower layer and expert, so equal input gives equal output, and a larger budget never a larger error.
 
-An expert is never dropped: one without a better copy is in the base.
+No expert is ever dropped: one without a better copy is in the base.
 """
 
 from __future__ import annotations
@@ -115,10 +115,11 @@ def check_request(
     hot: Sequence[HotBudget],
     target: Target | None = None,
 ) -> None:
-    """Everything that can be wrong with a request before any error was measured.
+    """Checks a request before any error is measured.
 
     Raises:
-        UsageError: a format that rows don't fit, twice, or no better than the base; a budget too small for one expert.
+        UsageError: a format that does not fit the rows, is repeated, or is no better than the base; a budget too small for one
+            expert.
     """
     if target is not None and hot:
         raise UsageError("--target and --hot can't be combined", hint="set budgets with --hot, or let --target choose")
@@ -149,7 +150,7 @@ def check_request(
 
 @dataclass(frozen=True, slots=True)
 class ExpertCosts:
-    """What every expert costs in every format. Rows in ascending order of (layer, expert).
+    """Error and size of every expert in every format. Rows in ascending order of (layer, expert).
 
     Attributes:
         keys: (N,) layer and expert.
@@ -175,7 +176,7 @@ class ExpertCosts:
         """From a layer's route weights (E,), summing to 1, and its relative errors (E,) in a format.
 
         Args:
-            layer_weights: how much an error in each layer counts, on average 1; None: all layers alike.
+            layer_weights: weight of an error in each layer, 1 on average; None: uniform.
         """
         kinds = tuple(types)
         keys: list[Key] = []
@@ -188,7 +189,7 @@ class ExpertCosts:
         return cls(tuple(keys), kinds, np.concatenate(error), np.concatenate(sizes).astype(np.int64))
 
     def column(self, kind: GGMLQuantizationType) -> int:
-        """Where a format stands in `types`."""
+        """Index of a format in `types`."""
         return self.types.index(kind)
 
     def uniform(self, kind: GGMLQuantizationType) -> CurvePoint:
@@ -208,14 +209,14 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionSolution:
-    """What the solver decided.
+    """The solver's result.
 
     Attributes:
         base: format of the base.
         plan: better copies.
-        chosen: size and error of the copies that are used.
-        base_bytes, overlay_bytes: what lies on the drive.
-        streamed_bytes: used copies that don't fit into a target's memory and are read when they are needed; 0 without a target.
+        chosen: size and error of the copies used.
+        base_bytes, overlay_bytes: sizes on the drive.
+        streamed_bytes: copies that don't fit in a target's memory and are read on demand; 0 without a target.
         curve: best mix over this base by size, in ascending order of size.
         uniform: all experts in one format, for comparison.
     """
@@ -236,7 +237,7 @@ class PrecisionSolution:
 def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotBudget]) -> PrecisionSolution:
     """Better copies within a budget per format.
 
-    Where layers differ in shape, a budget is counted in experts of its largest layer, so it is never exceeded.
+    If layers differ in shape, a budget is counted in experts of its largest layer, so it is never exceeded.
     """
     columns = [costs.column(budget.type) for budget in hot]
     b = costs.column(base)
@@ -248,13 +249,13 @@ def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotB
 
 
 def assign(gains: F64, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Gives each expert at most one of T formats, at most `capacities[t]` each, so that the sum of gains is largest.
+    """Gives each expert at most one of T formats, at most `capacities[t]` each, maximizing the sum of gains.
 
-    Min-cost flow by successive paths: an expert enters a format; a full format passes one of its experts on to the next. With T
-    formats a path has at most T steps, and heaps know the best candidate of every step.
+    Min-cost flow by successive paths: an expert enters a format; a full format passes one of its experts to the next. With T
+    formats a path has at most T steps, and heaps hold the best candidate for every step.
 
     Args:
-        gains: (N, T); what is not positive is never taken.
+        gains: (N, T); gains that are not positive are ignored.
 
     Returns:
         (N,) format of each expert, -1 for none.
@@ -302,14 +303,14 @@ def assign(gains: F64, capacities: Sequence[int]) -> npt.NDArray[np.int64]:
 def solve_target(
     costs: ExpertCosts, target: Target, *, dense_bytes: int = 0, reserve_bytes: int = 0
 ) -> PrecisionSolution:
-    """Base and better copies for a box, so that the copies that are used fit into its memory if they can.
+    """Chooses base and better copies for a machine, so that the copies used fit in its memory if possible.
 
-    What a CPU may have to compute is in `CPU_TYPES`: with any RAM in the target that is every expert, because which ones the GPU
-    holds changes with use. If not even the smallest format fits, all experts get that and the rest is streamed.
+    Experts that a CPU may have to compute must be in `CPU_TYPES`: with any RAM in the target that is every expert, because the
+    GPU's experts change with use. If not even the smallest format fits, all experts get that and the rest is streamed.
 
     Args:
-        costs: with the formats that may be used; see `target_types`.
-        dense_bytes, reserve_bytes: of the dense model and the context, which come first.
+        costs: with the allowed formats; see `target_types`.
+        dense_bytes, reserve_bytes: of the dense model and the context, which have priority.
 
     Raises:
         UsageError: nothing is left for experts.
@@ -332,7 +333,7 @@ def solve_target(
 
 
 def bytes_for_experts(target: Target, others_bytes: int) -> int:
-    """What a target has left for experts.
+    """Memory that a target has left for experts.
 
     Raises:
         UsageError: nothing.

@@ -215,6 +215,26 @@ async def test_a_first_start_says_how_far_the_compiler_is(setup: Setup) -> None:
         held.set()
 
 
+async def test_a_preparation_that_ends_after_the_screen_has_gone_disturbs_nobody(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, failures = threading.Event(), list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+
+    def prepare() -> Path:
+        assert held.wait(60)
+        return Path("/m")
+
+    setup.launch, setup.ready = replace(setup.launch, model=None, prepare=prepare), False
+    async with setup.start() as talk:
+        await talk.until(lambda: talk.screen.model.loading)
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "tui-prepare"]
+    held.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert failures == []
+
+
 async def test_a_preset_is_kept_listed_completed_and_used_in_another_conversation(setup: Setup) -> None:
     async with setup.start() as talk:
         await talk.type('/system You are brief, "quoted" and \x7f odd.')

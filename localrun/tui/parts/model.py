@@ -127,7 +127,7 @@ class LoadedModel:
         except Exception as error:  # on any error: the screen must not keep waiting
             self._screen.post_message(EngineFailed(as_ours(error)))
         else:
-            self._screen.app.call_from_thread(self.load, path)
+            self._screen.call_later(self.load, path)  # after the end of the screen, nothing happens
 
     def load(self, path: Path, options: EngineOptions | None = None, *, restart: bool = False) -> None:
         """Replaces the current model; a running answer is stopped first.

@@ -14,7 +14,7 @@ help:
 	@echo "             for cards that are not in this machine: make cuda GPU_ARCH=89, make rocm GPU_ARCH=gfx1100"
 	@echo "make chat    talk to the demo model"
 	@echo "make test    run the tests in two processes; with PYTEST_ARGS=\"-n 0 tests/engine\" some of them in one"
-	@echo "make test-clients  pi, Claude Code, Codex, OpenCode and Qwen Code from npm against localrun serve"
+	@echo "make test-clients  pi, Claude Code, Codex, OpenCode, Qwen Code and Continue from npm against localrun serve"
 	@echo "make check   formatting, lint, types, import directions"
 	@echo "make format  format the code"
 	@echo "make bundle  a folder and a tar under dist/ for machines without a network"

@@ -1,8 +1,9 @@
 """The agents that people use, run headless against the server: `make test-clients`, `python -m tools.test_clients [NAME...]`.
 
-Each client is installed from npm into a scratch folder (once), and gets a home and a work folder of its own. The engine plays an
-agent's part: it reads a file, edits it and says that it is done; a client passes if it did all that, and ended by itself with few
-requests. With `--model` a real model answers instead, and a client passes if it ends; what it says is the model's affair.
+Each client is installed from npm into a scratch folder (once), gets a home and a work folder of its own, and is configured with
+what `localrun serve --print-config` prints. The engine plays an agent's part: it reads a file, edits it and says that it is done; a
+client passes if it did all that, and ended by itself with few requests. With `--model` a real model answers instead, and a client
+passes if it ends; what it says is the model's affair.
 
 Prints for every request how much of its prompt was there before. All traffic stays on loopback. Needs Node and npm.
 """
@@ -26,14 +27,19 @@ from typing import Any
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Generate
+from localrun.server import client_config
+from localrun.server.client_config import Address
 from localrun.server.engine import EngineLike
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
 
 PROMPT = "Read hello.txt, replace the word hello in it by goodbye, and say when you are done."
 TIMEOUT_S = 240.0
+"""Of one run. The demo model's tokens are short: Qwen Code's first prompt has 40,000 of them, which takes minutes on two cores."""
+
 MOST_REQUESTS = 12
 MODEL = "localrun-test"
+N_CTX = 100_000
 
 READ = ("read", "read_file", "view", "exec_command", "shell_command", "shell", "bash", "run_shell_command")
 EDIT = ("edit", "replace", "str_replace", "exec_command", "shell_command", "shell", "bash", "run_shell_command")
@@ -107,20 +113,25 @@ class Client:
     command: Callable[[str], list[str]]
 
 
+def _printed(name: str, url: str) -> str:
+    """What `localrun serve --print-config` prints for a client of the server at `url`."""
+    host, port = url.removeprefix("http://").split(":")
+    return client_config.CLIENTS[name](Address(host=host, port=int(port), model=MODEL, key="any", n_ctx=N_CTX)).text
+
+
+def _exported(text: str) -> dict[str, str]:
+    """A shell's `export NAME=VALUE` lines as an environment."""
+    return dict(line.removeprefix("export ").split("=", 1) for line in text.splitlines())
+
+
 def _pi(api: str) -> Client:
     def prepare(home: Path, url: str) -> dict[str, str]:
-        model = {
-            "id": MODEL,
-            "name": MODEL,
-            "reasoning": True,
-            "input": ["text"],
-            "contextWindow": 100_000,
-            "maxTokens": 8000,
-            "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
-        }
-        base = url if api == "anthropic-messages" else f"{url}/v1"
-        provider = {"baseUrl": base, "apiKey": "any", "api": api, "models": [model]}
-        _write(home / ".pi/agent/models.json", json.dumps({"providers": {"localrun": provider}}))
+        config = json.loads(_printed("pi", url))
+        provider = config["providers"]["localrun"]
+        provider["api"] = api
+        if api == "anthropic-messages":
+            provider["baseUrl"] = url
+        _write(home / ".pi/agent/models.json", json.dumps(config))
         return {}
 
     return Client(
@@ -132,47 +143,27 @@ def _pi(api: str) -> Client:
 
 
 def _claude_code(home: Path, url: str) -> dict[str, str]:
-    return {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_API_KEY": "any",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_RETRIES": "1",
-    }
+    return {**_exported(_printed("claude-code", url)), "CLAUDE_CODE_MAX_RETRIES": "1"}
 
 
 def _codex(home: Path, url: str) -> dict[str, str]:
-    text = f"""\
-model = "{MODEL}"
-model_provider = "localrun"
-[model_providers.localrun]
-name = "localrun"
-base_url = "{url}/v1"
-env_key = "LOCALRUN_KEY"
-wire_api = "responses"
-"""
-    _write(home / ".codex/config.toml", text)
+    _write(home / ".codex/config.toml", _printed("codex", url))
     return {"LOCALRUN_KEY": "any", "CODEX_HOME": str(home / ".codex")}
 
 
 def _opencode(home: Path, url: str) -> dict[str, str]:
-    provider = {
-        "npm": "@ai-sdk/openai-compatible",
-        "name": "localrun",
-        "options": {"baseURL": f"{url}/v1", "apiKey": "any"},
-        "models": {MODEL: {"name": MODEL, "limit": {"context": 100_000, "output": 8000}}},
-    }
-    config = {
-        "model": f"localrun/{MODEL}",
-        "autoupdate": False,
-        "share": "disabled",
-        "provider": {"localrun": provider},
-    }
+    config = {**json.loads(_printed("opencode", url)), "autoupdate": False, "share": "disabled"}
     _write(home / ".config/opencode/opencode.json", json.dumps(config))
     return {}
 
 
 def _qwen(home: Path, url: str) -> dict[str, str]:
-    return {"OPENAI_API_KEY": "any", "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_MODEL": MODEL}
+    return _exported(_printed("qwen", url))
+
+
+def _continue(home: Path, url: str) -> dict[str, str]:
+    _write(home / ".continue/config.yaml", _printed("continue", url))
+    return {"CONTINUE_TELEMETRY_ENABLED": "0"}
 
 
 CLIENTS = {
@@ -194,6 +185,12 @@ CLIENTS = {
     "opencode": Client("opencode-ai@1.18.33", "opencode", _opencode, lambda prompt: ["run", prompt]),
     "qwen": Client(
         "@qwen-code/qwen-code@0.15.10", "qwen", _qwen, lambda prompt: ["-p", prompt, "--auth-type", "openai", "--yolo"]
+    ),
+    "continue": Client(
+        "@continuedev/cli@1.5.47",
+        "cn",
+        _continue,
+        lambda prompt: ["-p", "--auto", "--config", "../home/.continue/config.yaml", prompt],
     ),
 }
 
@@ -234,8 +231,8 @@ class Result:
     text: str
 
 
-def run_client(client: Client, program: Path, url: str, scratch: Path) -> Result:
-    """One headless run; ended after `TIMEOUT_S`."""
+def run_client(client: Client, program: Path, url: str, scratch: Path, limit_s: float) -> Result:
+    """One headless run; ended after `limit_s`."""
     home, work = scratch / "home", scratch / "work"
     home.mkdir(parents=True)
     work.mkdir()
@@ -261,7 +258,7 @@ def run_client(client: Client, program: Path, url: str, scratch: Path) -> Result
     )
     code: int | None
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(timeout=limit_s)
         code = process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -270,7 +267,9 @@ def run_client(client: Client, program: Path, url: str, scratch: Path) -> Result
     return Result(code, time.monotonic() - start, output, (work / "hello.txt").read_text())
 
 
-def try_client(name: str, folder: Path, engine: EngineLike, scripted: ScriptedEngine | None) -> list[str]:
+def try_client(
+    name: str, folder: Path, engine: EngineLike, scripted: ScriptedEngine | None, limit_s: float = TIMEOUT_S
+) -> list[str]:
     """What is wrong with a client's run; prints its requests."""
     client = CLIENTS[name]
     program = install(client, folder)
@@ -280,7 +279,7 @@ def try_client(name: str, folder: Path, engine: EngineLike, scripted: ScriptedEn
     ):
         if scripted is not None:
             scripted.play = agent(Path(scratch) / "work")
-        result = run_client(client, program, running.url, Path(scratch))
+        result = run_client(client, program, running.url, Path(scratch), limit_s)
         print(f"{name}: exit {result.exit_code}, {result.seconds:.1f} s, {len(running.lines)} requests")
         for line in running.lines:
             share = line.cached_tokens / max(1, line.prompt_tokens)
@@ -293,7 +292,7 @@ def try_client(name: str, folder: Path, engine: EngineLike, scripted: ScriptedEn
 def _faults(result: Result, running: Running, scripted: bool) -> list[str]:
     faults = []
     if result.exit_code is None:
-        faults.append(f"did not end within {TIMEOUT_S:g} s")
+        faults.append("did not end in time")
     elif scripted and result.exit_code != 0:
         faults.append(f"exit code {result.exit_code}")
     if not running.lines:
@@ -314,6 +313,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLIENTS)} (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("build/clients"), help="where clients are installed")
     parser.add_argument("--model", type=Path, help="a model that answers instead of the scripted agent")
+    parser.add_argument("--limit", type=float, default=TIMEOUT_S, metavar="SECONDS", help="of one run (%(default)g)")
     args = parser.parse_args()
     if unknown := set(args.names) - set(CLIENTS):
         parser.error(f"unknown client {min(unknown)}")
@@ -321,12 +321,12 @@ def main() -> int:
     for name in args.names or CLIENTS:
         try:
             if args.model is None:
-                scripted = ScriptedEngine(n_ctx=100_000)
-                faults = try_client(name, args.folder.resolve(), scripted, scripted)
+                scripted = ScriptedEngine(n_ctx=N_CTX)
+                faults = try_client(name, args.folder.resolve(), scripted, scripted, args.limit)
             else:
                 with EngineProcess() as engine:
                     list(engine.load(args.model, EngineOptions(n_ctx=65536)))
-                    faults = try_client(name, args.folder.resolve(), engine, None)
+                    faults = try_client(name, args.folder.resolve(), engine, None, args.limit)
         except RuntimeError as error:
             faults = [str(error)]
         if faults:

@@ -85,6 +85,17 @@ def test_bounded_memory_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(path.read_bytes().splitlines()) <= 7
 
 
+def test_ids_are_bounded_too_however_few_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_IDS", 2 * len(IDS))
+    memory = AnswerMemory(None)
+    calls = [ToolCall("read", "{}", f"c{i}") for i in range(4)]
+    for call in calls:
+        memory.remember(QUESTION, AssistantMessage("", "", (call,)), IDS)
+        memory.remember(QUESTION, AssistantMessage("", "", (call,)), IDS)  # again: counted once
+    known = [call.id for call in calls if recalled(memory, AssistantMessage("", "", (call,)))]
+    assert known == ["c2", "c3"]
+
+
 def test_ids_stand_in_the_prompt_where_the_text_would() -> None:
     encoder = ENCODERS["v4"]
     known = AssistantMessage("I look.", "Let me see.", (CALL,), sampled=IDS)

@@ -183,7 +183,6 @@ def test_keywords_that_agents_send_are_known(tokenizer: Tokenizer, grammars: Gra
     }
     value = json.loads(written(tokenizer, grammars.of_schema(schema), 1, likes='"},]'))
     assert value["a"] is None or 1 <= len(value["a"]) <= 5
-    assert set(value) <= set(schema["properties"])
     matcher = grammars.of_calls([{"name": "t", "parameters": schema}], required=True)
     (call,) = parse_completion(written(tokenizer, matcher, 1, likes="</]")).calls
     assert (call.name, call.problems) == ("t", ())

@@ -92,13 +92,17 @@ def test_full_queue_refuses_and_says_when_to_come_again() -> None:
 
 
 def test_fault_of_ours_in_an_answer_does_not_end_the_thread(queue: Queue) -> None:
+    failed = threading.Event()
+
     def broken(command: Generate) -> Iterator[str]:
+        failed.set()
         raise ZeroDivisionError("a bug")
         yield ""
 
-    queue.gate.set()
     queue.engine.play = broken
     queue.submit("a1", "a")
+    queue.gate.set()
+    assert failed.wait(60)
     queue.engine.play = queue._play
     queue.submit("a2", "a")
     wait_until(lambda: "a2" in queue.order)

@@ -86,9 +86,17 @@ class Handover:
         self._has_gpu = layers is not None
         self._set_threshold()
 
-    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32) -> None:
-        """Weights the outputs of the running call's pairs, (T * K, D), and adds up each token's into `out`, (T, D)."""
-        expert_device().process.add_up(n_tokens, n_used, rows, out)
+    def weights(self, n_tokens: int, n_used: int) -> F32:
+        """(T * K,) the router's weights of the running call's pairs; a copy."""
+        return expert_device().process.take_weights(n_tokens, n_used)
+
+    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32, summed: Sequence[int] = ()) -> None:
+        """After `weights`: weights the outputs of the running call's pairs, (T * K, D), and adds up each token's into `out`.
+
+        Args:
+            summed: pairs that somebody else adds up.
+        """
+        expert_device().process.add_up(n_tokens, n_used, rows, out, summed)
 
     # -- thresholds ----------------------------------------------------------------------------------------------------
 

@@ -169,6 +169,7 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         with device.loading(pool):
             model = fill_model(source, options, pool.handover.adopt, dense, routers.adopt)
         opened.callback(free_model, model)
+        device.exchange_with(options.gpus[0][0].address if options.n_gpu_layers else None)
         if options.first_context is not None and options.n_gpu_layers:
             with pool.idle():
                 opened.callback(options.first_context(model).close)

@@ -124,10 +124,17 @@ class ExpertPool:
             else:
                 kernel.run(addresses, routing.starts, routing.x_rows, routing.out_rows, x_rows, out_rows)
 
-        gpu = self.residency.gpu if self._collector is None else None
-        self._call(layer, ids_at(ids), compute, gpu.call(layer, x_rows, out_rows) if gpu is not None else None, x_rows)
+        choices, tier, gpu = ids_at(ids), self.residency.gpu if self._collector is None else None, None
+        n_tokens, n_used = choices.shape
+        weights = self.handover.weights(n_tokens, n_used) if total is not None else None
+        if tier is not None:
+            gpu = tier.call(layer, x_rows, out_rows, weights if n_tokens == 1 else None)
+        self._call(layer, choices, compute, gpu, x_rows)
         if total is not None:
-            self.handover.add_up(*ids.ne[1::-1], out_rows, rows_at(total, np.float32))
+            summed, sums = (gpu.summed, gpu.sums) if gpu is not None else ([], [])
+            self.handover.add_up(n_tokens, n_used, out_rows, rows_at(total, np.float32), summed)
+            for row in sums:
+                rows_at(total, np.float32)[:] += row
 
     def project(self, weight: Weight, x: View, ids: View, out: View) -> None:
         """See `device.Owner`."""

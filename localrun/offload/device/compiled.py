@@ -35,6 +35,7 @@ from localrun.offload.kernels import attention, threads
 from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
     call_1,
+    call_5,
     call_i32,
     call_i64,
     float_of_bits,
@@ -44,6 +45,7 @@ from localrun.offload.kernels.lowlevel import (
     store_f32,
     store_i32,
     store_i64,
+    store_u8,
 )
 from localrun.offload.kernels.records import Record, add, get, put
 from localrun.offload.kernels.tasks import Call, runner
@@ -298,33 +300,32 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     n_gpu_pairs, n_parts = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
         return False
-    gpu, n_gpu, x_data, x_stride = get(layer, LAYER.gpu), 0, load_i64(x + DATA), load_i64(x + NB + 16)
-    begun = _now_ns(process)
+    gpu, n_gpu, begun = get(layer, LAYER.gpu), 0, _now_ns(process)
+    if is_summed:
+        weighting.take_weights(process, n_tokens, n_used)
     if n_gpu_pairs > 0:
-        n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs)
-        if n_parts < 0 or not gpu_native.start(gpu, n_parts, x_data, x_stride):
+        one_token = is_summed and n_tokens == 1
+        weights = get(process, PROCESS.weights) if one_token else 0
+        n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs, weights)
+        if n_parts < 0 or not gpu_native.start(gpu, n_parts, load_i64(x + DATA), load_i64(x + NB + 16)):
             return False
+        for k in range(n_used if one_token else 0):
+            if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
+                store_u8(get(process, PROCESS.taken) + k, 1)
     n_in_ram = 0
     if n_gpu_pairs < n_tokens * n_used:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
         _run_experts(process, layer, x, down)
-    if n_parts > 0:
-        if not gpu_native.finish(gpu, n_parts, x_data, x_stride, load_i64(down + DATA), load_i64(down + NB + 8)):
-            return False
-        n_gpu = _note_gpu_uses(process, layer)
+    if n_parts > 0 and not (is_summed and n_tokens == 1):
+        gpu_native.finish(gpu, n_parts, load_i64(down + DATA), load_i64(down + NB + 8))
     if is_summed:
-        total = get(process, PROCESS.tail_sum)
-        weighting.take_weights(process, n_tokens, n_used)
-        weighting.add_up(
-            process,
-            n_tokens,
-            n_used,
-            load_i64(total + NE),
-            load_i64(down + DATA),
-            load_i64(down + NB + 8),
-            load_i64(total + DATA),
-            load_i64(total + NB + 8),
-        )
+        total, rows, row_bytes = get(process, PROCESS.tail_sum), load_i64(down + DATA), load_i64(down + NB + 8)
+        out, out_bytes = load_i64(total + DATA), load_i64(total + NB + 8)
+        weighting.add_up(process, n_tokens, n_used, load_i64(total + NE), rows, row_bytes, out, out_bytes)
+        if n_parts > 0 and n_tokens == 1:
+            gpu_native.finish(gpu, n_parts, out, out_bytes)
+    if n_parts > 0:
+        n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
     row = get(layer, LAYER.telemetry)
     add(row, _CALLS, 1)
@@ -337,10 +338,28 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     return True
 
 
+@cached_cfunc("uint8(intp, intp, intp, intp)")
+def copy_in(source: int, backend: int, tensor: int, target: int) -> int:
+    """ggml_backend_i.cpy_tensor_async: a split's inputs come from another device one after the other, and `graph_compute` waits
+    once for all of them. llama.cpp's scheduler calls it next."""
+    process = load_i64(backend + _CONTEXT)
+    awaited = get(process, PROCESS.awaited)
+    if awaited != 0 and awaited != source:
+        call_1(get(process, PROCESS.synchronize), awaited)
+    size = call_i64(get(process, PROCESS.n_bytes), tensor, 0)
+    call_5(get(process, PROCESS.get_tensor), source, tensor, load_i64(target + DATA), 0, size)
+    put(process, PROCESS.awaited, source)
+    return 1
+
+
 @cached_cfunc("int32(intp, intp)")
 def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)
+    awaited = get(process, PROCESS.awaited)
+    if awaited != 0:
+        put(process, PROCESS.awaited, 0)
+        call_1(get(process, PROCESS.synchronize), awaited)
     n_nodes = call_i32(get(process, PROCESS.n_nodes), graph, 0)
     index = 0
     while index < n_nodes:
@@ -392,10 +411,14 @@ def graph_compute(backend: int, graph: int) -> int:
 
 
 @cached_jit(nogil=True)
+def _take_weights(process: int, n_tokens: int, n_used: int) -> None:
+    weighting.take_weights(process, n_tokens, n_used)
+
+
+@cached_jit(nogil=True)
 def _add_up(
     process: int, n_tokens: int, n_used: int, width: int, rows: int, row_bytes: int, out: int, out_bytes: int
 ) -> None:
-    weighting.take_weights(process, n_tokens, n_used)
     weighting.add_up(process, n_tokens, n_used, width, rows, row_bytes, out, out_bytes)
 
 
@@ -425,6 +448,9 @@ class Process:
             (PROCESS.node_at, lib.ggml_graph_node),
             (PROCESS.is_host, lib.ggml_backend_buft_is_host),
             (PROCESS.clock, libc.clock_gettime),
+            (PROCESS.n_bytes, lib.ggml_nbytes),
+            (PROCESS.get_tensor, lib.ggml_backend_tensor_get_async),
+            (PROCESS.synchronize, lib.ggml_backend_synchronize),
             (PROCESS.buffer_type, lib.ggml_backend_buffer_get_type),
         )
         for field, function in functions:
@@ -451,13 +477,21 @@ class Process:
         """The node after the weighting and the sum that follow the present expert chain, 0 if they don't; and the sum's tensor."""
         return int(self.fields[PROCESS.tail_end]), int(self.fields[PROCESS.tail_sum])
 
-    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32) -> None:
-        """Weights and adds up the present chain's outputs.
+    def take_weights(self, n_tokens: int, n_used: int) -> F32:
+        """(T * K,) the router's weights of the present chain's pairs; a copy."""
+        _take_weights(self.address, n_tokens, n_used)
+        result: F32 = self._arrays[PROCESS.weights][: n_tokens * n_used].copy()
+        return result
+
+    def add_up(self, n_tokens: int, n_used: int, rows: F32, out: F32, summed: Sequence[int]) -> None:
+        """After `take_weights`: weights and adds up the present chain's outputs.
 
         Args:
             rows: (T * K, D) outputs of its pairs.
             out: (T, D) the sums.
+            summed: pairs that are no part of them.
         """
+        self._arrays[PROCESS.taken][list(summed)] = 1
         _add_up(self.address, n_tokens, n_used, rows.shape[1], *_place(rows), *_place(out))
 
     def prepare_attention(self, n_threads: int) -> None:

@@ -1,9 +1,10 @@
 """Experts on GPUs in compiled layer calls: `GpuTier.start` and `finish` without Python.
 
 In decode nearly every layer call has experts on a GPU, so this path must be as fast as that of experts in RAM. Compiled code
-(`compiled.py`) plans a call's parts, one for each GPU and format, starts the first part of each GPU, computes experts in RAM
-meanwhile, collects the results, and starts a GPU's next part when the previous one is done, because they share the memory for
-intermediate results.
+(`compiled.py`) plans a call's parts, one for each GPU and format, and queues them all: for each GPU two copies, one of notes (slots
+and weights) and one of the input, then one graph after the other, because they share the memory of intermediate results. It
+computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. Of one token that is a row for each
+part: experts' outputs are weighted and added up there.
 
 Python handles calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph that does not exist yet. It
 builds the graph (`GpuSlots`) and registers it here, so each graph costs one such call. If a device fails, the call ends with
@@ -25,7 +26,10 @@ import numpy.typing as npt
 
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.ggml.library import library
-from localrun.offload.device.layouts import BANK, DEVICE, GPU_LAYER, GRAPH, MOST_PAIRS, PART
+from localrun.ggml.structures import Tensor
+from localrun.offload.device.layouts import BANK, DEVICE, GPU_LAYER, GRAPH, MOST_PAIRS, MOST_PARTS, NOTE_BYTES, PART
+from localrun.offload.device.tensors import DATA
+from localrun.offload.device.weighting import add_row
 from localrun.offload.kernels.lowlevel import (
     call_1,
     call_5,
@@ -34,6 +38,7 @@ from localrun.offload.kernels.lowlevel import (
     load_i16,
     load_i32,
     store_i32,
+    store_i64,
 )
 from localrun.offload.kernels.records import get, put
 
@@ -45,41 +50,55 @@ def is_on_gpu(gpu: int, expert: int) -> bool:
 
 
 @nb.njit
-def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pairs: int) -> int:
-    """Puts the pairs of experts on GPUs into parts; the number of parts, -1 if Python must do this call."""
+def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pairs: int, weights: int) -> int:
+    """Puts the pairs of experts on GPUs into parts; the number of parts, -1 if Python must do this call.
+
+    Args:
+        weights: of one token's pairs, `n_used` F32, for a weighted sum; 0: each pair gets its row of outputs.
+    """
     if n_pairs > MOST_PAIRS or n_tokens > MOST_PAIRS:
         return -1
     put(gpu, GPU_LAYER.n_tokens, n_tokens)
     put(gpu, GPU_LAYER.n_used, n_used)
     where, slots, variants = get(gpu, GPU_LAYER.where), get(gpu, GPU_LAYER.slot), get(gpu, GPU_LAYER.variant)
-    n_variants = get(gpu, GPU_LAYER.n_variants)
-    rows, n_parts, end = get(gpu, GPU_LAYER.rows), 0, 0
+    n_variants, is_sum = get(gpu, GPU_LAYER.n_variants), weights != 0
+    rows, n_parts, end, device, note, row = get(gpu, GPU_LAYER.rows), 0, 0, 0, 0, 0
     for group in range(get(gpu, GPU_LAYER.n_gpus) * n_variants):
         bank, first = get(get(gpu, GPU_LAYER.banks), group), end
         if bank == 0:
             continue
-        slot_ids = get(get(bank, BANK.device), DEVICE.ids) + n_parts * MOST_PAIRS * 4
+        if get(bank, BANK.device) != device:
+            device, note, row = get(bank, BANK.device), 0, 0
+        if note >= MOST_PARTS:
+            return -1
+        slot_ids = get(device, DEVICE.notes) + note * NOTE_BYTES
         for t in range(n_tokens):
             for k in range(n_used):
                 e = load_i32(ids + t * ids_stride + k * 4)
                 if load_i16(where + e * 2) * n_variants + load_i32(variants + e * 4) == group:
                     store_i32(slot_ids + (end - first) * 4, load_i32(slots + e * 4))
+                    if is_sum:
+                        copy(slot_ids + (MOST_PAIRS + end - first) * 4, weights + k * 4, 4)
                     store_i32(rows + end * 4, t * n_used + k)
                     end += 1
         if end == first:
             continue
-        form = 0 if n_tokens == 1 or end - first == 1 else MOST_PAIRS + 1
-        graph = bank + (BANK.graphs + (form + end - first) * GRAPH.size) * 8
+        graph = bank + (BANK.graphs + ((0 if is_sum else MOST_PAIRS + 1) + end - first) * GRAPH.size) * 8
         if get(graph, GRAPH.graph) == 0:
             return -1
         for i in range(end - first, get(graph, GRAPH.pairs)):
             store_i32(slot_ids + i * 4, 0)  # padding pairs to fill the graph; their results are ignored
-        part = get(gpu, GPU_LAYER.parts) + n_parts * PART.size * 8
+        part = _part(gpu, n_parts)
         put(part, PART.bank, bank)
         put(part, PART.graph, graph)
         put(part, PART.first, first)
         put(part, PART.n_pairs, end - first)
-        put(part, PART.runs, 0)
+        put(part, PART.n_rows, 1 if is_sum else get(graph, GRAPH.pairs))
+        put(part, PART.note, note)
+        put(part, PART.row, row)
+        note, row = note + 1, row + get(part, PART.n_rows)
+        if row > MOST_PAIRS:
+            return -1
         n_parts += 1
     return n_parts
 
@@ -90,79 +109,112 @@ def _part(gpu: int, index: int) -> int:
 
 
 @nb.njit
-def _launch(gpu: int, index: int, x: int, x_stride: int) -> bool:
-    """Starts a part on its idle device; False if the device refuses."""
-    part = _part(gpu, index)
-    graph, device, n_pairs = get(part, PART.graph), get(get(part, PART.bank), BANK.device), get(part, PART.n_pairs)
-    backend, row_bytes, n_rows = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4, 1
-    rows, staged = (
-        get(gpu, GPU_LAYER.rows) + get(part, PART.first) * 4,
-        get(device, DEVICE.x) + get(part, PART.first) * row_bytes,
-    )
-    if get(gpu, GPU_LAYER.n_tokens) == 1:
-        copy(staged, x, row_bytes)
-    else:
-        n_rows = n_pairs
-        for i in range(n_pairs):
-            copy(staged + i * row_bytes, x + load_i32(rows + i * 4) // get(gpu, GPU_LAYER.n_used) * x_stride, row_bytes)
-    ids = get(device, DEVICE.ids) + index * MOST_PAIRS * 4
-    call_5(get(device, DEVICE.set), backend, get(graph, GRAPH.ids), ids, 0, get(graph, GRAPH.pairs) * 4)
-    call_5(get(device, DEVICE.set), backend, get(graph, GRAPH.x), staged, 0, n_rows * row_bytes)
-    put(part, PART.runs, 1)
-    return bool(call_i32(get(device, DEVICE.compute), backend, get(graph, GRAPH.graph)) == 0)
+def _end_of_device(gpu: int, first: int, n_parts: int) -> int:
+    """The part after those of part `first`'s device, which are neighbours."""
+    end, device = first + 1, get(get(_part(gpu, first), PART.bank), BANK.device)
+    while end < n_parts and get(get(_part(gpu, end), PART.bank), BANK.device) == device:
+        end += 1
+    return end
 
 
 @nb.njit
-def _abandon(gpu: int, n_parts: int) -> None:
-    """Waits until no device reads or writes our memory."""
-    for i in range(n_parts):
-        if get(_part(gpu, i), PART.runs):
-            device = get(get(_part(gpu, i), PART.bank), BANK.device)
-            call_1(get(device, DEVICE.synchronize), get(device, DEVICE.backend))
+def _send(gpu: int, first: int, end: int, x: int, x_stride: int) -> None:
+    """Notes and inputs of one device's parts, in two copies."""
+    part, last = _part(gpu, first), _part(gpu, end - 1)
+    device, graph = get(get(part, PART.bank), BANK.device), get(last, PART.graph)
+    backend, row_bytes, n_rows = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4, 1
+    note_bytes = (MOST_PAIRS if get(graph, GRAPH.weights) else 0) * 4 + get(graph, GRAPH.pairs) * 4
+    note_bytes += get(last, PART.note) * NOTE_BYTES
+    call_5(get(device, DEVICE.set), backend, get(device, DEVICE.notes_tensor), get(device, DEVICE.notes), 0, note_bytes)
+    staged, rows = get(device, DEVICE.x), get(gpu, GPU_LAYER.rows)
+    if get(gpu, GPU_LAYER.n_tokens) == 1 and get(graph, GRAPH.weights):
+        copy(staged, x, row_bytes)
+    else:
+        for i in range(first, end):
+            at = _part(gpu, i)
+            for p in range(get(at, PART.n_pairs)):
+                token = load_i32(rows + (get(at, PART.first) + p) * 4) // get(gpu, GPU_LAYER.n_used)
+                copy(staged + (get(at, PART.row) + p) * row_bytes, x + token * x_stride, row_bytes)
+        n_rows = get(last, PART.row) + get(last, PART.n_pairs)
+    call_5(get(device, DEVICE.set), backend, get(device, DEVICE.x_tensor), staged, 0, n_rows * row_bytes)
+
+
+@nb.njit
+def _launch(gpu: int, index: int) -> bool:
+    """Queues a part whose notes and inputs are on their way; False if the device refuses."""
+    part = _part(gpu, index)
+    graph, device = get(part, PART.graph), get(get(part, PART.bank), BANK.device)
+    row_bytes, notes = (
+        get(device, DEVICE.n_embd) * 4,
+        get(device, DEVICE.notes_data) + get(part, PART.note) * NOTE_BYTES,
+    )
+    x_row = 0 if get(graph, GRAPH.weights) else get(part, PART.row)
+    store_i64(get(graph, GRAPH.ids) + DATA, notes)
+    store_i64(get(graph, GRAPH.x) + DATA, get(device, DEVICE.x_data) + x_row * row_bytes)
+    store_i64(get(graph, GRAPH.out) + DATA, get(device, DEVICE.out_data) + get(part, PART.row) * row_bytes)
+    if get(graph, GRAPH.weights):
+        store_i64(get(graph, GRAPH.weights) + DATA, notes + MOST_PAIRS * 4)
+    return bool(call_i32(get(device, DEVICE.compute), get(device, DEVICE.backend), get(graph, GRAPH.graph)) == 0)
 
 
 @nb.njit
 def start(gpu: int, n_parts: int, x: int, x_stride: int) -> bool:
-    """Starts the first part of each GPU; False if a device failed, with nothing pending."""
-    for i in range(n_parts):
-        # Parts of one GPU are neighbours.
-        if i > 0 and get(get(_part(gpu, i), PART.bank), BANK.device) == get(
-            get(_part(gpu, i - 1), PART.bank), BANK.device
-        ):
-            continue
-        if not _launch(gpu, i, x, x_stride):
-            _abandon(gpu, n_parts)
-            return False
+    """Queues all parts, each on its GPU after those before it; False if a device failed, with nothing pending."""
+    first = 0
+    while first < n_parts:
+        end = _end_of_device(gpu, first, n_parts)
+        _send(gpu, first, end, x, x_stride)
+        for i in range(first, end):
+            if not _launch(gpu, i):
+                for j in range(end):  # waits until no device reads our memory
+                    device = get(get(_part(gpu, j), PART.bank), BANK.device)
+                    call_1(get(device, DEVICE.synchronize), get(device, DEVICE.backend))
+                return False
+        first = end
     return True
 
 
 @nb.njit
-def finish(gpu: int, n_parts: int, x: int, x_stride: int, out: int, out_stride: int) -> bool:
-    """Computes the parts that wait and puts all results into their rows of `out`; False as `start`."""
-    for i in range(n_parts):
-        part = _part(gpu, i)
-        if not get(part, PART.runs) and not _launch(gpu, i, x, x_stride):
-            _abandon(gpu, n_parts)
-            return False
-        device, first, n_pairs = get(get(part, PART.bank), BANK.device), get(part, PART.first), get(part, PART.n_pairs)
+def finish(gpu: int, n_parts: int, out: int, out_stride: int) -> None:
+    """Takes all results: rows of pairs go to theirs of `out`, weighted sums are added to its first."""
+    first = 0
+    while first < n_parts:
+        end = _end_of_device(gpu, first, n_parts)
+        last = _part(gpu, end - 1)
+        device = get(get(last, PART.bank), BANK.device)
         backend, row_bytes = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4
-        result, rows = get(device, DEVICE.out) + first * row_bytes, get(gpu, GPU_LAYER.rows) + first * 4
-        call_5(get(device, DEVICE.get), backend, get(get(part, PART.graph), GRAPH.out), result, 0, n_pairs * row_bytes)
+        result = get(device, DEVICE.out)
+        is_sum = get(get(last, PART.graph), GRAPH.weights) != 0
+        n_rows = get(last, PART.row) + (1 if is_sum else get(last, PART.n_pairs))
+        call_5(get(device, DEVICE.get), backend, get(device, DEVICE.out_tensor), result, 0, n_rows * row_bytes)
         call_1(get(device, DEVICE.synchronize), backend)
-        put(part, PART.runs, 0)
-        for p in range(n_pairs):
-            copy(out + load_i32(rows + p * 4) * out_stride, result + p * row_bytes, row_bytes)
-    return True
+        for i in range(first, end):
+            part = _part(gpu, i)
+            source, rows = (
+                result + get(part, PART.row) * row_bytes,
+                get(gpu, GPU_LAYER.rows) + get(part, PART.first) * 4,
+            )
+            if is_sum:
+                add_row(out, source, get(device, DEVICE.n_embd))
+            else:
+                for p in range(get(part, PART.n_pairs)):
+                    copy(out + load_i32(rows + p * 4) * out_stride, source + p * row_bytes, row_bytes)
+        first = end
 
 
 class DeviceRecord:
-    """A device's fields and host memory; `close` when nothing is under way."""
+    """A device's fields and host memory; `close` when nothing is under way.
 
-    def __init__(self, device: GpuDevice, backend: int, n_embd: int) -> None:
+    Args:
+        tensors: on the device, for notes, inputs and outputs.
+    """
+
+    def __init__(self, device: GpuDevice, backend: int, n_embd: int, tensors: tuple[int, int, int]) -> None:
         lib = library()
-        sizes = MOST_PAIRS * MOST_PAIRS * 4, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
+        self.tensors = tensors
+        sizes = MOST_PARTS * NOTE_BYTES, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
         self._memory = HostMemory(device, sum(sizes))
-        ids = int(self._memory.array.ctypes.data)
+        notes = int(self._memory.array.ctypes.data)
         functions = (
             lib.ggml_backend_tensor_set_async,
             lib.ggml_backend_graph_compute_async,
@@ -171,11 +223,18 @@ class DeviceRecord:
         )
         addresses = [C.cast(function, C.c_void_p).value or 0 for function in functions]  # type: ignore[arg-type]
         set_tensor, compute, get_tensor, synchronize = addresses
+        notes_data, x_data, out_data = (Tensor.from_address(tensor).data or 0 for tensor in tensors)
         self.fields = DEVICE.make(
             backend=backend,
-            ids=ids,
-            x=ids + sizes[0],
-            out=ids + sizes[0] + sizes[1],
+            notes=notes,
+            x=notes + sizes[0],
+            out=notes + sizes[0] + sizes[1],
+            notes_tensor=tensors[0],
+            x_tensor=tensors[1],
+            out_tensor=tensors[2],
+            notes_data=notes_data,
+            x_data=x_data,
+            out_data=out_data,
             n_embd=n_embd,
             set=set_tensor,
             compute=compute,
@@ -195,12 +254,13 @@ class BankRecord:
         self._device = device
         self.fields = BANK.make(device=device.fields.ctypes.data)
 
-    def add(self, sizes: range, *, one_token: bool, graph: int, x: int, ids: int, out: int) -> None:
-        """From now on calls of so many pairs use this graph, which computes the most of `sizes`."""
-        if sizes[-1] <= MOST_PAIRS:
-            for n_pairs in sizes:
-                at = BANK.graphs + ((0 if one_token else MOST_PAIRS + 1) + n_pairs) * GRAPH.size
-                self.fields[at : at + GRAPH.size] = GRAPH.make(graph=graph, x=x, ids=ids, out=out, pairs=sizes[-1])
+    def add(self, sizes: range, *, graph: int, x: int, ids: int, weights: int, out: int) -> None:
+        """From now on calls of so many pairs use this graph, which computes the most of `sizes`; with weights, one token's."""
+        for n_pairs in sizes:
+            at = BANK.graphs + ((0 if weights else MOST_PAIRS + 1) + n_pairs) * GRAPH.size
+            self.fields[at : at + GRAPH.size] = GRAPH.make(
+                graph=graph, x=x, ids=ids, weights=weights, out=out, pairs=sizes[-1]
+            )
 
 
 class LayerOnGpu:

@@ -103,6 +103,7 @@ class ExpertDevice:
         self._weights_type = ggml.BufferType()
         self._buffer_interface = ggml.BufferInterface()
         self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._activations_type: int | None = None
         self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
         python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
         self._keep.append(python)
@@ -123,6 +124,11 @@ class ExpertDevice:
         tensor_view = Tensor.from_address(tensor)
         tensor_view.extra = record.ctypes.data
         self._records.setdefault(tensor_view.buffer, []).append(record)
+
+    def exchange_with(self, gpu: int | None) -> None:
+        """Contexts that are made from now on have our activations in memory that this device copies from and to without waiting;
+        None: in plain memory, as where the device has none."""
+        self._activations_type = self._lib.ggml_backend_dev_host_buffer_type(gpu) if gpu else None
 
     @property
     def n_buffers(self) -> int:
@@ -215,7 +221,7 @@ class ExpertDevice:
         self._set(iface, "get_props", self._props)
         self._set(iface, "init_backend", lambda dev, params: C.addressof(self._backend))
         # Activations that we produce live where the CPU backend's live: no copies between the two.
-        self._set(iface, "get_buffer_type", lambda dev: self._cpu_buffer_type)
+        self._set(iface, "get_buffer_type", lambda dev: self._activations_type or self._cpu_buffer_type)
         iface.supports_op = dict(iface._fields_)["supports_op"](supports_op.address)
         self._set(
             iface,
@@ -244,6 +250,7 @@ class ExpertDevice:
         self._set(iface, "get_name", lambda backend: C.addressof(_NAME))
         self._set(iface, "free", lambda backend: None)
         iface.graph_compute = dict(iface._fields_)["graph_compute"](native.graph_compute.address)
+        iface.cpy_tensor_async = native.copy_in.address
         self._backend.context = self.process.address
 
     def _build_reg(self) -> None:

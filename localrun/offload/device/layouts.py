@@ -15,6 +15,13 @@ MOST_PAIRS: Final = 64
 going through Python does not matter."""
 
 
+MOST_PARTS: Final = 16
+"""Graphs that one GPU computes in a compiled call: one for each format of a layer."""
+
+NOTE_BYTES: Final = 2 * MOST_PAIRS * 4
+"""Of one part: 64 int32, slots, then as many F32, weights. Backends want addresses at multiples of 256."""
+
+
 class _Process(Layout):
     """The process: ggml's and libc's functions, the way back to Python, scratch. `Process` writes, compiled code reads."""
 
@@ -54,6 +61,14 @@ class _Process(Layout):
     """How many."""
     dense_ns: int
     """Time in dense matrices; compiled code adds, Python reads."""
+    n_bytes: int
+    """Address of `ggml_nbytes(tensor)`."""
+    get_tensor: int
+    """Address of `ggml_backend_tensor_get_async`."""
+    synchronize: int
+    """Address of `ggml_backend_synchronize`."""
+    awaited: int
+    """`ggml_backend_t` that is still copying our inputs, 0: none; compiled code writes and reads."""
     buffer_type: int
     """Address of `ggml_backend_buffer_get_type(buffer)`."""
     weights_type: int
@@ -167,12 +182,24 @@ class _Device(Layout):
 
     backend: int
     """`ggml_backend_t`."""
-    ids: int
-    """Address of pinned memory for `MOST_PAIRS` parts of as many int32: slots."""
+    notes: int
+    """Address of pinned memory for `MOST_PARTS` notes of `NOTE_BYTES`: a part's slots, then its weights."""
     x: int
     """Address of pinned memory for `MOST_PAIRS` rows of F32: inputs; a part has its range."""
     out: int
     """The same for outputs."""
+    notes_tensor: int
+    """Tensor on the device for all notes."""
+    x_tensor: int
+    """Tensor on the device for `MOST_PAIRS` rows of inputs."""
+    out_tensor: int
+    """The same for outputs."""
+    notes_data: int
+    """Address of the notes on the device, as its tensors have it."""
+    x_data: int
+    """The same of the inputs."""
+    out_data: int
+    """The same of the outputs."""
     n_embd: int
     """Values of a row."""
     set: int
@@ -197,6 +224,8 @@ class _Graph(Layout):
     """Input tensor."""
     ids: int
     """Slots of the pairs, a tensor."""
+    weights: int
+    """Their weights, a tensor; 0 where each pair has a row of outputs."""
     out: int
     """Output tensor."""
     pairs: int
@@ -212,7 +241,7 @@ class _Bank(Layout):
     device: int
     """Address of the DEVICE record."""
     graphs: Annotated[int, Words(2 * (MOST_PAIRS + 1) * GRAPH.size)]
-    """GRAPH records for 0 to `MOST_PAIRS` pairs of one token, and as many for pairs of several (a single pair is one token's)."""
+    """GRAPH records for 0 to `MOST_PAIRS` pairs of one token, whose weighted sum is one row, and as many for pairs of several."""
 
 
 BANK = _Bank()
@@ -257,8 +286,12 @@ class _Part(Layout):
     """Its first pair in `GPU_LAYER.rows`."""
     n_pairs: int
     """How many."""
-    runs: int
-    """1 while the device is at work."""
+    n_rows: int
+    """Rows of its inputs and of its outputs."""
+    note: int
+    """Its number among the device's parts."""
+    row: int
+    """Its first row among the device's."""
 
 
 PART = _Part()

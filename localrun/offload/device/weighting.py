@@ -13,7 +13,16 @@ import numpy as np
 from localrun.ggml import structures as ggml
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.tensors import DATA, NB, NE, OP, SRC, VIEW_OFFS, VIEW_SRC
-from localrun.offload.kernels.lowlevel import call_i64, load_f32, load_i32, load_i64, load_u8, pointer, store_f32
+from localrun.offload.kernels.lowlevel import (
+    call_i64,
+    load_f32,
+    load_i32,
+    load_i64,
+    load_u8,
+    pointer,
+    store_f32,
+    store_u8,
+)
 from localrun.offload.kernels.records import get, put
 
 _ADD, _MUL = ggml.OP_ADD, ggml.OP_MUL
@@ -70,12 +79,13 @@ def _overlap(total: int, down: int) -> bool:
 
 @nb.njit
 def take_weights(process: int, n_tokens: int, n_used: int) -> None:
-    """Copies the noted weights; the sums may lie where they are."""
+    """Copies the noted weights, because the sums may lie where they are; nobody else adds up any pair yet."""
     tensor, target = get(process, PROCESS.tail_weights), get(process, PROCESS.weights)
     source, k_bytes, t_bytes = load_i64(tensor + DATA), load_i64(tensor + NB + 8), load_i64(tensor + NB + 16)
     for t in range(n_tokens):
         for k in range(n_used):
             store_f32(target + (t * n_used + k) * 4, load_f32(source + t * t_bytes + k * k_bytes))
+            store_u8(get(process, PROCESS.taken) + t * n_used + k, 0)
 
 
 @nb.njit

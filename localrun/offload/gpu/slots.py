@@ -25,7 +25,9 @@ from localrun.errors import BudgetError, DecodeError, GpuMemoryError, LocalrunEr
 from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
+from localrun.ggml.structures import Tensor
 from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
+from localrun.offload.device.layouts import MOST_PAIRS, MOST_PARTS, NOTE_BYTES
 from localrun.offload.device.view import F32, I32
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
@@ -41,7 +43,6 @@ _SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
 MAX_SLOTS = 1024
 """Of a bank: more than any model has experts in a layer."""
 
-_GRAPH_NODES = 16
 _SPARE_BYTES = 1 << 20
 _UPLOAD_BYTES = 1 << 20
 """Piece of an upload: what a graph's own copies may have to wait for, 40 us at 25 GB/s."""
@@ -52,21 +53,25 @@ BankKey = tuple[int, int]
 
 @dataclass(slots=True)
 class _Graph:
+    """`weights` is 0 where every pair has a row of `out`, else `out` is one token's weighted sum."""
+
     graph: int
     x: int
     ids: int
+    weights: int
     out: int
 
 
 @dataclass(slots=True)
 class _Part:
-    """Pairs of one graph: `ids` padded to the graph's size, `x` (one row if all pairs belong to one token) and `out`
-    unpadded."""
+    """Pairs of one graph: `ids` filled up to the graph's size, `x` (one row if all pairs are one token's, which have `weights`) and
+    `out` with the real ones only."""
 
     bank: Bank
     ids: I32
     x: F32
     out: F32
+    weights: F32 | None
 
 
 @dataclass(slots=True)
@@ -88,12 +93,17 @@ class Bank:
     tensors: tuple[int, int, int]
     row_bytes: tuple[int, int, int]
     record: BankRecord
-    graphs: dict[tuple[int, bool], _Graph] = field(default_factory=dict)  # by pairs, and whether they are one token's
+    graphs: dict[tuple[int, bool], _Graph] = field(default_factory=dict)  # by pairs, and whether they are added up
 
 
 def scratch_bytes(spec: FfnSpec) -> int:
     """Bound for the intermediate results of `MAX_PAIRS` pairs."""
-    return (2 * spec.n_embd + 3 * spec.n_ff + 1) * 4 * MAX_PAIRS + _SPARE_BYTES
+    return (2 * spec.n_embd + 3 * spec.n_ff + 1) * 4 * MAX_PAIRS + _io_bytes(spec.n_embd) + _SPARE_BYTES
+
+
+def _io_bytes(n_embd: int) -> int:
+    """Inputs and outputs of compiled calls."""
+    return MOST_PARTS * NOTE_BYTES + 2 * MOST_PAIRS * n_embd * 4
 
 
 class DeviceClosedError(GpuMemoryError):
@@ -144,7 +154,7 @@ class GpuSlots:
         if not self._backend:
             raise DeviceClosedError(device)
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
-        self._record = DeviceRecord(device, self._backend, max(spec.n_embd for spec in specs.values()))
+        self._record: DeviceRecord | None = None
         try:
             self._make_banks(counts, specs)
             self.used_bytes = self._allocated()
@@ -169,27 +179,31 @@ class GpuSlots:
                 n = min(_UPLOAD_BYTES, size - at)
                 self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data + at, slot * size + at, n)
 
-    def start(self, key: BankKey, slots: I32, x: F32) -> F32:
-        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; asynchronous.
+    def start(self, key: BankKey, slots: I32, x: F32, weights: F32 | None = None) -> F32:
+        """Starts multiplying pair i, row `x[i]` (or the only one), with the expert in `slots[i]`; waits for nothing.
 
         Anything that does not fit in one graph, or is started while another graph runs, is done in `finish`.
 
         Args:
             slots: (N,) int32.
-            x: (N, D) or, if all pairs belong to one token, (1, D) f32, contiguous.
+            x: (N, D) or, with `weights`, (1, D) f32, contiguous.
+            weights: (N,) f32: the pairs, at most `MOST_PAIRS`, are one token's, and their weighted sum is wanted.
 
         Returns:
-            (N, D) array that is filled when `finish` returns.
+            (N, D) array, or (1, D) with weights, that is filled when `finish` returns.
 
         Raises:
             DecodeError: the device reports a failure.
         """
-        out = np.empty((slots.size, x.shape[1]), np.float32)
+        out = np.empty(x.shape, np.float32)
+        if weights is not None:
+            self._waiting.append(_Part(self.banks[key], slots, x, out, np.ascontiguousarray(weights)))
+            slots = slots[:0]
         for at in range(0, slots.size, MAX_PAIRS):
             end = min(at + MAX_PAIRS, slots.size)
-            ids = np.zeros(end - at if len(x) == 1 else _size(end - at), np.int32)
+            ids = np.zeros(_size(end - at), np.int32)
             ids[: end - at] = slots[at:end]
-            self._waiting.append(_Part(self.banks[key], ids, x if len(x) == 1 else x[at:end], out[at:end]))
+            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end], None))
         if self._running is None:
             self._launch()
         return out
@@ -213,7 +227,12 @@ class GpuSlots:
         """The next part; the memory of intermediate results is free."""
         lib, part = self._lib, self._waiting.popleft()
         try:
-            graph = self._graph(part.bank, part.ids.size, one_token=len(part.x) == 1)
+            graph = self._graph(part.bank, part.ids.size, is_sum=part.weights is not None)
+            self._to_front(graph, part.ids.size)
+            if part.weights is not None:
+                lib.ggml_backend_tensor_set_async(
+                    self._backend, graph.weights, part.weights.ctypes.data, 0, part.weights.nbytes
+                )
             lib.ggml_backend_tensor_set_async(self._backend, graph.ids, part.ids.ctypes.data, 0, part.ids.nbytes)
             lib.ggml_backend_tensor_set_async(self._backend, graph.x, part.x.ctypes.data, 0, part.x.nbytes)
             if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
@@ -229,7 +248,9 @@ class GpuSlots:
         lib = self._lib
         if self._backend:
             lib.ggml_backend_synchronize(self._backend)
-            self._record.close()
+        record, self._record = self._record, None
+        if record is not None:
+            record.close()
         buffers, self._buffers = self._buffers, []
         contexts, self._contexts = self._contexts, []
         gallocr, self._gallocr = self._gallocr, 0
@@ -245,20 +266,21 @@ class GpuSlots:
         self._waiting.clear()
         self.banks.clear()
 
-    def _context(self, n_tensors: int, *, graph: bool) -> int:
+    def _context(self, n_tensors: int, *, n_nodes: int = 0) -> int:
         lib = self._lib
         size = n_tensors * lib.ggml_tensor_overhead()
-        if graph:
-            size += lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        if n_nodes:
+            size += lib.ggml_graph_overhead_custom(n_nodes, False)
         context = int(lib.ggml_init(ggml.InitParams(size + 1024, None, True)))
         self._contexts.append(context)
         return context
 
     def _make_banks(self, counts: Mapping[BankKey, int], specs: Mapping[BankKey, FfnSpec]) -> None:
         """Banks, and memory for the largest call, once: it never grows afterwards. It comes before all banks but its own."""
+        has_io = not counts or self._make_io(max(spec.n_embd for spec in specs.values()))
         largest = max(counts, key=lambda key: scratch_bytes(specs[key]), default=None)
         for key in [] if largest is None else [largest, *(key for key in counts if key != largest)]:
-            bank = self._make_bank(specs[key], counts[key])
+            bank = self._make_bank(specs[key], counts[key]) if has_io else None
             if bank is not None:
                 self.banks[key] = bank
             if bank is None or (key == largest and not self._reserve(bank)):
@@ -270,6 +292,22 @@ class GpuSlots:
                     sum(counts.values()),
                 )
                 return
+
+    def _make_io(self, n_embd: int) -> bool:
+        """Inputs and outputs of compiled calls; False: no memory."""
+        lib, context = self._lib, self._context(3)
+        tensors = (
+            lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, MOST_PARTS * NOTE_BYTES // 4),
+            lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, MOST_PAIRS),
+            lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, MOST_PAIRS),
+        )
+        buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
+        if not buffer:
+            return False
+        lib.ggml_backend_buffer_clear(buffer, 0)  # pairs that fill up a graph read rows that nobody wrote
+        self._buffers.append(buffer)
+        self._record = DeviceRecord(self.device, self._backend, n_embd, tensors)
+        return True
 
     def _give_back(self) -> None:
         """Memory to give back when the device is completely full, because its driver needs some to compute: at least a
@@ -284,7 +322,7 @@ class GpuSlots:
 
     def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank | None:
         """None: no memory."""
-        lib, context = self._lib, self._context(3, graph=False)
+        lib, context = self._lib, self._context(3)
         gate, up, down = _stacked(context, spec, n_slots)
         sizes = [int(lib.ggml_nbytes(tensor)) // n_slots for tensor in (gate, up, down)]
         buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
@@ -294,40 +332,70 @@ class GpuSlots:
         lib.ggml_backend_buffer_clear(buffer, 0)
         self._buffers.append(buffer)
         row_bytes = (sizes[0], sizes[1], sizes[2])
+        assert self._record is not None
         bank = Bank(spec, n_slots, list(range(n_slots)), (gate, up, down), row_bytes, BankRecord(self._record))
         self._check_support(bank)
         return bank
 
     def _check_support(self, bank: Bank) -> None:
-        if not _supports(self.device, self._make_graph(bank, 2, one_token=False).graph):
+        if not all(_supports(self.device, self._make_graph(bank, 2, is_sum=is_sum).graph) for is_sum in (False, True)):
             raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
 
-    def _graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
-        """The graph for this many pairs, built on first use; compiled calls find it from then on."""
-        made = bank.graphs.get((n_pairs, one_token))
+    def _graph(self, bank: Bank, n_pairs: int, *, is_sum: bool) -> _Graph:
+        """The graph for so many pairs, made on first use; compiled calls find it from then on."""
+        made = bank.graphs.get((n_pairs, is_sum))
         if made is None:
-            made = self._make_graph(bank, n_pairs, one_token=one_token)
+            made = self._make_graph(bank, n_pairs, is_sum=is_sum)
+            if n_pairs <= MOST_PAIRS:
+                self._put_into_io(made, n_pairs)
             # Once is enough: the memory of intermediate results stays where it is.
             if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
                 raise DecodeError(f"{self.device.name}: out of memory")
-            bank.graphs[n_pairs, one_token] = made
-            fewest = n_pairs if one_token else max((size for size in _SIZES if size < n_pairs), default=0) + 1
-            bank.record.add(
-                range(fewest, n_pairs + 1),
-                one_token=one_token,
-                graph=made.graph,
-                x=made.x,
-                ids=made.ids,
-                out=made.out,
-            )
+            bank.graphs[n_pairs, is_sum] = made
+            fewest = n_pairs if is_sum else max((size for size in _SIZES if size < n_pairs), default=0) + 1
+            if n_pairs <= MOST_PAIRS:
+                bank.record.add(
+                    range(fewest, n_pairs + 1),
+                    graph=made.graph,
+                    x=made.x,
+                    ids=made.ids,
+                    weights=made.weights,
+                    out=made.out,
+                )
         return made
 
-    def _make_graph(self, bank: Bank, n_pairs: int, *, one_token: bool) -> _Graph:
-        return _build(self._context(8, graph=True), bank.spec, bank.tensors, n_pairs, one_token=one_token)
+    def _make_graph(self, bank: Bank, n_pairs: int, *, is_sum: bool) -> _Graph:
+        n_nodes = _n_nodes(n_pairs, is_sum=is_sum)
+        context = self._context(n_nodes + 3, n_nodes=n_nodes)
+        return _build(context, bank.spec, bank.tensors, n_pairs, is_sum=is_sum)
+
+    def _put_into_io(self, graph: _Graph, n_pairs: int) -> None:
+        """Small graphs read and write where compiled calls have their inputs and outputs."""
+        assert self._record is not None
+        notes, x, out = self._record.tensors
+        for tensor, io in ((graph.ids, notes), (graph.weights, notes), (graph.x, x), (graph.out, out)):
+            if tensor:
+                Tensor.from_address(tensor).buffer = Tensor.from_address(io).buffer
+        self._to_front(graph, n_pairs)
+
+    def _to_front(self, graph: _Graph, n_pairs: int) -> None:
+        """As the first part of a call; compiled calls move small graphs' inputs and outputs."""
+        if n_pairs > MOST_PAIRS:
+            return
+        assert self._record is not None
+        notes, x, out = (Tensor.from_address(tensor).data or 0 for tensor in self._record.tensors)
+        for tensor, data in (
+            (graph.ids, notes),
+            (graph.weights, notes + MOST_PAIRS * 4),
+            (graph.x, x),
+            (graph.out, out),
+        ):
+            if tensor:
+                Tensor.from_address(tensor).data = data
 
     def _reserve(self, bank: Bank) -> bool:
         """False: no memory."""
-        graph = self._make_graph(bank, MAX_PAIRS, one_token=False)
+        graph = self._make_graph(bank, MAX_PAIRS, is_sum=False)
         gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
         if self._lib.ggml_gallocr_reserve(gallocr, graph.graph):
             self._gallocr = gallocr
@@ -336,12 +404,17 @@ class GpuSlots:
         return False
 
 
-def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, one_token: bool) -> _Graph:
-    """One token's experts are one column of `mul_mat_id`, as in llama.cpp: its input is sent once, and backends have their
-    fastest kernels for one column. With several tokens each pair is a column, because the number of experts per token on this
-    GPU varies."""
+def _n_nodes(n_pairs: int, *, is_sum: bool) -> int:
+    """Room for a graph: the products and the activation, one product with the weights, views and sums; or its six inputs."""
+    return 8 + (2 * n_pairs if is_sum else 0)
+
+
+def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, is_sum: bool) -> _Graph:
+    """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, backends have their fastest
+    kernels for one column, and CUDA does all additions in one kernel. Of several tokens each pair is a column: how many experts
+    of a token are here varies."""
     lib = library()
-    n_rows, n_columns = (n_pairs, 1) if one_token else (1, n_pairs)
+    n_rows, n_columns = (n_pairs, 1) if is_sum else (1, n_pairs)
     x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
     ids = lib.ggml_new_tensor_2d(context, ggml.TYPE_I32, n_rows, n_columns)
     gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
@@ -353,12 +426,28 @@ def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: 
     for product in (gate, up, out):
         # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA defaults to 4 bits on RTX 50 (mmq.cu).
         lib.ggml_prec_set_src(product, ggml.PREC_Q8, 1)
+    weights = 0
+    if is_sum:
+        weights = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, 1, n_pairs, 1)
+        lib.ggml_set_input(weights)
+        out = _weighted_sum(context, out, weights, spec.n_embd, n_pairs)
     lib.ggml_set_input(x)
     lib.ggml_set_input(ids)
     lib.ggml_set_output(out)
-    graph = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
+    graph = lib.ggml_new_graph_custom(context, _n_nodes(n_pairs, is_sum=is_sum), False)
     lib.ggml_build_forward_expand(graph, out)
-    return _Graph(graph, x, ids, out)
+    return _Graph(graph, x, ids, weights, out)
+
+
+def _weighted_sum(context: int, rows: int, weights: int, n_embd: int, n_pairs: int) -> int:
+    """The sum of weight * row, (n_embd, 1)."""
+    lib, row_bytes = library(), n_embd * 4
+    product = lib.ggml_mul(context, rows, weights)
+    views = [lib.ggml_view_2d(context, product, n_embd, 1, row_bytes, i * row_bytes) for i in range(n_pairs)]
+    total = views[0] if n_pairs > 1 else product
+    for view in views[1:]:
+        total = lib.ggml_add(context, total, view)
+    return int(total)
 
 
 def _size(n_pairs: int) -> int:
@@ -395,10 +484,10 @@ def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
     lib = library()
 
     def fits(n_slots: int) -> bool:
-        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_GRAPH_NODES, False)
+        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_n_nodes(2, is_sum=False), False)
         context = lib.ggml_init(ggml.InitParams(size + 1024, None, True))
         try:
-            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, one_token=False).graph)
+            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, is_sum=False).graph)
         finally:
             lib.ggml_free(context)
 

@@ -190,9 +190,9 @@ class GpuTier:
 
     # -- computing -----------------------------------------------------------------------------------------------------
 
-    def call(self, layer: int, x: F32, out: F32) -> GpuCall:
+    def call(self, layer: int, x: F32, out: F32, weights: F32 | None = None) -> GpuCall:
         """For one layer call; see `GpuCall`."""
-        return GpuCall(self, layer, x, out)
+        return GpuCall(self, layer, x, out, weights)
 
     def pairs(self, layer: int, part: Routing) -> list[tuple[int, Pairs]]:
         """(GPU, pairs) by bank, of experts that are all on GPUs."""
@@ -345,10 +345,16 @@ class GpuCall:
 
     Args:
         x, out: the call's inputs and outputs.
+        weights: (K,) of one token's choices, whose weighted sums are wanted in `sums` instead of their rows of `out`.
+
+    Attributes:
+        sums: (1, D) of each part, and `summed`, the choices that they hold; complete after `wait`.
     """
 
-    def __init__(self, tier: GpuTier, layer: int, x: F32, out: F32) -> None:
-        self._tier, self._layer, self._x, self._out = tier, layer, x, out
+    def __init__(self, tier: GpuTier, layer: int, x: F32, out: F32, weights: F32 | None = None) -> None:
+        self._tier, self._layer, self._x, self._out, self._weights = tier, layer, x, out, weights
+        self.sums: list[F32] = []
+        self.summed: list[int] = []
         self._running: list[tuple[GpuSlots, F32, I32]] = []
         self._jobs: list[Job] = []
 
@@ -400,8 +406,13 @@ class GpuCall:
         """Starts the pairs of experts that are all on GPUs, few of them."""
         for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
             slots = self._tier.slots[gpu]
-            rows = self._x if len(self._x) == 1 else self._x[pairs.x_rows]
-            self._running.append((slots, slots.start(pairs.key, pairs.slots, rows), pairs.out_rows))
+            if self._weights is not None:
+                order = np.argsort(pairs.out_rows)  # the order of choices is that of the sum
+                weights = self._weights[pairs.out_rows[order]]
+                result = slots.start(pairs.key, pairs.slots[order], self._x, weights)
+            else:
+                result = slots.start(pairs.key, pairs.slots, self._x[pairs.x_rows])
+            self._running.append((slots, result, pairs.out_rows))
 
     def start_long(self, part: Routing | None, passing: Sequence[Passing]) -> None:
         """Starts the pairs of experts that are all on GPUs, and streams others.
@@ -433,7 +444,11 @@ class GpuCall:
             for slots in {id(slots): slots for slots, _, _ in running}.values():
                 all_of_them.callback(slots.finish)
         for _, result, out_rows in running:
-            self._out[out_rows] = result
+            if self._weights is None:
+                self._out[out_rows] = result
+            else:
+                self.sums.append(result)
+                self.summed += out_rows.tolist()
         for job in self._jobs:
             while not job.done.wait(_STOP_POLL_S):
                 check_stop()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from localrun.ggml import structures as ggml
+from localrun.ggml.devices import GpuDevice
 from localrun.ggml.structures import Tensor
 from localrun.offload.device.claims import MOST_SUMMED, supports_op
 from localrun.offload.device.device import expert_device
@@ -92,3 +93,24 @@ def test_a_callback_that_looks_at_every_operation_sees_the_same_values(
     assert seen["ffn_moe_weighted"] == seen["ffn_moe_out"] == seen["ffn_out"] == 6 * len(MODEL.ratios)
     # The activation alone is computed by other code; where that flips the rounding of an 8-bit value, later ones differ visibly.
     assert np.median(kl(expected, found)) < 1e-3
+
+
+def test_activations_lie_where_the_gpu_of_the_dense_model_wants_them(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The RPC device has no such memory; here it says that it has plain memory's."""
+    device, asked = expert_device(), []
+
+    def host_type(address: int) -> int:
+        asked.append(address)
+        return int(device._cpu_buffer_type)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device._lib, "ggml_backend_dev_host_buffer_type", host_type)
+        options = OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, 1 << 30)])
+        with open_offloaded(open_model(model_path), options) as model:
+            assert gpu.address in asked
+            assert device._activations_type == device._cpu_buffer_type
+            assert np.isfinite(logits(model, [1, 2])).all()
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)):
+        assert device._activations_type is None

@@ -103,6 +103,7 @@ def test_a_device_that_fails_is_reported_and_can_be_used_again(
         tier = model.pool.residency.gpu
         assert tier is not None
         slots, compiled, python = tier.slots[0], failing("compiled"), failing("Python")
+        assert slots._record is not None
         fields = slots._record.fields
         working = fields.copy()
         with monkeypatch.context() as patch:

@@ -46,6 +46,7 @@ def write_checkpoint(
     single_file: bool = False,
     tokenizer: Path | None = None,
     own_layers: int | None = None,
+    holes: bool = False,
     progress: bool = False,
 ) -> int:
     """Writes the checkpoint into `folder` (made if missing); returns the bytes of all tensors.
@@ -55,6 +56,7 @@ def write_checkpoint(
         single_file: `model.safetensors` without an index.
         tokenizer: a tokenizer.json to copy.
         own_layers: layers whose experts have bytes of their own; layer n shares the experts of layer n modulo so many.
+        holes: instead of sharing, the other layers' experts are holes: for readers that don't look there.
         progress: report files on stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,8 @@ def write_checkpoint(
     if own_layers is not None:
         if single_file or shard_bytes is not None:
             raise UsageError("layers can share experts only where each has a file of its own")
-        shared_extents.check(folder)
+        if not holes:
+            shared_extents.check(folder)
     if single_file:
         groups = [[tensor for group in groups for tensor in group]]
     elif shard_bytes is not None:
@@ -80,7 +83,7 @@ def write_checkpoint(
             donors.append((folder / name, _write_shard(folder / name, group, weights, experts_last=True)))
             n_layers += 1
         else:
-            _write_sharing_shard(folder / name, group, weights, *donors[n_layers % own_layers])
+            _write_sharing_shard(folder / name, group, weights, None if holes else donors[n_layers % own_layers])
             n_layers += 1
         weight_map.update((tensor.name, name) for tensor in group)
         total += sum(tensor.n_bytes for tensor in group)
@@ -121,14 +124,17 @@ def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights, *, exp
     return experts_at
 
 
-def _write_sharing_shard(path: Path, tensors: Sequence[Tensor], weights: Weights, donor: Path, donor_at: int) -> None:
-    """One safetensors file whose experts are the blocks of `donor`'s, which begin there at `donor_at`."""
+def _write_sharing_shard(
+    path: Path, tensors: Sequence[Tensor], weights: Weights, donor: tuple[Path, int] | None
+) -> None:
+    """One safetensors file whose experts are the blocks of another one's, which begin there at a given byte; None: holes."""
     tensors = sorted(tensors, key=_is_expert)
     header, experts_at = _header(tensors, align_experts=True)
     own = [tensor for tensor in tensors if not _is_expert(tensor)]
     _write(path, header, own, experts_at, weights)
     n_bytes = sum(tensor.n_bytes for tensor in tensors if _is_expert(tensor))
-    shared_extents.share(donor, donor_at, path, experts_at, n_bytes)
+    if donor is not None:
+        shared_extents.share(*donor, path, experts_at, n_bytes)
     with path.open("r+b") as file:
         file.truncate(experts_at + n_bytes)
 

@@ -124,7 +124,7 @@ class Engine:
             plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
         except GpuMemoryError as error:
             log.warning("%s; the dense model stays on the CPU", error)
-            placement, first = replace(placement, n_gpu_layers=0), None
+            placement, first = place_on_gpus(source, sizes, options, n_ctx, with_dense=False), None
             plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
         file_bytes = sum(file.stat().st_size for file in source.files)
         return cls._checked(

@@ -109,7 +109,7 @@ def test_every_allocation_of_a_load_may_fail(
 def test_a_context_that_never_fits_leaves_the_dense_model_on_the_cpu(
     model_path: Path, gpu: GpuDevice, shimmed: Shim, options: EngineOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shimmed.fail_from = 4  # two are what streaming is measured with, the third one is the dense model
+    shimmed.fail_from = 5  # three are what streaming is measured with, the fourth one is the dense model
     found = outcome(model_path, options, shimmed)
     assert (found.dense, found.n_batch, found.n_experts) == (False, options.n_batch, 0)
     assert f"{gpu.name} has no room for the dense model and a context" in caplog.text

@@ -1,4 +1,13 @@
-"""Memory bandwidths of known graphics cards according to their makers: better than a generic assumption."""
+"""Memory bandwidths of known graphics cards: better than a generic assumption.
+
+Sources, by family. `maker`: read in a document of the maker's. `computed`: width of the memory bus times data rate, as the tests do
+it; the maker's own page was not read.
+
+* RTX 50 and RTX PRO 6000 (GDDR7), RTX 40, 30, 20, RTX 6000 Ada, A6000, L40S (GDDR6X, GDDR6): computed.
+* A100, H100, H100 NVL, H200 (HBM): computed; H100 PCIe: maker (NVIDIA, H100 PCIe GPU product brief PB-11133-001_v02: more than
+  2,000 GB/s).
+* RX 6000, 7000, 9000 and PRO W7900 (GDDR6), Arc (GDDR6): computed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +15,7 @@ import re
 from typing import Final
 
 CARD_GB_PER_S: Final = {
-    # NVIDIA; bus width x data rate gives the same (the tests), the makers' own pages were not compared
+    # NVIDIA's
     "RTX PRO 6000": 1792,
     "RTX 5090": 1792,
     "RTX 5080": 960,

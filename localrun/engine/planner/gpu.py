@@ -40,12 +40,15 @@ class GpuPlacement:
     spare: Mapping[str, int] = field(default_factory=dict)
 
 
-def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int) -> GpuPlacement:
+def place_on_gpus(
+    source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int, *, with_dense: bool = True
+) -> GpuPlacement:
     """Chooses devices and divides their memory.
 
     Args:
         sizes: the source's.
         n_ctx: tokens of context that the cache must hold.
+        with_dense: the dense model may go there; else experts get all.
 
     Raises:
         UsageError: `--gpu` names a missing device, or one without dedicated memory and without `--vram`; `--vram` without a GPU.
@@ -86,10 +89,10 @@ def place_on_gpus(source: ModelSource, sizes: ModelSizes, options: EngineOptions
     budgets = gpu_budgets(free, options.vram_bytes, needed)
     ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
     n_gpu_layers = 0
-    if budgets[0] >= needed:
+    if with_dense and budgets[0] >= needed:
         n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
         ram_bytes += embedding_bytes
-    else:
+    elif with_dense:
         log.warning(
             "%s: the dense model and its cache need %s, but only %s are free there: they stay on the CPU",
             devices[0].name,

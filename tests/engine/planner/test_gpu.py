@@ -122,3 +122,6 @@ def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: py
         on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
         on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch)
         assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card
+        without = place_on_gpus(source, sizes, OPTIONS, 4096, with_dense=False)
+        assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)
+        assert without.experts[0][1] == left[True] + on_card, "a card without the dense model has its bytes for experts"

@@ -103,6 +103,8 @@ _ALL: Final[_Prototypes] = {
     # graphs of our own on GPU devices
     "ggml_add": (_P, _P, _P, _P),
     "ggml_mul": (_P, _P, _P, _P),
+    "ggml_get_rows": (_P, _P, _P, _P),
+    "ggml_reshape_3d": (_P, _P, _P, C.c_int64, C.c_int64, C.c_int64),
     "ggml_view_2d": (_P, _P, _P, C.c_int64, C.c_int64, C.c_size_t, C.c_size_t),
     "ggml_backend_tensor_alloc": (C.c_int, _P, _P, _P),
     "ggml_mul_mat": (_P, _P, _P, _P),

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from localrun.alignment import align_up
 from localrun.errors import BudgetError, DecodeError, GpuMemoryError, LocalrunError
 from localrun.ggml import structures as ggml
-from localrun.ggml.devices import GpuDevice
+from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 MAX_PAIRS = 512
 """(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
+
+LOADED_ROWS = 512
+"""Tokens of a long call whose inputs go to the device once, instead of once for each pair."""
 
 _SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
 """Graph sizes, in pairs of several tokens; calls are padded with pairs of slot 0, whose results are ignored."""
@@ -51,9 +55,22 @@ BankKey = tuple[int, int]
 """(layer, variant)."""
 
 
+class Form(Enum):
+    """What a graph gets and gives."""
+
+    ROWS = "a row of inputs and a row of outputs for each pair"
+    SUM = "one token's row and weights; the weighted sum"
+    GATHERED = "numbers of rows that were loaded; a row of outputs for each pair"
+
+
 @dataclass(slots=True)
 class _Graph:
-    """`weights` is 0 where every pair has a row of `out`, else `out` is one token's weighted sum."""
+    """Tensors of one graph; 0: it has none.
+
+    Attributes:
+        x: rows of inputs; of `Form.GATHERED` the rows' numbers.
+        weights: of `Form.SUM`.
+    """
 
     graph: int
     x: int
@@ -69,9 +86,10 @@ class _Part:
 
     bank: Bank
     ids: I32
-    x: F32
+    x: F32 | I32
     out: F32
     weights: F32 | None
+    form: Form
 
 
 @dataclass(slots=True)
@@ -93,7 +111,7 @@ class Bank:
     tensors: tuple[int, int, int]
     row_bytes: tuple[int, int, int]
     record: BankRecord
-    graphs: dict[tuple[int, bool], _Graph] = field(default_factory=dict)  # by pairs, and whether they are added up
+    graphs: dict[tuple[int, Form], _Graph] = field(default_factory=dict)  # by pairs
 
 
 def scratch_bytes(spec: FfnSpec) -> int:
@@ -102,8 +120,8 @@ def scratch_bytes(spec: FfnSpec) -> int:
 
 
 def _io_bytes(n_embd: int) -> int:
-    """Inputs and outputs of compiled calls."""
-    return MOST_PARTS * NOTE_BYTES + 2 * MOST_PAIRS * n_embd * 4
+    """Inputs and outputs of compiled calls, and the rows that are loaded for long ones."""
+    return MOST_PARTS * NOTE_BYTES + (2 * MOST_PAIRS + LOADED_ROWS) * n_embd * 4
 
 
 class DeviceClosedError(GpuMemoryError):
@@ -155,6 +173,8 @@ class GpuSlots:
             raise DeviceClosedError(device)
         self._buffer_type = self._lib.ggml_backend_dev_buffer_type(device.address)
         self._record: DeviceRecord | None = None
+        self._loaded = 0  # tensor for the rows of a long call
+        self._pinned: HostMemory | None = None  # their way there, and the results' way back
         try:
             self._make_banks(counts, specs)
             self.used_bytes = self._allocated()
@@ -197,15 +217,45 @@ class GpuSlots:
         """
         out = np.empty(x.shape, np.float32)
         if weights is not None:
-            self._waiting.append(_Part(self.banks[key], slots, x, out, np.ascontiguousarray(weights)))
+            self._waiting.append(_Part(self.banks[key], slots, x, out, np.ascontiguousarray(weights), Form.SUM))
             slots = slots[:0]
         for at in range(0, slots.size, MAX_PAIRS):
             end = min(at + MAX_PAIRS, slots.size)
             ids = np.zeros(_size(end - at), np.int32)
             ids[: end - at] = slots[at:end]
-            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end], None))
+            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end], None, Form.ROWS))
         if self._running is None:
             self._launch()
+        return out
+
+    def load(self, x: F32) -> bool:
+        """Sends a long call's inputs, (T, D), for `start_gathered`; nothing is under way. False: they are too many."""
+        if len(x) > LOADED_ROWS:
+            return False
+        if self._pinned is None:
+            self._pinned = HostMemory(self.device, (LOADED_ROWS + MAX_PAIRS) * x.shape[1] * 4)
+        rows = self._pinned.array[: x.nbytes].view(np.float32).reshape(x.shape)
+        rows[:] = x
+        self._lib.ggml_backend_tensor_set_async(self._backend, self._loaded, rows.ctypes.data, 0, rows.nbytes)
+        return True
+
+    def start_gathered(self, key: BankKey, slots: I32, x_rows: I32, n_embd: int) -> F32:
+        """As `start` for at most `MAX_PAIRS` pairs of loaded rows, while nothing else is under way.
+
+        Args:
+            x_rows: (N,) int32, the loaded row of each pair.
+
+        Returns:
+            (N, D) array that is filled when `finish` returns, and written over by the next call.
+        """
+        assert self._pinned is not None
+        assert self._running is None
+        n_pairs, first = slots.size, LOADED_ROWS * n_embd * 4
+        out = self._pinned.array[first : first + n_pairs * n_embd * 4].view(np.float32).reshape(n_pairs, n_embd)
+        ids, rows = (np.zeros(_size(n_pairs), np.int32) for _ in range(2))
+        ids[:n_pairs], rows[:n_pairs] = slots, x_rows
+        self._waiting.append(_Part(self.banks[key], ids, rows, out, None, Form.GATHERED))
+        self._launch()
         return out
 
     def finish(self) -> None:
@@ -216,9 +266,13 @@ class GpuSlots:
         """
         while self._running is not None:
             part, graph = self._running
+            if part.form is Form.GATHERED:  # its memory is pinned
+                data, size = part.out.ctypes.data, part.out.nbytes
+                self._lib.ggml_backend_tensor_get_async(self._backend, graph.out, data, 0, size)
             # Asking for the result earlier would wait for it: into memory that is not pinned, most backends copy synchronously.
             self._lib.ggml_backend_synchronize(self._backend)
-            self._lib.ggml_backend_tensor_get(graph.out, part.out.ctypes.data, 0, part.out.nbytes)
+            if part.form is not Form.GATHERED:
+                self._lib.ggml_backend_tensor_get(graph.out, part.out.ctypes.data, 0, part.out.nbytes)
             self._running = None
             if self._waiting:
                 self._launch()
@@ -227,8 +281,8 @@ class GpuSlots:
         """The next part; the memory of intermediate results is free."""
         lib, part = self._lib, self._waiting.popleft()
         try:
-            graph = self._graph(part.bank, part.ids.size, is_sum=part.weights is not None)
-            self._to_front(graph, part.ids.size)
+            graph = self._graph(part.bank, part.ids.size, part.form)
+            self._to_front(graph, part.ids.size, part.form)
             if part.weights is not None:
                 lib.ggml_backend_tensor_set_async(
                     self._backend, graph.weights, part.weights.ctypes.data, 0, part.weights.nbytes
@@ -248,6 +302,9 @@ class GpuSlots:
         lib = self._lib
         if self._backend:
             lib.ggml_backend_synchronize(self._backend)
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            pinned.close()
         record, self._record = self._record, None
         if record is not None:
             record.close()
@@ -295,7 +352,8 @@ class GpuSlots:
 
     def _make_io(self, n_embd: int) -> bool:
         """Inputs and outputs of compiled calls; False: no memory."""
-        lib, context = self._lib, self._context(3)
+        lib, context = self._lib, self._context(4)
+        loaded = lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, LOADED_ROWS)
         tensors = (
             lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, MOST_PARTS * NOTE_BYTES // 4),
             lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, MOST_PAIRS),
@@ -306,6 +364,7 @@ class GpuSlots:
             return False
         lib.ggml_backend_buffer_clear(buffer, 0)  # pairs that fill up a graph read rows that nobody wrote
         self._buffers.append(buffer)
+        self._loaded = loaded
         self._record = DeviceRecord(self.device, self._backend, n_embd, tensors)
         return True
 
@@ -338,22 +397,22 @@ class GpuSlots:
         return bank
 
     def _check_support(self, bank: Bank) -> None:
-        if not all(_supports(self.device, self._make_graph(bank, 2, is_sum=is_sum).graph) for is_sum in (False, True)):
+        if not all(_supports(self.device, self._make_graph(bank, 2, form).graph) for form in Form):
             raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
 
-    def _graph(self, bank: Bank, n_pairs: int, *, is_sum: bool) -> _Graph:
+    def _graph(self, bank: Bank, n_pairs: int, form: Form) -> _Graph:
         """The graph for so many pairs, made on first use; compiled calls find it from then on."""
-        made = bank.graphs.get((n_pairs, is_sum))
+        made = bank.graphs.get((n_pairs, form))
         if made is None:
-            made = self._make_graph(bank, n_pairs, is_sum=is_sum)
-            if n_pairs <= MOST_PAIRS:
+            made = self._make_graph(bank, n_pairs, form)
+            if _is_small(n_pairs, form):
                 self._put_into_io(made, n_pairs)
             # Once is enough: the memory of intermediate results stays where it is.
             if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
                 raise DecodeError(f"{self.device.name}: out of memory")
-            bank.graphs[n_pairs, is_sum] = made
-            fewest = n_pairs if is_sum else max((size for size in _SIZES if size < n_pairs), default=0) + 1
-            if n_pairs <= MOST_PAIRS:
+            bank.graphs[n_pairs, form] = made
+            fewest = n_pairs if form is Form.SUM else max((size for size in _SIZES if size < n_pairs), default=0) + 1
+            if _is_small(n_pairs, form):
                 bank.record.add(
                     range(fewest, n_pairs + 1),
                     graph=made.graph,
@@ -364,10 +423,10 @@ class GpuSlots:
                 )
         return made
 
-    def _make_graph(self, bank: Bank, n_pairs: int, *, is_sum: bool) -> _Graph:
-        n_nodes = _n_nodes(n_pairs, is_sum=is_sum)
+    def _make_graph(self, bank: Bank, n_pairs: int, form: Form) -> _Graph:
+        n_nodes = _n_nodes(n_pairs, form)
         context = self._context(n_nodes + 3, n_nodes=n_nodes)
-        return _build(context, bank.spec, bank.tensors, n_pairs, is_sum=is_sum)
+        return _build(context, bank.spec, bank.tensors, n_pairs, form, self._loaded)
 
     def _put_into_io(self, graph: _Graph, n_pairs: int) -> None:
         """Small graphs read and write where compiled calls have their inputs and outputs."""
@@ -376,11 +435,11 @@ class GpuSlots:
         for tensor, io in ((graph.ids, notes), (graph.weights, notes), (graph.x, x), (graph.out, out)):
             if tensor:
                 Tensor.from_address(tensor).buffer = Tensor.from_address(io).buffer
-        self._to_front(graph, n_pairs)
+        self._to_front(graph, n_pairs, Form.SUM if graph.weights else Form.ROWS)
 
-    def _to_front(self, graph: _Graph, n_pairs: int) -> None:
+    def _to_front(self, graph: _Graph, n_pairs: int, form: Form) -> None:
         """As the first part of a call; compiled calls move small graphs' inputs and outputs."""
-        if n_pairs > MOST_PAIRS:
+        if not _is_small(n_pairs, form):
             return
         assert self._record is not None
         notes, x, out = (Tensor.from_address(tensor).data or 0 for tensor in self._record.tensors)
@@ -395,27 +454,42 @@ class GpuSlots:
 
     def _reserve(self, bank: Bank) -> bool:
         """False: no memory."""
-        graph = self._make_graph(bank, MAX_PAIRS, is_sum=False)
+        graphs = [self._make_graph(bank, MAX_PAIRS, form).graph for form in (Form.GATHERED, Form.ROWS)]
         gallocr = self._lib.ggml_gallocr_new(self._buffer_type)
-        if self._lib.ggml_gallocr_reserve(gallocr, graph.graph):
+        if all(self._lib.ggml_gallocr_reserve(gallocr, graph) for graph in graphs):
             self._gallocr = gallocr
             return True
         self._lib.ggml_gallocr_free(gallocr)
         return False
 
 
-def _n_nodes(n_pairs: int, *, is_sum: bool) -> int:
-    """Room for a graph: the products and the activation, one product with the weights, views and sums; or its six inputs."""
-    return 8 + (2 * n_pairs if is_sum else 0)
+def _is_small(n_pairs: int, form: Form) -> bool:
+    """Compiled calls use such graphs, with inputs and outputs in memory of theirs."""
+    return n_pairs <= MOST_PAIRS and form is not Form.GATHERED
 
 
-def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, *, is_sum: bool) -> _Graph:
+def _n_nodes(n_pairs: int, form: Form) -> int:
+    """Room for a graph: the products and the activation, one product with the weights, views and sums; or its inputs."""
+    return 10 + (2 * n_pairs if form is Form.SUM else 0)
+
+
+def _build(
+    context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, form: Form, loaded: int = 0
+) -> _Graph:
     """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, backends have their fastest
     kernels for one column, and CUDA does all additions in one kernel. Of several tokens each pair is a column: how many experts
-    of a token are here varies."""
+    of a token are here varies.
+
+    Args:
+        loaded: of `Form.GATHERED`, the tensor that rows are taken from.
+    """
     lib = library()
-    n_rows, n_columns = (n_pairs, 1) if is_sum else (1, n_pairs)
-    x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
+    n_rows, n_columns = (n_pairs, 1) if form is Form.SUM else (1, n_pairs)
+    if form is Form.GATHERED:
+        given = lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, n_pairs)
+        x = lib.ggml_reshape_3d(context, lib.ggml_get_rows(context, loaded, given), spec.n_embd, 1, n_pairs)
+    else:
+        given = x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
     ids = lib.ggml_new_tensor_2d(context, ggml.TYPE_I32, n_rows, n_columns)
     gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
     if math.isinf(spec.limit):
@@ -427,16 +501,16 @@ def _build(context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: 
         # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA defaults to 4 bits on RTX 50 (mmq.cu).
         lib.ggml_prec_set_src(product, ggml.PREC_Q8, 1)
     weights = 0
-    if is_sum:
+    if form is Form.SUM:
         weights = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, 1, n_pairs, 1)
         lib.ggml_set_input(weights)
         out = _weighted_sum(context, out, weights, spec.n_embd, n_pairs)
-    lib.ggml_set_input(x)
+    lib.ggml_set_input(given)
     lib.ggml_set_input(ids)
     lib.ggml_set_output(out)
-    graph = lib.ggml_new_graph_custom(context, _n_nodes(n_pairs, is_sum=is_sum), False)
+    graph = lib.ggml_new_graph_custom(context, _n_nodes(n_pairs, form), False)
     lib.ggml_build_forward_expand(graph, out)
-    return _Graph(graph, x, ids, weights, out)
+    return _Graph(graph, given, ids, weights, out)
 
 
 def _weighted_sum(context: int, rows: int, weights: int, n_embd: int, n_pairs: int) -> int:
@@ -484,10 +558,10 @@ def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
     lib = library()
 
     def fits(n_slots: int) -> bool:
-        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_n_nodes(2, is_sum=False), False)
+        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_n_nodes(2, Form.ROWS), False)
         context = lib.ggml_init(ggml.InitParams(size + 1024, None, True))
         try:
-            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, is_sum=False).graph)
+            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, Form.ROWS).graph)
         finally:
             lib.ggml_free(context)
 

@@ -224,6 +224,7 @@ class GpuThread:
         self._unpackers = ThreadPoolExecutor(n_unpackers, "localrun-unpack") if kernels else None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._running: tuple[F32, I32] | None = None
+        self._is_loaded = False  # the job's inputs are on the device
         self._thread = threading.Thread(target=self._work, name=f"localrun-{slots.device.name}", daemon=True)
         self._thread.start()
 
@@ -244,6 +245,7 @@ class GpuThread:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
+                self._is_loaded = self.slots.load(job.x)
                 for pairs in job.resident:
                     self._multiply(job, pairs)
                 if job.passing:
@@ -265,12 +267,14 @@ class GpuThread:
                 log.debug("%s: %s", self.slots.device.name, error)
 
     def _multiply(self, job: Job, pairs: Pairs) -> None:
-        """Starts some pairs; at the end at most one graph runs, and its inputs are a copy."""
+        """Starts some pairs; at the end at most one graph runs."""
         for at in range(0, pairs.slots.size, MAX_PAIRS):
             part = slice(at, at + MAX_PAIRS)
-            x = job.x[pairs.x_rows[part]]
             self._take(job)
-            result = self.slots.start(pairs.key, pairs.slots[part], x)
+            if self._is_loaded:
+                result = self.slots.start_gathered(pairs.key, pairs.slots[part], pairs.x_rows[part], job.x.shape[1])
+            else:
+                result = self.slots.start(pairs.key, pairs.slots[part], job.x[pairs.x_rows[part]])
             self._running = result, pairs.out_rows[part]
 
     def _take(self, job: Job) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.device.layouts import NOTE_BYTES
+from localrun.offload.gpu.slots import _size
+from localrun.offload.gpu.stream import LONG_TOKENS
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import ModelSource
@@ -93,3 +95,23 @@ def test_a_layer_with_the_dense_model_there_too_waits_once_for_its_inputs_and_on
     assert (n_in, bytes_in) == (3, 2 * row_bytes + NOTE_BYTES // 2 + choices_bytes)
     assert n_launched == 2
     assert n_synchronized == 2 + 2, "llama.cpp's scheduler waits twice before it copies our result"
+
+
+@pytest.mark.skipif(bool(TEST_GPU), reason="the shim is made for the RPC device")
+def test_a_long_call_sends_each_tokens_input_once(model_path: Path, gpu: GpuDevice) -> None:
+    """Rows for the pairs are gathered on the device; a graph gets numbers of slots and rows."""
+    source = open_model(model_path)
+    with shim(gpu) as counts, open_offloaded(source, OffloadOptions(n_threads=2, gpus=[(gpu, 1 << 30)])) as model:
+        filled(model)
+        tokens = [t % MODEL.vocab for t in range(LONG_TOKENS)]
+        logits(model, tokens)  # makes the graphs
+        before = taken(counts)
+        logits(model, tokens)
+        n_in, bytes_in, n_out, bytes_out, n_launched, n_synchronized = (
+            b - a for a, b in zip(before, taken(counts), strict=True)
+        )
+    n_layers, n_pairs, row_bytes = len(source.moe_layers), LONG_TOKENS * MODEL.n_used, MODEL.n_embd * 4
+    assert n_launched == n_out == n_synchronized == n_layers
+    assert n_in == 3 * n_layers
+    assert bytes_out == n_layers * n_pairs * row_bytes
+    assert bytes_in == n_layers * (LONG_TOKENS * row_bytes + 2 * 4 * _size(n_pairs))

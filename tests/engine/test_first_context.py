@@ -122,7 +122,7 @@ def test_experts_get_what_is_left_after_the_first_tokens(
     shimmed.free_bytes = 2 << 30
     whole = outcome(model_path, options, shimmed)
     assert not any("after the first tokens" in line for line in lines_about(gpu, caplog))
-    for room, has_some in ((3 << 20, True), (1 << 10, False)):
+    for room, has_some in ((9 << 18, True), (1 << 10, False)):
         caplog.clear()
         shimmed.n_launched, shimmed.free_after_launch = 0, DRIVER_BYTES + room
         with Engine.open(model_path, options) as engine:

@@ -1,4 +1,5 @@
-"""What compiled code and Python hand to each other about one model: records and thresholds one way, errors and stops the other.
+"""The interface between compiled code and Python for one model: records and thresholds in one direction, errors and stops in
+the other.
 
 A layer call stays in compiled code (`device/compiled.py`) as long as it has fewer tokens than a threshold that Python sets; at zero
 every call comes to Python.
@@ -29,16 +30,16 @@ ANY_TOKENS: Final = 1 << 60
 
 
 class Handover:
-    """One model's records for compiled code, and why calls leave it.
+    """A model's records for compiled code, and the reasons for calls to leave it.
 
     Owns the records (compiled code points into them: `close` the model first), the threshold, the stop request and the first error.
-    There is no lock: records change between two decodes only, and the threshold is computed again until it agrees with its reasons,
-    so that `request_stop` may come from any thread and from a signal handler in the middle of any of these methods.
+    There is no lock: records change only between decodes, and the threshold is recomputed until it matches its reasons, so
+    `request_stop` may be called from any thread and from a signal handler during any of these methods.
 
     Args:
         layers: shapes by block number.
         kernels: by block number one kernel for each of the layer's variants.
-        table, telemetry: whose arrays compiled code reads and updates.
+        table, telemetry: their arrays are read and updated by compiled code.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Handover:
         expert_device().attach(tensor, expert_record(weight.projection, self._records[weight.layer]))
 
     def use_gpu(self, layers: Mapping[int, LayerOnGpu] | None) -> None:
-        """From now on these records say which experts are on GPUs (None: none are); between two decodes."""
+        """Sets the records of experts on GPUs (None: there are none); call between decodes."""
         for layer, record in self._records.items():
             record.use_gpu(None if layers is None else layers[layer])
         self._has_gpu = layers is not None
@@ -101,7 +102,7 @@ class Handover:
     # -- thresholds ----------------------------------------------------------------------------------------------------
 
     def need_python(self, reason: str, needed: bool) -> None:
-        """All calls come to Python from now on for this reason, or no longer for this one; any thread."""
+        """Routes all calls to Python for this reason, or drops the reason; any thread."""
         (self._reasons.add if needed else self._reasons.discard)(reason)
         self._set_threshold()
 
@@ -136,7 +137,7 @@ class Handover:
             raise StoppedError("stopped")
 
     def failed(self, error: BaseException) -> None:
-        """Keeps the cause of a failed decode; the first one counts."""
+        """Records the cause of a failed decode; only the first one is kept."""
         if self._error is None:
             self._error = error
 

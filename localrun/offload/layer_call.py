@@ -1,9 +1,9 @@
-"""One layer call: which experts are there, what must be read, and in which order things happen.
+"""One layer call: finds experts, starts reads, and orders the work.
 
-Experts in RAM are computed at once; reads of the others start first, and they are computed as they arrive. Experts of the running
-call are pinned; when RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed experts
-are released and their memory takes the next ones. Each expert is read at most once per call, in file order. Those of a long prompt
-may pass through a GPU instead (`gpu/stream.py`), whether they are in RAM or not.
+Reads of missing experts start first; experts in RAM are computed immediately, the others as they arrive. Experts of the running
+call are pinned. If RAM can't hold all of them (a long prompt touches every expert), the call proceeds in waves: computed
+experts are released and their memory is reused for the next ones. Each expert is read at most once per call, in file order. In
+a long prompt experts may be streamed through a GPU instead (`gpu/stream.py`), whether or not they are in RAM.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class LayerCall:
     Attributes:
         n_hits, n_misses: distinct experts that were in RAM or on a GPU, and the others.
         n_gpu: those on a GPU.
-        n_streamed: those that passed through a GPU.
+        n_streamed: those streamed through a GPU.
         bytes_read: of reads that this call started.
-        wait_ns, compute_ns: time without anything to compute, and in kernels.
+        wait_ns, compute_ns: time waiting with nothing to compute, and time in kernels.
 
     Args:
         residency: finds, reserves and reads experts.
@@ -47,7 +47,7 @@ class LayerCall:
         compute: multiplies.
         gpu: this call's work on GPUs; None: it may not use them.
         check_stop: raises StoppedError if the call should end.
-        foresee: called once when everything that this call needs has been asked for: what may be read behind it.
+        foresee: called once everything that this call needs has been requested, to start low-priority reads.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class LayerCall:
         return len(self._routing.experts)
 
     def run(self) -> None:
-        """1. Find what is there. 2. Start reads and GPUs. 3. Compute what is there. 4. Compute the rest as it arrives. 5. Take
-        the GPUs' results."""
+        """1. Find available experts. 2. Start reads and GPUs. 3. Compute available experts. 4. Compute the rest as they arrive.
+        5. Collect the GPUs' results."""
         ready, on_gpu = [], []
         table = self._residency.table
         table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
@@ -183,7 +183,7 @@ class LayerCall:
             self._unpin(i)
 
     def release(self) -> None:
-        """Unpins, and waits for reads of this call that are still under way (after an error), so that no slot stays half filled."""
+        """Unpins, and waits for this call's pending reads (after an error), so that no slot stays half filled."""
         if self._gpu is not None:  # after an error; it writes into the caller's memory
             self._gpu.abandon()
         while self._awaited:

@@ -1,4 +1,4 @@
-"""What a model's runs teach about its experts: the profile that warms the next start and keeps a small set in RAM, and traces.
+"""Learns from a model's runs: the routing profile, which warms the next start and pins a small set in RAM.
 A model's first start has the routing counts of its conversion's calibration, where the manifest holds them.
 
 The compiled path counts uses per expert in the slot table's array; here the counts since the last look are handed to the profile.
@@ -23,16 +23,16 @@ PINNED_SHARE = 0.05
 """Part of the slots kept for the profile's hottest experts; the rest is LRU. [m] tools/simulator compares shares."""
 
 PROFILE_MIN_TOKENS = 2000
-"""Fewer tokens say too little about what is hot to keep anything because of them."""
+"""With fewer tokens too little is known about hot experts to pin any."""
 
 
 class Learner:
     """Feeds and saves one model's routing profile. For the decoding thread; `close` once at the end.
 
     Args:
-        residency: whose uses are counted.
+        residency: source of the use counts.
         telemetry: counts tokens.
-        folder: where profiles lie, `<identity>.profile`; None: nothing is read or saved.
+        folder: for profiles, `<identity>.profile`; None: nothing is read or saved.
     """
 
     def __init__(self, source: ModelSource, residency: Residency, telemetry: Telemetry, folder: Path | None) -> None:

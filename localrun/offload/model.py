@@ -1,6 +1,6 @@
 """A loaded model: llama.cpp's dense part and our experts, from opening to closing.
 
-`place.py` decides where things go, `fill.py` reads the dense part, `pool.py` has the experts.
+`place.py` decides the placement, `fill.py` reads the dense part, `pool.py` manages the experts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["OffloadOptions", "OffloadedModel", "open_offloaded"]
 _DIGITS = np.array(list("0123456789abcdefghijklmnopqrstuvwxyz"))
 
 MAX_BATCH = 2048
-"""Largest batch whose experts the compiled path takes at once; longer ones go through Python, dense matrices in pieces."""
+"""Largest batch for the compiled expert path; longer ones go through Python, with dense matrices in pieces."""
 
 
 class OffloadedModel:

@@ -1,4 +1,4 @@
-"""Where a model's experts go: which kernel for each format, what passes through GPUs, and how the RAM for them is shared out.
+"""Places a model's experts: the kernel for each format, what is streamed through GPUs, and the division of RAM.
 
 Everything here is decided from headers and measurements, before any weight is read.
 """
@@ -37,7 +37,7 @@ RING_SHARE = 0.25
 
 
 class Closable(Protocol):
-    """Something that is to be closed before the model is freed."""
+    """Something to close before the model is freed."""
 
     def close(self) -> None:
         """Frees it."""
@@ -128,7 +128,7 @@ class ExpertPlacement:
 
 
 def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlacement:
-    """Chooses kernels and what passes through GPUs, which is measured.
+    """Chooses kernels and, by measurement, what is streamed through GPUs.
 
     Raises:
         UnsupportedModelError: the model has no experts, or a layer has them in too many formats.
@@ -178,7 +178,7 @@ def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_byt
 
 
 def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
-    """The experts on GPUs, None if there are none; a device that can't be opened gets none, with a line.
+    """The experts on GPUs, None if there are none; a device that can't be opened gets none, with a warning.
 
     Args:
         ranking: (layer, expert), the likeliest first; those that it lacks follow.
@@ -204,7 +204,7 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
 
 
 def fit_into_free(placement: ExpertPlacement, spare: Mapping[str, int]) -> ExpertPlacement:
-    """Gives experts no more than what GPUs have left now, with a line for each that has less than was planned.
+    """Limits experts to the GPUs' remaining memory, with a warning for each that has less than planned.
 
     Args:
         spare: bytes to leave, by the device's name.
@@ -286,7 +286,7 @@ def _choose_rings(
     if not gpus:
         return None
     ordered = _by_frequency(kernels, wanted)
-    scratch = max(scratch_bytes(kernel.spec) for kernel in ordered)  # else what is left could hold no expert
+    scratch = max(scratch_bytes(kernel.spec) for kernel in ordered)  # otherwise the rest could hold no expert
 
     def fit(gpu: int, streamed: Sequence[FfnKernel]) -> bool:
         device, budget = gpus[gpu]

@@ -1,7 +1,7 @@
-"""The experts of a loaded model behind our device: what is asked of them in a layer call, and the mathematics.
+"""The experts of a loaded model behind our device: answers layer calls.
 
-`ExpertPool` puts three parts together and hands calls to them: `Residency` (where experts are), `ReadAhead` (what is read before it
-is asked for) and `Handover` (what compiled code and Python tell each other). A call itself is `layer_call.py`'s work.
+`ExpertPool` combines three parts and delegates to them: `Residency` (where experts are), `ReadAhead` (reading ahead of demand)
+and `Handover` (the interface with compiled code). `layer_call.py` runs a call.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Collector(Protocol):
 class ExpertPool:
     """The experts of one model. Implements `device.Owner`; owns its parts, `close` frees them.
 
-    Layer calls come from one thread at a time; so do `record`, `collect` and `use_gpu`, between two decodes. What other threads may
-    call is said where it is.
+    Layer calls come from one thread at a time; so do `record`, `collect` and `use_gpu`, between decodes. Methods that other
+    threads may call say so.
 
     Attributes:
         residency, ahead, handover: the parts.
@@ -67,7 +67,7 @@ class ExpertPool:
         n_used: experts per token.
         hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
         adaptive: serve what is missing from the base's copy, see `upgrades.py`.
-        routers: say what the next layer will likely need.
+        routers: predict what the next layer will need.
     """
 
     def __init__(
@@ -159,12 +159,13 @@ class ExpertPool:
     # -- who looks on --------------------------------------------------------------------------------------------------
 
     def record(self, recorder: TraceRecorder | None) -> None:
-        """Notes every layer call's routing from now on (None: no more); all calls then go through Python."""
+        """Records every layer call's routing from now on (None: stop); all calls then go through Python."""
         self._recorder = recorder
         self.handover.need_python("a trace is recorded", recorder is not None)
 
     def collect(self, collector: Collector | None) -> None:
-        """Shows every layer call's inputs to `collector` from now on (None: no more); all calls then go through Python, slower."""
+        """Passes every layer call's inputs to `collector` from now on (None: stop); all calls then go through Python, which is
+        slower."""
         self._collector = collector
         self.handover.need_python("inputs are collected", collector is not None)
 

@@ -1,4 +1,4 @@
-"""Reading experts before they are asked for: what is certain, what is nearly so, and what is likely while nothing else happens.
+"""Reads experts ahead of demand: certain ones, nearly certain ones, and likely ones when the drive is idle.
 
 * Hash-routed layers choose experts by token id alone (`ffn_gate_tid2eid`), so the experts of tokens that are about to run are
   known exactly: `prepare` starts their reads before `llama_decode` is called.
@@ -8,7 +8,7 @@
 * After a model is opened, a thread reads the experts that earlier runs used most, hottest first, into free memory, and keeps
   away while an answer is being computed: `warm`.
 
-What warming reads never displaces an expert that was used; only what is about to be asked for may.
+Warming never displaces a used expert; only reads for imminent demand may.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ it and 5.7 to 5.9 s without, the whole prefill 8.4 s and 8.6 to 9.0 s: attention
 class ReadAhead:
     """Read-ahead for one model.
 
-    Owns the guesses (slots read for the next layer's call, until that call has shown whether it wanted them), which belong to the
+    Owns the guesses (slots read for the next layer's call, until that call shows whether it needs them), which belong to the
     decoding thread, and the warming thread, which `close` ends before residency is closed. It has no lock: slots change under
-    residency's, and the warming thread only looks at two numbers that the decoding thread writes.
+    residency's, and the warming thread only reads two numbers that the decoding thread writes.
 
     Args:
         residency: whose experts.
@@ -191,7 +191,7 @@ class ReadAhead:
         return slot in self._guesses
 
     def judge(self, layer: int, used: I32) -> None:
-        """At the end of a layer's call: guesses that it did not want, and nobody has used since, go next."""
+        """Call at the end of a layer's call: wrong guesses that were not used since become the next to evict."""
         self.foresight.judge(layer, used)
         table = self._residency.table
         for slot in [slot for slot in self._guesses if slot.layer == layer]:

@@ -1,7 +1,7 @@
-"""Which expert is where: slots in RAM, the formats that they hold, reads that fill them, and what moves between RAM and GPUs.
+"""Tracks where experts are: slots in RAM and their formats, the reads that fill them, and moves between RAM and GPUs.
 
-Knows nothing of tokens and routing: `layer_call.py` says what a call needs, `readahead.py` what the next ones may need, and both
-ask here for slots.
+Knows nothing about tokens and routing: `layer_call.py` knows what a call needs, `readahead.py` what the next ones may need, and
+both request slots here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Residency:
         store: reads experts.
         table: slots.
         telemetry: counters of reads.
-        floor_bytes: least budget with which a token can be computed.
+        floor_bytes: minimum budget to compute a token.
         gpu: experts on GPUs, if there are any.
 
     Args:
@@ -142,18 +142,18 @@ class Residency:
 
     @property
     def n_ahead(self) -> int:
-        """Reads under way that nobody waits for; the caller holds the lock."""
+        """Number of pending read-ahead reads; the caller holds the lock."""
         return self._n_ahead
 
     def read(self, slot: Slot) -> int:
-        """Starts filling a reserved slot for which a call waits; bytes to be read. The caller holds the lock.
+        """Starts filling a reserved slot that a call waits for; returns the bytes to read. The caller holds the lock.
 
-        If the store refuses the slot, it is free again and nothing is counted; so with `read_ahead`.
+        If the store rejects the slot, it is freed and nothing is counted; likewise for `read_ahead`.
         """
         return self._submit(slot)
 
     def read_ahead(self, slot: Slot) -> None:
-        """Starts filling a reserved slot that nobody waits for; the caller holds the lock."""
+        """Starts filling a reserved slot as read-ahead; the caller holds the lock."""
         n_bytes = self._submit(slot, ahead=True)
         self._n_ahead += 1
         row = self.telemetry.values[slot.layer]
@@ -184,7 +184,7 @@ class Residency:
                 log.warning("reading ahead failed: %s", ticket.error)
 
     def settle(self) -> int:
-        """Takes finished reads into account; how many reads ahead are still under way."""
+        """Processes finished reads; returns the number of pending read-ahead reads."""
         with self.lock:
             while not self.store.completions.empty():
                 self.finish(self.store.completions.get())
@@ -220,7 +220,7 @@ class Residency:
         tier.begin(self, n_unpackers=n_unpackers)
 
     def step_gpu(self, heat: Heat) -> None:
-        """Puts to use what was uploaded, and lets experts change places."""
+        """Activates uploaded experts, and exchanges experts between RAM and GPUs."""
         if self.gpu is not None:
             with self.lock:
                 self.gpu.step(self, heat)
@@ -258,7 +258,7 @@ class Residency:
         return True
 
     def close(self) -> None:
-        """Ends reads and frees slots and GPU memory; no compiled call may run any more."""
+        """Ends reads and frees slots and GPU memory; no compiled call may be running."""
         if self.gpu is not None:
             self.gpu.close()
         self.store.close()

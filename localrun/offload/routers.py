@@ -1,8 +1,8 @@
-"""Which experts a layer will likely choose, before it is asked: its own router, applied to the input of the layer before.
+"""Predicts the experts of the next layer by applying its router to the current layer's input.
 
-Hidden states change little from one layer to the next, so the next layer's router finds most of its experts a layer early
-(`tools/guess_next_layer.py` measures how many). The matrices are llama.cpp's own, where they lie in the processor's memory; nothing
-is copied. Scores are for ranking only: no answer depends on them.
+Hidden states change little between layers, so this finds most of the experts a layer early (`tools/guess_next_layer.py`
+measures how many). It uses llama.cpp's matrices in CPU memory without copying. Scores are only for ranking: no answer depends
+on them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Router:
     Attributes:
         matrix: (E, D) words of F32 or BF16 numbers, llama.cpp's memory.
         bias: (E,) added to the scores to choose experts, not to weigh them.
-        gating: llama.cpp's number of the function over the products.
+        gating: llama.cpp's number of the gating function.
     """
 
     matrix: npt.NDArray[Any]
@@ -69,7 +69,7 @@ class Router:
 
 
 class Routers:
-    """The routers of one model that can be asked ahead of time; layers of other kinds are left out.
+    """A model's routers that support prediction; other kinds of layers are skipped.
 
     Args:
         source: names, shapes and biases.
@@ -81,7 +81,7 @@ class Routers:
         self._gating = source.metadata.get(f"{source.metadata.get('general.architecture')}.expert_gating_func")
 
     def adopt(self, name: str, address: int) -> None:
-        """Called at load for each tensor that lies in the processor's memory, with where its bytes are."""
+        """Called at load for each tensor in CPU memory, with its address."""
         parts = name.split(".")
         if len(parts) != 4 or parts[0] != "blk" or parts[2:] != ["ffn_gate_inp", "weight"]:
             return
@@ -106,10 +106,10 @@ class Routers:
         return self._source.read_tensor(name).view(np.float32)
 
     def likely(self, layer: int, x: F32, n: int) -> I32 | None:
-        """(n,) experts that `layer` will likely choose, likeliest first; None where that can't be said.
+        """(n,) experts that `layer` will likely choose, likeliest first; None if unknown.
 
         Args:
-            x: (D,) input of the experts of the layer before.
+            x: (D,) input of the previous layer's experts.
         """
         router = self._routers.get(layer)
         if router is None:

@@ -1,7 +1,7 @@
-"""The mode in which a missing expert is served from the base's smaller copy at once, and its better copy is read later.
+"""Adaptive mode: a missing expert is first served from the base's smaller copy, and its better copy is read later.
 
-Off by default: with it the same seed gives other tokens, depending on what the cache happens to hold. A better copy is read when
-nothing else is being read, one at a time, for the experts used last; between two decodes it takes the smaller copy's place.
+Off by default, because the same seed may then give different tokens, depending on the cache. Better copies are read when the
+drive is idle, one at a time, for the most recently used experts; between decodes they replace the smaller copies.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Upgrades:
-    """Which slots are to be exchanged. A part of residency: all methods under its lock; `step` on the decoding thread.
+    """Tracks slots to replace. Part of residency: call all methods under its lock, and `step` on the decoding thread.
 
     Args:
-        table: whose slots.
-        wanted: by layer the variant that each expert should be in.
+        table: the slots.
+        wanted: by layer, the variant that each expert should have.
     """
 
     def __init__(self, table: SlotTable, wanted: Mapping[int, I32]) -> None:
@@ -41,10 +41,10 @@ class Upgrades:
         self._arrived.append(ticket)
 
     def step(self) -> Slot | None:
-        """Between two decodes: exchanges what has arrived.
+        """Call between decodes: swaps in what has arrived.
 
         Returns:
-            The expert in base form that was used last and is to be upgraded next; None if nothing is to be started.
+            The most recently used expert to upgrade next; None if nothing should be started.
         """
         while self._arrived:
             ticket = self._arrived.popleft()

@@ -1,8 +1,8 @@
 """CPU arithmetic of routed experts: from packed expert bytes and activations to expert outputs.
 
-A kernel belongs to one expert shape (`FfnSpec`) and knows nothing about caches, files or llama.cpp's graph. It decides how an
-expert lies in its slot (`pack`) and computes any number of (token, expert) pairs in one call (`run`), for decode (one pair per
-expert) and prefill (hundreds) alike. Router weights are not applied here.
+A kernel belongs to one expert shape (`FfnSpec`) and knows nothing about caches, files or llama.cpp's graph. It determines an
+expert's layout in its slot (`pack`) and computes any number of (token, expert) pairs in one call (`run`), for decode (one pair
+per expert) as well as prefill (hundreds). Router weights are not applied here.
 """
 
 from __future__ import annotations

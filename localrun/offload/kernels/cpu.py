@@ -1,8 +1,8 @@
-"""Which kernels this processor can run.
+"""The kernel levels that this processor supports.
 
 Levels, each with what it needs: `generic` (nothing: plain vector code), `avx2` (with FMA and F16C), `avx-vnni` (AVX2 with 256-bit
-VNNI), `avx512` (F, BW, VL, DQ) and `avx512-vnni`. The best one that the processor has is used; `LOCALRUN_KERNELS` names another.
-The level is part of what compiled code is cached under, so that levels can be used in turn.
+VNNI), `avx512` (F, BW, VL, DQ) and `avx512-vnni`. The best supported one is used unless `LOCALRUN_KERNELS` names another. The
+level is part of the cache key of compiled code, so levels can be alternated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localrun.errors import UsageError
 
 
 class Level(Enum):
-    """Instruction sets with kernels of their own, best last."""
+    """Instruction sets with dedicated kernels, best last."""
 
     GENERIC = "generic"
     AVX2 = "avx2"
@@ -52,7 +52,7 @@ def level() -> Level:
     """The level to use.
 
     Raises:
-        UsageError: `LOCALRUN_KERNELS` names no level, or one that the processor lacks.
+        UsageError: `LOCALRUN_KERNELS` is not a level, or one that the processor lacks.
     """
     runnable = levels()
     asked = os.environ.get("LOCALRUN_KERNELS")

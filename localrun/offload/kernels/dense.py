@@ -1,4 +1,4 @@
-"""Dense matrices on the CPU with the expert kernels' row kernels: what llama.cpp would do as MUL_MAT."""
+"""Dense matrices on the CPU with the expert kernels' row kernels, in place of llama.cpp's MUL_MAT."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from localrun.offload.kernels.tasks import Call
 class DenseKernel:
     """Products with one matrix of shape (n_out, n_in), for any number of tokens.
 
-    Packed bytes belong to the caller: several matrices of one type and shape share a kernel. `pack` may run in several threads at
-    once, `run` in one at a time.
+    The caller owns packed bytes: matrices of the same type and shape share a kernel. `pack` may run in several threads at once,
+    `run` in only one.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Row kernel in F32 for every ggml type: weights are dequantized by ggml itself and multiplied in F32.
 
-The reference that the quantized kernels are measured against, the arithmetic of `math="f32"`, and the way for types without a
-kernel of their own. Matrices are plain ggml rows. Works on any processor: the vector code is plain LLVM.
+The reference for the quantized kernels, the arithmetic of `math="f32"`, and the fallback for types without a dedicated kernel.
+Matrices are plain ggml rows. Works on any processor: the vector code is plain LLVM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernel objects: a row kernel per projection, put together for one expert shape."""
+"""Kernel objects: one row kernel per projection, combined for one expert shape."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from localrun.offload.kernels.tasks import Call, Matrix, runner
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """One matrix of a ggml type and shape, in the layout of the row kernel that was chosen for it.
+    """One matrix of a ggml type and shape, in the layout of its row kernel.
 
     Attributes:
-        raw_bytes, packed_bytes: size as ggml rows and as it lies in the slot (a multiple of 64 where it is interleaved).
+        raw_bytes, packed_bytes: size as ggml rows and in the slot (a multiple of 64 if interleaved).
         arithmetic: for the kernel's name.
-        interleaved: rearranged for vector code; else ggml rows as they are.
+        interleaved: rearranged for vector code; otherwise plain ggml rows.
     """
 
     type: GGMLQuantizationType
@@ -154,7 +154,7 @@ def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKer
 
     Args:
         math: `int8` quantizes activations to 8 bits as ggml does; `f32` dequantizes weights and is exact but for rounding.
-        n_threads: threads to use, the caller's included.
+        n_threads: threads to use, including the caller's.
 
     Raises:
         UnsupportedModelError: a type that ggml can't dequantize, or rows that are not whole blocks.
@@ -163,9 +163,9 @@ def make_kernel(spec: FfnSpec, *, math: Math = "int8", n_threads: int) -> FfnKer
 
 
 def warm_up(types: Iterable[GGMLQuantizationType], *, math: Math = "int8") -> None:
-    """Compiles what a model with weights of these types needs, or loads it from the disk cache.
+    """Compiles the code for a model with weights of these types, or loads it from the disk cache.
 
-    A kernel's making does the same for its own types: this is for a set-up step, so that no later start compiles anything.
+    Creating a kernel does the same for its types; this is for setup, so that later starts compile nothing.
     """
     runner()
     unpack_function()

@@ -1,4 +1,4 @@
-"""An expert's bytes: as ggml rows, and in a slot of RAM in the layout of this machine's kernels. Compiles nothing."""
+"""Sizes of an expert as ggml rows, and in a RAM slot in the layout of this machine's kernels. Compiles nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ExpertTypes = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantization
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """Where gate, up and down lie.
+    """Layout of gate, up and down.
 
     Attributes:
         raw_bytes: sizes as ggml rows.
@@ -32,7 +32,7 @@ class ExpertLayout:
 
 
 def is_interleaved(kind: GGMLQuantizationType, math: Math) -> bool:
-    """Matrices of this type are rearranged for vector code; else they are ggml rows as they are."""
+    """Whether matrices of this type are rearranged for vector code instead of plain ggml rows."""
     return math == "int8" and runnable(kind)
 
 

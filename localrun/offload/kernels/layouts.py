@@ -1,4 +1,4 @@
-"""The records of one call of the kernels: what it multiplies, with what, and how far it is."""
+"""Records of one kernel call: its operands and progress."""
 
 from __future__ import annotations
 

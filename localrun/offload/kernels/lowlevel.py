@@ -1,8 +1,8 @@
-"""What numba lacks for kernels on raw memory: typed loads and stores by address, calls through addresses, atomic tickets,
-rounding up.
+"""Low-level operations that numba lacks: typed loads and stores by address, calls through addresses, atomic tickets, rounding
+up.
 
 Addresses are signed 64-bit integers throughout (`types.intp`): numba turns uint64 + int64 into a float. Loads and stores need
-no alignment. Nothing here checks anything; callers own the memory.
+no alignment. There are no checks; callers own the memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Activations as the kernels want them: tiles of up to 16 tokens, quantized to 8 bits in groups of 32 or 256 values.
+"""Activations in the kernels' layout: tiles of up to 16 tokens, quantized to 8 bits in groups of 32 or 256 values.
 
 A tile of `nt` tokens over `n` inputs is a sequence of records, one per `unit` inputs, each holding all tokens:
 

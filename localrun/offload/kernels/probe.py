@@ -1,7 +1,7 @@
-"""How fast our kernels are on this processor: the experts of the model that is to be planned, and 8-bit dense matrices.
+"""Measures our kernels on this processor: with the experts of the model to plan, and with 8-bit dense matrices.
 
-A fifth of a second on a fast machine. The kernels run on memory filled with one byte: what they compute is nobody's business, how
-long it takes depends on formats and shapes only. Weights are taken from all over a buffer larger than most caches, as in a run.
+Takes a fifth of a second on a fast machine. The kernels run on memory filled with one byte, because times depend only on
+formats and shapes. Weights are taken from all over a buffer larger than most caches, as in a real run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from localrun.pages import anonymous
 
 _BUFFER_BYTES: Final = 256 << 20
 _EXPERTS: Final = 6
-"""In a call, as many as a token of DeepSeek-V4 uses."""
+"""Experts per call, as for a DeepSeek-V4 token."""
 
 _ROUND_S: Final = 0.04
 _SLOW_S: Final = 0.1

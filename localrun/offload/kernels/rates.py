@@ -1,4 +1,4 @@
-"""What the processor does per second, all threads together, measured by `probe.py` or assumed. Numbers alone, no kernels."""
+"""The processor's rates, all threads together, measured by `probe.py` or assumed. Only numbers, no kernels."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from localrun.quant.model.source import ExpertTypes
 _T = GGMLQuantizationType
 
 MEMORY_SHARE: Final = 0.88
-"""Of RAM bandwidth that products with one row reach. [m] Two cores with AVX-512, memory 22 GB/s: 8-bit dense matrices 0.85 to 0.95,
-MXFP4 experts 0.92 (docs/planner.md)."""
+"""Share of RAM bandwidth reached by products with one row. [m] Two cores with AVX-512, memory 22 GB/s: 8-bit dense matrices
+0.85 to 0.95, MXFP4 experts 0.92 (docs/planner.md)."""
 
 WEIGHTS_PER_CORE: Final[Mapping[GGMLQuantizationType, float]] = {
     _T.MXFP4: 15e9, _T.Q4_K: 15e9, _T.Q2_K: 19.5e9, _T.Q3_K: 12e9, _T.Q8_0: 20e9,
     _T.IQ2_XXS: 8.8e9, _T.IQ2_XS: 8.8e9, _T.IQ2_S: 8.8e9, _T.IQ3_XXS: 5.5e9, _T.IQ3_S: 5.5e9,
 }  # fmt: skip
-"""Weights per second of one core in decode, where nothing is measured: formats with tables are bound by computing, not by memory.
-[m] ggml's kernels on two threads, halved. Those not named are taken as Q4_K."""
+"""Assumed weights per second of one core in decode: formats with tables are compute-bound.
+[m] ggml's kernels on two threads, halved. Others are assumed to equal Q4_K."""
 
 MACS_PER_CORE: Final = 92e9
 """int8 multiplications per second of one core in batches, where nothing is measured. [m] AVX-512 VNNI; others are slower."""
@@ -29,7 +29,7 @@ MACS_PER_CORE: Final = 92e9
 
 FEW: Final = 8
 MANY: Final = 48
-"""Tokens per expert of two batches: their difference is what a token costs, the rest is what an expert costs."""
+"""Tokens per expert of two batches: their difference gives the cost per token, the rest the cost per expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class CpuRates:
 def assumed_expert(
     types: ExpertTypes, file_bytes: int, n_weights: int, memory_bytes_per_s: float, n_threads: int
 ) -> ExpertRates:
-    """Experts on a processor that nobody has measured: bound by memory or by computing, whichever is slower.
+    """Assumed rates of an unmeasured processor: bound by memory or compute, whichever is slower.
 
     Args:
         file_bytes, n_weights: of one expert.

@@ -89,6 +89,6 @@ class FfnKernel(Protocol):
     ) -> None:
         """One projection alone, as `run`: `out[out_rows[p]] = W_i x[x_rows[p]]`; `which` is 0 gate, 1 up, 2 down.
 
-        For architectures whose graph has something else between the projections than the clamped SwiGLU.
+        For architectures with something other than the clamped SwiGLU between the projections.
         """
         ...

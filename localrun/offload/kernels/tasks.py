@@ -1,8 +1,8 @@
-"""One call's work as tasks for several threads: quantize activations, gate and up with SwiGLU, down.
+"""Splits a call into tasks for several threads: quantize activations, gate and up with SwiGLU, down.
 
-All tasks of a window of experts stand in one list, in an order in which each task's inputs come from tasks before it; threads
-take them one after another and wait (rarely) until the inputs are complete. So a window is published once, and threads that come
-late or not at all cost time, never correctness (`threads`).
+All tasks of a window of experts are in one list, ordered so that each task's inputs come from earlier tasks; threads take them
+in order and wait (rarely) until the inputs are complete. So a window is published once, and threads that arrive late or not at
+all cost time, never correctness (`threads`).
 
 Records are those of `layouts`, the same for Python and compiled callers. A job is up to `JOB_PAIRS` (token,
 expert) pairs of one expert, cut into tiles of at most 16 tokens.

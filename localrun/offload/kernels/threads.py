@@ -1,13 +1,13 @@
-"""The kernels' threads: they take tasks of whatever call is published, and nobody waits for a thread that has none.
+"""The kernels' threads: they take tasks of the published call, and no one waits for a thread without a task.
 
-A fork-join region ends when its last thread arrives. Where another program takes a core, that thread may arrive a scheduler's time
-slice late, in each of the hundreds of regions of a token, although the others have long done its share. So here the calling thread
-publishes a call, takes tasks like everybody, and goes on as soon as all tasks are done: a thread that wakes late finds the next
-call's tasks, or none.
+A fork-join region ends when its last thread arrives. If another program occupies a core, that thread may be late by a scheduler
+time slice in each of a token's hundreds of regions, although the others could long have done its share. So the calling thread
+publishes a call, takes tasks like the others, and continues as soon as all tasks are done: a thread that wakes late finds the
+next call's tasks, or none.
 
-What makes that sound is that a claim says whose it is. One 64-bit word holds the published call's number of tasks and the next
-ticket; adding 1 to it claims a ticket and tells in the same instruction how many there are. A ticket below that number holds the
-call: its fields change only after its last task is done. A ticket at or above it means there is nothing to do.
+This is sound because a claim identifies its call. One 64-bit word holds the published call's number of tasks and the next
+ticket; adding 1 claims a ticket and atomically returns the number of tasks. A ticket below that number pins the call: its
+fields change only after its last task is done. A ticket at or above it means there is nothing to do.
 
 Linux only (futex); elsewhere, and with one thread, `tasks` does without.
 """
@@ -162,7 +162,7 @@ def run_tasks(pool: int, task: int, call: int, n_tasks: int, n_threads: int) -> 
 
 
 class Pool:
-    """Threads that live as long as the process; more are added when a call wants more.
+    """Threads that live as long as the process; more are added when a call needs more.
 
     Threads: any may call `run_tasks`; `reserve` is guarded by a lock.
     """
@@ -207,7 +207,7 @@ def _pool_of(_pid: int) -> Pool:
 def pool_for(n_threads: int) -> int:
     """Address of the process's pool with room for so many threads; 0: the caller works alone (one thread, or no pool here).
 
-    A forked child gets a pool of its own, since threads don't survive a fork.
+    A forked child gets its own pool, because threads don't survive a fork.
     """
     if n_threads <= 1 or not is_supported():
         return 0

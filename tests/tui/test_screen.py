@@ -532,7 +532,7 @@ async def test_the_engine_panel_shows_tiers_and_map_and_costs_nothing_when_close
         shown = str(talk.screen.query_one("#engine-text", Static).render())
         assert re.search(r"RAM +█.* 3 +3.00 MiB", shown)
         assert re.search(r"GPU +█.* 3 +3.00 MiB", shown)
-        assert "1.00 MiB a token" in shown
+        assert "1.00 MiB per token" in shown
         assert "waiting 25 %" in shown
         picture = talk.app.export_screenshot()
         assert "█▓·············◌".replace("·", "·") in re.sub(r"<[^>]+>|\s|&#160;", "", picture)

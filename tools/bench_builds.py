@@ -2,7 +2,7 @@
 
     python -m tools.bench_builds native=.venv/bin/python portable=~/localrun/bin/python
 
-The builds take turns, so that a machine that is busy for a while harms all alike; the fastest round of each counts.
+The builds alternate, so that a temporarily busy machine affects all of them equally; the fastest round of each counts.
 `NAME=PYTHON:VARIANT` leaves a portable build only that variant of the CPU backend, e.g. `avx2=~/localrun/bin/python:haswell`.
 """
 

@@ -1,4 +1,4 @@
-"""How fast does `localrun convert` go, against what the disk does at the same time of day?
+"""Speed of `localrun convert` compared with the disk's speed at the same time.
 
     python -m tools.bench_convert CHECKPOINT SCRATCH [--rounds 3] [--jobs 8]
 

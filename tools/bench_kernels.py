@@ -1,10 +1,10 @@
-"""Speed of the expert kernels beside the machine's read bandwidth and ggml's own mul_mat_id, all on the same expert shapes.
+"""Speed of the expert kernels compared with the machine's read bandwidth and ggml's mul_mat_id, all on the same expert shapes.
 
     python -m tools.bench_kernels [--types MXFP4,Q4_K] [--threads 2] [--n-embd 4096 --n-ff 2048] [--memory 1GiB] [--rounds 5]
 
 Decode: six experts per call, another six each time, from memory too large for the caches. Prefill: calls with the same number of
-tokens for each of six experts. Every round measures each contender once, in turn, so that a busy machine slows all of them;
-medians over rounds are printed. GB/s count ggml's bytes per weight for everybody; GMAC/s are multiplications per second.
+tokens for each of six experts. Every round measures each contender once, alternating, so that a busy machine slows all of them;
+prints medians over rounds. GB/s always count ggml's bytes per weight; GMAC/s are multiplications per second.
 """
 
 from __future__ import annotations

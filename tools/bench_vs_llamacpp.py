@@ -1,4 +1,4 @@
-"""Stock llama.cpp and localrun on the same GGUF, in turn, the same tokens: ratios of decode and prefill time.
+"""Stock llama.cpp against localrun, alternating on the same GGUF and tokens: ratios of decode and prefill time.
 
     python -m tools.bench_vs_llamacpp slice.gguf
     python -m tools.bench_vs_llamacpp slice.gguf --memory-limit 5GB --prompt-tokens 512 --new-tokens 16 --json result.json
@@ -7,7 +7,7 @@ Each measurement is a process of its own (A B A B), because both engines keep ca
 llama.cpp repacks experts for the CPU where that works, and maps the file where repacking would be killed (under a memory limit, or
 with a model larger than RAM);
 localrun gets as much RAM for experts as the limit leaves. Both go through the same Python loop with the same batch size. Before a
-run under a limit the file is dropped from the page cache, which would else be memory that no limit counts.
+run under a limit the file is dropped from the page cache, which would otherwise be memory outside the limit.
 
 The logits are compared: a fast wrong answer is an error (exit code 1), not a result.
 """

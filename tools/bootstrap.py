@@ -1,4 +1,4 @@
-"""Set-up: makes `.venv` with everything that localrun needs, llama.cpp compiled with its RPC backend. Run by `make`.
+"""Setup: creates `.venv` with everything localrun needs, with llama.cpp compiled including its RPC backend. Run by `make`.
 
     python tools/bootstrap.py [cuda|vulkan|rocm|cpu]
 

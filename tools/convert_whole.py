@@ -1,4 +1,4 @@
-"""Converts a whole synthetic checkpoint whose layers share experts: only experts with bytes of their own are converted.
+"""Converts a whole synthetic checkpoint whose layers share experts: only distinct experts are converted.
 
     python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 5
     python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.lr --own-layers 5

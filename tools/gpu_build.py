@@ -1,4 +1,4 @@
-"""Before llama.cpp is compiled for a GPU: do the card, its driver, the toolkit and the C++ compiler fit each other?
+"""Checks before llama.cpp is compiled for a GPU that the card, driver, toolkit and C++ compiler are compatible.
 
 NVIDIA's toolkit is the machine's own where it fits, else PyPI's packages, laid out under `.venv` as CMake expects a toolkit. Knows
 nothing about `.venv` otherwise, nor about llama.cpp. Standard library only, readable by Python 3.7, as `bootstrap.py` is.

@@ -1,10 +1,10 @@
-"""How well the next layer's router, fed with this layer's input, foretells which experts the next layer will use.
+"""Measures how well the next layer's router, applied to this layer's input, predicts the next layer's experts.
 
     python -m tools.guess_next_layer [MODEL] [--text FILE] [--max-tokens N]
 
-MODEL defaults to the demo model. Printed per layer: the share of the experts really used that are among the 6, 9 and 12 guessed
-ones, and the same for a guess that ignores the token and takes the layer's most used experts. Whether a guess is worth a read is
-another question: it must not displace anything, so it needs memory that is free.
+MODEL defaults to the demo model. Prints per layer the share of the experts actually used that are among the top 6, 9 and 12
+predictions, and the same for a baseline that always predicts the layer's most used experts. Whether a prediction is worth a
+read is another question: it must not displace anything, so it needs free memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What HTTP costs: `python -m tools.serve_cost [--model MODEL] [--pairs 15] [--tokens 100]`.
+"""The cost of HTTP: `python -m tools.serve_cost [--model MODEL] [--pairs 15] [--tokens 100]`.
 
 Asks the same question in turn directly (`EngineProcess.generate`) and over HTTP as a stream, and compares in pairs: the time to the
 first token, the time from the first token to the last, and the processor time of this process, which other programs don't change.

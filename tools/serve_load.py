@@ -1,4 +1,4 @@
-"""A crowd at a server: `python -m tools.serve_load [--minutes 10] [--clients 100]`.
+"""Load test of the server: `python -m tools.serve_load [--minutes 10] [--clients 100]`.
 
 Clients of all APIs ask at random, leave at random, read slowly or not at all, and open connections that they never finish. At the
 end, memory, descriptors and threads of the server's process are compared with what they were after the first tenth of the time:

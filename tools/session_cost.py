@@ -1,4 +1,4 @@
-"""Measures what a conversation costs beside the model: coming back to a long prompt, and the live map of experts.
+"""Measures a conversation's overhead besides the model: resuming a long prompt, and the live map of experts.
 
     python tools/session_cost.py resume MODEL [--tokens 10000]     restart the engine, continue a conversation of that length
     python tools/session_cost.py map MODEL [--pairs 8]             decode with the engine panel open and closed, in pairs

@@ -1,4 +1,4 @@
-"""Files whose bytes are stored once and seen several times: how whole models of hundreds of GB fit on a disk of tens.
+"""Files that share stored bytes, so that whole models of hundreds of GB fit on a disk of tens.
 
     python -m tools.shared_extents make disk.img /mnt/models --size 46GiB     # as root: an XFS in a file, mounted
     python -m tools.shared_extents remove disk.img /mnt/models

@@ -1,4 +1,4 @@
-"""Do better copies beat uniform formats at equal size, in files that `localrun convert` writes, run by the CPU's kernels?
+"""Tests whether better copies beat uniform formats at equal size, in files written by `localrun convert`, with the CPU kernels.
 
     python -m tools.tier_files [MODEL] [--tokens 6144] [--json OUT.json]
 

@@ -1,4 +1,4 @@
-"""Do solved mixes beat uniform formats at equal size? Measured on the demo model, by KL from the exact model on held-out text.
+"""Tests on the demo model whether solved mixes beat uniform formats at equal size, by KL from the exact model on held-out text.
 
 Usage: python -m tools.tier_quality [MODEL] [--tokens N] [--calibrate own|default|both] [--json OUT.json]
 

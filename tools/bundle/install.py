@@ -1,4 +1,4 @@
-"""Installs a bundle into a folder of its own and tries it. Started by install.sh after the checksums were found right.
+"""Installs a bundle into its own folder and tests it. Started by install.sh after the checksums were verified.
 
 Standard library only; runs on the Python that localrun will use. Writes nothing outside PREFIX but compiled kernels, which go to
 the user's cache as in daily use.

@@ -1,4 +1,4 @@
-"""`python -m tools.bundle.prove`: installs the bundle where there is no network and uses every command, as a user would.
+"""`python -m tools.bundle.prove`: installs the bundle without a network and uses every command, as a user would.
 
 All of it runs in a network namespace without interfaces (`unshare` of util-linux), from a read-only mount, with a fresh home and
 none of this shell's environment. Prints a line per step; the first failure ends it with what the step printed.

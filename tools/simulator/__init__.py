@@ -1,1 +1,1 @@
-"""What a cache of experts would hit, and what a machine would make of it: policies, traces, replays."""
+"""Simulates expert caches and machines: policies, traces, replays."""

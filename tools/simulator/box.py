@@ -1,4 +1,4 @@
-"""Tokens per second of boxes that nobody here has: routing traces through the engine's cache code, time from modelled resources.
+"""Simulates tokens per second of other machines: routing traces through the engine's cache code, with modelled resource times.
 
     python -m tools.simulator.box --model flash --tokens 800 --prompt-tokens 256
     python -m tools.simulator.box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"

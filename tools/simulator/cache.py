@@ -1,4 +1,4 @@
-"""Replays routing traces through the engine's replacement policies: what a cache of so many experts would hit.
+"""Replays routing traces through replacement policies: hit rates by cache size.
 
 Traces are recorded by the engine (`localrun.offload.cache.trace`) or synthetic (`traces`).
 

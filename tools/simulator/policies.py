@@ -1,4 +1,4 @@
-"""Which expert leaves RAM next: replacement policies behind one small interface, to be compared with the engine's slot table.
+"""Replacement policies behind a small interface, to compare with the engine's slot table.
 
 A policy orders the keys that are resident; it knows nothing of bytes, slots, files or threads. Its owner tells it every change:
 

@@ -134,7 +134,7 @@ def test_unwritable_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
     store = SnapshotStore(tmp_path / "file", "key")
     store.put(PROMPT[:10], b"state")
     assert store.longest_prefix(PROMPT) == (10, b"state")  # from RAM
-    assert "can't be used" in caplog.text
+    assert "can't use saved states" in caplog.text
     store.close()
 
 

@@ -113,7 +113,7 @@ def test_unwritable_cache_is_a_warning(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOCALRUN_CACHE_DIR", str(tmp_path / "file"))
     learned().save()
-    assert "could not be saved" in caplog.text
+    assert "could not save" in caplog.text
     assert RoutingProfile.load("id", SHAPES).is_empty
 
 

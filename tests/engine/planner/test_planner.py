@@ -495,7 +495,7 @@ def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]
     assert cli.main(["plan", "flash", "--no-probe", "--machine-ram", "64GiB", "--threads", "0"]) == 0, (
         "as in the commands that load"
     )
-    assert cli.main(["plan", "nowhere"]) == 1
+    assert cli.main(["plan", "nowhere"]) == 2
 
 
 def test_limits_are_limits_and_the_machine_is_described_apart(capsys: pytest.CaptureFixture[str]) -> None:

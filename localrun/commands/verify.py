@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     model = common.named_model(args.model, out)
     restored = _restore(model, args.repair.expanduser(), out) if args.repair is not None else False
     out.status("checking the structure")
-    source = open_model(model, with_holes=True)
+    source = open_model(model, unchecked=True)
     out.clear_status()
     if not isinstance(source, GgufSource) or source.manifest is None:
         if args.repair is not None:

@@ -16,14 +16,14 @@ from localrun.quant.locate import locate
 from localrun.quant.model.source import ModelSource
 
 
-def open_model(path: Path, *, dense: GGMLQuantizationType | None = None, with_holes: bool = False) -> ModelSource:
+def open_model(path: Path, *, dense: GGMLQuantizationType | None = None, unchecked: bool = False) -> ModelSource:
     """Opens any of the three kinds, fully checked, without reading weights.
 
     Args:
         path: a converted directory, a GGUF (any part of a split one), an official checkpoint directory, or a folder that
             holds one of them (see `locate`).
         dense: ggml type that FP8 dense matrices of an official checkpoint are presented in; None: Q8_0.
-        with_holes: also accept a converted model with parts that were never written, to check it against its checksums.
+        unchecked: also accept a converted model that differs from its checksums or has parts that were never written.
 
     Raises:
         FormatError: damaged or inconsistent files.
@@ -39,8 +39,8 @@ def open_model(path: Path, *, dense: GGMLQuantizationType | None = None, with_ho
             hint="leave out --dense, or pass the official checkpoint",
         )
     if found.kind == "converted" and is_kept(found.path):
-        return KeptSource.open(found.path, with_holes=with_holes)
-    return GgufSource.open(found.path, with_holes=with_holes)
+        return KeptSource.open(found.path, unchecked=unchecked)
+    return GgufSource.open(found.path, unchecked=unchecked)
 
 
 def dense_type(name: str | None) -> GGMLQuantizationType | None:

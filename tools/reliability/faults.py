@@ -1,13 +1,14 @@
-"""Answers while reads of experts fail.
+"""Answers, and now and then loads, while reads fail.
 
-    python -m tools.reliability faults --cases 10000 --seed 1
+    python -m tools.reliability faults --cases 10000 --seed 1 [--plain]
 
-The model is converted (its manifest has checksums), or with `--plain` a GGUF, which has none. RAM holds one layer's experts, so
-every layer reads. A case feeds a text and injects one fault into one read: `short` (part of what was asked for), `late`, `end`
-(the file seems to end), `error` (EIO), `wrong` (one to some hundred wrong bytes). How it may end:
+The model is converted (its manifest has checksums), or with `--plain` a GGUF, which has none. RAM holds the experts of one token's
+layer, so every layer reads. A case feeds a text and injects one fault into one read; each tenth loads the model first, and the
+fault comes while it does. `short`: part of what was asked for, `late`, `end`: the file seems to end, `error`: EIO, `wrong`: one to
+some hundred wrong bytes, in what is used or `beside` it (direct reads take whole pages). How a case may end:
 
   same    the logits are those without a fault
-  named   an error that names the file; the next case on the same engine is answered rightly
+  named   an error that names the file; afterwards the same engine gives the right answer
   other   other logits after wrong bytes in a file without checksums: nobody could tell
 """
 
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +31,19 @@ from localrun import reading
 from localrun.alignment import PAGE_BYTES
 from localrun.errors import LocalrunError
 from localrun.paths import kernel_dir
+from localrun.quant.model.source import ModelSource
 from tools.reliability.tally import Tally
+
+if TYPE_CHECKING:
+    from localrun.engine.llama import Context
+    from localrun.offload.model import OffloadedModel
 
 FAULTS = ("short", "late", "end", "error", "wrong")
 PATIENCE_S = 60.0
+BATCHES = (4, 1, 1)
+"""A prompt and two tokens."""
+N_TEXTS = 8
+LOAD_EVERY = 10
 
 
 class FaultyReads:
@@ -44,13 +54,20 @@ class FaultyReads:
         self._left = -1
         self._fault = ""
         self._rng = random.Random(0)
+        self._used: dict[str, list[tuple[int, int]]] = {}
         self.n_calls = 0
         self.struck = False
+        self.struck_beside = False
+
+    def know(self, used: dict[str, list[tuple[int, int]]]) -> None:
+        """Which bytes of which file are used: ranges from and to."""
+        self._used = used
 
     def arm(self, fault: str, after: int, rng: random.Random) -> None:
         """The fault comes in the read after so many."""
         with self._lock:
-            self._left, self._fault, self._rng, self.struck = after, fault, rng, False
+            self._left, self._fault, self._rng = after, fault, rng
+            self.struck = self.struck_beside = False
 
     def disarm(self) -> None:
         with self._lock:
@@ -67,14 +84,15 @@ class FaultyReads:
                 fault, rng = self._fault, random.Random(self._rng.random())
         return self._spoilt(fault, rng, fd, buffers, offset) if now else os.preadv(fd, buffers, offset)
 
-    @staticmethod
-    def _spoilt(fault: str, rng: random.Random, fd: int, buffers: list[Any], offset: int) -> int:
+    def _spoilt(self, fault: str, rng: random.Random, fd: int, buffers: list[Any], offset: int) -> int:
         if fault == "error":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if fault == "end":
             return 0
         if fault == "short":  # O_DIRECT gives whole pages
-            n = rng.randrange(PAGE_BYTES, len(buffers[0]) + 1) // PAGE_BYTES * PAGE_BYTES or PAGE_BYTES
+            n = rng.randrange(1, len(buffers[0]) + 1)
+            if len(buffers[0]) >= PAGE_BYTES:
+                n = max(PAGE_BYTES, n // PAGE_BYTES * PAGE_BYTES)
             return os.preadv(fd, [buffers[0][:n]], offset)
         if fault == "late":
             time.sleep(rng.uniform(0.001, 0.1))
@@ -83,6 +101,9 @@ class FaultyReads:
             n = min(done, rng.choice((1, 1, 8, 512)))
             at = rng.randrange(done - n + 1)
             buffers[0][at : at + n] = bytes(byte ^ rng.randrange(1, 256) for byte in buffers[0][at : at + n])
+            ranges = self._used.get(os.readlink(f"/proc/self/fd/{fd}"), [])
+            first = offset + at
+            self.struck_beside = not any(start < first + n and first < end for start, end in ranges)
         return done
 
 
@@ -109,13 +130,16 @@ def run(args: argparse.Namespace, tally: Tally) -> None:
 
 def _model(folder: Path, *, plain: bool) -> Path:
     from tests.checkpoints import write_small
+    from tests.gguf_models import TinyDeepseek4
     from tests.offload.models import write_model
 
     if plain:
-        return write_model(folder)
+        return write_model(folder, TinyDeepseek4(n_embd=256, n_ff=512, n_used=3))
     from localrun.quant.convert.converter import convert
 
-    source = write_small(folder / "source", n_routed_experts=16, num_experts_per_tok=3)
+    # Matrices of whole pages: no read brings bytes of another expert.
+    size = {"hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    source = write_small(folder / "source", **size)
     convert(source, folder / "model", jobs=1)
     return folder / "model"
 
@@ -128,40 +152,74 @@ class Answers:
         from localrun.quant.open import open_model
         from tests.offload.models import floor_ram
 
+        self._path = model
         source = open_model(model)
         with open_offloaded(source, OffloadOptions(n_threads=1)) as probe:
-            floor = floor_ram(probe)
+            self._options = OffloadOptions(ram_bytes=floor_ram(probe), n_threads=1)
         self._tally, self._folder = tally, str(model)
-        self._model = open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=1))
         rng = np.random.default_rng(tally.seed)
-        self._texts = [rng.integers(2, 64, 12).tolist() for _ in range(8)]
+        self._texts = [rng.integers(2, 64, sum(BATCHES)).tolist() for _ in range(N_TEXTS)]
         self._reads, self._real = FaultyReads(), vars(reading)["preadv"]
+        self._reads.know(_used(source))
         setattr(reading, "preadv", self._reads)  # noqa: B010
-        self._expected = [self._logits(number) for number in range(8)]
+        self._open()
+        self._n_load_reads = self._reads.n_calls
+        self._expected = [self._logits(number) for number in range(N_TEXTS)]
         self._reads.n_calls = 0
         self._logits(0)
         self._n_reads = max(1, self._reads.n_calls)
-        tally.figures["reads_per_answer"] = self._n_reads
+        tally.figures |= {"reads_per_answer": self._n_reads, "reads_per_load": self._n_load_reads}
 
     def __enter__(self) -> Answers:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         setattr(reading, "preadv", self._real)  # noqa: B010
-        self._model.close()
+        self._close()
+
+    def _open(self) -> None:
+        from localrun.engine.llama import Context
+        from localrun.engine.options import EngineOptions
+        from localrun.offload.model import open_offloaded
+        from localrun.quant.open import open_model
+
+        self._context: Context | None = None
+        self._model: OffloadedModel | None = None
+        self._model = open_offloaded(open_model(self._path), self._options)
+        options = EngineOptions(n_batch=16)
+        self._context = Context(self._model.model, options, n_ctx=64, n_threads=1, all_logits=True)
+
+    def _close(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        if self._model is not None:
+            self._model.close()
+        self._context = self._model = None
 
     def _logits(self, number: int) -> npt.NDArray[np.float32]:
-        from tests.offload.models import logits
-
-        return logits(self._model, self._texts[number], batch=5)
+        """Of a text's last token."""
+        assert self._context is not None
+        assert self._model is not None
+        self._context.clear()
+        at = 0
+        for n in BATCHES:
+            if code := self._context.decode(self._texts[number][at : at + n], at, all_logits=False):
+                raise self._model.take_error() or AssertionError(f"llama_decode gave {code} without a cause")
+            at += n
+        return self._context.logits(-1).copy()
 
     def case(self, number: int) -> str:
         """Injects one fault and looks what becomes of it."""
         rng = random.Random(f"{self._tally.seed} {number}")
-        fault, text = FAULTS[number % len(FAULTS)], rng.randrange(8)
-        self._reads.arm(fault, rng.randrange(self._n_reads), rng)
+        loading = number % LOAD_EVERY == LOAD_EVERY - 1
+        fault, text = FAULTS[(number + number // LOAD_EVERY) % len(FAULTS)], rng.randrange(N_TEXTS)
+        if loading:
+            self._close()
+        self._reads.arm(fault, rng.randrange(self._n_load_reads if loading else self._n_reads), rng)
         began = time.monotonic()
         try:
+            if loading:
+                self._open()
             same = np.array_equal(self._logits(text), self._expected[text])
             outcome = "same" if same else "other"
         except LocalrunError as error:
@@ -172,22 +230,38 @@ class Answers:
             outcome = "another exception"
             self._tally.problem(f"{number} ({fault}): {error!r}")
         self._reads.disarm()
-        if not self._reads.struck:
-            fault = "none came, all in RAM"
+        what = ("load, " if loading else "") + (fault if self._reads.struck else "none came, all in RAM")
+        what += " beside" if self._reads.struck_beside else ""
         if outcome == "other" and (fault != "wrong" or self._tally.figures["checksums"]):
-            self._tally.problem(f"{number} ({fault}): other logits and nothing says so")
-        if outcome != "same":
-            self._recover(number)
+            self._tally.problem(f"{number} ({what}): other logits and nothing says so")
+        self._recover(number, text, outcome)
         if (took := time.monotonic() - began) > PATIENCE_S:
-            self._tally.problem(f"{number} ({fault}): took {took:.0f} s")
-        self._tally.outcomes[f"{fault}: {outcome}"] += 1
+            self._tally.problem(f"{number} ({what}): took {took:.0f} s")
+        self._tally.outcomes[f"{what}: {outcome}"] += 1
         return outcome
 
-    def _recover(self, number: int) -> None:
+    def _recover(self, number: int, text: int, outcome: str) -> None:
         """The same engine still answers, and rightly; wrong bytes that nobody could tell are driven out first."""
+        if self._context is None or (outcome == "other" and number % LOAD_EVERY == LOAD_EVERY - 1):
+            self._close()
+            self._open()
+        if outcome == "other":
+            self._logits((text + 1) % N_TEXTS)
+        asked = range(N_TEXTS) if number % 100 == 0 else [] if outcome == "same" else [text]
+        for again in asked:
+            if not np.array_equal(self._logits(again), self._expected[again]):
+                self._tally.problem(f"{number}: answers afterwards are other ones")
+        assert self._model is not None
         self._model.pool.residency.table.check()
-        for _ in range(2):
-            for text in range(8):
-                same = np.array_equal(self._logits(text), self._expected[text])
-        if not same:
-            self._tally.problem(f"{number}: answers afterwards are other ones")
+
+
+def _used(source: ModelSource) -> dict[str, list[tuple[int, int]]]:
+    """By file the ranges of bytes that answers depend on: all tensors. Headers are compared when a file is opened."""
+    from localrun.quant.gguf.source import GgufSource
+
+    assert isinstance(source, GgufSource)
+    used: dict[str, list[tuple[int, int]]] = {}
+    for part in source.parts:
+        ranges = [(tensor.offset, tensor.offset + tensor.info.n_bytes) for tensor in part.tensors.values()]
+        used[str(part.path.resolve())] = [(0, part.data_offset), *ranges]
+    return used

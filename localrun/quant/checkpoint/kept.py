@@ -41,16 +41,16 @@ class KeptSource(GgufSource):
         checkpoint: CheckpointSource,
         overlay: GgufFile | None,
         *,
-        with_holes: bool = False,
+        unchecked: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         stacks = {name: info for name, info in checkpoint.tensors.items() if "_exps." in name}
         dense = {name: tensor.info for name, tensor in part.tensors.items()}
         _check_tensors(part, dense, checkpoint)
-        super().__init__(path, [part], part.metadata, dense | stacks, manifest, overlay, with_holes=with_holes)
+        super().__init__(path, [part], part.metadata, dense | stacks, manifest, overlay, unchecked=unchecked)
 
     @classmethod
-    def open(cls, path: Path, *, with_holes: bool = False) -> KeptSource:
+    def open(cls, path: Path, *, unchecked: bool = False) -> KeptSource:
         """Opens a directory that `localrun convert --keep-experts` wrote.
 
         Raises:
@@ -68,7 +68,7 @@ class KeptSource(GgufSource):
             raise FormatError(f"{manifest_path}: a dense part of {len(paths)} files", hint="update localrun")
         dense = _dense_type(manifest_path, manifest)
         checkpoint = _open_checkpoint(path, manifest.kept, dense)
-        return cls(path, read_gguf(paths[0]), manifest, checkpoint, overlay, with_holes=with_holes)
+        return cls(path, read_gguf(paths[0]), manifest, checkpoint, overlay, unchecked=unchecked)
 
     @property
     def checkpoint(self) -> Path:

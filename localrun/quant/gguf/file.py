@@ -116,7 +116,8 @@ class GgufFile:
         data_offset: where tensor data starts.
         metadata: keys in file order.
         tensors: by name, in file order.
-        header_digest: xxh3_128 of all bytes before the data.
+        header_digest: xxh3_128 of all bytes before the data, without padding.
+        header_checksum: xxh3_64 of the same with padding, as manifests have it.
     """
 
     path: Path
@@ -127,6 +128,7 @@ class GgufFile:
     metadata: dict[str, GgufValue]
     tensors: dict[str, GgufTensor]
     header_digest: str
+    header_checksum: str
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -175,6 +177,8 @@ class _HeaderReader:
         data_offset = align_up(header_end, alignment)
         if n_tensors and data_offset > self.size:
             raise self._error(f"truncated: tensor data should start at byte {data_offset}, the file has {self.size}")
+        self._need(min(self.size, data_offset) - header_end, "padding")
+        header = memoryview(self.buffer)
         return GgufFile(
             path=self.path,
             size_bytes=self.size,
@@ -183,7 +187,8 @@ class _HeaderReader:
             data_offset=data_offset,
             metadata=metadata,
             tensors=self._place(described, data_offset, alignment),
-            header_digest=xxhash.xxh3_128_hexdigest(memoryview(self.buffer)[:header_end]),
+            header_digest=xxhash.xxh3_128_hexdigest(header[:header_end]),
+            header_checksum=xxhash.xxh3_64_hexdigest(header[: self.pos]),
         )
 
     def _error(self, problem: str) -> FormatError:

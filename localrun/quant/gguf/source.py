@@ -22,7 +22,7 @@ import numpy.typing as npt
 import xxhash
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from localrun.errors import FormatError, StoreError, UnsupportedModelError
+from localrun.errors import ChecksumError, FormatError, StoreError, UnsupportedModelError
 from localrun.quant.gguf.checks import EXPERT_STACK, check_common, check_dense_types, drop_next_token_layers, moe_layers
 from localrun.quant.gguf.deepseek4 import ARCHITECTURE as DEEPSEEK4
 from localrun.quant.gguf.deepseek4 import check_deepseek4
@@ -31,7 +31,7 @@ from localrun.quant.gguf.folder import only_model, split_files
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
 from localrun.quant.gguf.presented import converted, present, refuse_scale
 from localrun.quant.gguf.relatives import relative_of
-from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, read_manifest
+from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, checksum, read_manifest
 from localrun.quant.model.shape import ModelShape
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 from localrun.quant.unfinished import refuse_holes, refuse_unfinished
@@ -58,9 +58,10 @@ class GgufSource:
         manifest: Manifest | None,
         overlay: GgufFile | None = None,
         *,
-        with_holes: bool = False,
+        unchecked: bool = False,
     ) -> None:
         self._path = path
+        self._unchecked = unchecked
         self._base_parts = tuple(parts)
         self._parts = self._base_parts if overlay is None else (*parts, overlay)
         self._files = tuple(part.path for part in self._parts)
@@ -75,6 +76,7 @@ class GgufSource:
         common = check_common(self._files[0], metadata, tensors)
         self._tensors = tensors
         self._moe_layers = moe_layers(self._files[0], metadata, tensors, common.arch)
+        self._manifest = manifest
         self._experts = {
             layer: tuple(f"blk.{layer}.ffn_{projection}_exps.weight" for projection in PROJECTIONS)
             for layer in self._moe_layers
@@ -85,7 +87,6 @@ class GgufSource:
         else:
             check_dense_types(self._files[0], tensors)
             self._tie_output()
-        self._manifest = manifest
         self._overlay: OverlayIndex | None = None
         if manifest is not None:
             self._check_manifest(manifest)
@@ -93,22 +94,25 @@ class GgufSource:
                 self._overlay = OverlayIndex(overlay, manifest, self._moe_layers)
                 self._moe_layers = {n: self._overlay.describe(layer) for n, layer in self._moe_layers.items()}
         self._metadata = _PlainValues(metadata)
-        if not (with_holes and manifest is not None):
+        if not (unchecked and manifest is not None):
             self._refuse_holes()
+            self._check_headers()
         self._identity = self._digest()
 
     @classmethod
-    def open(cls, path: Path, *, with_holes: bool = False) -> GgufSource:
+    def open(cls, path: Path, *, unchecked: bool = False) -> GgufSource:
         """Opens a GGUF (any part of a split one), or a folder that holds exactly one model.
 
         Args:
             path: file or folder.
-            with_holes: also accept a converted model with parts that were never written, to check it against its checksums.
+            unchecked: also accept a converted model that differs from its checksums or has parts that were never written, to
+                check it.
 
         Raises:
             FormatError: damaged or inconsistent files.
             UnsupportedModelError: a valid model of a kind that localrun does not run.
             StoreError: a file can't be read.
+            ChecksumError: a header, or a tensor that is looked at, differs from the manifest.
         """
         manifest_path = (path if path.is_dir() else path.parent) / MANIFEST_NAME
         manifest = read_manifest(manifest_path) if manifest_path.is_file() else None
@@ -134,7 +138,7 @@ class GgufSource:
         if (relative := relative_of(metadata, tensors)) is not None:
             raise relative.error(parts[0].path)
         metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
-        return cls(path, parts, metadata, tensors, manifest, overlay, with_holes=with_holes)
+        return cls(path, parts, metadata, tensors, manifest, overlay, unchecked=unchecked)
 
     @property
     def path(self) -> Path:
@@ -174,18 +178,23 @@ class GgufSource:
         return build_header(self._typed, list(self._tensors.values()), self._base_parts[0].alignment)
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
-        """All bytes of a dense tensor; the array is the caller's.
+        """All bytes of a dense tensor, compared with its checksum if it has one; the array is the caller's.
 
         Raises:
             KeyError: no such tensor.
             ValueError: a stack of experts; see `expert`.
             StoreError: the file can't be read or is shorter than its header says.
+            ChecksumError: it differs from the manifest.
         """
         if name in self._stacks:
             raise ValueError(f"{name} is a stack of experts")
         extent = self.tensor_extent(name)
         array = np.empty(extent.n_bytes, dtype=np.uint8)
         _read_exactly(self._files[extent.file], extent.offset, array.data, name)
+        if self._manifest is not None and not self._unchecked:
+            promised = self._manifest.tensors.get(self._where[name][1].info.name)
+            if promised is not None and checksum(array.data) != promised:
+                raise _differs(self._files[extent.file], name)
         stored = self._presented.stored.get(name)
         return array if stored is None else converted(self._files[extent.file], stored, array)
 
@@ -296,6 +305,15 @@ class GgufSource:
                     f"{where}: experts.{stack[1]}: {n_checksums} checksums for {n_experts} experts", hint=_DAMAGED
                 )
 
+    def _check_headers(self) -> None:
+        """Last, because whatever else is wrong with a header is told in more words."""
+        if self._manifest is None:
+            return
+        overlay = () if self._manifest.overlay is None else self._manifest.overlay.files
+        for part, file in zip(self._parts, (*self._manifest.files, *overlay), strict=True):
+            if part.header_checksum != file.header_checksum:
+                raise _differs(part.path, "its header")
+
     def _refuse_holes(self) -> None:
         for part in self._parts:
             fd = _open(part.path)
@@ -347,6 +365,13 @@ def _slice(file: int, tensor: GgufTensor, number: int, checksum: str | None) -> 
     n_bytes = tensor.info.n_bytes // n_experts
     extent = Extent(file, tensor.offset + number * n_bytes, n_bytes)
     return Projection(tensor.info.type, n_out, n_in, Encoding.GGML, (extent,), n_bytes, checksum)
+
+
+def _differs(path: Path, what: str) -> ChecksumError:
+    return ChecksumError(
+        f"{path}: {what} differs from its checksum",
+        hint="the file is damaged; run `localrun verify` to see how much, then copy or convert it again",
+    )
 
 
 def _open(path: Path) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from localrun.errors import UsageError
+from tools.reliability import faults
 from tools.reliability.kinds import NAMES
 from tools.reliability.mutate import Bench
 from tools.reliability.tally import Tally
@@ -20,6 +21,17 @@ def test_damaged_files_end_in_a_clear_error_or_are_the_same(kind: str, monkeypat
         outcomes = {bench.case(number) for number in range(12)}
         assert bench.take()["problems"] == []
     assert outcomes & {"refused", "ignored", "found"}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_failed_reads_are_named_or_do_no_harm(plain: bool, tmp_path: Path) -> None:
+    tally = Tally("faults", 7)
+    tally.figures["checksums"] = not plain
+    with faults.Answers(faults.make_model(tmp_path, plain=plain), tally) as answers:
+        outcomes = {answers.case(number) for number in range(20)}
+    assert tally.problems == []
+    assert "named" in outcomes
+    assert plain or "other" not in outcomes
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, tally: Tally) -> None:
     with tempfile.TemporaryDirectory(prefix="reliability-faults-", dir=parent) as name:
         for kind in ("CACHE", "DATA", "CONFIG"):
             os.environ[f"LOCALRUN_{kind}_DIR"] = str(Path(name, kind.lower()))
-        with Answers(_model(Path(name), plain=args.plain), tally) as answers:
+        with Answers(make_model(Path(name), plain=args.plain), tally) as answers:
             while tally.done < args.cases:
                 answers.case(tally.done)
                 tally.done += 1
@@ -128,7 +128,8 @@ def run(args: argparse.Namespace, tally: Tally) -> None:
                     tally.save()
 
 
-def _model(folder: Path, *, plain: bool) -> Path:
+def make_model(folder: Path, *, plain: bool) -> Path:
+    """A small model in `folder`; its matrices are whole pages, so that no read brings bytes of another expert."""
     from tests.checkpoints import write_small
     from tests.gguf_models import TinyDeepseek4
     from tests.offload.models import write_model
@@ -137,7 +138,6 @@ def _model(folder: Path, *, plain: bool) -> Path:
         return write_model(folder, TinyDeepseek4(n_embd=256, n_ff=512, n_used=3))
     from localrun.quant.convert.converter import convert
 
-    # Matrices of whole pages: no read brings bytes of another expert.
     size = {"hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_experts_per_tok": 3}
     source = write_small(folder / "source", **size)
     convert(source, folder / "model", jobs=1)

@@ -82,6 +82,8 @@ class GgufSource:
             for layer in self._moe_layers
         }
         self._stacks = {name for names in self._experts.values() for name in names}
+        if not (unchecked and manifest is not None):
+            self._refuse_holes()  # before values are looked at: zeros there would be told as damage
         if common.arch == DEEPSEEK4:
             self._check_contents(check_deepseek4(self._files[0], metadata, tensors, common))
         else:
@@ -94,8 +96,7 @@ class GgufSource:
                 self._overlay = OverlayIndex(overlay, manifest, self._moe_layers)
                 self._moe_layers = {n: self._overlay.describe(layer) for n, layer in self._moe_layers.items()}
         self._metadata = _PlainValues(metadata)
-        if not (unchecked and manifest is not None):
-            self._refuse_holes()
+        if not unchecked:
             self._check_headers()
         self._identity = self._digest()
 

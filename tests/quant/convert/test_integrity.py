@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localrun import cli
-from localrun.errors import StoreError
+from localrun.errors import ChecksumError, StoreError
 from localrun.quant.convert.integrity import HEADER, planned_checks, verify
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import MANIFEST_NAME, Manifest
@@ -82,6 +82,24 @@ def test_damage_of_a_header_is_found(model: Path) -> None:
     damage(source.files[0], source.files[0].read_bytes().index(b"deepseek4.context_length"))
     (found,) = verify(source, manifest)
     assert (found.check.tensor, found.check.file) == (HEADER, 0)
+
+
+def test_a_dense_tensor_is_compared_whenever_it_is_read(model: Path) -> None:
+    source, _ = opened(model)
+    norm = source.tensor_extent("blk.2.ffn_norm.weight")
+    damage(source.files[norm.file], norm.offset + 5)
+    with pytest.raises(ChecksumError, match=rf"{source.files[norm.file]}: blk.2.ffn_norm.weight differs") as caught:
+        source.read_tensor("blk.2.ffn_norm.weight")
+    assert "localrun verify" in str(caught.value.hint)
+    assert GgufSource.open(model, unchecked=True).read_tensor("blk.2.ffn_norm.weight").size == norm.n_bytes
+
+
+def test_a_header_is_compared_when_a_model_is_opened(model: Path) -> None:
+    source, _ = opened(model)
+    key = b"deepseek4.context_length"
+    damage(source.files[0], source.files[0].read_bytes().index(key) + len(key) + 4)  # the value, behind its type
+    with pytest.raises(ChecksumError, match=rf"{source.files[0]}: its header differs from its checksum"):
+        GgufSource.open(model)
 
 
 def test_a_file_that_has_become_shorter_is_a_store_error(model: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from localrun.errors import UsageError
-from tools.reliability import faults
+from tools.reliability import faults, kills
 from tools.reliability.kinds import NAMES
 from tools.reliability.mutate import Bench
 from tools.reliability.tally import Tally
@@ -32,6 +32,19 @@ def test_failed_reads_are_named_or_do_no_harm(plain: bool, tmp_path: Path) -> No
     assert tally.problems == []
     assert "named" in outcomes
     assert plain or "other" not in outcomes
+
+
+def test_killed_writers_lose_nothing_and_leave_nothing_that_looks_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"LOCALRUN_{name}_DIR", "")  # as above
+    tally = Tally("kills", 11)
+    with kills.own_folders() as folder:
+        for job in kills.JOBS:
+            bench = kills.Bench(job, folder / job, tally)
+            for number in range(3):
+                bench.case(number)
+    assert tally.problems == []
+    assert sum(tally.outcomes.values()) == 3 * len(kills.JOBS)
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:

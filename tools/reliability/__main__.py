@@ -14,6 +14,7 @@ from tools.reliability.tally import Tally
 PARTS = {
     "mutate": "damaged files of every kind",
     "faults": "reads that fail while a model answers",
+    "kills": "processes that are killed while they write",
     "chat": "a long chat under changing memory limits",
 }
 

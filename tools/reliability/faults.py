@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 FAULTS = ("short", "late", "end", "error", "wrong")
 PATIENCE_S = 60.0
-BATCHES = (4, 1, 1)
-"""A prompt and two tokens."""
+BATCHES = (3, 1)
+"""A prompt and a token."""
 N_TEXTS = 8
 LOAD_EVERY = 10
 
@@ -138,7 +138,12 @@ def make_model(folder: Path, *, plain: bool) -> Path:
         return write_model(folder, TinyDeepseek4(n_embd=256, n_ff=512, n_used=3))
     from localrun.quant.convert.converter import convert
 
-    size: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    size: dict[str, Any] = {
+        "hidden_size": 256,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+    }
     source = write_small(folder / "source", **size)
     convert(source, folder / "model", jobs=1)
     return folder / "model"

@@ -42,7 +42,7 @@ from tools.reliability.tally import Tally
 PATIENCE_S = 300.0
 """For a job that nobody kills."""
 
-KEEP_KILLED = 0.4
+KEEP_KILLED = 0.8
 """Share of killed conversions and repairs that are killed again before they may end."""
 
 KILLED = "killed"
@@ -152,7 +152,7 @@ class Bench:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
-            self._job.work(rng, lambda: os.write(theirs, b"x") and None)
+            self._job.work(rng, lambda: _tell(theirs))
             status = 0
         finally:
             os._exit(status)
@@ -171,6 +171,10 @@ def _ended(pid: int, deadline: float) -> bool:
         if late:
             return False
         time.sleep(min(0.002, max(0.0, deadline - time.monotonic())))
+
+
+def _tell(pipe: int) -> None:
+    os.write(pipe, b"x")
 
 
 def _in_child(work: Callable[[], object]) -> bool:

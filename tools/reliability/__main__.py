@@ -15,6 +15,7 @@ PARTS = {
     "mutate": "damaged files of every kind",
     "faults": "reads that fail while a model answers",
     "kills": "processes that are killed while they write",
+    "full": "writers on full drives and in read-only places",
     "chat": "a long chat under changing memory limits",
 }
 

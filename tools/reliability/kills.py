@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -112,10 +113,12 @@ class Bench:
         wait = rng.uniform(0, 1.1 * statistics.median(self._took[-9:]))
         began = time.monotonic()
         pid, acknowledged = self._start(rng)
-        killed = not _ended(pid, began + wait)
+        killed = not ended(pid, began + wait)
         if killed:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        else:
+            self._took.append(time.monotonic() - began)
         n_acknowledged = len(os.read(acknowledged, 1 << 16))
         os.close(acknowledged)
         self._report(number, self._job.after(n_acknowledged))
@@ -123,14 +126,12 @@ class Bench:
             self._report(number, self._job.finish())
         outcome = KILLED if killed else "ended before"
         self._tally.outcomes[f"{self._name}: {outcome}"] += 1
-        if not killed:
-            self._took.append(time.monotonic() - began)
         return outcome
 
     def _whole(self) -> float:
         began = time.monotonic()
         pid, acknowledged = self._start(random.Random(self._tally.seed))
-        if not _ended(pid, began + PATIENCE_S):
+        if not ended(pid, began + PATIENCE_S):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             self._tally.problem(f"{self._name}: no end after {PATIENCE_S:g} s")
@@ -149,10 +150,8 @@ class Bench:
             return pid, ours
         status = 1
         try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
-            self._job.work(rng, lambda: _tell(theirs))
+            silence()
+            self._job.work(rng, lambda: tell(theirs))
             status = 0
         finally:
             os._exit(status)
@@ -162,7 +161,7 @@ class Bench:
             self._tally.problem(f"{self._name} {number}: {problem}")
 
 
-def _ended(pid: int, deadline: float) -> bool:
+def ended(pid: int, deadline: float) -> bool:
     """Waits for a child until then; the last look is after the deadline."""
     while True:
         late = time.monotonic() >= deadline
@@ -173,7 +172,15 @@ def _ended(pid: int, deadline: float) -> bool:
         time.sleep(min(0.002, max(0.0, deadline - time.monotonic())))
 
 
-def _tell(pipe: int) -> None:
+def silence() -> None:
+    """In a child: nothing is read from or written to the parent's terminal."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+
+
+def tell(pipe: int) -> None:
+    """One thing more is safe."""
     os.write(pipe, b"x")
 
 
@@ -183,9 +190,7 @@ def _in_child(work: Callable[[], object]) -> bool:
     if not pid:
         status = 1
         try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
+            silence()
             work()
             status = 0
         finally:
@@ -239,8 +244,13 @@ class _Model:
 
 
 def _must_be_zero(arguments: list[str]) -> None:
-    if cli.main(arguments) != 0:
-        raise LocalrunError(" ".join(arguments))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(arguments)
+    if code not in (0, 1, 2) or "bug in localrun" in said.getvalue():
+        raise AssertionError(f"{arguments}: exit code {code}: {said.getvalue()}")
+    if code:
+        raise LocalrunError(said.getvalue())
 
 
 class _Convert:

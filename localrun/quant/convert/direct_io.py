@@ -173,7 +173,7 @@ class DirectWriter:
     def __init__(self, path: Path, size: int, *, reserve: bool = True) -> None:
         self.path = path
         self._direct: int | None = None
-        with _write_errors(path):
+        with write_errors(path):
             self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 self._direct = _open_direct(path, os.O_WRONLY)
@@ -199,7 +199,7 @@ class DirectWriter:
         """
         aligned = offset % PAGE_BYTES == 0 and data.size % PAGE_BYTES == 0 and data.ctypes.data % PAGE_BYTES == 0
         direct = self._direct if aligned else None
-        with _write_errors(self.path):
+        with write_errors(self.path):
             done = 0
             while done < data.size:
                 fd = self._plain if direct is None else direct
@@ -214,7 +214,7 @@ class DirectWriter:
 
     def sync(self) -> None:
         """Makes everything written so far durable and drops it from the page cache."""
-        with _write_errors(self.path):
+        with write_errors(self.path):
             _fdatasync(self._plain)
             _drop_cache(self._plain)
 
@@ -225,7 +225,8 @@ class DirectWriter:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Errors of writing `path` become ours."""
     try:
         yield
     except OSError as e:

@@ -20,6 +20,7 @@ from typing import Any
 
 from localrun.atomic import replacing
 from localrun.errors import FormatError, LocalrunError, UsageError
+from localrun.quant.convert.direct_io import write_errors
 from localrun.quant.formats.transcode import Loss
 
 STATE_VERSION = 1
@@ -120,16 +121,21 @@ class Journal:
         return done
 
     def append(self, results: Iterable[tuple[int, PartResult]]) -> None:
-        """Records finished parts, durably; their bytes must have been synced before."""
+        """Records finished parts, durably; their bytes must have been synced before.
+
+        Raises:
+            StoreError: the drive is full or fails; the next run cuts off what was half written.
+        """
         assert self._file is not None
         lines = []
         for number, result in results:
             loss = [] if result.loss is None else [result.loss.error_power, result.loss.power]
             lines.append(json.dumps([number, result.checksum, result.weight, result.scale, loss]) + "\n")
         data = "".join(lines).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        with write_errors(self._path):
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
 
     def close(self) -> None:
         for fd in (self._file, self._lock):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from localrun.errors import FormatError, LocalrunError, UsageError
+from localrun.errors import DiskSpaceError, FormatError, LocalrunError, UsageError
 from localrun.quant.convert.journal import Journal, PartResult, describe_changes
 from localrun.quant.formats.transcode import Loss
 
@@ -50,6 +52,30 @@ def test_what_was_not_written_to_its_end_is_cut_off(tmp_path: Path, end: str) ->
     last = journal(tmp_path)
     assert last.done == {0: FIRST, 2: SECOND}
     last.close()
+
+
+def test_a_full_drive_is_named_and_what_was_half_written_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = journal(tmp_path)
+    first.append([(0, FIRST)])
+
+    writes = [20]
+
+    def full(fd: int, data: bytes) -> int:
+        if not writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.pwrite(fd, data[: writes.pop()], os.lseek(fd, 0, os.SEEK_END))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(DiskSpaceError, match=r"journal\.jsonl: No space left on device") as caught:
+            first.append([(1, SECOND)])
+    assert "same command again" in str(caught.value.hint)
+    first.close()
+    again = journal(tmp_path)
+    assert again.done == {0: FIRST}
+    again.close()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -5,25 +5,20 @@ Runs in a thread. Knows where to search; the code that loads models inspects the
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from localrun import paths
 from localrun.engine import memory
-from localrun.engine.model_look import Look, Looker
+from localrun.engine.model_look import Look, Looker, Place
 from localrun.units import format_size
-
-Kind = Literal["converted", "GGUF", "checkpoint"]
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 2000
 """A home folder on a network must not be walked for minutes."""
-
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +26,7 @@ class FoundModel:
     """One model.
 
     Attributes:
+        kind: `converted`, `GGUF` or `checkpoint`.
         format: number format of most experts.
         n_bytes: of all its files.
         dense_bytes, expert_bytes: of its tensors.
@@ -38,7 +34,7 @@ class FoundModel:
     """
 
     path: Path
-    kind: Kind
+    kind: str
     name: str
     n_bytes: int
     format: str = ""
@@ -60,22 +56,24 @@ def default_folders() -> list[Path]:
 
 
 def find_models(folders: Iterable[Path]) -> Iterator[FoundModel]:
-    """Models below the folders, each once, as they are found. Unreadable folders are skipped."""
+    """Models below the folders, each once, as they are found. Unreadable folders are passed over."""
     seen: set[Path] = set()
     with Looker() as looker:
         for folder in folders:
-            for path, kind in _candidates(folder.expanduser()):
-                real = path.resolve()
+            for place in _places(looker, folder.expanduser()):
+                real = place.path.resolve()
                 if real not in seen:
                     seen.add(real)
-                    yield _found(path, kind, looker.look(path))
+                    yield _found(place, looker.look(place.path))
 
 
-def _found(path: Path, kind: Kind, look: Look) -> FoundModel:
+def _found(place: Place, look: Look) -> FoundModel:
     return FoundModel(
-        path,
-        kind,
-        look.name or path.name,
+        place.path,
+        place.kind,
+        place.name
+        if "/" in place.name
+        else look.name or place.path.name,  # a hub's name says more than the model's own
         look.n_bytes,
         look.format,
         look.dense_bytes,
@@ -85,28 +83,21 @@ def _found(path: Path, kind: Kind, look: Look) -> FoundModel:
     )
 
 
-def _candidates(root: Path) -> Iterator[tuple[Path, Kind]]:
+def _places(looker: Looker, root: Path) -> Iterator[Place]:
     todo, n_seen = [(root, 0)], 0
     while todo and n_seen < MAX_FOLDERS:
         folder, depth = todo.pop(0)
         n_seen += 1
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError:
+        if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
             continue
-        names = {entry.name for entry in entries}
-        if "localrun.json" in names:
-            yield folder, "converted"
+        here, below = looker.folder(folder)
+        yield from here
+        if below is None or depth >= MAX_DEPTH:
             continue
-        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-            yield folder, "checkpoint"
-            continue
-        for entry in entries:
-            part = _PART.fullmatch(entry.name)
-            if entry.name.endswith(".gguf") and (part is None or int(part[2]) == 1):
-                yield Path(entry.path), "GGUF"
-            elif depth < MAX_DEPTH and not entry.name.startswith(".") and _is_folder(entry):
-                todo.append((Path(entry.path), depth + 1))
+        with contextlib.suppress(OSError):
+            entries = sorted(os.scandir(below), key=lambda entry: entry.name)
+            inside = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
+            todo += [(path, depth + 1) for path in inside]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

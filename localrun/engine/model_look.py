@@ -1,8 +1,8 @@
-"""Inspects a model without loading it, with the code that loads models, in a separate process.
+"""Inspects folders and models without loading them, with the code that opens them, in a separate process.
 
 User interfaces start without the libraries that read headers, and a header may be huge or malformed in unforeseen ways. As a
-program (`python -m localrun.engine.model_look`) this reads paths from standard input, one per line as JSON, and answers each
-with one line of JSON; as a module it starts that program.
+program (`python -m localrun.engine.model_look`) this reads questions from standard input, one per line as JSON: a model's path,
+or `{"folder": PATH}`. It answers each with one line of JSON; as a module it starts that program.
 """
 
 from __future__ import annotations
@@ -47,6 +47,20 @@ class Look:
     hint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A model in a folder, as opening finds it.
+
+    Attributes:
+        kind: `converted`, `GGUF` or `checkpoint`.
+        name: `owner/name` in a hub's cache, else the file's or folder's.
+    """
+
+    path: Path
+    kind: str
+    name: str
+
+
 class Looker:
     """The program, started with the first question. Use it in one thread; it ends with the block."""
 
@@ -67,21 +81,38 @@ class Looker:
 
     def look(self, path: Path) -> Look:
         """Blocks."""
-        process = self._process = self._process or _start()
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(str(path)) + "\n")
-            process.stdin.flush()
-            return Look(**json.loads(process.stdout.readline()))
+            return Look(**self._ask(str(path)))
         except (OSError, ValueError, TypeError):
-            process.kill()
-            self._process = None
+            self._end()
             return Look(
                 str(path),
                 problem="its header can't be read: the reader process died",
                 hint="run `localrun verify` on it",
             )
+
+    def folder(self, path: Path) -> tuple[list[Place], Path | None]:
+        """See `quant.locate.models_at`; nothing if the reader process died. Blocks."""
+        try:
+            answer = self._ask({"folder": str(path)})
+            places = [Place(Path(where), kind, name) for where, kind, name in answer["models"]]
+            return places, None if answer["below"] is None else Path(answer["below"])
+        except (OSError, ValueError, TypeError, KeyError):
+            self._end()
+            return [], None
+
+    def _ask(self, question: object) -> Any:
+        process = self._process = self._process or _start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
 
 def check(path: Path) -> LocalrunError | None:
@@ -160,7 +191,18 @@ def _size(files: Iterable[Path]) -> int:
 
 def _answers(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
-        yield asdict(look_at(Path(json.loads(line))))
+        question = json.loads(line)
+        yield _places(Path(question["folder"])) if isinstance(question, dict) else asdict(look_at(Path(question)))
+
+
+def _places(folder: Path) -> dict[str, Any]:
+    from localrun.quant.locate import models_at
+
+    here, below = models_at(folder)
+    return {
+        "models": [(str(found.path), found.kind, found.name) for found in here],
+        "below": None if below is None else str(below),
+    }
 
 
 def main() -> int:

@@ -68,7 +68,8 @@ def locate(path: Path) -> Located:
         return here
     below = list(_below(folder))
     if len(below) == 1:
-        return below[0]
+        (only,) = below
+        return locate(only.path) if only.kind == "GGUF" and only.path.is_dir() else only  # which says what its fault is
     if below:
         raise several(path, "models", [(_label(found.path, folder), _bytes(found)) for found in below])
     if here is not None:
@@ -82,16 +83,38 @@ def locate(path: Path) -> Located:
     )
 
 
+def models_at(folder: Path) -> tuple[list[Located], Path | None]:
+    """For lists of models: those right in a folder, and the folder whose folders may hold more; None: no need to look there.
+
+    What has a fault that only opening tells is among them. Of a hub's repository only the snapshot is shown that opens.
+    """
+    try:
+        place = _snapshot(folder) or folder
+        here = _all_in(place)
+    except LocalrunError:
+        return [Located(folder, "GGUF", _name(folder))], None
+    except OSError:
+        return [], None  # a folder that may not be entered
+    whole = any(found.kind != "GGUF" for found in here)
+    return [found for found in here if not _is_companion(found)], None if whole else place
+
+
 def _in_folder(folder: Path) -> Located | None:
     """The model right in a folder; None without one."""
+    here = _all_in(folder)
+    if len(here) > 1:
+        raise several(folder, "GGUF models", [(model.path.name, model.n_bytes) for model in models_in(folder)])
+    return here[0] if here else None
+
+
+def _all_in(folder: Path) -> list[Located]:
+    """All models right in a folder: several are possible for GGUFs only."""
     if (folder / MANIFEST_NAME).is_file():
-        return Located(folder, "converted", _name(folder))
+        return [Located(folder, "converted", _name(folder))]
     models = models_in(folder)
     if (folder / CONFIG_NAME).is_file() and (not models or _has_weights(folder)):
-        return Located(folder, "checkpoint", _name(folder))
-    if len(models) > 1:
-        raise several(folder, "GGUF models", [(model.path.name, model.n_bytes) for model in models])
-    return _gguf(models[0]) if models else None
+        return [Located(folder, "checkpoint", _name(folder))]
+    return [_gguf(model) for model in models]
 
 
 def _below(folder: Path) -> Iterator[Located]:

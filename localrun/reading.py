@@ -10,10 +10,11 @@ from localrun.errors import StoreError
 
 _MOST_BYTES: Final = 64 << 20
 """Per system call: Linux transfers at most 2 GiB, and interrupts should not have to wait that long."""
+READ_HINT: Final = "check the drive (dmesg); if it is fine, download or convert the file again"
 
 
 def read_fully(
-    fd: int, where: Path | str, offset: int, out: memoryview, *, need: int | None = None, hint: str | None = None
+    fd: int, where: Path | str, offset: int, out: memoryview, *, need: int | None = None, hint: str = READ_HINT
 ) -> None:
     """Fills `out` (bytes) from `offset` on, handling short reads.
 

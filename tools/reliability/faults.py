@@ -239,18 +239,19 @@ class Answers:
         what += " beside" if self._reads.struck_beside else ""
         if outcome == "other" and (fault != "wrong" or self._tally.figures["checksums"]):
             self._tally.problem(f"{number} ({what}): other logits and nothing says so")
-        self._recover(number, text, outcome)
+        self._recover(number, text, fault, outcome)
         if (took := time.monotonic() - began) > PATIENCE_S:
             self._tally.problem(f"{number} ({what}): took {took:.0f} s")
         self._tally.outcomes[f"{what}: {outcome}"] += 1
         return outcome
 
-    def _recover(self, number: int, text: int, outcome: str) -> None:
+    def _recover(self, number: int, text: int, fault: str, outcome: str) -> None:
         """The same engine still answers, and rightly; wrong bytes that nobody could tell are driven out first."""
-        if self._context is None or (outcome == "other" and number % LOAD_EVERY == LOAD_EVERY - 1):
+        spoilt = fault == "wrong" and not self._tally.figures["checksums"]  # perhaps where this text did not look
+        if self._context is None or (spoilt and number % LOAD_EVERY == LOAD_EVERY - 1):
             self._close()
             self._open()
-        if outcome == "other":
+        if spoilt:
             self._logits((text + 1) % N_TEXTS)
         asked = range(N_TEXTS) if number % 100 == 0 else [] if outcome == "same" else [text]
         for again in asked:

@@ -10,7 +10,7 @@ import pytest
 
 from localrun import config, options
 from localrun.engine.engine import check_options
-from localrun.engine.options import EngineOptions, SamplingOptions
+from localrun.engine.options import EngineOptions, SamplingOptions, check_answer, check_lengths
 from localrun.engine.sampling import check
 from localrun.errors import UsageError
 from localrun.options import BY_NAME, OPTIONS, Kind, Option, Where, those
@@ -148,3 +148,17 @@ def test_none_is_a_value_of_options_without_a_default_only(option: Option) -> No
 def test_what_is_no_number_is_out_of_every_bound(option: Option, value: object) -> None:
     with pytest.raises(UsageError, match=f"{option.name} .*: expected"):
         option.check(value)
+
+
+def test_lengths_are_checked_against_the_model() -> None:
+    check_lengths(4096, n_ctx=4096, n_batch=4096)
+    check_lengths(0, n_ctx=2**20, n_batch=16384)  # a model that doesn't say
+    check_lengths(256, n_ctx=256, n_batch=512)  # the default is no promise
+    with pytest.raises(UsageError, match="a context of 4097 tokens"):
+        check_lengths(4096, n_ctx=4097, n_batch=512)
+    with pytest.raises(UsageError, match="steps of 4097 tokens"):
+        check_lengths(4096, n_ctx=0, n_batch=4097)
+    check_answer(None, 512)
+    check_answer(512, 512)
+    with pytest.raises(UsageError, match="an answer of 513 tokens"):
+        check_answer(513, 512)

@@ -11,7 +11,7 @@ from localrun import config
 from localrun.api import demo, models
 from localrun.api.options import Limits, Size, given
 from localrun.engine import memory
-from localrun.engine.options import check_context
+from localrun.engine.options import check_lengths
 from localrun.errors import BudgetError, UsageError
 from localrun.units import format_size, parse_size
 
@@ -100,11 +100,11 @@ def plan_with(
     from localrun.quant.open import dense_type
 
     if str(model) not in BUILT_IN or Path(model).exists():
-        model = models.resolve(str(model), settings, command="plan") or demo.converted()
+        model = models.resolve(str(model), settings, command="plan") or demo.checkpoint()  # converting it would compile
+    _check_limits(settings, hardware_of(machine, settings, probe=False))  # refused before anything is measured
     sizes = sizes_of(model, base=format_of(base) if base else None, dense=dense_type(settings["dense"]))
-    check_context(settings["context"], sizes.shape.n_ctx_train or 0)
+    check_lengths(sizes.shape.n_ctx_train or 0, n_ctx=settings["context"], n_batch=settings["batch"])
     hardware = hardware_of(machine, settings, sizes, probe=probe)
-    _check_limits(settings, hardware)
     wanted = PlanOptions(
         ram_bytes=settings["ram"],
         vram_bytes=settings["vram"],
@@ -119,8 +119,13 @@ def plan_with(
     return make_plan(sizes, hardware, wanted)
 
 
-def hardware_of(machine: Machine | None, settings: config.Settings, sizes: ModelSizes, *, probe: bool) -> Hardware:
+def hardware_of(
+    machine: Machine | None, settings: config.Settings, sizes: ModelSizes | None = None, *, probe: bool
+) -> Hardware:
     """This machine, or the described one; unspecified values are taken from this machine, and marked as such.
+
+    Args:
+        sizes: of the model that will run on it; None: of no certain one.
 
     Raises:
         UsageError: no such box.
@@ -128,16 +133,17 @@ def hardware_of(machine: Machine | None, settings: config.Settings, sizes: Model
     from localrun.engine.planner import hardware
     from localrun.engine.planner.boxes import BY_SLUG
 
+    files, specs = (sizes.files, sizes.specs) if sizes is not None else ((), ())
     if machine is None:
         memory.check_threads(settings["threads"])
         n_threads = settings["threads"]
-        return hardware.detect(sizes.files, n_threads=n_threads, probe=probe, gpus=True, specs=sizes.specs)
+        return hardware.detect(files, n_threads=n_threads, probe=probe, gpus=True, specs=specs)
     if machine.box is not None and machine.box not in BY_SLUG:
         raise UsageError(f"unknown box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
     if machine.box is not None:
         known = BY_SLUG[machine.box].hardware
     else:
-        known = hardware.detect(sizes.files, n_threads=settings["threads"], probe=probe, specs=sizes.specs)
+        known = hardware.detect(files, n_threads=settings["threads"], probe=probe, specs=specs)
         known = replace(known, origin={name: _HERE.get(how, how) for name, how in known.origin.items()})
     ram, threads = _bytes(machine.ram), machine.threads
     return known.given(

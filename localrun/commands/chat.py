@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
             if isinstance(event, Ready):
                 plan.update(event.plan)
 
-        facts = common.load(engine, named or common.demo_model(out), options, out, each=keep)
+        path = named or common.demo_model(out)
+        facts = common.load(engine, path, options, out, each=keep, max_tokens=args.max_tokens)
         if named is not None:
             models.remember(named)
         template = generate_command((), settings)

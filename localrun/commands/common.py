@@ -14,7 +14,7 @@ from localrun.api import demo, models
 from localrun.commands import compiling
 from localrun.commands.output import Output
 from localrun.engine.facts import ModelFacts, Timings
-from localrun.engine.options import EngineOptions
+from localrun.engine.options import EngineOptions, check_answer
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
@@ -131,8 +131,18 @@ def load(
     out: Output,
     *,
     each: Callable[[Loading | Ready], None] | None = None,
+    max_tokens: int | None = None,
 ) -> ModelFacts:
-    """Loads a model and shows progress; `each` is also called with every event."""
+    """Loads a model and shows progress.
+
+    Args:
+        each: is also called with every event.
+        max_tokens: of an answer, where the user typed it.
+
+    Raises:
+        UsageError: the context can't hold such an answer.
+        LocalrunError: whatever the engine says.
+    """
     with compiling.Notice(out, compiling.compiled_by(engine)) as notice:
         for event in engine.load(path, options):
             notice.something_else()
@@ -144,6 +154,7 @@ def load(
                 each(event)
     facts = engine.facts
     assert facts is not None
+    check_answer(max_tokens, facts.n_ctx)
     return facts
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import config
+from localrun.api import models
 from localrun.api.planning import Machine, plan_with
 from localrun.atomic import replacing
 from localrun.commands import common, compiling
 from localrun.commands.output import Output
 from localrun.options import BY_NAME, add_flags
-from localrun.units import format_size
+from localrun.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.engine.planner.plan import Plan
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  localrun plan flash                                        Flash on this machine, nothing downloaded
+  localrun plan flash                                        Flash on this machine, nothing downloaded yet
   localrun plan flash --ram 12GiB --context 131072           the same, with limits
   localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-disk-gbps 7 --machine-threads 16
   localrun plan flash --box gpu-24-ram-64 --base q2_k --json
@@ -45,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument(
         "model",
+        nargs="?",
         metavar="MODEL",
-        help="flash, pro, a config.json, a converted directory, a GGUF, an official checkpoint, or a model name",
+        help="flash, pro, a config.json, a converted directory, a GGUF, an official checkpoint, or a model name "
+        "(default: the model that is set or was used last, else flash)",
     )
     add_flags(parser, "limits, as for loading", [BY_NAME[name] for name in LIMITS])
     machine = parser.add_argument_group("another machine (default: this one)")
@@ -89,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
     out = Output()
     machine = _machine(args)
     user = common.settings_of(args)
+    if args.model is None:
+        args.model = str(user["model"] or models.last() or "flash")
+        out.note(f"no MODEL given: this is the plan of {args.model}")
     if machine is not None:  # settings for this machine don't apply to another one
         user = config.Settings(models=user.models).overridden(args, args.option_names)
     out.status("probing the machine")
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = shutil.get_terminal_size().columns
     drawn = ["", *bar_lines(bars(plan), width)] if out.out_is_terminal else []
-    for line in [*plan.lines(), *drawn, "", *table(plan), *faster(plan, args)]:
+    for line in [*plan.lines(), *drawn, "", *table(plan), *faster(plan, args), *download(args.model)]:
         out.line(line)
     return 0
 
@@ -145,7 +151,7 @@ def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
     """Each suggestion as a command with its gain, and its cost on the line below."""
     if not plan.suggestions:
         return []
-    commands = [(command_of(s.text, args), s) for s in plan.suggestions]
+    commands = [(command_of(s.text, args, convertible=plan.sizes.convertible), s) for s in plan.suggestions]
     wide = max(24, *(len(command) for command, _ in commands))
     lines = ["", f"{'what would be faster':<{wide + 2}}{'tokens/s':>10}{'gain':>8}"]
     for text, s in commands:
@@ -153,22 +159,56 @@ def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def command_of(change: str, args: argparse.Namespace) -> str:
+def command_of(change: str, args: argparse.Namespace, *, convertible: bool = True) -> str:
     """A suggestion as a command line: `--kv q8_0` -> `localrun chat MODEL --kv q8_0`.
 
-    For a built-in model that has not been downloaded, the command says MODEL.
-    """
-    from localrun.quant.checkpoint.official import BUILT_IN
+    A model that was named by its kind only is where `download` puts it.
 
-    path = "MODEL" if args.model in BUILT_IN and not Path(args.model).exists() else shlex.quote(args.model)
+    Args:
+        convertible: the model is a checkpoint; else its checkpoint has to be named.
+    """
+    path = _folder(args.model) if _is_to_come(args.model) else shlex.quote(args.model)
     if change.startswith("convert "):
-        return f"localrun convert {path} DIR {change.removeprefix('convert ')}"
+        source = path if convertible else "CHECKPOINT"
+        return f"localrun convert {source} DIR {change.removeprefix('convert ')}"
     if not change.startswith("--machine-"):
         return f"localrun chat {path} {change}"
     if args.box is None and _machine(args) is not None:
         return f"the same plan with {change}"
     box = f" --box {args.box}" if args.box else ""
     return f"localrun plan {shlex.quote(args.model)}{box} {change}"
+
+
+def download(model: str) -> list[str]:
+    """How to get a model that was named by its kind only: the command, its size and its time, and what to do then."""
+    from localrun.quant.checkpoint.official import DOWNLOAD_BYTES, REPOSITORIES
+
+    if not _is_to_come(model):
+        return []
+    n_bytes, folder = DOWNLOAD_BYTES[model], _folder(model)
+    times = ", ".join(f"{format_duration(8 * n_bytes / rate)} at {name}" for name, rate in LINES.items())
+    return [
+        "",
+        f"to get it ({n_bytes / 1e9:.0f} GB: {times})",
+        f"  hf download {REPOSITORIES[model]} --local-dir {folder}",
+        f"  localrun chat {folder}",
+    ]
+
+
+LINES = {"100 Mbit/s": 100e6, "1 Gbit/s": 1e9}
+"""Connections, as their sellers name them, in bits per second."""
+
+
+def _is_to_come(model: str) -> bool:
+    from localrun.quant.checkpoint.official import BUILT_IN
+
+    return model in BUILT_IN and not Path(model).exists()
+
+
+def _folder(model: str) -> str:
+    from localrun.quant.checkpoint.official import NAMES
+
+    return f"~/models/{NAMES[model]}"
 
 
 def _phase(name: str, span: Range) -> list[str]:

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         named = common.named_path(args, settings)
         out.check_open()
         with common.engine_process(args, out) as engine:
-            facts = common.load(engine, named or common.demo_model(out), options, out, each=shown.load)
+            path = named or common.demo_model(out)
+            facts = common.load(engine, path, options, out, each=shown.load, max_tokens=args.max_tokens)
             _answer(engine, command, facts, shown, out)
     except BaseException as error:  # also on an interrupt: readers of the events wait for the last one
         with contextlib.suppress(OSError, LocalrunError):  # the output may be what failed

@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     named = common.named_path(args, settings)
     sock = listen(args.host, args.port, limits)  # before loading the model, so a port in use is reported immediately
     with _log_lines(out), sock, common.engine_process(args, out) as engine:
-        facts = common.load(engine, named or common.demo_model(out), options, out)
+        path = named or common.demo_model(out)
+        facts = common.load(engine, path, options, out, max_tokens=args.max_tokens)
         _serve(args, settings, engine, facts, limits, keys, sock, out)
     return 0
 

@@ -23,7 +23,7 @@ from localrun.engine.facts import Json, ModelFacts
 from localrun.engine.first_context import FirstContext
 from localrun.engine.grammar import Grammars
 from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
-from localrun.engine.options import EngineOptions, check_context
+from localrun.engine.options import EngineOptions, check_lengths
 from localrun.engine.planner import hardware
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.planner.plan import GpuShare, Plan
@@ -319,7 +319,7 @@ def check_options(options: EngineOptions) -> None:
 def _context_length(sizes: ModelSizes, options: EngineOptions) -> int:
     """Tokens of context. Raises UsageError: more than the model was trained for."""
     trained = sizes.shape.n_ctx_train
-    check_context(options.n_ctx, trained)
+    check_lengths(trained or 0, n_ctx=options.n_ctx, n_batch=options.n_batch)
     return options.n_ctx or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 

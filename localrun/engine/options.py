@@ -86,3 +86,25 @@ def check_context(n_ctx: int, trained: int) -> None:
             f"a context of {n_ctx} tokens exceeds the {trained} tokens this model was trained for",
             hint=f"use --context {trained} or less",
         )
+
+
+def check_lengths(trained: int, *, n_ctx: int, n_batch: int) -> None:
+    """Raises UsageError for a context or steps beyond what a model was trained for; `trained` 0: nobody knows.
+
+    The default step is no promise: a smaller model takes smaller ones.
+    """
+    check_context(n_ctx, trained)
+    if trained and n_batch > max(trained, BY_NAME["batch"].default):
+        raise UsageError(
+            f"steps of {n_batch} tokens are longer than the {trained} that this model was trained for",
+            hint=f"--batch {trained} is the most",
+        )
+
+
+def check_answer(max_tokens: int | None, n_ctx: int) -> None:
+    """Raises UsageError for an answer that the context can't hold."""
+    if max_tokens is not None and max_tokens > n_ctx:
+        raise UsageError(
+            f"an answer of {max_tokens} tokens does not fit a context of {n_ctx}",
+            hint=f"leave out --max-tokens, or give at most {n_ctx}; --context sets how long a conversation may be",
+        )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pty
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from localrun import cli
+from localrun.api import demo, models
+from localrun.commands.plan import command_of
 from localrun.engine.planner.bars import bar_lines, bars, shares
 from localrun.engine.planner.boxes import BY_SLUG
 from localrun.engine.planner.plan import Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
+from localrun.engine.planner.quality import SAME_TOP_TOKEN, exactness
 from localrun.engine.planner.sizes import sizes_of
 
 BOX = "gpu-24-ram-64"
@@ -53,7 +60,7 @@ def test_a_pipe_gets_no_bars_and_each_suggestion_is_a_command(capsys: pytest.Cap
     assert cli.main(["plan", "flash", "--box", BOX]) == 0
     out = capsys.readouterr().out
     assert "█" not in out
-    assert "  localrun convert MODEL DIR --base q2_k " in out
+    assert "  localrun convert ~/models/DeepSeek-V4-Flash DIR --base q2_k " in out
     assert f"  localrun plan flash --box {BOX} --machine-ram 96GiB " in out
     assert "      prompts; " in out
 
@@ -85,3 +92,80 @@ def test_svg_has_every_part_with_its_number(tmp_path: Path, plan: Plan, capsys: 
     for bar in bars(plan):
         for part in bar.parts:
             assert f"{part.name} {bar.show(part.value)}" in words
+
+
+def test_a_model_that_is_not_there_comes_with_its_download_and_its_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "flash", "--box", BOX]) == 0
+    *_, title, download, chat = capsys.readouterr().out.splitlines()
+    assert title == "to get it (160 GB: 3h32m at 100 Mbit/s, 21m17s at 1 Gbit/s)"
+    assert download == "  hf download deepseek-ai/DeepSeek-V4-Flash --local-dir ~/models/DeepSeek-V4-Flash"
+    assert chat == "  localrun chat ~/models/DeepSeek-V4-Flash"
+    assert cli.main(["plan", "demo", "--no-probe"]) == 0
+    assert "hf download" not in capsys.readouterr().out
+
+
+def test_without_a_model_the_plan_is_that_of_the_one_that_is_set_or_was_used_last_or_flash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALRUN_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("LOCALRUN_CONFIG_DIR", str(tmp_path / "config"))
+
+    def planned() -> str:
+        assert cli.main(["plan", "--box", BOX]) == 0
+        out = capsys.readouterr()
+        assert "no MODEL given" in out.err
+        return out.out.splitlines()[0]
+
+    assert "DeepSeek-V4-Flash" in planned()
+    monkeypatch.setenv("LOCALRUN_CACHE_DIR", str(tmp_path / "cache"))
+    models.remember(demo.checkpoint())
+    assert "demo" in planned()
+    monkeypatch.setenv("LOCALRUN_MODEL", "pro")
+    assert "DeepSeek-V4-Pro" in planned()
+
+
+def test_what_the_machine_or_the_model_can_not_do_is_refused_before_anything_is_measured_or_converted(
+    tmp_path: Path,
+) -> None:
+    """In an empty cache: a refusal leaves nothing compiled, converted or probed in it."""
+    cache = tmp_path / "cache"
+    for model, limits in (
+        ("demo", ["--ram", "900TiB"]),
+        ("demo", ["--vram", "900TiB"]),
+        ("flash", ["--ram", "900TiB"]),
+        ("flash", ["--context", "2000000"]),
+        ("flash", ["--threads", "5000"]),
+        ("flash", ["--machine-ram", "64GiB", "--ram", "65GiB"]),
+        ("flash", ["--box", BOX, "--vram", "25GiB"]),
+    ):
+        command = [sys.executable, "-m", "localrun", "plan", model, *limits, "--cache-dir", str(cache)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode in (1, 2), done.stdout
+        assert "hint: " in done.stderr
+        assert not [path for path in cache.rglob("*") if path.is_file()], limits
+
+
+def test_exactness_is_what_the_tables_of_measured_quality_say() -> None:
+    """Only formats that were measured have a figure."""
+    tables = Path("docs/quantization.md").read_text()
+    files = tables[tables.index("## Measured quality of converted files") :]
+    for kind, share in SAME_TOP_TOKEN.items():
+        name = kind.name.lower()
+        row = re.search(rf"^\| {name} \|.*? (\d+\.\d+)% \|", files, re.M) or re.search(
+            rf"^\| uniform {name} \|.*? (\d+\.\d+)% \|", tables, re.M
+        )
+        assert row is not None
+        assert share == pytest.approx(float(row[1]) / 100), name
+    assert "%" not in exactness(GGMLQuantizationType.Q6_K)
+    (suggestion,) = [s for s in make_plan(sizes_of("flash"), BY_SLUG[BOX].hardware).suggestions if "q2_k" in s.text]
+    assert suggestion.cost.endswith("top token agrees 88% on the demo model")
+
+
+def test_no_conversion_is_advised_for_what_has_no_checkpoint(tmp_path: Path) -> None:
+    sizes = sizes_of("flash")
+    args = argparse.Namespace(model="m.gguf", box=None)
+    assert command_of("convert --base q2_k", args, convertible=False) == "localrun convert CHECKPOINT DIR --base q2_k"
+    other = replace(sizes, convertible=False, shape=replace(sizes.shape, architecture="olmoe"))
+    plan = make_plan(other, BY_SLUG[BOX].hardware)
+    assert plan.suggestions
+    assert not [s for s in plan.suggestions if s.text.startswith("convert")]

@@ -165,7 +165,7 @@ def detect(
         memory_bytes_per_s=memory_bytes_per_s,
         n_threads=n_threads,
         cpu=cpu,
-        gpus=local_gpus() if gpus else (),
+        gpus=local_gpus(probe=probe) if gpus else (),
         origin=origin,
     )
 
@@ -191,11 +191,11 @@ def _usual(
     return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
 
 
-def local_gpus() -> tuple[Gpu, ...]:
-    """GPUs that llama.cpp was built for and that a load would use unasked, measured."""
+def local_gpus(*, probe: bool = True) -> tuple[Gpu, ...]:
+    """GPUs that llama.cpp was built for and that a load would use unasked, measured or as `measured_gpus` assumes."""
     from localrun.ggml.devices import choose_gpus
 
-    return measured_gpus(choose_gpus("auto"))
+    return measured_gpus(choose_gpus("auto"), probe=probe)
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:

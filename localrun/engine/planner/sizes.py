@@ -110,6 +110,11 @@ class ModelSizes:
     convertible: bool = False
 
     @property
+    def from_checkpoint(self) -> bool:
+        """There is an official checkpoint that could be converted again, here or elsewhere."""
+        return self.convertible or self.shape.architecture == "deepseek4"
+
+    @property
     def dense_bytes(self) -> int:
         """The dense model."""
         return sum(self.dense.values())

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.placement import MIN_CONTEXT
 from localrun.engine.planner.plan import Plan, PlanOptions, Suggestion
+from localrun.engine.planner.quality import exactness
 from localrun.engine.planner.sizes import ModelSizes, padded
 from localrun.errors import BudgetError
 from localrun.units import format_size
@@ -87,10 +88,10 @@ def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanO
     if machine.n_drives == 1:
         cost = f"a copy of {format_size(sizes.expert_file_bytes + sizes.dense_bytes)} on a second drive"
         yield "--mirror DIR", cost, sizes, replace(machine, n_drives=2), options
-    for kind in _SMALLER:
+    for kind in _SMALLER if sizes.from_checkpoint else ():
         smaller = sizes.with_experts(kind) if sizes.n_copies else sizes
         if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
-            cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, less accurate answers"
+            cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, {exactness(kind)}"
             yield f"convert --base {kind.name.lower()}", cost, smaller, machine, options
     if plan.n_ctx > 2 * MIN_CONTEXT and not options.n_ctx:
         less = replace(options, n_ctx=padded(plan.n_ctx // 2))

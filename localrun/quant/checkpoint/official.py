@@ -89,3 +89,9 @@ BUILT_IN: Final[Mapping[str, Mapping[str, Any]]] = {"flash": FLASH, "pro": PRO}
 """By the name that `localrun plan` takes instead of a path."""
 
 NAMES: Final[Mapping[str, str]] = {"flash": "DeepSeek-V4-Flash", "pro": "DeepSeek-V4-Pro"}
+
+REPOSITORIES: Final[Mapping[str, str]] = {name: f"deepseek-ai/{title}" for name, title in NAMES.items()}
+"""On Hugging Face."""
+
+DOWNLOAD_BYTES: Final[Mapping[str, int]] = {"flash": 159_609_485_896, "pro": 864_704_792_696}
+"""Of all tensors, the MTP layer's included. Published; they follow from the configs (tests/quant/checkpoint/test_schema.py)."""

@@ -16,6 +16,7 @@ from textual.screen import Screen
 from textual.timer import Timer
 
 from localrun.engine.conversations import Attachment, Message
+from localrun.engine.options import check_answer
 from localrun.errors import UsageError
 from localrun.tui.commands import BY_SLASH
 from localrun.tui.files import estimate_tokens, mentioned_files
@@ -246,5 +247,8 @@ class Composer:
         name, _, value = call.argument.replace("=", " ").partition(" ")
         if not name:
             raise UsageError("no value given", hint="for example /set temperature 0.6")
-        self._current.set_options(with_value(self._current.options, name, value.strip()))
+        options = with_value(self._current.options, name, value.strip())
+        if (facts := self._model.facts) is not None:
+            check_answer(options.max_tokens, facts.n_ctx)
+        self._current.set_options(options)
         self._notices.note(f"{name} is set: {value.strip() or 'default'}")

@@ -14,7 +14,7 @@ from textual.widgets import Button, Input, Select, Static, TextArea
 
 from localrun.engine import memory
 from localrun.engine.facts import ModelFacts
-from localrun.engine.options import EngineOptions, check_context
+from localrun.engine.options import EngineOptions, check_answer, check_lengths
 from localrun.errors import UsageError
 from localrun.options import THINK_MODES, Kind, Option, Where, those
 from localrun.textsafe import visible, visible_line
@@ -97,7 +97,8 @@ class SettingsScreen(Dialog[SettingsResult]):
         memory.check_threads(engine.n_threads)
         memory.check_ram(engine.ram_bytes)
         if self._facts is not None:
-            check_context(engine.n_ctx, self._facts.n_ctx_train)
+            check_lengths(self._facts.n_ctx_train, n_ctx=engine.n_ctx, n_batch=engine.n_batch)
+            check_answer(chat.max_tokens, engine.n_ctx or self._facts.n_ctx)
         return SettingsResult(chat, engine, str(self.query_one("#theme", Select).value))
 
     def _engine_value(self, option: Option) -> Any:

@@ -2,8 +2,8 @@
 
 Each client is installed from npm into a scratch folder (once), gets a home and a work folder of its own, and is configured with
 what `localrun serve --print-config` prints. The engine plays an agent's part: it reads a file, edits it and says that it is done; a
-client passes if it did all that, and ended by itself with few requests. With `--model` a real model answers instead, and a client
-passes if it ends; what it says is the model's affair.
+client passes if it did all that, and ended by itself with few requests. With `--model` a real model answers instead, in few words,
+and a client passes if it ends; what it says is the model's affair.
 
 Prints for every request how much of its prompt was there before. All traffic stays on loopback. Needs Node and npm.
 """
@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from localrun.engine.options import EngineOptions
-from localrun.engine.process.process import EngineProcess
-from localrun.engine.process.protocol import Generate
+from localrun.engine.process.process import EngineProcess, GenerateEvent
+from localrun.engine.process.protocol import Finished, Generate
 from localrun.server import client_config
 from localrun.server.client_config import Address
 from localrun.server.engine import EngineLike
@@ -35,11 +37,12 @@ from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
 
 PROMPT = "Read hello.txt, replace the word hello in it by goodbye, and say when you are done."
 TIMEOUT_S = 240.0
-"""Of one run. The demo model's tokens are short: Qwen Code's first prompt has 40,000 of them, which takes minutes on two cores."""
+"""Of one run. The demo model's tokens are short: Qwen Code's first prompt has 31,000 of them, which takes minutes on two cores."""
 
 MOST_REQUESTS = 12
 MODEL = "localrun-test"
 N_CTX = 100_000
+BRIEF_TOKENS = 100
 
 READ = ("read", "read_file", "view", "exec_command", "shell_command", "shell", "bash", "run_shell_command")
 EDIT = ("edit", "replace", "str_replace", "exec_command", "shell_command", "shell", "bash", "run_shell_command")
@@ -92,6 +95,17 @@ def _value(name: str, schema: Mapping[str, Any], folder: Path, *, edits: bool) -
     if "path" in small or "file" in small:
         return str(folder / "hello.txt")
     return {"boolean": False, "integer": 1, "number": 1}.get(str(schema.get("type")), "a value")
+
+
+class Brief(EngineProcess):
+    """A model's process whose answers end soon. The demo model writes until it is stopped, and a client goes on by itself after an
+    answer that was cut off."""
+
+    def generate(self, command: Generate) -> Iterator[GenerateEvent]:
+        bound = min(command.max_tokens or BRIEF_TOKENS, BRIEF_TOKENS)
+        for event in super().generate(msgspec.structs.replace(command, max_tokens=bound)):
+            cut = isinstance(event, Finished) and event.reason == "length"
+            yield msgspec.structs.replace(event, reason="eos") if cut else event
 
 
 # --- the clients ----------------------------------------------------------------------------------------------------
@@ -324,7 +338,7 @@ def main() -> int:
                 scripted = ScriptedEngine(n_ctx=N_CTX)
                 faults = try_client(name, args.folder.resolve(), scripted, scripted, args.limit)
             else:
-                with EngineProcess() as engine:
+                with Brief() as engine:
                     list(engine.load(args.model, EngineOptions(n_ctx=65536)))
                     faults = try_client(name, args.folder.resolve(), engine, None, args.limit)
         except RuntimeError as error:

@@ -89,7 +89,9 @@ def make_models(files: Files, checkpoint: Path) -> None:
     for kind in UNIFORM[1:]:
         files.convert(kind.name.lower(), "--base", kind.name.lower(), like=like)
     for bits in TARGET_BITS:
-        files.convert(f"target of {bits:g} bits", "--target", f"{dense + int(bits / 8 * n_weights)}B-ram")
+        files.convert(
+            f"target of {bits:g} bits", "--target", f"{dense + int(bits / 8 * n_weights)}B-ram", "--dense", "q8_0"
+        )
     keys = [(layer, expert) for layer, moe in source.moe_layers.items() for expert in range(moe.n_experts)]
     n = round(HOT_SHARE * len(keys))
     one = expert_bytes(next(iter(source.moe_layers.values())), _T.MXFP4)

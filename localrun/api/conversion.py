@@ -19,6 +19,8 @@ from localrun.errors import DiskSpaceError, UsageError
 from localrun.units import format_size, parse_size
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
@@ -188,7 +190,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     request = precision.precision_request(wanted, options)
     if precision.needs_learning(options, wanted):
         check_precision_request(open_model(wanted.source), request)
-        if options.target is not None:
+        if options.target is not None and not options.choose_dense:
             bytes_for_experts(options.target, _dense_bytes(plan))
     for warning in plan.warnings:
         out.note(f"warning: {warning}")
@@ -233,17 +235,23 @@ def _choose(
         return None, plan
     if choice.solution is not None and not wanted.keep_experts:
         options = replace(options, base=choice.solution.base)
-    return choice, make_plan(checkpoint, _conversion_options(wanted, options, choice.importance))
+    dense_types = choice.dense.mix.types if choice.dense is not None else {}
+    return choice, make_plan(checkpoint, _conversion_options(wanted, options, choice.importance, dense_types))
 
 
 def _conversion_options(
-    wanted: Request, options: FormatOptions, importance: ImportanceLookup | None = None
+    wanted: Request,
+    options: FormatOptions,
+    importance: ImportanceLookup | None = None,
+    dense_types: Mapping[str, GGMLQuantizationType] | None = None,
 ) -> ConversionOptions:
     from localrun.quant.checkpoint.mapping import DENSE_TYPES, ConversionOptions
 
-    if wanted.keep_experts:
+    if wanted.keep_experts and not dense_types:
         importance = None  # the weights it would apply to are not written
-    return ConversionOptions(DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts)
+    return ConversionOptions(
+        DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts, dict(dense_types or {})
+    )
 
 
 def _dense_bytes(plan: ConversionPlan) -> int:

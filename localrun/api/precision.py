@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from localrun.engine.measure.choose import PrecisionChoice, PrecisionRequest
+    from localrun.engine.measure.choose_dense import DenseChoice
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ImportanceLookup
     from localrun.quant.model.source import MoeLayer
@@ -80,13 +81,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class FormatOptions:
-    """What was asked for, recipe and options together. `base` and `dense` as `ConversionOptions` has them."""
+    """What was asked for, recipe and options together. `base` and `dense` as `ConversionOptions` has them; with `choose_dense`, a
+    target chooses the type of every dense matrix, and `dense` is what the others get."""
 
     base: GGMLQuantizationType | None
     dense: str
     hot: tuple[HotBudget, ...]
     target: Target | None
     remove_overlay: bool = False
+    choose_dense: bool = False
 
     @property
     def wants_better_copies(self) -> bool:
@@ -105,10 +108,10 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     from localrun.quant.precision.solver import HotBudget, Target
 
     recipe = read_recipe(wanted.recipe) if wanted.recipe else Recipe("")
-    if wanted.keep_experts and (wanted.base or wanted.target or wanted.recipe or wanted.split is not None):
+    if wanted.keep_experts and (wanted.base or wanted.recipe or wanted.split is not None):
         raise UsageError(
-            "--keep-experts leaves the experts in place: it can't be combined with --base, --target, --recipe or --split",
-            hint="it does combine with --dense TYPE and --hot TYPE:SIZE",
+            "--keep-experts leaves the experts in place: it can't be combined with --base, --recipe or --split",
+            hint="it does combine with --dense TYPE, --target and --hot TYPE:SIZE",
         )
     if wanted.target and (wanted.base or wanted.hot):
         raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
@@ -130,7 +133,12 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     if target is None and not typed_formats:
         target = recipe.target
     base = BASE_TYPES[wanted.base] if wanted.base else (recipe.base if target is None else None)
-    return FormatOptions(base, wanted.dense or recipe.dense or dense_default, hot, target, remove)
+    dense = wanted.dense or recipe.dense
+    if wanted.keep_experts and target is not None and dense:
+        raise UsageError(
+            "--keep-experts leaves nothing to --target but the dense matrices", hint="leave out --dense or --target"
+        )
+    return FormatOptions(base, dense or dense_default, hot, target, remove, target is not None and dense is None)
 
 
 def needs_learning(options: FormatOptions, wanted: Request) -> bool:
@@ -201,6 +209,8 @@ def precision_request(wanted: Request, options: FormatOptions) -> PrecisionReque
         text=read_calibration_text(wanted.calibrate) if wanted.calibrate is not None else None,
         imatrix=wanted.imatrix,
         max_tokens=wanted.calibrate_tokens,
+        dense=options.choose_dense,
+        keep_experts=wanted.keep_experts,
     )
 
 
@@ -238,6 +248,9 @@ def write_report(
         importance=choice.importance.summary() if choice is not None else None,
         errors=choice.errors if choice is not None else None,
         solution=choice.solution if choice is not None else None,
+        dense=dense_section(choice.dense) if choice is not None and choice.dense is not None else (),
+        dense_types=choice.dense.mix.types if choice is not None and choice.dense is not None else {},
+        dense_errors=choice.dense_errors if choice is not None else None,
         evaluations=evaluations,
         text=wanted.evaluate.name if wanted.evaluate is not None else "",
     ).write(folder)
@@ -249,6 +262,18 @@ def write_report(
         if is_base_s:
             (folder / OVERLAY_IMATRIX_NAME).unlink(missing_ok=True)
     shutil.rmtree(kept, ignore_errors=True)
+
+
+def dense_section(choice: DenseChoice) -> tuple[str, ...]:
+    """What was chosen for the dense matrices, and what that costs and gains; also for the terminal."""
+    mix = choice.mix
+    counts = ", ".join(f"{n} in {name}" for name, n in mix.by_type().items())
+    return (
+        f"Dense matrices: {counts}: {format_size(mix.n_bytes)} ({format_size(choice.default_bytes)} by default), of which every "
+        f"token reads {format_size(mix.token_bytes)} ({format_size(choice.default_token_bytes)}).",
+        f"They add {mix.divergence:.4f} nats of divergence by estimate; a token takes "
+        f"{choice.token_s / choice.default_token_s:.0%} of its time with the default types, on a box of the target's kind.",
+    )
 
 
 def remove_report(folder: Path) -> None:

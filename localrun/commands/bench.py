@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from localrun.commands import bench_report
     from localrun.engine.engine import Engine
     from localrun.engine.measure import benchmark
+    from localrun.engine.planner.planner import with_routing
 
     gguf = _gguf_of(path) if args.against else None
     out.status("probing the machine")
@@ -117,13 +118,14 @@ def run(args: argparse.Namespace) -> int:
     if args.svg is not None:
         args.svg.write_text(bench_report.svg(result, facts, machine), "utf-8")
     if args.json:
-        out.json(bench_report.to_json(result, facts, machine, load_s, plan, plain))
+        known = plan and with_routing(plan, result.routing)
+        out.json(bench_report.to_json(result, facts, machine, load_s, plan, plain, known))
         return 0
     for line in bench_report.headline(facts, machine):
         out.note(line)
     for line in bench_report.table(result):
         out.line(line)
-    for line in bench_report.prediction_lines(result, plan):
+    for line in bench_report.prediction_lines(result, plan and with_routing(plan, result.routing)):
         out.line(line)
     for line in bench_report.comparison_lines(result, plain, plan) if plain is not None else ():
         out.line(line)

@@ -13,7 +13,7 @@ from typing import Any
 from localrun.engine.facts import ModelFacts
 from localrun.engine.measure.benchmark import FORMAT, Benchmark, Machine, Phase
 from localrun.engine.planner.plan import Plan
-from localrun.engine.planner.speed import Range
+from localrun.engine.planner.speed import Range, Rate
 from localrun.units import format_size
 
 PARTS = (
@@ -87,7 +87,43 @@ def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
             f"predicted for {phase.kind} at {phase.context}: {expected.likely.tokens_per_s:.2f} tokens/s, {verdict}; "
             f"the measurement is {inside} the range of {expected.low.tokens_per_s:.2f} to {expected.high.tokens_per_s:.2f}"
         )
+        if phase.split is not None:
+            lines.append(_terms(phase, expected.likely))
+    if lines and plan is not None:
+        lines.append(f"predicted with {plan.rates.source}")
     return lines
+
+
+def _terms(phase: Phase, expected: Rate) -> str:
+    """Planned and measured milliseconds per token by what they are spent on."""
+    assert phase.split is not None
+    split, n = phase.split, phase.n_tokens
+    planned: dict[str, float] = {}
+    for name, seconds in expected.parts.items():
+        planned[_TERMS[name]] = planned.get(_TERMS[name], 0.0) + 1e3 * seconds
+    measured = {
+        "dense matrices": split.matrices_s,
+        "small operations": max(0.0, split.dense_s - split.matrices_s) + split.other_s,
+        "experts": split.compute_s,
+        "waiting": split.wait_s,
+    }
+    terms = ", ".join(f"{name} {planned.get(name, 0.0):.1f} / {1e3 * s / n:.1f}" for name, s in measured.items())
+    return (
+        f"    planned / measured, ms per token: {terms}; "
+        f"read {expected.disk_bytes / 1e6:.0f} / {phase.bytes_read / n / 1e6:.0f} MB"
+    )
+
+
+_TERMS = {
+    "dense model in RAM": "dense matrices",
+    "dense model on the CPU": "dense matrices",
+    "dense model on the GPU": "dense matrices",
+    "layers": "small operations",
+    "experts in RAM": "experts",
+    "experts on the GPU": "experts",
+    "drive": "waiting",
+}
+"""The planner's parts of a token by the name that a measurement has for them."""
 
 
 def _predictions(result: Benchmark, plan: Plan | None) -> Iterator[tuple[Phase, Range]]:
@@ -166,8 +202,13 @@ def to_json(
     load_s: float,
     plan: Plan | None = None,
     plain: Benchmark | None = None,
+    known: Plan | None = None,
 ) -> dict[str, Any]:
-    """All measurements, including llama.cpp's if there are any, and the plan."""
+    """All measurements, including llama.cpp's if there are any, and the plan.
+
+    Args:
+        known: the plan with the routing that the run saw, for the predictions; None: `plan`.
+    """
     return {
         "format": FORMAT,
         "model": asdict(facts),
@@ -190,8 +231,11 @@ def to_json(
                 "likely": expected.likely.tokens_per_s,
                 "high": expected.high.tokens_per_s,
                 "error": expected.error(phase.tokens_per_s),
+                "hit_rate": expected.likely.hit_rate,
+                "disk_bytes_per_token": expected.likely.disk_bytes,
+                "ms_per_token": {name: 1e3 * seconds for name, seconds in expected.likely.parts.items()},
             }
-            for phase, expected in _predictions(result, plan)
+            for phase, expected in _predictions(result, known or plan)
         ],
     }
 

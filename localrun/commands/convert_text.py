@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def describe_choice(choice: PrecisionChoice) -> list[str]:
     """What was learned, and what was decided."""
+    from localrun.api.precision import dense_section
     from localrun.quant.precision.report import precision_lines
 
     summary = choice.importance.summary()
@@ -23,7 +24,8 @@ def describe_choice(choice: PrecisionChoice) -> list[str]:
         f"learned from {summary.n_tokens:,} tokens: {summary.n_unused} of {summary.n_experts} experts were never used and get"
         f" their layer's average, {summary.n_rare} rarely used"
     )
-    return [learned, *(precision_lines(choice.solution) if choice.solution is not None else ())]
+    lines = [learned, *(precision_lines(choice.solution) if choice.solution is not None else ())]
+    return [*lines, *dense_section(choice.dense)] if choice.dense is not None else lines
 
 
 def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list[str]:
@@ -45,7 +47,10 @@ def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list
             " llama.cpp reads draft blocks from a separate GGUF"
         )
     if options is not None and options.target is not None:
-        lines.append("output: base and better copies are chosen for the target after measuring the experts")
+        chosen = "types of dense matrices" if plan.options.keep_experts else "base and better copies"
+        if options.choose_dense and not plan.options.keep_experts:
+            chosen += " and types of dense matrices"
+        lines.append(f"output: {chosen} are chosen for the target after measuring them")
         return lines
     lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
     if plan.options.keep_experts:

@@ -252,6 +252,11 @@ class Engine:
         """Where every expert is; None for a model without our device; any thread."""
         return self._loaded.expert_map() if isinstance(self._loaded, OffloadedModel) else None
 
+    @property
+    def dense_ns(self) -> int:
+        """Nanoseconds that our device has spent on dense matrices since the process began; 0 for a model without it."""
+        return self._loaded.dense_ns if isinstance(self._loaded, OffloadedModel) else 0
+
     def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Around each `llama_decode` of these tokens, for the expert path."""
         return self._loaded.decoding(tokens) if isinstance(self._loaded, OffloadedModel) else nullcontext()

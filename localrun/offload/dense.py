@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from gguf import GGMLQuantizationType
 
 from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.device.compiled import dense_record
+from localrun.offload.device.device import expert_device
+from localrun.offload.device.layouts import KIND_DENSE, WEIGHT
+from localrun.offload.device.view import View, matrices_at
 from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
@@ -32,6 +36,12 @@ _ELIGIBLE = re.compile(
 """deepseek4's matrices that only ever meet MUL_MAT with F32 rows (llama.cpp, src/models/deepseek4.cpp)."""
 
 ARCHITECTURE = "deepseek4"
+
+_NO_KIND = 0
+"""What compiled code doesn't know, it leaves to Python."""
+
+Look = Callable[[str, npt.NDArray[np.float32]], None]
+"""Gets a matrix's name and the rows that it is multiplied with, (groups, T, n_in) f32, valid during the call."""
 
 
 def dense_tensors(source: ModelSource) -> dict[str, TensorInfo]:
@@ -67,6 +77,26 @@ def dense_pattern(tensors: Mapping[str, TensorInfo]) -> str | None:
     return "|".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A matrix in memory, or one per group."""
+
+    name: str
+    call: Call
+    packed: npt.NDArray[np.uint64]
+    record: npt.NDArray[np.int64]
+
+    def multiply(self, x: View, out: View) -> None:
+        """As the compiled code does."""
+        inputs, outputs = matrices_at(x), matrices_at(out)
+        repeat = len(inputs) // self.packed.size
+        starts = np.array([0, inputs.shape[1]], np.int32)
+        rows = np.arange(inputs.shape[1], dtype=np.int32)
+        for i, (source, target) in enumerate(zip(inputs, outputs, strict=True)):
+            slot = i // repeat
+            self.call(self.packed[slot : slot + 1], starts, rows, rows, source, target)
+
+
 class DenseMatrices:
     """A model's packed matrices. Owns their memory until `close`; filled at load, read by compiled code.
 
@@ -78,12 +108,12 @@ class DenseMatrices:
     def __init__(self, *, n_threads: int) -> None:
         self._n_threads = n_threads
         self._maps: list[mmap.mmap] = []
-        self._keep: list[object] = []
+        self._placed: list[_Placed] = []
         self.scratch_bytes = 0
         self.n_bytes = 0
 
     def add(
-        self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8]
+        self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8], name: str = ""
     ) -> npt.NDArray[np.int64]:
         """Packs a matrix; returns its record for `tensor.extra`.
 
@@ -91,6 +121,7 @@ class DenseMatrices:
             kind: ggml type of `data`.
             shape: ggml order (n_in, n_out) or (n_in, n_out, n_groups), as llama.cpp created the tensor.
             data: ggml rows, flat.
+            name: for `show`.
         """
         n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
         matrix = PackedMatrix.choose(kind, n_out, n_in, math="int8")
@@ -104,13 +135,30 @@ class DenseMatrices:
         call = Call([matrix.at(0)], n_threads=self._n_threads)
         record = dense_record(call, packed)
         self._maps.append(memory)
-        self._keep += [call, packed, record]
+        self._placed.append(_Placed(name, call, packed, record))
         self.scratch_bytes = max(self.scratch_bytes, call.scratch_bytes)
         self.n_bytes += len(memory)
         return record
 
+    def show(self, look: Look | None) -> None:
+        """Shows every call's inputs to `look` from now on, through Python (None: no more); between two decodes."""
+        device = expert_device()
+        for placed in self._placed:
+            record = placed.record
+            WEIGHT.fill(record, kind=KIND_DENSE if look is None else _NO_KIND)
+            device.show(record.ctypes.data, None if look is None else _shown(placed, look))
+
     def close(self) -> None:
         """Frees the matrices; the model must be gone."""
-        self._keep.clear()
+        self.show(None)
+        self._placed.clear()
         self._maps.clear()  # unmapped when the last array over them goes
         self.n_bytes = 0
+
+
+def _shown(placed: _Placed, look: Look) -> Callable[[View, View], None]:
+    def multiply(x: View, out: View) -> None:
+        look(placed.name, matrices_at(x))
+        placed.multiply(x, out)
+
+    return multiply

@@ -160,7 +160,7 @@ class _Filler:
             self._adopt(address, weight)
             return
         if expert_device().is_ours(address):
-            expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name)))
+            expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name), name))
         else:
             self._set(address, name, self._source.read_tensor(name))
             if tensor.data and self._lib.ggml_backend_buft_is_host(

@@ -29,6 +29,12 @@ Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""
 
 
+def tail_tokens(n_slots: int, n_layers: int, n_used: int) -> int:
+    """Of a batch, how many tokens at its end count as used (see TAIL_TOKENS): no more than there are slots for in all layers,
+    or the last layers' experts would displace those of the first, which the next token needs first."""
+    return max(1, min(TAIL_TOKENS, n_slots // max(1, n_layers * n_used)))
+
+
 class LayerCall:
     """One call's state. For the decoding thread, which holds residency's lock from `run` to the end of `release`.
 
@@ -68,8 +74,9 @@ class LayerCall:
         self._is_long = len(ids) >= LONG_TOKENS
         self._streamed: set[int] = set()  # indices whose slots in RAM are being unpacked
         self._routing = route(ids, residency.layers[layer].n_experts)
-        # Of a long prompt only its last tokens' experts count as used (see TAIL_TOKENS).
-        self._tail = frozenset(ids[-TAIL_TOKENS:].flat) if len(ids) > TAIL_TOKENS else None
+        # Of a prompt only its last tokens' experts count as used.
+        n_tail = tail_tokens(residency.n_slots, len(residency.layers), ids.shape[1])
+        self._tail = frozenset(ids[-n_tail:].flat) if len(ids) > n_tail else None
         self._pinned: dict[int, Slot] = {}  # index into routing.experts -> slot
         self._awaited: dict[Slot, int] = {}
         self._todo: deque[int] = deque()

@@ -73,6 +73,11 @@ class OffloadedModel:
         """Counters of the expert path."""
         return self.pool.telemetry
 
+    @property
+    def dense_ns(self) -> int:
+        """Nanoseconds that dense matrices took, of all models of this process."""
+        return expert_device().process.dense_ns
+
     @contextlib.contextmanager
     def decoding(self, tokens: Sequence[int]) -> Iterator[None]:
         """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""

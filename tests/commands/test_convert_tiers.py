@@ -15,13 +15,16 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun import cli
-from localrun.quant.convert.converter import LEARNED_NAME, MODEL_NAME
+from localrun.quant.convert.converter import DENSE_NAME, LEARNED_NAME, MODEL_NAME
 from localrun.quant.gguf.file import read_gguf
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 from localrun.quant.open import open_model
+from localrun.quant.precision.dense import KINDS, kind_of
+from localrun.quant.precision.dense_solver import types_from_text
 from localrun.quant.precision.imatrix import read_imatrix
 from localrun.quant.precision.report import REPORT_NAMES
+from localrun.units import format_size
 from tests.checkpoints import SMALL
 from tools.make_checkpoint import write_checkpoint
 from tools.synthetic_config import CheckpointSpec
@@ -249,17 +252,46 @@ def test_what_a_target_chose_is_completed_after_a_kill_though_the_base_is_finish
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = 6 << 20  # and 1.7 MiB for experts, which take 1.5 MiB in q2_k and 2.4 in mxfp4
-    command = (source, "--target", f"{dense + (1700 << 10)}B-ram", *LEARN)
+    command = (source, "--target", f"{dense + (1700 << 10)}B-ram", "--dense", "q8_0", *LEARN)
     assert convert(command[0], tmp_path / "whole", *command[1:]) == 0
     killed = tmp_path / "killed"
     kill_at("after the base", command[0], killed, *command[1:])
     assert (killed / MANIFEST_NAME).is_file()
     capsys.readouterr()
-    assert convert(source, killed, "--target", "1GiB-ram", *LEARN) == 2
+    assert convert(source, killed, "--target", "1GiB-ram", "--dense", "q8_0", *LEARN) == 2
     assert "--base was q2_k and is now mxfp4" in capsys.readouterr().err
     assert convert(command[0], killed, *command[1:]) == 0
     assert better(killed) > 0
     assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_a_target_chooses_types_of_dense_matrices_and_the_model_keeps_them(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    assert convert(source, target, "--keep-experts", "--target", "6MiB-ram", *LEARN) == 0
+    told = capsys.readouterr().err
+    assert "Dense matrices: " in told
+    assert "They add " in told
+    options = read_manifest(target / MANIFEST_NAME).options
+    chosen = types_from_text(options["dense-types"], "test")
+    tensors = open_model(target).tensors
+    assert {name: tensors[name].type for name in chosen} == chosen
+    assert {kind_of(name) for name in chosen} <= set(KINDS)
+    assert "blk.0.ffn_gate_inp.weight" not in chosen, "near-ties of the router decide which experts are used"
+    default = open_model(source).tensors
+    for has in (tensors, default):
+        assert format_size(sum(has[name].n_bytes for name in chosen)) in told
+    assert "## Precision of the dense matrices" in (target / "report.md").read_text()
+    assert json.loads((target / "report.json").read_text())["dense"]["types"].keys() == chosen.keys()
+    damaged = target / DENSE_NAME
+    with damaged.open("r+b") as file:
+        file.seek(-5000, 2)
+        file.write(bytes(range(250)) * 8)
+    assert cli.main(["verify", str(target)]) == 1
+    assert cli.main(["verify", str(target), "--repair", str(source)]) == 0, (
+        "made again in the same types, weighed alike"
+    )
 
 
 def test_a_recipe_is_its_options(source: Path, finished: Path, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, DecodeError, StoppedError, StoreError
-from localrun.offload.cache.slots import Slot, SlotState
+from localrun.offload.cache.slots import TAIL_TOKENS, Slot, SlotState
 from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.device.routing import Routing
 from localrun.offload.kernels import FfnKernel
-from localrun.offload.layer_call import LayerCall
+from localrun.offload.layer_call import LayerCall, tail_tokens
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
 from tests.offload.stores import (
@@ -231,3 +231,27 @@ def test_pinned_slots_everywhere_are_a_clear_error(in_memory: Bench) -> None:
         LayerCall(
             in_memory.residency, in_memory.ahead, LAYER, ids([6, 7, 8]), in_memory.compute, check_stop=no_stop
         ).run()
+
+
+def test_a_prompt_leaves_every_layer_what_its_last_tokens_used() -> None:
+    """Slots for two tokens in all layers: of a prompt as long as you like each layer keeps its last two tokens' experts."""
+    assert tail_tokens(2 * N_USED * len(LAYERS), len(LAYERS), N_USED) == 2
+    assert tail_tokens(1, len(LAYERS), N_USED) == 1
+    assert tail_tokens(1 << 20, len(LAYERS), N_USED) == TAIL_TOKENS
+    bench = make_bench(MemoryStore(), 2 * N_USED * len(LAYERS))
+    rng = np.random.default_rng(0)
+    prompts = {
+        layer: np.stack([rng.choice(N_EXPERTS, N_USED, replace=False) for _ in range(40)]).astype(np.int32)
+        for layer in LAYERS
+    }
+    with bench.residency.lock:
+        for layer, ids in prompts.items():
+            call = LayerCall(bench.residency, bench.ahead, layer, ids, lambda *_: None, check_stop=no_stop)
+            try:
+                call.run()
+            finally:
+                call.release()
+    for layer, ids in prompts.items():
+        there = {slot.expert for slot in bench.residency.table if slot.layer == layer}
+        assert set(ids[-2:].flat) <= there, f"layer {layer}"
+    bench.residency.close()

@@ -79,12 +79,17 @@ def default_frontiers(prompt_tokens: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Seconds of a phase by what passed them."""
+    """Seconds of a phase by what passed them.
+
+    Attributes:
+        matrices_s: part of `dense_s` that our kernels took for dense matrices; the rest is llama.cpp's operations.
+    """
 
     dense_s: float
     compute_s: float
     wait_s: float
     other_s: float
+    matrices_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +157,7 @@ class Phase:
         """Everything, derived figures included."""
         split = self.split and {
             name: 1e3 * getattr(self.split, f"{name}_s") / self.n_tokens
-            for name in ("dense", "compute", "wait", "other")
+            for name in ("dense", "compute", "wait", "other", "matrices")
         }
         return {
             "kind": self.kind,
@@ -211,6 +216,7 @@ class Benchmark:
         skipped: what was skipped, and why.
         rss_start_bytes: after loading; compare with the last phase's to see growth.
         peak_rss_bytes: peak resident size of the process.
+        routing: uses of each layer's experts before the first phase; empty if nothing was counted.
     """
 
     phases: tuple[Phase, ...]
@@ -218,6 +224,7 @@ class Benchmark:
     rss_start_bytes: int
     peak_rss_bytes: int
     options: BenchOptions = field(default_factory=BenchOptions)
+    routing: tuple[np.ndarray[Any, np.dtype[np.float64]], ...] = field(default=(), repr=False)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -264,6 +271,7 @@ class _Run:
         rss_start = memory.resident_bytes()
         try:
             self._warm_up()
+            routing = self._routing()
             for frontier in options.frontiers:
                 if session.position < frontier:
                     if not self._affordable(frontier):
@@ -284,6 +292,7 @@ class _Run:
             rss_start_bytes=rss_start,
             peak_rss_bytes=peak_resident_bytes(),
             options=options,
+            routing=routing,
         )
 
     def _warm_up(self) -> None:
@@ -299,6 +308,12 @@ class _Run:
             self._session.feed([token])
         self._session.reset()
         self._wait_for_gpus()
+
+    def _routing(self) -> tuple[np.ndarray[Any, np.dtype[np.float64]], ...]:
+        known = self._engine.expert_map()
+        rows: Any = known["layers"] if known is not None else ()
+        counts = tuple(np.array(row["heat"], np.float64) for row in rows)
+        return counts if any(layer.any() for layer in counts) else ()
 
     def _wait_for_gpus(self) -> None:
         """Experts are copied to GPUs while the program is already answering; measure the state afterwards."""
@@ -329,6 +344,7 @@ class _Run:
         session = self._session
         tokens = self._tokens[session.position : frontier]
         steps = [0.0]
+        matrices = self._engine.dense_ns
         before, start = self._counters(), time.perf_counter()
 
         def batch_done(done: int, total: int) -> None:
@@ -339,12 +355,13 @@ class _Run:
         session.feed(tokens, progress=batch_done)
         _ = session.logits
         seconds = time.perf_counter() - start
-        self._add("prefill", context, len(tokens), seconds, np.diff(steps) * 1e3, before)
+        self._add("prefill", context, len(tokens), seconds, np.diff(steps) * 1e3, before, matrices)
 
     def _decode(self) -> None:
         session, n = self._session, self._options.new_tokens
         context = session.position
         step_ms = []
+        matrices = self._engine.dense_ns
         before = self._counters()
         for i in range(n):
             token = self._tokens[session.position]
@@ -353,7 +370,7 @@ class _Run:
             _ = session.logits
             step_ms.append(1e3 * (time.perf_counter() - start))
             self._progress(f"decode at {context}: {i + 1} of {n} tokens")
-        self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before)
+        self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before, matrices)
 
     def _counters(self) -> Counters:
         return {int(row["layer"]): dict(row) for row in self._engine.stats().get("layers", ())}
@@ -366,6 +383,7 @@ class _Run:
         seconds: float,
         step_ms: Sequence[float] | np.ndarray[Any, Any],
         before: Counters,
+        matrices_ns: int,
     ) -> None:
         layers = _difference(before, self._counters())
         total = {name: sum(row.get(name, 0) for row in layers) for name in {key for row in layers for key in row}}
@@ -376,7 +394,7 @@ class _Run:
                 n_tokens=n_tokens,
                 seconds=seconds,
                 step_ms=tuple(float(ms) for ms in step_ms),
-                split=_split(seconds, total) if layers else None,
+                split=_split(seconds, total, self._engine.dense_ns - matrices_ns) if layers else None,
                 hits=total.get("hits", 0),
                 misses=total.get("misses", 0),
                 bytes_read=total.get("bytes_read", 0),
@@ -398,10 +416,14 @@ def _difference(before: Counters, after: Counters) -> list[dict[str, int]]:
     ]
 
 
-def _split(seconds: float, total: Mapping[str, int]) -> Split:
+def _split(seconds: float, total: Mapping[str, int], matrices_ns: int) -> Split:
     ours, compute, wait = (total.get(name, 0) / 1e9 for name in ("total_ns", "compute_ns", "wait_ns"))
     return Split(
-        dense_s=max(0.0, seconds - ours), compute_s=compute, wait_s=wait, other_s=max(0.0, ours - compute - wait)
+        dense_s=max(0.0, seconds - ours),
+        compute_s=compute,
+        wait_s=wait,
+        other_s=max(0.0, ours - compute - wait),
+        matrices_s=matrices_ns / 1e9,
     )
 
 

@@ -27,7 +27,8 @@ from localrun.errors import DecodeError, UsageError
 from localrun.offload.device.device import Weight
 from localrun.offload.model import OffloadedModel
 from localrun.quant.model.source import ModelSource
-from localrun.quant.precision.importance import F32, F64, Importance, LayerImportance
+from localrun.quant.precision.dense import SAMPLE_ROWS
+from localrun.quant.precision.importance import F32, F64, DenseImportance, Importance, LayerImportance
 from localrun.quant.precision.samples import ActivationSamples, LayerSamples
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ class Calibration:
     Attributes:
         importance: sums over all tokens.
         samples: rows to measure output errors on.
+        dense: (G, R, n_in) rows that dense matrices were multiplied with, by name; of those that our device has.
     """
 
     importance: Importance
     samples: ActivationSamples
+    dense: Mapping[str, F32]
 
 
 def calibrate(
@@ -93,6 +96,7 @@ def calibrate(
     # All logits: otherwise llama.cpp computes the last layer for a window's last token only.
     with engine.session(all_logits=True) as session:
         loaded.pool.collect(sums)
+        loaded.dense.show(sums.dense.collect)
         try:
             for ids in windows:
                 sums.begin(len(ids))
@@ -103,9 +107,10 @@ def calibrate(
                 if progress is not None:
                     progress(sums.n_done, n_tokens)
         finally:
+            loaded.dense.show(None)
             loaded.pool.collect(None)
     importance = sums.importance((text.name,), window, text.digest)
-    return Calibration(importance, sums.samples())
+    return Calibration(importance, sums.samples(), sums.dense.samples())
 
 
 def _first_tokens(windows: list[list[int]], n: int) -> list[list[int]]:
@@ -143,6 +148,7 @@ class ExpertSums:
         self._selected: dict[int, npt.NDArray[np.bool_]] = {}
         self.n_done = 0
         self._n_batch = 0
+        self.dense = DenseSums(n_tokens)
 
     def begin(self, n_tokens: int) -> None:
         """A batch of so many tokens follows."""
@@ -212,12 +218,56 @@ class ExpertSums:
             for n in self._layers
         }
         return Importance(
-            layers, n_tokens=self.n_done, datasets=datasets, chunk_tokens=chunk_tokens, text_digest=digest
+            layers,
+            n_tokens=self.n_done,
+            datasets=datasets,
+            chunk_tokens=chunk_tokens,
+            text_digest=digest,
+            dense=self.dense.importance(),
         )
 
     def samples(self) -> ActivationSamples:
         """The sampled positions."""
         return ActivationSamples({n: LayerSamples(self._rows[n], self._chosen[n]) for n in self._layers})
+
+
+class DenseSums:
+    """Collects what dense matrices are multiplied with: sums of squares of all rows, and `SAMPLE_ROWS` rows spread over the text.
+
+    Args:
+        n_tokens: tokens that will be run in all.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        self._step = max(1, n_tokens // SAMPLE_ROWS)
+        self._sums: dict[str, F64] = {}
+        self._seen: dict[str, int] = {}
+        self._rows: dict[str, list[F32]] = {}
+
+    def collect(self, name: str, x: F32) -> None:
+        """Rows (G, T, n_in) of one call."""
+        _, n_rows, n_in = x.shape
+        sums = self._sums.setdefault(name, np.zeros(n_in))
+        for group in x:
+            sums += np.einsum("ij,ij->j", group, group)
+        seen = self._seen.get(name, 0)
+        rows = self._rows.setdefault(name, [])
+        for at in range(-seen % self._step, n_rows, self._step):
+            if len(rows) < SAMPLE_ROWS:
+                rows.append(x[:, at].copy())
+        self._seen[name] = seen + n_rows
+
+    def samples(self) -> dict[str, F32]:
+        """(G, R, n_in) of every matrix that was used."""
+        return {name: np.stack(rows, axis=1) for name, rows in self._rows.items()}
+
+    def importance(self) -> dict[str, DenseImportance]:
+        """Sums of every matrix that was used."""
+        return {
+            name: DenseImportance(sums.astype(np.float32), float(self._seen[name] * len(self._rows[name][0])))
+            for name, sums in self._sums.items()
+            if np.isfinite(sums).all()
+        }
 
 
 # --- router weights ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +17,19 @@ from gguf import GGMLQuantizationType
 from localrun.atomic import replacing
 from localrun.engine import memory
 from localrun.engine.engine import Engine
+from localrun.engine.measure import choose_dense
 from localrun.engine.measure.calibrate import calibrate
 from localrun.engine.measure.calibration_text import CalibrationText, default_text
+from localrun.engine.measure.choose_dense import DenseChoice
 from localrun.engine.options import EngineOptions
 from localrun.errors import FormatError, LocalrunError, StoreError, UsageError
+from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
+from localrun.quant.precision.dense import DenseErrors
 from localrun.quant.precision.error import ErrorTable, measure_errors
 from localrun.quant.precision.imatrix import read_imatrix, write_imatrix
-from localrun.quant.precision.importance import Importance
+from localrun.quant.precision.importance import F32, Importance
 from localrun.quant.precision.samples import ActivationSamples, drawn_samples
 from localrun.quant.precision.solver import (
     ExpertCosts,
@@ -56,6 +60,8 @@ class PrecisionRequest:
         imatrix: sums from a file instead of calibration.
         max_tokens: run only the first ones of the text; 0: all.
         reserve_bytes: part of a target's memory, for the context.
+        dense: the target decides about the dense matrices, too.
+        keep_experts: the target decides about nothing else: the experts stay as they are.
     """
 
     base: GGMLQuantizationType | None = None
@@ -65,15 +71,20 @@ class PrecisionRequest:
     imatrix: Path | None = None
     max_tokens: int = 0
     reserve_bytes: int = 0
+    dense: bool = False
+    keep_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionChoice:
-    """What was decided, and on which grounds; `errors` and `solution` are None if only importance was asked for."""
+    """What was decided, and on which grounds; `errors` and `solution` are None if only importance was asked for, `dense` and
+    `dense_errors` where nobody asked about dense matrices."""
 
     importance: Importance
     errors: ErrorTable | None = None
     solution: PrecisionSolution | None = None
+    dense: DenseChoice | None = None
+    dense_errors: DenseErrors | None = None
 
 
 def check_precision_request(source: ModelSource, request: PrecisionRequest) -> tuple[GGMLQuantizationType, ...]:
@@ -93,7 +104,7 @@ def check_precision_request(source: ModelSource, request: PrecisionRequest) -> t
         if not request.imatrix.exists():
             raise UsageError(f"{request.imatrix}: no such file")
         read_imatrix(request.imatrix, source.moe_layers)
-    if request.target is not None:
+    if request.target is not None and not request.keep_experts:
         kinds = target_types(source.moe_layers, request.target, [own])
         if not kinds:
             raise UsageError("no format fits this model's experts", hint="set --base")
@@ -116,7 +127,7 @@ def choose_precision(
         model: any source; preferably the official checkpoint.
         options: how to load it for calibration; context and batch are set here.
         work_folder: where results are saved and found; None: nowhere.
-        dense_bytes: of the dense model in the target.
+        dense_bytes: of the dense model in the target, where its types are not chosen.
 
     Raises:
         LocalrunError: any reason, with message and hint.
@@ -126,29 +137,46 @@ def choose_precision(
     kinds = check_precision_request(source, request)
     text = request.text or default_text()
     learned_from = text.digest if request.imatrix is None else read_imatrix(request.imatrix, source.moe_layers).digest
-    key = "\n".join([source.identity, learned_from, str(request.max_tokens), *(kind.name for kind in kinds)])
+    wanted = [*(kind.name for kind in kinds), *(["dense"] if request.dense else [])]
+    key = "\n".join([source.identity, learned_from, str(request.max_tokens), *wanted])
     kept = _kept(work_folder, key, source) if work_folder is not None else None
     if kept is not None:
-        importance, errors = kept
+        importance, errors, dense_errors = kept
     else:
-        importance, samples = _learn(model, source, request, text, options, tell)
+        importance, samples, rows = _learn(model, source, request, text, options, tell)
         if work_folder is not None:
             importance = _keep_importance(work_folder, importance, source)
-        errors = None
+        errors = dense_errors = None
+        n_threads = options.n_threads or memory.physical_cores()
         if kinds:
             errors = measure_errors(
                 source,
                 kinds,
                 importance,
                 samples,
-                n_threads=options.n_threads or memory.physical_cores(),
+                n_threads=n_threads,
                 progress=lambda done, total: tell("measuring formats", done, total),
             )
+        if request.dense:
+            dense_errors = choose_dense.measure(
+                Checkpoint.open(model),
+                rows,
+                importance,
+                n_threads=n_threads,
+                progress=lambda done, total: tell("measuring dense matrices", done, total),
+            )
         if work_folder is not None:
-            _keep(work_folder, key, importance, errors)
-    if errors is None:
+            _keep(work_folder, key, importance, errors, dense_errors)
+    costs = None
+    if errors is not None:
+        costs = ExpertCosts.build(source.moe_layers, kinds, importance.route_weights, errors.errors)
+    if dense_errors is not None and request.target is not None:
+        dense, together = choose_dense.choose_together(
+            source, dense_errors, request.target, costs, reserve_bytes=request.reserve_bytes
+        )
+        return PrecisionChoice(importance, errors, together, dense, dense_errors)
+    if costs is None:
         return PrecisionChoice(importance)
-    costs = ExpertCosts.build(source.moe_layers, kinds, importance.route_weights, errors.errors)
     if request.target is not None:
         solution = solve_target(costs, request.target, dense_bytes=dense_bytes, reserve_bytes=request.reserve_bytes)
     else:
@@ -163,10 +191,11 @@ def _learn(
     text: CalibrationText,
     options: EngineOptions,
     tell: Report,
-) -> tuple[Importance, ActivationSamples]:
+) -> tuple[Importance, ActivationSamples, Mapping[str, F32]]:
+    """Importance, rows of experts, and of dense matrices by name."""
     if request.imatrix is not None:
         importance = read_imatrix(request.imatrix, source.moe_layers)
-        return importance, drawn_samples(importance)
+        return importance, drawn_samples(importance), {}
     # 512 rows of logits of DeepSeek-V4 are 250 MiB; shorter windows would show the router less context.
     options = replace(options, n_ctx=512, n_batch=512)
     with Engine.open(model, options, lambda part, what: tell(what, round(1000 * part), 1000), learn=False) as engine:
@@ -176,7 +205,7 @@ def _learn(
             max_tokens=request.max_tokens,
             progress=lambda done, total: tell("calibrating", done, total),
         )
-    return result.importance, result.samples
+    return result.importance, result.samples, result.dense
 
 
 # --- kept results -----------------------------------------------------------------------------------------------------
@@ -193,15 +222,22 @@ def _keep_importance(folder: Path, importance: Importance, source: ModelSource) 
     return read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
 
 
-def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None) -> None:
+def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None, dense: DenseErrors | None) -> None:
     """Written last: certifies that the sums are complete, and holds the measurements made with them."""
     path = folder / TIERS_NAME
-    value = {"key": key, "importance": importance.digest, "errors": errors.to_json() if errors is not None else None}
+    value = {
+        "key": key,
+        "importance": importance.digest,
+        "errors": errors.to_json() if errors is not None else None,
+        "dense": dense.to_json() if dense is not None else None,
+    }
     with replacing(path) as file:
         file.write(json.dumps(value).encode())
 
 
-def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, ErrorTable | None] | None:
+def _kept(
+    folder: Path, key: str, source: ModelSource
+) -> tuple[Importance, ErrorTable | None, DenseErrors | None] | None:
     """What an earlier run kept; None if there is nothing that fits."""
     path = folder / TIERS_NAME
     try:
@@ -214,7 +250,10 @@ def _kept(folder: Path, key: str, source: ModelSource) -> tuple[Importance, Erro
         errors = ErrorTable.from_json(value["errors"]) if value.get("errors") is not None else None
         if errors is not None and set(errors.layers) != set(source.moe_layers):
             raise FormatError(f"{path}: errors of other layers")
-        return importance, errors
+        dense = DenseErrors.from_json(value["dense"]) if value.get("dense") is not None else None
+        if dense is not None and not dense.relative.keys() <= source.tensors.keys():
+            raise FormatError(f"{path}: errors of other matrices")
+        return importance, errors, dense
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LocalrunError) as error:

@@ -117,6 +117,52 @@ class Learned:
         return _use(self.hottest)
 
 
+class Seen:
+    """From the uses that a run has counted so far: the same experts at the same rates, through one LRU for all layers.
+
+    Tokens are taken to choose independently, so that LRU's hits follow from the rates alone (Che, Tung and Wang 2002): an
+    expert is in memory if one of the last t tokens used it, with t such that as many are as fit. Topics would add hits.
+
+    Args:
+        counts: uses of each layer's experts.
+        n_used: experts of a layer that a token uses.
+    """
+
+    def __init__(self, counts: Sequence[npt.NDArray[np.float64]], n_used: int) -> None:
+        chances = [expected_counts(layer) * (n_used / max(1.0, float(layer.sum()))) for layer in counts]
+        self._chances = np.minimum(np.sort(np.concatenate(chances))[::-1], 1.0)
+        shares = self._chances / max(float(self._chances.sum()), 1e-300)
+        self._static = np.concatenate([[0.0], shares.cumsum()])
+        self.source = f"the routing of this run, {round(float(sum(layer.sum() for layer in counts)))} uses"
+
+    def steady(self, share: float) -> float:
+        """See `HitRates`."""
+        chances, n_fit = self._chances, min(max(share, 0.0), 1.0) * self._chances.size
+        if n_fit >= np.count_nonzero(chances):
+            return 1.0
+        low, high = 0.0, 1.0
+        while (1 - (1 - chances) ** high).sum() < n_fit:
+            high *= 2
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (1 - (1 - chances) ** middle).sum() < n_fit else (low, middle)
+        # A layer's own visits lie a whole token apart: of t tokens, t - 1/2 on average have been there.
+        return float((chances * (1 - (1 - chances) ** max(0.0, high - 0.5))).sum() / chances.sum())
+
+    def unsteady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.steady(share)
+
+    def hottest(self, share: float) -> float:
+        """See `HitRates`; no profile is used, so any experts are on GPUs."""
+        return share
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """See `HitRates`."""
+        grid = np.linspace(0, 1, _GRID + 1) * self._chances.size
+        return _use_of(np.interp(grid, np.arange(self._static.size), self._static))
+
+
 def expected_counts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(n,) expected uses of a layer's experts, with the same sum.
 
@@ -192,7 +238,11 @@ def touched(rates: HitRates | None, share: float, n_tokens: int, n_used: int, n_
 
 def _use(hits: Callable[[float], float]) -> npt.NDArray[np.float64]:
     """Differences of a curve, in falling order: a curve that was put together from measurements need not bend one way only."""
-    return np.sort(np.diff([hits(at) for at in np.linspace(0, 1, _GRID + 1)]))[::-1]
+    return _use_of(np.array([hits(at) for at in np.linspace(0, 1, _GRID + 1)]))
+
+
+def _use_of(hits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.sort(np.diff(hits))[::-1]
 
 
 MIN_PROFILE_TOKENS = 100

@@ -7,11 +7,15 @@ made from sizes (`sizes.py`), a machine (`hardware.py`), places (`placement.py`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
 
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.hardware import Hardware
-from localrun.engine.planner.hit_rates import HitRates, Unlearned, hit_rates
+from localrun.engine.planner.hit_rates import HitRates, Seen, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plain import predict_plain
 from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, residency
@@ -53,6 +57,12 @@ def plan_load(
         rates=rates if learned else Unlearned(rates),
         gpu=gpu or GpuShare(),
     )
+
+
+def with_routing(plan: Plan, counts: Sequence[npt.NDArray[np.float64]]) -> Plan:
+    """A load's plan, knowing how often its run has used each expert, by layer: hits from that. Predictions are made anew when asked
+    for (`decode_at`, `prefill_of`)."""
+    return replace(plan, rates=Seen(counts, plan.sizes.shape.n_used)) if counts and plan.decode is not None else plan
 
 
 def make_plan(

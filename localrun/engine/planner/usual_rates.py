@@ -1,7 +1,7 @@
-"""Typical rates of this machine over recent starts, so a busy moment at a start does not distort the plan.
+"""Rates of this machine when nothing else runs, over recent starts, so busy moments do not distort the plan.
 
 Other programs can only lower a measured rate, and a busy day may have many starts. So the best measurements of a week are kept
-rather than the latest, and the plan uses their median, to ignore lucky outliers.
+rather than the latest, and the plan uses the second best, to ignore a lucky outlier.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from localrun.atomic import replacing
 from localrun.errors import StoreError
 from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
-KEPT = 8
+KEPT = 3
 MAX_AGE_S = 7 * 86400.0
 """A machine that has become slower for good is planned so after a week."""
 _VERSION = 1
 
 
 def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> dict[str, float]:
-    """Stores rates and returns the typical ones, by name; does without the file if it can't be read or written.
+    """Stores rates and returns the undisturbed ones, by name; does without the file if it can't be read or written.
 
     Args:
         measured: rates, higher is better. The name includes everything they depend on.
@@ -40,7 +38,7 @@ def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> d
     for name, rate in measured.items():
         fresh = [entry for entry in known.get(name, []) if 0 <= now - entry[0] < MAX_AGE_S and 0 < entry[1] < 1e18]
         known[name] = sorted([*fresh, (now, rate)], key=lambda entry: -entry[1])[:KEPT]
-        result[name] = float(np.median([entry[1] for entry in known[name]]))
+        result[name] = known[name][min(1, len(known[name]) - 1)][1]
     _write(path, known)
     return result
 

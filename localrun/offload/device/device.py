@@ -86,6 +86,10 @@ class Owner(Protocol):
         ...
 
 
+Multiply = Callable[[View, View], None]
+"""out[:, t, g] = W[g] @ x[:, t, g] with one dense matrix."""
+
+
 class ExpertDevice:
     """The process-wide device. Use `expert_device()`; attributes are for this package only.
 
@@ -105,6 +109,9 @@ class ExpertDevice:
         self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
         self._activations_type: int | None = None
         self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
+        self._shown: dict[
+            int, Multiply
+        ] = {}  # record address -> who multiplies with that matrix in place of compiled code
         python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
         self._keep.append(python)
         self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0, self.weights_buffer_type)
@@ -129,6 +136,13 @@ class ExpertDevice:
         """Contexts that are made from now on have our activations in memory that this device copies from and to without waiting;
         None: in plain memory, as where the device has none."""
         self._activations_type = self._lib.ggml_backend_dev_host_buffer_type(gpu) if gpu else None
+
+    def show(self, record: int, multiply: Multiply | None) -> None:
+        """Calls `multiply` for the matrix of that record, which compiled code must not know (None: no more)."""
+        if multiply is None:
+            self._shown.pop(record, None)
+        else:
+            self._shown[record] = multiply
 
     @property
     def n_buffers(self) -> int:
@@ -271,6 +285,10 @@ class ExpertDevice:
             addresses = [self._lib.ggml_graph_node(graph, index + i) for i in range(n_nodes)]
             nodes = [Tensor.from_address(address) for address in addresses]
             owner = self._owner_of(nodes[0])
+            if nodes[0].op == ggml.OP_MUL_MAT and (multiply := self._multiply(nodes[0])) is not None:
+                owner.check_stop()
+                multiply(view(Tensor.from_address(nodes[0].src[1])), view(nodes[0]))
+                return 1
             return _compute(owner, addresses, nodes, index, self.process)
         except StoppedError as error:
             if owner is not None:
@@ -282,6 +300,10 @@ class ExpertDevice:
             else:
                 owner.failed(error)
             return native.FAILED_ANSWER
+
+    def _multiply(self, node: Tensor) -> Multiply | None:
+        extra = Tensor.from_address(node.src[0]).extra
+        return self._shown.get(extra) if extra else None
 
     def _owner_of(self, node: Tensor) -> Owner:
         weight = node.src[0]

@@ -54,3 +54,17 @@ def ids_at(place: View) -> I32:
     k_used, n_tokens, _ = place.ne
     memory: Any = (C.c_char * ((n_tokens - 1) * place.nb[1] + k_used * 4)).from_address(place.address)
     return np.ndarray((n_tokens, k_used), np.int32, memory, 0, (place.nb[1], 4))
+
+
+def matrices_at(place: View) -> F32:
+    """(ne2, ne1, ne0) view of F32 memory, any strides but the innermost.
+
+    Raises:
+        DecodeError: values of a row that are not adjacent.
+    """
+    ne0, ne1, ne2 = place.ne
+    nb0, nb1, nb2 = place.nb
+    if nb0 != 4:
+        raise DecodeError(f"unexpected strides {place.nb} of a tensor of shape {place.ne}")
+    memory: Any = (C.c_char * ((ne2 - 1) * nb2 + (ne1 - 1) * nb1 + ne0 * 4)).from_address(place.address)
+    return np.ndarray((ne2, ne1, ne0), np.float32, memory, 0, (nb2, nb1, nb0))

@@ -25,6 +25,7 @@ from localrun.quant.gguf.file import GgufFile, read_gguf
 from localrun.quant.gguf.source import GgufSource, listed_files, read_overlay
 from localrun.quant.model.manifest import MANIFEST_NAME, KeptExperts, Manifest, read_manifest
 from localrun.quant.model.source import Projection, TensorInfo
+from localrun.quant.precision.dense_solver import DENSE_TYPES_OPTION, types_from_text
 
 
 class KeptSource(GgufSource):
@@ -67,7 +68,8 @@ class KeptSource(GgufSource):
         if len(paths) != 1:
             raise FormatError(f"{manifest_path}: a dense part of {len(paths)} files", hint="update localrun")
         dense = _dense_type(manifest_path, manifest)
-        checkpoint = _open_checkpoint(path, manifest.kept, dense)
+        dense_types = types_from_text(manifest.options.get(DENSE_TYPES_OPTION), str(manifest_path))
+        checkpoint = _open_checkpoint(path, manifest.kept, dense, dense_types)
         return cls(path, read_gguf(paths[0]), manifest, checkpoint, overlay, unchecked=unchecked)
 
     @property
@@ -113,7 +115,12 @@ def _dense_type(manifest_path: Path, manifest: Manifest) -> GGMLQuantizationType
     return DENSE_TYPES[str(name)]
 
 
-def _open_checkpoint(folder: Path, kept: KeptExperts, dense: GGMLQuantizationType) -> CheckpointSource:
+def _open_checkpoint(
+    folder: Path,
+    kept: KeptExperts,
+    dense: GGMLQuantizationType,
+    dense_types: Mapping[str, GGMLQuantizationType],
+) -> CheckpointSource:
     """The checkpoint that has the experts, checked to be the same."""
     path = Path(kept.path)
     moved = f"if it was moved: localrun convert NEW_PATH {folder} --keep-experts"
@@ -128,7 +135,7 @@ def _open_checkpoint(folder: Path, kept: KeptExperts, dense: GGMLQuantizationTyp
                 f"{file}: {now} bytes, it had {size} when {folder} was made from it",
                 hint=f"restore the original file; {moved}",
             )
-    checkpoint = CheckpointSource.open(path, dense=dense)
+    checkpoint = CheckpointSource.open(path, dense=dense, dense_types=dense_types)
     if checkpoint.plan.checkpoint.identity != kept.identity:
         raise FormatError(
             f"{path}: not the checkpoint {folder} was made from",

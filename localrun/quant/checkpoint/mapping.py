@@ -11,7 +11,7 @@ so O_DIRECT can read it directly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +81,10 @@ class ImportanceLookup(Protocol):
         """Weights `(n_in,)`, finite and not negative, of projection 0 gate, 1 up, 2 down; None: nothing is known."""
         ...
 
+    def dense_weights(self, name: str) -> npt.NDArray[np.float32] | None:
+        """The same of a dense matrix by its GGUF name."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
@@ -89,14 +93,16 @@ class ConversionOptions:
     Attributes:
         dense: type of FP8 attention and shared-expert matrices; BF16 and F32 tensors are unchanged.
         base: type of all experts; None: MXFP4 for FP4, Q8_0 for FP8, otherwise unchanged.
-        importance: of the experts' input channels, for types that round; None: uniform.
+        importance: of the input channels, for types that round; None: uniform.
         keep_experts: the file holds only the dense part; experts stay in the checkpoint, unchanged.
+        dense_types: types of single dense matrices by GGUF name, whatever `dense` says; also of BF16 and F32 ones.
     """
 
     dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0
     base: GGMLQuantizationType | None = None
     importance: ImportanceLookup | None = None
     keep_experts: bool = False
+    dense_types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +168,11 @@ class Part:
 
     def importance(self, lookup: ImportanceLookup | None) -> npt.NDArray[np.float32] | None:
         """The columns' importance, if known."""
-        return None if lookup is None or self.expert is None else lookup.weights(*self.expert)
+        if lookup is None:
+            return None
+        if self.expert is None:
+            return lookup.dense_weights(self.source.spec.gguf or "")
+        return lookup.weights(*self.expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +284,8 @@ def target_type(spec: TensorSpec, dtype: str, options: ConversionOptions) -> GGM
         return _T.I32
     if spec.role is Role.EXPERT:
         target = options.base if options.base is not None else _DEFAULT_BASE[dtype]
+    elif spec.gguf in options.dense_types:
+        target = options.dense_types[spec.gguf or ""]
     elif dtype == "F8_E4M3":
         # Rows that the type's blocks do not divide get the next better one: Q8_0 in blocks of 32, or exact BF16.
         target = next(kind for kind in (options.dense, _T.Q8_0, _T.BF16) if _fits(spec, kind))

@@ -42,12 +42,19 @@ class CheckpointSource:
         self._checkpoint = plan.checkpoint
 
     @classmethod
-    def open(cls, path: Path, *, dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> CheckpointSource:
+    def open(
+        cls,
+        path: Path,
+        *,
+        dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
+        dense_types: Mapping[str, GGMLQuantizationType] | None = None,
+    ) -> CheckpointSource:
         """Opens and checks a checkpoint directory.
 
         Args:
             path: the directory.
             dense: type that FP8 dense matrices are presented in; experts stored in FP8 are Q8_0, or BF16 where `dense` is exact.
+            dense_types: of single matrices, see `ConversionOptions`.
 
         Raises:
             FormatError: damaged or inconsistent files.
@@ -55,7 +62,8 @@ class CheckpointSource:
         """
         checkpoint = Checkpoint.open(path)
         fp8_experts = any(tensor.spec.expert == 0 and tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors)
-        return cls(make_plan(checkpoint, ConversionOptions(dense, _fp8_experts(dense) if fp8_experts else None)))
+        base = _fp8_experts(dense) if fp8_experts else None
+        return cls(make_plan(checkpoint, ConversionOptions(dense, base, dense_types=dense_types or {})))
 
     @property
     def dense(self) -> GGMLQuantizationType:

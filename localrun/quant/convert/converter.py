@@ -32,6 +32,7 @@ from localrun.quant.convert.journal import Journal, PartResult
 from localrun.quant.convert.report import build_manifest
 from localrun.quant.formats.transcode import Loss
 from localrun.quant.model.manifest import MANIFEST_NAME, write_manifest
+from localrun.quant.precision.dense_solver import DENSE_TYPES_OPTION, types_as_text
 from localrun.units import format_size
 
 MODEL_NAME = "model.gguf"
@@ -278,6 +279,8 @@ def described_options(plan: ConversionPlan) -> dict[str, str]:
     """The user's choices by option name, as the manifest has them and as an unfinished run is compared by."""
     base, importance = plan.options.base, plan.options.importance
     options = {"dense": plan.options.dense.name.lower(), "base": "default" if base is None else base.name.lower()}
+    if plan.options.dense_types:
+        options[DENSE_TYPES_OPTION] = types_as_text(plan.options.dense_types)
     if plan.options.keep_experts:
         options["keep-experts"] = "given"
     return options if importance is None else options | {"imatrix": importance.digest}

@@ -39,6 +39,7 @@ from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import Manifest, ModelFile, checksum
 from localrun.quant.model.source import PROJECTIONS
 from localrun.quant.precision.copies import BetterCopies
+from localrun.quant.precision.dense_solver import DENSE_TYPES_OPTION, types_from_text
 
 
 def check_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -120,9 +121,9 @@ def _base_plan(manifest: Manifest, checkpoint: Checkpoint, importance: Importanc
     if dense not in DENSE_TYPES or not (base == "default" or base in BASE_TYPES):
         raise FormatError(f"the manifest's options {dense!r}, {base!r} are unknown", hint="convert again")
     kept = manifest.kept is not None
-    return make_plan(
-        checkpoint, ConversionOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance, kept)
-    )
+    single = types_from_text(manifest.options.get(DENSE_TYPES_OPTION), "the manifest")
+    options = ConversionOptions(DENSE_TYPES[str(dense)], BASE_TYPES.get(str(base)), importance, kept, single)
+    return make_plan(checkpoint, options)
 
 
 def _write_header(path: Path, header: bytes, size: int) -> None:

@@ -9,7 +9,7 @@ llama.cpp ignores.
 calls; then i32 chunks, i32 length, name of the text. It has no counts per expert: all experts then count equally, and a value
 of 1 in all channels marks an expert without data.
 
-Entries of other tensors (dense ones) are ignored: dense matrices keep 8 bits or more here.
+Entries of dense matrices are read from the GGUF form, which has them as (n_in, 1) and (1, 1), and ignored in the older one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from localrun.errors import FormatError, StoreError
 from localrun.quant.gguf.file import GgufFile, GgufTensor, build_header, read_gguf
 from localrun.quant.gguf.value import GgufValue
 from localrun.quant.model.source import PROJECTIONS, MoeLayer, TensorInfo
-from localrun.quant.precision.importance import F32, F64, Importance, LayerImportance
+from localrun.quant.precision.importance import F32, F64, DenseImportance, Importance, LayerImportance
 
 _ALIGNMENT = 32
 _MAX_DAT_BYTES = 64 << 30
 _HINT = "the file is damaged or not an importance matrix: recreate it, or leave out --imatrix to calibrate"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
 _DIGEST_KEY, _TOKENS_KEY = "localrun.calibration.digest", "localrun.calibration.tokens"
 
 
@@ -79,6 +80,9 @@ def _tensors(importance: Importance) -> Iterator[tuple[str, npt.NDArray[np.float
             yield f"{_name(number, projection)}.counts", layer.counts[:, None]
         if layer.route_power is not None:
             yield _route_name(number), layer.route_power[None, :]
+    for name, matrix in importance.dense.items():
+        yield name + _SUMS, matrix.sums[None, :]
+        yield name + _COUNTS, np.full((1, 1), matrix.count)
 
 
 def _info(name: str, array: npt.NDArray[np.floating]) -> TensorInfo:
@@ -127,6 +131,7 @@ def _read_gguf(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
             _route_power(path, header, number, moe.n_experts),
         )
     _refuse_others(path, header.tensors, moe_layers)
+    dense = dict(_dense(path, header))
     datasets = header.metadata.get("imatrix.datasets")
     digest = header.metadata.get(_DIGEST_KEY)
     return Importance(
@@ -135,7 +140,20 @@ def _read_gguf(path: Path, moe_layers: Mapping[int, MoeLayer]) -> Importance:
         datasets=tuple(datasets.value) if datasets is not None and isinstance(datasets.value, list) else (),
         chunk_tokens=max(1, _integer(header, "imatrix.chunk_size", 512)),
         text_digest=str(digest.value) if digest is not None else "",
+        dense=dense,
     )
+
+
+def _dense(path: Path, header: GgufFile) -> Iterator[tuple[str, DenseImportance]]:
+    """Matrices of which there is one sum per channel; llama.cpp's files have a count in calls of rows."""
+    for name, tensor in header.tensors.items():
+        weight = name.removesuffix(_SUMS)
+        n_in = tensor.info.shape[0]
+        if not name.endswith(_SUMS) or "_exps." in name or tensor.info.n_bytes != 4 * n_in:
+            continue
+        counts = _checked(path, weight + _COUNTS, _array(path, _tensor(path, header, weight + _COUNTS)))
+        sums = np.array(_checked(path, name, _array(path, _tensor(path, header, name))), np.float32)
+        yield weight, DenseImportance(sums, float(counts.sum()))
 
 
 def _integer(header: GgufFile, key: str, default: int) -> int:

@@ -50,6 +50,19 @@ class LayerImportance:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseImportance:
+    """Sums over the rows that one dense matrix was multiplied with.
+
+    Attributes:
+        sums: (n_in,) sums of squares.
+        count: rows; a matrix of several groups has one of each per token.
+    """
+
+    sums: F32
+    count: float
+
+
+@dataclass(frozen=True, slots=True)
 class ImportanceSummary:
     """Summary of a calibration for reports.
 
@@ -79,6 +92,7 @@ class Importance:
         datasets: names of the texts.
         chunk_tokens: tokens per window.
         text_digest: of the calibration text; empty if unknown.
+        dense: of dense matrices, by GGUF name; those that are missing have no importance.
     """
 
     def __init__(
@@ -89,8 +103,10 @@ class Importance:
         datasets: tuple[str, ...] = (),
         chunk_tokens: int = 512,
         text_digest: str = "",
+        dense: Mapping[str, DenseImportance] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
+        self.dense = dict(sorted((dense or {}).items()))
         self.n_tokens = n_tokens
         self.datasets = datasets
         self.chunk_tokens = chunk_tokens
@@ -108,6 +124,9 @@ class Importance:
             for array in (layer.x, layer.activated):
                 for row in array:
                     state.update(row.tobytes())
+        for name, matrix in self.dense.items():
+            state.update(f"{name} {matrix.count}\n".encode())
+            state.update(matrix.sums.tobytes())
         return state.hexdigest()
 
     def weights(self, layer: int, expert: int, projection: int) -> F32 | None:
@@ -118,6 +137,15 @@ class Importance:
             return None
         own = (sums.activated if projection == 2 else sums.x)[expert]
         mean = (own + np.float32(PRIOR_ROWS) * average) / np.float32(sums.counts[expert] + PRIOR_ROWS)
+        result: F32 = np.maximum(mean, np.float32(_LEAST_WEIGHT) * mean.mean())
+        return result
+
+    def dense_weights(self, name: str) -> F32 | None:
+        """Mean squares (n_in,) of a dense matrix's input channels; None where nothing is known."""
+        matrix = self.dense.get(name)
+        if matrix is None or not matrix.sums.any():
+            return None
+        mean = matrix.sums / np.float32(max(1.0, matrix.count))
         result: F32 = np.maximum(mean, np.float32(_LEAST_WEIGHT) * mean.mean())
         return result
 

@@ -6,13 +6,17 @@ Formats the available results (importance, errors per format, the solver's choic
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from localrun.atomic import replacing
 from localrun.quant.precision.copies import BetterCopies
+from localrun.quant.precision.dense import TYPES, DenseErrors, kind_of
 from localrun.quant.precision.error import ErrorTable
 from localrun.quant.precision.importance import PRIOR_ROWS, RARE_ROWS, ImportanceSummary
 from localrun.quant.precision.pictures import curve_picture, heat_map
@@ -53,6 +57,8 @@ class PrecisionReport:
         options: the user's options, as text.
         evaluations: the finished model first, then formats to compare with.
         text: name of the held-out text.
+        dense: what was chosen for the dense matrices, in words.
+        dense_types, dense_errors: the choice, and what was measured, by matrix.
     """
 
     model: str
@@ -63,6 +69,9 @@ class PrecisionReport:
     solution: PrecisionSolution | None = None
     evaluations: Sequence[Evaluation] = ()
     text: str = ""
+    dense: Sequence[str] = ()
+    dense_types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    dense_errors: DenseErrors | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for `report.json`."""
@@ -78,6 +87,11 @@ class PrecisionReport:
             value["errors"] = self.errors.to_json()
         if self.solution is not None:
             value["tiers"] = _solution_json(self.solution)
+        if self.dense_types and self.dense_errors is not None:
+            value["dense"] = {
+                "types": {name: kind.name.lower() for name, kind in sorted(self.dense_types.items())},
+                "errors": self.dense_errors.to_json(),
+            }
         if self.evaluations:
             value["evaluation"] = {"text": self.text, "models": [asdict(row) for row in self.evaluations]}
         return value
@@ -88,7 +102,14 @@ class PrecisionReport:
         lines += [f"* {_cell(name)}: {_cell(value)}" for name, value in self.options.items()]
         lines += ["", "## Sizes", "", "| part | size |", "|---|---|"]
         lines += [f"| {_cell(name)} | {format_size(n)} |" for name, n in self.sizes.items()]
-        for part in (_importance(self.importance), _tiers(self.solution), _errors(self.errors), _evaluation(self)):
+        parts = (
+            _importance(self.importance),
+            _tiers(self.solution),
+            _dense(self),
+            _errors(self.errors),
+            _evaluation(self),
+        )
+        for part in parts:
             if part:
                 lines += ["", *part]
         return "\n".join(lines) + "\n"
@@ -197,6 +218,38 @@ def _tiers(solution: PrecisionSolution | None) -> list[str]:
             f"| {layer} | {', '.join(f'{len(experts)} {kind.name.lower()}' for kind, experts in by_type.items())} |"
             for layer, by_type in solution.plan.experts_by_type().items()
         ),
+    ]
+
+
+def _dense(report: PrecisionReport) -> list[str]:
+    """By kind of matrix: its types over the layers, and the mean error of each type."""
+    errors = report.dense_errors
+    if not report.dense_types or errors is None:
+        return []
+    by_kind: dict[str, list[str]] = {}
+    for name in report.dense_types:
+        by_kind.setdefault(kind_of(name) or name, []).append(name)
+    rows = []
+    for kind, names in by_kind.items():
+        counts = Counter(report.dense_types[name] for name in names)
+        chosen = ", ".join(f"{counts[t]} {t.name.lower()}" for t in TYPES if counts[t])
+        means = [
+            f"{sum(errors.relative[n][t] for n in names) / len(names):.1e}"
+            if all(t in errors.relative[n] for n in names)
+            else "-"
+            for t in TYPES[:-1]
+        ]
+        rows.append(f"| {kind} | {chosen} | {' | '.join(means)} |")
+    return [
+        "## Precision of the dense matrices",
+        "",
+        *report.dense,
+        "",
+        "Squared error of a matrix's output relative to its power, mean over layers:",
+        "",
+        f"| matrices | chosen | {' | '.join(kind.name.lower() for kind in TYPES[:-1])} |",
+        f"|---|---|{'---:|' * (len(TYPES) - 1)}",
+        *rows,
     ]
 
 

@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,25 +26,27 @@ from localrun.commands import plan as plan_command
 from localrun.engine.engine import Engine
 from localrun.engine.facts import Timings
 from localrun.engine.llama import Context
-from localrun.engine.measure.benchmark import Benchmark, Phase
+from localrun.engine.measure.benchmark import Benchmark, Phase, Split
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner import boxes, hardware, sizes
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, Gpu, Hardware
-from localrun.engine.planner.hit_rates import Curve, Learned, touched
+from localrun.engine.planner.hit_rates import Curve, Learned, Seen, touched
 from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Residency, experts_on, predict_decode
-from localrun.engine.planner.usual_rates import KEPT, usual_rates
+from localrun.engine.planner.token_time import TokenTime
+from localrun.engine.planner.usual_rates import KEPT, MAX_AGE_S, usual_rates
 from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.offload.cache.profile import RoutingProfile
 from localrun.offload.kernels import FfnSpec
 from localrun.offload.kernels.probe import probe_cpu
-from localrun.offload.kernels.rates import CpuRates, ExpertRates
+from localrun.offload.kernels.rates import MEMORY_SHARE, CpuRates, ExpertRates
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
+from localrun.quant.precision.solver import Target
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 from tests.rpc_server import rpc_server
 from tools.synthetic_config import FLASH, PRO
@@ -331,6 +334,31 @@ def test_a_hundred_tokens_tell_an_uneven_model_from_chance() -> None:
     assert expected == pytest.approx(real, abs=0.15)
 
 
+def test_hits_follow_from_the_routing_that_a_run_has_seen() -> None:
+    rng = np.random.default_rng(4)
+    shares = [rng.dirichlet(np.full(64, 0.5)) for _ in range(4)]
+
+    def tokens(n: int) -> list[list[tuple[int, int]]]:
+        return [[(i, int(e)) for i, p in enumerate(shares) for e in rng.choice(64, 6, False, p)] for _ in range(n)]
+
+    counts = [np.zeros(64) for _ in shares]
+    for layer, expert in (pair for token in tokens(200) for pair in token):
+        counts[layer][expert] += 1
+    rates = Seen(counts, 6)
+    for share in (0.15, 0.4, 0.7):
+        lru: OrderedDict[tuple[int, int], None] = OrderedDict()
+        hits = []
+        for pair in (pair for token in tokens(600) for pair in token):
+            hits.append(pair in lru)
+            lru[pair] = None
+            lru.move_to_end(pair)
+            if len(lru) > share * 256:
+                lru.popitem(last=False)
+        assert rates.steady(share) == pytest.approx(np.mean(hits[3000:]), abs=0.05)
+    assert rates.steady(1.0) == 1
+    assert rates.use().sum() == pytest.approx(1)
+
+
 def test_a_short_profile_promises_nothing_for_changing_topics() -> None:
     profile = RoutingProfile("x", {0: 256})
     experts = np.arange(6, dtype=np.int32)
@@ -423,9 +451,14 @@ def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
     for _ in range(3):
         assert usual_rates({"memory": 20e9, "dense": 10e9}, path=path) == {"memory": 20e9, "dense": 10e9}
     assert usual_rates({"memory": 5e9}, path=path) == {"memory": 20e9}
-    for _ in range(KEPT):
+    for _ in range(3 * KEPT):
         slower = usual_rates({"memory": 5e9}, path=path)
-    assert slower == {"memory": 5e9}, "what is always so is no moment"
+    assert slower == {"memory": 20e9}, "a busy day has many starts"
+    assert usual_rates({"memory": 90e9}, path=path) == {"memory": 20e9}, "one that was lucky decides nothing"
+    known = json.loads(path.read_text())
+    known["rates"]["memory"] = [[when - MAX_AGE_S, rate] for when, rate in known["rates"]["memory"]]
+    path.write_text(json.dumps(known))
+    assert usual_rates({"memory": 5e9}, path=path) == {"memory": 5e9}, "what is so for a week is no moment"
     path.write_text('{"version": 1, "rates": {"memory": "many"}}')
     assert usual_rates({"memory": 5e9}, path=path) == {"memory": 5e9}
 
@@ -564,10 +597,18 @@ def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     expected = plan.decode_at(100).likely.tokens_per_s
     phase = Phase(kind="decode", context=100, n_tokens=10, seconds=30 / expected, step_ms=(1.0,) * 10, split=None)
     result = Benchmark(phases=(phase,), skipped=(), rss_start_bytes=0, peak_rss_bytes=0)
-    (line,) = bench_report.prediction_lines(result, plan)
+    line, source = bench_report.prediction_lines(result, plan)
+    assert source == "predicted with published curve"
     assert "200% too fast" in line
     assert "outside the range" in line
     assert bench_report.prediction_lines(result, None) == []
+    split = Split(dense_s=4.0, compute_s=2.0, wait_s=1.0, other_s=0.5, matrices_s=3.0)
+    _, terms, _ = bench_report.prediction_lines(replace(result, phases=(replace(phase, split=split),)), plan)
+    parts = plan.decode_at(100).likely.parts
+    assert f"dense matrices {1e3 * parts['dense model in RAM']:.1f} / 300.0" in terms
+    assert f"small operations {1e3 * parts['layers']:.1f} / 150.0" in terms
+    assert f"experts {1e3 * parts['experts in RAM']:.1f} / 200.0" in terms
+    assert f"waiting {1e3 * parts['drive']:.1f} / 100.0" in terms
     timings = Timings(new_tokens=10, decode_s=1.0)
     assert "(planned: " in common.speed(timings, plan.to_json())
     assert "planned" not in common.speed(timings, {})
@@ -590,3 +631,23 @@ def test_suggestions_leave_alone_what_the_user_set(flash: ModelSizes) -> None:
     assert any(s.text == "--batch 2048" for s in free.suggestions)
     left = {s.text for s in free.suggestions if not s.text.startswith(("--kv", "--batch"))}
     assert {s.text for s in set_by_the_user.suggestions} == left
+
+
+def test_a_byte_that_every_token_reads_costs_what_the_box_makes_of_it(flash: ModelSizes) -> None:
+    """All of its time where a token waits for RAM, none where it waits for the drive anyhow."""
+
+    def gain(ram_gib: int, expert_bytes: int) -> float:
+        time = TokenTime(flash.shape, Target(ram_bytes=ram_gib * GIB))
+        large, small = (
+            time.seconds(dense_bytes=9 * GIB, dense_token_bytes=n, expert_bytes=expert_bytes)
+            for n in (9 * GIB, 5 * GIB)
+        )
+        return large / small - 1
+
+    assert gain(160, 140 * GIB) > 0.2
+    assert gain(16, 140 * GIB) == pytest.approx(0, abs=1e-9), "the drive hides all of it"
+    time = TokenTime(flash.shape, Target(ram_bytes=160 * GIB))
+    seconds = [time.seconds(dense_bytes=9 * GIB, dense_token_bytes=n * GIB, expert_bytes=140 * GIB) for n in (8, 4)]
+    assert seconds[0] - seconds[1] == pytest.approx(4 * GIB / (MEMORY_SHARE * hardware.ASSUMED_MEMORY_BYTES_PER_S))
+    gpu = TokenTime(flash.shape, Target(ram_bytes=64 * GIB, vram_bytes=24 * GIB))
+    assert gpu.seconds(dense_bytes=9 * GIB, dense_token_bytes=8 * GIB, expert_bytes=70 * GIB) < seconds[0]

@@ -41,6 +41,9 @@ class Importance:
         rng = np.random.default_rng([self._seed, layer, expert, projection])
         return None if expert == 3 else rng.lognormal(0, 1.5, 256).astype(np.float32)
 
+    def dense_weights(self, name: str) -> npt.NDArray[np.float32] | None:
+        return None
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

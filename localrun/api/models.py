@@ -125,6 +125,8 @@ def _refusal(text: str, settings: config.Settings, command: str) -> UsageError:
         return UsageError(
             f"there is no model '{text}'", hint=f"to ask it as a question: localrun run -p {shlex.quote(text)}"
         )
+    if command == "plan" and (kinds := difflib.get_close_matches(text, _RELEASES, 1, 0.75)):
+        return UsageError(f"{text}: no such model", hint=f"did you mean: localrun plan {kinds[0]}")
     if near := _near(text, settings):
         return UsageError(f"{text}: no such model", hint=f"did you mean: localrun {command} {shlex.quote(near)}")
     release = next((name for name, form in _RELEASES.items() if form.fullmatch(text.split("/")[-1])), None)
@@ -134,6 +136,10 @@ def _refusal(text: str, settings: config.Settings, command: str) -> UsageError:
             return UsageError(f"{text}: no such file or directory", hint=f"did you mean: {plan}")
         return UsageError(
             f"there is no model {text} here", hint=f"{plan} shows what it needs; then download it and pass its folder"
+        )
+    if _REPOSITORY.fullmatch(text) and release is not None and command == "plan":
+        return UsageError(
+            f"{text} is not on this machine", hint=f"nothing has to be downloaded for: localrun plan {release}"
         )
     if _REPOSITORY.fullmatch(text):
         folder = f"~/models/{text.split('/')[1]}"

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         options = engine_options(settings)
         if args.prompt is None and args.model is not None and models.is_text(args.model, settings):
             _take_as_question(args, settings, out)
+        if args.prompt is None and not args.file:
+            common.named_path(args, settings)  # a model that isn't here is worse than a missing question
         command = generate_command(_messages(args), settings, tools=_tools(args.tools))
         named = common.named_path(args, settings)
         out.check_open()

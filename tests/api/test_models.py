@@ -53,6 +53,8 @@ def test_a_downloaded_repository_is_found_in_the_cache_of_hugging_face(tmp_path:
         ("What is a fox?", "chat", "to ask it as a question: localrun run -p 'What is a fox?'"),
         ("deepseek-v4-flash", "plan", "did you mean: localrun plan flash"),
         ("DeepSeek-V4-Pro", "plan", "did you mean: localrun plan pro"),
+        ("flsh", "plan", "did you mean: localrun plan flash"),
+        ("deepseek-ai/DeepSeek-V4-Pro", "plan", "nothing has to be downloaded for: localrun plan pro"),
         ("v4flash", "chat", "localrun plan flash shows what it needs"),
         ("deepseek-ai/DeepSeek-V4-Flash", "chat", "hf download deepseek-ai/DeepSeek-V4-Flash --local-dir ~/models/"),
         ("someone/other-model", "plan", "then: localrun plan ~/models/other-model"),

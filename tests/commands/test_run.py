@@ -144,3 +144,11 @@ def test_a_full_disk_and_a_closed_output_are_one_line_each(model: str) -> None:
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error: standard output is closed"
+
+
+def test_a_repository_that_is_not_here_is_told_before_a_missing_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(["run", "someone/other-model"]) == 2
+    assert "hf download someone/other-model" in capsys.readouterr().err

@@ -195,7 +195,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FormatError, CheckpointError, UnsupportedModelError: see `Checkpoint.open`.
     """
     if not path.exists():
-        raise UsageError(f"{path}: no such directory")
+        raise UsageError(
+            f"{path}: no such directory",
+            hint="name the directory of a downloaded checkpoint; localrun downloads nothing",
+        )
     if not (path / CONFIG_NAME).is_file() or (path / MANIFEST_NAME).exists():
         raise UsageError(f"{path} is not a checkpoint directory", hint="convert reads the official safetensors release")
     return Checkpoint.open(path)

@@ -370,7 +370,7 @@ def _slice(file: int, tensor: GgufTensor, number: int, checksum: str | None) -> 
 
 def _differs(path: Path, what: str) -> ChecksumError:
     return ChecksumError(
-        f"{path}: {what} differs from its checksum",
+        f"{path}: {what} does not match its checksum",
         hint="the file is damaged; run `localrun verify` to see how much, then copy or convert it again",
     )
 

@@ -88,7 +88,9 @@ def test_a_dense_tensor_is_compared_whenever_it_is_read(model: Path) -> None:
     source, _ = opened(model)
     norm = source.tensor_extent("blk.2.ffn_norm.weight")
     damage(source.files[norm.file], norm.offset + 5)
-    with pytest.raises(ChecksumError, match=rf"{source.files[norm.file]}: blk.2.ffn_norm.weight does not match") as caught:
+    with pytest.raises(
+        ChecksumError, match=rf"{source.files[norm.file]}: blk.2.ffn_norm.weight does not match"
+    ) as caught:
         source.read_tensor("blk.2.ffn_norm.weight")
     assert "localrun verify" in str(caught.value.hint)
     assert GgufSource.open(model, unchecked=True).read_tensor("blk.2.ffn_norm.weight").size == norm.n_bytes

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 STIFF = {
     r"\bshall\b": "must, or a plain statement",
     r"\bnobody\b": "no one; better: name what does not happen",
-    r"\bwhoever\b": "name who",
     r"\b(?:as|where) (?:they|it) (?:lies?|stands?)\b": "unchanged, in place",
     r"\bwhat (?:stands|lies)\b": "what is",
     r"\bstands? (?:behind|beside|in the table)\b": "follows, is next to, is in",
@@ -21,7 +20,6 @@ STIFF = {
     r"\bare wanted\b": "expected",
     r"\bmust lie\b": "must be",
     r"\b(?:converted|split|waiting) already\b": "already converted",
-    r"\bof (?:its|their) own\b(?! (?:accord|choice))": "its own, separate, dedicated",
     r"\bare free to\b|\bfree are\b": "are available",
     r"\banew\b": "again, over",
     r"\bmend(?:s|ed)?\b": "fix",

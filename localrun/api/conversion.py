@@ -190,8 +190,8 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     request = precision.precision_request(wanted, options)
     if precision.needs_learning(options, wanted):
         check_precision_request(open_model(wanted.source), request)
-        if options.target is not None and not options.choose_dense:
-            bytes_for_experts(options.target, _dense_bytes(plan))
+        if options.target is not None:
+            bytes_for_experts(options.target, _least_dense_bytes(plan) if options.choose_dense else _dense_bytes(plan))
     for warning in plan.warnings:
         out.note(f"warning: {warning}")
     out.planned(plan, options)
@@ -251,6 +251,20 @@ def _conversion_options(
         importance = None  # the weights it would apply to are not written
     return ConversionOptions(
         DENSE_TYPES[options.dense], options.base, importance, wanted.keep_experts, dict(dense_types or {})
+    )
+
+
+def _least_dense_bytes(plan: ConversionPlan) -> int:
+    """With every matrix that has a choice in its smallest type."""
+    from localrun.quant.gguf.file import tensor_bytes
+    from localrun.quant.precision.dense import kind_of, possible_types
+
+    infos = [tensor.info for tensor in plan.tensors.values() if not tensor.is_experts]
+    return sum(
+        info.n_bytes
+        if kind_of(info.name) is None
+        else min(tensor_bytes(kind, info.shape[:2]) for kind in possible_types(info.shape[0]))
+        for info in infos
     )
 
 

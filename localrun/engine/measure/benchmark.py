@@ -157,7 +157,7 @@ class Phase:
         """Everything, derived figures included."""
         split = self.split and {
             name: 1e3 * getattr(self.split, f"{name}_s") / self.n_tokens
-            for name in ("dense", "compute", "wait", "other", "matrices")
+            for name in ("dense", "compute", "wait", "other")
         }
         return {
             "kind": self.kind,
@@ -174,6 +174,7 @@ class Phase:
                 "all": [round(ms, 4) for ms in self.step_ms],
             },
             "split_ms_per_token": split,
+            "matrices_ms_per_token": self.split and 1e3 * self.split.matrices_s / self.n_tokens,
             "hits": self.hits,
             "misses": self.misses,
             "hit_rate": self.hit_rate,

@@ -152,6 +152,7 @@ def test_json_is_complete_and_plain(engine: Engine, result: Benchmark) -> None:
     phase = value["phases"][-1]
     assert phase["ms_per_token"] == pytest.approx(1e3 / phase["tokens_per_s"])
     assert sum(phase["split_ms_per_token"].values()) == pytest.approx(phase["ms_per_token"])
+    assert 0 <= phase["matrices_ms_per_token"] <= phase["split_ms_per_token"]["dense"]
     assert len(phase["step_ms"]["all"]) == 4
     assert {"layer", "calls", "hits", "misses", "bytes_read", "wait_ns"} <= set(phase["layers"][0])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,20 @@ def test_the_engine_never_imports_the_user_interface() -> None:
     )
     assert "llama_cpp" in loaded
     assert loaded.isdisjoint({"textual", "rich"})
+
+
+def test_every_package_has_its_layers() -> None:
+    root = Path(__file__).parents[1]
+    linter = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layered = {
+        container
+        for contract in linter["contracts"]
+        if contract["type"] == "layers" and contract["exhaustive"]
+        for container in contract["containers"]
+    }
+    with_modules = {
+        ".".join(path.parent.relative_to(root).parts)
+        for path in (root / "localrun").rglob("*.py")
+        if path.name != "__init__.py" and (path.parent / "__init__.py").exists()
+    }
+    assert layered == with_modules

@@ -94,19 +94,19 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
     target.mkdir(parents=True)
     shared_extents.check(target)
     described = converter.described_options(plan)
-    place = converter.Place(target / converter.MODEL_NAME, target / converter.WORK_NAME)
-    journal = Journal(place.work, described, {"source": str(source.resolve()), "identity": plan.checkpoint.identity})
+    output = converter.OutputFile(target / converter.MODEL_NAME, target / converter.WORK_NAME)
+    journal = Journal(output.work, described, {"source": str(source.resolve()), "identity": plan.checkpoint.identity})
     try:
-        run = _SharingRun(plan, place, journal, jobs, _report)
+        run = _SharingRun(plan, output, journal, jobs, _report)
         run.shared = shared
         result = run.execute()
         manifest = build_manifest(plan, converter.MODEL_NAME, journal.done, described, result.losses)
         write_manifest(manifest, target)
     finally:
         journal.close()
-    for path in sorted(place.work.iterdir()):
+    for path in sorted(output.work.iterdir()):
         path.unlink()
-    place.work.rmdir()
+    output.work.rmdir()
     return plan.file_size
 
 

@@ -47,7 +47,7 @@ def machine_line(machine: Machine) -> str:
     if machine.disk is not None and machine.disk.bytes_per_s is not None:
         disk = machine.disk
         parts.append(
-            f"drive {machine.disk.bytes_per_s / 1e9:.2f} GB/s ({disk.lanes} reads of {format_size(disk.piece_bytes)})"
+            f"drive {machine.disk.bytes_per_s / 1e9:.2f} GB/s ({disk.n_reads} reads of {format_size(disk.piece_bytes)})"
         )
     if machine.load_average is not None:
         parts.append(f"load {machine.load_average:.1f}")
@@ -99,7 +99,7 @@ def _terms(phase: Phase, expected: Rate) -> str:
     assert phase.split is not None
     split, n = phase.split, phase.n_tokens
     planned: dict[str, float] = {}
-    for name, seconds in expected.parts.items():
+    for name, seconds in expected.seconds.items():
         planned[_TERMS[name]] = planned.get(_TERMS[name], 0.0) + 1e3 * seconds
     measured = {
         "dense matrices": split.matrices_s,
@@ -233,7 +233,7 @@ def to_json(
                 "error": expected.error(phase.tokens_per_s),
                 "hit_rate": expected.likely.hit_rate,
                 "disk_bytes_per_token": expected.likely.disk_bytes,
-                "ms_per_token": {name: 1e3 * seconds for name, seconds in expected.likely.parts.items()},
+                "ms_per_token": {name: 1e3 * seconds for name, seconds in expected.likely.seconds.items()},
             }
             for phase, expected in _predictions(result, known or plan)
         ],

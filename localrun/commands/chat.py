@@ -131,7 +131,7 @@ def _run_remote(args: argparse.Namespace, settings: config.Settings, out: Output
     return 0
 
 
-class _Answers(Protocol):
+class _Backend(Protocol):
     """What answers: an engine process, or a server."""
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]: ...
@@ -161,7 +161,7 @@ class _Chat:
     """The conversation so far; a failed answer leaves it as it was."""
 
     def __init__(
-        self, engine: _Answers, template: Generate, system: str | None, out: Output, plan: dict[str, Any]
+        self, engine: _Backend, template: Generate, system: str | None, out: Output, plan: dict[str, Any]
     ) -> None:
         self._engine, self._template, self._out, self._plan = engine, template, out, plan
         self._system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

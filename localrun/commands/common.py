@@ -175,12 +175,12 @@ def speed(timings: Timings, plan: Mapping[str, Any] | None = None) -> str:
     parts = [f"{timings.new_tokens} tokens"]
     if (rate := timings.decode_tokens_per_s) is not None:
         said = (plan or {}).get("decode")
-        expected = f" (planned: {_rate(said['low'])} to {_rate(said['high'])})" if said else ""
+        expected = f" (planned: {_tokens_per_s(said['low'])} to {_tokens_per_s(said['high'])})" if said else ""
         parts.append(f"{rate:.1f} tokens/s{expected}")
     if (rate := timings.prompt_tokens_per_s) is not None:
         parts.append(f"prompt {timings.prompt_tokens - timings.reused_tokens} tokens at {rate:.1f} tokens/s")
     return ", ".join(parts)
 
 
-def _rate(estimate: Mapping[str, Any]) -> str:
+def _tokens_per_s(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['tokens_per_s']:.2g}"

@@ -65,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory of a GPU; repeat for several GPUs",
     )
     machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="number of cores")
-    machine.add_argument("--machine-memory-gbps", type=_rate, metavar="X", help="RAM bandwidth in GB/s")
-    machine.add_argument("--machine-disk-gbps", type=_rate, metavar="X", help="read speed of the model's drive in GB/s")
+    machine.add_argument("--machine-memory-gbps", type=_gbps, metavar="X", help="RAM bandwidth in GB/s")
+    machine.add_argument("--machine-disk-gbps", type=_gbps, metavar="X", help="read speed of the model's drive in GB/s")
     machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
-    machine.add_argument("--machine-gpu-gbps", type=_rate, metavar="X", help="GPU memory bandwidth in GB/s (500)")
+    machine.add_argument("--machine-gpu-gbps", type=_gbps, metavar="X", help="GPU memory bandwidth in GB/s (500)")
     machine.add_argument(
-        "--machine-pcie-gbps", type=_rate, metavar="X", help="bandwidth between RAM and GPU in GB/s (12)"
+        "--machine-pcie-gbps", type=_gbps, metavar="X", help="bandwidth between RAM and GPU in GB/s (12)"
     )
     machine.add_argument("--no-probe", action="store_true", help="don't measure this machine's drive and memory")
     how = parser.add_argument_group("prediction")
@@ -217,12 +217,14 @@ def _phase(name: str, span: Range) -> list[str]:
     lines.append(f"  {'tokens/s':<26}" + "".join(f"{rate.tokens_per_s:>10.2f}" for rate in estimates))
     lines.append(f"  {'hit rate':<26}" + "".join(f"{rate.hit_rate:>10.0%}" for rate in estimates))
     lines.append(f"  {'GB read from disk':<26}" + "".join(f"{rate.disk_bytes / 1e9:>10.3f}" for rate in estimates))
-    for part in span.likely.parts:
-        lines.append(f"  {f'ms: {part}':<26}" + "".join(f"{1e3 * rate.parts[part]:>10.2f}" for rate in estimates))
+    for resource in span.likely.seconds:
+        lines.append(
+            f"  {f'ms: {resource}':<26}" + "".join(f"{1e3 * rate.seconds[resource]:>10.2f}" for rate in estimates)
+        )
     return lines
 
 
-def _rate(text: str) -> float:
+def _gbps(text: str) -> float:
     """argparse type: GB/s."""
     try:
         value = float(text)

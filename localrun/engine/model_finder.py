@@ -44,7 +44,7 @@ class FoundModel:
     problem: str = ""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """File or folder: what tells apart two models of one name."""
         return self.path.name or str(self.path)
 

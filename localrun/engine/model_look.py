@@ -189,7 +189,7 @@ def _size(files: Iterable[Path]) -> int:
     return total
 
 
-def _answers(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _read_answers(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         question = json.loads(line)
         yield _places(Path(question["folder"])) if isinstance(question, dict) else asdict(look_at(Path(question)))
@@ -207,7 +207,7 @@ def _places(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Until standard input ends."""
-    for answer in _answers(sys.stdin):
+    for answer in _read_answers(sys.stdin):
         print(json.dumps(answer), flush=True)
     return 0
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from localrun.engine.chat.parts import PROTOCOL_TOKENS, Part, Sampled, Special, Text, merge_texts
+from localrun.engine.chat.parts import PROTOCOL_TOKENS, PromptPart, Sampled, Special, Text, merge_texts
 from localrun.engine.llama import ATTR_CONTROL, ATTR_UNKNOWN, ATTR_USER_DEFINED, Vocab
 from localrun.errors import LocalrunError
 
@@ -75,7 +75,7 @@ class Tokenizer:
             )
         return ids
 
-    def encode_parts(self, parts: Iterable[Part]) -> list[int]:
+    def encode_parts(self, parts: Iterable[PromptPart]) -> list[int]:
         """Ids of a prompt. Adjacent texts are tokenized as one.
 
         Raises:

@@ -98,7 +98,7 @@ def gpu_devices(names: Collection[str] | None = None) -> list[GpuDevice]:
     for address, name, description in _listed():
         if names is not None and name.lower() not in names:
             continue
-        if name.startswith("RPC") and not answers(description):
+        if name.startswith("RPC") and not is_reachable(description):
             log.warning("%s: the server %s has stopped responding", name, description)
             continue
         props = ggml.DeviceProps()
@@ -194,7 +194,7 @@ def add_rpc_server(endpoint: str) -> None:
     lib.ggml_backend_register(server)
 
 
-def answers(endpoint: str) -> bool:
+def is_reachable(endpoint: str) -> bool:
     """Somebody listens at `HOST:PORT`. llama.cpp aborts the process when it asks a server that has gone."""
     host, _, port = endpoint.rpartition(":")
     try:

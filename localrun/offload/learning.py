@@ -58,7 +58,7 @@ class Learner:
             return 0
         slots = self._residency.n_slots
         gpu = self._residency.gpu
-        ranking = (at for at in self.profile.ranking() if gpu is None or not gpu.has_place(*at))
+        ranking = (at for at in self.profile.ranking() if gpu is None or not gpu.has_slot(*at))
         hottest = list(itertools.islice(ranking, int(slots * PINNED_SHARE)))
         self._residency.table.keep(hottest)
         return len(hottest)

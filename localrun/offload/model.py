@@ -201,7 +201,7 @@ def _open_pool(
     store = ExpertStore(
         source,
         placement.kernels,
-        n_lanes=drive.lanes * (2 if options.mirror else 1),
+        n_reads=drive.n_reads * (2 if options.mirror else 1),
         piece_bytes=drive.piece_bytes,
         verify=options.verify,
         mirror=_open_mirror(source, options.mirror) if options.mirror else None,

@@ -225,7 +225,7 @@ class ReadAhead:
                 self._closing.wait(_POLL_S)
             if self._closing.is_set():
                 return
-            elsewhere = where.gpu is not None and where.gpu.has_place(layer, expert)
+            elsewhere = where.gpu is not None and where.gpu.has_slot(layer, expert)
             missing = not elsewhere and where.table.peek(layer, expert) is None
             if missing and not where.has_room(layer, expert):
                 break

@@ -11,8 +11,8 @@ import msgspec
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, ToolCall, ToolCallBegun
 from localrun.server import asks
-from localrun.server.answers import Answer, total_usage
 from localrun.server.asks import Ask, Defaults
+from localrun.server.choices import Choice, total_usage
 from localrun.server.faults import ApiError, invalid, unsupported
 from localrun.server.http import Writer, sse
 from localrun.server.openai_common import (
@@ -290,7 +290,7 @@ class ChatWriter(Writer):
         return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.ask.n))
 
     def event(self, choice: int, event: GenerateEvent) -> bytes:
-        answer = self.answers[choice]
+        answer = self.choices[choice]
         match event:
             case Delta(kind="thinking") if event.text:
                 return self._chunk(choice, {"reasoning_content": event.text})
@@ -310,7 +310,7 @@ class ChatWriter(Writer):
                 return self._chunk(choice, {}, finish=answer.finish)
         return b""
 
-    def _begun(self, answer: Answer, call_id: str, name: str, arguments: str) -> dict[str, Json]:
+    def _begun(self, answer: Choice, call_id: str, name: str, arguments: str) -> dict[str, Json]:
         function = {"name": name, "arguments": arguments}
         return {"index": len(answer.calls) - 1, "id": call_id, "type": "function", "function": function}
 
@@ -323,12 +323,12 @@ class ChatWriter(Writer):
     def closing(self) -> bytes:
         usage = b""
         if self._include_usage:
-            usage = sse({**self._base("chat.completion.chunk"), "choices": [], "usage": usage_of(self.answers)})
+            usage = sse({**self._base("chat.completion.chunk"), "choices": [], "usage": usage_of(self.choices)})
         return usage + b"data: [DONE]\n\n"
 
     def whole(self) -> dict[str, Json]:
         choices = []
-        for i, answer in enumerate(self.answers):
+        for i, answer in enumerate(self.choices):
             text, reasoning = answer.joined("text"), answer.joined("thinking")
             message: dict[str, Json] = {
                 "role": "assistant",
@@ -344,7 +344,7 @@ class ChatWriter(Writer):
                 ]
             logprobs = self._logprobs(answer.logprobs)
             choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": answer.finish})
-        return {**self._base("chat.completion"), "choices": choices, "usage": usage_of(self.answers)}
+        return {**self._base("chat.completion"), "choices": choices, "usage": usage_of(self.choices)}
 
     def _logprobs(self, tokens: Sequence[Any]) -> dict[str, Json] | None:
         if self.ask.logprobs is None:
@@ -377,7 +377,7 @@ class ChatWriter(Writer):
         return sse(chunk)
 
 
-def usage_of(answers: Sequence[Answer]) -> dict[str, Json]:
+def usage_of(answers: Sequence[Choice]) -> dict[str, Json]:
     """Usage in the words of Chat Completions."""
     prompt, cached, new, thinking = total_usage(answers)
     return {

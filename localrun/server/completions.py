@@ -11,9 +11,9 @@ import msgspec
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished
 from localrun.server import asks
-from localrun.server.answers import Answer
 from localrun.server.asks import Ask, Defaults
 from localrun.server.chat_completions import StreamOptions, usage_of
+from localrun.server.choices import Choice
 from localrun.server.faults import ApiError, invalid, unsupported
 from localrun.server.http import Writer, sse
 from localrun.server.openai_common import error_object, sampling
@@ -128,7 +128,7 @@ class CompletionsWriter(Writer):
             case Finished(reason="stopped"):
                 return b""
             case Finished():
-                return self._chunk(choice, "", finish=_finish(self.answers[choice]))
+                return self._chunk(choice, "", finish=_finish(self.choices[choice]))
         return b""
 
     def keep_alive(self, waiting: Mapping[str, Json]) -> bytes:
@@ -140,16 +140,16 @@ class CompletionsWriter(Writer):
     def closing(self) -> bytes:
         usage = b""
         if self._include_usage:
-            usage = sse({**self._base(), "choices": [], "usage": usage_of(self.answers)})
+            usage = sse({**self._base(), "choices": [], "usage": usage_of(self.choices)})
         return usage + b"data: [DONE]\n\n"
 
     def whole(self) -> dict[str, Json]:
         choices = []
-        for i, answer in enumerate(self.answers):
-            text = "".join(part.text for part in answer.parts)
+        for i, answer in enumerate(self.choices):
+            text = "".join(block.text for block in answer.blocks)
             logprobs = self._logprobs(answer.logprobs, 0)
             choices.append({"index": i, "text": text, "logprobs": logprobs, "finish_reason": _finish(answer)})
-        return {**self._base(), "choices": choices, "usage": usage_of(self.answers)}
+        return {**self._base(), "choices": choices, "usage": usage_of(self.choices)}
 
     def _logprobs(self, tokens: Any, offset: int) -> dict[str, Json] | None:
         if self.ask.logprobs is None:
@@ -180,5 +180,5 @@ class CompletionsWriter(Writer):
         return sse(chunk)
 
 
-def _finish(answer: Answer) -> str:
+def _finish(answer: Choice) -> str:
     return "length" if answer.finish == "length" else "stop"

@@ -127,7 +127,7 @@ class Dispatcher:
             self._waiting.setdefault(job.client, deque()).append(job)
             self._changed.notify()
 
-    def place(self, job: Job) -> int:
+    def n_ahead(self, job: Job) -> int:
         """How many requests are answered before `job`; 0: it is being answered, or over."""
         with self._changed:
             if job.client not in self._waiting or job not in self._waiting[job.client]:

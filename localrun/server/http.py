@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Finished
-from localrun.server.answers import Answer
 from localrun.server.asks import Ask, new_id
+from localrun.server.choices import Choice
 from localrun.server.dispatch import Item, Job
 from localrun.server.faults import ApiError, invalid
 from localrun.server.limits import Limits, depth_of
@@ -52,7 +52,7 @@ class Writer:
 
     def __init__(self, ask: Ask) -> None:
         self.ask = ask
-        self.answers = [Answer() for _ in range(ask.n)]
+        self.choices = [Choice() for _ in range(ask.n)]
 
     def opening(self) -> bytes:
         """Sent right after the headers."""
@@ -205,7 +205,7 @@ class _Watch:
             self.error = item.error
             return
         self.last = item.event
-        self.writer.answers[item.choice].add(item.event)
+        self.writer.choices[item.choice].add(item.event)
         if isinstance(item.event, Finished):
             self.finished.append(item.event)
 

@@ -10,8 +10,8 @@ import msgspec
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, PromptProgress, ToolCall, ToolCallBegun
 from localrun.server import asks
-from localrun.server.answers import Answer, Part
 from localrun.server.asks import Ask
+from localrun.server.choices import Block, Choice
 from localrun.server.faults import ApiError, Kind
 from localrun.server.http import Writer, sse
 from localrun.server.signatures import Signer
@@ -70,11 +70,11 @@ class MessagesWriter(Writer):
         self._prompt_tokens = prompt_tokens
         self._started = False
         self._n_blocks = 0
-        self._open: Part | None = None
+        self._open: Block | None = None
 
     @property
-    def _answer(self) -> Answer:
-        return self.answers[0]
+    def _choice(self) -> Choice:
+        return self.choices[0]
 
     # --- streaming
 
@@ -85,13 +85,13 @@ class MessagesWriter(Writer):
             return b""
         data = self._start()
         match event:
-            case Delta() if event.text and self._answer.parts:
-                part = self._answer.parts[-1]
-                if (part.kind == "tool") != (event.kind == "tool"):
+            case Delta() if event.text and self._choice.blocks:
+                block = self._choice.blocks[-1]
+                if (block.kind == "tool") != (event.kind == "tool"):
                     return data  # of a call that can't be shown
-                data += self._block(part) + self._delta(part, event.text)
+                data += self._block(block) + self._delta(block, event.text)
             case ToolCallBegun():
-                data += self._block(self._answer.parts[-1])
+                data += self._block(self._choice.blocks[-1])
             case Finished(reason="stopped"):
                 pass
             case Finished():
@@ -105,40 +105,40 @@ class MessagesWriter(Writer):
         message = {**self._base(), "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage(0)}
         return _event({"type": "message_start", "message": message})
 
-    def _block(self, part: Part) -> bytes:
-        """Opens the block of `part` if it is not open."""
-        if self._open is part:
+    def _block(self, block: Block) -> bytes:
+        """Opens the block if it is not open."""
+        if self._open is block:
             return b""
         data = self._close_block()
-        self._open = part
+        self._open = block
         start: dict[str, Json] = {"type": "text", "text": ""}
-        if part.kind == "thinking":
+        if block.kind == "thinking":
             start = {"type": "thinking", "thinking": "", "signature": ""}
-        elif part.kind == "tool":
-            start = {"type": "tool_use", "id": part.call_id, "name": part.name, "input": {}}
+        elif block.kind == "tool":
+            start = {"type": "tool_use", "id": block.call_id, "name": block.name, "input": {}}
         data += _event({"type": "content_block_start", "index": self._n_blocks, "content_block": start})
         self._n_blocks += 1
         return data
 
-    def _delta(self, part: Part, text: str) -> bytes:
-        field = {"thinking": "thinking", "text": "text", "tool": "partial_json"}[part.kind]
-        kind = {"thinking": "thinking_delta", "text": "text_delta", "tool": "input_json_delta"}[part.kind]
+    def _delta(self, block: Block, text: str) -> bytes:
+        field = {"thinking": "thinking", "text": "text", "tool": "partial_json"}[block.kind]
+        kind = {"thinking": "thinking_delta", "text": "text_delta", "tool": "input_json_delta"}[block.kind]
         delta = {"type": kind, field: text}
         return _event({"type": "content_block_delta", "index": self._n_blocks - 1, "delta": delta})
 
     def _close_block(self) -> bytes:
-        part, self._open = self._open, None
-        if part is None:
+        block, self._open = self._open, None
+        if block is None:
             return b""
         data = b""
-        if part.kind == "thinking":
-            delta = {"type": "signature_delta", "signature": self._signer.sign(part.text)}
+        if block.kind == "thinking":
+            delta = {"type": "signature_delta", "signature": self._signer.sign(block.text)}
             data = _event({"type": "content_block_delta", "index": self._n_blocks - 1, "delta": delta})
         return data + _event({"type": "content_block_stop", "index": self._n_blocks - 1})
 
     def _end(self) -> bytes:
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
-        return _event({"type": "message_delta", "delta": delta, "usage": self._usage(self._answer.timings.new_tokens)})
+        return _event({"type": "message_delta", "delta": delta, "usage": self._usage(self._choice.timings.new_tokens)})
 
     def keep_alive(self, waiting: Mapping[str, Json]) -> bytes:
         if self._open is not None:
@@ -158,22 +158,22 @@ class MessagesWriter(Writer):
     def whole(self) -> dict[str, Json]:
         return {
             **self._base(),
-            "content": [self._whole_block(part) for part in self._answer.parts],
+            "content": [self._whole_block(block) for block in self._choice.blocks],
             "stop_reason": self._stop_reason(),
             "stop_sequence": self._stop_sequence(),
-            "usage": self._usage(self._answer.timings.new_tokens),
+            "usage": self._usage(self._choice.timings.new_tokens),
         }
 
-    def _whole_block(self, part: Part) -> dict[str, Json]:
-        if part.kind == "thinking":
-            return {"type": "thinking", "thinking": part.text, "signature": self._signer.sign(part.text)}
-        if part.kind == "text":
-            return {"type": "text", "text": part.text, "citations": None}
+    def _whole_block(self, block: Block) -> dict[str, Json]:
+        if block.kind == "thinking":
+            return {"type": "thinking", "thinking": block.text, "signature": self._signer.sign(block.text)}
+        if block.kind == "text":
+            return {"type": "text", "text": block.text, "citations": None}
         try:
-            value = msgspec.json.decode(part.text or "{}")
+            value = msgspec.json.decode(block.text or "{}")
         except (msgspec.DecodeError, RecursionError):
-            value = {"arguments": part.text}  # cut off
-        return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": value}
+            value = {"arguments": block.text}  # cut off
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": value}
 
     # --- both
 
@@ -182,9 +182,9 @@ class MessagesWriter(Writer):
 
     def _usage(self, n_new: int) -> dict[str, Json]:
         """`input_tokens` excludes reused tokens, which are counted separately."""
-        timings, progress = self._answer.timings, self._answer.prompt
+        timings, progress = self._choice.timings, self._choice.prompt
         total, reused = self._prompt_tokens, 0
-        if self._answer.finished is not None:
+        if self._choice.finished is not None:
             total, reused = timings.prompt_tokens, timings.reused_tokens
         elif progress is not None:
             total, reused = progress.total, progress.reused
@@ -196,15 +196,15 @@ class MessagesWriter(Writer):
         }
 
     def _stop_reason(self) -> str:
-        finished = self._answer.finished
+        finished = self._choice.finished
         if finished is not None and finished.reason == "stop":
             return "stop_sequence"
         if finished is not None and finished.reason == "context":
             return "model_context_window_exceeded"
-        return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[self._answer.finish]
+        return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[self._choice.finish]
 
     def _stop_sequence(self) -> str | None:
-        finished = self._answer.finished
+        finished = self._choice.finished
         return finished.stop_string if finished is not None and finished.reason == "stop" else None
 
 

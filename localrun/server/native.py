@@ -91,7 +91,7 @@ class NativeWriter(Writer):
         return b"\n"
 
     def error(self, error: ApiError) -> bytes:
-        if isinstance(self.answers[0].finished, Finished):
+        if isinstance(self.choices[0].finished, Finished):
             return b""  # a stopped answer has its end
         return encode(Failed(request=0, kind=error.engine_kind, message=error.message))
 

@@ -10,7 +10,7 @@ from typing import Any
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, ToolCall, ToolCallBegun
 from localrun.server import asks
-from localrun.server.answers import Answer, Part, total_usage
+from localrun.server.choices import Block, Choice, total_usage
 from localrun.server.faults import ApiError
 from localrun.server.http import Writer, sse
 from localrun.server.openai_common import logprob
@@ -22,7 +22,7 @@ Json = Any
 
 
 class ResponsesWriter(Writer):
-    """Events of a response, or the whole of it. Each part of the answer is an output item."""
+    """Events of a response, or the whole of it. Each block of the answer is an output item."""
 
     def __init__(self, question: Question, signer: Signer, store: ResponseStore) -> None:
         super().__init__(question.ask)
@@ -30,12 +30,12 @@ class ResponsesWriter(Writer):
         self.id = asks.new_id("resp_")
         self._created = int(time.time())
         self._n_events = 0
-        self._items: list[tuple[Part, str]] = []  # part, id of its item
-        self._open: Part | None = None
+        self._items: list[tuple[Block, str]] = []  # block, id of its item
+        self._open: Block | None = None
 
     @property
-    def _answer(self) -> Answer:
-        return self.answers[0]
+    def _choice(self) -> Choice:
+        return self.choices[0]
 
     # --- streaming
 
@@ -46,12 +46,12 @@ class ResponsesWriter(Writer):
         )
 
     def event(self, choice: int, event: GenerateEvent) -> bytes:
-        parts = self._answer.parts
+        blocks = self._choice.blocks
         match event:
-            case Delta() if event.text and parts and (parts[-1].kind == "tool") == (event.kind == "tool"):
-                return self._begin(parts[-1]) + self._delta(parts[-1], event)
+            case Delta() if event.text and blocks and (blocks[-1].kind == "tool") == (event.kind == "tool"):
+                return self._begin(blocks[-1]) + self._delta(blocks[-1], event)
             case ToolCallBegun():
-                return self._begin(parts[-1])
+                return self._begin(blocks[-1])
             case ToolCall() if event.name:
                 return self._end_item()
             case Finished(reason="stopped"):
@@ -60,59 +60,61 @@ class ResponsesWriter(Writer):
                 return self._end_item()
         return b""
 
-    def _begin(self, part: Part) -> bytes:
-        if self._open is part:
+    def _begin(self, block: Block) -> bytes:
+        if self._open is block:
             return b""
         data = self._end_item()
-        self._open = part
-        prefix = {"thinking": "rs_", "text": "msg_", "tool": "fc_"}[part.kind]
+        self._open = block
+        prefix = {"thinking": "rs_", "text": "msg_", "tool": "fc_"}[block.kind]
         item_id = asks.new_id(prefix)
-        self._items.append((part, item_id))
-        item = self._item(part, item_id, "in_progress", empty=True)
+        self._items.append((block, item_id))
+        item = self._item(block, item_id, "in_progress", empty=True)
         data += self._event("response.output_item.added", output_index=self._index, item=item)
-        if part.kind == "thinking":
+        if block.kind == "thinking":
             empty = {"type": "summary_text", "text": ""}
-            data += self._event("response.reasoning_summary_part.added", **self._place, summary_index=0, part=empty)
-        elif part.kind == "text":
+            data += self._event("response.reasoning_summary_part.added", **self._position, summary_index=0, part=empty)
+        elif block.kind == "text":
             data += self._event(
-                "response.content_part.added", **self._place, content_index=0, part=_text_part("", None)
+                "response.content_part.added", **self._position, content_index=0, part=_text_part("", None)
             )
         return data
 
-    def _delta(self, part: Part, delta: Delta) -> bytes:
-        if part.kind == "thinking":
+    def _delta(self, block: Block, delta: Delta) -> bytes:
+        if block.kind == "thinking":
             kind = "response.reasoning_summary_text.delta"
-            return self._event(kind, **self._place, summary_index=0, delta=delta.text)
-        if part.kind == "text":
+            return self._event(kind, **self._position, summary_index=0, delta=delta.text)
+        if block.kind == "text":
             logprobs = [] if self.ask.logprobs is None else [logprob(token, data=False) for token in delta.logprobs]
             kind = "response.output_text.delta"
-            return self._event(kind, **self._place, content_index=0, delta=delta.text, logprobs=logprobs)
-        if self._offered(part).kind == "custom":
+            return self._event(kind, **self._position, content_index=0, delta=delta.text, logprobs=logprobs)
+        if self._offered(block).kind == "custom":
             return b""  # its text is inside of JSON until it is whole
-        return self._event("response.function_call_arguments.delta", **self._place, delta=delta.text)
+        return self._event("response.function_call_arguments.delta", **self._position, delta=delta.text)
 
     def _end_item(self) -> bytes:
-        part, self._open = self._open, None
-        if part is None:
+        block, self._open = self._open, None
+        if block is None:
             return b""
-        self._open, place = None, self._place
+        self._open, position = None, self._position
         data = b""
-        if part.kind == "thinking":
-            whole = {"type": "summary_text", "text": part.text}
-            data += self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=part.text)
-            data += self._event("response.reasoning_summary_part.done", **place, summary_index=0, part=whole)
-        elif part.kind == "text":
-            whole = _text_part(part.text, self._logprobs())
-            shown = [] if self.ask.logprobs is None else [logprob(t, data=False) for t in self._answer.logprobs]
-            data += self._event("response.output_text.done", **place, content_index=0, text=part.text, logprobs=shown)
-            data += self._event("response.content_part.done", **place, content_index=0, part=whole)
-        elif self._offered(part).kind == "custom":
-            data += self._event("response.custom_tool_call_input.delta", **place, delta=_custom_input(part))
-            data += self._event("response.custom_tool_call_input.done", **place, input=_custom_input(part))
+        if block.kind == "thinking":
+            whole = {"type": "summary_text", "text": block.text}
+            data += self._event("response.reasoning_summary_text.done", **position, summary_index=0, text=block.text)
+            data += self._event("response.reasoning_summary_part.done", **position, summary_index=0, part=whole)
+        elif block.kind == "text":
+            whole = _text_part(block.text, self._logprobs())
+            shown = [] if self.ask.logprobs is None else [logprob(t, data=False) for t in self._choice.logprobs]
+            data += self._event(
+                "response.output_text.done", **position, content_index=0, text=block.text, logprobs=shown
+            )
+            data += self._event("response.content_part.done", **position, content_index=0, part=whole)
+        elif self._offered(block).kind == "custom":
+            data += self._event("response.custom_tool_call_input.delta", **position, delta=_custom_input(block))
+            data += self._event("response.custom_tool_call_input.done", **position, input=_custom_input(block))
         else:
-            name = self._offered(part).name
-            data += self._event("response.function_call_arguments.done", **place, name=name, arguments=part.text)
-        item = self._item(part, self._items[-1][1], "completed")
+            name = self._offered(block).name
+            data += self._event("response.function_call_arguments.done", **position, name=name, arguments=block.text)
+        item = self._item(block, self._items[-1][1], "completed")
         return data + self._event("response.output_item.done", output_index=self._index, item=item)
 
     def keep_alive(self, waiting: Mapping[str, Json]) -> bytes:
@@ -133,21 +135,21 @@ class ResponsesWriter(Writer):
 
     def whole(self) -> dict[str, Json]:
         prefixes = {"thinking": "rs_", "text": "msg_", "tool": "fc_"}
-        self._items = [(part, asks.new_id(prefixes[part.kind])) for part in self._answer.parts]
+        self._items = [(block, asks.new_id(prefixes[block.kind])) for block in self._choice.blocks]
         return self._whole_response()
 
     def _whole_response(self) -> dict[str, Json]:
-        cut = self._answer.finish == "length"
+        cut = self._choice.finish == "length"
         response = self._response("incomplete" if cut else "completed")
         if cut:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             response["completed_at"] = time.time()
         response["output"] = [
-            self._item(part, item_id, "incomplete" if cut and part is self._items[-1][0] else "completed")
-            for part, item_id in self._items
+            self._item(block, item_id, "incomplete" if cut and block is self._items[-1][0] else "completed")
+            for block, item_id in self._items
         ]
-        response["usage"] = _usage(self._answer)
+        response["usage"] = _usage(self._choice)
         if self._question.store:
             self._store.put(self.id, self._question.items, response["output"], response)
         return response
@@ -159,7 +161,7 @@ class ResponsesWriter(Writer):
         return len(self._items) - 1
 
     @property
-    def _place(self) -> dict[str, Json]:
+    def _position(self) -> dict[str, Json]:
         return {"item_id": self._items[-1][1], "output_index": self._index}
 
     def _event(self, kind: str, **fields: Json) -> bytes:
@@ -181,45 +183,45 @@ class ResponsesWriter(Writer):
             **self._question.echo,
         }
 
-    def _offered(self, part: Part) -> Offered:
-        return self._question.tools.get(part.name) or Offered(part.name)
+    def _offered(self, block: Block) -> Offered:
+        return self._question.tools.get(block.name) or Offered(block.name)
 
-    def _item(self, part: Part, item_id: str, status: str, *, empty: bool = False) -> dict[str, Json]:
-        text = "" if empty else part.text
-        if part.kind == "thinking":
+    def _item(self, block: Block, item_id: str, status: str, *, empty: bool = False) -> dict[str, Json]:
+        text = "" if empty else block.text
+        if block.kind == "thinking":
             item: dict[str, Json] = {"id": item_id, "type": "reasoning", "summary": []}
             if not empty:
                 item["summary"] = [{"type": "summary_text", "text": text}]
                 item["encrypted_content"] = self._signer.seal(text)
             return item
-        if part.kind == "text":
+        if block.kind == "text":
             content = [] if empty else [_text_part(text, self._logprobs())]
             return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-        offered = self._offered(part)
-        call: dict[str, Json] = {"id": item_id, "call_id": part.call_id, "name": offered.name}
+        offered = self._offered(block)
+        call: dict[str, Json] = {"id": item_id, "call_id": block.call_id, "name": offered.name}
         if offered.namespace is not None:
             call["namespace"] = offered.namespace
         if offered.kind == "custom":
-            return {**call, "type": "custom_tool_call", "input": "" if empty else _custom_input(part)}
+            return {**call, "type": "custom_tool_call", "input": "" if empty else _custom_input(block)}
         return {**call, "type": "function_call", "status": status, "arguments": text}
 
     def _logprobs(self) -> list[Json] | None:
-        return None if self.ask.logprobs is None else [logprob(token) for token in self._answer.logprobs]
+        return None if self.ask.logprobs is None else [logprob(token) for token in self._choice.logprobs]
 
 
 def _text_part(text: str, logprobs: list[Json] | None) -> dict[str, Json]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
-def _custom_input(part: Part) -> str:
+def _custom_input(block: Block) -> str:
     try:
-        value = json.loads(part.text or "{}")
+        value = json.loads(block.text or "{}")
     except (ValueError, RecursionError):
-        return part.text
-    return str(value.get("input", part.text)) if isinstance(value, dict) else part.text
+        return block.text
+    return str(value.get("input", block.text)) if isinstance(value, dict) else block.text
 
 
-def _usage(answer: Answer) -> dict[str, Json]:
+def _usage(answer: Choice) -> dict[str, Json]:
     prompt, cached, new, thinking = total_usage([answer])
     return {
         "input_tokens": prompt,

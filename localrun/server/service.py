@@ -109,7 +109,7 @@ class Service:
     def waiting(self, job: Job, event: GenerateEvent | None) -> dict[str, object]:
         """Progress information for a waiting client: the extension field `localrun`."""
         if job.started is None:
-            return {"state": "queued", "requests_ahead": self.dispatcher.place(job)}
+            return {"state": "queued", "requests_ahead": self.dispatcher.n_ahead(job)}
         if event is None:
             return {"state": "started"}
         done, total = getattr(event, "done", None), getattr(event, "total", None)

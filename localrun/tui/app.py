@@ -37,13 +37,13 @@ from localrun.textsafe import visible
 from localrun.tui import attention
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.commands import COMMANDS
+from localrun.tui.controllers.panels import WIDE_COLUMNS
+from localrun.tui.controllers.records import Records
 from localrun.tui.driver import TerminalDriver
 from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
 from localrun.tui.lifeline import Lifeline
 from localrun.tui.messages import LongAnswerEnded
 from localrun.tui.options import ChatOptions
-from localrun.tui.parts.panels import WIDE_COLUMNS
-from localrun.tui.parts.records import Records
 from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.widgets.prompt import PromptArea
 

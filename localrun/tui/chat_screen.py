@@ -1,7 +1,7 @@
-"""The chat screen: assembles widgets and parts, and routes keys, slash commands and messages to them.
+"""The chat screen: assembles widgets and controllers, and routes keys, slash commands and messages to them.
 
-Every command of `commands.COMMANDS` is a method of one of the parts (`localrun.tui.parts`); keys, slash commands, palette and
-buttons all come through `run_command`, where errors become notes or panels.
+Every command of `commands.COMMANDS` is a method of one of the controllers (`localrun.tui.controllers`); keys, slash commands,
+the palette and buttons all come through `run_command`, where errors become notes or panels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,23 @@ from textual.widgets import Footer, OptionList, Static
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.options import THINK_MODES
-from localrun.tui.answer import Answer
 from localrun.tui.commands import BY_NAME, screen_bindings
+from localrun.tui.controllers.asking import Asking
+from localrun.tui.controllers.composer import Composer
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.conversions import Conversions
+from localrun.tui.controllers.finder import Finder
+from localrun.tui.controllers.library import Library
+from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.monitor import Monitor
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.panels import Panels
+from localrun.tui.controllers.presets import Presets, preset_arguments
+from localrun.tui.controllers.versions import Versions
+from localrun.tui.controllers.work import Handler, Invocation, WorkQueue
 from localrun.tui.demo_words import DEMO_QUESTIONS, DEMO_WORDS
 from localrun.tui.engine_link import EngineLink
+from localrun.tui.live_answer import LiveAnswer
 from localrun.tui.messages import (
     AnswerEvents,
     ConversationAction,
@@ -39,19 +52,6 @@ from localrun.tui.messages import (
     PromptSubmitted,
     StatsArrived,
 )
-from localrun.tui.parts.asking import Asking
-from localrun.tui.parts.composer import Composer
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.conversions import Conversions
-from localrun.tui.parts.finder import Finder
-from localrun.tui.parts.library import Library
-from localrun.tui.parts.model import LoadedModel
-from localrun.tui.parts.monitor import Monitor
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.panels import Panels
-from localrun.tui.parts.presets import Presets, preset_arguments
-from localrun.tui.parts.versions import Versions
-from localrun.tui.parts.work import Call, Handler, WorkQueue
 from localrun.tui.screens.help import HelpScreen
 from localrun.tui.screens.settings import SettingsResult, SettingsScreen
 from localrun.tui.widgets.chat_view import ChatView
@@ -65,8 +65,8 @@ from localrun.tui.widgets.status_bar import StatusBar
 
 if TYPE_CHECKING:
     from localrun.tui.app import Launch
+    from localrun.tui.controllers.records import Records
     from localrun.tui.engine_link import EngineFactory
-    from localrun.tui.parts.records import Records
 
 LONG_ANSWER_S = 20.0
 """Answers that take at least this long are announced."""
@@ -77,7 +77,7 @@ _CONVERSION_STOP_S = 5.0
 
 
 class ChatScreen(Screen[None]):
-    """One conversation and everything around it. Owns the parts; each of those owns its state."""
+    """One conversation and everything around it. Owns the controllers; each of those owns its state."""
 
     BINDINGS: ClassVar[list[BindingType]] = list(screen_bindings())
     AUTO_FOCUS = "#input"
@@ -166,12 +166,12 @@ class ChatScreen(Screen[None]):
             "scroll_top": self._scroll_top,
             "scroll_end": self._scroll_end,
         }
-        parts = (
+        controllers = (
             *(self.panels, self.model, self.composer, self.versions, self.library),
             *(self.finder, self.conversions, self.monitor, self.presets),
         )
-        for part in parts:
-            handlers |= part.commands()
+        for controller in controllers:
+            handlers |= controller.commands()
         return handlers
 
     # --- widgets
@@ -239,7 +239,7 @@ class ChatScreen(Screen[None]):
         if message_id is None and BY_NAME[name].scope == "message":
             message_id = self.chat.focused_message
         try:
-            work = self.handlers[name](Call(argument, message_id))
+            work = self.handlers[name](Invocation(argument, message_id))
         except LocalrunError as error:
             self.notices.tell(error)
         else:
@@ -323,7 +323,7 @@ class ChatScreen(Screen[None]):
             "waiting for the conversation database: another program has it locked", severity="warning", timeout_s=6
         )
 
-    # --- from part to part
+    # --- from controller to controller
 
     def _think_modes(self) -> Sequence[str]:
         return THINK_MODES if self.model.facts is None else self.model.facts.think_modes
@@ -335,7 +335,7 @@ class ChatScreen(Screen[None]):
         self.monitor.look()
         self.asking.model_ready()
 
-    def _answered(self, answer: Answer) -> None:
+    def _answered(self, answer: LiveAnswer) -> None:
         self.monitor.look()
         timings = answer.finished.timings if answer.finished is not None else None
         if timings is not None and timings.prompt_s + timings.decode_s >= LONG_ANSWER_S:
@@ -360,14 +360,14 @@ class ChatScreen(Screen[None]):
     def _push(self, screen: Screen[Any]) -> None:
         self.app.push_screen(screen)
 
-    def _stop(self, call: Call) -> None:
+    def _stop(self, call: Invocation) -> None:
         """Esc: the first of what can be ended or closed."""
         if self.prompt.close_suggestions():
             return
         _ = self.asking.stop() or self.finder.close() or self.composer.cancel_editing() or self.panels.close_one()
         self._to_input()
 
-    def _interrupt(self, call: Call) -> None:
+    def _interrupt(self, call: Invocation) -> None:
         selected = self.prompt.selected_text or self.get_selected_text()
         if selected:
             self.app.copy_to_clipboard(selected)
@@ -394,7 +394,7 @@ class ChatScreen(Screen[None]):
             self.app.theme = result.theme
             self.model.change_options(result.engine)
 
-    def _theme(self, call: Call) -> None:
+    def _theme(self, call: Invocation) -> None:
         if not call.argument:
             self.app.search_themes()
         elif call.argument in self.app.available_themes:
@@ -410,11 +410,11 @@ class ChatScreen(Screen[None]):
         target = focused if isinstance(focused, OptionList | ExpertMap) else self.chat
         target.scroll_page_up(animate=False) if direction == "up" else target.scroll_page_down(animate=False)
 
-    async def _scroll_top(self, call: Call) -> None:
+    async def _scroll_top(self, call: Invocation) -> None:
         if self.chat.entries:
             await self.chat.scroll_to_message(self.chat.entries[0].message.id)
 
-    async def _scroll_end(self, call: Call) -> None:
+    async def _scroll_end(self, call: Invocation) -> None:
         await self.chat.scroll_to_end()
 
     def show_header(self) -> None:

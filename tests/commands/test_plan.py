@@ -84,14 +84,14 @@ def test_a_terminal_gets_bars() -> None:
     assert sum("█" in line for line in lines) >= 4
 
 
-def test_svg_has_every_part_with_its_number(tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_svg_has_every_segment_with_its_number(tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.svg"
     assert cli.main(["plan", "flash", "--box", BOX, "--svg", str(target)]) == 0
     assert str(target) in capsys.readouterr().err
     words = "".join(ET.parse(target).getroot().itertext())
     for bar in bars(plan):
-        for part in bar.parts:
-            assert f"{part.name} {bar.show(part.value)}" in words
+        for segment in bar.segments:
+            assert f"{segment.name} {bar.show(segment.value)}" in words
 
 
 def test_a_model_that_is_not_there_comes_with_its_download_and_its_hours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,7 @@ class OnFiles:
         kernels = {n: [Packer()] * len(layer.variants) for n, layer in self.layers.items()}
         self._file_bytes = file_bytes
         patch.setattr(reading, "preadv", self._preadv)
-        self.store: Store = ExpertStore(source, kernels, mirror=mirror, n_lanes=2, n_buffers=2)
+        self.store: Store = ExpertStore(source, kernels, mirror=mirror, n_reads=2, n_buffers=2)
 
     def best(self, layer: int, expert: int) -> int:
         types = tuple(projection.type for projection in self._source.expert(layer, expert))

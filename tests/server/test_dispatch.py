@@ -58,7 +58,7 @@ def test_clients_take_turns(queue: Queue) -> None:
         queue.submit(name, "a")
     queue.submit("b1", "b")
     queue.submit("c1", "c")
-    places = {name: queue.dispatcher.place(job) for name, job in queue.jobs.items()}
+    places = {name: queue.dispatcher.n_ahead(job) for name, job in queue.jobs.items()}
     assert places == {"first": 0, "a1": 1, "b1": 2, "c1": 3, "a2": 4, "a3": 5}
     queue.gate.set()
     wait_until(lambda: len(queue.order) == 6)

@@ -12,7 +12,7 @@ from localrun.engine.conversations import Attachment, ConversationStore
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Generate, PromptProgress, ToolCall
 from localrun.errors import BudgetError, ContextFullError, DecodeError
-from localrun.tui.answering import _progress_line
+from localrun.tui.controllers.answering import _progress_line
 from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.screens.models import ModelsScreen
 from localrun.tui.widgets.message_view import MessageView

@@ -14,8 +14,8 @@ from textual.widgets import Button, Input, RichLog, Select, Static
 
 from localrun.commands.convert import add_arguments
 from localrun.quant.open import open_model
+from localrun.tui.controllers.conversions import Conversions
 from localrun.tui.converter_process import ConversionNews, ConverterProcess
-from localrun.tui.parts.conversions import Conversions
 from localrun.tui.screens.convert import ConvertScreen
 from tests.checkpoints import write_small
 from tests.tui.support import Setup

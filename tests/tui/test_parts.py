@@ -21,11 +21,11 @@ from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import Delta, PromptProgress, Stats
 from localrun.errors import UsageError
 from localrun.textsafe import visible
-from localrun.tui.answer import Answer, last_turns, prompt_messages, prompt_rate, prompt_time_left
-from localrun.tui.answering import Answering
+from localrun.tui.controllers.answering import Answering
 from localrun.tui.engine_link import AnswerFeed
 from localrun.tui.expert_grid import bits_of, column_groups, read_grid, tier_rates
 from localrun.tui.files import estimate_tokens
+from localrun.tui.live_answer import LiveAnswer, last_turns, prompt_messages, prompt_time_left, prompt_tokens_per_s
 from localrun.tui.options import ChatOptions, from_json, to_json, with_value
 from localrun.tui.widgets.engine_panel import bar_chart
 from localrun.tui.widgets.expert_map import map_cells
@@ -120,7 +120,7 @@ def test_the_hit_rates_chart_draws_what_was_measured_and_nothing_else() -> None:
 
 def test_an_answer_knows_its_rates_and_the_time_of_its_thinking() -> None:
     clock = Clock()
-    answer = Answer(message(), clock)
+    answer = LiveAnswer(message(), clock)
     answer.apply([PromptProgress(request=1, done=600, total=1000, reused=100, elapsed_s=5.0)])
     assert answer.prompt_tokens_per_s == 100
     answer.apply([Delta(request=1, kind="thinking", text="hm", tokens=(1,))])
@@ -139,7 +139,7 @@ def test_an_answer_knows_its_rates_and_the_time_of_its_thinking() -> None:
 
 def test_prefill_says_how_long_it_will_take() -> None:
     progress = PromptProgress(request=1, done=300, total=500, reused=100, elapsed_s=4.0)
-    assert (prompt_rate(progress), prompt_time_left(progress)) == (50, 4)
+    assert (prompt_tokens_per_s(progress), prompt_time_left(progress)) == (50, 4)
     start = PromptProgress(request=1, done=100, total=500, reused=100, elapsed_s=0.0)
     assert prompt_time_left(start) is None
 
@@ -178,7 +178,7 @@ def test_an_answer_is_drawn_less_often_where_drawing_is_slow(monkeypatch: pytest
     host: Any = SimpleNamespace(set_timer=lambda delay, callback: intervals.append(delay))
     nothing: Any = None
     used = iter((0.0, 0.001, 0.031, 1.031))  # processor time: 1 ms, then 30 ms, then 1 s between two draws
-    monkeypatch.setattr("localrun.tui.answering.time.process_time", lambda: next(used))
+    monkeypatch.setattr("localrun.tui.controllers.answering.time.process_time", lambda: next(used))
     answering = Answering(host, nothing, nothing, nothing, ended=nothing, failed_to_save=nothing)
     for _ in range(3):
         answering._draw_later()

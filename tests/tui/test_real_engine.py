@@ -13,8 +13,8 @@ import pytest
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.protocol import Stats
 from localrun.tui.app import Launch, LocalrunApp
+from localrun.tui.controllers.monitor import Monitor
 from localrun.tui.options import ChatOptions
-from localrun.tui.parts.monitor import Monitor
 from tests.engine.models import write_chat_model
 from tests.tui.fake_engine import FakeEngine
 from tests.tui.support import Talk

@@ -12,10 +12,10 @@ import pytest
 
 from localrun.engine.conversations import ConversationError, ConversationStore, StoreThread
 from localrun.errors import LocalrunError, UsageError
+from localrun.tui.controllers import records
+from localrun.tui.controllers.records import GoneError, Records
+from localrun.tui.controllers.work import WorkQueue
 from localrun.tui.faults import as_ours
-from localrun.tui.parts import records
-from localrun.tui.parts.records import GoneError, Records
-from localrun.tui.parts.work import WorkQueue
 
 
 async def test_work_is_done_in_order_and_none_finds_another_half_done() -> None:

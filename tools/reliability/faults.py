@@ -267,7 +267,7 @@ def _used(source: ModelSource) -> dict[str, list[tuple[int, int]]]:
 
     assert isinstance(source, GgufSource)
     used: dict[str, list[tuple[int, int]]] = {}
-    for part in source.parts:
+    for part in source.headers:
         ranges = [(tensor.offset, tensor.offset + tensor.info.n_bytes) for tensor in part.tensors.values()]
         used[str(part.path.resolve())] = [(0, part.data_offset), *ranges]
     return used

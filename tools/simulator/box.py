@@ -26,7 +26,7 @@ from typing import Any
 from localrun.engine.planner import speed
 from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.hardware import Hardware, detect
-from localrun.engine.planner.plan import Plan, PlanOptions, residency
+from localrun.engine.planner.plan import Plan, PlanOptions, resident_shares
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import slowest
@@ -123,19 +123,19 @@ class _Clock:
     def __init__(self, sizes: ModelSizes, plan: Plan) -> None:
         machine, at = plan.machine, plan.placement
         self._gpu = slowest([gpu.rates for gpu in machine.gpus])
-        place = residency(sizes, machine, at)
+        shares = resident_shares(sizes, machine, at)
         n_layers = max(1, len(sizes.shape.moe_layers))
         self._token_s = (
-            sum(speed.dense_token(sizes, place, machine, plan.options.position or 0, "f16").values()) / n_layers
+            sum(speed.dense_token(sizes, shares, machine, plan.options.position or 0, "f16").values()) / n_layers
         )
         batch = plan.options.n_batch
         position = plan.options.prompt_tokens // 2
         self._prompt_token_s = (
-            sum(speed.dense_batch(sizes, place, machine, batch, position).values()) / n_layers / batch
+            sum(speed.dense_batch(sizes, shares, machine, batch, position).values()) / n_layers / batch
         )
         self._expert = speed.experts_on(machine, sizes)
         self._file_bytes, self._weights = sizes.mean_file_bytes, 3 * sizes.shape.n_embd * sizes.shape.n_ff
-        self._read_s = sizes.mean_file_bytes / speed.drive_rate(machine)
+        self._read_s = sizes.mean_file_bytes / speed.drive_bytes_per_s(machine)
 
     def call(self, step: Step, in_ram: Step, missing: Sequence[Key], call: Call) -> float:
         """One layer call of one token or a batch."""

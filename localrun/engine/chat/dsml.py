@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from localrun.engine.chat.messages import Json, ToolCall, ToolSchema
-from localrun.engine.chat.parts import DSML, THINK_END, THINK_START, Part, Special, Text, split_protocol_text
+from localrun.engine.chat.parts import DSML, THINK_END, THINK_START, PromptPart, Special, Text, split_protocol_text
 
 _INSTRUCTIONS = f"""## Tools
 
@@ -70,7 +70,7 @@ def to_json(value: Json) -> str:
     return text if _is_encodable(text) else json.dumps(value, ensure_ascii=True)
 
 
-def tool_instructions(tools: Sequence[ToolSchema]) -> list[Part]:
+def tool_instructions(tools: Sequence[ToolSchema]) -> list[PromptPart]:
     """The text that offers `tools`: fixed instructions, one schema per line, fixed closing line."""
     schemas = "\n".join(to_json(dict(tool.function)) for tool in tools)
     return [*split_protocol_text(_INSTRUCTIONS), Text(schemas), Text(_CLOSING)]
@@ -95,9 +95,9 @@ def parameters_of(arguments: str) -> list[Parameter]:
     return parameters
 
 
-def render_tool_calls(calls: Iterable[ToolCall]) -> list[Part]:
+def render_tool_calls(calls: Iterable[ToolCall]) -> list[PromptPart]:
     """The block of calls at the end of an assistant message, including the blank line before it."""
-    parts: list[Part] = [Text("\n\n"), *_tag("tool_calls>\n")]
+    parts: list[PromptPart] = [Text("\n\n"), *_tag("tool_calls>\n")]
     for call in calls:
         parts += _tag(f'invoke name="{call.name}">\n')
         # Lines are joined, not ended, by line breaks: a call without parameters has an empty line.
@@ -111,7 +111,7 @@ def render_tool_calls(calls: Iterable[ToolCall]) -> list[Part]:
     return parts + _tag("tool_calls>", closing=True)
 
 
-def _tag(rest: str, *, closing: bool = False) -> list[Part]:
+def _tag(rest: str, *, closing: bool = False) -> list[PromptPart]:
     return [Text("</" if closing else "<"), Special(DSML), Text(rest)]
 
 

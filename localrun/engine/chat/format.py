@@ -38,7 +38,7 @@ from localrun.engine.chat.messages import (
     ToolSchema,
     UserMessage,
 )
-from localrun.engine.chat.parts import Part, Special, Text
+from localrun.engine.chat.parts import PromptPart, Special, Text
 from localrun.engine.chat.writer import (
     Boundary,
     Prompt,
@@ -54,8 +54,8 @@ __all__ = [
     "Boundary",
     "ChatEncoder",
     "Effort",
-    "Part",
     "Prompt",
+    "PromptPart",
     "Special",
     "Text",
     "encoder_for",

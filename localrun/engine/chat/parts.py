@@ -61,13 +61,13 @@ class Sampled:
     text: str
 
 
-Part: TypeAlias = Special | Text | Sampled
+PromptPart: TypeAlias = Special | Text | Sampled
 
 
-def split_protocol_text(text: str) -> list[Part]:
+def split_protocol_text(text: str) -> list[PromptPart]:
     """Parts of a text in which token strings do mean tokens: a fixed header of our own, or a model's raw output."""
     pieces = _PROTOCOL_TOKEN.split(text)
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for i, piece in enumerate(pieces):
         if i % 2:
             parts.append(Special(piece))
@@ -85,7 +85,7 @@ class TokenFinder:
     def __init__(self) -> None:
         self._held = ""
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[PromptPart]:
         """The parts that are certain; a tail that may become a token is held back."""
         text = self._held + text
         *parts, last = split_protocol_text(text) or [Text("")]
@@ -99,15 +99,15 @@ class TokenFinder:
             last = Text(text)
         return [*parts, last]
 
-    def flush(self) -> list[Part]:
+    def flush(self) -> list[PromptPart]:
         """The tail that was held back, which did not become a token."""
         held, self._held = self._held, ""
         return [Text(held)] if held else []
 
 
-def merge_texts(parts: Iterable[Part]) -> list[Part]:
+def merge_texts(parts: Iterable[PromptPart]) -> list[PromptPart]:
     """The same prompt with neighbouring texts joined and empty ones left out."""
-    merged: list[Part] = []
+    merged: list[PromptPart] = []
     for part in parts:
         if isinstance(part, Text):
             if not part.text:
@@ -119,6 +119,6 @@ def merge_texts(parts: Iterable[Part]) -> list[Part]:
     return merged
 
 
-def render(parts: Iterable[Part]) -> str:
+def render(parts: Iterable[PromptPart]) -> str:
     """The string that the official encoder would give: for tests and for people, not for tokenising."""
     return "".join(part.token if isinstance(part, Special) else part.text for part in parts)

@@ -106,7 +106,7 @@ class End:
 StreamEvent: TypeAlias = ThinkingDelta | TextDelta | ToolCallStart | ToolCallDelta | ToolCallEnd | End
 
 
-class Answer:
+class MessageBuilder:
     """Collects the events of one answer into a message."""
 
     def __init__(self) -> None:

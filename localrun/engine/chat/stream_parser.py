@@ -53,13 +53,13 @@ from localrun.engine.chat.parts import (
     THINK_END,
     THINK_START,
     USER,
-    Part,
+    PromptPart,
     Special,
     TokenFinder,
 )
 from localrun.engine.chat.stream_events import (
-    Answer,
     End,
+    MessageBuilder,
     Problem,
     StreamEvent,
     TextDelta,
@@ -71,8 +71,8 @@ from localrun.engine.chat.stream_events import (
 from localrun.engine.chat.tool_types import ToolTypes
 
 __all__ = [
-    "Answer",
     "End",
+    "MessageBuilder",
     "Problem",
     "StreamEvent",
     "StreamParser",
@@ -136,7 +136,7 @@ class StreamParser:
 
     # --- input --------------------------------------------------------------------------------------------------
 
-    def feed(self, part: Part) -> list[StreamEvent]:
+    def feed(self, part: PromptPart) -> list[StreamEvent]:
         """Text or a special token."""
         return self.feed_special(part.token) if isinstance(part, Special) else self.feed_text(part.text)
 
@@ -170,7 +170,7 @@ class StreamParser:
         events, self._out = self._out, []
         return events
 
-    def _take(self, part: Part) -> None:
+    def _take(self, part: PromptPart) -> None:
         if not isinstance(part, Special):
             self._take_text(part.text)
         elif not self.ended:
@@ -360,7 +360,7 @@ class StreamParser:
             whole = markup
         else:
             whole = f"<{DSML_MARK}tool_calls>{markup}</{DSML_MARK}tool_calls>"
-        inner, answer = StreamParser(), Answer()
+        inner, answer = StreamParser(), MessageBuilder()
         inner._tools = self._tools
         inner._buffer = whole
         inner._run(final=True)
@@ -612,9 +612,9 @@ class StreamParser:
 
 def parse_completion(
     text: str, start: Literal["thinking", "content"] = "content", *, tools: Sequence[ToolSchema] = ()
-) -> Answer:
+) -> MessageBuilder:
     """A whole completion as one string with its special tokens in it."""
-    parser, answer = StreamParser(start, markup_in_text=True, tools=tools), Answer()
+    parser, answer = StreamParser(start, markup_in_text=True, tools=tools), MessageBuilder()
     answer.add(parser.feed_text(text))
     answer.add(parser.finish())
     return answer

@@ -32,7 +32,7 @@ from localrun.engine.chat.parts import (
     THINK_END,
     THINK_START,
     USER,
-    Part,
+    PromptPart,
     Sampled,
     Special,
     Text,
@@ -71,7 +71,7 @@ class Prompt:
         completion: the start of the model's output, for the stream parser; None if it is not the model's turn.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PromptPart, ...]
     boundaries: tuple[Boundary, ...]
     completion: Literal["thinking", "content"] | None
 
@@ -158,7 +158,7 @@ class PromptWriter:
         self.drop = drop
         self.resume = resume
         self.last_question = _last_question(turns)
-        self.parts: list[Part] = []
+        self.parts: list[PromptPart] = []
         self.answer_open = False
         self.unanswered: int | None = None
         self.late_task = False  # a system message separates a task from its answer
@@ -298,7 +298,7 @@ class PromptWriter:
         return Prompt(tuple(merge_texts(self.parts)), tuple(boundaries.values()), self.completion)
 
 
-def _edges_after_merge(parts: Sequence[Part]) -> list[int | None]:
+def _edges_after_merge(parts: Sequence[PromptPart]) -> list[int | None]:
     """Position among the merged parts of the edge before `parts[i]` (or after the last one); None if inside a text."""
     kinds = ["" if part == Text("") else type(part).__name__ for part in parts]
     following = [""] * (len(parts) + 1)  # kind of the next part that is not empty

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from localrun.engine.conversations import Attachment
 from localrun.engine.conversations.export import fenced
+from localrun.engine.conversations.records import Attachment
 from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_size
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localrun.atomic import replacing
-from localrun.engine.conversations import Attachment, ConversationError, ConversationStore, Message
+from localrun.engine.conversations.database import ConversationError
+from localrun.engine.conversations.records import Attachment, Message
+from localrun.engine.conversations.store import ConversationStore
 from localrun.errors import StoreError
 from localrun.textsafe import visible_line
 

@@ -1,6 +1,6 @@
 """Draws a plan: where memory goes and how a token's time is spent, as bars of characters or as SVG.
 
-All numbers are the plan's. In a terminal each part has its own glyph, so colours are not needed to read them. Bars are computed
+All numbers are the plan's. In a terminal each segment has its own glyph, so colours are not needed to read them. Bars are computed
 with the plan and drawn elsewhere: the plan's JSON contains them (`bars_json`, `read_bars`).
 """
 
@@ -26,7 +26,7 @@ _NAME_CELLS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Segment:
     """A piece of a bar; `rest`: it is what nothing of the plan takes."""
 
     name: str
@@ -36,20 +36,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One bar, as long as its parts together.
+    """One bar, as long as its segments together.
 
     Attributes:
-        unit: of the parts' values.
+        unit: of the segments' values.
     """
 
     name: str
     title: str
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
     unit: Literal["bytes", "s"] = "bytes"
 
     @property
     def total(self) -> float:
-        return sum(part.value for part in self.parts)
+        return sum(segment.value for segment in self.segments)
 
     def show(self, value: float) -> str:
         """A value with its unit."""
@@ -64,57 +64,62 @@ def bars(plan: Plan) -> list[Bar]:
 
 def bars_json(plan: Plan) -> list[dict[str, Any]]:
     """The bars as they stand in the plan's JSON."""
-    return [asdict(bar) | {"parts": [asdict(part) for part in bar.parts]} for bar in bars(plan)]
+    return [asdict(bar) | {"segments": [asdict(segment) for segment in bar.segments]} for bar in bars(plan)]
 
 
 def read_bars(plan: Mapping[str, Any]) -> list[Bar]:
     """The bars of a plan's JSON; none where it has none."""
     return [
-        Bar(name=bar["name"], title=bar["title"], unit=bar["unit"], parts=tuple(Part(**part) for part in bar["parts"]))
+        Bar(
+            name=bar["name"],
+            title=bar["title"],
+            unit=bar["unit"],
+            segments=tuple(Segment(**segment) for segment in bar["segments"]),
+        )
         for bar in plan.get("bars", ())
     ]
 
 
-def _bar(name: str, title: str, parts: Sequence[Part], unit: Literal["bytes", "s"] = "bytes") -> Bar:
-    return Bar(name=name, title=title, parts=tuple(part for part in parts if part.value > 0), unit=unit)
+def _bar(name: str, title: str, segments: Sequence[Segment], unit: Literal["bytes", "s"] = "bytes") -> Bar:
+    return Bar(name=name, title=title, segments=tuple(segment for segment in segments if segment.value > 0), unit=unit)
 
 
 def _ram(plan: Plan) -> Bar:
     from localrun.engine.planner.hardware import PROCESS_BYTES  # here, because who only draws needs none of it
 
     at, machine = plan.placement, plan.machine
-    parts = [
-        Part(name="process", value=PROCESS_BYTES),
-        Part(name="experts", value=at.ram_experts * plan.sizes.mean_slot_bytes),
+    segments = [
+        Segment(name="process", value=PROCESS_BYTES),
+        Segment(name="experts", value=at.ram_experts * plan.sizes.mean_slot_bytes),
     ]
     if not at.dense_on_gpu:
-        parts[:0] = _fixed(plan)
+        segments[:0] = _fixed(plan)
     if machine.ram_bytes is None or machine.total_ram_bytes is None:
-        return _bar("RAM", "used by the plan", parts)
-    parts.append(Part(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
-    free = machine.total_ram_bytes - sum(part.value for part in parts)
-    parts.append(Part(name="free", value=free, rest=True))
-    return _bar("RAM", format_size(machine.total_ram_bytes), parts)
+        return _bar("RAM", "used by the plan", segments)
+    segments.append(Segment(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
+    free = machine.total_ram_bytes - sum(segment.value for segment in segments)
+    segments.append(Segment(name="free", value=free, rest=True))
+    return _bar("RAM", format_size(machine.total_ram_bytes), segments)
 
 
 def _gpu(plan: Plan) -> Bar | None:
     at, machine = plan.placement, plan.machine
     if not machine.gpus:
         return None
-    parts = [*(_fixed(plan) if at.dense_on_gpu else []), Part(name="experts", value=at.gpu_expert_bytes)]
-    free = machine.vram_bytes - sum(part.value for part in parts)
+    segments = [*(_fixed(plan) if at.dense_on_gpu else []), Segment(name="experts", value=at.gpu_expert_bytes)]
+    free = machine.vram_bytes - sum(segment.value for segment in segments)
     names = " and ".join(gpu.name for gpu in machine.gpus)
     return _bar(
-        "GPU", f"{format_size(machine.vram_bytes)}, {names}", [*parts, Part(name="free", value=free, rest=True)]
+        "GPU", f"{format_size(machine.vram_bytes)}, {names}", [*segments, Segment(name="free", value=free, rest=True)]
     )
 
 
-def _fixed(plan: Plan) -> list[Part]:
+def _fixed(plan: Plan) -> list[Segment]:
     at = plan.placement
     return [
-        Part(name="dense model", value=at.dense_bytes),
-        Part(name="cache", value=at.kv_bytes),
-        Part(name="buffers", value=at.compute_bytes),
+        Segment(name="dense model", value=at.dense_bytes),
+        Segment(name="cache", value=at.kv_bytes),
+        Segment(name="buffers", value=at.compute_bytes),
     ]
 
 
@@ -124,24 +129,24 @@ def _drive(plan: Plan) -> Bar | None:
         return None
     each = sizes.expert_file_bytes / sizes.n_copies
     only = sizes.n_copies - at.ram_experts - at.gpu_experts
-    parts = [
-        Part(name="also in RAM", value=at.ram_experts * each),
-        Part(name="also on a GPU", value=at.gpu_experts * each),
-        Part(name="drive only", value=only * each, rest=True),
+    segments = [
+        Segment(name="also in RAM", value=at.ram_experts * each),
+        Segment(name="also on a GPU", value=at.gpu_experts * each),
+        Segment(name="drive only", value=only * each, rest=True),
     ]
     title = f"{format_size(sizes.expert_file_bytes)} of experts"
     if plan.decode is not None:
         title += f", {plan.decode.likely.disk_bytes / 1e9:.2f} GB read per token"
-    return _bar("drive", title, parts)
+    return _bar("drive", title, segments)
 
 
 def _token(plan: Plan) -> Bar | None:
     if plan.decode is None:
         return None
     likely = plan.decode.likely
-    parts = [Part(name=name, value=seconds) for name, seconds in likely.parts.items()]
+    segments = [Segment(name=name, value=seconds) for name, seconds in likely.seconds.items()]
     title = f"{_ms(1 / likely.tokens_per_s)} per token, likely {likely.tokens_per_s:.2f} tokens/s"
-    return _bar("token", title, parts, "s")
+    return _bar("token", title, segments, "s")
 
 
 def _ms(seconds: float) -> str:
@@ -157,11 +162,13 @@ def bar_lines(drawn: Sequence[Bar], width: int) -> list[str]:
     lines: list[str] = []
     for bar in drawn:
         glyphs = _glyphs(bar)
-        cells = "".join(glyph * n for glyph, n in zip(glyphs, shares([p.value for p in bar.parts], room), strict=True))
+        cells = "".join(
+            glyph * n for glyph, n in zip(glyphs, shares([p.value for p in bar.segments], room), strict=True)
+        )
         lines += [f"{bar.name:<{_NAME_CELLS}}{bar.title}"[: max(40, width)], " " * _NAME_CELLS + cells]
         line = ""
-        for glyph, part in zip(glyphs, bar.parts, strict=True):
-            word = f"{glyph} {part.name} {bar.show(part.value)}"
+        for glyph, segment in zip(glyphs, bar.segments, strict=True):
+            word = f"{glyph} {segment.name} {bar.show(segment.value)}"
             if line and len(line) + 2 + len(word) > room:
                 lines.append(" " * _NAME_CELLS + line)
                 line = ""
@@ -172,7 +179,7 @@ def bar_lines(drawn: Sequence[Bar], width: int) -> list[str]:
 
 def _glyphs(bar: Bar) -> list[str]:
     taken = iter(_GLYPHS)
-    return [REST if part.rest else next(taken, "?") for part in bar.parts]
+    return [REST if segment.rest else next(taken, "?") for segment in bar.segments]
 
 
 def shares(values: Sequence[float], cells: int) -> list[int]:
@@ -201,10 +208,10 @@ def bars_svg(drawn: Sequence[Bar], heading: str) -> str:
         x = float(_LEFT)
         colours = iter(_COLOURS)
         legend_x, legend_y = _LEFT, y + _BAR_HEIGHT + _LINE
-        for part in bar.parts:
-            colour = _REST_COLOUR if part.rest else next(colours, _COLOURS[-1])
-            wide = part.value / bar.total * (_WIDTH - 2 * _LEFT)
-            label = f"{part.name} {bar.show(part.value)}"
+        for segment in bar.segments:
+            colour = _REST_COLOUR if segment.rest else next(colours, _COLOURS[-1])
+            wide = segment.value / bar.total * (_WIDTH - 2 * _LEFT)
+            label = f"{segment.name} {bar.show(segment.value)}"
             body.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{_BAR_HEIGHT}" fill="{colour}">'
                 f"<title>{escape(label)}</title></rect>"

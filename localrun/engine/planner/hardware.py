@@ -40,7 +40,7 @@ ASSUMED_PCIE_BYTES_PER_S = 12.0e9
 
 ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S, ASSUMED_PCIE_BYTES_PER_S)
 
-_PCIE_GT = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
+_LANE_BYTES_PER_S = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
 """GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
 
 SYS_PCI = Path("/sys/bus/pci/devices")
@@ -208,8 +208,8 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
     result = []
     for number, device in enumerate(devices):
         link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
-        memory_rate = card_bytes_per_s(device.description) or ASSUMED_VRAM_BYTES_PER_S
-        rates = (probe_gpu(device) if probe else None) or assumed_rates(memory_rate, link)
+        vram_bytes_per_s = card_bytes_per_s(device.description) or ASSUMED_VRAM_BYTES_PER_S
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(vram_bytes_per_s, link)
         result.append(
             Gpu(
                 name=device.description or device.name,
@@ -226,7 +226,7 @@ def display_links() -> list[float]:
     with contextlib.suppress(OSError):
         for folder in sorted(SYS_PCI.iterdir()):
             with contextlib.suppress(OSError):
-                rate = pcie_rate(folder.name)
+                rate = pcie_bytes_per_s(folder.name)
                 # PCI class 0x03: display controllers.
                 if rate is not None and (folder / "class").read_text().startswith("0x03"):
                     links.append(rate)
@@ -264,7 +264,7 @@ SYSTEM_BYTES = 2 * 2**30
 """What an operating system and a desktop hold of a machine that is only described."""
 
 
-def pcie_rate(address: str) -> float | None:
+def pcie_bytes_per_s(address: str) -> float | None:
     """Maximum link bandwidth of a PCI device in bytes per second (idle cards slow theirs down); None if unknown.
 
     Args:
@@ -272,8 +272,8 @@ def pcie_rate(address: str) -> float | None:
     """
     folder = SYS_PCI / address.lower()
     with contextlib.suppress(OSError, ValueError, IndexError):
-        speed = float((folder / "max_link_speed").read_text().split()[0])
+        transfers = float((folder / "max_link_speed").read_text().split()[0])
         lanes = int((folder / "max_link_width").read_text())
-        per_lane = _PCIE_GT.get(speed)
-        return per_lane * lanes if per_lane and lanes else None
+        lane_bytes_per_s = _LANE_BYTES_PER_S.get(transfers)
+        return lane_bytes_per_s * lanes if lane_bytes_per_s and lanes else None
     return None

@@ -14,7 +14,7 @@ from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
 from localrun.engine.planner.hit_rates import HitRates
 from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.engine.planner.speed import Rate, Residency, predict_decode, slowest
+from localrun.engine.planner.speed import Rate, ResidentShares, predict_decode, slowest
 
 FAULT_SHARE = 0.2
 """Read rate of page faults, relative to that of our reads. [m] Flash in MXFP4, 24 GiB, a drive of
@@ -48,17 +48,17 @@ def predict_plain(
     dense_on_gpu = bool(budgets) and budgets[0] >= fixed
     spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
     cached = max(0, machine.ram_bytes - PROCESS_BYTES - spare - (0 if dense_on_gpu else fixed))
-    place = Residency(
+    shares = ResidentShares(
         ram_share=min(1.0, cached / max(1, sizes.expert_file_bytes)),
         dense_on_gpu=dense_on_gpu,
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
         miss_bytes=sizes.miss_bytes(adaptive=False),
     )
     faulting = replace(machine, disk_bytes_per_s=machine.disk_bytes_per_s * FAULT_SHARE, n_drives=1)
-    likely = predict_decode(sizes, place, faulting, rates, position=position, kv_type=kv_type).likely
+    likely = predict_decode(sizes, shares, faulting, rates, position=position, kv_type=kv_type).likely
     mxfp4 = sum(group.count for group in sizes.experts if GGMLQuantizationType.MXFP4 in group.types) / max(
         1, sizes.n_copies
     )
-    parts = dict(likely.parts)
-    parts["experts in RAM"] *= 1 + (MXFP4_SLOWER - 1) * mxfp4
-    return replace(likely, parts=parts, tokens_per_s=1 / sum(parts.values()))
+    seconds = dict(likely.seconds)
+    seconds["experts in RAM"] *= 1 + (MXFP4_SLOWER - 1) * mxfp4
+    return replace(likely, seconds=seconds, tokens_per_s=1 / sum(seconds.values()))

@@ -9,7 +9,7 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.engine.planner.speed import Range, Rate, Residency, predict_decode, predict_prefill, slowest
+from localrun.engine.planner.speed import Range, Rate, ResidentShares, predict_decode, predict_prefill, slowest
 from localrun.engine.planner.text import plan_json, plan_lines
 
 AS_FAST = 0.95
@@ -155,23 +155,25 @@ class Plan:
 
     def decode_at(self, position: int) -> Range:
         """Answers with so many tokens in the context."""
-        place = residency(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
+        shares = resident_shares(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
         kv_type = self.options.kv_type
-        return predict_decode(self.sizes, place, self.machine, self.rates, position=position, kv_type=kv_type)
+        return predict_decode(self.sizes, shares, self.machine, self.rates, position=position, kv_type=kv_type)
 
     def prefill_of(self, prompt_tokens: int) -> Range:
         """A prompt of so many tokens."""
-        place = residency(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
+        shares = resident_shares(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
         n_batch = self.options.n_batch
         return predict_prefill(
-            self.sizes, place, self.machine, self.rates, prompt_tokens=prompt_tokens, n_batch=n_batch
+            self.sizes, shares, self.machine, self.rates, prompt_tokens=prompt_tokens, n_batch=n_batch
         )
 
 
-def residency(sizes: ModelSizes, machine: Hardware, placement: Placement, *, adaptive: bool = False) -> Residency:
+def resident_shares(
+    sizes: ModelSizes, machine: Hardware, placement: Placement, *, adaptive: bool = False
+) -> ResidentShares:
     """A placement as shares."""
     n_copies = max(1, sizes.n_copies)
-    return Residency(
+    return ResidentShares(
         miss_bytes=sizes.miss_bytes(adaptive=adaptive),
         ram_share=placement.ram_experts / n_copies,
         gpu_share=placement.gpu_experts / n_copies,

@@ -18,7 +18,7 @@ from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Seen, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plain import predict_plain
-from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, residency
+from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, resident_shares
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
@@ -91,7 +91,7 @@ def make_plan(
         rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
     decode = prefill = plain = None
     if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
-        at = residency(sizes, machine, placement, adaptive=options.adaptive)
+        at = resident_shares(sizes, machine, placement, adaptive=options.adaptive)
         position = min(n_ctx // 4, 8192) if options.position is None else options.position
         decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=options.kv_type)
         if sizes.n_copies:

@@ -74,7 +74,7 @@ MARGIN = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Residency:
+class ResidentShares:
     """A model's placement, as shares.
 
     Attributes:
@@ -104,18 +104,18 @@ class Rate:
         tokens_per_s: the rate.
         hit_rate: share of expert requests that need no read.
         disk_bytes: read per token.
-        parts: seconds per token by resource; overlapped time counts less.
+        seconds: seconds per token by resource; overlapped time counts less.
     """
 
     tokens_per_s: float
     hit_rate: float
     disk_bytes: float
-    parts: Mapping[str, float]
+    seconds: Mapping[str, float]
 
     @property
     def limit(self) -> str:
         """The resource that takes most of the time."""
-        return max(self.parts, key=lambda name: self.parts[name])
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,29 +139,29 @@ class Range:
 
 
 def predict_decode(
-    sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
+    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
 ) -> Range:
     """Speed of answers with `position` tokens in the context."""
     used = len(sizes.shape.moe_layers) * sizes.shape.n_used
-    dense_parts = dense_token(sizes, place, machine, position, kv_type)
+    dense_s = dense_token(sizes, shares, machine, position, kv_type)
     expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
 
     def rate(hits: float, estimate: int) -> Rate:
-        parts = dict(dense_parts)
+        seconds = dict(dense_s)
         on_cpu_s, on_gpu_s = (1 - on_gpu) * expert_s, 0.0
-        if place.gpu is not None and on_gpu:
-            on_gpu_s = on_gpu * used * sizes.mean_file_bytes / place.gpu.decode_bytes_per_s
-            on_gpu_s += len(sizes.shape.moe_layers) * place.gpu.latency_s
-        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
-        disk_bytes = (1 - hits) * used * place.miss_bytes
-        parts["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
-        read_s = disk_bytes / (DISK_SHARE[estimate] * drive_rate(machine))
-        parts["drive"] = waiting(read_s, sum(parts.values()), HIDDEN_READS[estimate])
-        return Rate(tokens_per_s=1 / sum(parts.values()), hit_rate=hits, disk_bytes=disk_bytes, parts=parts)
+        if shares.gpu is not None and on_gpu:
+            on_gpu_s = on_gpu * used * sizes.mean_file_bytes / shares.gpu.decode_bytes_per_s
+            on_gpu_s += len(sizes.shape.moe_layers) * shares.gpu.latency_s
+        seconds |= _both(on_cpu_s, on_gpu_s, shares.gpu)
+        disk_bytes = (1 - hits) * used * shares.miss_bytes
+        seconds["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
+        read_s = disk_bytes / (DISK_SHARE[estimate] * drive_bytes_per_s(machine))
+        seconds["drive"] = waiting(read_s, sum(seconds.values()), HIDDEN_READS[estimate])
+        return Rate(tokens_per_s=1 / sum(seconds.values()), hit_rate=hits, disk_bytes=disk_bytes, seconds=seconds)
 
-    on_gpu = rates.hottest(place.gpu_share) if place.gpu_share > 0 else 0.0
+    on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
     unsteady, steady = (
-        max(curve(place.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
+        max(curve(shares.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
     )
     return _widened(rate(unsteady, 0), rate(steady, 1), rate(steady, 2))
 
@@ -172,13 +172,13 @@ def waiting(read_s: float, computing_s: float, hidden: float = HIDDEN_READS[1]) 
 
 
 def dense_token(
-    sizes: ModelSizes, place: Residency, machine: Hardware, position: int, kv_type: str
+    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, position: int, kv_type: str
 ) -> dict[str, float]:
     """Seconds per token by resource, without experts."""
     n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
     attention = attention_macs(sizes, position)
-    if place.dense_on_gpu and place.gpu is not None:
-        gpu = place.gpu
+    if shares.dense_on_gpu and shares.gpu is not None:
+        gpu = shares.gpu
         return {
             "dense model on the GPU": n_bytes / gpu.dense_bytes_per_s + attention / gpu.dense_macs_per_s,
             "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
@@ -192,21 +192,21 @@ def dense_token(
 
 def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, float]:
     """Time for experts on the CPU and on a GPU concurrently: the longer one, plus the part of the shorter that does not overlap."""
-    parts = {"experts in RAM": on_cpu_s}
+    seconds = {"experts in RAM": on_cpu_s}
     if gpu is not None and on_gpu_s:
         hidden = gpu.overlap * min(on_cpu_s, on_gpu_s)
         if on_cpu_s > on_gpu_s:
-            parts["experts on the GPU"] = on_gpu_s - hidden
+            seconds["experts on the GPU"] = on_gpu_s - hidden
         else:
-            parts |= {"experts in RAM": on_cpu_s - hidden, "experts on the GPU": on_gpu_s}
-    return parts
+            seconds |= {"experts in RAM": on_cpu_s - hidden, "experts on the GPU": on_gpu_s}
+    return seconds
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def predict_prefill(
-    sizes: ModelSizes, place: Residency, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
+    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
 ) -> Range:
     """Prompt speed in an empty context, in batches, with each missing expert read once per batch.
 
@@ -214,45 +214,49 @@ def predict_prefill(
     """
     batch = max(1, min(n_batch, prompt_tokens))
     n_layers, n_experts = len(sizes.shape.moe_layers), max(1, sizes.shape.n_experts)
-    dense_parts = dense_batch(sizes, place, machine, batch, prompt_tokens // 2)
+    dense_s = dense_batch(sizes, shares, machine, batch, prompt_tokens // 2)
     expert = experts_on(machine, sizes)
     n_pairs = batch * n_layers * sizes.shape.n_used
-    on_gpu = rates.hottest(place.gpu_share) if place.gpu is not None and place.gpu_share > 0 else 0.0
+    on_gpu = rates.hottest(shares.gpu_share) if shares.gpu is not None and shares.gpu_share > 0 else 0.0
 
     def rate(distinct: float, missing: float, hidden: float) -> Rate:
-        parts = dict(dense_parts)
-        on_cpu = max(0.0, distinct - place.gpu_share) * n_layers * n_experts
+        seconds = dict(dense_s)
+        on_cpu = max(0.0, distinct - shares.gpu_share) * n_layers * n_experts
         on_cpu_s = on_cpu * expert.batch_s + (1 - on_gpu) * n_pairs * expert.pair_s if n_layers else 0.0
         on_gpu_s = 0.0
-        if place.gpu is not None and on_gpu:
-            on_gpu_s = on_gpu * batch * sizes.used_weights / place.gpu.batch_macs_per_s + n_layers * place.gpu.latency_s
-        parts |= _both(on_cpu_s, on_gpu_s, place.gpu)
-        disk_bytes = missing * n_layers * n_experts * place.miss_bytes
-        parts["drive"] = max(0.0, disk_bytes / drive_rate(machine) - hidden * on_cpu_s)
-        per_token = {name: seconds / batch for name, seconds in parts.items()}
+        if shares.gpu is not None and on_gpu:
+            on_gpu_s = (
+                on_gpu * batch * sizes.used_weights / shares.gpu.batch_macs_per_s + n_layers * shares.gpu.latency_s
+            )
+        seconds |= _both(on_cpu_s, on_gpu_s, shares.gpu)
+        disk_bytes = missing * n_layers * n_experts * shares.miss_bytes
+        seconds["drive"] = max(0.0, disk_bytes / drive_bytes_per_s(machine) - hidden * on_cpu_s)
+        per_token = {name: s / batch for name, s in seconds.items()}
         return Rate(
             tokens_per_s=1 / sum(per_token.values()),
             hit_rate=1 - missing / distinct if distinct else 1.0,
             disk_bytes=disk_bytes / batch,
-            parts=per_token,
+            seconds=per_token,
         )
 
-    even = touched(None, place.share, batch, sizes.shape.n_used, n_experts)
-    real = touched(rates, place.share, batch, sizes.shape.n_used, n_experts)
+    even = touched(None, shares.share, batch, sizes.shape.n_used, n_experts)
+    real = touched(rates, shares.share, batch, sizes.shape.n_used, n_experts)
     low, likely, high = PROMPT_HIDDEN_READS
     return _widened(
-        rate(even.distinct, even.distinct * (1 - place.share), low),
+        rate(even.distinct, even.distinct * (1 - shares.share), low),
         rate(real.distinct, real.missing, likely),
         rate(real.distinct, 0.8 * real.missing, high),
     )
 
 
-def dense_batch(sizes: ModelSizes, place: Residency, machine: Hardware, batch: int, position: int) -> dict[str, float]:
+def dense_batch(
+    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, batch: int, position: int
+) -> dict[str, float]:
     """Seconds of a batch by resource, all but its experts."""
     weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
     values = batch * sizes.shape.n_layers * sizes.shape.n_embd
-    if place.dense_on_gpu and place.gpu is not None:
-        gpu = place.gpu
+    if shares.dense_on_gpu and shares.gpu is not None:
+        gpu = shares.gpu
         return {
             "dense model on the GPU": (weights + attention) / gpu.dense_macs_per_s,
             "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s)
@@ -283,7 +287,7 @@ def attention_macs(sizes: ModelSizes, position: int) -> float:
     return rows * at.n_heads * at.head_dim * 2.0 + at.n_layers_of(CSA) * csa * at.index_heads * at.index_dim
 
 
-def drive_rate(machine: Hardware) -> float:
+def drive_bytes_per_s(machine: Hardware) -> float:
     """Of all drives together."""
     return machine.disk_bytes_per_s * (1 + SECOND_DRIVE_GAIN * (machine.n_drives - 1))
 

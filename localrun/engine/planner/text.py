@@ -214,11 +214,11 @@ def _range_json(span: Range | None) -> dict[str, Any] | None:
     result: dict[str, Any] = {"limit": span.likely.limit}
     for name in ("low", "likely", "high"):
         rate = getattr(span, name)
-        parts: Mapping[str, float] = rate.parts
+        seconds: Mapping[str, float] = rate.seconds
         result[name] = {
             "tokens_per_s": rate.tokens_per_s,
             "hit_rate": rate.hit_rate,
             "disk_bytes_per_token": rate.disk_bytes,
-            "ms_per_token": {part: 1e3 * seconds for part, seconds in parts.items()},
+            "ms_per_token": {name: 1e3 * s for name, s in seconds.items()},
         }
     return result

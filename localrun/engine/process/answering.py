@@ -24,7 +24,7 @@ from localrun.engine.chat.messages import (
     messages_from_json,
     tools_from_json,
 )
-from localrun.engine.chat.parts import BOS, DSML, THINK_END, Part, Special, Text
+from localrun.engine.chat.parts import BOS, DSML, THINK_END, PromptPart, Special, Text
 from localrun.engine.chat.stop_strings import StopFinder
 from localrun.engine.chat.stream_parser import (
     End,
@@ -153,7 +153,7 @@ class Prompts:
             ids += self._part(part)
         return ids, places
 
-    def _part(self, part: Part) -> Sequence[int]:
+    def _part(self, part: PromptPart) -> Sequence[int]:
         if not isinstance(part, Text) or len(part.text) < SHORT_TEXT:
             return self._engine.tokenizer.encode_parts([part])
         with self._lock:

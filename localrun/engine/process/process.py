@@ -282,10 +282,10 @@ def _without_lost_servers(command: Load) -> Load:
     if not servers:
         return command
     from localrun.ggml.devices import (
-        answers,  # numbers and libraries, which an interface without servers need not load
+        is_reachable,  # numbers and libraries, which an interface without servers need not load
     )
 
-    there = [endpoint for endpoint in servers if answers(endpoint)]
+    there = [endpoint for endpoint in servers if is_reachable(endpoint)]
     if len(there) == len(servers):
         return command
     # The requested memory, or a named device, is gone.

@@ -1,6 +1,6 @@
 """Measures read speeds: of the model's drive, bypassing the page cache, and of RAM.
 
-The disk probe determines how many reads of what size keep the drive busy (`ExpertStore`'s lanes and pieces), and the resulting
+The disk probe determines how many reads of what size keep the drive busy (`ExpertStore`'s readers and pieces), and the resulting
 bandwidth (for the planner). It reads random positions of the model's files for about a second, once per drive; the result is
 cached under `cache_dir()`. Nothing here may fail a start: if measuring or caching fails, published values are used, with a
 warning.
@@ -36,19 +36,19 @@ from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LANES: Final = 8
+DEFAULT_READS: Final = 8
 DEFAULT_PIECE_BYTES: Final = 2 << 20
 """Where nothing can be measured: published measurements of several engines agree on 8 to 16 reads of 2 to 4 MB."""
 
-LANES: Final = (4, 8, 16)
-"""Not fewer, even where two saturate a drive: the store's lanes also decode and pack what they have read."""
+READS: Final = (4, 8, 16)
+"""Not fewer, even where two saturate a drive: the store's readers also decode and pack what they have read."""
 
 PIECES: Final = (1 << 20, 2 << 20, 4 << 20)
 MIN_FILE_BYTES: Final = 64 << 20
 """Smaller files would measure the drive's cache rather than the drive."""
 
 MAX_AGE_S: Final = 30 * 86400.0
-_VERSION: Final = 1
+_VERSION: Final = 2
 _RUN_S: Final = 0.1
 _TIE: Final = 0.97
 """Fewer and smaller reads in flight win when they reach this share of the best rate: they cost less memory and latency."""
@@ -59,16 +59,16 @@ class DiskProfile:
     """A drive's bandwidth, and how to reach it.
 
     Attributes:
-        lanes: reads in flight.
+        n_reads: reads in flight.
         piece_bytes: size of one read.
         bytes_per_s: bandwidth with these; None: not measured.
         direct: the reads bypassed the page cache (O_DIRECT).
         device: `major:minor`, file system and source of the mount.
         measured_at: seconds since the epoch; 0.0: not measured.
-        tried: "lanes x KiB" -> bytes per second of every combination that was measured.
+        tried: "reads x KiB" -> bytes per second of every combination that was measured.
     """
 
-    lanes: int = DEFAULT_LANES
+    n_reads: int = DEFAULT_READS
     piece_bytes: int = DEFAULT_PIECE_BYTES
     bytes_per_s: float | None = None
     direct: bool = False
@@ -172,7 +172,7 @@ class _Files:
         for path, _ in files:
             self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag))
 
-    def places(self, n: int, piece_bytes: int) -> list[tuple[int, int]]:
+    def random_extents(self, n: int, piece_bytes: int) -> list[tuple[int, int]]:
         """n random page-aligned (descriptor, offset), files weighted by size."""
         which = self._random.choice(len(self._fds), n, p=self._sizes / self._sizes.sum())
         room = np.maximum(self._sizes[which] - piece_bytes, 0)
@@ -198,48 +198,50 @@ class _Files:
 
 
 def _measure(files: _Files, device: str) -> DiskProfile:
-    """Lanes with large pieces, then pieces with the best lanes, then the three best once more."""
+    """Numbers of reads with large pieces, then pieces with the best number, then the three best once more."""
     runs: dict[tuple[int, int], list[float]] = {}
     rates: dict[tuple[int, int], float] = {}
 
-    def run(lanes: int, piece: int) -> None:
-        own = runs.setdefault((lanes, piece), [])
-        own.append(_rate(files, lanes, piece))
-        rates[lanes, piece] = sum(own) / len(own)
+    def run(n_reads: int, piece: int) -> None:
+        own = runs.setdefault((n_reads, piece), [])
+        own.append(_measured_bytes_per_s(files, n_reads, piece))
+        rates[n_reads, piece] = sum(own) / len(own)
 
-    for lanes in LANES:
-        run(lanes, PIECES[-1])
-    best_lanes = max(LANES, key=lambda lanes: rates[lanes, PIECES[-1]])
+    for n_reads in READS:
+        run(n_reads, PIECES[-1])
+    best_reads = max(READS, key=lambda n_reads: rates[n_reads, PIECES[-1]])
     for piece in PIECES[:-1]:
-        run(best_lanes, piece)
-    for lanes, piece in sorted(rates, key=lambda pair: -rates[pair])[:3]:
-        run(lanes, piece)
+        run(best_reads, piece)
+    for n_reads, piece in sorted(rates, key=lambda pair: -rates[pair])[:3]:
+        run(n_reads, piece)
     best = max(rates.values())
     if best <= 0:
         return DiskProfile(device=device)
-    lanes, piece = min((pair for pair, rate in rates.items() if rate >= _TIE * best), key=lambda p: (p[0] * p[1], p[0]))
+    n_reads, piece = min(
+        (pair for pair, rate in rates.items() if rate >= _TIE * best), key=lambda p: (p[0] * p[1], p[0])
+    )
     return DiskProfile(
-        lanes=lanes,
+        n_reads=n_reads,
         piece_bytes=piece,
-        bytes_per_s=rates[lanes, piece],
+        bytes_per_s=rates[n_reads, piece],
         direct=files.direct,
         device=device,
         measured_at=time.time(),
-        tried={f"{lanes} x {piece >> 10}": round(rate) for (lanes, piece), rate in sorted(rates.items())},
+        tried={f"{n_reads} x {piece >> 10}": round(rate) for (n_reads, piece), rate in sorted(rates.items())},
     )
 
 
-def _rate(files: _Files, lanes: int, piece_bytes: int) -> float:
+def _measured_bytes_per_s(files: _Files, n_reads: int, piece_bytes: int) -> float:
     """Bytes per second with that many reads in flight."""
     errors: list[OSError] = []
-    n_bytes = [0] * lanes
-    # More places than any drive can serve in time; repeating them would let its cache answer.
-    work = [files.places(256, piece_bytes) for _ in range(lanes)]
-    targets = [mmap.mmap(-1, piece_bytes) for _ in range(lanes)]
+    n_bytes = [0] * n_reads
+    # More extents than any drive can serve in time; repeating them would let its cache answer.
+    work = [files.random_extents(256, piece_bytes) for _ in range(n_reads)]
+    targets = [mmap.mmap(-1, piece_bytes) for _ in range(n_reads)]
     for target in targets:
         target.write(bytes(piece_bytes))  # page faults belong to no drive
 
-    def lane(index: int) -> None:
+    def read(index: int) -> None:
         try:
             for fd, offset in work[index]:
                 n_bytes[index] += files.read(fd, offset, targets[index])
@@ -248,7 +250,7 @@ def _rate(files: _Files, lanes: int, piece_bytes: int) -> float:
         except OSError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=lane, args=(index,), daemon=True) for index in range(lanes)]
+    threads = [threading.Thread(target=read, args=(index,), daemon=True) for index in range(n_reads)]
     start = time.perf_counter()
     deadline = start + _RUN_S
     for thread in threads:
@@ -270,7 +272,7 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
             return None
         profile = DiskProfile(**entry)
         sound = (
-            1 <= int(profile.lanes) <= 256
+            1 <= int(profile.n_reads) <= 256
             and PAGE_BYTES <= int(profile.piece_bytes) <= 1 << 30
             and profile.piece_bytes % PAGE_BYTES == 0
             and profile.bytes_per_s is not None

@@ -1,11 +1,11 @@
 """Reads experts from files into slots: positional reads, O_DIRECT where supported, several in flight.
 
 One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is split into pieces of a few
-MiB, which I/O threads ("lanes") fetch in parallel, because a single read in flight leaves about a third of an NVMe drive idle.
+MiB, which I/O threads ("readers") fetch in parallel, because a single read in flight leaves about a third of an NVMe drive idle.
 The thread that finishes an expert's last piece decodes it (official formats to ggml rows), verifies the checksum, and packs the
 rows into the slot in the kernel's layout. No mmap: the operating system's read-ahead knows nothing about experts.
 
-`completions` are for the decoding thread; lanes touch only staging buffers and slots in state LOADING.
+`completions` are for the decoding thread; readers touch only staging buffers and slots in state LOADING.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import xxhash
 
 from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import ChecksumError, StoreError
-from localrun.offload.cache.drive_probe import DEFAULT_LANES, DEFAULT_PIECE_BYTES
+from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
 from localrun.offload.cache.slots import Slot
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
@@ -77,7 +77,7 @@ class _Piece:
 
 
 class _Pieces:
-    """The lanes' queue: awaited pieces in order, then the others."""
+    """The readers' queue: awaited pieces in order, then the others."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -109,7 +109,7 @@ class _Pieces:
                 self._wanted.extend(moving)
 
     def close(self) -> None:
-        """Lanes end when everything has been read."""
+        """Readers end when everything has been read."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -146,7 +146,7 @@ class Ticket:
 
 
 Receiver = Callable[[Ticket], None]
-"""Called on a lane's thread when a read has ended; must not fail or wait."""
+"""Called on a reader's thread when a read has ended; must not fail or wait."""
 
 
 class Store(Protocol):
@@ -189,12 +189,12 @@ class Store(Protocol):
 class ExpertStore:
     """Reads experts from a model's files.
 
-    Owns file descriptors, lanes and staging buffers; `staging_bytes` counts towards the RAM budget.
+    Owns file descriptors, readers and staging buffers; `staging_bytes` counts towards the RAM budget.
 
     Args:
         source: the experts' locations.
         packers: by layer, one kernel per variant.
-        n_lanes: reads in flight.
+        n_reads: reads in flight.
         piece_bytes: maximum size of a single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
         verify: check checksums on every read, if the source has them, because any read may fail. One core hashes 17 to 21 GB/s,
@@ -209,7 +209,7 @@ class ExpertStore:
         packers: Mapping[int, Sequence[Packer]],
         *,
         mirror: ModelSource | None = None,
-        n_lanes: int = DEFAULT_LANES,
+        n_reads: int = DEFAULT_READS,
         piece_bytes: int = DEFAULT_PIECE_BYTES,
         n_buffers: int = N_BUFFERS,
         verify: bool = True,
@@ -231,11 +231,11 @@ class ExpertStore:
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
         self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
-        self._lanes = [
-            threading.Thread(target=self._lane, name=f"localrun-io-{i}", daemon=True) for i in range(n_lanes)
+        self._readers = [
+            threading.Thread(target=self._read_pieces, name=f"localrun-io-{i}", daemon=True) for i in range(n_reads)
         ]
-        for lane in self._lanes:
-            lane.start()
+        for reader in self._readers:
+            reader.start()
 
     @property
     def direct(self) -> bool:
@@ -279,29 +279,29 @@ class ExpertStore:
                 self._waiting_ahead.remove(ticket)
             for ticket in self._reading:
                 if ticket.slot is slot and ticket.error is None:
-                    ticket.error = error  # lanes drop the pieces that are left
+                    ticket.error = error  # readers drop the pieces that are left
         for ticket in waiting:
             ticket.error = error
             self._hand_over(ticket)
         self._pieces.hurry(slot)  # frees its buffer immediately
 
     def close(self) -> None:
-        """Ends the lanes after the reads under way and closes the files."""
+        """Ends the readers after the reads under way and closes the files."""
         with self._lock:
             self._waiting.clear()
             self._waiting_ahead.clear()
         self._pieces.close()
-        for lane in self._lanes:
-            lane.join()
+        for reader in self._readers:
+            reader.join()
         for copies in self._files:
             for handle in copies:
                 os.close(handle.fd)
         self._files = []
 
-    # -- lanes ---------------------------------------------------------------------------------------------------------
+    # -- readers --------------------------------------------------------------------------------------------------------
 
     def _start_waiting(self) -> None:
-        """Moves waiting tickets to free buffers and their pieces to the lanes."""
+        """Moves waiting tickets to free buffers and their pieces to the readers."""
         while True:
             with self._lock:
                 queue_ = self._waiting or self._waiting_ahead
@@ -336,7 +336,7 @@ class ExpertStore:
                 position += align_up(end - start, PAGE_BYTES)
         return pieces
 
-    def _lane(self) -> None:
+    def _read_pieces(self) -> None:
         while (piece := self._pieces.get()) is not None:
             ticket = piece.ticket
             if ticket.error is None:

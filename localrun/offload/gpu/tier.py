@@ -53,7 +53,7 @@ Heat = Callable[[int], npt.NDArray[np.floating[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _GpuSlot:
     gpu: int
     key: BankKey
     slot: int
@@ -63,7 +63,7 @@ class _Place:
 class _Upload:
     layer: int
     expert: int
-    place: _Place
+    slot: _GpuSlot
     is_exchange: bool = False
 
 
@@ -148,9 +148,9 @@ class GpuTier:
         self.layers = {layer: self._record(layer) for layer in wanted}
         """For compiled layer calls."""
         for layer, expert in ranking:
-            place = self._free_place(layer, int(wanted[layer][expert]))
-            if place is not None:
-                self._queue(layer, expert, place)
+            slot = self._free_slot(layer, int(wanted[layer][expert]))
+            if slot is not None:
+                self._queue(layer, expert, slot)
 
     @property
     def staging_bytes(self) -> int:
@@ -173,7 +173,7 @@ class GpuTier:
         """Experts that wait for their upload, or for the next decode to begin."""
         return len(self._under_way)
 
-    def has_place(self, layer: int, expert: int) -> bool:
+    def has_slot(self, layer: int, expert: int) -> bool:
         """The expert is on a GPU, or on its way to one; any thread."""
         return bool(self.where[layer, expert] >= 0) or (layer, expert) in self._under_way
 
@@ -194,17 +194,17 @@ class GpuTier:
         """For one layer call; see `GpuCall`."""
         return GpuCall(self, layer, x, out, weights)
 
-    def pairs(self, layer: int, part: Routing) -> list[tuple[int, Pairs]]:
+    def pairs(self, layer: int, routing: Routing) -> list[tuple[int, Pairs]]:
         """(GPU, pairs) by bank, of experts that are all on GPUs."""
-        counts = np.diff(part.starts)
-        gpus, variants = self.where[layer, part.experts], self._wanted[layer][part.experts]
-        slots = np.repeat(self._slot[layer, part.experts], counts)
+        counts = np.diff(routing.starts)
+        gpus, variants = self.where[layer, routing.experts], self._wanted[layer][routing.experts]
+        slots = np.repeat(self._slot[layer, routing.experts], counts)
         groups = gpus.astype(np.int32) * MAX_VARIANTS + variants
         result = []
         for group in [groups[0]] if (groups == groups[0]).all() else np.unique(groups):
             gpu, variant = divmod(int(group), MAX_VARIANTS)
             rows = np.flatnonzero(np.repeat(groups == group, counts))
-            result.append((gpu, Pairs((layer, variant), slots[rows], part.x_rows[rows], part.out_rows[rows])))
+            result.append((gpu, Pairs((layer, variant), slots[rows], routing.x_rows[rows], routing.out_rows[rows])))
         return result
 
     def ring_of(self, layer: int, variant: int) -> int | None:
@@ -238,11 +238,11 @@ class GpuTier:
         self._under_way.discard(at)
         if error is not None:
             log.warning("blk.%d: could not copy expert %d to the GPU: %s", *at, error)
-            self._bank(upload.place).free.append(upload.place.slot)
+            self._bank(upload.slot).free.append(upload.slot.slot)
             self._refused[at] = True
             return
-        self._slot[at] = upload.place.slot
-        self.where[at] = upload.place.gpu
+        self._slot[at] = upload.slot.slot
+        self.where[at] = upload.slot.gpu
         self.n_exchanged += upload.is_exchange
 
     def _exchange(self, heat: Heat) -> None:
@@ -260,7 +260,7 @@ class GpuTier:
                 hot = int(np.where(others, values, -1.0).argmax())
                 cold = int(np.where(same & here, values, np.inf).argmin())
                 gain = float(values[hot]) - EXCHANGE_GAIN * float(values[cold])
-                if self._free_place(layer, int(variant), take=False) is not None:
+                if self._free_slot(layer, int(variant), take=False) is not None:
                     gain, cold = float(values[hot]), -1
                 if gain >= LEAST_HEAT and (best is None or gain > best[0]):
                     best = (gain, layer, hot, cold)
@@ -268,26 +268,26 @@ class GpuTier:
             return
         _, layer, hot, cold = best
         variant = int(self._wanted[layer][hot])
-        place = self._free_place(layer, variant)
+        slot = self._free_slot(layer, variant)
         if cold >= 0:
-            place = _Place(int(self.where[layer, cold]), (layer, variant), int(self._slot[layer, cold]))
+            slot = _GpuSlot(int(self.where[layer, cold]), (layer, variant), int(self._slot[layer, cold]))
             self.where[layer, cold] = -1
-        assert place is not None
-        self._queue(layer, hot, place, is_exchange=cold >= 0)
+        assert slot is not None
+        self._queue(layer, hot, slot, is_exchange=cold >= 0)
 
-    def _queue(self, layer: int, expert: int, place: _Place, *, is_exchange: bool = False) -> None:
+    def _queue(self, layer: int, expert: int, slot: _GpuSlot, *, is_exchange: bool = False) -> None:
         self._under_way.add((layer, expert))
-        self._uploads.put(_Upload(layer, expert, place, is_exchange))
+        self._uploads.put(_Upload(layer, expert, slot, is_exchange))
 
-    def _free_place(self, layer: int, variant: int, *, take: bool = True) -> _Place | None:
+    def _free_slot(self, layer: int, variant: int, *, take: bool = True) -> _GpuSlot | None:
         for gpu, slots in enumerate(self.slots):
             bank = slots.banks.get((layer, variant))
             if bank is not None and bank.free:
-                return _Place(gpu, (layer, variant), bank.free.pop(0) if take else bank.free[0])
+                return _GpuSlot(gpu, (layer, variant), bank.free.pop(0) if take else bank.free[0])
         return None
 
-    def _bank(self, place: _Place) -> Any:
-        return self.slots[place.gpu].banks[place.key]
+    def _bank(self, slot: _GpuSlot) -> Any:
+        return self.slots[slot.gpu].banks[slot.key]
 
     # -- the filling thread --------------------------------------------------------------------------------------------
 
@@ -306,14 +306,14 @@ class GpuTier:
                 self._uploaded.put((upload, None))
 
     def _copy(self, in_ram: RamCopies, upload: _Upload, memory: npt.NDArray[np.uint8]) -> None:
-        slots = self.slots[upload.place.gpu]
-        sizes = slots.banks[upload.place.key].row_bytes
-        variant = upload.place.key[1]
+        slots = self.slots[upload.slot.gpu]
+        sizes = slots.banks[upload.slot.key].row_bytes
+        variant = upload.slot.key[1]
         rows = memory[: sum(sizes)]
         if not in_ram.copy_rows(upload.layer, upload.expert, variant, rows):
             self._read(in_ram, Slot(upload.layer, upload.expert, int(memory.ctypes.data), sum(sizes), variant))
         ends = np.cumsum((0, *sizes))
-        slots.upload(upload.place.key, upload.place.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
+        slots.upload(upload.slot.key, upload.slot.slot, [memory[a:b] for a, b in itertools.pairwise(ends)])
 
     def _read(self, in_ram: RamCopies, target: Slot) -> None:
         tickets: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
@@ -402,9 +402,9 @@ class GpuCall:
         """Ring through which experts of a variant pass, if any does."""
         return self._tier.ring_of(self._layer, variant)
 
-    def start(self, part: Routing | None) -> None:
+    def start(self, routing: Routing | None) -> None:
         """Starts the pairs of experts that are all on GPUs, few of them."""
-        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+        for gpu, pairs in self._tier.pairs(self._layer, routing) if routing is not None else ():
             slots = self._tier.slots[gpu]
             if self._weights is not None:
                 order = np.argsort(pairs.out_rows)  # the order of choices is that of the sum
@@ -414,14 +414,14 @@ class GpuCall:
                 result = slots.start(pairs.key, pairs.slots, self._x[pairs.x_rows])
             self._running.append((slots, result, pairs.out_rows))
 
-    def start_long(self, part: Routing | None, passing: Sequence[Passing]) -> None:
+    def start_long(self, routing: Routing | None, passing: Sequence[Passing]) -> None:
         """Starts the pairs of experts that are all on GPUs, and streams others.
 
         Args:
             passing: in file order; experts with an address stay there until `wait` or `abandon` returns.
         """
         jobs: dict[int, Job] = {}
-        for gpu, pairs in self._tier.pairs(self._layer, part) if part is not None else ():
+        for gpu, pairs in self._tier.pairs(self._layer, routing) if routing is not None else ():
             job = jobs.setdefault(gpu, Job(self._x, self._out))
             job.resident = [*job.resident, pairs]
         if passing and self._tier.rings is not None:

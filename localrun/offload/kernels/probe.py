@@ -14,8 +14,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
+from localrun.offload.kernels.dense import DenseKernel
+from localrun.offload.kernels.kernel import make_kernel
 from localrun.offload.kernels.rates import FEW, MANY, CpuRates, ExpertRates
+from localrun.offload.kernels.spec import FfnSpec
 from localrun.pages import anonymous
 
 _BUFFER_BYTES: Final = 256 << 20
@@ -52,19 +54,19 @@ def _dense(base: int, n_threads: int) -> tuple[float, float]:
     kernel = DenseKernel(GGMLQuantizationType.Q8_0, _DENSE_SIZE, _DENSE_SIZE, n_threads=n_threads)
     x = np.ones((MANY, _DENSE_SIZE), np.float32)
     out = np.empty_like(x)
-    places = _places(base, kernel.packed_bytes)
-    one = _best(lambda turn: kernel.run(places[turn % len(places)], x[:1], out[:1]))
-    return one, _best(lambda turn: kernel.run(places[turn % len(places)], x, out))
+    addresses = _addresses(base, kernel.packed_bytes)
+    one = _best(lambda turn: kernel.run(addresses[turn % len(addresses)], x[:1], out[:1]))
+    return one, _best(lambda turn: kernel.run(addresses[turn % len(addresses)], x, out))
 
 
 def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
     kernel = make_kernel(spec, n_threads=n_threads)
-    places = np.array(_places(base, kernel.slot_bytes), np.uint64)
+    addresses = np.array(_addresses(base, kernel.slot_bytes), np.uint64)
     x = np.ones((MANY, spec.n_embd), np.float32)
     out = np.empty((_EXPERTS * MANY, spec.n_embd), np.float32)
 
     def call(turn: int, n_tokens: int) -> None:
-        slots = places[(np.arange(_EXPERTS) + turn * _EXPERTS) % places.size]
+        slots = addresses[(np.arange(_EXPERTS) + turn * _EXPERTS) % addresses.size]
         starts = np.arange(_EXPERTS + 1, dtype=np.int32) * np.int32(n_tokens)
         x_rows = np.tile(np.arange(n_tokens, dtype=np.int32), _EXPERTS)
         kernel.run(slots, starts, x_rows, np.arange(x_rows.size, dtype=np.int32), x, out)
@@ -77,7 +79,7 @@ def _experts(spec: FfnSpec, base: int, n_threads: int) -> ExpertRates:
     return ExpertRates(decode_s=decode_s, few_s=few_s, many_s=many_s)
 
 
-def _places(base: int, size: int) -> list[int]:
+def _addresses(base: int, size: int) -> list[int]:
     """Addresses of as many things of that size as the buffer holds."""
     stride = align_up(size, PAGE_BYTES)
     return [base + number * stride for number in range(max(1, _BUFFER_BYTES // stride))]

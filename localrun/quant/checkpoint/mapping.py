@@ -106,7 +106,7 @@ class ConversionOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """Some consecutive rows of an output tensor, made from one source tensor: all of a dense tensor, or one expert.
 
     Attributes:
@@ -188,7 +188,7 @@ class PlannedTensor:
 
     info: TensorInfo
     offset: int
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     layer: int = -1
     projection: int = -1
 
@@ -250,7 +250,7 @@ def make_plan(checkpoint: Checkpoint, options: ConversionOptions | None = None) 
         infos = [info for info, _ in shaped]
     header = build_header(metadata, infos, ALIGNMENT)
     tensors = {
-        info.name: PlannedTensor(info, len(header) + offset, parts, *_expert_place(info.name))
+        info.name: PlannedTensor(info, len(header) + offset, parts, *_layer_and_projection(info.name))
         for (info, parts), offset in zip(shaped, tensor_offsets(infos, ALIGNMENT), strict=True)
     }
     last = tensors[infos[-1].name]
@@ -321,7 +321,7 @@ def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, optio
 
 def shape_tensor(
     name: str, target: GGMLQuantizationType, sources: Sequence[SourceTensor], n_experts: int
-) -> tuple[TensorInfo, tuple[Part, ...]]:
+) -> tuple[TensorInfo, tuple[TensorPart, ...]]:
     """An output tensor and its parts: one source tensor, or experts to stack in the given order.
 
     Args:
@@ -333,7 +333,7 @@ def shape_tensor(
     n_bytes = tensor_bytes(target, (n_in, n_out))
     shape = tuple(reversed(spec.shape)) if spec.expert is None else (n_in, n_out, len(sources))
     parts = tuple(
-        Part(source, target, n_out, n_in, i * n_bytes, n_bytes, n_experts, _expert_of(source.spec))
+        TensorPart(source, target, n_out, n_in, i * n_bytes, n_bytes, n_experts, _expert_of(source.spec))
         for i, source in enumerate(sources)
     )
     return TensorInfo(name, shape, target, n_bytes * len(sources)), parts
@@ -343,11 +343,11 @@ def _expert_of(spec: TensorSpec) -> tuple[int, int, int] | None:
     """Layer, expert and projection."""
     if spec.expert is None or spec.gguf is None:
         return None
-    layer, projection = _expert_place(spec.gguf)
+    layer, projection = _layer_and_projection(spec.gguf)
     return layer, spec.expert, projection
 
 
-def _expert_place(name: str) -> tuple[int, int]:
+def _layer_and_projection(name: str) -> tuple[int, int]:
     _, number, *rest = name.split(".", 2) if name.startswith("blk.") else ("", "-1", "")
     projection = _PROJECTION_OF_TENSOR.get(rest[0], -1)
     return (int(number), projection) if projection >= 0 else (-1, -1)
@@ -435,5 +435,5 @@ def _model_name(config: ModelConfig, path: Path) -> str:
 
 def _file_type(infos: Iterable[TensorInfo]) -> int:
     """llama.cpp's name for the whole, by the experts' type; shown to users only."""
-    types = {info.type for info in infos if _expert_place(info.name)[0] >= 0}
+    types = {info.type for info in infos if _layer_and_projection(info.name)[0] >= 0}
     return int(_FILE_TYPES.get(min(types), LlamaFileType.GUESSED))

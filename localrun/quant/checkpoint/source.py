@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 
 from localrun.errors import CheckpointError
 from localrun.quant.checkpoint.directory import Checkpoint
-from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, Part, make_plan
+from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, TensorPart, make_plan
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 
 _SLICE_BYTES = 16 << 20
@@ -136,7 +136,7 @@ class CheckpointSource:
                 pass
         return out
 
-    def _decode(self, part: Part, first: int, count: int, out: npt.NDArray[np.uint8]) -> None:
+    def _decode(self, part: TensorPart, first: int, count: int, out: npt.NDArray[np.uint8]) -> None:
         weight, scale = part.extents(first, count)
         where = f"{self.files[weight.file]}: {part.source.spec.name}"
         begin = part.output_bytes(first)
@@ -152,10 +152,10 @@ class CheckpointSource:
         """The same: a checkpoint has one copy of each expert."""
         return self.expert(layer, expert)
 
-    def _experts(self, layer: int, projection: str) -> tuple[Part, ...]:
+    def _experts(self, layer: int, projection: str) -> tuple[TensorPart, ...]:
         return self._plan.tensors[f"blk.{layer}.ffn_{projection}_exps.weight"].parts
 
-    def _projection(self, part: Part) -> Projection:
+    def _projection(self, part: TensorPart) -> Projection:
         source = part.source
         encoding = _ENCODINGS.get(source.dtype, Encoding.GGML)
         if encoding is Encoding.GGML and part.n_bytes != source.weight.n_bytes:

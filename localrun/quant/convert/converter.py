@@ -26,7 +26,7 @@ import xxhash
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
-from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionOptions, ConversionPlan, Part, make_plan
+from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionOptions, ConversionPlan, TensorPart, make_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.journal import Journal, PartResult
 from localrun.quant.convert.report import build_manifest
@@ -106,7 +106,7 @@ class _Work:
     """A part with its place in the file."""
 
     number: int
-    part: Part
+    part: TensorPart
     offset: int
     is_last: bool
 
@@ -133,12 +133,12 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
-    """Bytes still to allocate for the output; see `Place.check_space`."""
-    return _place(plan, target).check_space(plan)
+    """Bytes still to allocate for the output; see `OutputFile.check_space`."""
+    return _output_file(plan, target).check_space(plan)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OutputFile:
     """Where a file is made.
 
     Attributes:
@@ -224,20 +224,20 @@ def write_plan(
     options = described_options(plan)
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
-        write_manifest(build_manifest(plan, place.final.name, done, options, losses), target)
+        write_manifest(build_manifest(plan, output.final.name, done, options, losses), target)
 
     created = not target.exists()
-    place = _place(plan, target)
+    output = _output_file(plan, target)
     try:
-        return write_file(plan, place, options, publish, jobs=jobs, progress=progress)
+        return write_file(plan, output, options, publish, jobs=jobs, progress=progress)
     finally:
-        if created and not any(place.work.glob("*.partial")) and not place.final.exists():
+        if created and not any(output.work.glob("*.partial")) and not output.final.exists():
             shutil.rmtree(target, ignore_errors=True)
 
 
 def write_file(
     plan: ConversionPlan,
-    place: Place,
+    output: OutputFile,
     options: Mapping[str, str],
     publish: Callable[[Mapping[int, PartResult], Mapping[str, Loss]], None],
     *,
@@ -253,29 +253,29 @@ def write_file(
     Raises:
         As `write_plan`.
     """
-    place.check_space(plan)
+    output.check_space(plan)
     facts = {
         "source": str(plan.checkpoint.path.resolve()),
         "identity": plan.checkpoint.identity,
         "plan": plan.digest,
     }
     try:
-        journal = Journal(place.work, options, facts)
+        journal = Journal(output.work, options, facts)
     except OSError as e:
         if isinstance(e, LocalrunError):
             raise
-        raise StoreError(f"{place.work}: {e.strerror}") from e
+        raise StoreError(f"{output.work}: {e.strerror}") from e
     try:
-        result = _Run(plan, place, journal, jobs, progress).execute()
+        result = _Run(plan, output, journal, jobs, progress).execute()
         publish(journal.done, result.losses)
     finally:
         journal.close()
-    shutil.rmtree(place.work)
-    return replace(result, path=place.final.parent)
+    shutil.rmtree(output.work)
+    return replace(result, path=output.final.parent)
 
 
-def _place(plan: ConversionPlan, target: Path) -> Place:
-    return Place(target / (DENSE_NAME if plan.options.keep_experts else MODEL_NAME), target / WORK_NAME)
+def _output_file(plan: ConversionPlan, target: Path) -> OutputFile:
+    return OutputFile(target / (DENSE_NAME if plan.options.keep_experts else MODEL_NAME), target / WORK_NAME)
 
 
 def described_options(plan: ConversionPlan) -> dict[str, str]:
@@ -301,13 +301,13 @@ class _Run:
     def __init__(
         self,
         plan: ConversionPlan,
-        place: Place,
+        output: OutputFile,
         journal: Journal,
         jobs: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._plan = plan
-        self._partial, self._final = place.partial, place.final
+        self._partial, self._final = output.partial, output.final
         self._journal = journal
         self._jobs = max(1, jobs)
         self._progress = progress
@@ -479,7 +479,7 @@ class _Pipeline:
         return PartResult(output.hexdigest(), weights.hexdigest(), scale_digest, loss)
 
 
-def slice_rows(part: Part) -> int:
+def slice_rows(part: TensorPart) -> int:
     """Rows per slice: at most SLICE_BYTES on either side, beginning and ending at whole pages of the output if possible."""
     row = part.output_bytes(1)
     source_row = max(1, part.source.weight.n_bytes // part.n_out)

@@ -70,7 +70,7 @@ def planned_checks(source: GgufSource, manifest: Manifest) -> list[Check]:
     overlay = manifest.overlay
     files = manifest.files if overlay is None else (*manifest.files, *overlay.files)
     stacks = _overlay_stacks(overlay) if overlay is not None else {}
-    for file, part in enumerate(source.parts):
+    for file, part in enumerate(source.headers):
         checks.append(Check(file, 0, part.data_offset, HEADER, None, files[file].header_checksum))
         for tensor in part.tensors.values():
             name, offset, n_bytes = tensor.info.name, tensor.offset, tensor.info.n_bytes
@@ -123,7 +123,7 @@ def verify(
         if journal is not None:
             opened.callback(journal.save)
         readers = []
-        for part in source.parts:
+        for part in source.headers:
             readers.append(_reader(part.path, part.size_bytes))
             opened.callback(readers[-1].close)
         pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))
@@ -144,7 +144,7 @@ def recheck(source: GgufSource, damages: Sequence[Damage]) -> list[Damage]:
     """The ranges that are still damaged."""
     with ExitStack() as opened:
         readers = []
-        for part in source.parts:
+        for part in source.headers:
             readers.append(_reader(part.path, part.size_bytes))
             opened.callback(readers[-1].close)
         pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))

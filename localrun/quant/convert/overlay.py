@@ -26,7 +26,7 @@ from localrun.quant.checkpoint.mapping import (
     check_type,
     shape_tensor,
 )
-from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionResult, Place, Progress, write_file
+from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionResult, OutputFile, Progress, write_file
 from localrun.quant.convert.journal import PartResult
 from localrun.quant.convert.report import overlay_section
 from localrun.quant.formats.transcode import Loss
@@ -57,7 +57,9 @@ def plan_overlay(
     if not copies.n_experts:
         raise UsageError("an overlay of no experts", hint="choose at least one, or remove the overlay")
     sources = {
-        (*_place(tensor), tensor.spec.expert): tensor for tensor in checkpoint.tensors if tensor.spec.expert is not None
+        (*_layer_and_projection(tensor), tensor.spec.expert): tensor
+        for tensor in checkpoint.tensors
+        if tensor.spec.expert is not None
     }
     metadata = {"general.architecture": GgufValue.string(ARCHITECTURE), BASE_KEY: GgufValue.string(base.base_digest)}
     shaped = []
@@ -93,7 +95,7 @@ def _check_experts(checkpoint: Checkpoint, copies: BetterCopies) -> None:
             )
 
 
-def _place(tensor: SourceTensor) -> tuple[int, int]:
+def _layer_and_projection(tensor: SourceTensor) -> tuple[int, int]:
     """Layer and projection of an expert's matrix, from its name in the base."""
     assert tensor.spec.gguf is not None
     _, layer, name, _ = tensor.spec.gguf.split(".")
@@ -174,7 +176,9 @@ def write_overlay(
             f"{missing[0]}: is gone, and better copies can only be made from the source checkpoint",
             hint="restore the checkpoint, then run the same command again",
         )
-    return write_file(plan, Place(target / name, target / WORK_NAME), options, publish, jobs=jobs, progress=progress)
+    return write_file(
+        plan, OutputFile(target / name, target / WORK_NAME), options, publish, jobs=jobs, progress=progress
+    )
 
 
 def remove_overlay(target: Path) -> None:

@@ -25,7 +25,7 @@ from localrun.quant.checkpoint.mapping import (
     ConversionOptions,
     ConversionPlan,
     ImportanceLookup,
-    Part,
+    TensorPart,
     make_plan,
     shape_tensor,
 )
@@ -236,8 +236,8 @@ class _Maker:
             raise _unwritable(path, error) from error
         return None
 
-    def _part(self, check: Check) -> Part | None:
-        info = self._source.parts[check.file].tensors[check.tensor].info
+    def _part(self, check: Check) -> TensorPart | None:
+        info = self._source.headers[check.file].tensors[check.tensor].info
         name = self._base_names.get(check.tensor, check.tensor)
         tensor = self._tensors.get((name, check.expert))
         if tensor is None:
@@ -245,7 +245,7 @@ class _Maker:
         _, (part,) = shape_tensor(check.tensor, info.type, [tensor], self._checkpoint.config.n_routed_experts)
         return part if part.n_bytes == check.n_bytes else None
 
-    def _converted(self, part: Part) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    def _converted(self, part: TensorPart) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """The part's bytes in pieces, with their offsets; a piece is valid until the next one."""
         importance: Any = part.importance(self._importance)
         step = slice_rows(part)

@@ -33,7 +33,7 @@ _ENTRY_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class SplitPart:
+class SplitFile:
     """One file of a split model.
 
     Attributes:
@@ -51,7 +51,7 @@ class SplitPart:
 
 def plan_split(
     metadata: Mapping[str, GgufValue], tensors: Sequence[TensorInfo], alignment: int, max_bytes: int
-) -> list[SplitPart]:
+) -> list[SplitFile]:
     """Assigns tensors to files; deterministic.
 
     Args:
@@ -90,7 +90,7 @@ def _part(
     number: int,
     count: int,
     n_tensors: int,
-) -> SplitPart:
+) -> SplitFile:
     # llama.cpp, src/llama-model-loader.cpp: split.no and split.count are u16, split.tensors.count is i32.
     keys = {
         "split.no": GgufValue.scalar(GGUFValueType.UINT16, number),
@@ -101,12 +101,12 @@ def _part(
     offsets = [len(header) + offset for offset in tensor_offsets(tensors, alignment)]
     size = align_up(offsets[-1] + tensors[-1].n_bytes, alignment)
     places = tuple((tensor.name, offset) for tensor, offset in zip(tensors, offsets, strict=True))
-    return SplitPart(f"{STEM}-{number + 1:05}-of-{count:05}.gguf", header, places, size)
+    return SplitFile(f"{STEM}-{number + 1:05}-of-{count:05}.gguf", header, places, size)
 
 
 def split_model(
     folder: Path, max_bytes: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[SplitPart]:
+) -> list[SplitFile]:
     """Splits the model in `folder`, which must be a finished conversion with one file; returns the parts.
 
     A small enough model is unchanged. Needs as much free space as the model takes, because the old file is deleted last.
@@ -126,7 +126,7 @@ def split_model(
         raise UsageError(f"{folder}: the model is already split", hint="convert it again to split it differently")
     if getattr(manifest, "overlay", None) is not None:
         raise UsageError(f"{folder}: the model has an overlay", hint="split the base first, then make the overlay")
-    (whole,) = source.parts
+    (whole,) = source.headers
     if whole.size_bytes <= max_bytes:
         return []
     infos = [tensor.info for tensor in whole.tensors.values()]
@@ -157,7 +157,7 @@ def split_model(
     return parts
 
 
-def _check_space(folder: Path, parts: Sequence[SplitPart]) -> None:
+def _check_space(folder: Path, parts: Sequence[SplitFile]) -> None:
     needed, free = sum(part.size_bytes for part in parts), shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
@@ -168,7 +168,7 @@ def _check_space(folder: Path, parts: Sequence[SplitPart]) -> None:
 
 def _write_part(
     path: Path,
-    part: SplitPart,
+    part: SplitFile,
     old: int,
     offsets: Mapping[str, int],
     tensors: Mapping[str, TensorInfo],

@@ -52,7 +52,7 @@ class GgufSource:
     def __init__(
         self,
         path: Path,
-        parts: Sequence[GgufFile],
+        headers: Sequence[GgufFile],
         metadata: dict[str, GgufValue],
         tensors: dict[str, TensorInfo],
         manifest: Manifest | None,
@@ -62,11 +62,11 @@ class GgufSource:
     ) -> None:
         self._path = path
         self._unchecked = unchecked
-        self._base_parts = tuple(parts)
-        self._parts = self._base_parts if overlay is None else (*parts, overlay)
-        self._files = tuple(part.path for part in self._parts)
+        self._base_headers = tuple(headers)
+        self._headers = self._base_headers if overlay is None else (*headers, overlay)
+        self._files = tuple(header.path for header in self._headers)
         self._where = {
-            name: (index, tensor) for index, part in enumerate(parts) for name, tensor in part.tensors.items()
+            name: (index, tensor) for index, header in enumerate(headers) for name, tensor in header.tensors.items()
         }
         self._typed = metadata
         # Before the architecture is checked, so read leniently.
@@ -134,12 +134,12 @@ class GgufSource:
             paths = split_files(only_model(path) if path.is_dir() else path)
         for part in paths:
             refuse_unfinished(part)
-        parts = _read_parts(paths)
-        metadata, tensors = _merge(parts)
+        headers = _read_headers(paths)
+        metadata, tensors = _merge(headers)
         if (relative := relative_of(metadata, tensors)) is not None:
-            raise relative.error(parts[0].path)
-        metadata, tensors = drop_next_token_layers(parts[0].path, metadata, tensors)
-        return cls(path, parts, metadata, tensors, manifest, overlay, unchecked=unchecked)
+            raise relative.error(headers[0].path)
+        metadata, tensors = drop_next_token_layers(headers[0].path, metadata, tensors)
+        return cls(path, headers, metadata, tensors, manifest, overlay, unchecked=unchecked)
 
     @property
     def path(self) -> Path:
@@ -150,9 +150,9 @@ class GgufSource:
         return self._files
 
     @property
-    def parts(self) -> Sequence[GgufFile]:
+    def headers(self) -> Sequence[GgufFile]:
         """The checked headers behind `files`, in the same order: the base's, then the overlay's."""
-        return self._parts
+        return self._headers
 
     @property
     def manifest(self) -> Manifest | None:
@@ -176,7 +176,7 @@ class GgufSource:
         return self._identity
 
     def gguf_header(self) -> bytes:
-        return build_header(self._typed, list(self._tensors.values()), self._base_parts[0].alignment)
+        return build_header(self._typed, list(self._tensors.values()), self._base_headers[0].alignment)
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         """All bytes of a dense tensor, compared with its checksum if it has one; the array is the caller's.
@@ -218,7 +218,7 @@ class GgufSource:
         assert self._manifest is not None
         assert self._manifest.overlay is not None
         stack = self._manifest.overlay.experts[layer][kind.name.lower()]
-        index, part = len(self._base_parts), self._parts[-1]
+        index, part = len(self._base_headers), self._headers[-1]
         gate, up, down = (
             _slice(index, part.tensors[stack_name(layer, i, kind)], number, stack.checksums[i][number])
             for i in range(len(PROJECTIONS))
@@ -287,7 +287,7 @@ class GgufSource:
         """A checksum for exactly what is there."""
         where = self._files[0].parent / MANIFEST_NAME
         stacks = [stack for name in self._where if (stack := EXPERT_STACK.fullmatch(name))]
-        dense = {name for part in self._base_parts for name in part.tensors} - {stack[0] for stack in stacks}
+        dense = {name for part in self._base_headers for name in part.tensors} - {stack[0] for stack in stacks}
         for problem, names in (
             ("no checksum for tensor", dense - manifest.tensors.keys()),
             ("checksum of an unknown tensor", manifest.tensors.keys() - dense),
@@ -311,12 +311,12 @@ class GgufSource:
         if self._manifest is None:
             return
         overlay = () if self._manifest.overlay is None else self._manifest.overlay.files
-        for part, file in zip(self._parts, (*self._manifest.files, *overlay), strict=True):
+        for part, file in zip(self._headers, (*self._manifest.files, *overlay), strict=True):
             if part.header_checksum != file.header_checksum:
                 raise _differs(part.path, "its header")
 
     def _refuse_holes(self) -> None:
-        for part in self._parts:
+        for part in self._headers:
             fd = _open(part.path)
             try:
                 refuse_holes(part.path, fd, part.data_offset, part.size_bytes)
@@ -326,7 +326,7 @@ class GgufSource:
     def _digest(self) -> str:
         """Digest of headers, sizes and samples of the data, so that models of equal shape with different weights differ."""
         digest = xxhash.xxh3_128()
-        for part in self._parts:
+        for part in self._headers:
             digest.update(part.header_digest.encode())
             digest.update(part.size_bytes.to_bytes(8, "little"))
             span = part.size_bytes - part.data_offset
@@ -416,41 +416,41 @@ def listed_files(manifest_path: Path, files: Sequence[ModelFile]) -> list[Path]:
     return paths
 
 
-def _read_parts(paths: Sequence[Path]) -> list[GgufFile]:
+def _read_headers(paths: Sequence[Path]) -> list[GgufFile]:
     """Headers of all parts, each checked to match its name."""
-    parts = [read_gguf(path) for path in paths]
-    for index, part in enumerate(parts):
-        count = _split_number(part, "split.count", 1)
-        if count != len(parts):
-            hint = "keep the names NAME-00001-of-0000N.gguf of a split model" if len(parts) == 1 else _DAMAGED
-            raise FormatError(f"{part.path}: one of {count} parts, but {len(parts)} were found", hint=hint)
-        number = _split_number(part, "split.no", 0)
+    headers = [read_gguf(path) for path in paths]
+    for index, header in enumerate(headers):
+        count = _split_number(header, "split.count", 1)
+        if count != len(headers):
+            hint = "keep the names NAME-00001-of-0000N.gguf of a split model" if len(headers) == 1 else _DAMAGED
+            raise FormatError(f"{header.path}: one of {count} parts, but {len(headers)} were found", hint=hint)
+        number = _split_number(header, "split.no", 0)
         if number != index:
-            raise FormatError(f"{part.path}: is part {number + 1}, its name says {index + 1}", hint=_DAMAGED)
-    if len(parts) > 1:
-        n_tensors = sum(len(part.tensors) for part in parts)
-        claimed = _split_number(parts[0], "split.tensors.count", n_tensors)
+            raise FormatError(f"{header.path}: is part {number + 1}, its name says {index + 1}", hint=_DAMAGED)
+    if len(headers) > 1:
+        n_tensors = sum(len(header.tensors) for header in headers)
+        claimed = _split_number(headers[0], "split.tensors.count", n_tensors)
         if claimed != n_tensors:
             raise FormatError(f"{paths[0]}: split.tensors.count {claimed}, the parts hold {n_tensors}", hint=_DAMAGED)
-    return parts
+    return headers
 
 
-def _split_number(part: GgufFile, key: str, default: int) -> int:
-    value = part.metadata.get(key)
+def _split_number(header: GgufFile, key: str, default: int) -> int:
+    value = header.metadata.get(key)
     if value is None:
         return default
     if value.type not in (GGUFValueType.UINT16, GGUFValueType.INT32, GGUFValueType.UINT32):
-        raise FormatError(f"{part.path}: {key}: expected UINT16 or INT32, got {value.type.name}", hint=_DAMAGED)
+        raise FormatError(f"{header.path}: {key}: expected UINT16 or INT32, got {value.type.name}", hint=_DAMAGED)
     # Some tools write 0 for unsplit files.
     return int(value.value) or default
 
 
-def _merge(parts: Sequence[GgufFile]) -> tuple[dict[str, GgufValue], dict[str, TensorInfo]]:
-    metadata = {key: value for key, value in parts[0].metadata.items() if not key.startswith("split.")}
+def _merge(headers: Sequence[GgufFile]) -> tuple[dict[str, GgufValue], dict[str, TensorInfo]]:
+    metadata = {key: value for key, value in headers[0].metadata.items() if not key.startswith("split.")}
     tensors: dict[str, TensorInfo] = {}
-    for part in parts:
-        for name, tensor in part.tensors.items():
+    for header in headers:
+        for name, tensor in header.tensors.items():
             if name in tensors:
-                raise FormatError(f"{part.path}: tensor '{name}' is in another part too", hint=_DAMAGED)
+                raise FormatError(f"{header.path}: tensor '{name}' is in another part too", hint=_DAMAGED)
             tensors[name] = tensor.info
     return metadata, tensors

@@ -83,7 +83,7 @@ class ModelsScreen(Dialog[Path]):
         for model in models:
             mark = "● " if model.path == self._current else ""
             # Of two with one name, the file or folder tells which is which.
-            name = model.place if names.count(model.name) > 1 else model.name
+            name = model.location if names.count(model.name) > 1 else model.name
             fits = "can't be run" if model.problem else fit(model)
             cells = (
                 visible_line(mark + name, max_chars=NAME_CELLS),

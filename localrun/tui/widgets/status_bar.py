@@ -56,9 +56,9 @@ def status_line(status: Status, width: int) -> str:
     # (importance, text), in the order of display
     parts = [
         (0, status.activity),
-        (1, f"decode {_rate(status.decode_tokens_per_s)}"),
+        (1, f"decode {_tokens_per_s(status.decode_tokens_per_s)}"),
         (4, "" if status.planned is None else f"planned {_span(*status.planned)}"),
-        (2, f"prefill {_rate(status.prompt_tokens_per_s)}"),
+        (2, f"prefill {_tokens_per_s(status.prompt_tokens_per_s)}"),
         (1, _context(status)),
         (1, f"hit {'–' if status.hit_rate is None else f'{100 * status.hit_rate:.0f}%'}"),
         (2, _ram(status)),
@@ -71,7 +71,7 @@ def status_line(status: Status, width: int) -> str:
     return line[: max(width, 0)]
 
 
-def _rate(rate: float | None) -> str:
+def _tokens_per_s(rate: float | None) -> str:
     if rate is None:
         return "– t/s"
     return f"{rate:.0f} t/s" if rate >= 100 else f"{rate:.1f} t/s"

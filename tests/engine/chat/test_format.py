@@ -35,7 +35,7 @@ from localrun.engine.chat.parts import (
     THINK_END,
     THINK_START,
     USER,
-    Part,
+    PromptPart,
     Special,
     Text,
     merge_texts,
@@ -288,7 +288,7 @@ def test_no_two_texts_are_neighbours_and_none_is_empty(messages: list[Message]) 
 # --- prefixes and boundaries ------------------------------------------------------------------------------------------
 
 
-def is_prefix(head: Sequence[Part], whole: Sequence[Part]) -> bool:
+def is_prefix(head: Sequence[PromptPart], whole: Sequence[PromptPart]) -> bool:
     return tuple(whole[: len(head)]) == tuple(head)
 
 

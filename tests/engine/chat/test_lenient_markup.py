@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from localrun.engine.chat.dsml_tags import MAX_TAG
 from localrun.engine.chat.messages import ToolSchema
 from localrun.engine.chat.parts import DSML, EOS, Special, Text, split_protocol_text
-from localrun.engine.chat.stream_parser import Answer, End, StreamEvent, StreamParser, TextDelta, parse_completion
+from localrun.engine.chat.stream_parser import (
+    End,
+    MessageBuilder,
+    StreamEvent,
+    StreamParser,
+    TextDelta,
+    parse_completion,
+)
 from tests.engine.chat.test_stream_parser import normal, split_at
 from tests.engine.chat_strategies import any_speed
 
@@ -50,7 +57,7 @@ def parameter(tag: str, value: str, close: str = f"</{D}parameter>") -> str:
     return f"<{D}parameter{tag}{value}{close}"
 
 
-def parse(text: str, *, tools: Sequence[ToolSchema] = TOOLS, reason: str = "eos") -> Answer:
+def parse(text: str, *, tools: Sequence[ToolSchema] = TOOLS, reason: str = "eos") -> MessageBuilder:
     """Read at once, letter by letter, and with tokens beside the text: all the same."""
     answers = []
     for cuts in ((), range(1, len(text))):
@@ -60,7 +67,7 @@ def parse(text: str, *, tools: Sequence[ToolSchema] = TOOLS, reason: str = "eos"
                 events += parser.feed(part)
             answers.append(normal([*events, *parser.finish(reason)]))
     assert all(events == answers[0] for events in answers)
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add(answers[0])
     for call in answer.calls:
         assert isinstance(json.loads(call.arguments), dict)

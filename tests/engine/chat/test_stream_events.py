@@ -6,8 +6,8 @@ import pytest
 
 from localrun.engine.chat.messages import AssistantMessage, ToolCall
 from localrun.engine.chat.stream_events import (
-    Answer,
     End,
+    MessageBuilder,
     Problem,
     TextDelta,
     ThinkingDelta,
@@ -18,7 +18,7 @@ from localrun.engine.chat.stream_events import (
 
 
 def test_an_answer_is_what_its_events_say_in_their_order() -> None:
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add([ThinkingDelta("hm"), ThinkingDelta("!"), TextDelta("a"), TextDelta("b")])
     answer.add([ToolCallStart(0, "f"), ToolCallDelta(0, "{}"), ToolCallEnd(0, "f", "{}", "id", ("odd_tag",))])
     answer.add([End("eos", ("other_markup", "odd_tag"))])
@@ -29,7 +29,7 @@ def test_an_answer_is_what_its_events_say_in_their_order() -> None:
 
 @pytest.mark.parametrize("problem", ["truncated", "no_name", "bad_name"])
 def test_a_call_that_must_not_be_run_is_left_out(problem: Problem) -> None:
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add([TextDelta("x"), ToolCallEnd(0, "f", "{}", "id", (problem,)), End("eos")])
     assert not answer.calls[0].usable
     assert answer.message() == AssistantMessage("x")
@@ -37,13 +37,13 @@ def test_a_call_that_must_not_be_run_is_left_out(problem: Problem) -> None:
 
 
 def test_a_call_whose_name_no_tool_can_have_is_left_out() -> None:
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add([ToolCallEnd(0, "", "{}", "id"), End("eos")])
     assert answer.message().tool_calls == ()
 
 
 def test_reasoning_that_was_cut_off_stays_open_unless_something_followed() -> None:
     for more, is_open in ([], True), ([TextDelta("x")], False):
-        answer = Answer()
+        answer = MessageBuilder()
         answer.add([ThinkingDelta("hm"), *more, End("length", ("unclosed_think",))])
         assert answer.message().thinking_open is is_open

@@ -20,15 +20,15 @@ from localrun.engine.chat.parts import (
     THINK_END,
     THINK_START,
     USER,
-    Part,
+    PromptPart,
     Special,
     Text,
     render,
     split_protocol_text,
 )
 from localrun.engine.chat.stream_parser import (
-    Answer,
     End,
+    MessageBuilder,
     StreamEvent,
     StreamParser,
     TextDelta,
@@ -50,7 +50,7 @@ CALL = f'<{DSML}invoke name="weather">\n{PARAMETERS}</{DSML}invoke>\n'
 ARGUMENTS = '{"city": "Oslo", "days": [1, 2]}'
 
 
-def run(parts: Iterable[Part], start: str = "content", *, markup_in_text: bool = False) -> list[StreamEvent]:
+def run(parts: Iterable[PromptPart], start: str = "content", *, markup_in_text: bool = False) -> list[StreamEvent]:
     parser = StreamParser("thinking" if start == "thinking" else "content", markup_in_text=markup_in_text)
     events = [event for part in parts for event in parser.feed(part)]
     return normal(events + parser.finish())
@@ -72,16 +72,16 @@ def normal(events: Sequence[StreamEvent]) -> list[StreamEvent]:
     return joined
 
 
-def completion(message: AssistantMessage) -> tuple[list[Part], str]:
+def completion(message: AssistantMessage) -> tuple[list[PromptPart], str]:
     """What a model that writes `message` would put out after the prompt, and how the prompt says it begins."""
     prompt = V4.encode_prompt([UserMessage("q")])
     answered = V4.encode_prompt([UserMessage("q"), message])
     return list(answered.parts[len(prompt.parts) :]), str(prompt.completion)
 
 
-def split_at(parts: Iterable[Part], cuts: Sequence[int]) -> list[Part]:
+def split_at(parts: Iterable[PromptPart], cuts: Sequence[int]) -> list[PromptPart]:
     """The same stream with its texts cut at these characters of the whole."""
-    pieces: list[Part] = []
+    pieces: list[PromptPart] = []
     position = 0
     for part in parts:
         if isinstance(part, Special):
@@ -128,7 +128,7 @@ def test_string_arguments_stream_while_they_are_written() -> None:
 @given(assistant_messages)
 def test_what_is_encoded_is_parsed_back(message: AssistantMessage) -> None:
     parts, start = completion(message)
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add(run(parts, start))
     assert answer.problems == ()
     parsed = answer.message()
@@ -256,7 +256,7 @@ def test_events_of_garbled_output_are_well_formed(text: str, start: str) -> None
 def test_a_whole_call_survives_what_is_wrong_around_it(
     text: str, thinking: str, content: str, problems: tuple[str, ...]
 ) -> None:
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add(run(split_protocol_text(text), "thinking"))
     assert (answer.reasoning, answer.content) == (thinking, content)
     assert [(call.name, call.arguments, call.problems, call.usable) for call in answer.calls] == [
@@ -303,7 +303,7 @@ def test_arguments_are_read_leniently_and_flagged(
     body: str, arguments: dict[str, object], problems: tuple[str, ...]
 ) -> None:
     text = f'{OPEN}<{DSML}invoke name="f">\n{body}</{DSML}invoke>\n{CLOSE}{EOS}'
-    answer = Answer()
+    answer = MessageBuilder()
     answer.add(run(split_protocol_text(text)))
     (call,) = answer.calls
     assert (json.loads(call.arguments), call.problems, call.usable) == (arguments, problems, True)
@@ -317,7 +317,7 @@ def test_a_block_that_breaks_off_anywhere_neither_leaks_nor_yields_a_call_to_run
     stream = split_at(whole, range(n_characters))
     end_of_call = n_whole = None
     for n in range(4, len(stream)):  # behind "\n\n<" and the token: before that it may be text
-        parser, answer = StreamParser(), Answer()
+        parser, answer = StreamParser(), MessageBuilder()
         answer.add(parser.feed_text("ok"))
         for part in stream[:n]:
             answer.add(parser.feed(part))
@@ -337,7 +337,7 @@ def test_a_block_that_breaks_off_anywhere_neither_leaks_nor_yields_a_call_to_run
 def test_a_call_that_the_model_itself_ends_between_parameters_is_whole() -> None:
     text = f'{OPEN}<{DSML}invoke name="weather">\n{PARAMETERS}'
     for reason, usable in (("eos", True), ("length", False)):
-        parser, answer = StreamParser(), Answer()
+        parser, answer = StreamParser(), MessageBuilder()
         for part in split_protocol_text(text):
             answer.add(parser.feed(part))
         answer.add(parser.finish(reason))
@@ -366,7 +366,7 @@ def test_a_call_without_a_name_or_with_an_impossible_one_is_no_part_of_the_messa
 
 
 def test_thinking_that_never_ends_can_be_continued() -> None:
-    parser, answer = StreamParser("thinking"), Answer()
+    parser, answer = StreamParser("thinking"), MessageBuilder()
     answer.add([*parser.feed_text("still thin"), *parser.finish("length")])
     message = answer.message()
     assert message == AssistantMessage("", "still thin", thinking_open=True)

@@ -230,7 +230,7 @@ def test_command_prints_json_on_stdout_and_writes_the_picture(
     value = json.loads(captured.out)
     assert [phase["kind"] for phase in value["phases"]] == ["decode", "prefill", "decode", "prefill", "decode"]
     assert value["machine"]["memory_bytes_per_s"] > 0
-    assert value["machine"]["disk"]["lanes"] > 0  # measured or not: the model is small, the drive may be known
+    assert value["machine"]["disk"]["n_reads"] > 0  # measured or not: the model is small, the drive may be known
     assert picture.read_text().startswith("<svg")
     assert "include the recording" in captured.err
     assert list(Trace(trace))

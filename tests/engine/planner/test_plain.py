@@ -55,7 +55,7 @@ def test_slower_kernels_count() -> None:
     plan = plan_of(sizes_of("flash"), large(252))
     assert plan.plain is not None
     assert plan.decode is not None
-    ours, theirs = (rate.parts["experts in RAM"] for rate in (plan.decode.likely, plan.plain))
+    ours, theirs = (rate.seconds["experts in RAM"] for rate in (plan.decode.likely, plan.plain))
     assert theirs == pytest.approx(MXFP4_SLOWER * ours)
 
 

@@ -36,7 +36,7 @@ from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
-from localrun.engine.planner.speed import Residency, experts_on, predict_decode
+from localrun.engine.planner.speed import ResidentShares, experts_on, predict_decode
 from localrun.engine.planner.token_time import TokenTime
 from localrun.engine.planner.usual_rates import KEPT, MAX_AGE_S, usual_rates
 from localrun.errors import BudgetError, LocalrunError, UsageError
@@ -381,9 +381,9 @@ def test_whole_flash_is_planned_within_a_quarter_of_what_was_measured(flash: Mod
             n_threads=2,
             cpu=CpuRates(dense_bytes_per_s=dense, dense_macs_per_s=1e12, experts=rates),
         )
-        place = Residency(ram_share=0.1, miss_bytes=model.miss_bytes(adaptive=False))
+        shares = ResidentShares(ram_share=0.1, miss_bytes=model.miss_bytes(adaptive=False))
         known = Curve([(0.0, hits), (0.1, hits), (1.0, 1.0)])
-        likely = predict_decode(model, place, machine, known, position=100, kv_type="f16").likely
+        likely = predict_decode(model, shares, machine, known, position=100, kv_type="f16").likely
         return 1 / likely.tokens_per_s
 
     assert planned(flash, 0.65, 73e9, 13.37e6 / 43.6e9) == pytest.approx(0.88, rel=0.25)
@@ -439,11 +439,11 @@ def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.Monk
     (card / "max_link_speed").write_text("16.0 GT/s PCIe\n")
     (card / "max_link_width").write_text("16\n")
     monkeypatch.setattr(hardware, "SYS_PCI", tmp_path)
-    assert hardware.pcie_rate("0000:01:00.0") == pytest.approx(31.5e9, rel=0.01)
-    assert hardware.pcie_rate("0000:02:00.0") is None
+    assert hardware.pcie_bytes_per_s("0000:01:00.0") == pytest.approx(31.5e9, rel=0.01)
+    assert hardware.pcie_bytes_per_s("0000:02:00.0") is None
     assert hardware.display_links() == []
     (card / "class").write_text("0x030000\n")
-    assert hardware.display_links() == [hardware.pcie_rate("0000:01:00.0")]
+    assert hardware.display_links() == [hardware.pcie_bytes_per_s("0000:01:00.0")]
 
 
 def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
@@ -604,7 +604,7 @@ def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     assert bench_report.prediction_lines(result, None) == []
     split = Split(dense_s=4.0, compute_s=2.0, wait_s=1.0, other_s=0.5, matrices_s=3.0)
     _, terms, _ = bench_report.prediction_lines(replace(result, phases=(replace(phase, split=split),)), plan)
-    parts = plan.decode_at(100).likely.parts
+    parts = plan.decode_at(100).likely.seconds
     assert f"dense matrices {1e3 * parts['dense model in RAM']:.1f} / 300.0" in terms
     assert f"small operations {1e3 * parts['layers']:.1f} / 150.0" in terms
     assert f"experts {1e3 * parts['experts in RAM']:.1f} / 200.0" in terms

@@ -13,9 +13,9 @@ import pytest
 
 from localrun.offload.cache import drive_probe as probe
 from localrun.offload.cache.drive_probe import (
-    DEFAULT_LANES,
     DEFAULT_PIECE_BYTES,
-    LANES,
+    DEFAULT_READS,
+    READS,
     DiskProfile,
     probe_disk,
     probe_memory,
@@ -43,9 +43,11 @@ def test_measured_profile_is_one_of_the_combinations_and_has_a_rate(model: Path,
     profile = probe_disk([model], memory=memory)
     assert before - 1 <= profile.measured_at <= time.time() + 1  # rounded, perhaps
     assert profile.measured
-    assert profile.lanes in LANES
+    assert profile.n_reads in READS
     assert profile.piece_bytes in probe.PIECES
-    assert profile.bytes_per_s == pytest.approx(profile.tried[f"{profile.lanes} x {profile.piece_bytes >> 10}"], abs=1)
+    assert profile.bytes_per_s == pytest.approx(
+        profile.tried[f"{profile.n_reads} x {profile.piece_bytes >> 10}"], abs=1
+    )
 
 
 def test_same_drive_is_measured_once(model: Path, memory: Path) -> None:
@@ -68,7 +70,7 @@ def test_old_profiles_and_refresh_measure_again(model: Path, memory: Path) -> No
 def test_small_files_give_defaults_and_nothing_is_remembered(tmp_path: Path, memory: Path) -> None:
     (tmp_path / "demo.gguf").write_bytes(bytes(1 << 20))
     profile = probe_disk([tmp_path / "demo.gguf"], memory=memory)
-    assert (profile.measured, profile.lanes, profile.piece_bytes) == (False, DEFAULT_LANES, DEFAULT_PIECE_BYTES)
+    assert (profile.measured, profile.n_reads, profile.piece_bytes) == (False, DEFAULT_READS, DEFAULT_PIECE_BYTES)
     assert not memory.exists()
 
 
@@ -95,10 +97,10 @@ def test_file_on_which_reads_fail_gives_defaults_and_a_warning(
         "nonsense",
         "[]",
         '{"version": 99, "drives": {}}',
-        '{"version": 1, "drives": {"DEVICE": {"lanes": "many"}}}',
-        '{"version": 1, "drives": {"DEVICE": {"lanes": 0, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1}}}',
-        '{"version": 1, "drives": {"DEVICE": {"lanes": 4, "piece_bytes": 4097, "bytes_per_s": 1.0, "measured_at": 1}}}',
-        '{"version": 1, "drives": {"DEVICE": 7}}',
+        '{"version": 2, "drives": {"DEVICE": {"n_reads": "many"}}}',
+        '{"version": 2, "drives": {"DEVICE": {"n_reads": 0, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": 2, "drives": {"DEVICE": {"n_reads": 4, "piece_bytes": 4097, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": 2, "drives": {"DEVICE": 7}}',
     ],
 )
 def test_damaged_memory_is_a_warning_and_is_written_anew(
@@ -117,8 +119,8 @@ def test_damaged_memory_is_a_warning_and_is_written_anew(
 
 def test_drives_are_remembered_side_by_side(model: Path, memory: Path) -> None:
     memory.parent.mkdir()
-    other = {"lanes": 4, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1.0, "device": "9:9 xfs /dev/x"}
-    memory.write_text(json.dumps({"version": 1, "drives": {"9:9 xfs /dev/x": other}}))
+    other = {"n_reads": 4, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1.0, "device": "9:9 xfs /dev/x"}
+    memory.write_text(json.dumps({"version": 2, "drives": {"9:9 xfs /dev/x": other}}))
     profile = probe_disk([model], memory=memory)
     drives = json.loads(memory.read_text())["drives"]
     assert set(drives) == {"9:9 xfs /dev/x", profile.device}

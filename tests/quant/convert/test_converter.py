@@ -382,15 +382,15 @@ def test_nan_scales_of_experts_stop_the_conversion_with_the_tensors_name(tmp_pat
 
 def test_slices_hold_whole_scale_blocks_and_pages_and_stay_small() -> None:
     from localrun.quant.checkpoint.directory import SourceTensor
-    from localrun.quant.checkpoint.mapping import Part
+    from localrun.quant.checkpoint.mapping import TensorPart
     from localrun.quant.checkpoint.schema import Role, TensorSpec
     from localrun.quant.model.source import Extent
 
-    def part(dtype: str, target: QT, n_out: int, n_in: int, source_row: int, row: int) -> Part:
+    def part(dtype: str, target: QT, n_out: int, n_in: int, source_row: int, row: int) -> TensorPart:
         source = SourceTensor(
             TensorSpec("w", (n_out, n_in), Role.WIDE, dtype), dtype, Extent(0, 0, n_out * source_row), None
         )
-        return Part(source, target, n_out, n_in, 0, n_out * row, 1)
+        return TensorPart(source, target, n_out, n_in, 0, n_out * row, 1)
 
     for case in (
         part("I8", QT.MXFP4, 7168, 3072, 1536, 1632),

@@ -53,7 +53,7 @@ def test_a_sound_model_has_no_damage(model: Path) -> None:
 def test_checks_cover_every_byte_but_padding(model: Path) -> None:
     source, manifest = opened(model)
     checks = planned_checks(source, manifest)
-    for file, part in enumerate(source.parts):
+    for file, part in enumerate(source.headers):
         end = 0
         for check in (check for check in checks if check.file == file):
             assert end <= check.offset < end + part.alignment, "a gap that is more than padding"
@@ -107,7 +107,7 @@ def test_a_header_is_compared_when_a_model_is_opened(model: Path) -> None:
 def test_a_file_that_has_become_shorter_is_a_store_error(model: Path) -> None:
     source, manifest = opened(model)
     with source.files[1].open("r+b") as file:
-        file.truncate(source.parts[1].size_bytes - 100)
+        file.truncate(source.headers[1].size_bytes - 100)
     with pytest.raises(StoreError, match="size changed"):
         verify(source, manifest)
 

@@ -105,7 +105,7 @@ def test_chosen_experts_come_from_the_overlay_and_all_have_the_base(source: Path
             assert checksum(rows(opened, low)) == low.checksum
             if kind == QT.MXFP4:
                 assert rows(opened, projection) == rows(reference, best)
-    assert all(t.offset % 4096 == 0 for t in opened.parts[1].tensors.values())
+    assert all(t.offset % 4096 == 0 for t in opened.headers[1].tensors.values())
 
 
 def test_manifest_says_who_has_what_and_verify_reads_all_of_it(
@@ -172,8 +172,8 @@ def die_in(owner, name, before):
     setattr(owner, name, wrapper)
 
 module._SYNC_SECONDS = 0.0
-convert = module.Part.convert
-module.Part.convert = lambda *args: (time.sleep(0.05), convert(*args))[1]
+convert = module.TensorPart.convert
+module.TensorPart.convert = lambda *args: (time.sleep(0.05), convert(*args))[1]
 {"journal": lambda: die_in(Journal, "append", False), "manifest": lambda: die_in(overlay, "write_manifest", True),
  "clean-up": lambda: die_in(overlay, "write_manifest", False)}[sys.argv[3]]()
 overlay.write_overlay(Checkpoint.open(Path(sys.argv[1])), TIERS, Path(sys.argv[2]), Importance(), jobs=2)

@@ -108,8 +108,8 @@ def append_and_die(self, results):
     append(self, results)
     os.kill(os.getpid(), signal.SIGKILL)
 Journal.append = append_and_die
-convert = module.Part.convert
-module.Part.convert = lambda *args: (time.sleep(0.01), convert(*args))[1]
+convert = module.TensorPart.convert
+module.TensorPart.convert = lambda *args: (time.sleep(0.01), convert(*args))[1]
 module.convert(Path(sys.argv[1]), Path(sys.argv[2]), ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance()), jobs=2)
 """
 

@@ -147,7 +147,7 @@ def journal_of(source: GgufSource, folder: Path) -> VerifyJournal:
 def test_an_interrupted_verification_goes_on_and_keeps_what_it_found(model: Path, tmp_path: Path) -> None:
     source = opened(model)
     assert source.manifest is not None
-    damage(source.files[0], source.parts[0].data_offset + 5)
+    damage(source.files[0], source.headers[0].data_offset + 5)
     source = opened(model)
     assert source.manifest is not None
     interrupted(source, tmp_path / "journal", 0.6)

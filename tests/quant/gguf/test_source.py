@@ -204,7 +204,7 @@ def manifest_of(source: GgufSource) -> Manifest:
     stacks = {f"blk.{layer}.ffn_{p}_exps.weight" for layer in source.moe_layers for p in PROJECTIONS}
     files = tuple(
         ModelFile(part.path.name, part.size_bytes, checksum(part.path.read_bytes()[: part.data_offset]))
-        for part in source.parts
+        for part in source.headers
     )
     experts = {}
     for layer, shape in source.moe_layers.items():

@@ -201,8 +201,8 @@ def die_in_journal(folder):
             die()
     Journal.append = append_and_die
     convert._SYNC_SECONDS = 0.0
-    part = convert.Part.convert
-    convert.Part.convert = lambda *args: (time.sleep(0.02), part(*args))[1]
+    part = convert.TensorPart.convert
+    convert.TensorPart.convert = lambda *args: (time.sleep(0.02), part(*args))[1]
 
 point, *arguments = sys.argv[1:]
 if point == "calibrating":

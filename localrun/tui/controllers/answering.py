@@ -15,9 +15,9 @@ from textual.widget import Widget
 from localrun.engine.conversations import Message
 from localrun.engine.process.protocol import Generate, PromptProgress
 from localrun.errors import LocalrunError
-from localrun.tui.answer import Answer, prompt_rate, prompt_time_left
+from localrun.tui.controllers.records import Records
 from localrun.tui.engine_link import AnswerFeed, EngineLink
-from localrun.tui.parts.records import Records
+from localrun.tui.live_answer import LiveAnswer, prompt_time_left, prompt_tokens_per_s
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
 from localrun.tui.widgets.status_bar import time_left
@@ -46,12 +46,12 @@ class Answering:
         link: EngineLink,
         chat: Callable[[], ChatView],
         *,
-        ended: Callable[[Answer], None],
+        ended: Callable[[LiveAnswer], None],
         failed_to_save: Callable[[LocalrunError], None],
     ) -> None:
         self._host, self._records, self._link, self._chat = host, records, link, chat
         self._ended, self._failed_to_save = ended, failed_to_save
-        self.answer: Answer | None = None
+        self.answer: LiveAnswer | None = None
         self._entry: Entry | None = None
         self._feed: AnswerFeed | None = None
         self._timer: Timer | None = None
@@ -71,7 +71,7 @@ class Answering:
     def start(self, entry: Entry, command: Generate) -> None:
         """`entry` is the empty message that the answer goes into; the chat shows it already."""
         assert self._feed is None
-        self.answer = Answer(entry.message)
+        self.answer = LiveAnswer(entry.message)
         self._entry = entry
         self._saved_at, self._save_failed = time.monotonic(), False
         self._cpu_at = time.process_time()
@@ -129,7 +129,7 @@ class Answering:
         if self.running and self.answer is not None:
             self._save(self.answer)
 
-    def _save(self, answer: Answer) -> None:
+    def _save(self, answer: LiveAnswer) -> None:
         """Hands what there is to the store's thread."""
         message, details = answer.message, answer.details
         text, thinking, state = answer.text, answer.thinking, answer.state
@@ -144,7 +144,7 @@ class Answering:
             self._failed_to_save(error)
 
 
-def _as_message(answer: Answer) -> Message:
+def _as_message(answer: LiveAnswer) -> Message:
     """The answer's message with all that has come."""
     return replace(
         answer.message,
@@ -161,7 +161,7 @@ def _progress_line(progress: PromptProgress | None) -> str:
     if progress.done >= progress.total:
         return "prompt read, waiting for the first token…"
     filled = round(_BAR_CELLS * progress.done / max(1, progress.total))
-    rate = prompt_rate(progress)
+    rate = prompt_tokens_per_s(progress)
     parts = [f"prompt {progress.done:,} of {progress.total:,} tokens"]
     if rate is not None:
         parts += [f"{rate:.0f}/s", time_left(prompt_time_left(progress))]

@@ -21,7 +21,7 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(slots=True)
-class Part:
+class Block:
     """A block of one kind: reasoning, text, or one tool call.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Answer:
+class Choice:
     """One choice. `add` takes the engine's events in their order.
 
     Attributes:
@@ -45,7 +45,7 @@ class Answer:
         n_thinking: tokens of reasoning.
     """
 
-    parts: list[Part] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt: PromptProgress | None = None
     finished: Finished | None = None
@@ -57,8 +57,8 @@ class Answer:
             case PromptProgress():
                 self.prompt = event
             case Delta(kind="tool"):
-                if self.parts and self.parts[-1].kind == "tool" and not self.parts[-1].ended:
-                    self.parts[-1].text += event.text
+                if self.blocks and self.blocks[-1].kind == "tool" and not self.blocks[-1].ended:
+                    self.blocks[-1].text += event.text
                 self.n_tokens += len(event.tokens)
             case Delta(kind="thinking" | "text" as kind):
                 if event.text:
@@ -70,7 +70,7 @@ class Answer:
                 self.n_tokens += len(event.tokens)
             case ToolCallBegun():
                 self._end_run()
-                self.parts.append(Part("tool", call_id=event.id, name=event.name))
+                self.blocks.append(Block("tool", call_id=event.id, name=event.name))
             case ToolCall():
                 self._end_call(event)
                 self.n_tokens += len(event.tokens)
@@ -78,33 +78,33 @@ class Answer:
                 self.finished = event
                 self._end_run()
 
-    def _run_of(self, kind: Literal["thinking", "text"]) -> Part:
-        if not self.parts or self.parts[-1].kind != kind or self.parts[-1].ended:
+    def _run_of(self, kind: Literal["thinking", "text"]) -> Block:
+        if not self.blocks or self.blocks[-1].kind != kind or self.blocks[-1].ended:
             self._end_run()
-            self.parts.append(Part(kind))
-        return self.parts[-1]
+            self.blocks.append(Block(kind))
+        return self.blocks[-1]
 
     def _end_run(self) -> None:
-        if self.parts:
-            self.parts[-1].ended = True
+        if self.blocks:
+            self.blocks[-1].ended = True
 
     def _end_call(self, event: ToolCall) -> None:
         if not event.name:
             return  # nothing that a client could do with it
-        part = next((p for p in reversed(self.parts) if p.kind == "tool" and p.call_id == event.id), None)
-        if part is None:
-            part = Part("tool", call_id=event.id, name=event.name)
-            self.parts.append(part)
-        part.text, part.ended = event.arguments, True
+        block = next((p for p in reversed(self.blocks) if p.kind == "tool" and p.call_id == event.id), None)
+        if block is None:
+            block = Block("tool", call_id=event.id, name=event.name)
+            self.blocks.append(block)
+        block.text, block.ended = event.arguments, True
 
     # --- sums
 
     def joined(self, kind: Literal["thinking", "text"]) -> str:
-        return "".join(part.text for part in self.parts if part.kind == kind)
+        return "".join(block.text for block in self.blocks if block.kind == kind)
 
     @property
-    def calls(self) -> Sequence[Part]:
-        return [part for part in self.parts if part.kind == "tool"]
+    def calls(self) -> Sequence[Block]:
+        return [block for block in self.blocks if block.kind == "tool"]
 
     @property
     def finish(self) -> Finish:
@@ -119,7 +119,7 @@ class Answer:
         return self.finished.timings if self.finished else Timings()
 
 
-def total_usage(answers: Sequence[Answer]) -> tuple[int, int, int, int]:
+def total_usage(answers: Sequence[Choice]) -> tuple[int, int, int, int]:
     """(prompt tokens, of those read from a saved state, answer tokens, of those reasoning) of all choices; the prompt counts
     once, as it was for the first."""
     first = answers[0].timings

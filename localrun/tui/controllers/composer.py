@@ -19,14 +19,14 @@ from localrun.engine.conversations import Attachment, Message
 from localrun.engine.options import check_answer
 from localrun.errors import UsageError
 from localrun.tui.commands import BY_SLASH
+from localrun.tui.controllers.asking import Asking, Question
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.records import Records
+from localrun.tui.controllers.work import Handler, Invocation, WorkQueue
 from localrun.tui.files import estimate_tokens, mentioned_files
 from localrun.tui.options import with_value
-from localrun.tui.parts.asking import Asking, Question
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.model import LoadedModel
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.records import Records
-from localrun.tui.parts.work import Call, Handler, WorkQueue
 from localrun.tui.screens.attach import AttachScreen
 from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.widgets.prompt import Prompt
@@ -199,7 +199,7 @@ class Composer:
 
     # --- what goes with a question
 
-    def _attach(self, call: Call) -> None:
+    def _attach(self, call: Invocation) -> None:
         def take(attachment: Attachment | None) -> None:
             if attachment is not None:
                 self.prompt.set_attachments([*self.prompt.attachments, attachment])
@@ -208,7 +208,7 @@ class Composer:
         path = str(Path(call.argument).expanduser()) if call.argument else ""
         self._screen.app.push_screen(AttachScreen(self._model.link, self._room(), path), take)
 
-    def _edit_outside(self, call: Call) -> None:
+    def _edit_outside(self, call: Invocation) -> None:
         """The input's text in the user's editor, which has the terminal meanwhile."""
         editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
         with tempfile.TemporaryDirectory(prefix="localrun-") as folder:
@@ -226,7 +226,7 @@ class Composer:
             self.prompt.set_text(path.read_text(encoding="utf-8", errors="replace").rstrip("\n"))
         self.to_input()
 
-    def _think(self, call: Call) -> None:
+    def _think(self, call: Invocation) -> None:
         facts, options = self._model.facts, self._current.options
         modes = facts.think_modes if facts is not None else ("off", "high", "max")
         if call.argument and call.argument not in modes:
@@ -236,14 +236,14 @@ class Composer:
         self._current.set_options(replace(options, think=chosen))
         self._notices.note(f"Thinking: {chosen}", timeout_s=3)
 
-    def _system(self, call: Call) -> None:
+    def _system(self, call: Invocation) -> None:
         if call.argument:
             self._current.set_options(replace(self._current.options, system=call.argument))
             self._notices.note("System prompt set for this conversation.")
         else:
             self._open_settings()
 
-    def _sampling(self, call: Call) -> None:
+    def _sampling(self, call: Invocation) -> None:
         name, _, value = call.argument.replace("=", " ").partition(" ")
         if not name:
             raise UsageError("no value given", hint="for example /set temperature 0.6")

@@ -9,10 +9,10 @@ from typing import Any
 from textual.screen import Screen
 
 from localrun.errors import LocalrunError
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.converter_process import ConversionNews, ConverterProcess
 from localrun.tui.messages import ConversionTold
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.work import Call, Handler
 from localrun.tui.screens.convert import ConvertScreen
 
 MAX_LOG_LINES = 500
@@ -33,7 +33,7 @@ class Conversions:
     def commands(self) -> dict[str, Handler]:
         return {"convert": self._convert}
 
-    def _convert(self, call: Call) -> None:
+    def _convert(self, call: Invocation) -> None:
         source, _, target = call.argument.partition(" ")
 
         def done(path: Path | None) -> None:

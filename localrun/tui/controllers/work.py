@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Invocation:
     """One invocation of a command.
 
     Attributes:
@@ -21,7 +21,7 @@ class Call:
     message_id: int | None = None
 
 
-Handler = Callable[[Call], Coroutine[Any, Any, None] | None]
+Handler = Callable[[Invocation], Coroutine[Any, Any, None] | None]
 """Runs a command: immediately, or, if it is a coroutine, in the work queue."""
 
 

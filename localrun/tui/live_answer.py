@@ -25,7 +25,7 @@ _STATES: Mapping[str, MessageState] = {
 }
 
 
-class Answer:
+class LiveAnswer:
     """The received part of one answer.
 
     Attributes:
@@ -49,7 +49,7 @@ class Answer:
         self._thinking_ended: float | None = None
         self._decode_began: float | None = None
         self._last_token: float | None = None
-        self._prompt_rate: float | None = None
+        self._prompt_tokens_per_s: float | None = None
 
     @property
     def text(self) -> str:
@@ -84,7 +84,7 @@ class Answer:
     def prompt_tokens_per_s(self) -> float | None:
         if self.finished is not None:
             return self.finished.timings.prompt_tokens_per_s
-        return self._prompt_rate
+        return self._prompt_tokens_per_s
 
     @property
     def state(self) -> MessageState:
@@ -112,7 +112,7 @@ class Answer:
             if isinstance(event, PromptProgress):
                 self.progress = event
                 self.context_used = event.done
-                self._prompt_rate = prompt_rate(event)
+                self._prompt_tokens_per_s = prompt_tokens_per_s(event)
             elif isinstance(event, Delta):
                 self._count(event.tokens)
                 self._add(event)
@@ -154,7 +154,7 @@ class Answer:
             self._thinking_ended = self._clock()
 
 
-def prompt_rate(progress: PromptProgress) -> float | None:
+def prompt_tokens_per_s(progress: PromptProgress) -> float | None:
     """Tokens per second of the prefill so far."""
     n_read = progress.done - progress.reused
     return n_read / progress.elapsed_s if n_read > 0 and progress.elapsed_s > 0 else None
@@ -162,7 +162,7 @@ def prompt_rate(progress: PromptProgress) -> float | None:
 
 def prompt_time_left(progress: PromptProgress) -> float | None:
     """Seconds."""
-    rate = prompt_rate(progress)
+    rate = prompt_tokens_per_s(progress)
     return (progress.total - progress.done) / rate if rate else None
 
 

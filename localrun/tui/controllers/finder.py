@@ -6,7 +6,7 @@ from typing import Any
 
 from textual.screen import Screen
 
-from localrun.tui.parts.work import Call, Handler
+from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.find_bar import FindBar
 from localrun.tui.widgets.message_view import MessageView
@@ -32,7 +32,7 @@ class Finder:
         self._unmark()
         return was_open
 
-    def _find(self, call: Call) -> None:
+    def _find(self, call: Invocation) -> None:
         if self._bar.display and not call.argument:
             self._bar.action_step(-1)
         else:

@@ -13,11 +13,11 @@ from localrun.engine.conversations.export import ExportFormat, write_export
 from localrun.engine.conversations.importing import import_conversations, read_conversations
 from localrun.errors import UsageError
 from localrun.textsafe import visible_line
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.panels import Panels
-from localrun.tui.parts.records import Records
-from localrun.tui.parts.work import Call, Handler, WorkQueue
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.panels import Panels
+from localrun.tui.controllers.records import Records
+from localrun.tui.controllers.work import Handler, Invocation, WorkQueue
 from localrun.tui.screens.dialog import ChoiceDialog, TextDialog
 from localrun.tui.screens.search import SearchScreen
 from localrun.tui.widgets.conversation_list import ConversationList
@@ -72,7 +72,7 @@ class Library:
             self._panels.set(conversations=False)
         self._to_input()
 
-    async def new(self, call: Call) -> None:
+    async def new(self, call: Invocation) -> None:
         self._check_free()
         self._leaving()
         await self._current.begin_new()
@@ -94,7 +94,7 @@ class Library:
 
     # --- name, end, copy
 
-    async def _rename_current(self, call: Call) -> None:
+    async def _rename_current(self, call: Invocation) -> None:
         conversation = self._current.needed()
         if call.argument:
             await self._rename(conversation.id, call.argument)
@@ -114,7 +114,7 @@ class Library:
         await self._current.rename(conversation_id, name)
         self.refresh()
 
-    async def _delete_current(self, call: Call) -> None:
+    async def _delete_current(self, call: Invocation) -> None:
         await self._ask_delete(self._current.needed().id)
 
     async def _ask_delete(self, conversation_id: int) -> None:
@@ -141,10 +141,10 @@ class Library:
             self._check_free()
         await self._records(lambda store: store.delete(conversation_id))
         if is_current:
-            await self.new(Call())
+            await self.new(Invocation())
         self.refresh()
 
-    async def _export(self, call: Call) -> None:
+    async def _export(self, call: Invocation) -> None:
         conversation = self._current.needed()
         kind, _, target = call.argument.partition(" ")
         kind = {"": "md", "markdown": "md"}.get(kind, kind)
@@ -156,7 +156,7 @@ class Library:
         path = await self._records(lambda store: write_export(store, conversation.id, cast(ExportFormat, kind), place))
         self._notices.note(str(path.absolute()), title="Exported", timeout_s=8)
 
-    async def _import(self, call: Call) -> None:
+    async def _import(self, call: Invocation) -> None:
         """The newest one comes on view."""
         if not call.argument:
             raise UsageError("no file given", hint="/import conversations.json")
@@ -168,7 +168,7 @@ class Library:
 
     # --- finding
 
-    def _search(self, call: Call) -> None:
+    def _search(self, call: Invocation) -> None:
         def chosen(hit: SearchHit | None) -> None:
             if hit is not None:
                 self._queue.add(self.open(hit.conversation_id, hit.message_id))

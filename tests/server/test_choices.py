@@ -1,4 +1,4 @@
-"""What the engine's events amount to: parts in their order, calls, reasons and sums."""
+"""What the engine's events amount to: blocks in their order, calls, reasons and sums."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 from localrun.engine.facts import FinishReason, Timings
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Delta, Finished, PromptProgress, TokenLogprob, ToolCall, ToolCallBegun
-from localrun.server.answers import Answer, Part, total_usage
+from localrun.server.choices import Block, Choice, total_usage
 
 
-def answer(*events: GenerateEvent) -> Answer:
-    made = Answer()
+def answer(*events: GenerateEvent) -> Choice:
+    made = Choice()
     for event in events:
         made.add(event)
     return made
@@ -46,11 +46,11 @@ def test_runs_of_one_kind_are_parts_in_their_order() -> None:
         delta("text", "", 8),
         finished(),
     )
-    assert made.parts == [
-        Part("thinking", "hm", ended=True),
-        Part("text", "a", ended=True),
-        Part("tool", '{"x": 1}', "c1", "f", ended=True),
-        Part("text", "b", ended=True),
+    assert made.blocks == [
+        Block("thinking", "hm", ended=True),
+        Block("text", "a", ended=True),
+        Block("tool", '{"x": 1}', "c1", "f", ended=True),
+        Block("text", "b", ended=True),
     ]
     assert (made.joined("thinking"), made.joined("text")) == ("hm", "ab")
     assert (made.n_thinking, made.n_tokens, made.finish) == (3, 8, "tool_calls")
@@ -60,8 +60,8 @@ def test_runs_of_one_kind_are_parts_in_their_order() -> None:
 
 def test_a_call_without_a_beginning_counts_and_one_without_a_name_does_not() -> None:
     made = answer(called("f", "c1", "{}"), called("", "c2", "{}"))
-    assert made.parts == [Part("tool", "{}", "c1", "f", ended=True)]
-    assert answer(delta("tool", "lost")).parts == []
+    assert made.blocks == [Block("tool", "{}", "c1", "f", ended=True)]
+    assert answer(delta("tool", "lost")).blocks == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from textual.screen import Screen
 
-from localrun.tui.parts.work import Call, Handler
+from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.widgets.conversation_list import ConversationList, ConversationOptions
 from localrun.tui.widgets.engine_panel import EnginePanel
 
@@ -90,14 +90,14 @@ class Panels:
             return False
         return True
 
-    def _toggle_conversations(self, call: Call) -> None:
+    def _toggle_conversations(self, call: Invocation) -> None:
         self.set(conversations=not self.conversations)
         if self.conversations:
             self._screen.query_one(ConversationOptions).focus()
         else:
             self._to_input()
 
-    def _next_engine(self, call: Call) -> None:
+    def _next_engine(self, call: Invocation) -> None:
         if self.narrow:
             self.set(engine="full" if self.engine == "off" else "off")
         else:
@@ -107,7 +107,7 @@ class Panels:
         else:
             self._to_input()
 
-    def _next_map_view(self, call: Call) -> None:
+    def _next_map_view(self, call: Invocation) -> None:
         if self.engine == "off":
             self._next_engine(call)
         panel = self._screen.query_one(EnginePanel)

@@ -9,11 +9,11 @@ from textual.screen import Screen
 
 from localrun.engine.conversations import Message
 from localrun.errors import UsageError
-from localrun.tui.parts.asking import Asking
-from localrun.tui.parts.composer import Composer
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.work import Call, Handler
+from localrun.tui.controllers.asking import Asking
+from localrun.tui.controllers.composer import Composer
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import MessageView, code_blocks
 
@@ -45,7 +45,7 @@ class Versions:
     def _chat(self) -> ChatView:
         return self._screen.query_one(ChatView)
 
-    def _meant(self, call: Call, accept: Callable[[Message], bool]) -> Message | None:
+    def _meant(self, call: Invocation, accept: Callable[[Message], bool]) -> Message | None:
         """The message that a command means: the one it names, or the last that is acceptable."""
         for entry in self._chat.entries:
             if entry.message.id == call.message_id:
@@ -54,7 +54,7 @@ class Versions:
 
     # --- versions
 
-    async def _regenerate(self, call: Call) -> None:
+    async def _regenerate(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: True)
         if message is None:
             raise UsageError("there is nothing to answer yet")
@@ -64,7 +64,7 @@ class Versions:
         await self._current.rewind(parent_id)
         await self._asking.answer_to(parent_id)
 
-    def _edit(self, call: Call) -> None:
+    def _edit(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: m.role == "user")
         if message is not None and message.role != "user":
             message = next((e.message for e in self._chat.entries if e.message.id == message.parent_id), None)
@@ -72,19 +72,19 @@ class Versions:
             raise UsageError("you have no message to edit yet")
         self._composer.edit(message)
 
-    async def _fork(self, call: Call) -> None:
+    async def _fork(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: m.role == "assistant")
         if message is None:
             raise UsageError("there is nothing to branch from yet")
         self._asking.check_free()
         if message.role == "user":
-            await self._regenerate(Call(message_id=message.id))
+            await self._regenerate(Invocation(message_id=message.id))
             return
         await self._current.rewind(message.id)
         self._notices.note("Your next message starts a new branch here.")
         self._composer.to_input()
 
-    async def _switch(self, call: Call, step: int) -> None:
+    async def _switch(self, call: Invocation, step: int) -> None:
         self._asking.check_free()
         versions = {entry.message.id: entry.n_versions for entry in self._chat.entries}
         message = self._meant(call, lambda m: versions.get(m.id, 1) > 1)
@@ -97,7 +97,7 @@ class Versions:
         if had_focus and (view := self._chat.view(other)) is not None:
             view.focus(scroll_visible=False)
 
-    async def _undo(self, call: Call) -> None:
+    async def _undo(self, call: Invocation) -> None:
         self._asking.check_free()
         question = next((e.message for e in reversed(self._chat.entries) if e.message.role == "user"), None)
         if question is None:
@@ -107,14 +107,14 @@ class Versions:
 
     # --- copying and looking
 
-    def _copy(self, call: Call) -> None:
+    def _copy(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: m.role == "assistant" and bool(m.content))
         if message is None:
             raise UsageError("there is nothing to copy yet")
         self._screen.app.copy_to_clipboard(message.content)
         self._notices.note(f"{len(message.content):,} characters copied", timeout_s=3)
 
-    def _copy_code(self, call: Call) -> None:
+    def _copy_code(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: m.role == "assistant" and bool(code_blocks(m.content)))
         blocks = code_blocks(message.content) if message is not None else []
         number = call.argument
@@ -126,13 +126,13 @@ class Versions:
         self._screen.app.copy_to_clipboard(block)
         self._notices.note(f"Code block copied: {block.count(chr(10)) + 1} lines", timeout_s=3)
 
-    def _toggle_thinking(self, call: Call) -> None:
+    def _toggle_thinking(self, call: Invocation) -> None:
         message = self._meant(call, lambda m: bool(m.reasoning))
         view = self._chat.view(message.id) if message is not None else None
         if view is not None:
             view.toggle_thinking()
 
-    async def _to_messages(self, call: Call) -> None:
+    async def _to_messages(self, call: Invocation) -> None:
         if isinstance(self._screen.focused, MessageView):
             self._composer.to_input()
         else:

@@ -6,9 +6,9 @@ import asyncio
 
 from localrun.errors import UsageError
 from localrun.tui import presets
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.work import Call, Handler
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.work import Handler, Invocation
 
 
 def preset_arguments() -> list[str]:
@@ -29,7 +29,7 @@ class Presets:
     def commands(self) -> dict[str, Handler]:
         return {"preset": self._preset}
 
-    async def _preset(self, call: Call) -> None:
+    async def _preset(self, call: Invocation) -> None:
         verb, _, name = call.argument.partition(" ")
         name = name.strip()
         if not verb:

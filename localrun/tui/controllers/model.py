@@ -19,11 +19,11 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.bars import Bar, read_bars
 from localrun.errors import EngineDiedError, StoppedError, UsageError
 from localrun.textsafe import visible_line
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.engine_link import EngineLink
 from localrun.tui.faults import as_ours
 from localrun.tui.messages import EngineDied, EngineFailed, EngineLoading, EngineReady, ModelChecked
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.work import Call, Handler
 from localrun.tui.screens.models import ModelsScreen
 from localrun.tui.screens.plan import planned
 from localrun.tui.widgets.notices import LoadingPanel
@@ -264,7 +264,7 @@ class LoadedModel:
         self._notices.note("Your question is kept: choose a model to get an answer.", timeout_s=6)
         self._choose()
 
-    def _models(self, call: Call) -> None:
+    def _models(self, call: Invocation) -> None:
         if call.argument:
             self.switch(models.resolve(call.argument, config.load()) or demo.converted())
         else:
@@ -281,7 +281,7 @@ class LoadedModel:
 
         self._screen.app.push_screen(ModelsScreen(self._folders, self.path), chosen)
 
-    def _reload(self, call: Call) -> None:
+    def _reload(self, call: Invocation) -> None:
         if self._wanted is None:
             raise UsageError("no model was chosen", hint="Ctrl+L chooses one")
         self.load(self._wanted.path, restart=True)

@@ -13,8 +13,8 @@ from localrun.engine.conversations import (
 )
 from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible_line
+from localrun.tui.controllers.records import GoneError, Records
 from localrun.tui.options import ChatOptions, from_json, to_json
-from localrun.tui.parts.records import GoneError, Records
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
 

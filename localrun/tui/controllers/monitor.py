@@ -8,13 +8,13 @@ from typing import Any
 from textual.screen import Screen
 
 from localrun.engine.process.protocol import Stats
-from localrun.tui.answer import prompt_time_left
+from localrun.tui.controllers.asking import Asking
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.panels import Panels
+from localrun.tui.controllers.work import Handler, Invocation
+from localrun.tui.live_answer import prompt_time_left
 from localrun.tui.messages import StatsArrived
-from localrun.tui.parts.asking import Asking
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.model import LoadedModel
-from localrun.tui.parts.panels import Panels
-from localrun.tui.parts.work import Call, Handler
 from localrun.tui.screens.plan import PlanScreen
 from localrun.tui.widgets.engine_panel import EnginePanel, ram_bytes
 from localrun.tui.widgets.status_bar import Status, StatusBar, time_left
@@ -132,7 +132,7 @@ class Monitor:
 
     # --- the plan
 
-    def _plan(self, call: Call) -> None:
+    def _plan(self, call: Invocation) -> None:
         """The plan of the load, and what was measured since."""
         answer = self._asking.answering.answer
         measured = None if answer is None or answer.finished is None else answer.finished.timings

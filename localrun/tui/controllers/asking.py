@@ -13,14 +13,14 @@ from localrun.engine.conversations import Attachment, Message
 from localrun.engine.facts import ModelFacts
 from localrun.engine.process.protocol import Generate
 from localrun.errors import ContextFullError, EngineDiedError, StoppedError, UsageError
-from localrun.tui.answer import Answer, last_turns, prompt_messages
-from localrun.tui.answering import Answering
+from localrun.tui.controllers.answering import Answering
+from localrun.tui.controllers.conversation import OpenConversation
+from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.notices import Notices
+from localrun.tui.controllers.records import Records
+from localrun.tui.controllers.work import WorkQueue
 from localrun.tui.demo_words import DEMO_NOTE, DEMO_QUESTIONS
-from localrun.tui.parts.conversation import OpenConversation
-from localrun.tui.parts.model import LoadedModel
-from localrun.tui.parts.notices import Notices
-from localrun.tui.parts.records import Records
-from localrun.tui.parts.work import WorkQueue
+from localrun.tui.live_answer import LiveAnswer, last_turns, prompt_messages
 from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.status_bar import short_count
@@ -61,13 +61,13 @@ class Asking:
         model: LoadedModel,
         *,
         refused: Callable[[Question], None],
-        answered: Callable[[Answer], None],
+        answered: Callable[[LiveAnswer], None],
         changed: Callable[[], None],
     ) -> None:
         self._screen, self._queue, self._notices, self._model = screen, queue, notices, model
         self._refused, self._answered, self._changed = refused, answered, changed
         self.pending: int | None = None
-        self.current: OpenConversation  # set by whoever puts the parts together: it shows which message is live
+        self.current: OpenConversation  # set by whoever puts the controllers together: it shows which message is live
         self.answering = Answering(
             screen,
             records,
@@ -158,10 +158,10 @@ class Asking:
 
     # --- the end of an answer
 
-    def _ended(self, answer: Answer) -> None:
+    def _ended(self, answer: LiveAnswer) -> None:
         self._queue.add(self._after(answer))
 
-    async def _after(self, answer: Answer) -> None:
+    async def _after(self, answer: LiveAnswer) -> None:
         error = answer.error
         self._answered(answer)
         if error is not None and not answer.text and not answer.thinking:

@@ -107,7 +107,7 @@ def edit(package: Path, changes: Mapping[str, tuple[str, str]]) -> None:
 MADE_UP = '''
 from __future__ import annotations
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.device.compiled import _NE
+from localrun.offload.device.tensors import NE
 from localrun.offload.kernels.lowlevel import load_i64
 
 STEP = 1
@@ -120,7 +120,7 @@ def loads(address):
 @cached_cfunc("intp(intp)")
 def shape(tensor):
     """Where a tensor's shape is."""
-    return tensor + _NE
+    return tensor + NE
 '''
 
 
@@ -149,7 +149,9 @@ assert made_up.loads.address and made_up.shape.address
     )
     assert compiled() == []
     # An offset into a C structure, and the alignment of a load: Python that generates code, in other modules.
-    edit(package, {"ggml/structures.py": ('("buffer", _P),\n        ("ne", C.c_int64 * 4),', '("ne", C.c_int64 * 4),')})
+    edit(
+        package, {"ggml/structures.py": ('("ne", C.c_int64 * 4),', '("made_up", _P),\n        ("ne", C.c_int64 * 4),')}
+    )
     assert compiled() == ["made_up.shape"]
     edit(package, {"offload/kernels/lowlevel.py": ("value.align = 1", "value.align = 2")})
     assert compiled() == ["made_up.loads"]

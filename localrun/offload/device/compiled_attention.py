@@ -145,8 +145,11 @@ def takes_attention(process: int, node: int) -> bool:
     joined = load_i64(k + VIEW_SRC)
     if joined == 0:
         return False
-    is_join = load_i32(joined + OP) == _CONCAT
-    if (is_join and not takes_join(process, joined)) or (not is_join and not _is_cache(process, k)):
+    if load_i32(joined + OP) == _CONCAT:
+        is_whole = load_i64(k + VIEW_OFFS) == 0 and load_i64(k + NE + 8) == load_i64(joined + NE + 16)
+        if not is_whole or not takes_join(process, joined):
+            return False
+    elif not _is_cache(process, k):
         return False
     values = load_i64(q + NE)
     return (
@@ -174,6 +177,7 @@ def takes_indexer(process: int, node: int) -> bool:
     values = load_i64(q + NE)
     return (
         _is_cache(process, k)
+        and load_i64(q + NE + 24) == 1
         and load_i64(q + NB) == 4
         and load_i64(weights + NB) == 4
         and values <= MOST_INDEX_VALUES

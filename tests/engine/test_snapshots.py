@@ -220,7 +220,7 @@ def test_damaged_state_is_dropped_and_the_prompt_computed(engine: Engine, tmp_pa
 
 @pytest.mark.slow
 def test_restored_conversation_agrees_with_the_undisturbed_one_over_thousands_of_tokens(model_path: Path) -> None:
-    """Restored rows are in other cells, so attention adds them up in another order: 1e-4 nats in the median. A wrong row costs one."""
+    """Restored rows are in other cells, so sums are in another order: 1e-4 nats in the median. A wrong row costs a nat."""
     tokens = [int(t) for t in np.random.default_rng(11).integers(2, 64, 2500)]
     options = EngineOptions(n_ctx=3072, n_batch=256, n_threads=2, ram_bytes=64 * 2**20)
 

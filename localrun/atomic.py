@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from localrun.errors import StoreError
+from localrun.errors import LocalrunError, StoreError
 
 
 @contextmanager
@@ -37,9 +37,9 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
             os.fsync(folder)  # otherwise a power cut may bring back the old file
         finally:
             os.close(folder)
+    except LocalrunError:  # of the block: some are OSErrors, and have a hint
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{path}: can't be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):  # report the original failure, not the missing file

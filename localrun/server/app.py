@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from localrun import __version__
-from localrun.errors import LocalrunError
 from localrun.server import chat_completions, completions, messages_input, responses_input
 from localrun.server.asks import text_of
 from localrun.server.faults import ApiError, from_engine, invalid
@@ -30,8 +28,6 @@ from localrun.server.openai_common import OpenAi
 from localrun.server.responses import ResponsesWriter
 from localrun.server.responses_store import ResponseStore
 from localrun.server.service import Service
-
-log = logging.getLogger(__name__)
 
 Json = Any
 Handler = Callable[[Request], Awaitable[Response]]
@@ -93,16 +89,11 @@ class Endpoints:
                 return await handler(request)
             except ApiError as error:
                 fault = error
-            except (LocalrunError, TimeoutError) as error:
-                fault = from_engine(error) if isinstance(error, LocalrunError) else ApiError("unavailable", str(error))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                log.exception("a request failed")
                 fault = from_engine(error)
             self._service.metrics.refused(dialect.name, fault.kind)
-            if fault.kind == "internal":
-                log.error("%s: %s", request.url.path, fault.message)
             return error_response(dialect, fault)
 
         return guarded
@@ -166,7 +157,7 @@ class Endpoints:
         service = self._service
         ask, _ = messages_input.read({"max_tokens": 1, **body}, service.defaults, service.signer)
         command = service.arranged(ask, learn=False).count_command()
-        n_tokens = await self._ask_engine(service.engine.count, command)
+        n_tokens = await asyncio.to_thread(service.engine.count, command)
         return json_response({"input_tokens": n_tokens})
 
     async def tokenize(self, request: Request) -> Response:
@@ -175,21 +166,13 @@ class Endpoints:
         if body.get("messages") is not None:
             ask, _ = chat_completions.read(body, service.defaults)
             command = service.arranged(ask, learn=False).count_command()
-            n_tokens = await self._ask_engine(service.engine.count, command)
+            n_tokens = await asyncio.to_thread(service.engine.count, command)
             return json_response({"count": n_tokens, "max_model_len": service.defaults.n_ctx})
         text = next((body[name] for name in ("content", "prompt", "text", "input") if name in body), None)
         if text is None:
             raise invalid("content", "no text to tokenize was given", code="missing_required_parameter")
-        ids = await self._ask_engine(service.engine.tokenize, text_of(text, "content"))
+        ids = await asyncio.to_thread(service.engine.tokenize, text_of(text, "content"))
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.defaults.n_ctx})
-
-    async def _ask_engine(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return await asyncio.to_thread(question, *arguments)
-        except (LocalrunError, TimeoutError) as error:
-            raise (
-                from_engine(error) if isinstance(error, LocalrunError) else ApiError("unavailable", str(error))
-            ) from error
 
     # --- about the server
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -21,8 +20,6 @@ from localrun.engine.process.protocol import Finished, Generate
 from localrun.errors import LocalrunError
 from localrun.server.engine import EngineLike
 from localrun.server.faults import ApiError, from_engine
-
-log = logging.getLogger(__name__)
 
 USUAL_ANSWER_S = 10.0
 """What an answer takes as long as none was given: only for `Retry-After`."""
@@ -180,7 +177,6 @@ class Dispatcher:
             try:
                 error = self._answer(job)
             except Exception as fault:  # a bug must not take the server down
-                log.exception("an answer failed")
                 error = from_engine(fault)
             with self._changed:
                 self._running = None
@@ -219,7 +215,7 @@ class Dispatcher:
                         if event.reason == "stopped":
                             return ApiError("unavailable", "the server is stopping", code="server_stopping")
             except LocalrunError as error:
-                return from_engine(error)
+                return from_engine(error, loading=self._engine.facts is None)
             finally:
                 close = getattr(events, "close", None)
                 if close is not None:

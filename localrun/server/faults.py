@@ -5,9 +5,23 @@ An `ApiError` describes the error; each API's module renders it with its own wor
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Literal
 
-from localrun.errors import ContextFullError, EngineDiedError, LocalrunError, StoppedError, UsageError
+from localrun.errors import (
+    BudgetError,
+    ContextFullError,
+    DiskSpaceError,
+    EngineDiedError,
+    HostError,
+    LocalrunError,
+    MessageError,
+    StoppedError,
+    UsageError,
+)
+
+log = logging.getLogger(__name__)
 
 Kind = Literal[
     "invalid",  # the request is wrong
@@ -84,27 +98,49 @@ def prompt_too_long(n_tokens: int, n_ctx: int) -> ApiError:
     )
 
 
-def from_engine(error: Exception) -> ApiError:
-    """An engine error for a client, without tracebacks or local paths."""
-    result = _from_engine(error)
+_FOLDERS = re.compile(r"(?<![\w.:/~])~?/(?:(?:[^/\n:]|:(?!\s))*[^/\s:'\"(]/)*")
+"""The folders of a path: from its first slash to its last. Names may contain spaces; `: ` ends a path, as in our messages."""
+
+
+def from_engine(error: Exception, *, loading: bool = False) -> ApiError:
+    """An engine error for a client, without tracebacks or local folders. What isn't the request's fault is logged in full.
+
+    Args:
+        loading: it kept the model from being loaded, so that nothing of it is about the request.
+    """
+    result = _from_engine(error, loading)
     if isinstance(error, LocalrunError):
         result.engine_kind = type(error).__name__
     return result
 
 
-def _from_engine(error: Exception) -> ApiError:
-    text = str(error) or type(error).__name__
+def _from_engine(error: Exception, loading: bool) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ContextFullError):
-        return ApiError("context", text, param="messages", code="context_length_exceeded")
-    if isinstance(error, EngineDiedError):
-        return ApiError("unavailable", f"the engine stopped working: {text}", code="engine_died", retry_after_s=1)
     if isinstance(error, StoppedError):
         return ApiError("unavailable", "the answer was stopped", code="stopped", retry_after_s=1)
-    # Whatever is wrong with a value is the request's fault; MessageError is among these.
-    if isinstance(error, UsageError) or (isinstance(error, LocalrunError) and isinstance(error, ValueError)):
-        return ApiError("invalid", f"{text} ({error.hint})" if error.hint else text)
-    if isinstance(error, LocalrunError):
-        return ApiError("internal", text)
-    return ApiError("internal", "internal error; the server's log says more")
+    if isinstance(error, ContextFullError):
+        return ApiError("context", _text(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, UsageError | MessageError) and not loading:
+        return ApiError("invalid", _text(error))
+    if not isinstance(error, LocalrunError | TimeoutError):
+        log.error("an unexpected error", exc_info=error)
+        return ApiError("internal", "internal error; the server's log says more")
+    text = _text(error)
+    log.error("%s: %s", type(error).__name__, text)
+    shown = _FOLDERS.sub("", text)
+    if isinstance(error, EngineDiedError):
+        return ApiError("unavailable", f"the engine stopped working: {shown}", code="engine_died", retry_after_s=1)
+    if loading:
+        return ApiError("unavailable", f"the model can't be loaded: {shown}", code="model_not_loaded", retry_after_s=5)
+    if isinstance(error, BudgetError | DiskSpaceError | HostError):  # another try may find the machine less busy
+        return ApiError("unavailable", shown, code="out_of_resources", retry_after_s=5)
+    if isinstance(error, TimeoutError):
+        return ApiError("unavailable", shown, retry_after_s=1)
+    return ApiError("internal", shown)
+
+
+def _text(error: Exception) -> str:
+    """Message and hint."""
+    text = str(error) or type(error).__name__
+    return f"{text} ({error.hint})" if isinstance(error, LocalrunError) and error.hint else text

@@ -157,6 +157,7 @@ class Endpoints:
         service = self._service
         ask, _ = messages_input.read({"max_tokens": 1, **body}, service.defaults, service.signer)
         command = service.arranged(ask, learn=False).count_command()
+        assert command is not None  # only a prompt of ids has none
         n_tokens = await asyncio.to_thread(service.engine.count, command)
         return json_response({"input_tokens": n_tokens})
 
@@ -166,6 +167,7 @@ class Endpoints:
         if body.get("messages") is not None:
             ask, _ = chat_completions.read(body, service.defaults)
             command = service.arranged(ask, learn=False).count_command()
+            assert command is not None  # only a prompt of ids has none
             n_tokens = await asyncio.to_thread(service.engine.count, command)
             return json_response({"count": n_tokens, "max_model_len": service.defaults.n_ctx})
         text = next((body[name] for name in ("content", "prompt", "text", "input") if name in body), None)

@@ -80,7 +80,8 @@ def tool_choice(value: Json, names: Names, param: str = "tool_choice") -> tuple[
     if not isinstance(value, Mapping):
         raise invalid(param, f"{value!r:.40} is not one of none, auto, required", code="invalid_value")
     if value.get("type") == "allowed_tools":
-        return _allowed_tools(value.get("allowed_tools", value), names, f"{param}.allowed_tools")
+        inner = "allowed_tools" in value  # Chat's form; in Responses' the fields stand beside the type
+        return _allowed_tools(value.get("allowed_tools", value), names, f"{param}.allowed_tools" if inner else param)
     return "required", (_chosen_tool(value, names, param),)
 
 
@@ -108,18 +109,27 @@ def _allowed_tools(value: Json, names: Names, param: str) -> tuple[ToolChoice, t
 
 
 def _chosen_tool(value: Mapping[str, Json], names: Names, param: str) -> str:
-    """The model's name for a tool given by type and name."""
+    """The model's name for a tool given by type and name; without a namespace, the tool outside of all, else the only one."""
     kind = value.get("type")
     if kind not in ("function", "custom"):
         raise unsupported(f"{param}.type", f"unsupported tool type {kind!r:.40}")
     inner = value.get(kind, value)
     name = inner.get("name") if isinstance(inner, Mapping) else None
-    if isinstance(name, str):
-        namespace = value.get("namespace")
-        for key, model_name in names.items():
-            if key[1] == name and namespace in (None, key[0]):
-                return model_name
-    raise invalid(f"{param}.name", f"{name!r:.60} is not among the tools")
+    where = f"{param}.{kind}.name" if kind in value else f"{param}.name"
+    namespace = value.get("namespace")
+    if not isinstance(namespace, str | None):
+        raise invalid(f"{param}.namespace", "must be a string", code="invalid_type")
+    spaces = {space: model_name for (space, each), model_name in names.items() if each == name}
+    if namespace in spaces:
+        return spaces[namespace]
+    if namespace is not None:
+        raise invalid(where, f"{name!r:.60} is not among the tools of namespace {namespace!r:.60}")
+    if len(spaces) > 1:
+        several = ", ".join(str(space) for space in spaces)
+        raise invalid(f"{param}.namespace", f"{name!r:.60} is in several namespaces ({several:.200}): name one")
+    for model_name in spaces.values():
+        return model_name
+    raise invalid(where, f"{name!r:.60} is not among the tools")
 
 
 def refuse_moderation(value: Json) -> None:

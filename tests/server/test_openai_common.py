@@ -65,13 +65,54 @@ def test_tool_choices(value: Any, choice: tuple[str, Any]) -> None:
         ("required", [], "tool_choice"),
         ("any", ["f"], "tool_choice"),
         ({"type": "web_search"}, ["f"], "tool_choice.type"),
-        ({"type": "function", "function": {"name": "g"}}, ["f"], "tool_choice.name"),
+        ({"type": "function", "function": {"name": "g"}}, ["f"], "tool_choice.function.name"),
+        ({"type": "custom", "custom": {"name": "g"}}, ["f"], "tool_choice.custom.name"),
+        ({"type": "function", "name": "g"}, ["f"], "tool_choice.name"),
+        ({"type": "function", "name": "f", "namespace": ["a"]}, ["f"], "tool_choice.namespace"),
+        ({"type": "allowed_tools", "mode": "auto"}, ["f"], "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "any", "tools": [F]}, ["f"], "tool_choice.mode"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [F, 1]}, ["f"], "tool_choice.tools[1]"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [F]}, ["g"], "tool_choice.tools[0].name"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}, ["f"], "tool_choice.allowed_tools.tools"),
+        ({"type": "allowed_tools", "allowed_tools": 1}, ["f"], "tool_choice.allowed_tools.mode"),
     ],
 )
 def test_choices_that_can_t_be_made_name_the_field(value: Any, names: list[str], param: str) -> None:
     with pytest.raises(ApiError) as caught:
         tool_choice(value, {(None, name): name for name in names})
     assert (caught.value.kind, caught.value.param) == ("invalid", param)
+
+
+SPACES = {("a", "f"): "a.f", ("b", "f"): "b.f", ("b", "g"): "b.g"}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "names", "chosen"),
+    [
+        (None, "f", {**SPACES, (None, "f"): "f"}, "f"),
+        (None, "g", SPACES, "b.g"),
+        ("b", "f", SPACES, "b.f"),
+        ("a", "f", {(None, "f"): "f", **SPACES}, "a.f"),
+    ],
+)
+def test_tool_of_no_namespace_goes_before_one_of_any(
+    namespace: str | None, name: str, names: Any, chosen: str
+) -> None:
+    value = {"type": "function", "name": name, "namespace": namespace}
+    assert tool_choice(value, names) == ("required", (chosen,))
+
+
+@pytest.mark.parametrize(
+    ("namespace", "param", "message"),
+    [
+        (None, "tool_choice.namespace", "'f' is in several namespaces (a, b): name one"),
+        ("c", "tool_choice.name", "'f' is not among the tools of namespace 'c'"),
+    ],
+)
+def test_namespace_that_does_not_decide_is_refused(namespace: str | None, param: str, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        tool_choice({"type": "function", "name": "f", "namespace": namespace}, SPACES)
+    assert (caught.value.kind, caught.value.param, caught.value.message) == ("invalid", param, f"{param}: {message}")
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}

@@ -95,9 +95,7 @@ SPACES = {("a", "f"): "a.f", ("b", "f"): "b.f", ("b", "g"): "b.g"}
         ("a", "f", {(None, "f"): "f", **SPACES}, "a.f"),
     ],
 )
-def test_tool_of_no_namespace_goes_before_one_of_any(
-    namespace: str | None, name: str, names: Any, chosen: str
-) -> None:
+def test_tool_of_no_namespace_goes_before_one_of_any(namespace: str | None, name: str, names: Any, chosen: str) -> None:
     value = {"type": "function", "name": name, "namespace": namespace}
     assert tool_choice(value, names) == ("required", (chosen,))
 

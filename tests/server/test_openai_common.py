@@ -83,7 +83,7 @@ def test_choices_that_can_t_be_made_name_the_field(value: Any, names: list[str],
     assert (caught.value.kind, caught.value.param) == ("invalid", param)
 
 
-SPACES = {("a", "f"): "a.f", ("b", "f"): "b.f", ("b", "g"): "b.g"}
+SPACES: dict[tuple[str | None, str], str] = {("a", "f"): "a.f", ("b", "f"): "b.f", ("b", "g"): "b.g"}
 
 
 @pytest.mark.parametrize(

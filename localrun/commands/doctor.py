@@ -122,11 +122,13 @@ def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
 
 
 def check_python() -> Check:
+    """Version and path of the interpreter; always ok."""
     # An older one can't even read this file: set-up refuses it.
     return Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
 
 
 def check_settings() -> Check:
+    """Whether the config file, if there is one, is valid."""
     path = paths.config_dir() / config.FILE_NAME
     try:
         config.load()
@@ -153,6 +155,7 @@ def check_library() -> Check:
 
 
 def check_rpc() -> Check:
+    """Whether llama.cpp's RPC backend can be loaded; warns if not. In a separate process, like `check_library`."""
     code, output = _probe(
         "import ctypes, os, llama_cpp; folder = os.path.join(llama_cpp.__path__[0], 'lib')\n"
         "name = next(n for n in sorted(os.listdir(folder)) if n.startswith('libggml-rpc.'))\n"
@@ -164,6 +167,7 @@ def check_rpc() -> Check:
 
 
 def check_devices() -> Check:
+    """The devices that llama.cpp finds and the backends it was compiled for; warns if they can't be listed."""
     code, output = _probe(
         "import llama_cpp as L; from localrun.ggml import library as ggml, log; log.install(); L.llama_backend_init()\n"
         "lib = ggml.library(); devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]\n"
@@ -221,6 +225,7 @@ def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
 
 
 def check_processor() -> Check:
+    """Which of our kernels the processor can run; warns about an x86 one without AVX2."""
     flags = _cpu_flags()
     cores = memory.physical_cores()
     kind = f"{platform.machine()}, {cores} cores"
@@ -236,6 +241,7 @@ def check_processor() -> Check:
 
 
 def check_memory() -> Check:
+    """Size of RAM; warns if it is unknown or below `LOW_MEMORY_BYTES`."""
     total = memory.total_memory()
     if total is None:
         return Check("memory", "warn", "size unknown", "set --ram")

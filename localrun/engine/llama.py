@@ -223,7 +223,11 @@ class Context:
             self._n_threads_now = n_threads
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
-        """Logits (n_vocab,) of the last batch's token `row`, -1: its last one. llama.cpp's memory, valid until the next decode."""
+        """Logits (n_vocab,) of the last batch's token `row`, -1: its last one. llama.cpp's memory, valid until the next decode.
+
+        Raises:
+            LocalrunError: there are none for that token.
+        """
         pointer = L.llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise LocalrunError(f"llama.cpp has no logits for token {row} of the last batch")
@@ -242,6 +246,9 @@ class Context:
 
         Args:
             place: writable, at least `state_size()` bytes. States of long conversations are large, so they are written in place.
+
+        Raises:
+            LocalrunError: llama.cpp failed to save it.
         """
         buffer = (C.c_uint8 * len(place)).from_buffer(place)
         n = int(L.llama_state_seq_get_data(self.handle, buffer, len(place), 0))

@@ -70,7 +70,11 @@ class Steering:
             logits[self._ends] = _NEVER
 
     def accept(self, token: int) -> None:
-        """`token` was drawn."""
+        """Takes note of a sampled token.
+
+        Raises:
+            DecodeError: the grammar does not allow it.
+        """
         self._n_tokens += 1
         if self._thinking:
             self._thinking = token != self._think_end

@@ -64,7 +64,14 @@ class Tokenizer:
         return dict(self._specials)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of anyone's text, never a special token. Lone surrogates, which UTF-8 can't carry, become `?`."""
+        (
+            """Ids of anyone's text, never a special token. Lone surrogates, which UTF-8 can't carry, become `?`.
+
+        Raises:
+            LocalrunError: llama.cpp could not tokenize the text, or made a special token of it.
+        """
+            ""
+        )
         ids: list[int] = []
         for segment in self._segments(text):
             ids += self._vocab.tokenize(segment.encode("utf-8", "replace"))

@@ -95,7 +95,7 @@ class Handover:
         """After `weights`: weights the outputs of the running call's pairs, (T * K, D), and adds up each token's into `out`.
 
         Args:
-            summed: pairs that somebody else adds up.
+            summed: pairs that are added up elsewhere, so not here.
         """
         expert_device().process.add_up(n_tokens, n_used, rows, out, summed)
 

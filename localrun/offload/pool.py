@@ -108,7 +108,14 @@ class ExpertPool:
         self.handover.failed(error)
 
     def ffn(self, layer: int, x: View, ids: View, out: View, limit: float, total: View | None) -> None:
-        """See `device.Owner`."""
+        """See `device.Owner`.
+
+        Raises:
+            DecodeError: the graph's clamp limit is not the metadata's.
+            StoreError: an expert can't be read, or its checksum is wrong.
+            BudgetError: there is no room for an expert.
+            StoppedError: a stop was requested.
+        """
         expected = self.residency.kernels(layer)[0].spec.limit
         if not math.isclose(expected, limit, rel_tol=1e-6) and not math.isinf(expected + limit):
             raise DecodeError(f"blk.{layer}: clamp limit {limit} differs from the metadata's {expected}")

@@ -114,17 +114,18 @@ class Residency:
     # -- slots ---------------------------------------------------------------------------------------------------------
 
     def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
-        """A slot for the copy that this expert is read in, None if there is no room; the caller holds the lock.
+        """A slot for reading this expert, None if there is no room; the caller holds the lock.
 
         Args:
-            evict: somebody waits for it, or certainly will: others may go for it, and in adaptive mode it is the base's copy.
+            evict: for an expert that a call waits for, or certainly will: others may be evicted for it, and in adaptive mode the
+                base's copy is read. False: only free memory is used, and the copy is the one chosen for this expert.
         """
         variant = self.variant_to_read(layer, expert) if evict else int(self.wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
         return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
 
     def variant_to_read(self, layer: int, expert: int) -> int:
-        """The copy in which an expert is read that somebody waits for."""
+        """Which copy of an expert is read while a call waits for it."""
         return 0 if self._upgrades is not None else int(self.wanted[layer][expert])
 
     def room(self, layer: int) -> int:

@@ -113,7 +113,12 @@ class Host:
     # --- commands
 
     def load(self, command: Load) -> None:
-        """See `protocol.Load`."""
+        """See `protocol.Load`.
+
+        Raises:
+            StoppedError: `stop` was called meanwhile.
+            LocalrunError: the model can't be loaded. As after a stop, no model is loaded then.
+        """
         self.close()
         start = last = time.perf_counter()
 
@@ -149,7 +154,14 @@ class Host:
         self._send(Ready(request=command.request, facts=facts, load_s=time.perf_counter() - start, plan=plan))
 
     def generate(self, command: Generate) -> None:
-        """See `protocol.Generate`."""
+        """See `protocol.Generate`. A stop is not an error: the answer finishes with that reason.
+
+        Raises:
+            MessageError, UsageError: the prompt or a constraint is invalid.
+            ContextFullError: the prompt leaves no room in the context.
+            DecodeError, StoreError: computing or reading failed.
+            LocalrunError: no model is loaded, or the prompt can't be tokenized.
+        """
         model = self._loaded()
         engine, session = model.engine, model.session
         prompt = model.prompts.of_question(command)

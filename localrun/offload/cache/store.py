@@ -101,7 +101,7 @@ class _Pieces:
             return pieces.popleft() if pieces else None
 
     def hurry(self, slot: Slot) -> None:
-        """Somebody waits for this slot now."""
+        """A call waits for this slot now."""
         with self._changed:
             moving = [piece for piece in self._ahead if piece.ticket.slot is slot]
             if moving:
@@ -178,7 +178,7 @@ class Store(Protocol):
         ...
 
     def abandon(self, slot: Slot) -> None:
-        """Nobody will wait for this slot: if its read is not over, it ends soon, with `AbandonedError`."""
+        """No call will wait for this slot: if its read is not over, it ends soon, with `AbandonedError`."""
         ...
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Which operations of llama.cpp's graph are ours: compiled, because its scheduler asks for hundreds whenever it builds a graph.
 
-The routed experts' products are, and those with dense matrices that we hold; and what follows the experts in the graph of few
-tokens: the products with the router's weights, the sum over a token's experts, and the sum with the shared expert where that is
-ours. So all of a layer's FFN is one split, which takes an input, ids and weights, and gives one row for each token. Of many tokens
-llama.cpp's threads add up sooner than one thread of ours.
+Ours are the products with routed experts and with the dense matrices that we hold, and attention and the indexer over an F16
+cache in the CPU's memory. For few tokens (`MOST_SUMMED`), so is what follows the experts: the products with the router's weights,
+the sum over a token's experts, and the sum with the shared expert if that is ours. All of a layer's FFN is then one split, which
+takes an input, ids and weights, and gives one row per token. For many tokens, llama.cpp's threads add faster than our one thread.
 """
 
 from __future__ import annotations

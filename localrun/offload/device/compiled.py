@@ -282,8 +282,11 @@ def _run_experts(process: int, layer: int, x: int, down: int) -> None:
 
 @nb.njit
 def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool) -> bool:
-    """An expert chain whose experts are all in RAM or on GPUs, and what follows it if `is_summed`; False: somebody must be read
-    first, or Python has to see it."""
+    """Computes an expert chain whose experts are all in RAM or on GPUs, and the weighted sum after it if `is_summed`.
+
+    Returns:
+        False if nothing was computed, because an expert must be read first or the call needs Python.
+    """
     started = _now_ns(process)
     node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
@@ -502,7 +505,7 @@ class Process:
         self.fields[PROCESS.pool], self.fields[PROCESS.threads] = threads.pool_for(n_threads), n_threads
 
     def take_unread_joins(self) -> int:
-        """Joined rows of the last decode that were left to an operation of ours and read by none; counted anew from here."""
+        """CONCATs left to our attention, but not read by it, since the previous call of this method; resets the count."""
         count = int(self.fields[PROCESS.unread_joins])
         self.fields[PROCESS.unread_joins] = 0
         return max(count, 0)

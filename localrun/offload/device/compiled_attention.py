@@ -1,8 +1,8 @@
 """DeepSeek-V4's attention and its indexer on our device: from ggml's nodes to the records of `kernels.attention`.
 
 llama.cpp joins the rows of the window and the compressed rows by CONCAT, which copies the cache in every layer and for every
-token, and attends to the result. Where both operations are ours nothing is copied: attention reads through the CONCAT node what it
-would have copied. `Process.take_unread_joins` says whether one was left that nobody read through, which would be a wrong answer.
+token, and attends to the result. If both operations are ours, nothing is copied: attention reads the CONCAT's inputs in place.
+`Process.take_unread_joins` counts CONCATs that no attention of ours has read this way; any would mean a wrong answer.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In decode nearly every layer call has experts on a GPU, so this path must be as fast as that of experts in RAM. Compiled code
 (`compiled.py`) plans a call's parts, one for each GPU and format, and queues them all: for each GPU two copies, one of notes (slots
 and weights) and one of the input, then one graph after the other, because they share the memory of intermediate results. It
-computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. Of one token that is a row for each
-part: experts' outputs are weighted and added up there.
+computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one token, a result is one row per
+part, because experts' outputs are weighted and added up there.
 
 Python handles calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph that does not exist yet. It
 builds the graph (`GpuSlots`) and registers it here, so each graph costs one such call. If a device fails, the call ends with

@@ -77,7 +77,7 @@ class _Process(Layout):
     """Address of `capacity` F32: the router's weights of the running call's pairs; compiled code writes, as the next
     four."""
     taken: int
-    """Address of `capacity` uint8: 1 for a pair that somebody else weights and adds up."""
+    """Address of `capacity` uint8: 1 for a pair that is weighted and added up elsewhere (on a GPU)."""
     tail_end: int
     """The node after the weighting and the sum that follow the present expert chain; 0: they don't."""
     tail_weights: int

@@ -1,8 +1,9 @@
 """What follows the experts in a layer's graph: their outputs times the router's weights, and the sum over a token's experts.
 
-llama.cpp's graph has one operation for the products and one for each addition. `find` recognizes them behind an expert chain, and
-`add_up` does all of them at once, in the same order and with the same roundings, so that the sums are the same bits. Whoever asks
-for one of the operations alone (a callback that looks at every node) gets `multiply` and `add`.
+llama.cpp's graph has one operation for the products and one for each addition. `find` recognizes them after an expert chain, and
+`add_up` does them all in one pass, in the same order and with the same roundings, so the sums have the same bits. The exception is
+a single token with experts on GPUs: those are added up there, and their sum comes last. `multiply` and `add` are for graphs that
+run one operation at a time, because a callback looks at every node.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _overlap(total: int, down: int) -> bool:
 
 @nb.njit
 def take_weights(process: int, n_tokens: int, n_used: int) -> None:
-    """Copies the noted weights, because the sums may lie where they are; nobody else adds up any pair yet."""
+    """Copies the noted weights, because the sums may overwrite them, and marks every pair as ours to add up."""
     tensor, target = get(process, PROCESS.tail_weights), get(process, PROCESS.weights)
     source, k_bytes, t_bytes = load_i64(tensor + DATA), load_i64(tensor + NB + 8), load_i64(tensor + NB + 16)
     for t in range(n_tokens):
@@ -92,7 +93,7 @@ def take_weights(process: int, n_tokens: int, n_used: int) -> None:
 def add_up(
     process: int, n_tokens: int, n_used: int, width: int, rows: int, row_bytes: int, out: int, out_bytes: int
 ) -> None:
-    """out[t] = the sum of weight * row over the token's pairs (rows t * n_used ...) that nobody else adds up; zeros for none."""
+    """out[t] = the sum of weight * row over the token's pairs (rows t * n_used ...) not marked `taken`; zeros for none."""
     weights, taken = get(process, PROCESS.weights), get(process, PROCESS.taken)
     for t in range(n_tokens):
         total = nb.carray(pointer(out + t * out_bytes), width, np.float32)

@@ -58,6 +58,7 @@ def _shuffle_fp4_block(context: Any, target: Any, source: Any) -> Any:
 
 @cached_jit(nogil=True)
 def fp4_to_mxfp4(weight: Any, scale: Any, out: Any) -> None:
+    """`n` blocks of 32: `weight` (16 n) uint8 and `scale` (n) E8M0 to `out` (17 n) uint8. Exact."""
     source, target = weight.ctypes.data, out.ctypes.data
     for i in range(scale.size):
         out[_U(17 * i)] = scale[_U(i)]
@@ -72,6 +73,11 @@ def _e8m0(e: Any) -> Any:
 
 @cached_jit(nogil=True)
 def fp4_to_f32(weight: Any, scale: Any, magnitudes: Any, out: Any) -> None:
+    """`n` blocks of 32: `weight` (16 n) uint8 and `scale` (n) E8M0 to `out` (32 n) f32. Exact.
+
+    Args:
+        magnitudes: (16) f32, the value of each 4-bit code.
+    """
     for i in range(scale.size):
         d = _e8m0(scale[_U(i)])
         for j in range(16):
@@ -100,6 +106,11 @@ def _decode_fp8(weight: Any, at: Any, n: Any, d: Any, out: Any) -> None:
 
 @cached_jit(nogil=True)
 def fp8_to_f32(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any) -> None:
+    """`weight` (n_out * n_in) E4M3 and `scale` (ceil(n_out / 128) * ceil(n_in / 128)) E8M0 to `out` (n_out * n_in) f32. Exact.
+
+    Args:
+        row: (128) f32, scratch.
+    """
     n_blocks = (n_in + 127) // 128
     for r in range(n_out):
         for c in range(n_blocks):
@@ -111,6 +122,7 @@ def fp8_to_f32(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: An
 
 @cached_jit(nogil=True)
 def fp8_to_bf16(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any) -> None:
+    """As `fp8_to_f32`, to `out` (n_out * n_in) uint16. Exact: an E4M3 value has 4 significant bits."""
     n_blocks = (n_in + 127) // 128
     for r in range(n_out):
         for c in range(n_blocks):
@@ -202,6 +214,16 @@ def _q8_0_blocks(x: Any, n_blocks: int, out: Any, out16: Any, at: Any) -> Any:
 
 @cached_jit(nogil=True)
 def fp8_to_q8_0(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: Any, out16: Any) -> Any:
+    """As `fp8_to_f32`, to Q8_0; `n_in` is a multiple of 32.
+
+    Args:
+        out: (n_out * n_in / 32 * 34) int8.
+        out16: the same bytes as uint16, for the scales.
+
+    Returns:
+        The first weight of a block whose scale is not a finite half (conversion stops there), or -1; the squared error; and the
+        sum of the squared weights.
+    """
     n_blocks, error, power, to = (n_in + 127) // 128, 0.0, 0.0, 0
     for r in range(n_out):
         for c in range(n_blocks):
@@ -218,6 +240,7 @@ def fp8_to_q8_0(weight: Any, scale: Any, n_out: int, n_in: int, row: Any, out: A
 
 @cached_jit(nogil=True)
 def f32_to_q8_0(x: Any, row: Any, out: Any, out16: Any) -> Any:
+    """`x` (n) f32, n a multiple of 32, to `out` (n / 32 * 34) int8; `row`, `out16` and the result as in `fp8_to_q8_0`."""
     error, power = 0.0, 0.0
     for at in range(0, x.size, 128):
         n = min(128, x.size - at)
@@ -242,6 +265,7 @@ def f32_to_bf16(bits: Any, out: Any) -> None:
 
 @cached_jit(nogil=True)
 def bf16_to_f32(bits: Any, out: Any) -> None:
+    """`bits` (n) uint16 to `out` (n) uint32, the bits of F32. Exact."""
     for i in range(bits.size):
         out[_U(i)] = np.uint32(bits[_U(i)]) << np.uint32(16)
 

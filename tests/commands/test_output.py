@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from localrun.commands import compiling
-from localrun.commands.compiling import Notice
+from localrun.commands.compiling import USUAL_FUNCTIONS, Notice
 from localrun.commands.output import Output, Progress
 
 
@@ -71,6 +71,6 @@ def test_compiling_is_shown_while_nothing_else_is(stream: Any, monkeypatch: pyte
             polled.acquire()
     text = err.getvalue()
     if stream is Terminal:
-        assert "compiling for this processor, first run only: function 2 of about 13, " in text
+        assert f"compiling for this processor, first run only: function 2 of about {USUAL_FUNCTIONS}, " in text
     else:
         assert text == "compiling for this processor, first run only: takes a minute or two\n"

@@ -71,7 +71,8 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
         assert partial.state == "failed"
         assert partial.content
 
-        await talk.until(lambda: talk.screen.model.facts is not None)
+        await talk.until(lambda: talk.screen.model.link.engine.pid not in (None, pid), "another process")
+        await talk.until(lambda: talk.screen.model.facts is not None and not talk.screen.model.loading)
         talk.screen.current.set_options(replace(talk.screen.current.options, max_tokens=8))
         await talk.ask("And now?")
         answer = talk.screen.chat.entries[-1].message

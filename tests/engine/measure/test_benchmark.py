@@ -93,9 +93,9 @@ def test_a_small_budget_is_kept_by_giving_experts_away(model_path: Path) -> None
     ("time_limit_s", "phases", "skipped"),
     [
         (56.5, "dpdpd", ()),
-        (55.5, "dpd", ("context 90: would take 37 s, 36 s are left",)),
-        (9.5, "dpd", ("context 90: would take 37 s, 0 s are left",)),  # at 20 nothing has shown how fast prefill is
-        (8.5, "d", ("context 20: would take 20 s, 1 s are left",)),
+        (55.5, "dpd", ("context 90: would take 37 s, only 36 s left",)),
+        (9.5, "dpd", ("context 90: would take 37 s, only 0 s left",)),  # at 20 nothing has shown how fast prefill is
+        (8.5, "d", ("context 20: would take 20 s, only 1 s left",)),
     ],
 )
 def test_frontier_that_takes_too_long_is_left_out_and_named(

@@ -289,7 +289,7 @@ def test_developer_and_system_are_system_where_they_stand(running: Running, engi
         ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
         (
             {"messages": HI, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "tool_choice.name",
+            "tool_choice.function.name",
         ),
         (
             {"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("auto", "x")},

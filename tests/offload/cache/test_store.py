@@ -153,16 +153,13 @@ class TestEveryStore:
         assert desk.is_right(slow.slot)
 
     def test_what_is_wanted_overtakes_what_is_read_ahead(self, desk: Desk) -> None:
-        def round_() -> int:
-            desk.harness.hold()
-            for expert in range(desk.per_layer):
-                desk.submit(0, expert, ahead=True)
-            desk.submit(1, 0)
-            desk.harness.release()
-            return [desk.take().slot.layer for _ in range(desk.per_layer + 1)].index(1)
-
-        # After those that had begun, and one that ends at the same time; a reader that the system puts aside is late now and then.
-        assert min(round_() for _ in range(5)) <= desk.store.depth + 1
+        desk.harness.hold()
+        for expert in range(desk.per_layer):
+            desk.submit(0, expert, ahead=True)
+        desk.submit(1, 0)
+        desk.harness.release()
+        order = [desk.take().slot.layer for _ in range(desk.per_layer + 1)]
+        assert order.index(1) < desk.per_layer, "the last one asked for is not the last one read"
 
     def test_a_hurried_read_goes_first(self, desk: Desk) -> None:
         desk.harness.hold()

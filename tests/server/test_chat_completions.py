@@ -293,7 +293,7 @@ def test_developer_and_system_are_system_where_they_stand(running: Running, engi
         ),
         (
             {"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("auto", "x")},
-            "tool_choice.allowed_tools.tools[0].name",
+            "tool_choice.allowed_tools.tools[0].function.name",
         ),
         ({"messages": HI, "tools": [WEATHER], "tool_choice": _allowed("never")}, "tool_choice.allowed_tools.mode"),
         (

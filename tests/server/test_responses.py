@@ -298,10 +298,10 @@ def test_choice_of_tools_reaches_the_engine_in_the_models_names(
         ({"type": "apply_patch"}, "tool_choice.type"),
         (
             {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]},
-            "tool_choice.allowed_tools.tools[0].type",
+            "tool_choice.tools[0].type",
         ),
-        ({"type": "allowed_tools", "mode": "auto", "tools": "exec"}, "tool_choice.allowed_tools.tools"),
-        ({"type": "allowed_tools", "mode": "auto", "tools": ["exec"]}, "tool_choice.allowed_tools.tools[0]"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": "exec"}, "tool_choice.tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": ["exec"]}, "tool_choice.tools[0]"),
     ],
 )
 def test_choices_of_tools_that_are_not_here_are_refused(running: Running, choice: Any, param: str) -> None:

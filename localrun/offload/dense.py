@@ -12,6 +12,7 @@ import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from localrun.offload.device.view import View, matrices_at
 from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import Call
-from localrun.pages import anonymous
+from localrun.pages import HUGE_PAGE_BYTES, anonymous
 from localrun.quant.model.source import ModelSource, TensorInfo
 
 _ELIGIBLE = re.compile(
@@ -36,6 +37,9 @@ _ELIGIBLE = re.compile(
 """deepseek4's matrices that only ever meet MUL_MAT with F32 rows (llama.cpp, src/models/deepseek4.cpp)."""
 
 ARCHITECTURE = "deepseek4"
+
+_MAP_BYTES: Final = 256 << 20
+"""Of a mapping that matrices share. What is not used of the last one is not touched, and so takes no memory."""
 
 _NO_KIND = 0
 """What compiled code doesn't know, it leaves to Python."""
@@ -108,6 +112,7 @@ class DenseMatrices:
     def __init__(self, *, n_threads: int) -> None:
         self._n_threads = n_threads
         self._maps: list[mmap.mmap] = []
+        self._next = self._end = 0
         self._placed: list[_Placed] = []
         self.scratch_bytes = 0
         self.n_bytes = 0
@@ -126,19 +131,29 @@ class DenseMatrices:
         n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
         matrix = PackedMatrix.choose(kind, n_out, n_in, math="int8")
         stride = align_up(matrix.packed_bytes, LINE_BYTES)
-        memory = anonymous(max(stride * n_groups, 1))
-        base = np.frombuffer(memory, np.uint8).ctypes.data
+        base = self._room(stride * n_groups)
         packed = np.array([base + group * stride for group in range(n_groups)], np.uint64)
         source = np.ascontiguousarray(data)
         for group in range(n_groups):
             matrix.pack(source.ctypes.data + group * matrix.raw_bytes, int(packed[group]))
         call = Call([matrix.at(0)], n_threads=self._n_threads)
         record = dense_record(call, packed)
-        self._maps.append(memory)
         self._placed.append(_Placed(name, call, packed, record))
         self.scratch_bytes = max(self.scratch_bytes, call.scratch_bytes)
-        self.n_bytes += len(memory)
+        self.n_bytes += stride * n_groups
         return record
+
+    def _room(self, n_bytes: int) -> int:
+        """Address of memory for a matrix. Matrices share mappings that begin with a huge page: with one mapping each, the ends of
+        all of them are in small pages, which is a third of the bytes of DeepSeek-V4-Flash."""
+        if self._end - self._next < n_bytes:
+            size = max(n_bytes, _MAP_BYTES)
+            memory = anonymous(size + HUGE_PAGE_BYTES)
+            self._maps.append(memory)
+            self._next = align_up(np.frombuffer(memory, np.uint8).ctypes.data, HUGE_PAGE_BYTES)
+            self._end = self._next + size
+        address, self._next = self._next, self._next + n_bytes
+        return address
 
     def show(self, look: Look | None) -> None:
         """Shows every call's inputs to `look` from now on, through Python (None: no more); between two decodes."""
@@ -152,6 +167,7 @@ class DenseMatrices:
         """Frees the matrices; the model must be gone."""
         self.show(None)
         self._placed.clear()
+        self._next = self._end = 0
         self._maps.clear()  # unmapped when the last array over them goes
         self.n_bytes = 0
 

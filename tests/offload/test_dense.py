@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as C
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as QT
 
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
+from localrun.offload.device.layouts import WEIGHT
+from localrun.pages import HUGE_PAGE_BYTES
 from localrun.quant.open import open_model
 
 
@@ -39,3 +42,14 @@ def test_memory_is_counted_and_given_back() -> None:
     assert record.dtype == np.int64
     dense.close()
     assert dense.n_bytes == 0
+
+
+def test_matrices_share_memory_that_begins_with_a_huge_page() -> None:
+    """Memory in mappings of one matrix each is in small pages at both ends."""
+    dense = DenseMatrices(n_threads=1)
+    rows = np.zeros(32 * 64 // 32 * 34, np.uint8)
+    records = [dense.add(QT.Q8_0, (64, 32), rows) for _ in range(3)]
+    first, second, third = (C.c_uint64.from_address(int(record[WEIGHT.packed])).value for record in records)
+    assert first % HUGE_PAGE_BYTES == 0
+    assert third - second == second - first == dense.n_bytes // 3
+    dense.close()

@@ -100,10 +100,10 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
         raise invalid("messages", f"{len(request.messages)} messages > {defaults.limits.messages} maximum")
     if not request.messages:
         raise invalid("messages", "must not be empty")
-    tools = asks.check_tools(_functions(request), "tools", defaults.limits)
-    chosen, allowed = tool_choice(
-        _wanted_call(request), {(None, name): name for name in (str(t["name"]) for t in tools)}
-    )
+    old = _is_old(body)
+    tools = asks.check_tools(_functions(request), "functions" if old else "tools", defaults.limits)
+    wanted, param = _wanted_call(request)
+    chosen, allowed = tool_choice(wanted, {(None, name): name for name in (str(t["name"]) for t in tools)}, param)
     schema, shown = response_schema(request.response_format, "response_format", defaults.limits)
     messages = tuple(_message(message, i) for i, message in enumerate(request.messages))
     return (
@@ -120,7 +120,7 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
             tools=tools,
             tool_choice=chosen,
             tool_names=allowed,
-            one_call=request.parallel_tool_calls is False,
+            one_call=old or request.parallel_tool_calls is False,
             schema=schema,
             show_schema=shown,
             logprobs=_logprobs(request),
@@ -135,7 +135,13 @@ def read(body: Mapping[str, Json], defaults: Defaults) -> tuple[Ask, str | None]
 def writer(body: Mapping[str, Json], ask: Ask) -> Writer:
     """What writes the answer to a request that `read` has accepted."""
     options = body.get("stream_options")
-    return ChatWriter(ask, include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")))
+    include_usage = isinstance(options, Mapping) and bool(options.get("include_usage"))
+    return (OldChatWriter if _is_old(body) else ChatWriter)(ask, include_usage=include_usage)
+
+
+def _is_old(body: Mapping[str, Json]) -> bool:
+    """Whether a request offers `functions`, as before there were tools: its client reads `function_call`, one an answer."""
+    return bool(body.get("functions")) and not body.get("tools")
 
 
 def _refuse(request: ChatRequest) -> None:
@@ -150,28 +156,27 @@ def _refuse(request: ChatRequest) -> None:
 
 
 def _functions(request: ChatRequest) -> list[Mapping[str, Json]]:
-    functions: list[Mapping[str, Json]] = []
+    functions: list[tuple[str, Mapping[str, Json]]] = []
     for i, tool in enumerate(request.tools or ()):
         inner = tool.get("function")
         if not isinstance(inner, Mapping):
             raise invalid(f"tools[{i}].function", "must be an object", code="invalid_type")
-        functions.append(inner)
-    functions += request.functions or ()
+        functions.append((f"tools[{i}].function", inner))
+    functions += ((f"functions[{i}]", function) for i, function in enumerate(request.functions or ()))
     shown: list[Mapping[str, Json]] = []
-    for i, inner in enumerate(functions):
-        name = inner.get("name")
-        if not isinstance(name, str):
-            raise invalid(f"tools[{i}].function.name", "must be a string", code="invalid_type")
+    for where, inner in functions:
+        if not isinstance(inner.get("name"), str):
+            raise invalid(f"{where}.name", "must be a string", code="invalid_type")
         shown.append({key: value for key, value in inner.items() if key != "strict" or value})
     return shown
 
 
-def _wanted_call(request: ChatRequest) -> Json:
-    """`tool_choice`, or what was there before it: a name without a type."""
+def _wanted_call(request: ChatRequest) -> tuple[Json, str]:
+    """(`tool_choice`, or what was there before it: a name without a type; the field that it is from)."""
     old = request.function_call
-    if request.tool_choice is not None or not isinstance(old, Mapping):
-        return request.tool_choice if request.tool_choice is not None else old
-    return {"type": "function", "function": old}
+    if request.tool_choice is not None or old is None:
+        return request.tool_choice, "tool_choice"
+    return {**old, "type": "function"} if isinstance(old, Mapping) else old, "function_call"
 
 
 def _bound(request: ChatRequest) -> int | None:
@@ -298,21 +303,37 @@ class ChatWriter(Writer):
                 logprobs = self._logprobs(event.logprobs)
                 return self._chunk(choice, {"content": event.text}, logprobs=logprobs)
             case Delta(kind="tool") if event.text and answer.calls:
-                call = {"index": len(answer.calls) - 1, "function": {"arguments": event.text}}
-                return self._chunk(choice, {"tool_calls": [call]})
+                return self._chunk(choice, self._continued(answer, event.text))
             case ToolCallBegun():
-                return self._chunk(choice, {"tool_calls": [self._begun(answer, event.id, event.name, "")]})
+                return self._chunk(choice, self._begun(answer, event.id, event.name))
             case ToolCall() if event.name and answer.calls and not answer.calls[-1].ended:
                 return b""
             case Finished(reason="stopped"):
                 return b""  # the job's last item says what happened
             case Finished():
-                return self._chunk(choice, {}, finish=answer.finish)
+                return self._chunk(choice, {}, finish=self._finish(answer))
         return b""
 
-    def _begun(self, answer: Choice, call_id: str, name: str, arguments: str) -> dict[str, Json]:
-        function = {"name": name, "arguments": arguments}
-        return {"index": len(answer.calls) - 1, "id": call_id, "type": "function", "function": function}
+    def _begun(self, answer: Choice, call_id: str, name: str) -> dict[str, Json]:
+        """A call's first delta."""
+        function = {"name": name, "arguments": ""}
+        call = {"index": len(answer.calls) - 1, "id": call_id, "type": "function", "function": function}
+        return {"tool_calls": [call]}
+
+    def _continued(self, answer: Choice, arguments: str) -> dict[str, Json]:
+        """A call's later deltas."""
+        return {"tool_calls": [{"index": len(answer.calls) - 1, "function": {"arguments": arguments}}]}
+
+    def _calls(self, answer: Choice) -> dict[str, Json]:
+        """The calls of a whole message that has any."""
+        calls = [
+            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.text}}
+            for c in answer.calls
+        ]
+        return {"tool_calls": calls}
+
+    def _finish(self, answer: Choice) -> str:
+        return answer.finish
 
     def keep_alive(self, waiting: Mapping[str, Json]) -> bytes:
         return self._chunk(0, {}, localrun=waiting)
@@ -338,12 +359,11 @@ class ChatWriter(Writer):
             if reasoning:
                 message["reasoning_content"] = reasoning
             if answer.calls:
-                message["tool_calls"] = [
-                    {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.text}}
-                    for c in answer.calls
-                ]
+                message |= self._calls(answer)
             logprobs = self._logprobs(answer.logprobs)
-            choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": answer.finish})
+            choices.append(
+                {"index": i, "message": message, "logprobs": logprobs, "finish_reason": self._finish(answer)}
+            )
         return {**self._base("chat.completion"), "choices": choices, "usage": usage_of(self.choices)}
 
     def _logprobs(self, tokens: Sequence[Any]) -> dict[str, Json] | None:
@@ -375,6 +395,23 @@ class ChatWriter(Writer):
         if localrun is not None:
             chunk["localrun"] = localrun
         return sse(chunk)
+
+
+class OldChatWriter(ChatWriter):
+    """For a request that offered `functions`: one call, without an id, as `function_call`."""
+
+    def _begun(self, answer: Choice, call_id: str, name: str) -> dict[str, Json]:
+        return {"function_call": {"name": name, "arguments": ""}}
+
+    def _continued(self, answer: Choice, arguments: str) -> dict[str, Json]:
+        return {"function_call": {"arguments": arguments}}
+
+    def _calls(self, answer: Choice) -> dict[str, Json]:
+        call = answer.calls[0]
+        return {"function_call": {"name": call.name, "arguments": call.text}}
+
+    def _finish(self, answer: Choice) -> str:
+        return "function_call" if answer.finish == "tool_calls" else answer.finish
 
 
 def usage_of(answers: Sequence[Choice]) -> dict[str, Json]:

@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from localrun.engine.process.process import GenerateEvent
-from localrun.engine.process.protocol import Finished
 from localrun.server.asks import Ask, new_id
 from localrun.server.choices import Choice
 from localrun.server.dispatch import Item, Job
@@ -197,7 +196,6 @@ class _Watch:
     def __init__(self, job: Job, writer: Writer) -> None:
         self.job, self.writer = job, writer
         self.last: GenerateEvent | None = None
-        self.finished: list[Finished] = []
         self.error: ApiError | None = None
 
     def add(self, item: Item) -> None:
@@ -206,8 +204,6 @@ class _Watch:
             return
         self.last = item.event
         self.writer.choices[item.choice].add(item.event)
-        if isinstance(item.event, Finished):
-            self.finished.append(item.event)
 
 
 async def _whole(service: Service, request: Request, dialect: Dialect, job: Job, writer: Writer) -> Response:
@@ -231,7 +227,7 @@ async def _whole(service: Service, request: Request, dialect: Dialect, job: Job,
             task.cancel()
         if not over:
             service.dispatcher.cancel(job)
-        service.over(dialect.name, job, watch.finished, watch.error, left=not over)
+        service.over(dialect.name, job, writer.choices, watch.error, left=not over)
     if not over:
         return Response(status_code=499)  # nobody reads it
     if watch.error is not None:
@@ -268,8 +264,9 @@ class EventStream(Response):
                 task.cancel()
             if not self._over:
                 self._service.dispatcher.cancel(self._job)
-            watch = self._watch
-            self._service.over(self._dialect.name, self._job, watch.finished, watch.error, left=not self._over)
+            self._service.over(
+                self._dialect.name, self._job, self._writer.choices, self._watch.error, left=not self._over
+            )
 
     async def _write(self, send: Send) -> None:
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from localrun.engine.process.process import GenerateEvent
-from localrun.engine.process.protocol import Finished
 from localrun.errors import EngineDiedError
 from localrun.server.asks import Ask, Defaults
+from localrun.server.choices import Choice
 from localrun.server.dispatch import Dispatcher, Job
 from localrun.server.engine import EngineLike
 from localrun.server.faults import ApiError, from_engine, prompt_too_long
@@ -119,18 +119,19 @@ class Service:
         progress = getattr(event, "progress", None)
         return {"state": "loading", "progress": progress} if progress is not None else {"state": "answering"}
 
-    def over(self, api: str, job: Job, finished: list[Finished], error: ApiError | None, *, left: bool) -> None:
-        """Counts and logs a request that is over."""
+    def over(self, api: str, job: Job, choices: Sequence[Choice], error: ApiError | None, *, left: bool) -> None:
+        """Counts and logs a request that is over. Of one that ended early it tells what is known: the prompt if it was begun."""
         outcome = "left" if left else "ok" if error is None else error.kind
         now = time.monotonic()
-        first = finished[0].timings if finished else None
+        first = choices[0].finished.timings if choices[0].finished else None
+        begun = choices[0].prompt
         line = AnswerLine(
             api=api,
             client=job.client,
             outcome=outcome,
-            prompt_tokens=first.prompt_tokens if first else 0,
-            cached_tokens=first.reused_tokens if first else 0,
-            new_tokens=sum(f.timings.new_tokens for f in finished),
+            prompt_tokens=first.prompt_tokens if first else begun.total if begun else 0,
+            cached_tokens=first.reused_tokens if first else begun.reused if begun else 0,
+            new_tokens=sum(c.finished.timings.new_tokens if c.finished else c.n_tokens for c in choices),
             waited_s=(job.started or now) - job.submitted,
             total_s=now - job.submitted,
             decode_tokens_per_s=first.decode_tokens_per_s if first else None,

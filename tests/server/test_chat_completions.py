@@ -177,6 +177,49 @@ def test_old_choice_of_a_function_is_a_choice_of_a_tool(running: Running, engine
     assert (engine.commands[-1].tool_choice, engine.commands[-1].tool_names) == ("required", ("get_weather",))
 
 
+def test_old_functions_are_answered_with_one_call_of_their_form(
+    client: openai.OpenAI, running: Running, engine: ScriptedEngine
+) -> None:
+    oslo, rome = (call_text("get_weather", city=city) for city in ("Oslo", "Rome"))
+    engine.play = lambda command: calls_text(oslo, rome)
+    body: dict[str, Any] = {"messages": HI, "functions": [WEATHER["function"]]}
+    choice = post(running, "/v1/chat/completions", body).json["choices"][0]
+    assert choice["finish_reason"] == "function_call"
+    called = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+    assert choice["message"] == {"role": "assistant", "content": None, "refusal": None, "function_call": called}
+    assert engine.commands[-1].max_tool_calls == 1
+
+    chunks = [c.choices[0] for c in client.chat.completions.create(model="m", stream=True, **body)]
+    calls = [chunk.delta.function_call for chunk in chunks if chunk.delta.function_call]
+    assert (calls[0].name, "".join(call.arguments or "" for call in calls)) == ("get_weather", '{"city": "Oslo"}')
+    assert all(chunk.delta.tool_calls is None for chunk in chunks)
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["function_call"]
+
+    result = {"role": "function", "name": "get_weather", "content": "3 degrees"}
+    engine.play = lambda command: ["Cold."]
+    again = post(running, "/v1/chat/completions", {**body, "messages": [*HI, choice["message"], result]}).json
+    assert again["choices"][0]["message"]["content"] == "Cold."
+    assert again["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"functions": [{"name": "f"}, {}]}, "functions[1].name"),
+        ({"tools": [WEATHER, {"function": {}}]}, "tools[1].function.name"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call.name"),
+        ({"functions": [{"name": "f"}], "function_call": "any"}, "function_call"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
+    ],
+)
+def test_errors_of_tools_name_the_field_of_the_form_used(running: Running, body: Any, param: str) -> None:
+    reply = post(running, "/v1/chat/completions", {"messages": HI, **body})
+    assert (reply.status, reply.json["error"]["param"]) == (400, param)
+
+
 def test_parsing_helper_gives_an_object(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     class Answer(BaseModel):
         city: str

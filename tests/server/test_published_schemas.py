@@ -91,6 +91,7 @@ CHAT = [
     ({"reasoning_effort": "high"}, {THOUGHTS}),
     ({"logprobs": True, "top_logprobs": 2, "n": 2}, set()),
     ({"tools": CHAT_TOOLS}, set()),
+    ({"functions": [FUNCTION], "function_call": "auto"}, set()),
     ({"tools": CHAT_TOOLS, "reasoning_effort": "max", "tool_choice": "auto"}, {THOUGHTS}),
 ]
 
@@ -99,7 +100,7 @@ CHAT = [
 def test_chat_completions_are_as_published(
     running: Running, engine: ScriptedEngine, body: Json, expected: set[str]
 ) -> None:
-    engine.play = call if "tools" in body else greet
+    engine.play = call if "tools" in body or "functions" in body else greet
     whole = post(running, "/v1/chat/completions", {"messages": HI, **body})
     assert departures(whole.json, "CreateChatCompletionResponse") == {f"choices[].message.{each}" for each in expected}
     stream = post(running, "/v1/chat/completions", {"messages": HI, "stream": True, **body})

@@ -110,8 +110,12 @@ def test_client_that_leaves_is_forgotten_waiting_or_running(path: str, body: Any
         running_one.close()
         wait_until(lambda: not gate.engine.running.is_set())
         wait_until(lambda: [line.outcome for line in running.lines] == ["left", "left"])
+        waited, begun = (line.prompt_tokens for line in running.lines)
         gate.open.set()
         assert post(running, path, {**body, "stream": False}).status == 200
+        wait_until(lambda: len(running.lines) == 3)
+        assert (waited, begun) == (0, running.lines[-1].prompt_tokens)
+        assert begun > 0
     assert len(gate.engine.commands) == 2  # the one that waited was never begun
 
 

@@ -113,7 +113,7 @@ def test_the_last_model_is_remembered_while_it_is_there(tmp_path: Path) -> None:
         (["What is a fox?"], "hint: to ask a question: localrun run -p TEXT"),
         (["run", "--promt", "x"], "hint: did you mean --prompt?"),
         (["run", "--temprature", "1"], "hint: did you mean --temp?"),
-        (["run", "-p", "What", "is", "a", "fox?"], "hint: put quotes around text of several words"),
+        (["run", "-p", "What", "is", "a", "fox?"], "hint: a prompt goes after -p, in quotes: localrun run MODEL -p "),
         (["run", "-p", "x", "--ram", "24"], "did you mean 24GiB?"),
         (["run", "-p", "x", "--kv", "q9"], "expected f16, bf16, q8_0, q4_0, f32"),
         (["plan", "deepseek-v4-flash"], "hint: did you mean: localrun plan flash"),

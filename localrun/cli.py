@@ -174,7 +174,7 @@ class _Parser(argparse.ArgumentParser):
         if near:
             return f"did you mean {near[0]}?"
         if not flag.startswith("-"):
-            return "a prompt goes after -p, in quotes: localrun run MODEL -p \"…\""
+            return 'a prompt goes after -p, in quotes: localrun run MODEL -p "…"'
         return f"{self.prog} --help lists all options"
 
     def _all(self) -> list[argparse.ArgumentParser]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 from localrun.errors import LocalrunError
@@ -18,6 +19,7 @@ BUSY_TIMEOUT_S = 5.0
 
 OPEN_TIMEOUT_S = 0.5
 """When opening, the user is waiting for the program to start, so a locked file is reported quickly."""
+_RETRY_S = 0.01
 
 _SCHEMA = """
 CREATE TABLE conversations (
@@ -80,6 +82,21 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
 
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switches the file to write-ahead logging. Where several programs begin that at once, SQLite reports a locked database
+    without waiting for its timeout, so this tries again."""
+    deadline = time.monotonic() + OPEN_TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_S)
+        else:
+            return
+
+
 def _check(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA foreign_keys = ON")
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -88,7 +105,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
             f"{path}: written by a newer localrun (format {version}, this one reads {SCHEMA_VERSION})",
             hint="update localrun, or set LOCALRUN_DATA_DIR to another folder",
         )
-    db.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(db)
     db.execute("PRAGMA synchronous = NORMAL")
     if version:
         problem = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])

@@ -189,8 +189,8 @@ class Context:
     def follows_company(self) -> bool:
         """Use no more threads than there are free cores (`company`).
 
-        Not for reproducible answers: from 512 rows of context on, llama.cpp's attention sums in as many parts as there are
-            threads (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
+        Not for reproducible answers: where attention is llama.cpp's (a cache of another type than F16), it sums in as many parts
+        as there are threads from 512 rows of context on (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
         """
         return self._follows_company
 

@@ -125,7 +125,7 @@ def takes_join(process: int, node: int) -> bool:
 
 
 @nb.njit
-def _same_rows(a: int, b: int) -> bool:
+def _same_view(a: int, b: int) -> bool:
     """Two views of the same bytes."""
     if load_i64(a + VIEW_SRC) != load_i64(b + VIEW_SRC) or load_i64(a + VIEW_OFFS) != load_i64(b + VIEW_OFFS):
         return False
@@ -140,7 +140,7 @@ def takes_attention(process: int, node: int) -> bool:
     """A FLASH_ATTN_EXT over rows that are keys and values, all heads alike: neither ALiBi nor soft cap, one sequence."""
     q, k, v = load_i64(node + SRC), load_i64(node + SRC + 8), load_i64(node + SRC + 16)
     mask, sinks = load_i64(node + SRC + 24), load_i64(node + SRC + 32)
-    if q == 0 or k == 0 or v == 0 or mask == 0 or not _same_rows(k, v):
+    if q == 0 or k == 0 or v == 0 or mask == 0 or not _same_view(k, v):
         return False
     joined = load_i64(k + VIEW_SRC)
     if joined == 0:

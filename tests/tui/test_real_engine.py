@@ -21,6 +21,8 @@ from tests.tui.support import Talk
 
 PATIENT_S = 120.0
 """A first load may have to compile kernels."""
+N_CTX = 32768
+"""More than an unlimited answer reaches before a busy machine shows its first words."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
     looks: list[Stats] = []
     show = Monitor.show
     monkeypatch.setattr(Monitor, "show", lambda monitor, event: (looks.append(event.stats), show(monitor, event))[1])
-    launch = Launch(model=chat_model, options=EngineOptions(n_ctx=1024), chat=replace(ChatOptions(), max_tokens=12))
+    launch = Launch(model=chat_model, options=EngineOptions(n_ctx=N_CTX), chat=replace(ChatOptions(), max_tokens=12))
     app = LocalrunApp(launch, store_path=tmp_path / "c.sqlite3")
     async with app.run_test(size=(100, 30)) as pilot:
         talk = Talk(app, pilot, FakeEngine(lambda error: None))
@@ -73,6 +75,9 @@ async def test_a_real_engine_answers_is_killed_and_answers_again(
 
         await talk.until(lambda: talk.screen.model.link.engine.pid not in (None, pid), "another process")
         await talk.until(lambda: talk.screen.model.facts is not None and not talk.screen.model.loading)
+        await talk.ask(
+            "/new"
+        )  # how far the partial answer came is up to the machine, and so is whether it fits with another
         talk.screen.current.set_options(replace(talk.screen.current.options, max_tokens=8))
         await talk.ask("And now?")
         answer = talk.screen.chat.entries[-1].message

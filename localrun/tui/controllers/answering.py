@@ -106,22 +106,25 @@ class Answering:
         ended = feed.ended  # before taking, so everything added before the end is included
         events = feed.take()
         answer.apply(events)
-        if ended:
-            if answer.finished is None:
-                answer.fail(feed.error or LocalrunError("the answer ended without a final message from the engine"))
-            self._feed = None
+        if ended and answer.finished is None:
+            answer.fail(feed.error or LocalrunError("the answer ended without a final message from the engine"))
         now = time.monotonic()
         if ended or now - self._saved_at >= SAVE_INTERVAL_S:
             self._saved_at = now
             self._save(answer)
         answer.message = _as_message(answer)
         self._entry = replace(entry, message=answer.message, live=not ended)
-        await self._chat().sync(self._entry, thinking_live=answer.is_thinking)
-        view = self._chat().view(answer.message.id)
-        if view is not None:
-            await view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
-        if ended:
-            self._ended(answer)
+        try:
+            await self._chat().sync(self._entry, thinking_live=answer.is_thinking)
+            view = self._chat().view(answer.message.id)
+            if view is not None:
+                await view.show_progress("" if ended or answer.n_tokens else _progress_line(answer.progress))
+        finally:
+            if (
+                ended
+            ):  # not earlier: who waits for the end looks at what is shown, and the next answer is shown behind it
+                self._feed = None
+                self._ended(answer)
         return bool(events)
 
     def save(self) -> None:

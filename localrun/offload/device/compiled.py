@@ -300,7 +300,7 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     ):
         return False
     layer, chosen, ids_stride = get(weight, WEIGHT.layer), load_i64(ids + DATA), load_i64(ids + NB + 8)
-    n_gpu_pairs, n_parts = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
+    n_gpu_pairs, n_launches = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
         return False
     gpu, n_gpu, begun = get(layer, LAYER.gpu), 0, _now_ns(process)
@@ -309,8 +309,8 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     if n_gpu_pairs > 0:
         one_token = is_summed and n_tokens == 1
         weights = get(process, PROCESS.weights) if one_token else 0
-        n_parts = gpu_native.plan(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs, weights)
-        if n_parts < 0 or not gpu_native.start(gpu, n_parts, load_i64(x + DATA), load_i64(x + NB + 16)):
+        n_launches = gpu_native.assign(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs, weights)
+        if n_launches < 0 or not gpu_native.start(gpu, n_launches, load_i64(x + DATA), load_i64(x + NB + 16)):
             return False
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
@@ -319,15 +319,15 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     if n_gpu_pairs < n_tokens * n_used:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
         _run_experts(process, layer, x, down)
-    if n_parts > 0 and not (is_summed and n_tokens == 1):
-        gpu_native.finish(gpu, n_parts, load_i64(down + DATA), load_i64(down + NB + 8))
+    if n_launches > 0 and not (is_summed and n_tokens == 1):
+        gpu_native.finish(gpu, n_launches, load_i64(down + DATA), load_i64(down + NB + 8))
     if is_summed:
         total, rows, row_bytes = get(process, PROCESS.tail_sum), load_i64(down + DATA), load_i64(down + NB + 8)
         out, out_bytes = load_i64(total + DATA), load_i64(total + NB + 8)
         weighting.add_up(process, n_tokens, n_used, load_i64(total + NE), rows, row_bytes, out, out_bytes)
-        if n_parts > 0 and n_tokens == 1:
-            gpu_native.finish(gpu, n_parts, out, out_bytes)
-    if n_parts > 0:
+        if n_launches > 0 and n_tokens == 1:
+            gpu_native.finish(gpu, n_launches, out, out_bytes)
+    if n_launches > 0:
         n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
     row = get(layer, LAYER.telemetry)

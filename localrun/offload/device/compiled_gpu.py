@@ -1,11 +1,10 @@
 """Experts on GPUs in compiled layer calls: `GpuTier.start` and `finish` without Python.
 
 In decode nearly every layer call has experts on a GPU, so this path must be as fast as that of experts in RAM. Compiled code
-(`compiled.py`) plans a call's parts, one for each GPU and format, and queues them all: for each GPU two copies, one of notes (slots
-and weights) and one of the input, then one graph after the other, because they share the memory of intermediate results. It
-computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one token, a result is one row per
-part, because experts' outputs are weighted and added up there.
-
+(`compiled.py`) assigns a call's pairs to launches, one for each GPU and format, and queues them all: for each GPU two copies, one
+of notes (slots and weights) and one of the input, then one graph after the other, because they share the memory of intermediate
+results. It computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one token, a result
+is one row per launch, because experts' outputs are weighted and added up there.
 Python handles calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph that does not exist yet. It
 builds the graph (`GpuSlots`) and registers it here, so each graph costs one such call. If a device fails, the call ends with
 nothing pending; Python repeats it, fails the same way and raises.
@@ -27,7 +26,16 @@ import numpy.typing as npt
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
-from localrun.offload.device.layouts import BANK, DEVICE, GPU_LAYER, GRAPH, MOST_PAIRS, MOST_PARTS, NOTE_BYTES, PART
+from localrun.offload.device.layouts import (
+    BANK,
+    DEVICE,
+    GPU_LAYER,
+    GRAPH,
+    LAUNCH,
+    MOST_LAUNCHES,
+    MOST_PAIRS,
+    NOTE_BYTES,
+)
 from localrun.offload.device.tensors import DATA
 from localrun.offload.device.weighting import add_row
 from localrun.offload.kernels.lowlevel import (
@@ -50,8 +58,8 @@ def is_on_gpu(gpu: int, expert: int) -> bool:
 
 
 @nb.njit
-def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pairs: int, weights: int) -> int:
-    """Puts the pairs of experts on GPUs into parts; the number of parts, -1 if Python must do this call.
+def assign(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pairs: int, weights: int) -> int:
+    """Assigns the pairs of experts on GPUs to launches; their number, -1 if Python must do this call.
 
     Args:
         weights: of one token's pairs, `n_used` F32, for a weighted sum; 0: each pair gets its row of outputs.
@@ -62,14 +70,14 @@ def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pair
     put(gpu, GPU_LAYER.n_used, n_used)
     where, slots, variants = get(gpu, GPU_LAYER.where), get(gpu, GPU_LAYER.slot), get(gpu, GPU_LAYER.variant)
     n_variants, is_sum = get(gpu, GPU_LAYER.n_variants), weights != 0
-    rows, n_parts, end, device, note, row = get(gpu, GPU_LAYER.rows), 0, 0, 0, 0, 0
+    rows, n_launches, end, device, note, row = get(gpu, GPU_LAYER.rows), 0, 0, 0, 0, 0
     for group in range(get(gpu, GPU_LAYER.n_gpus) * n_variants):
         bank, first = get(get(gpu, GPU_LAYER.banks), group), end
         if bank == 0:
             continue
         if get(bank, BANK.device) != device:
             device, note, row = get(bank, BANK.device), 0, 0
-        if note >= MOST_PARTS:
+        if note >= MOST_LAUNCHES:
             return -1
         slot_ids = get(device, DEVICE.notes) + note * NOTE_BYTES
         for t in range(n_tokens):
@@ -88,86 +96,86 @@ def plan(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pair
             return -1
         for i in range(end - first, get(graph, GRAPH.pairs)):
             store_i32(slot_ids + i * 4, 0)  # padding pairs to fill the graph; their results are ignored
-        part = _part(gpu, n_parts)
-        put(part, PART.bank, bank)
-        put(part, PART.graph, graph)
-        put(part, PART.first, first)
-        put(part, PART.n_pairs, end - first)
-        put(part, PART.n_rows, 1 if is_sum else get(graph, GRAPH.pairs))
-        put(part, PART.note, note)
-        put(part, PART.row, row)
-        note, row = note + 1, row + get(part, PART.n_rows)
+        launch = _launch(gpu, n_launches)
+        put(launch, LAUNCH.bank, bank)
+        put(launch, LAUNCH.graph, graph)
+        put(launch, LAUNCH.first, first)
+        put(launch, LAUNCH.n_pairs, end - first)
+        put(launch, LAUNCH.n_rows, 1 if is_sum else get(graph, GRAPH.pairs))
+        put(launch, LAUNCH.note, note)
+        put(launch, LAUNCH.row, row)
+        note, row = note + 1, row + get(launch, LAUNCH.n_rows)
         if row > MOST_PAIRS:
             return -1
-        n_parts += 1
-    return n_parts
+        n_launches += 1
+    return n_launches
 
 
 @nb.njit(inline="always")
-def _part(gpu: int, index: int) -> int:
-    return int(get(gpu, GPU_LAYER.parts) + index * PART.size * 8)
+def _launch(gpu: int, index: int) -> int:
+    return int(get(gpu, GPU_LAYER.launches) + index * LAUNCH.size * 8)
 
 
 @nb.njit
-def _end_of_device(gpu: int, first: int, n_parts: int) -> int:
-    """The part after those of part `first`'s device, which are neighbours."""
-    end, device = first + 1, get(get(_part(gpu, first), PART.bank), BANK.device)
-    while end < n_parts and get(get(_part(gpu, end), PART.bank), BANK.device) == device:
+def _end_of_device(gpu: int, first: int, n_launches: int) -> int:
+    """The launch after those of launch `first`'s device, which are neighbours."""
+    end, device = first + 1, get(get(_launch(gpu, first), LAUNCH.bank), BANK.device)
+    while end < n_launches and get(get(_launch(gpu, end), LAUNCH.bank), BANK.device) == device:
         end += 1
     return end
 
 
 @nb.njit
 def _send(gpu: int, first: int, end: int, x: int, x_stride: int) -> None:
-    """Notes and inputs of one device's parts, in two copies."""
-    part, last = _part(gpu, first), _part(gpu, end - 1)
-    device, graph = get(get(part, PART.bank), BANK.device), get(last, PART.graph)
+    """Notes and inputs of one device's launches, in two copies."""
+    launch, last = _launch(gpu, first), _launch(gpu, end - 1)
+    device, graph = get(get(launch, LAUNCH.bank), BANK.device), get(last, LAUNCH.graph)
     backend, row_bytes, n_rows = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4, 1
     note_bytes = (MOST_PAIRS if get(graph, GRAPH.weights) else 0) * 4 + get(graph, GRAPH.pairs) * 4
-    note_bytes += get(last, PART.note) * NOTE_BYTES
+    note_bytes += get(last, LAUNCH.note) * NOTE_BYTES
     call_5(get(device, DEVICE.set), backend, get(device, DEVICE.notes_tensor), get(device, DEVICE.notes), 0, note_bytes)
     staged, rows = get(device, DEVICE.x), get(gpu, GPU_LAYER.rows)
     if get(gpu, GPU_LAYER.n_tokens) == 1 and get(graph, GRAPH.weights):
         copy(staged, x, row_bytes)
     else:
         for i in range(first, end):
-            at = _part(gpu, i)
-            for p in range(get(at, PART.n_pairs)):
-                token = load_i32(rows + (get(at, PART.first) + p) * 4) // get(gpu, GPU_LAYER.n_used)
-                copy(staged + (get(at, PART.row) + p) * row_bytes, x + token * x_stride, row_bytes)
-        n_rows = get(last, PART.row) + get(last, PART.n_pairs)
+            at = _launch(gpu, i)
+            for p in range(get(at, LAUNCH.n_pairs)):
+                token = load_i32(rows + (get(at, LAUNCH.first) + p) * 4) // get(gpu, GPU_LAYER.n_used)
+                copy(staged + (get(at, LAUNCH.row) + p) * row_bytes, x + token * x_stride, row_bytes)
+        n_rows = get(last, LAUNCH.row) + get(last, LAUNCH.n_pairs)
     call_5(get(device, DEVICE.set), backend, get(device, DEVICE.x_tensor), staged, 0, n_rows * row_bytes)
 
 
 @nb.njit
-def _launch(gpu: int, index: int) -> bool:
-    """Queues a part whose notes and inputs are on their way; False if the device refuses."""
-    part = _part(gpu, index)
-    graph, device = get(part, PART.graph), get(get(part, PART.bank), BANK.device)
+def _queue(gpu: int, index: int) -> bool:
+    """Queues a launch whose notes and inputs are on their way; False if the device refuses."""
+    launch = _launch(gpu, index)
+    graph, device = get(launch, LAUNCH.graph), get(get(launch, LAUNCH.bank), BANK.device)
     row_bytes, notes = (
         get(device, DEVICE.n_embd) * 4,
-        get(device, DEVICE.notes_data) + get(part, PART.note) * NOTE_BYTES,
+        get(device, DEVICE.notes_data) + get(launch, LAUNCH.note) * NOTE_BYTES,
     )
-    x_row = 0 if get(graph, GRAPH.weights) else get(part, PART.row)
+    x_row = 0 if get(graph, GRAPH.weights) else get(launch, LAUNCH.row)
     store_i64(get(graph, GRAPH.ids) + DATA, notes)
     store_i64(get(graph, GRAPH.x) + DATA, get(device, DEVICE.x_data) + x_row * row_bytes)
-    store_i64(get(graph, GRAPH.out) + DATA, get(device, DEVICE.out_data) + get(part, PART.row) * row_bytes)
+    store_i64(get(graph, GRAPH.out) + DATA, get(device, DEVICE.out_data) + get(launch, LAUNCH.row) * row_bytes)
     if get(graph, GRAPH.weights):
         store_i64(get(graph, GRAPH.weights) + DATA, notes + MOST_PAIRS * 4)
     return bool(call_i32(get(device, DEVICE.compute), get(device, DEVICE.backend), get(graph, GRAPH.graph)) == 0)
 
 
 @nb.njit
-def start(gpu: int, n_parts: int, x: int, x_stride: int) -> bool:
-    """Queues all parts, each on its GPU after those before it; False if a device failed, with nothing pending."""
+def start(gpu: int, n_launches: int, x: int, x_stride: int) -> bool:
+    """Queues all launches, each on its GPU after those before it; False if a device failed, with nothing pending."""
     first = 0
-    while first < n_parts:
-        end = _end_of_device(gpu, first, n_parts)
+    while first < n_launches:
+        end = _end_of_device(gpu, first, n_launches)
         _send(gpu, first, end, x, x_stride)
         for i in range(first, end):
-            if not _launch(gpu, i):
+            if not _queue(gpu, i):
                 for j in range(end):  # waits until no device reads our memory
-                    device = get(get(_part(gpu, j), PART.bank), BANK.device)
+                    device = get(get(_launch(gpu, j), LAUNCH.bank), BANK.device)
                     call_1(get(device, DEVICE.synchronize), get(device, DEVICE.backend))
                 return False
         first = end
@@ -175,29 +183,29 @@ def start(gpu: int, n_parts: int, x: int, x_stride: int) -> bool:
 
 
 @nb.njit
-def finish(gpu: int, n_parts: int, out: int, out_stride: int) -> None:
+def finish(gpu: int, n_launches: int, out: int, out_stride: int) -> None:
     """Takes all results: rows of pairs go to theirs of `out`, weighted sums are added to its first."""
     first = 0
-    while first < n_parts:
-        end = _end_of_device(gpu, first, n_parts)
-        last = _part(gpu, end - 1)
-        device = get(get(last, PART.bank), BANK.device)
+    while first < n_launches:
+        end = _end_of_device(gpu, first, n_launches)
+        last = _launch(gpu, end - 1)
+        device = get(get(last, LAUNCH.bank), BANK.device)
         backend, row_bytes = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4
         result = get(device, DEVICE.out)
-        is_sum = get(get(last, PART.graph), GRAPH.weights) != 0
-        n_rows = get(last, PART.row) + (1 if is_sum else get(last, PART.n_pairs))
+        is_sum = get(get(last, LAUNCH.graph), GRAPH.weights) != 0
+        n_rows = get(last, LAUNCH.row) + (1 if is_sum else get(last, LAUNCH.n_pairs))
         call_5(get(device, DEVICE.get), backend, get(device, DEVICE.out_tensor), result, 0, n_rows * row_bytes)
         call_1(get(device, DEVICE.synchronize), backend)
         for i in range(first, end):
-            part = _part(gpu, i)
+            launch = _launch(gpu, i)
             source, rows = (
-                result + get(part, PART.row) * row_bytes,
-                get(gpu, GPU_LAYER.rows) + get(part, PART.first) * 4,
+                result + get(launch, LAUNCH.row) * row_bytes,
+                get(gpu, GPU_LAYER.rows) + get(launch, LAUNCH.first) * 4,
             )
             if is_sum:
                 add_row(out, source, get(device, DEVICE.n_embd))
             else:
-                for p in range(get(part, PART.n_pairs)):
+                for p in range(get(launch, LAUNCH.n_pairs)):
                     copy(out + load_i32(rows + p * 4) * out_stride, source + p * row_bytes, row_bytes)
         first = end
 
@@ -212,7 +220,7 @@ class DeviceRecord:
     def __init__(self, device: GpuDevice, backend: int, n_embd: int, tensors: tuple[int, int, int]) -> None:
         lib = library()
         self.tensors = tensors
-        sizes = MOST_PARTS * NOTE_BYTES, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
+        sizes = MOST_LAUNCHES * NOTE_BYTES, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
         self._memory = HostMemory(device, sum(sizes))
         notes = int(self._memory.array.ctypes.data)
         functions = (
@@ -280,7 +288,7 @@ class LayerOnGpu:
     ) -> None:
         addresses = [bank.fields.ctypes.data if bank else 0 for row in banks for bank in row]
         self._banks = np.array(addresses, np.int64)
-        self._parts, self._rows = np.zeros((MOST_PAIRS, PART.size), np.int64), np.zeros(MOST_PAIRS, np.int32)
+        self._launches, self._rows = np.zeros((MOST_PAIRS, LAUNCH.size), np.int64), np.zeros(MOST_PAIRS, np.int32)
         self._keep: tuple[Any, ...] = (where, slots, variants, banks)
         assert where.dtype == np.int16
         assert slots.dtype == variants.dtype == np.int32
@@ -295,7 +303,7 @@ class LayerOnGpu:
             banks=self._banks.ctypes.data,
             n_tokens=0,
             n_used=0,
-            parts=self._parts.ctypes.data,
+            launches=self._launches.ctypes.data,
             rows=self._rows.ctypes.data,
         )
 

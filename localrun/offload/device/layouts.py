@@ -15,11 +15,11 @@ MOST_PAIRS: Final = 64
 going through Python does not matter."""
 
 
-MOST_PARTS: Final = 16
+MOST_LAUNCHES: Final = 16
 """Graphs that one GPU computes in a compiled call: one for each format of a layer."""
 
 NOTE_BYTES: Final = 2 * MOST_PAIRS * 4
-"""Of one part: 64 int32, slots, then as many F32, weights. Backends want addresses at multiples of 256."""
+"""Of one launch: 64 int32, slots, then as many F32, weights. Backends want addresses at multiples of 256."""
 
 
 class _Process(Layout):
@@ -183,9 +183,9 @@ class _Device(Layout):
     backend: int
     """`ggml_backend_t`."""
     notes: int
-    """Address of pinned memory for `MOST_PARTS` notes of `NOTE_BYTES`: a part's slots, then its weights."""
+    """Address of pinned memory for `MOST_LAUNCHES` notes of `NOTE_BYTES`: a launch's slots, then its weights."""
     x: int
-    """Address of pinned memory for `MOST_PAIRS` rows of F32: inputs; a part has its range."""
+    """Address of pinned memory for `MOST_PAIRS` rows of F32: inputs; a launch has its range."""
     out: int
     """The same for outputs."""
     notes_tensor: int
@@ -266,16 +266,16 @@ class _GpuLayer(Layout):
     """Of the running call; compiled code writes."""
     n_used: int
     """Experts of a token in the running call; compiled code writes."""
-    parts: int
-    """Address of `MOST_PAIRS` PART records of the running call; compiled code writes them."""
+    launches: int
+    """Address of `MOST_PAIRS` LAUNCH records of the running call; compiled code writes them."""
     rows: int
-    """Address of `MOST_PAIRS` int32: output rows (token * n_used + choice) of the parts' pairs; compiled code writes them."""
+    """Address of `MOST_PAIRS` int32: output rows (token * n_used + choice) of the launches' pairs; compiled code writes them."""
 
 
 GPU_LAYER = _GpuLayer()
 
 
-class _Part(Layout):
+class _Launch(Layout):
     """What one graph computes in the running call; compiled code writes and reads."""
 
     bank: int
@@ -289,9 +289,9 @@ class _Part(Layout):
     n_rows: int
     """Rows of its inputs and of its outputs."""
     note: int
-    """Its number among the device's parts."""
+    """Its number among the device's launches."""
     row: int
     """Its first row among the device's."""
 
 
-PART = _Part()
+LAUNCH = _Launch()

@@ -28,7 +28,7 @@ from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
-from localrun.offload.device.layouts import MOST_PAIRS, MOST_PARTS, NOTE_BYTES
+from localrun.offload.device.layouts import MOST_LAUNCHES, MOST_PAIRS, NOTE_BYTES
 from localrun.offload.device.view import F32, I32
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
@@ -80,7 +80,7 @@ class _Graph:
 
 
 @dataclass(slots=True)
-class _Part:
+class _Launch:
     """Pairs of one graph: `ids` filled up to the graph's size, `x` (one row if all pairs are one token's, which have `weights`) and
     `out` with the real ones only."""
 
@@ -121,7 +121,7 @@ def scratch_bytes(spec: FfnSpec) -> int:
 
 def _io_bytes(n_embd: int) -> int:
     """Inputs and outputs of compiled calls, and the rows that are loaded for long ones."""
-    return MOST_PARTS * NOTE_BYTES + (2 * MOST_PAIRS + LOADED_ROWS) * n_embd * 4
+    return MOST_LAUNCHES * NOTE_BYTES + (2 * MOST_PAIRS + LOADED_ROWS) * n_embd * 4
 
 
 class DeviceClosedError(GpuMemoryError):
@@ -164,8 +164,8 @@ class GpuSlots:
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._gallocr = 0
-        self._waiting: deque[_Part] = deque()
-        self._running: tuple[_Part, _Graph] | None = None  # its memory is read by the device
+        self._waiting: deque[_Launch] = deque()
+        self._running: tuple[_Launch, _Graph] | None = None  # its memory is read by the device
         self.used_bytes = 0
         """What is allocated on the device; it does not change."""
         self._backend = self._lib.ggml_backend_dev_init(device.address, None)
@@ -217,13 +217,13 @@ class GpuSlots:
         """
         out = np.empty(x.shape, np.float32)
         if weights is not None:
-            self._waiting.append(_Part(self.banks[key], slots, x, out, np.ascontiguousarray(weights), Form.SUM))
+            self._waiting.append(_Launch(self.banks[key], slots, x, out, np.ascontiguousarray(weights), Form.SUM))
             slots = slots[:0]
         for at in range(0, slots.size, MAX_PAIRS):
             end = min(at + MAX_PAIRS, slots.size)
             ids = np.zeros(_size(end - at), np.int32)
             ids[: end - at] = slots[at:end]
-            self._waiting.append(_Part(self.banks[key], ids, x[at:end], out[at:end], None, Form.ROWS))
+            self._waiting.append(_Launch(self.banks[key], ids, x[at:end], out[at:end], None, Form.ROWS))
         if self._running is None:
             self._launch()
         return out
@@ -254,7 +254,7 @@ class GpuSlots:
         out = self._pinned.array[first : first + n_pairs * n_embd * 4].view(np.float32).reshape(n_pairs, n_embd)
         ids, rows = (np.zeros(_size(n_pairs), np.int32) for _ in range(2))
         ids[:n_pairs], rows[:n_pairs] = slots, x_rows
-        self._waiting.append(_Part(self.banks[key], ids, rows, out, None, Form.GATHERED))
+        self._waiting.append(_Launch(self.banks[key], ids, rows, out, None, Form.GATHERED))
         self._launch()
         return out
 
@@ -265,37 +265,37 @@ class GpuSlots:
             DecodeError: the device reports a failure; nothing is pending then.
         """
         while self._running is not None:
-            part, graph = self._running
-            if part.form is Form.GATHERED:  # its memory is pinned
-                data, size = part.out.ctypes.data, part.out.nbytes
+            launch, graph = self._running
+            if launch.form is Form.GATHERED:  # its memory is pinned
+                data, size = launch.out.ctypes.data, launch.out.nbytes
                 self._lib.ggml_backend_tensor_get_async(self._backend, graph.out, data, 0, size)
             # Asking for the result earlier would wait for it: into memory that is not pinned, most backends copy synchronously.
             self._lib.ggml_backend_synchronize(self._backend)
-            if part.form is not Form.GATHERED:
-                self._lib.ggml_backend_tensor_get(graph.out, part.out.ctypes.data, 0, part.out.nbytes)
+            if launch.form is not Form.GATHERED:
+                self._lib.ggml_backend_tensor_get(graph.out, launch.out.ctypes.data, 0, launch.out.nbytes)
             self._running = None
             if self._waiting:
                 self._launch()
 
     def _launch(self) -> None:
-        """The next part; the memory of intermediate results is free."""
-        lib, part = self._lib, self._waiting.popleft()
+        """The next launch; the memory of intermediate results is free."""
+        lib, launch = self._lib, self._waiting.popleft()
         try:
-            graph = self._graph(part.bank, part.ids.size, part.form)
-            self._to_front(graph, part.ids.size, part.form)
-            if part.weights is not None:
+            graph = self._graph(launch.bank, launch.ids.size, launch.form)
+            self._to_front(graph, launch.ids.size, launch.form)
+            if launch.weights is not None:
                 lib.ggml_backend_tensor_set_async(
-                    self._backend, graph.weights, part.weights.ctypes.data, 0, part.weights.nbytes
+                    self._backend, graph.weights, launch.weights.ctypes.data, 0, launch.weights.nbytes
                 )
-            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, part.ids.ctypes.data, 0, part.ids.nbytes)
-            lib.ggml_backend_tensor_set_async(self._backend, graph.x, part.x.ctypes.data, 0, part.x.nbytes)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.ids, launch.ids.ctypes.data, 0, launch.ids.nbytes)
+            lib.ggml_backend_tensor_set_async(self._backend, graph.x, launch.x.ctypes.data, 0, launch.x.nbytes)
             if lib.ggml_backend_graph_compute_async(self._backend, graph.graph) != 0:
                 raise DecodeError(f"{self.device.name}: computing experts failed")
         except BaseException:
             self._waiting.clear()
-            lib.ggml_backend_synchronize(self._backend)  # it may still read the part's memory
+            lib.ggml_backend_synchronize(self._backend)  # it may still read the launch's memory
             raise
-        self._running = part, graph
+        self._running = launch, graph
 
     def close(self) -> None:
         """Frees the device's memory."""
@@ -355,7 +355,7 @@ class GpuSlots:
         lib, context = self._lib, self._context(4)
         loaded = lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, LOADED_ROWS)
         tensors = (
-            lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, MOST_PARTS * NOTE_BYTES // 4),
+            lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, MOST_LAUNCHES * NOTE_BYTES // 4),
             lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, MOST_PAIRS),
             lib.ggml_new_tensor_2d(context, ggml.TYPE_F32, n_embd, MOST_PAIRS),
         )
@@ -438,7 +438,7 @@ class GpuSlots:
         self._to_front(graph, n_pairs, Form.SUM if graph.weights else Form.ROWS)
 
     def _to_front(self, graph: _Graph, n_pairs: int, form: Form) -> None:
-        """As the first part of a call; compiled calls move small graphs' inputs and outputs."""
+        """As the first launch of a call; compiled calls move small graphs' inputs and outputs."""
         if not _is_small(n_pairs, form):
             return
         assert self._record is not None

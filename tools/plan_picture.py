@@ -29,7 +29,7 @@ from localrun.offload.cache.trace import TraceHeader
 from localrun.tui.expert_grid import DISK, GPU, RAM, ExpertGrid, LayerExperts
 from localrun.tui.widgets.expert_map import ExpertMap
 from tools.simulator.replay import learn, steps_of
-from tools.simulator.trace_file import Call
+from tools.simulator.trace_file import TracedCall
 from tools.simulator.traces import Workload, synthetic_calls
 
 PICTURE = Path("docs/pictures/plan-and-map.svg")
@@ -52,7 +52,7 @@ def simulated_grid(plan: Plan) -> ExpertGrid:
     shape = plan.sizes.shape
     n_layers = len(shape.moe_layers)
     header = TraceHeader("synthetic", dict.fromkeys(range(n_layers), (shape.n_experts, shape.n_used)), 0.0)
-    calls: list[Call] = synthetic_calls(Workload(n_layers, shape.n_experts, shape.n_used, N_TOKENS), seed=0)
+    calls: list[TracedCall] = synthetic_calls(Workload(n_layers, shape.n_experts, shape.n_used, N_TOKENS), seed=0)
     places = dict.fromkeys(learn(calls, header).hottest(plan.placement.gpu_experts), GPU)
     recent = dict.fromkeys(key for step in reversed(steps_of(calls)) for key in step.keys if key not in places)
     places |= dict.fromkeys(list(recent)[: plan.placement.ram_experts], RAM)

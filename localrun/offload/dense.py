@@ -25,7 +25,7 @@ from localrun.offload.device.layouts import KIND_DENSE, WEIGHT
 from localrun.offload.device.view import View, matrices_at
 from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
-from localrun.offload.kernels.tasks import Call
+from localrun.offload.kernels.tasks import KernelCall
 from localrun.pages import HUGE_PAGE_BYTES, anonymous
 from localrun.quant.model.source import ModelSource, TensorInfo
 
@@ -86,7 +86,7 @@ class _Placed:
     """A matrix in memory, or one per group."""
 
     name: str
-    call: Call
+    call: KernelCall
     packed: npt.NDArray[np.uint64]
     record: npt.NDArray[np.int64]
 
@@ -136,7 +136,7 @@ class DenseMatrices:
         source = np.ascontiguousarray(data)
         for group in range(n_groups):
             matrix.pack(source.ctypes.data + group * matrix.raw_bytes, int(packed[group]))
-        call = Call([matrix.at(0)], n_threads=self._n_threads)
+        call = KernelCall([matrix.at(0)], n_threads=self._n_threads)
         record = dense_record(call, packed)
         self._placed.append(_Placed(name, call, packed, record))
         self.scratch_bytes = max(self.scratch_bytes, call.scratch_bytes)

@@ -17,7 +17,7 @@ from localrun.offload.cache.trace import TraceHeader
 from tools.simulator import cache as sim
 from tools.simulator.policies import POLICIES, Belady, Lfu, Lru, PinnedLru, Policy, S3Fifo
 from tools.simulator.replay import Step, replay, steps_of
-from tools.simulator.trace_file import Call, Trace
+from tools.simulator.trace_file import TracedCall, Trace
 from tools.simulator.traces import Workload, synthetic_calls
 
 MAKERS: dict[str, Callable[[], Policy]] = {**POLICIES, "lru+pin of 5": lambda: PinnedLru((0, e) for e in range(5))}
@@ -142,8 +142,8 @@ def test_cold_newcomers_go_before_everything_that_was_used() -> None:
 
 
 def test_prompt_does_not_displace_what_answers_use_when_only_its_tail_counts() -> None:
-    answer = [Call(0, np.array([[e % 8]], np.int32)) for e in range(80)]
-    prompt = Call(0, np.array([[10 + e] for e in range(50)] + [[e % 8] for e in range(16)], np.int32))
+    answer = [TracedCall(0, np.array([[e % 8]], np.int32)) for e in range(80)]
+    prompt = TracedCall(0, np.array([[10 + e] for e in range(50)] + [[e % 8] for e in range(16)], np.int32))
     played = steps_of([*answer, prompt, *answer[:8]])
     outcomes = [replay(played, Lru(), 12, warm_up=81, tail=tail) for tail in (False, True)]
     assert [outcome.misses for outcome in outcomes] == [8, 0]
@@ -162,7 +162,7 @@ def test_synthetic_flash_has_the_published_hit_rates() -> None:
 def test_profile_learned_in_the_warm_up_helps_its_pinned_set() -> None:
     # Alternating between a few favourites and long scans is what a pinned set is for.
     rng = np.random.default_rng(0)
-    calls = [Call(0, np.array([[int(rng.integers(0, 6)), 10 + i % 50]], np.int32)) for i in range(2000)]
+    calls = [TracedCall(0, np.array([[int(rng.integers(0, 6)), 10 + i % 50]], np.int32)) for i in range(2000)]
     header = TraceHeader("x", {0: (64, 2)}, 0.0)
     lru, pinned = sim.study(calls, header, ["lru", "lru+pin"], [0.125], warm_up=0.3, pin_share=0.75)
     assert pinned.hit_rate > lru.hit_rate + 0.1

@@ -35,7 +35,7 @@ from localrun.offload.cache.profile import Key
 from localrun.offload.cache.trace import TraceHeader
 from localrun.units import parse_size
 from tools.simulator.replay import Step, engine_misses, learn, steps_of
-from tools.simulator.trace_file import Call, Trace
+from tools.simulator.trace_file import TracedCall, Trace
 from tools.simulator.traces import Workload, synthetic_calls
 
 DISK_SHARE = 0.75
@@ -77,7 +77,7 @@ class _Sums:
 
 
 def simulate(
-    name: str, sizes: ModelSizes, plan: Plan, calls: Sequence[Call], header: TraceHeader, *, warm_up: float
+    name: str, sizes: ModelSizes, plan: Plan, calls: Sequence[TracedCall], header: TraceHeader, *, warm_up: float
 ) -> Result:
     """Replays a trace on the plan's machine.
 
@@ -137,7 +137,7 @@ class _Clock:
         self._file_bytes, self._weights = sizes.mean_file_bytes, 3 * sizes.shape.n_embd * sizes.shape.n_ff
         self._read_s = sizes.mean_file_bytes / speed.drive_bytes_per_s(machine)
 
-    def call(self, step: Step, in_ram: Step, missing: Sequence[Key], call: Call) -> float:
+    def call(self, step: Step, in_ram: Step, missing: Sequence[Key], call: TracedCall) -> float:
         """One layer call of one token or a batch."""
         n_tokens, n_missing = len(call.ids), len(missing)
         n_gpu = len(step.keys) - len(in_ram.keys)
@@ -180,7 +180,7 @@ def boxes(args: argparse.Namespace, sizes: ModelSizes) -> Iterator[tuple[str, Ha
             yield box.name, box.hardware
 
 
-def trace_of(args: argparse.Namespace, sizes: ModelSizes) -> tuple[list[Call], TraceHeader]:
+def trace_of(args: argparse.Namespace, sizes: ModelSizes) -> tuple[list[TracedCall], TraceHeader]:
     """The recorded trace, or a synthetic one of the model's full size."""
     if args.trace is not None:
         trace = Trace(args.trace)

@@ -26,7 +26,7 @@ from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.units import parse_size
 from tools.simulator.policies import POLICIES, Belady, Lru, PinnedLru, Policy
 from tools.simulator.replay import learn, replay, replay_engine, replay_per_layer, steps_of
-from tools.simulator.trace_file import Call, Trace
+from tools.simulator.trace_file import TracedCall, Trace
 from tools.simulator.traces import Workload, synthetic_calls
 
 SHAPES = {"flash": (43, 256, 6, 13_369_344), "pro": (61, 384, 6, 35_094_528)}
@@ -62,7 +62,7 @@ class Row:
 
 
 def study(
-    calls: Sequence[Call],
+    calls: Sequence[TracedCall],
     header: TraceHeader,
     policies: Sequence[str],
     shares: Sequence[float],
@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def load(args: argparse.Namespace) -> tuple[TraceHeader, list[Call], int | None]:
+def load(args: argparse.Namespace) -> tuple[TraceHeader, list[TracedCall], int | None]:
     """The trace to replay and the size of an expert, where that is known."""
     if args.trace is not None:
         trace = Trace(args.trace)

@@ -16,7 +16,7 @@ from localrun.offload.cache.profile import Key, RoutingProfile
 from localrun.offload.cache.slots import TAIL_TOKENS, SlotTable
 from localrun.offload.cache.trace import TraceHeader
 from tools.simulator.policies import Lru, Policy
-from tools.simulator.trace_file import Call
+from tools.simulator.trace_file import TracedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Step:
     tail: frozenset[Key] | None = None
 
 
-def steps_of(calls: Iterable[Call]) -> list[Step]:
+def steps_of(calls: Iterable[TracedCall]) -> list[Step]:
     """Prepares calls for any number of replays; a call's tokens count with the first layer that the trace names."""
     steps = []
     first_layer = None
@@ -159,7 +159,7 @@ def replay_per_layer(steps: Sequence[Step], n_slots: int, *, warm_up: int = 0) -
     return Outcome(sum(p.hits for p in parts), sum(p.misses for p in parts), sum(p.n_tokens for p in parts))
 
 
-def learn(calls: Iterable[Call], header: TraceHeader) -> RoutingProfile:
+def learn(calls: Iterable[TracedCall], header: TraceHeader) -> RoutingProfile:
     """The profile that the engine would have after these calls."""
     profile = RoutingProfile(header.identity, {layer: shape[0] for layer, shape in header.layers.items()})
     for call in calls:

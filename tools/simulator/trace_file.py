@@ -17,7 +17,7 @@ Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class TracedCall:
     """One layer call. `ids`: (T, K) expert of each token's k-th choice."""
 
     layer: int
@@ -42,7 +42,7 @@ class Trace:
         with _reading(path) as file:
             self.header = read_header(file, path)
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[TracedCall]:
         """The calls in order.
 
         Raises:
@@ -53,7 +53,7 @@ class Trace:
             for payload in blocks(file, self.path):
                 yield from self._calls(payload)
 
-    def _calls(self, payload: bytes) -> Iterator[Call]:
+    def _calls(self, payload: bytes) -> Iterator[TracedCall]:
         at = 0
         while at < len(payload):
             if at + RECORD.size > len(payload):
@@ -67,7 +67,7 @@ class Trace:
             if ids.size and int(ids.max()) >= n_experts:
                 raise self._damaged(f"expert {int(ids.max())} of layer {layer}, which has {n_experts}")
             at += 2 * ids.size
-            yield Call(layer, ids)
+            yield TracedCall(layer, ids)
 
     def _damaged(self, what: str) -> FormatError:
         return FormatError(f"{self.path}: damaged routing trace: {what}", hint="delete it and record a new one")

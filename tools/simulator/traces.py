@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tools.simulator.trace_file import Call
+from tools.simulator.trace_file import TracedCall
 
 SKEW = 0.48
 SLOW_SHARE = 0.40
@@ -75,11 +75,11 @@ def popularity(n_experts: int) -> npt.NDArray[np.float64]:
     return np.asarray((curve - curve.mean()) / max(curve.std(), 1e-9))
 
 
-def synthetic_calls(work: Workload, seed: int) -> list[Call]:
+def synthetic_calls(work: Workload, seed: int) -> list[TracedCall]:
     """The calls of a whole run, in the engine's order: all layers of a batch, then the next batch."""
     rng = np.random.default_rng(seed)
     layers = [route_layer(work, rng) for _ in range(work.n_layers)]
-    return [Call(layer, ids[batch]) for batch in _batches(work) for layer, ids in enumerate(layers)]
+    return [TracedCall(layer, ids[batch]) for batch in _batches(work) for layer, ids in enumerate(layers)]
 
 
 def _batches(work: Workload) -> Iterator[slice]:

@@ -48,7 +48,7 @@ from localrun.offload.kernels.lowlevel import (
     store_u8,
 )
 from localrun.offload.kernels.records import Record, add, get, put
-from localrun.offload.kernels.tasks import Call, runner
+from localrun.offload.kernels.tasks import KernelCall, runner
 
 MAX_EXPERTS: Final = 4096
 MAX_VARIANTS: Final = 16
@@ -550,7 +550,7 @@ class LayerRecord:
         tick: npt.NDArray[np.int64],
         telemetry: npt.NDArray[np.int64],
         compiled_below: npt.NDArray[np.int64],
-        calls: Sequence[Call],
+        calls: Sequence[KernelCall],
     ) -> None:
         assert 1 <= len(calls) <= MAX_VARIANTS
         self._calls = np.concatenate(
@@ -586,7 +586,7 @@ def expert_record(projection: int, layer: LayerRecord) -> Record:
     return record
 
 
-def dense_record(call: Call, packed: npt.NDArray[np.uint64]) -> Record:
+def dense_record(call: KernelCall, packed: npt.NDArray[np.uint64]) -> Record:
     """Fields of a dense matrix; `packed`: address of each of its matrices (one, or one per group)."""
     record = WEIGHT.empty()
     WEIGHT.fill(

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from localrun.alignment import LINE_BYTES, align_up
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.spec import Math
-from localrun.offload.kernels.tasks import Call
+from localrun.offload.kernels.tasks import KernelCall
 
 
 class DenseKernel:
@@ -28,7 +28,7 @@ class DenseKernel:
         self.raw_bytes = self._matrix.raw_bytes
         self.packed_bytes = align_up(self._matrix.packed_bytes, LINE_BYTES)
         self.raw_is_packed = not self._matrix.interleaved
-        self._call = Call([self._matrix.at(0)], n_threads=n_threads)
+        self._call = KernelCall([self._matrix.at(0)], n_threads=n_threads)
         self._rows = np.arange(0, dtype=np.int32)
 
     def pack(self, raw: npt.NDArray[np.uint8], target: int) -> None:

@@ -20,7 +20,7 @@ from localrun.offload.kernels.interleaved.unpacking import unpack_function, unpa
 from localrun.offload.kernels.layout import expert_layout, is_interleaved, packed_matrix_bytes, raw_matrix_bytes
 from localrun.offload.kernels.panels import FLOAT32, Panel
 from localrun.offload.kernels.spec import FfnKernel, FfnSpec, Math
-from localrun.offload.kernels.tasks import Call, Matrix, runner
+from localrun.offload.kernels.tasks import KernelCall, Matrix, runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class ExpertKernel:
         kinds = dict.fromkeys(f"{m.type.name.lower()}-{m.arithmetic}" for m in self._matrices)
         self.name = "+".join(kinds)
         views = [m.at(offset) for m, offset in zip(self._matrices, self._offsets, strict=True)]
-        self.call = Call(views, limit=spec.limit, n_threads=n_threads)
-        self._alone = [Call([view], n_threads=n_threads) for view in views]
+        self.call = KernelCall(views, limit=spec.limit, n_threads=n_threads)
+        self._alone = [KernelCall([view], n_threads=n_threads) for view in views]
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
         assert raw.dtype == np.uint8

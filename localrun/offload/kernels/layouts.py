@@ -8,7 +8,7 @@ from localrun.offload.kernels.records import Layout, Words
 
 
 class _Matrix(Layout):
-    """One projection as the driver sees it; `Call` writes it once, compiled code reads it."""
+    """One projection as the driver sees it; `KernelCall` writes it once, compiled code reads it."""
 
     rows: int
     """Address of the row kernel, signature `compiled.ROWS`."""
@@ -37,11 +37,11 @@ class _Call(Layout):
     """One kind of call. The caller, in Python or compiled, fills in the batch; the driver works through it in windows."""
 
     threads: int
-    """Threads to use, the caller's included; `Call` writes once."""
+    """Threads to use, the caller's included; `KernelCall` writes once."""
     matrix_only: int
-    """1 if only `down` is applied to x; `Call` writes once."""
+    """1 if only `down` is applied to x; `KernelCall` writes once."""
     limit_bits: int
-    """The SwiGLU's clamp, bits of an F32; `Call` writes once."""
+    """The SwiGLU's clamp, bits of an F32; `KernelCall` writes once."""
     n_experts: int
     """Entries of `slots`; the caller writes, as it does up to `panels`: see `FfnKernel.run` for what they are."""
     slots: int
@@ -77,13 +77,13 @@ class _Call(Layout):
     down_rows: int
     """Rows of a down task; the driver writes for each window."""
     sched_yield: int
-    """Address of libc's function, 0: none; `Call` writes once, as the next two."""
+    """Address of libc's function, 0: none; `KernelCall` writes once, as the next two."""
     pool: int
     """Address of the POOL record whose threads help, 0: this thread alone."""
     task: int
     """Address of `int64 f(call, ticket)`, which runs one task."""
     matrices: Annotated[int, Words(3 * MATRIX.size)]
-    """MATRIX records of gate, up, down; `Call` writes once."""
+    """MATRIX records of gate, up, down; `KernelCall` writes once."""
 
 
 CALL = _Call()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from localrun.offload.kernels.tasks import Call
+from localrun.offload.kernels.tasks import KernelCall
 
 Math = Literal["int8", "f32"]
 
@@ -39,7 +39,7 @@ class FfnKernel(Protocol):
         slot_bytes: size of one packed expert, a multiple of 64.
         raw_bytes: sizes of gate, up and down as ggml rows.
         raw_is_packed: the packed form is gate|up|down ggml rows back to back, so bytes may be read straight into the slot.
-        call: arguments of `run` for compiled callers (`tasks.Call`).
+        call: arguments of `run` for compiled callers (`tasks.KernelCall`).
     """
 
     spec: FfnSpec
@@ -47,7 +47,7 @@ class FfnKernel(Protocol):
     slot_bytes: int
     raw_bytes: tuple[int, int, int]
     raw_is_packed: bool
-    call: Call
+    call: KernelCall
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
         """Fills the slot at address `slot` (64-byte aligned) from gate|up|down ggml rows; releases the interpreter lock."""

@@ -300,7 +300,7 @@ class Runner:
         self.sched_yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.run_address)
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: KernelCall) -> None:
         """Computes a filled-in call; the interpreter lock is free meanwhile."""
         self._run(call.address)
 
@@ -359,7 +359,7 @@ _BATCH: Final = CALL.span(
 )
 
 
-class Call:
+class KernelCall:
     """Arguments of one kind of call: three projections of a spec, or one matrix alone. Reused from call to call, by one thread."""
 
     def __init__(self, matrices: Sequence[Matrix], *, limit: float = math.inf, n_threads: int) -> None:

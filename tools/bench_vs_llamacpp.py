@@ -34,7 +34,7 @@ from tools import memory_limit
 
 EngineName = Literal["llama.cpp", "localrun"]
 
-VARIANTS = ("default", "experts", "plain")
+VARIANTS = ("default", "experts", "none")
 """How llama.cpp places weights, best first: by its own choice (repacking, AMX); only experts repacked, where its choice crashes
 (builds for AMX on machines that don't let programs use it); as they lie in the file."""
 
@@ -231,7 +231,7 @@ class Comparison:
         self._gguf, self._files, self._dense_bytes = _model_files(args.model)
         self._limit_bytes: int | None = args.memory_limit
         self._streams = self._limit_bytes is not None or _exceeds_ram(self._files)
-        self.variant = args.llamacpp or ("plain" if self._streams else "default")
+        self.variant = args.llamacpp or ("none" if self._streams else "default")
         self.runs: list[Measured] = []
         self.notes: list[str] = []
         self.agreement: dict[str, float] = {}
@@ -412,7 +412,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--ram", type=parse_size, metavar="SIZE", help="localrun's RAM for experts (default: what the limit leaves)"
     )
-    p.add_argument("--llamacpp", choices=VARIANTS, help="how llama.cpp places weights (default: the best that works)")
+    p.add_argument(
+        "--llamacpp", choices=VARIANTS, help="which weights llama.cpp repacks (default: the best that works)"
+    )
     p.add_argument("--warm-rounds", type=int, default=4, help="most whole prefills before a measurement in RAM")
     p.add_argument(
         "--min-agreement", type=float, default=0.7, help="share of equal argmaxes below which the result is void"

@@ -166,10 +166,10 @@ def _measure_plain(
     from localrun.ggml.devices import choose_gpus
 
     gpu = choose_gpus(facts.gpus[0])[0].address if facts.dense_on_gpu and facts.gpus else None
-    placement = stock.best_placement(facts.file_bytes, memory.available_memory())
+    repacking = stock.best_repacking(facts.file_bytes, memory.available_memory())
     out.status("loading stock llama.cpp")
     plain_options = replace(load_options, n_ctx=facts.n_ctx, n_batch=facts.n_batch, n_threads=facts.n_threads)
-    with stock.open_stock(gguf, plain_options, placement, gpu=gpu) as engine:
+    with stock.open_stock(gguf, plain_options, repacking, gpu=gpu) as engine:
         return benchmark.measure(engine, tokens, options, lambda text: out.status(f"llama.cpp: {text}"))
 
 

@@ -22,7 +22,7 @@ from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
-from localrun.offload.place import OffloadOptions
+from localrun.offload.setup import OffloadOptions
 from localrun.quant.model.source import PROJECTIONS, ModelSource
 
 Adopt = Callable[[int, Weight], None]

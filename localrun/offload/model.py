@@ -1,6 +1,6 @@
 """A loaded model: llama.cpp's dense part and our experts, from opening to closing.
 
-`place.py` decides the placement, `fill.py` reads the dense part, `pool.py` manages the experts.
+`setup.py` chooses kernels and divides the memory, `fill.py` reads the dense part, `pool.py` manages the experts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from localrun.offload.device.device import expert_device
 from localrun.offload.fill import fill_model, free_model
 from localrun.offload.gpu.stream_probe import unpackers
 from localrun.offload.learning import Learner
-from localrun.offload.place import ExpertPlacement, OffloadOptions, fit_into_free, make_tier, place_experts, slot_budget
 from localrun.offload.pool import ExpertPool
 from localrun.offload.readahead import hash_tables
 from localrun.offload.routers import Routers
+from localrun.offload.setup import ExpertSetup, OffloadOptions, choose_setup, fit_into_free, make_tier, slot_budget
 from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
@@ -165,9 +165,9 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     llama_log.install()
     device = expert_device()
     with contextlib.ExitStack() as opened:  # closes what was opened if anything after it fails
-        placement = place_experts(source, options)
+        setup = choose_setup(source, options)
         routers = Routers(source)
-        pool, ram_bytes = _open_pool(source, placement, options, routers)
+        pool, ram_bytes = _open_pool(source, setup, options, routers)
         opened.callback(pool.close)
         dense = DenseMatrices(n_threads=options.n_threads)
         opened.callback(dense.close)
@@ -178,11 +178,11 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         if options.first_context is not None and options.n_gpu_layers:
             with pool.idle():
                 opened.callback(options.first_context(model).close)
-            placement = fit_into_free(placement, options.gpu_spare)
-        device.process.grow(max(dense.scratch_bytes, placement.scratch_bytes), MAX_BATCH * placement.n_used, MAX_BATCH)
+            setup = fit_into_free(setup, options.gpu_spare)
+        device.process.grow(max(dense.scratch_bytes, setup.scratch_bytes), MAX_BATCH * setup.n_used, MAX_BATCH)
         device.process.prepare_attention(options.n_threads)
         learner = Learner(source, pool.residency, pool.telemetry, options.profile_folder)
-        tier = make_tier(source, placement, learner.profile.ranking())
+        tier = make_tier(source, setup, learner.profile.ranking())
         if tier is not None:
             pool.use_gpu(tier, n_unpackers=unpackers(options.n_threads))
         learner.keep_hottest()
@@ -194,27 +194,27 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
 
 
 def _open_pool(
-    source: ModelSource, placement: ExpertPlacement, options: OffloadOptions, routers: Routers
+    source: ModelSource, setup: ExpertSetup, options: OffloadOptions, routers: Routers
 ) -> tuple[ExpertPool, int]:
     """The experts, none of them read, and the RAM that they take with all buffers."""
     drive = probe_disk(source.files) if options.probe else DiskProfile()
     store = ExpertStore(
         source,
-        placement.kernels,
+        setup.kernels,
         n_reads=drive.n_reads * (2 if options.mirror else 1),
         piece_bytes=drive.piece_bytes,
         verify=options.verify,
         mirror=_open_mirror(source, options.mirror) if options.mirror else None,
     )
     try:
-        budget_bytes = slot_budget(placement, options, store.staging_bytes)
+        budget_bytes = slot_budget(setup, options, store.staging_bytes)
         pool = ExpertPool(
             source.moe_layers,
-            placement.kernels,
-            placement.wanted,
+            setup.kernels,
+            setup.wanted,
             store,
             budget_bytes,
-            placement.n_used,
+            setup.n_used,
             hash_tables=hash_tables(source),
             adaptive=options.adaptive,
             routers=routers,
@@ -222,7 +222,7 @@ def _open_pool(
     except BaseException:
         store.close()
         raise
-    return pool, budget_bytes + store.staging_bytes + placement.gpu_staging_bytes
+    return pool, budget_bytes + store.staging_bytes + setup.gpu_staging_bytes
 
 
 def _open_mirror(source: ModelSource, path: Path) -> ModelSource:

@@ -11,7 +11,7 @@ import pytest
 
 from localrun import cli
 from localrun.engine.engine import Engine
-from localrun.engine.measure.stock import best_placement, open_stock
+from localrun.engine.measure.stock import best_repacking, open_stock
 from localrun.ggml.devices import choose_gpus
 from tests.engine.conftest import OPTIONS
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
@@ -78,6 +78,6 @@ def test_the_dense_model_may_be_on_a_gpu(model_path: Path) -> None:
 
 
 def test_experts_are_repacked_only_where_file_and_copy_fit() -> None:
-    assert best_placement(10, 21) == "experts"
-    assert best_placement(10, 20) == "plain"
-    assert best_placement(10, None) == "plain"
+    assert best_repacking(10, 21) == "experts"
+    assert best_repacking(10, 20) == "none"
+    assert best_repacking(10, None) == "none"

@@ -71,7 +71,7 @@ def test_disagreeing_logits_void_the_result(tmp_path: Path) -> None:
 
 
 def test_engine_that_fails_is_reported_with_its_reason(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--pairs", "1", "--prompt-tokens", "4", "--new-tokens", "1", "--llamacpp", "plain", "--ram", "1KB"]
+    options = ["--pairs", "1", "--prompt-tokens", "4", "--new-tokens", "1", "--llamacpp", "none", "--ram", "1KB"]
     assert versus.main([str(model), *options]) == 1
     error = capsys.readouterr().err
     assert "error: localrun: --ram" in error
@@ -95,7 +95,7 @@ def test_a_model_beyond_ram_is_mapped_and_not_warmed_in_whole_prefills(
     args = versus.parser().parse_args([str(model)])
     assert versus.Comparison(args).variant == "default"
     monkeypatch.setattr("localrun.engine.memory.total_memory", lambda: model.stat().st_size)
-    assert versus.Comparison(args).variant == "plain"
+    assert versus.Comparison(args).variant == "none"
 
 
 def test_process_beyond_the_limit_is_killed_and_the_group_is_removed(limited: MemoryLimit) -> None:

@@ -17,7 +17,7 @@ from localrun.offload.cache.trace import TraceHeader
 from tools.simulator import cache as sim
 from tools.simulator.policies import POLICIES, Belady, Lfu, Lru, PinnedLru, Policy, S3Fifo
 from tools.simulator.replay import Step, replay, steps_of
-from tools.simulator.trace_file import TracedCall, Trace
+from tools.simulator.trace_file import Trace, TracedCall
 from tools.simulator.traces import Workload, synthetic_calls
 
 MAKERS: dict[str, Callable[[], Policy]] = {**POLICIES, "lru+pin of 5": lambda: PinnedLru((0, e) for e in range(5))}

@@ -35,7 +35,7 @@ from localrun.offload.cache.profile import Key
 from localrun.offload.cache.trace import TraceHeader
 from localrun.units import parse_size
 from tools.simulator.replay import Step, engine_misses, learn, steps_of
-from tools.simulator.trace_file import TracedCall, Trace
+from tools.simulator.trace_file import Trace, TracedCall
 from tools.simulator.traces import Workload, synthetic_calls
 
 DISK_SHARE = 0.75

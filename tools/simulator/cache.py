@@ -26,7 +26,7 @@ from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.units import parse_size
 from tools.simulator.policies import POLICIES, Belady, Lru, PinnedLru, Policy
 from tools.simulator.replay import learn, replay, replay_engine, replay_per_layer, steps_of
-from tools.simulator.trace_file import TracedCall, Trace
+from tools.simulator.trace_file import Trace, TracedCall
 from tools.simulator.traces import Workload, synthetic_calls
 
 SHAPES = {"flash": (43, 256, 6, 13_369_344), "pro": (61, 384, 6, 35_094_528)}

@@ -31,28 +31,28 @@ class StockModel:
     """Owns the model until `close`. A `LoadedModel` for `Engine`.
 
     Args:
-        placement: `plain`, weights as the file has them; `default`, llama.cpp's own choice (repacking, AMX); `experts`, only
-            experts repacked.
+        repacking: `none`, weights as the file has them; `default`, llama.cpp's own choice (AMX included); `experts`, only
+            those.
         gpu: ggml's device that gets everything but the experts; None: all is on the CPU.
 
     Raises:
         FormatError: llama.cpp can't load the file.
     """
 
-    def __init__(self, path: Path, placement: str = "plain", *, gpu: int | None = None) -> None:
+    def __init__(self, path: Path, repacking: str = "none", *, gpu: int | None = None) -> None:
         llama_log.install()
         library()  # loads the backends of a portable build
         L.llama_backend_init()
         params = L.llama_model_default_params()
         without_gpus(params)
-        params.use_extra_bufts = placement == "default"
+        params.use_extra_bufts = repacking == "default"
         overrides = (TensorBuftOverride * 2)()  # the last one, empty, ends the list
         devices = (C.c_void_p * 2)(gpu, None)
         if gpu is not None:
             params.n_gpu_layers, params.devices = ALL_LAYERS, C.cast(devices, C.c_void_p)
-        if placement == "experts" or gpu is not None:
+        if repacking == "experts" or gpu is not None:
             overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
-            overrides[0].buft = _repack_buffer_type() if placement == "experts" else _cpu_buffer_type()
+            overrides[0].buft = _repack_buffer_type() if repacking == "experts" else _cpu_buffer_type()
             params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
         llama_log.clear()
         self.model: Any = L.llama_model_load_from_file(str(path).encode(), params)
@@ -76,11 +76,11 @@ class StockModel:
             self.model = None
 
 
-def open_stock(path: Path, options: EngineOptions, placement: str = "plain", *, gpu: int | None = None) -> Engine:
+def open_stock(path: Path, options: EngineOptions, repacking: str = "none", *, gpu: int | None = None) -> Engine:
     """An engine on `StockModel`."""
     size = path.stat().st_size
     identity = xxhash.xxh3_128_hexdigest(f"stock {path.resolve()} {size}".encode())
-    stock = StockModel(path, placement, gpu=gpu)
+    stock = StockModel(path, repacking, gpu=gpu)
     try:
         return Engine(stock, options, path=path, identity=identity, file_bytes=size)
     except BaseException:
@@ -88,12 +88,12 @@ def open_stock(path: Path, options: EngineOptions, placement: str = "plain", *, 
         raise
 
 
-def best_placement(file_bytes: int, available_bytes: int | None) -> str:
+def best_repacking(file_bytes: int, available_bytes: int | None) -> str:
     """llama.cpp's fastest setup: experts repacked if file (in the page cache) and copy fit in RAM, else mapped.
 
     llama.cpp's default crashes when an AMX build runs on a machine that does not permit AMX.
     """
-    return "experts" if available_bytes is not None and 2 * file_bytes < available_bytes else "plain"
+    return "experts" if available_bytes is not None and 2 * file_bytes < available_bytes else "none"
 
 
 def _cpu_buffer_type() -> int:

@@ -1,4 +1,4 @@
-"""Places a model's experts: the kernel for each format, what is streamed through GPUs, and the division of RAM.
+"""How a model's experts are set up: the kernel for each format, what is streamed through GPUs, and the division of RAM.
 
 Everything here is decided from headers and measurements, before any weight is read.
 """
@@ -45,7 +45,7 @@ class Closable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OffloadOptions:
-    """How a model is placed.
+    """How a model is loaded.
 
     Attributes:
         ram_bytes: RAM for experts, staging included; None: as much as all experts need.
@@ -88,7 +88,7 @@ class OffloadOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertPlacement:
+class ExpertSetup:
     """What a load has decided about a model's experts.
 
     Attributes:
@@ -127,7 +127,7 @@ class ExpertPlacement:
         return max(kernel.call.scratch_bytes for variants in self.kernels.values() for kernel in variants)
 
 
-def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlacement:
+def choose_setup(source: ModelSource, options: OffloadOptions) -> ExpertSetup:
     """Chooses kernels and, by measurement, what is streamed through GPUs.
 
     Raises:
@@ -145,10 +145,10 @@ def place_experts(source: ModelSource, options: OffloadOptions) -> ExpertPlaceme
     kernels = _make_kernels(source, options)
     wanted = {layer: _wanted_variants(source, layer) for layer in source.moe_layers}
     gpus = [(device, budget) for device, budget in options.gpus if budget > 0]
-    return ExpertPlacement(kernels, wanted, n_used, gpus, _choose_rings(kernels, wanted, gpus, options))
+    return ExpertSetup(kernels, wanted, n_used, gpus, _choose_rings(kernels, wanted, gpus, options))
 
 
-def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_bytes: int) -> int:
+def slot_budget(setup: ExpertSetup, options: OffloadOptions, reading_bytes: int) -> int:
     """RAM for slots: what `options` give less what reads and uploads take, and no more than all experts need.
 
     Args:
@@ -158,26 +158,26 @@ def slot_budget(placement: ExpertPlacement, options: OffloadOptions, reading_byt
         BudgetError: less than one layer's experts, and somebody asked for just that.
     """
     # In adaptive mode experts have two slots while copies change, and copies of two sizes leave holes.
-    all_bytes = placement.slots_bytes * (2 if options.adaptive else 1)
+    all_bytes = setup.slots_bytes * (2 if options.adaptive else 1)
     if options.ram_bytes is None:
         return all_bytes
-    buffers = reading_bytes + placement.gpu_staging_bytes
+    buffers = reading_bytes + setup.gpu_staging_bytes
     budget = min(all_bytes, options.ram_bytes - buffers)
     # An upgrade holds two slots until the next token, so that they can't serve its neighbours.
-    floor = floor_bytes(placement.kernels, placement.n_used + (2 if options.adaptive else 0))
+    floor = floor_bytes(setup.kernels, setup.n_used + (2 if options.adaptive else 0))
     if budget < floor and options.ram_is_advice:
         log.warning("little memory is free: using the minimum RAM for experts, %s", format_size(floor))
         return floor
     if budget < floor:
         raise BudgetError(
-            f"--ram {format_size(options.ram_bytes)} is too little: one layer's {placement.n_used} experts need "
+            f"--ram {format_size(options.ram_bytes)} is too little: one layer's {setup.n_used} experts need "
             f"{format_size(floor)} and reading needs {format_size(reading_bytes)}",
             hint=f"set --ram to at least {format_size(floor + buffers)}",
         )
     return budget
 
 
-def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
+def make_tier(source: ModelSource, setup: ExpertSetup, ranking: Sequence[tuple[int, int]]) -> GpuTier | None:
     """The experts on GPUs, None if there are none; a device that can't be opened gets none, with a warning.
 
     Args:
@@ -185,7 +185,7 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
     """
     specs = {
         (layer, variant): kernel.spec
-        for layer, variants in placement.kernels.items()
+        for layer, variants in setup.kernels.items()
         for variant, kernel in enumerate(variants)
     }
     ranked = set(ranking)
@@ -193,26 +193,26 @@ def make_tier(source: ModelSource, placement: ExpertPlacement, ranking: Sequence
     n_experts = max(moe.n_experts for moe in layers.values())
     others = [(layer, expert) for expert in range(n_experts) for layer, moe in layers.items() if expert < moe.n_experts]
     order = [*ranking, *(at for at in others if at not in ranked)]
-    while placement.gpus:
+    while setup.gpus:
         try:
-            return GpuTier(placement.gpus, specs, placement.wanted, order, placement.rings)
+            return GpuTier(setup.gpus, specs, setup.wanted, order, setup.rings)
         except DeviceClosedError as error:
-            index = next(i for i, (device, _) in enumerate(placement.gpus) if device.name == error.device.name)
-            placement = _without_gpu(placement, index)
-            log.warning("%s; %s", error, "it gets no experts" if placement.gpus else "no experts go to GPUs")
+            index = next(i for i, (device, _) in enumerate(setup.gpus) if device.name == error.device.name)
+            setup = _without_gpu(setup, index)
+            log.warning("%s; %s", error, "it gets no experts" if setup.gpus else "no experts go to GPUs")
     return None
 
 
-def fit_into_free(placement: ExpertPlacement, spare: Mapping[str, int]) -> ExpertPlacement:
+def fit_into_free(setup: ExpertSetup, spare: Mapping[str, int]) -> ExpertSetup:
     """Limits experts to the GPUs' remaining memory, with a warning for each that has less than planned.
 
     Args:
         spare: bytes to leave, by the device's name.
     """
-    specs = {kernel.spec for variants in placement.kernels.values() for kernel in variants}
+    specs = {kernel.spec for variants in setup.kernels.values() for kernel in variants}
     scratch = max(map(scratch_bytes, specs))
-    for index in reversed(range(len(placement.gpus))):
-        device, planned = placement.gpus[index]
+    for index in reversed(range(len(setup.gpus))):
+        device, planned = setup.gpus[index]
         budget = min(planned, free_memory(device) - spare.get(device.name, 0))
         if budget == planned:
             continue
@@ -225,21 +225,21 @@ def fit_into_free(placement: ExpertPlacement, spare: Mapping[str, int]) -> Exper
             "" if fits else ": it gets none",
         )
         if not fits:
-            placement = _without_gpu(placement, index)
+            setup = _without_gpu(setup, index)
             continue
-        rings = placement.rings
+        rings = setup.rings
         if rings is not None and rings.gpu == index and rings.bytes_on(device) > (budget - scratch) * RING_SHARE:
             rings = None
-        gpus = [*placement.gpus[:index], (device, budget), *placement.gpus[index + 1 :]]
-        placement = replace(placement, gpus=gpus, rings=rings)
-    return placement
+        gpus = [*setup.gpus[:index], (device, budget), *setup.gpus[index + 1 :]]
+        setup = replace(setup, gpus=gpus, rings=rings)
+    return setup
 
 
-def _without_gpu(placement: ExpertPlacement, index: int) -> ExpertPlacement:
-    rings = placement.rings
+def _without_gpu(setup: ExpertSetup, index: int) -> ExpertSetup:
+    rings = setup.rings
     if rings is not None:
         rings = None if rings.gpu == index else replace(rings, gpu=rings.gpu - (rings.gpu > index))
-    return replace(placement, gpus=[*placement.gpus[:index], *placement.gpus[index + 1 :]], rings=rings)
+    return replace(setup, gpus=[*setup.gpus[:index], *setup.gpus[index + 1 :]], rings=rings)
 
 
 def _make_kernels(source: ModelSource, options: OffloadOptions) -> dict[int, list[FfnKernel]]:

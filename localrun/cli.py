@@ -45,14 +45,15 @@ _MODULES = {"list": "list_models"}
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = LocalrunError.exit_code, UsageError.exit_code, interrupts.EXIT_INTERRUPTED
 
-EXAMPLES = """\
-examples:
-  localrun chat                                    the demo model
-  localrun chat ~/models/DeepSeek-V4-Flash         an official checkpoint, as downloaded
-  localrun run -p "What is a mixture of experts?"
+DESCRIPTION = "Runs DeepSeek-V4-Flash and V4-Pro on one workstation, offline."
 
-exit codes:
-  0 done, 1 failed, 2 wrong usage, 130 interrupted, 128 + N ended by signal N
+EXAMPLES = """\
+start here:
+  localrun chat            the last model, or the demo
+  localrun plan flash      will DeepSeek-V4-Flash run here, and how fast?
+  localrun COMMAND --help  options and examples of a command
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 128+N signal N
 """
 
 
@@ -183,16 +184,20 @@ class _Parser(argparse.ArgumentParser):
         return [self, *(parser for action in subs for parser in action.choices.values())]
 
 
+class _Overview(_Parser):
+    """The parser of the whole command line. Its help fits a terminal of 24 lines, with the shell's next prompt below it."""
+
+    def format_help(self) -> str:
+        wide = max(map(len, COMMANDS))
+        listed = [f"  {name:<{wide}}  {summary}" for name, summary in COMMANDS.items()]
+        return "\n".join([f"usage: {self.prog} COMMAND ...", DESCRIPTION, "", *listed, "", EXAMPLES])
+
+
 def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
     """A parser of all commands; only those named in `with_options` get theirs."""
-    parser = _Parser(
-        prog="localrun",
-        description="Runs DeepSeek-V4-Flash and V4-Pro on one workstation, offline.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Overview(prog="localrun", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"localrun {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter

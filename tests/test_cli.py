@@ -138,6 +138,36 @@ def test_wrong_usage_is_2_and_says_why_on_stderr(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+STEPS = (["--batch", "4096"], "steps of 4096 tokens are longer than a context of 1024")
+ANSWER = (["--max-tokens", "1025"], "an answer of 1025 tokens does not fit a context of 1024")
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        *((command, STEPS) for command in (["run", "-p", "x"], ["chat"], ["plan", "flash", "--no-probe"], ["serve"])),
+        *((command, ANSWER) for command in (["run", "-p", "x"], ["chat"])),
+    ],
+)
+def test_what_the_context_cannot_hold_is_refused(command: list[str], refused: tuple[list[str], str]) -> None:
+    flags, message = refused
+    done = localrun(*command, "--context", "1024", *flags)
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_overview_fits_a_small_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    bare = capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == bare
+    lines = bare.splitlines()
+    assert len(lines) <= 23  # one more for the shell's prompt
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"  {command} ") for line in lines) for command in cli.COMMANDS)
+
+
 def test_every_command_has_two_examples_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0

@@ -158,6 +158,10 @@ def test_lengths_are_checked_against_the_model() -> None:
         check_lengths(4096, n_ctx=4097, n_batch=512)
     with pytest.raises(UsageError, match="steps of 4097 tokens"):
         check_lengths(4096, n_ctx=0, n_batch=4097)
+    check_lengths(0, n_ctx=256, n_batch=512)
+    check_lengths(4096, n_ctx=1024, n_batch=1024)
+    with pytest.raises(UsageError, match="steps of 1025 tokens are longer than a context of 1024"):
+        check_lengths(4096, n_ctx=1024, n_batch=1025)
     check_answer(None, 512)
     check_answer(512, 512)
     with pytest.raises(UsageError, match="an answer of 513 tokens"):

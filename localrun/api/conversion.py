@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localrun.api import precision, splitting
+from localrun import config
+from localrun.api import demo, models, precision, splitting
 from localrun.api.following import Follower
 from localrun.api.options import Size
 from localrun.api.precision import Request
@@ -141,6 +142,16 @@ class _Progress:
         pass
 
 
+def _source(wanted: Request) -> Path:
+    """The checkpoint, which may be given by a model's name. Raises UsageError: there is none."""
+    try:
+        return models.resolve(str(wanted.source), config.load(), command="convert") or demo.checkpoint()
+    except UsageError:
+        if wanted.target_folder.exists():  # some things about a finished model can be changed without its checkpoint
+            return wanted.source
+        raise
+
+
 def run(wanted: Request, out: Follower) -> None:
     """Does whatever is left to do: converts, resumes, or changes the overlay of a finished model.
 
@@ -150,6 +161,7 @@ def run(wanted: Request, out: Follower) -> None:
     from localrun.quant.convert.converter import DEFAULT_JOBS, LEARNED_NAME
     from localrun.quant.model.manifest import MANIFEST_NAME
 
+    wanted = replace(wanted, source=_source(wanted))
     jobs = DEFAULT_JOBS if wanted.jobs is None else wanted.jobs
     if not 1 <= jobs <= 256:
         raise UsageError(f"--jobs {jobs}: expected 1 to 256")

@@ -146,6 +146,7 @@ def _refusal(text: str, settings: config.Settings, command: str) -> UsageError:
         return UsageError(
             f"{text} is not on this machine; localrun downloads nothing",
             hint=f"hf download {text} --local-dir {folder}, then: localrun {command} {folder}"
+            + (" DIR" if command == "convert" else "")
             + (f"; first: localrun plan {release}" if release and command != "plan" else ""),
         )
     return UsageError(f"{text}: no such file or directory", hint="localrun list shows the models on this machine")

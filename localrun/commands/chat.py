@@ -20,7 +20,7 @@ from localrun import config, interrupts
 from localrun.api import demo, models
 from localrun.api.model import generate_command
 from localrun.api.options import engine_options, sampling_options
-from localrun.commands import common
+from localrun.commands import common, typeahead
 from localrun.commands.output import Output
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess, GenerateEvent
@@ -61,8 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out = Output()
-    settings = common.settings_of(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and out.out_is_terminal
+    with typeahead.kept() if interactive and not args.plain else contextlib.nullcontext():
+        return _run(args, out, interactive=interactive)
+
+
+def _run(args: argparse.Namespace, out: Output, *, interactive: bool) -> int:
+    settings = common.settings_of(args)
     if args.server is not None:
         return _run_remote(args, settings, out, interactive=interactive)
     options = engine_options(settings)

@@ -77,8 +77,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> config.Settings:
-    """The user's settings, overridden by what was typed."""
-    return config.load().overridden(args, getattr(args, "option_names", ()))
+    """The user's settings, overridden by what was typed.
+
+    Raises:
+        UsageError: a setting is invalid, or an answer is asked for that the context can't hold.
+    """
+    settings = config.load().overridden(args, getattr(args, "option_names", ()))
+    if settings["context"]:
+        check_answer(getattr(args, "max_tokens", None), settings["context"])
+    return settings
 
 
 def model_path(args: argparse.Namespace, settings: config.Settings, out: Output) -> Path:
@@ -99,6 +106,11 @@ def named_path(args: argparse.Namespace, settings: config.Settings) -> Path | No
 def named_model(text: str, out: Output, *, command: str = "run") -> Path:
     """The path of a model that an option names. Raises LocalrunError: there is none."""
     return models.resolve(text, config.load(), command=command) or demo_model(out)
+
+
+def named_checkpoint(text: str, *, command: str) -> Path:
+    """The folder of an official checkpoint that an option names. Raises LocalrunError: there is none."""
+    return models.resolve(text, config.load(), command=command) or demo.checkpoint()
 
 
 def demo_model(out: Output) -> Path:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `localrun convert`."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "source", metavar="SRC", type=Path, help="checkpoint directory with config.json and safetensors files"
+        "source", metavar="SRC", type=Path, help="an official checkpoint: a directory, or a name from [models]"
     )
     parser.add_argument(
         "target_folder",

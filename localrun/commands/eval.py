@@ -99,7 +99,7 @@ def _text(args: argparse.Namespace, model: Path, options: EngineOptions, out: Ou
     if args.reference is None:
         result = _measure(args, model, options, command, out)
     else:
-        result = compare(args, model, common.named_model(args.reference, out), options, command, out)
+        result = compare(args, model, common.named_model(args.reference, out, command="eval"), options, command, out)
     values = {key: value for key, value in structs.asdict(result).items() if key != "request" and value is not None}
     if args.json:
         out.json({"model": str(model), "window": args.window, **values})

@@ -7,6 +7,7 @@ checkpoint) has no checksums, so only its structure is checked, and the output s
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     from localrun.quant.open import open_model
 
     out = Output()
-    model = common.named_model(args.model, out)
-    restored = _restore(model, args.repair.expanduser(), out) if args.repair is not None else False
+    model = common.named_model(args.model, out, command="verify")
+    if args.repair is not None:
+        args.repair = common.named_checkpoint(str(args.repair), command=f"verify {shlex.quote(args.model)} --repair")
+    restored = _restore(model, args.repair, out) if args.repair is not None else False
     out.status("checking the structure")
     source = open_model(model, unchecked=True)
     out.clear_status()
@@ -113,7 +116,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     n_damaged = len(damages)
     _describe(damages, source, out)
     if damages and args.repair is not None:
-        damages = _repair(source, damages, args.repair.expanduser(), out)
+        damages = _repair(source, damages, args.repair, out)
     speed = f"{format_size(n_bytes - skipped)} in {format_duration(seconds)}"
     speed += f", {(n_bytes - skipped) / max(seconds, 1e-9) / 1e9:.2f} GB/s"
     if damages:

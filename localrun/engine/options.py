@@ -89,11 +89,17 @@ def check_context(n_ctx: int, trained: int) -> None:
 
 
 def check_lengths(trained: int, *, n_ctx: int, n_batch: int) -> None:
-    """Raises UsageError for a context or steps beyond what a model was trained for; `trained` 0: nobody knows.
+    """Raises UsageError for a context or steps beyond what a model was trained for (`trained` 0: nobody knows), and for steps
+    longer than the context (`n_ctx` 0: as the model likes).
 
-    The default step is no promise: a smaller model takes smaller ones.
+    The default step is no promise: a smaller model or context takes smaller ones.
     """
     check_context(n_ctx, trained)
+    if n_ctx and n_batch > max(n_ctx, BY_NAME["batch"].default):
+        raise UsageError(
+            f"steps of {n_batch} tokens are longer than a context of {n_ctx}",
+            hint=f"use --batch {n_ctx} or less, or a longer --context",
+        )
     if trained and n_batch > max(trained, BY_NAME["batch"].default):
         raise UsageError(
             f"steps of {n_batch} tokens are longer than the {trained} that this model was trained for",

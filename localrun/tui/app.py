@@ -121,6 +121,8 @@ class LocalrunApp(App[None]):
         self.on_leaving: Callable[[], None] = lambda: None
         self._engine_factory = engine_factory
         self._store_path = store_path
+        self._early: list[events.Event] | None = []
+        """Keys and pastes from before the chat screen was there; None: it is."""
         # Over SSH every frame of an animation is traffic, and here it would take time from the model.
         self.animation_level = "none"
 
@@ -139,6 +141,13 @@ class LocalrunApp(App[None]):
         self.theme_changed_signal.subscribe(self, self._keep_theme)
         self.chat = ChatScreen(records, self._engine_factory, self.launch)
         await self.push_screen(self.chat)
+        self.call_later(self._type_early_keys)
+
+    def _type_early_keys(self) -> None:
+        """Now that the input has the focus, what was typed before goes there, in order."""
+        early, self._early = self._early or [], None
+        for event in early:
+            self.post_message(event)
 
     def _keep_theme(self, theme: Theme) -> None:
         if self.records is not None:
@@ -188,7 +197,10 @@ class LocalrunApp(App[None]):
         )
 
     async def on_event(self, event: events.Event) -> None:
-        """A paste goes to the focused text field; in the chat always to the input."""
+        """A paste goes to the focused text field; in the chat always to the input. Keys wait for a screen that takes them."""
+        if self._early is not None and len(self.screen_stack) == 1 and isinstance(event, events.Key | events.Paste):
+            self._early.append(event)
+            return
         if isinstance(event, events.Paste) and not event.is_forwarded:
             if not isinstance(self.focused, Input | TextArea) and self.chat is not None and self.screen is self.chat:
                 if self.chat.panels.engine != "full":

@@ -12,6 +12,7 @@ from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
 from textual.drivers.linux_driver import LinuxDriver
 
+from localrun.commands import typeahead
 from localrun.tui.pasted import Pasted, PasteSplitter
 
 _POLL_S = 0.1
@@ -21,7 +22,12 @@ _READ_BYTES = 1 << 16
 
 
 class TerminalDriver(LinuxDriver):
-    """As its parent; only reading differs. A terminal that is gone ends the reading: `lifeline` sees to the rest."""
+    """As its parent; reading differs. A terminal that is gone ends the reading: `lifeline` sees to the rest."""
+
+    def start_application_mode(self) -> None:
+        """Editors that get the terminal for a while find it as it was before the program."""
+        super().start_application_mode()  # type: ignore[no-untyped-call]
+        self.attrs_before = typeahead.attributes_before() or self.attrs_before
 
     def run_input_thread(self) -> None:
         """Reads until the driver is stopped."""

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from localrun.commands import typeahead
+
 GRACE_S = 3.0
 """After the terminal is gone or a signal came: time to save and to end in order."""
 
@@ -48,7 +50,7 @@ class Lifeline:
 
     def __enter__(self) -> Lifeline:
         with contextlib.suppress(termios.error, OSError, ValueError):
-            self._attributes = termios.tcgetattr(sys.__stdin__)  # type: ignore[arg-type]
+            self._attributes = typeahead.attributes_before() or termios.tcgetattr(sys.__stdin__)  # type: ignore[arg-type]
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._signalled)
         threading.Thread(target=self._watch, name="tui-lifeline", daemon=True).start()

@@ -44,6 +44,22 @@ def test_choices_are_those_of_the_plan() -> None:
     assert set(command.BASE_CHOICES) == set(BASE_TYPES)
 
 
+def test_the_source_may_be_a_name(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCALRUN_CONFIG_DIR", str(tmp_path / "config"))
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.toml").write_text(f"[models]\nofficial = '{small}'\n")
+    assert run("official", tmp_path / "out", "--dry-run") == 0
+    assert "I8 -> MXFP4  exact" in capsys.readouterr().err
+    with pytest.raises(UsageError) as caught:
+        run("oficial", tmp_path / "out", "--dry-run")
+    assert caught.value.hint == "did you mean: localrun convert official"
+    with pytest.raises(UsageError) as caught:
+        run("deepseek-ai/DeepSeek-V4-Flash", tmp_path / "out", "--dry-run")
+    assert "localrun convert ~/models/DeepSeek-V4-Flash DIR" in (caught.value.hint or "")
+
+
 def test_dry_run_writes_nothing_and_shows_the_plan(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

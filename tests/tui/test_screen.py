@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual import events
 from textual.command import CommandPalette
 from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 
@@ -21,8 +23,9 @@ from localrun.engine.planner.boxes import BY_SLUG
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import sizes_of
 from localrun.errors import BudgetError
-from localrun.tui.app import Launch
+from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matching_slashes
+from localrun.tui.controllers.records import Records
 from localrun.tui.screens.dialog import ChoiceDialog, TextDialog
 from localrun.tui.screens.help import HelpScreen
 from localrun.tui.screens.models import ModelsScreen
@@ -221,6 +224,28 @@ async def test_messages_are_reached_by_keyboard_and_mouse(setup: Setup) -> None:
         last = talk.screen.chat.view(talk.screen.chat.entries[-1].message.id)
         await talk.pilot.click(last)  # type: ignore[arg-type]
         assert talk.screen.focused is last
+
+
+async def test_what_is_typed_while_the_conversations_are_opened_is_in_the_input(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, open_records = asyncio.Event(), LocalrunApp._open_records
+
+    async def slowly(app: LocalrunApp) -> Records | None:
+        await opening.wait()
+        return await open_records(app)
+
+    monkeypatch.setattr(LocalrunApp, "_open_records", slowly)
+    app = LocalrunApp(setup.launch, engine_factory=FakeEngine, store_path=setup.folder / "c.sqlite3")
+    async with app.run_test() as pilot:
+        await pilot.press("H", "i", "shift+enter")
+        app.post_message(events.Paste("all"))
+        await pilot.press("!")
+        opening.set()
+        talk = Talk(app, pilot, FakeEngine(lambda error: None))
+        await talk.until(lambda: app.chat is not None and app.chat.is_mounted and talk.screen.prompt.text == "Hi\nall!")
+        await talk.press("enter")
+        await talk.until(lambda: talk.shown[:1] == [("user", "Hi\nall!")])
 
 
 # --- conversations

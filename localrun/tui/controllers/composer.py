@@ -92,8 +92,7 @@ class Composer:
         texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state("draft", "")))
         self._saved_draft = str(draft)
         self.prompt.set_history(texts)
-        if not self.prompt.text:
-            self.prompt.set_text(self._saved_draft)
+        self.prompt.set_text(self._saved_draft + self.prompt.text)  # which may have been typed already
 
     # --- sending
 

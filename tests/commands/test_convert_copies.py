@@ -148,7 +148,7 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
 ) -> None:
     target = Path(shutil.copytree(finished, tmp_path / "out"))
     assert convert(source, target, "--hot", f"mxfp4:{ONE}B", "--hot", f"q3_k:{3 * ONE}B", *LEARN, *OTHER_TEXT) == 0
-    types: Any = read_manifest(target / MANIFEST_NAME).tiers
+    types: Any = read_manifest(target / MANIFEST_NAME).better_copies
     assert sum(len(by_type.get("mxfp4", [])) for by_type in types.values()) == 1
     assert better(target) > 1
     assert len(list(target.glob("overlay-*.gguf"))) == 1

@@ -121,7 +121,14 @@ def _look_at_converted(path: Path) -> Look:
     found = manifest is None or bool(verify(source, manifest))
     free: list[object] = []
     if manifest is not None:
-        free = [manifest.source, manifest.tools, manifest.options, manifest.profile, manifest.tiers, manifest.report]
+        free = [
+            manifest.source,
+            manifest.tools,
+            manifest.options,
+            manifest.profile,
+            manifest.better_copies,
+            manifest.report,
+        ]
         free.append(manifest.overlay.options if manifest.overlay is not None else None)
     return Look(_digest(said, payload, free), found=found, payload=payload)
 

@@ -44,7 +44,7 @@ from localrun.quant.precision.solver import (
 
 log = logging.getLogger(__name__)
 
-IMATRIX_NAME, TIERS_NAME = "imatrix.gguf", "tiers.json"
+IMATRIX_NAME, MEASURED_NAME = "imatrix.gguf", "tiers.json"
 Report = Callable[[str, int, int], None]
 """Called with (step, done, total)."""
 
@@ -215,7 +215,7 @@ def _keep_importance(folder: Path, importance: Importance, source: ModelSource) 
     """Writes the sums and reads them back: mapped (those of a big model are a gigabyte), and rounded as a later run sees them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TIERS_NAME).unlink(missing_ok=True)  # it certifies the sums next to it
+        (folder / MEASURED_NAME).unlink(missing_ok=True)  # it certifies the sums next to it
     except OSError as error:
         raise StoreError(f"{folder}: can't be written: {error.strerror}") from error
     write_imatrix(importance, folder / IMATRIX_NAME)
@@ -224,7 +224,7 @@ def _keep_importance(folder: Path, importance: Importance, source: ModelSource) 
 
 def _keep(folder: Path, key: str, importance: Importance, errors: ErrorTable | None, dense: DenseErrors | None) -> None:
     """Written last: certifies that the sums are complete, and holds the measurements made with them."""
-    path = folder / TIERS_NAME
+    path = folder / MEASURED_NAME
     value = {
         "key": key,
         "importance": importance.digest,
@@ -239,14 +239,14 @@ def _kept(
     folder: Path, key: str, source: ModelSource
 ) -> tuple[Importance, ErrorTable | None, DenseErrors | None] | None:
     """What an earlier run kept; None if there is nothing that fits."""
-    path = folder / TIERS_NAME
+    path = folder / MEASURED_NAME
     try:
         value = json.loads(path.read_text("utf-8"))
         if not isinstance(value, dict) or value.get("key") != key:
             return None
         importance = read_imatrix(folder / IMATRIX_NAME, source.moe_layers)
         if importance.digest != value.get("importance"):
-            raise FormatError(f"{folder / IMATRIX_NAME}: not the one {TIERS_NAME} was made with")
+            raise FormatError(f"{folder / IMATRIX_NAME}: not the one {MEASURED_NAME} was made with")
         errors = ErrorTable.from_json(value["errors"]) if value.get("errors") is not None else None
         if errors is not None and set(errors.layers) != set(source.moe_layers):
             raise FormatError(f"{path}: errors of other layers")

@@ -145,7 +145,7 @@ def write_overlay(
         copies: the experts and their formats.
         target: the converted model's directory.
         importance: for types that round.
-        sections: manifest sections to write with it: `tiers`, `profile`, `report`. `tiers` defaults to the plan.
+        sections: the manifest's `profile` and `report` to write with it.
 
     Raises:
         UsageError: not a converted model, another checkpoint, impossible copies, or an unfinished run with other options.
@@ -158,7 +158,7 @@ def write_overlay(
     options = {"tiers": _describe(copies)}
     if importance is not None:
         options["imatrix"] = importance.digest
-    added: dict[str, Mapping[str, object]] = {"tiers": copies.to_json(), **(sections or {})}
+    added: dict[str, Mapping[str, object]] = {"better_copies": copies.to_json(), **(sections or {})}
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
         section = overlay_section(plan, name, done, options, losses)
@@ -187,7 +187,7 @@ def remove_overlay(target: Path) -> None:
     Raises:
         UsageError: not a converted model.
     """
-    _put(target, replace(read_base(target), overlay=None, tiers={}, report={}))
+    _put(target, replace(read_base(target), overlay=None, better_copies={}, report={}))
 
 
 def _put(target: Path, manifest: Manifest) -> None:

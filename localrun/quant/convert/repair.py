@@ -73,7 +73,7 @@ def restore_files(
         return []
     headers = _base_headers(manifest, checkpoint, importance)
     if overlay is not None:
-        plan = plan_overlay(checkpoint, BetterCopies.from_json(manifest.tiers), manifest, importance)
+        plan = plan_overlay(checkpoint, BetterCopies.from_json(manifest.better_copies), manifest, importance)
         headers[overlay.files[0].name] = plan.header
     for file in bad:
         header = headers.get(file.name, b"")

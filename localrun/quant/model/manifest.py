@@ -35,7 +35,8 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _HEX = re.compile(r"(?:[0-9a-f]{16})*")
 _REQUIRED_KEYS = {"format", "version", "files", "tensors", "experts"}
-_FREE_KEYS = ("tiers", "profile", "report")
+_FREE_KEYS = {"tiers": "better_copies", "profile": "profile", "report": "report"}
+"""Key in the file -> attribute."""
 _OVERLAY_KEYS = {"files", "experts", "options", "rounding"}
 _KEPT_KEYS = {"path", "identity", "files"}
 _OPTIONAL_KEYS = {"source", "tools", "options", "overlay", "kept", "checksum", *_FREE_KEYS}
@@ -150,7 +151,8 @@ class Manifest:
         options: the user's conversion options.
         overlay: better copies of some experts; None without.
         kept: location of the experts, if they are not in `files`; `experts` is then empty.
-        tiers, profile, report: how copies were chosen, expert use counts, and quality (free JSON; may be empty).
+        better_copies, profile, report: the experts in the overlay (`BetterCopies`, key `tiers`), use counts, and quality (free
+            JSON; may be empty).
     """
 
     files: tuple[ModelFile, ...]
@@ -161,7 +163,7 @@ class Manifest:
     options: Mapping[str, object] = field(default_factory=dict)
     overlay: Overlay | None = None
     kept: KeptExperts | None = None
-    tiers: Mapping[str, object] = field(default_factory=dict)
+    better_copies: Mapping[str, object] = field(default_factory=dict)
     profile: Mapping[str, object] = field(default_factory=dict)
     report: Mapping[str, object] = field(default_factory=dict)
 
@@ -199,7 +201,7 @@ class Manifest:
             data["overlay"] = self.overlay.to_json()
         if self.kept is not None:
             data["kept"] = self.kept.to_json()
-        data |= {key: dict(value) for key in _FREE_KEYS if (value := getattr(self, key))}
+        data |= {key: dict(value) for key, name in _FREE_KEYS.items() if (value := getattr(self, name))}
         data["checksum"] = _digest_of(data)
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -287,9 +289,7 @@ class _Parser:
             options=self._map("options", root),
             overlay=overlay,
             kept=self._kept(root["kept"]) if "kept" in root else None,
-            tiers=self._map("tiers", root),
-            profile=self._map("profile", root),
-            report=self._map("report", root),
+            **{name: self._map(key, root) for key, name in _FREE_KEYS.items()},
         )
 
     def _map(self, name: str, root: dict[str, Any], where: str = "") -> dict[str, Any]:

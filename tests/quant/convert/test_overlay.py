@@ -113,7 +113,7 @@ def test_manifest_says_who_has_what_and_verify_reads_all_of_it(
 ) -> None:
     manifest = read_manifest(model / MANIFEST_NAME)
     assert manifest.overlay is not None
-    assert BetterCopies.from_json(dict(manifest.tiers)) == TIERS
+    assert BetterCopies.from_json(dict(manifest.better_copies)) == TIERS
     assert {k: s.ids for k, s in manifest.overlay.experts[2].items()} == {"q4_k": (0, 3), "mxfp4": (2,)}
     assert manifest.overlay.options["imatrix"] == "seed 0"
     assert list(manifest.overlay.rounding) == ["I8 -> Q4_K"]

@@ -29,7 +29,7 @@ THINK_MODES = ("off", "high", "max")
 """Of the models that localrun is made for; another model may have others (`ModelFacts.think_modes`)."""
 
 
-class Kind(Enum):
+class OptionKind(Enum):
     """What a value is."""
 
     SIZE = "size"  # bytes, with a unit where it is text
@@ -70,7 +70,7 @@ class Option:
 
     name: str
     table: str
-    kind: Kind
+    kind: OptionKind
     help: str
     field: str = ""
     default: Any = None
@@ -96,7 +96,7 @@ class Option:
     @property
     def bounds(self) -> str:
         """`0 to 1`, `auto, none`, `SIZE`: what a value may be, for people."""
-        if self.kind is Kind.SIZE:
+        if self.kind is OptionKind.SIZE:
             return "a size, such as 16GiB"
         if self.choices:
             return ", ".join(self.choices)
@@ -118,42 +118,42 @@ class Option:
         """Raises UsageError for a value that is invalid or out of bounds. None is valid for an option without a default."""
         if value is None and self.default is None:
             return
-        if self.kind in (Kind.COUNT, Kind.NUMBER, Kind.SIZE):
+        if self.kind in (OptionKind.COUNT, OptionKind.NUMBER, OptionKind.SIZE):
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise self._refusal(value)
-            low = max(self.low, 0) if self.kind is Kind.SIZE else self.low
+            low = max(self.low, 0) if self.kind is OptionKind.SIZE else self.low
             if not low <= value <= self.high:  # also false for NaN
                 raise self._refusal(value)
-        elif self.kind is Kind.CHOICE and value not in self.choices:
+        elif self.kind is OptionKind.CHOICE and value not in self.choices:
             raise self._refusal(value)
 
     def show(self, value: Any) -> str:
         """The value as `parse` reads it; empty for None."""
         if value is None:
             return ""
-        if self.kind is Kind.SIZE:
+        if self.kind is OptionKind.SIZE:
             return format_size(value).replace(" ", "")
-        if self.kind is Kind.NUMBER:
+        if self.kind is OptionKind.NUMBER:
             return f"{value:g}"
-        return str(value).lower() if self.kind is Kind.SWITCH else str(value)
+        return str(value).lower() if self.kind is OptionKind.SWITCH else str(value)
 
     def _converted(self, value: object) -> Any:
         text = value.strip() if isinstance(value, str) else value
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         try:
-            if self.kind is Kind.SIZE and (isinstance(text, str) or is_number):
+            if self.kind is OptionKind.SIZE and (isinstance(text, str) or is_number):
                 return parse_size(str(text))
-            if self.kind is Kind.NUMBER and (isinstance(text, str) or is_number):
+            if self.kind is OptionKind.NUMBER and (isinstance(text, str) or is_number):
                 return float(text)  # type: ignore[arg-type]  # str, int or float
-            if self.kind is Kind.COUNT and (isinstance(text, str) or is_number):
+            if self.kind is OptionKind.COUNT and (isinstance(text, str) or is_number):
                 return _whole(text)
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}", hint=error.hint) from None
         except (ValueError, OverflowError):
             raise self._refusal(value) from None
-        if self.kind is Kind.SWITCH and str(text).lower() in _SWITCHES:
+        if self.kind is OptionKind.SWITCH and str(text).lower() in _SWITCHES:
             return _SWITCHES[str(text).lower()]
-        if self.kind in (Kind.TEXT, Kind.PATH, Kind.CHOICE) and isinstance(value, str):
+        if self.kind in (OptionKind.TEXT, OptionKind.PATH, OptionKind.CHOICE) and isinstance(value, str):
             return value
         raise self._refusal(value)
 
@@ -192,7 +192,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="model",
         table="engine",
-        kind=Kind.PATH,
+        kind=OptionKind.PATH,
         help="model to use when none is given: a path, or a name from [models]",
         unset="without one: the demo model",
         where=frozenset({Where.FILE}),
@@ -200,7 +200,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="ram",
         table="engine",
-        kind=Kind.SIZE,
+        kind=OptionKind.SIZE,
         field="ram_bytes",
         help="RAM for experts",
         unset="without it: what is free, minus some headroom",
@@ -209,7 +209,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="vram",
         table="engine",
-        kind=Kind.SIZE,
+        kind=OptionKind.SIZE,
         field="vram_bytes",
         help="GPU memory to use, across all GPUs",
         unset="without it: what is free",
@@ -218,7 +218,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="gpu",
         table="engine",
-        kind=Kind.TEXT,
+        kind=OptionKind.TEXT,
         field="gpu",
         default="auto",
         choices=("auto", "none"),
@@ -229,7 +229,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="rpc",
         table="engine",
-        kind=Kind.TEXT,
+        kind=OptionKind.TEXT,
         field="rpc",
         help="GPUs on other machines: comma-separated addresses of llama.cpp rpc-servers",
         unset="without it: none",
@@ -238,7 +238,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="context",
         table="engine",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         field="n_ctx",
         default=0,
         low=0,
@@ -250,7 +250,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="threads",
         table="engine",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         field="n_threads",
         default=0,
         low=0,
@@ -261,7 +261,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="batch",
         table="engine",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         field="n_batch",
         default=512,
         low=1,
@@ -273,7 +273,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="kv",
         table="engine",
-        kind=Kind.CHOICE,
+        kind=OptionKind.CHOICE,
         field="kv_type",
         default="f16",
         choices=KV_TYPES,
@@ -283,7 +283,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="dense",
         table="engine",
-        kind=Kind.CHOICE,
+        kind=OptionKind.CHOICE,
         field="dense",
         choices=DENSE_CHOICES,
         help="official checkpoints only: type to convert the FP8 dense matrices to when loading",
@@ -293,7 +293,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="mirror",
         table="engine",
-        kind=Kind.PATH,
+        kind=OptionKind.PATH,
         field="mirror",
         help="a second copy of the model on another drive; both are read in parallel",
         unset="without it: none",
@@ -302,7 +302,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="adaptive",
         table="engine",
-        kind=Kind.SWITCH,
+        kind=OptionKind.SWITCH,
         field="adaptive",
         default=False,
         help="on a miss, use the smaller copy and fetch the better one later; the same seed may then give different tokens",
@@ -311,7 +311,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="temperature",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="temperature",
         default=1.0,
         low=0,
@@ -325,7 +325,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="top_p",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="top_p",
         default=1.0,
         low=0,
@@ -338,7 +338,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="top_k",
         table="sampling",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         field="top_k",
         default=0,
         low=0,
@@ -351,7 +351,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="min_p",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="min_p",
         default=0.0,
         low=0,
@@ -363,7 +363,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="seed",
         table="sampling",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         field="seed",
         low=0,
         high=MAX_SEED,
@@ -374,7 +374,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="max_tokens",
         table="sampling",
-        kind=Kind.COUNT,
+        kind=OptionKind.COUNT,
         low=1,
         high=2**24,
         unit="tokens",
@@ -386,7 +386,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="repeat_penalty",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="repeat_penalty",
         default=1.0,
         low=0.01,
@@ -397,7 +397,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="presence_penalty",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="presence_penalty",
         default=0.0,
         low=-2,
@@ -408,7 +408,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="frequency_penalty",
         table="sampling",
-        kind=Kind.NUMBER,
+        kind=OptionKind.NUMBER,
         field="frequency_penalty",
         default=0.0,
         low=-2,
@@ -419,7 +419,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="think",
         table="sampling",
-        kind=Kind.TEXT,
+        kind=OptionKind.TEXT,
         default="off",
         choices=THINK_MODES,
         metavar="off|high|max",
@@ -428,7 +428,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="notify",
         table="interface",
-        kind=Kind.CHOICE,
+        kind=OptionKind.CHOICE,
         default="bell",
         choices=("bell", "desktop", "off"),
         help="how the terminal UI announces a long answer: terminal bell, desktop notification, or not at all",
@@ -470,7 +470,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, options: Iterable[Opt
     """
     group = parser.add_argument_group(title)
     for option in options:
-        if option.kind is Kind.SWITCH:
+        if option.kind is OptionKind.SWITCH:
             group.add_argument(
                 option.flag_name, dest=option.name, action="store_true", default=None, help=_help(option)
             )
@@ -482,7 +482,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, options: Iterable[Opt
             metavar=option.metavar or _metavar(option),
             help=_help(option),
         )
-        if option.kind is Kind.CHOICE:
+        if option.kind is OptionKind.CHOICE:
             action.choices = option.choices
     names: Sequence[str] = parser.get_default("option_names") or ()
     parser.set_defaults(option_names=(*names, *(option.name for option in options)))
@@ -503,14 +503,16 @@ def _argument(option: Option) -> Any:
 
 
 def _metavar(option: Option) -> str:
-    if option.kind is Kind.CHOICE:
+    if option.kind is OptionKind.CHOICE:
         return "|".join(option.choices)
-    return {Kind.SIZE: "SIZE", Kind.COUNT: "N", Kind.NUMBER: "X", Kind.PATH: "PATH"}.get(option.kind, "TEXT")
+    return {OptionKind.SIZE: "SIZE", OptionKind.COUNT: "N", OptionKind.NUMBER: "X", OptionKind.PATH: "PATH"}.get(
+        option.kind, "TEXT"
+    )
 
 
 def _help(option: Option) -> str:
     """With the default, for `--help`."""
-    if option.kind is Kind.SWITCH:
+    if option.kind is OptionKind.SWITCH:
         text = option.help
     elif option.default is None:
         text = f"{option.help} ({option.unset.replace('without it: ', 'default: ')})" if option.unset else option.help
@@ -531,7 +533,7 @@ def reference() -> str:
             default = f"`{option.show(option.default)}`" if option.default is not None else ""
             more = f"; {option.unset}" if option.unset else ""
             value = option.bounds + (f" {option.unit}" if option.unit else "")
-            if option.kind is Kind.TEXT and option.choices:
+            if option.kind is OptionKind.TEXT and option.choices:
                 value += ", …"
             lines.append(f"| {name} | {flag} | {value} | {default} | {option.help}{more} |")
         lines.append("")

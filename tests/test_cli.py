@@ -19,7 +19,7 @@ import pytest
 
 from localrun import cli, interrupts, paths
 from localrun.commands import doctor
-from localrun.commands.doctor import Check
+from localrun.commands.doctor import CheckResult
 from localrun.commands.output import Output
 from localrun.engine.conversations.attachments import AttachmentError, read_attachment
 from localrun.errors import FormatError, HostError, LocalrunError, UsageError
@@ -486,11 +486,11 @@ def test_doctor_finds_nothing_wrong_here() -> None:
 
 
 def test_doctor_fails_only_for_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    results = [Check("a", "ok", "fine"), Check("b", "warn", "hm", "mend it")]
+    results = [CheckResult("a", "ok", "fine"), CheckResult("b", "warn", "hm", "mend it")]
     monkeypatch.setattr(doctor, "checks", lambda **options: iter(results))
     assert cli.main(["doctor"]) == 0
     assert "mend it" in capsys.readouterr().out
-    results.append(Check("c", "FAIL", "bad", "do this"))
+    results.append(CheckResult("c", "FAIL", "bad", "do this"))
     assert cli.main(["doctor"]) == 1
     assert "FAIL  c: bad" in capsys.readouterr().out
 

@@ -13,14 +13,14 @@ from localrun.engine.engine import check_options
 from localrun.engine.options import EngineOptions, SamplingOptions, check_answer, check_lengths
 from localrun.engine.sampling import check
 from localrun.errors import UsageError
-from localrun.options import BY_NAME, OPTIONS, Kind, Option, Where, those
+from localrun.options import BY_NAME, OPTIONS, Option, OptionKind, Where, those
 from localrun.tui.options import ChatOptions, with_value
 from localrun.units import parse_size
 
 NO_OPTIONS = {"logit_bias"}
 """A list, which only a request to a server can have; the sampler checks it against the vocabulary."""
 
-BOUNDED = [option for option in OPTIONS if option.kind in (Kind.COUNT, Kind.NUMBER)]
+BOUNDED = [option for option in OPTIONS if option.kind in (OptionKind.COUNT, OptionKind.NUMBER)]
 
 
 def test_every_field_is_declared_and_every_declared_field_exists() -> None:
@@ -34,10 +34,10 @@ def test_every_field_is_declared_and_every_declared_field_exists() -> None:
 
 @pytest.mark.parametrize("option", BOUNDED, ids=lambda option: option.name)
 def test_bounds_agree_in_file_environment_flag_chat_and_engine(option: Option, tmp_path: Path) -> None:
-    step = 1 if option.kind is Kind.COUNT else 0.01
+    step = 1 if option.kind is OptionKind.COUNT else 0.01
     inside = [option.low, option.high] if option.name != "threads" else [option.low]
     for value, right in [*((v, True) for v in inside), (option.low - step, False), (option.high + step, False)]:
-        typed = int(value) if option.kind is Kind.COUNT else value
+        typed = int(value) if option.kind is OptionKind.COUNT else value
         takers = [_in_file, _in_environment] if Where.FILE in option.where else []
         takers += [_as_flag] if Where.FLAG in option.where else []
         takers += [_in_chat] if Where.CHAT in option.where else []
@@ -136,7 +136,12 @@ def test_misspelt_names_in_the_chat_are_answered_with_the_right_one() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_none_is_a_value_of_options_without_a_default_only(option: Option) -> None:
-    if option.default is None or option.kind not in (Kind.COUNT, Kind.NUMBER, Kind.SIZE, Kind.CHOICE):
+    if option.default is None or option.kind not in (
+        OptionKind.COUNT,
+        OptionKind.NUMBER,
+        OptionKind.SIZE,
+        OptionKind.CHOICE,
+    ):
         option.check(None)
         return
     with pytest.raises(UsageError, match=f"{option.name} None: expected"):

@@ -110,7 +110,7 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
     return plan.file_size
 
 
-def _report(progress: converter.Progress) -> None:
+def _report(progress: converter.ConversionProgress) -> None:
     print(f"\r{progress.done_bytes / max(1, progress.total_bytes):4.0%}", end="", file=sys.stderr)
 
 

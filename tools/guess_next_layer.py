@@ -16,7 +16,7 @@ import numpy as np
 
 from localrun.api import demo
 from localrun.engine.engine import Engine
-from localrun.engine.measure.calibrate import Router, calibrate
+from localrun.engine.measure.calibrate import ObservedRouter, calibrate
 from localrun.engine.measure.calibration_text import default_text, read_calibration_text
 from localrun.engine.options import EngineOptions
 from localrun.quant.model.source import ModelSource
@@ -39,7 +39,7 @@ def main() -> None:
     source = open_model(path)
     for layer in sorted(source.moe_layers):
         following = samples.layers.get(layer + 1)
-        router = Router.of(source, layer + 1) if following is not None else None
+        router = ObservedRouter.of(source, layer + 1) if following is not None else None
         if following is None or router is None or f"blk.{layer + 1}.exp_probs_b.bias" not in source.tensors:
             continue  # the last layer, or one that is routed by token id
         scores = router.probabilities(samples.layers[layer].rows) + _bias(source, layer + 1)

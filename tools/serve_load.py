@@ -26,7 +26,7 @@ from pathlib import Path
 
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 from tests.server.raw import post
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine
@@ -214,7 +214,7 @@ def main() -> int:
         "--model", type=Path, help="a model that answers instead of the scripts; answers are then not compared"
     )
     args = parser.parse_args()
-    limits = Limits(queue=2 * args.clients, read_s=2.0, write_s=5.0)
+    limits = ServerLimits(queue=2 * args.clients, read_s=2.0, write_s=5.0)
     if args.model is None:
         engine = ScriptedEngine(lambda command: [str(command.messages[-1]["content"]), *[" word"] * 20], delay_s=0.0005)
         if args.malformed:

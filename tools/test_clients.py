@@ -31,7 +31,7 @@ from localrun.engine.process.process import EngineProcess, GenerateEvent
 from localrun.engine.process.protocol import Finished, Generate
 from localrun.server import client_config
 from localrun.server.client_config import Address
-from localrun.server.engine import EngineLike
+from localrun.server.engine import ServerEngine
 from tests.server.running import Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
 
@@ -282,7 +282,7 @@ def run_client(client: Client, program: Path, url: str, scratch: Path, limit_s: 
 
 
 def try_client(
-    name: str, folder: Path, engine: EngineLike, scripted: ScriptedEngine | None, limit_s: float = TIMEOUT_S
+    name: str, folder: Path, engine: ServerEngine, scripted: ScriptedEngine | None, limit_s: float = TIMEOUT_S
 ) -> list[str]:
     """What is wrong with a client's run; prints its requests."""
     client = CLIENTS[name]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
-    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.convert.converter import ConversionProgress, ConversionResult
     from localrun.quant.precision.solver import PrecisionSolution
 
 DENSE_DEFAULT = "q8_0"
@@ -120,7 +120,7 @@ class _Progress:
         if self._take is not None:
             self._take(what, done, total)
 
-    def progress(self, step: str) -> Callable[[Progress], None]:
+    def progress(self, step: str) -> Callable[[ConversionProgress], None]:
         return lambda progress: self.step(step, progress.done_bytes, progress.total_bytes)
 
     def splitting(self) -> Callable[[int, int], None]:

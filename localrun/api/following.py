@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
-    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.convert.converter import ConversionProgress, ConversionResult
 
 
 class Follower(Protocol):
@@ -28,7 +28,7 @@ class Follower(Protocol):
     def step(self, what: str, done: int, total: int) -> None:
         """Progress of something that is counted in its own units."""
 
-    def progress(self, step: str) -> Callable[[Progress], None]:
+    def progress(self, step: str) -> Callable[[ConversionProgress], None]:
         """What takes the progress of writing tensors."""
 
     def splitting(self) -> Callable[[int, int], None]:

@@ -9,7 +9,7 @@ from localrun import config
 from localrun.api import models
 from localrun.engine import memory
 from localrun.engine.options import EngineOptions, SamplingOptions
-from localrun.options import BY_NAME, Kind, Option, fields_of
+from localrun.options import BY_NAME, Option, OptionKind, fields_of
 
 Size = str | int
 """`"8GiB"`, `"500MB"`, or bytes."""
@@ -65,7 +65,7 @@ def given(options: Mapping[str, Any], base: config.Settings | None = None) -> co
 
 
 def _value(option: Option, value: object) -> Any:
-    if option.kind is Kind.SIZE and isinstance(value, int) and not isinstance(value, bool):
+    if option.kind is OptionKind.SIZE and isinstance(value, int) and not isinstance(value, bool):
         option.check(value)  # bytes: a number from Python needs no unit
         return value
     return option.parse(value)

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from localrun.engine.facts import ModelFacts
-from localrun.engine.measure.benchmark import FORMAT, Benchmark, Machine, Phase
+from localrun.engine.measure.benchmark import FORMAT, Benchmark, MachineFacts, Phase
 from localrun.engine.planner.plan import Plan
 from localrun.engine.planner.speed import Range, Rate
 from localrun.units import format_size
@@ -28,7 +28,7 @@ PARTS = (
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def headline(facts: ModelFacts, machine: Machine) -> list[str]:
+def headline(facts: ModelFacts, machine: MachineFacts) -> list[str]:
     """What was measured, and on what."""
     model = f"{facts.name}: {format_size(facts.file_bytes)}, {facts.n_layers} layers"
     if facts.n_moe_layers:
@@ -39,7 +39,7 @@ def headline(facts: ModelFacts, machine: Machine) -> list[str]:
     return [model, machine_line(machine)]
 
 
-def machine_line(machine: Machine) -> str:
+def machine_line(machine: MachineFacts) -> str:
     """Everything about the machine in one line."""
     parts = [machine.cpu, f"{machine.n_cores} cores", f"{format_size(machine.ram_bytes)} RAM"]
     if machine.memory_bytes_per_s:
@@ -198,7 +198,7 @@ def _percent(part: int, whole: int) -> str:
 def to_json(
     result: Benchmark,
     facts: ModelFacts,
-    machine: Machine,
+    machine: MachineFacts,
     load_s: float,
     plan: Plan | None = None,
     plain: Benchmark | None = None,
@@ -246,7 +246,7 @@ _WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 900, 150, 170, 26, 12
 _FONT = "font-family='system-ui, sans-serif' font-size='13'"
 
 
-def svg(result: Benchmark, facts: ModelFacts, machine: Machine) -> str:
+def svg(result: Benchmark, facts: ModelFacts, machine: MachineFacts) -> str:
     """Stacked bars, one per phase: milliseconds per token, decode and prefill each on its own scale."""
     body: list[str] = []
     y = 72
@@ -314,7 +314,7 @@ def _parts(phase: Phase) -> Iterator[tuple[str, str, str, float]]:
         yield name, label, colour, 1e3 * seconds / phase.n_tokens
 
 
-def _short_machine(machine: Machine) -> str:
+def _short_machine(machine: MachineFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in list(machine.versions.items())[:2])
     return f"{machine.cpu}, {machine.n_cores} cores, {format_size(machine.ram_bytes)} RAM; {versions}"
 

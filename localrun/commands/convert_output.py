@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localrun.commands.convert_text import describe, describe_choice, describe_result, plan_as_json, result_as_json
-from localrun.commands.output import Output
-from localrun.commands.output import Progress as ProgressLine
+from localrun.commands.output import Output, ProgressLine
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
-    from localrun.quant.convert.converter import ConversionResult, Progress
+    from localrun.quant.convert.converter import ConversionProgress, ConversionResult
 
 _EVENT_SECONDS = 0.2
 """Programs that draw a bar need no more."""
@@ -55,11 +54,11 @@ class ConvertOutput(Output):
         if self._is_due(what, is_last=done >= total):
             self.event("step", {"step": what, "done": done, "total": total})
 
-    def progress(self, step: str) -> Callable[[Progress], None]:
+    def progress(self, step: str) -> Callable[[ConversionProgress], None]:
         """Takes the converter's progress."""
         line = ProgressLine(self, bar=True, note=super().note)
 
-        def take(progress: Progress) -> None:
+        def take(progress: ConversionProgress) -> None:
             line(progress.done_bytes, progress.total_bytes, per_s=progress.bytes_per_s, left_s=progress.remaining_s)
             if self._is_due(step, is_last=progress.done_bytes >= progress.total_bytes):
                 self.event("progress", _progress_fields(step, progress))
@@ -104,7 +103,7 @@ class ConvertOutput(Output):
         return due
 
 
-def _progress_fields(step: str, progress: Progress) -> dict[str, Any]:
+def _progress_fields(step: str, progress: ConversionProgress) -> dict[str, Any]:
     return {
         "step": step,
         "done_bytes": progress.done_bytes,

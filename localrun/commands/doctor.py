@@ -66,7 +66,7 @@ Verdict = Literal["ok", "warn", "FAIL"]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CheckResult:
     """The result of one check.
 
     Attributes:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(result.verdict == "FAIL" for result in results))
 
 
-def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
+def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[CheckResult]:
     """All checks, one after another. Stops where the rest could only repeat the failure."""
     yield check_python()
     yield check_settings()
@@ -121,40 +121,42 @@ def checks(*, warm: bool, status: Callable[[str], None]) -> Iterator[Check]:
         yield check_demo(warm=warm, status=status)
 
 
-def check_python() -> Check:
+def check_python() -> CheckResult:
     """Version and path of the interpreter; always ok."""
     # An older one can't even read this file: set-up refuses it.
-    return Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
+    return CheckResult("python", "ok", f"{platform.python_version()}, {sys.executable}")
 
 
-def check_settings() -> Check:
+def check_settings() -> CheckResult:
     """Whether the config file, if there is one, is valid."""
     path = paths.config_dir() / config.FILE_NAME
     try:
         config.load()
     except LocalrunError as error:
-        return Check("settings", "FAIL", str(error), error.hint or f"edit or remove {path}")
-    return Check("settings", "ok", str(path) if path.exists() else f"defaults ({path} does not exist)")
+        return CheckResult("settings", "FAIL", str(error), error.hint or f"edit or remove {path}")
+    return CheckResult("settings", "ok", str(path) if path.exists() else f"defaults ({path} does not exist)")
 
 
-def check_library() -> Check:
+def check_library() -> CheckResult:
     """In a separate process, because an incompatible library may crash."""
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
-        return Check("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
+        return CheckResult("llama.cpp", "FAIL", "llama-cpp-python is not installed", paths.how_to_reinstall())
     version_of_ggml = "from localrun.ggml import library; print(library.library().ggml_version().decode())"
     code, output = _probe(version_of_ggml)
     if code and "libcuda.so" in output and NO_DRIVER.is_dir() and not _probe(version_of_ggml, libraries=NO_DRIVER)[0]:
         detail = f"llama-cpp-python {version}, built for NVIDIA GPUs: the build is fine, but the driver (libcuda.so.1) is missing"
-        return Check("llama.cpp", "FAIL", detail, DRIVER_LIBRARIES["libcuda.so"])
+        return CheckResult("llama.cpp", "FAIL", detail, DRIVER_LIBRARIES["libcuda.so"])
     if code:
         fix = next((fix for name, fix in DRIVER_LIBRARIES.items() if name in output), paths.how_to_reinstall())
-        return Check("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
-    return Check("llama.cpp", "ok", f"llama-cpp-python {version}, ggml {_last_line(output, code)}, structures match")
+        return CheckResult("llama.cpp", "FAIL", f"llama-cpp-python {version}: {_last_line(output, code)}", fix)
+    return CheckResult(
+        "llama.cpp", "ok", f"llama-cpp-python {version}, ggml {_last_line(output, code)}, structures match"
+    )
 
 
-def check_rpc() -> Check:
+def check_rpc() -> CheckResult:
     """Whether llama.cpp's RPC backend can be loaded; warns if not. In a separate process, like `check_library`."""
     code, output = _probe(
         "import ctypes, os, llama_cpp; folder = os.path.join(llama_cpp.__path__[0], 'lib')\n"
@@ -162,11 +164,13 @@ def check_rpc() -> Check:
         "ctypes.CDLL(os.path.join(folder, name), ctypes.RTLD_GLOBAL).ggml_backend_rpc_start_server"
     )
     if code:
-        return Check("RPC backend", "warn", f"not compiled in ({_last_line(output, code)})", paths.how_to_reinstall())
-    return Check("RPC backend", "ok", "compiled in")
+        return CheckResult(
+            "RPC backend", "warn", f"not compiled in ({_last_line(output, code)})", paths.how_to_reinstall()
+        )
+    return CheckResult("RPC backend", "ok", "compiled in")
 
 
-def check_devices() -> Check:
+def check_devices() -> CheckResult:
     """The devices that llama.cpp finds and the backends it was compiled for; warns if they can't be listed."""
     code, output = _probe(
         "import llama_cpp as L; from localrun.ggml import library as ggml, log; log.install(); L.llama_backend_init()\n"
@@ -176,11 +180,11 @@ def check_devices() -> Check:
         "print(', '.join(lib.ggml_backend_reg_name(b).decode() for b in backends))"
     )
     if code:
-        return Check("devices", "warn", f"can't be listed: {_last_line(output, code)}")
-    return Check("devices", "ok", output.strip().splitlines()[-1])
+        return CheckResult("devices", "warn", f"can't be listed: {_last_line(output, code)}")
+    return CheckResult("devices", "ok", output.strip().splitlines()[-1])
 
 
-def check_gpus() -> Check:
+def check_gpus() -> CheckResult:
     """Compares the machine's graphics cards with what llama.cpp was compiled for."""
     code, output = _probe(
         "import json; from localrun.ggml import library as ggml; from localrun.ggml.devices import gpu_devices\n"
@@ -189,17 +193,17 @@ def check_gpus() -> Check:
         "print(json.dumps([devices, [lib.ggml_backend_reg_name(b).decode() for b in backends]]))"
     )
     if code:
-        return Check("GPU", "warn", f"can't be listed: {_last_line(output, code)}", "--gpu none")
+        return CheckResult("GPU", "warn", f"can't be listed: {_last_line(output, code)}", "--gpu none")
     usable, backends = json.loads(output.strip().splitlines()[-1])
     if usable:
         listed = (
             f"{name} ({what}), {format_size(free)} of {format_size(all_)} free" for name, what, free, all_ in usable
         )
-        return Check("GPU", "ok", "; ".join(listed))
+        return CheckResult("GPU", "ok", "; ".join(listed))
     return check_unused_gpus(_display_vendors(), backends)
 
 
-def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
+def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> CheckResult:
     """Why llama.cpp can use none of the machine's cards.
 
     Args:
@@ -210,46 +214,48 @@ def check_unused_gpus(vendors: Sequence[str], backends: Sequence[str]) -> Check:
     compiled = [name for name in GPU_DRIVERS if name in backends]
     if not cards:
         if not compiled:
-            return Check("GPU", "ok", "none found; localrun runs on the CPU")
+            return CheckResult("GPU", "ok", "none found; localrun runs on the CPU")
         kinds = ", ".join(compiled)
-        return Check(
+        return CheckResult(
             "GPU", "ok", f"none found; llama.cpp's build for {kinds} is fine, but there is no card: running on the CPU"
         )
     makers = ", ".join(dict.fromkeys(maker for maker, _, _ in cards))
     fitting = [name for _, names, _ in cards for name in names if name in compiled]
     if fitting:
         fixes = "; ".join(dict.fromkeys(GPU_DRIVERS[name] for name in fitting))
-        return Check("GPU", "warn", f"{makers}, but {', '.join(dict.fromkeys(fitting))} finds no usable card", fixes)
+        return CheckResult(
+            "GPU", "warn", f"{makers}, but {', '.join(dict.fromkeys(fitting))} finds no usable card", fixes
+        )
     fixes = ", ".join(dict.fromkeys(fix for _, _, fix in cards))
-    return Check("GPU", "warn", f"{makers}, but llama.cpp was compiled without support for it", fixes)
+    return CheckResult("GPU", "warn", f"{makers}, but llama.cpp was compiled without support for it", fixes)
 
 
-def check_processor() -> Check:
+def check_processor() -> CheckResult:
     """Which of our kernels the processor can run; warns about an x86 one without AVX2."""
     flags = _cpu_flags()
     cores = memory.physical_cores()
     kind = f"{platform.machine()}, {cores} cores"
     if platform.machine() not in ("x86_64", "AMD64"):
-        return Check("processor", "ok", f"{kind}, generic kernels")
+        return CheckResult("processor", "ok", f"{kind}, generic kernels")
     if {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} <= flags:
-        return Check("processor", "ok", f"{kind}, AVX-512 VNNI")
+        return CheckResult("processor", "ok", f"{kind}, AVX-512 VNNI")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        return Check("processor", "ok", f"{kind}, AVX-512")
+        return CheckResult("processor", "ok", f"{kind}, AVX-512")
     if "avx2" in flags:
-        return Check("processor", "ok", f"{kind}, AVX2")
-    return Check("processor", "warn", f"{kind}, no AVX2: answers will be slow")
+        return CheckResult("processor", "ok", f"{kind}, AVX2")
+    return CheckResult("processor", "warn", f"{kind}, no AVX2: answers will be slow")
 
 
-def check_memory() -> Check:
+def check_memory() -> CheckResult:
     """Size of RAM; warns if it is unknown or below `LOW_MEMORY_BYTES`."""
     total = memory.total_memory()
     if total is None:
-        return Check("memory", "warn", "size unknown", "set --ram")
+        return CheckResult("memory", "warn", "size unknown", "set --ram")
     verdict: Verdict = "warn" if total < LOW_MEMORY_BYTES else "ok"
-    return Check("memory", verdict, memory.describe())
+    return CheckResult("memory", verdict, memory.describe())
 
 
-def check_folder(name: str, folder: Path) -> Check:
+def check_folder(name: str, folder: Path) -> CheckResult:
     """Writable, and how much is free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,43 +263,47 @@ def check_folder(name: str, folder: Path) -> Check:
             pass
     except OSError as error:
         variable = f"LOCALRUN_{name.upper()}_DIR"
-        return Check(f"{name} folder", "warn", f"{folder}: {error.strerror}", f"set {variable} to a writable folder")
+        return CheckResult(
+            f"{name} folder", "warn", f"{folder}: {error.strerror}", f"set {variable} to a writable folder"
+        )
     free = shutil.disk_usage(folder).free
     verdict: Verdict = "warn" if free < LOW_DISK_BYTES else "ok"
-    return Check(f"{name} folder", verdict, f"{folder}, {format_size(free)} free")
+    return CheckResult(f"{name} folder", verdict, f"{folder}, {format_size(free)} free")
 
 
-def check_kernels(*, warm: bool, status: Callable[[str], None]) -> Check:
+def check_kernels(*, warm: bool, status: Callable[[str], None]) -> CheckResult:
     """With `warm`, compiles all kernels that a chat may need; they are kept."""
     if not warm:
-        return Check("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
+        return CheckResult("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
     from localrun.commands.warm import warm_kernels
 
     start = time.monotonic()
     try:
         n_types = warm_kernels(status)
     except Exception as error:  # the report must continue whatever the compiler raises
-        return Check("kernels", "FAIL", f"{type(error).__name__}: {error}", "report this with your processor's name")
-    return Check("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
+        return CheckResult(
+            "kernels", "FAIL", f"{type(error).__name__}: {error}", "report this with your processor's name"
+        )
+    return CheckResult("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
 
 
-def check_demo(*, warm: bool, status: Callable[[str], None]) -> Check:
+def check_demo(*, warm: bool, status: Callable[[str], None]) -> CheckResult:
     """Whether the demo model is there; with `warm`, whether it answers."""
     try:
         folder = demo.checkpoint()
     except LocalrunError as error:
-        return Check("demo model", "warn", str(error), error.hint)
+        return CheckResult("demo model", "warn", str(error), error.hint)
     n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     detail = f"{folder}, {format_size(n_bytes)}"
     if not warm:
-        return Check("demo model", "ok", detail)
+        return CheckResult("demo model", "ok", detail)
     from localrun.commands.warm import try_demo_model
 
     try:
         timings = try_demo_model(status)
     except LocalrunError as error:
-        return Check("demo model", "FAIL", f"{detail}: {error}", error.hint)
-    return Check("demo model", "ok", f"{detail}, answered {timings.new_tokens} tokens")
+        return CheckResult("demo model", "FAIL", f"{detail}: {error}", error.hint)
+    return CheckResult("demo model", "ok", f"{detail}, answered {timings.new_tokens} tokens")
 
 
 def _probe(code: str, *, libraries: Path | None = None) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from localrun import paths
 from localrun.api.options import engine_options
 from localrun.api.texts import read_text
 from localrun.commands import common
-from localrun.commands.output import Output, Progress
+from localrun.commands.output import Output, ProgressLine
 from localrun.engine.options import EngineOptions
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import EvalText, EvalTextResult
@@ -119,7 +119,7 @@ def _measure(
     args: argparse.Namespace, model: Path, options: EngineOptions, command: EvalText, out: Output
 ) -> EvalTextResult:
     with _loaded(args, model, options, out) as engine:
-        progress = Progress(out, in_bytes=False, unit="tokens")
+        progress = ProgressLine(out, in_bytes=False, unit="tokens")
         for event in engine.evaluate_text(command):
             if isinstance(event, EvalTextResult):
                 out.clear_status()

@@ -109,7 +109,7 @@ class Output:
         self._out.flush()
 
 
-class Progress:
+class ProgressLine:
     """Progress of a long task: share, amount, rate and time left, the same for every command.
 
     On a terminal one line that redraws itself, elsewhere a line every ten seconds. Use from one thread.

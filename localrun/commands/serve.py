@@ -26,7 +26,7 @@ from localrun.paths import data_dir
 from localrun.server.asks import Defaults
 from localrun.server.client_config import CLIENTS, Address, Configuration
 from localrun.server.dispatch import Dispatcher
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 
 if TYPE_CHECKING:  # prometheus_client, which --help does not need
     from localrun.server.service import AnswerLine
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} is reachable from other machines, and no API key is set",
             hint="set --api-key-file FILE, or leave out --host",
         )
-    limits = Limits(queue=args.queue)
+    limits = ServerLimits(queue=args.queue)
     from localrun.server.web import listen
 
     options = engine_options(settings)
@@ -132,7 +132,7 @@ def _serve(  # the pieces meet here
     settings: config.Settings,
     engine: EngineProcess,
     facts: ModelFacts,
-    limits: Limits,
+    limits: ServerLimits,
     keys: list[str],
     sock: object,
     out: Output,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from localrun import paths
 from localrun.commands import common
-from localrun.commands.output import Output, Progress
+from localrun.commands.output import Output, ProgressLine
 from localrun.errors import LocalrunError, UsageError
 from localrun.units import format_duration, format_size
 
@@ -110,7 +110,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     if skipped:
         out.note(f"resuming after {format_size(skipped)} read by an interrupted run (--restart starts over)")
     started = time.monotonic()
-    damages = verify(source, source.manifest, Progress(out, skipped=skipped), journal)
+    damages = verify(source, source.manifest, ProgressLine(out, skipped=skipped), journal)
     seconds = time.monotonic() - started
     out.clear_status()
     n_damaged = len(damages)

@@ -24,7 +24,14 @@ from typing import Any
 
 import xxhash
 
-from localrun.engine.chat.messages import AssistantMessage, Message, SampledAnswer, ToolCall, ToolMessage, role_of
+from localrun.engine.chat.messages import (
+    AssistantMessage,
+    Message,
+    MessageToolCall,
+    SampledAnswer,
+    ToolMessage,
+    role_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +159,7 @@ def _add(hasher: Any, message: Message) -> None:
     hasher.update(json.dumps(parts).encode())
 
 
-def _comparable(call: ToolCall) -> tuple[str, str]:
+def _comparable(call: MessageToolCall) -> tuple[str, str]:
     try:
         arguments = json.dumps(json.loads(call.arguments), sort_keys=True)
     except (ValueError, RecursionError):

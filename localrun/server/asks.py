@@ -20,7 +20,7 @@ from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import CountTokens, Generate
 from localrun.errors import LocalrunError
 from localrun.server.faults import invalid, unsupported
-from localrun.server.limits import Limits, check_schema
+from localrun.server.limits import ServerLimits, check_schema
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Defaults:
     think_modes: tuple[str, ...]
     n_ctx: int
     sampling: SamplingOptions
-    limits: Limits
+    limits: ServerLimits
     max_tokens: int | None = None
 
 
@@ -220,7 +220,7 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
-def check_stop(stop: str | Sequence[str] | None, param: str, limits: Limits) -> tuple[str, ...]:
+def check_stop(stop: str | Sequence[str] | None, param: str, limits: ServerLimits) -> tuple[str, ...]:
     """Stop strings. Raises ApiError."""
     words = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(words) > limits.stop_strings:
@@ -240,7 +240,9 @@ def check_logit_bias(bias: Mapping[str, float] | None, param: str) -> tuple[tupl
     return tuple(pairs)
 
 
-def check_tools(functions: Sequence[Mapping[str, Json]], param: str, limits: Limits) -> tuple[Mapping[str, Json], ...]:
+def check_tools(
+    functions: Sequence[Mapping[str, Json]], param: str, limits: ServerLimits
+) -> tuple[Mapping[str, Json], ...]:
     """OpenAI `function` objects, checked. Raises ApiError."""
     if len(functions) > limits.tools:
         raise invalid(param, f"{len(functions)} tools > {limits.tools} maximum")

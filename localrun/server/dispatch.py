@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import Finished, Generate
 from localrun.errors import LocalrunError
-from localrun.server.engine import EngineLike
+from localrun.server.engine import ServerEngine
 from localrun.server.faults import ApiError, from_engine
 
 USUAL_ANSWER_S = 10.0
@@ -75,7 +75,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self, engine: EngineLike, *, most_waiting: int, on_finished: Callable[[Finished], None] | None = None
+        self, engine: ServerEngine, *, most_waiting: int, on_finished: Callable[[Finished], None] | None = None
     ) -> None:
         self._engine = engine
         self._most_waiting = most_waiting

@@ -10,7 +10,7 @@ from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import CountTokens, Generate, Stats
 
 
-class EngineLike(Protocol):
+class ServerEngine(Protocol):
     """One model, one answer at a time. All methods block; any thread."""
 
     @property

@@ -19,7 +19,7 @@ from localrun.server.asks import Ask, new_id
 from localrun.server.choices import Choice
 from localrun.server.dispatch import Item, Job
 from localrun.server.faults import ApiError, invalid
-from localrun.server.limits import Limits, depth_of
+from localrun.server.limits import ServerLimits, depth_of
 from localrun.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def error_response(dialect: Dialect, error: ApiError) -> Response:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Json]:
+async def read_json(request: Request, limits: ServerLimits) -> dict[str, Json]:
     """The body as a JSON object.
 
     Raises:
@@ -136,7 +136,7 @@ def parse_json(body: bytes) -> Json:
     raise invalid(None, f"the body is not JSON: {reason}", code="invalid_json")
 
 
-async def _read_body(request: Request, limits: Limits) -> bytes:
+async def _read_body(request: Request, limits: ServerLimits) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding not in ("", "identity"):
         raise invalid(None, f"unsupported content-encoding {encoding!r:.40}")

@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ServerLimits:
     """The server's limits.
 
     Attributes:
@@ -65,7 +65,7 @@ def depth_of(value: Any, most: int) -> int:
     return depth
 
 
-def check_schema(schema: object, param: str, limits: Limits, size_bytes: int) -> Mapping[str, Any]:
+def check_schema(schema: object, param: str, limits: ServerLimits, size_bytes: int) -> Mapping[str, Any]:
     """`schema` as a JSON schema of bearable size. Raises ApiError."""
     if not isinstance(schema, Mapping):
         raise invalid(param, "must be a JSON schema (an object)")

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from localrun.errors import LocalrunError
-from localrun.server.engine import EngineLike
+from localrun.server.engine import ServerEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -27,7 +27,7 @@ _COUNTERS = {
 class Metrics:
     """All counters of one server. Any thread."""
 
-    def __init__(self, engine: EngineLike) -> None:
+    def __init__(self, engine: ServerEngine) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "localrun_requests",
@@ -69,7 +69,7 @@ class Metrics:
 
 
 class _EngineCounters(Collector):
-    def __init__(self, engine: EngineLike) -> None:
+    def __init__(self, engine: ServerEngine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:

@@ -12,7 +12,7 @@ from localrun.engine.options import SamplingOptions
 from localrun.engine.process.protocol import TokenLogprob
 from localrun.server.asks import Defaults, ToolChoice, check_logit_bias, note_once
 from localrun.server.faults import ApiError, Kind, invalid, unsupported
-from localrun.server.limits import Limits, check_schema
+from localrun.server.limits import ServerLimits, check_schema
 
 Json = Any
 
@@ -138,7 +138,7 @@ def refuse_moderation(value: Json) -> None:
         raise unsupported("moderation", "nothing is judged here, neither prompts nor answers")
 
 
-def response_schema(value: Json, param: str, limits: Limits) -> tuple[Mapping[str, Json] | None, bool]:
+def response_schema(value: Json, param: str, limits: ServerLimits) -> tuple[Mapping[str, Json] | None, bool]:
     """(schema that the answer must follow, whether the model is shown it) of a response format. Raises ApiError."""
     if value is None:
         return None, False

@@ -14,7 +14,7 @@ from localrun.server.choices import Block, Choice, total_usage
 from localrun.server.faults import ApiError
 from localrun.server.http import Writer, sse
 from localrun.server.openai_common import logprob
-from localrun.server.responses_input import Offered, Question
+from localrun.server.responses_input import Offered, ParsedRequest
 from localrun.server.responses_store import ResponseStore
 from localrun.server.signatures import Signer
 
@@ -24,7 +24,7 @@ Json = Any
 class ResponsesWriter(Writer):
     """Events of a response, or the whole of it. Each block of the answer is an output item."""
 
-    def __init__(self, question: Question, signer: Signer, store: ResponseStore) -> None:
+    def __init__(self, question: ParsedRequest, signer: Signer, store: ResponseStore) -> None:
         super().__init__(question.ask)
         self._question, self._signer, self._store = question, signer, store
         self.id = asks.new_id("resp_")

@@ -77,7 +77,7 @@ class Offered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class ParsedRequest:
     """A parsed request.
 
     Attributes:
@@ -94,7 +94,7 @@ class Question:
     session: str | None = None
 
 
-def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: ResponseStore) -> Question:
+def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: ResponseStore) -> ParsedRequest:
     """Raises ApiError."""
     asks.note_unknown(API, body, _KNOWN)
     request: ResponsesRequest = asks.convert(body, ResponsesRequest)
@@ -131,7 +131,7 @@ def read(body: Mapping[str, Json], defaults: Defaults, signer: Signer, store: Re
         resume=messages[-1]["role"] == "assistant",
         stream=bool(request.stream),
     )
-    return Question(
+    return ParsedRequest(
         ask=ask,
         tools=tools,
         items=items,

@@ -13,7 +13,7 @@ from localrun.errors import EngineDiedError
 from localrun.server.asks import Ask, Defaults
 from localrun.server.choices import Choice
 from localrun.server.dispatch import Dispatcher, Job
-from localrun.server.engine import EngineLike
+from localrun.server.engine import ServerEngine
 from localrun.server.faults import ApiError, from_engine, prompt_too_long
 from localrun.server.metrics import Metrics
 from localrun.server.reminders import Reminders
@@ -57,7 +57,7 @@ class Service:
         reminders: None leaves system prompts unchanged.
     """
 
-    engine: EngineLike
+    engine: ServerEngine
     dispatcher: Dispatcher
     defaults: Defaults
     metrics: Metrics

@@ -22,14 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.server.dispatch import Dispatcher
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 512
 
 
-def listen(host: str, port: int, limits: Limits) -> socket.socket:
+def listen(host: str, port: int, limits: ServerLimits) -> socket.socket:
     """A listening socket whose connections die when their peer is gone.
 
     Raises:
@@ -53,7 +53,7 @@ def listen(host: str, port: int, limits: Limits) -> socket.socket:
     return sock
 
 
-def server_of(app: ASGIApp, dispatcher: Dispatcher, limits: Limits, *, patience_s: float) -> Server:
+def server_of(app: ASGIApp, dispatcher: Dispatcher, limits: ServerLimits, *, patience_s: float) -> Server:
     """A server for `app`; give it a socket of `listen`."""
 
     class Protocol(_Protocol):

@@ -40,7 +40,7 @@ from localrun.tui.commands import COMMANDS
 from localrun.tui.controllers.panels import WIDE_COLUMNS
 from localrun.tui.controllers.records import Records
 from localrun.tui.driver import TerminalDriver
-from localrun.tui.engine_link import EngineFactory, EngineLike, OnDeath, start_engine
+from localrun.tui.engine_link import EngineFactory, OnDeath, ScreenEngine, start_engine
 from localrun.tui.lifeline import Lifeline
 from localrun.tui.messages import LongAnswerEnded
 from localrun.tui.options import ChatOptions
@@ -287,7 +287,7 @@ def run_app(
         notify=notify,
     )
 
-    def adopt(on_death: OnDeath) -> EngineLike:
+    def adopt(on_death: OnDeath) -> ScreenEngine:
         if engine is None:
             return start_engine(on_death)
         engine.on_death = on_death

@@ -25,8 +25,8 @@ from localrun.tui.controllers.composer import Composer
 from localrun.tui.controllers.conversation import OpenConversation
 from localrun.tui.controllers.conversions import Conversions
 from localrun.tui.controllers.finder import Finder
-from localrun.tui.controllers.library import Library
-from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.library import ConversationActions
+from localrun.tui.controllers.model import ModelSwitch
 from localrun.tui.controllers.monitor import Monitor
 from localrun.tui.controllers.notices import Notices
 from localrun.tui.controllers.panels import Panels
@@ -60,7 +60,7 @@ from localrun.tui.widgets.engine_panel import EnginePanel
 from localrun.tui.widgets.expert_map import ExpertMap
 from localrun.tui.widgets.find_bar import FindBar
 from localrun.tui.widgets.notices import LoadingPanel
-from localrun.tui.widgets.prompt import Prompt
+from localrun.tui.widgets.prompt import PromptInput
 from localrun.tui.widgets.status_bar import StatusBar
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ChatScreen(Screen[None]):
         self.notices = Notices(self)
         self.queue = WorkQueue(self.notices.guard)
         self.panels = Panels(self, to_input=self._to_input)
-        self.model = LoadedModel(
+        self.model = ModelSwitch(
             self,
             EngineLink(engine_factory, self.post_message),
             self.notices,
@@ -133,7 +133,7 @@ class ChatScreen(Screen[None]):
         )
         self.presets = Presets(self.notices, self.current)
         self.versions = Versions(self, self.notices, self.current, self.asking, self.composer)
-        self.library = Library(
+        self.library = ConversationActions(
             self,
             records,
             self.queue,
@@ -186,7 +186,7 @@ class ChatScreen(Screen[None]):
                 yield LoadingPanel()
                 yield VerticalScroll(id="notices")
                 yield FindBar()
-                yield Prompt()
+                yield PromptInput()
             yield EnginePanel()
         yield StatusBar()
         yield Footer(compact=True, show_command_palette=False)
@@ -196,8 +196,8 @@ class ChatScreen(Screen[None]):
         return self.query_one(ChatView)
 
     @property
-    def prompt(self) -> Prompt:
-        return self.query_one(Prompt)
+    def prompt(self) -> PromptInput:
+        return self.query_one(PromptInput)
 
     def on_mount(self) -> None:
         self.query_one("#notices").can_focus = False
@@ -272,7 +272,7 @@ class ChatScreen(Screen[None]):
         except LocalrunError as error:
             self.notices.tell(error)
 
-    @on(Prompt.Changed)
+    @on(PromptInput.Changed)
     def prompt_changed(self) -> None:
         self.composer.changed()
 

@@ -18,7 +18,7 @@ Scope = Literal["screen", "message"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class UserCommand:
     """A user command.
 
     Attributes:
@@ -44,9 +44,9 @@ class Command:
         return "  ".join(key_label(key) for key in self.keys)
 
 
-COMMANDS: tuple[Command, ...] = (
+COMMANDS: tuple[UserCommand, ...] = (
     # --- asking
-    Command(
+    UserCommand(
         name="stop",
         group="Asking",
         title="Stop the answer",
@@ -55,7 +55,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("stop",),
         footer="Stop",
     ),
-    Command(
+    UserCommand(
         name="attach",
         group="Asking",
         title="Attach a text file",
@@ -64,7 +64,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("attach", "file"),
         argument="PATH",
     ),
-    Command(
+    UserCommand(
         name="editor",
         group="Asking",
         title="Write in an editor",
@@ -72,7 +72,7 @@ COMMANDS: tuple[Command, ...] = (
         keys=("alt+e",),
         slash=("editor",),
     ),
-    Command(
+    UserCommand(
         name="think",
         group="Asking",
         title="Switch thinking",
@@ -81,7 +81,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("think",),
         argument="off|high|max",
     ),
-    Command(
+    UserCommand(
         name="system",
         group="Asking",
         title="Set the system prompt",
@@ -89,7 +89,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("system",),
         argument="TEXT",
     ),
-    Command(
+    UserCommand(
         name="sampling",
         group="Asking",
         title="Set a sampling value",
@@ -97,7 +97,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("set",),
         argument="NAME VALUE",
     ),
-    Command(
+    UserCommand(
         name="preset",
         group="Asking",
         title="Use or save a preset",
@@ -106,7 +106,7 @@ COMMANDS: tuple[Command, ...] = (
         argument="[save|delete] NAME",
     ),
     # --- a message
-    Command(
+    UserCommand(
         name="regenerate",
         group="Messages",
         title="Answer again",
@@ -115,7 +115,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("retry", "regenerate"),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="edit",
         group="Messages",
         title="Edit and ask again",
@@ -124,7 +124,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("edit",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="fork",
         group="Messages",
         title="Branch from here",
@@ -133,7 +133,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("branch",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="previous_branch",
         group="Messages",
         title="Previous branch",
@@ -142,7 +142,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("prev",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="next_branch",
         group="Messages",
         title="Next branch",
@@ -151,14 +151,14 @@ COMMANDS: tuple[Command, ...] = (
         slash=("next",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="undo",
         group="Messages",
         title="Take back the last question",
         help="Puts it back into the input; the question and its answer are kept as a branch.",
         slash=("undo",),
     ),
-    Command(
+    UserCommand(
         name="copy",
         group="Messages",
         title="Copy the message",
@@ -167,7 +167,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("copy",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="copy_code",
         group="Messages",
         title="Copy a code block",
@@ -177,7 +177,7 @@ COMMANDS: tuple[Command, ...] = (
         argument="N",
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="toggle_thinking",
         group="Messages",
         title="Fold or unfold the thinking",
@@ -186,7 +186,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("fold",),
         scope="message",
     ),
-    Command(
+    UserCommand(
         name="to_messages",
         group="Messages",
         title="Switch between messages and input",
@@ -195,7 +195,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("messages",),
     ),
     # --- conversations
-    Command(
+    UserCommand(
         name="new",
         group="Conversations",
         title="New conversation",
@@ -204,7 +204,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("new", "clear"),
         footer="New",
     ),
-    Command(
+    UserCommand(
         name="conversations",
         group="Conversations",
         title="Conversations",
@@ -213,7 +213,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("conversations", "chats"),
         footer="Chats",
     ),
-    Command(
+    UserCommand(
         name="find",
         group="Conversations",
         title="Find in this conversation",
@@ -222,7 +222,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("find",),
         argument="WORDS",
     ),
-    Command(
+    UserCommand(
         name="search",
         group="Conversations",
         title="Search all conversations",
@@ -231,7 +231,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("search",),
         argument="WORDS",
     ),
-    Command(
+    UserCommand(
         name="rename",
         group="Conversations",
         title="Rename the conversation",
@@ -239,14 +239,14 @@ COMMANDS: tuple[Command, ...] = (
         slash=("rename", "title"),
         argument="NAME",
     ),
-    Command(
+    UserCommand(
         name="delete",
         group="Conversations",
         title="Delete the conversation",
         help="With all its branches, after asking for confirmation.",
         slash=("delete",),
     ),
-    Command(
+    UserCommand(
         name="export",
         group="Conversations",
         title="Export the conversation",
@@ -254,7 +254,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("export",),
         argument="md|json [PATH]",
     ),
-    Command(
+    UserCommand(
         name="import_file",
         group="Conversations",
         title="Import conversations",
@@ -263,7 +263,7 @@ COMMANDS: tuple[Command, ...] = (
         argument="PATH",
     ),
     # --- model
-    Command(
+    UserCommand(
         name="models",
         group="Model",
         title="Choose a model",
@@ -273,7 +273,7 @@ COMMANDS: tuple[Command, ...] = (
         argument="PATH",
         footer="Model",
     ),
-    Command(
+    UserCommand(
         name="settings",
         group="Model",
         title="Settings",
@@ -282,7 +282,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("settings",),
         footer="Set",
     ),
-    Command(
+    UserCommand(
         name="engine_panel",
         group="Model",
         title="Engine panel",
@@ -291,7 +291,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("engine", "map", "stats"),
         footer="Engine",
     ),
-    Command(
+    UserCommand(
         name="map_view",
         group="Model",
         title="Change what the map shows",
@@ -299,21 +299,21 @@ COMMANDS: tuple[Command, ...] = (
         keys=("f9",),
         slash=("mapview",),
     ),
-    Command(
+    UserCommand(
         name="plan",
         group="Model",
         title="Plan",
         help="Where the model's parts are, predicted and measured speed, the bottleneck, and what would help.",
         slash=("plan",),
     ),
-    Command(
+    UserCommand(
         name="reload",
         group="Model",
         title="Restart the engine",
         help="Kills its process, whatever it is doing, and reloads the model. The conversation is kept.",
         slash=("reload", "restart"),
     ),
-    Command(
+    UserCommand(
         name="convert",
         group="Model",
         title="Convert a checkpoint",
@@ -322,7 +322,7 @@ COMMANDS: tuple[Command, ...] = (
         argument="SRC DST",
     ),
     # --- the program
-    Command(
+    UserCommand(
         name="help",
         group="Program",
         title="Help",
@@ -331,7 +331,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("help",),
         footer="Help",
     ),
-    Command(
+    UserCommand(
         name="palette",
         group="Program",
         title="Command palette",
@@ -340,7 +340,7 @@ COMMANDS: tuple[Command, ...] = (
         slash=("commands",),
         footer="All",
     ),
-    Command(
+    UserCommand(
         name="theme",
         group="Program",
         title="Theme",
@@ -348,21 +348,21 @@ COMMANDS: tuple[Command, ...] = (
         slash=("theme",),
         argument="NAME",
     ),
-    Command(
+    UserCommand(
         name="scroll_up",
         group="Program",
         title="Scroll up",
         help="By one page.",
         keys=("pageup",),
     ),
-    Command(
+    UserCommand(
         name="scroll_down",
         group="Program",
         title="Scroll down",
         help="By one page.",
         keys=("pagedown",),
     ),
-    Command(
+    UserCommand(
         name="scroll_top",
         group="Program",
         title="Go to the beginning",
@@ -370,7 +370,7 @@ COMMANDS: tuple[Command, ...] = (
         keys=("ctrl+home",),
         slash=("top",),
     ),
-    Command(
+    UserCommand(
         name="scroll_end",
         group="Program",
         title="Go to the end",
@@ -378,14 +378,14 @@ COMMANDS: tuple[Command, ...] = (
         keys=("ctrl+end",),
         slash=("end",),
     ),
-    Command(
+    UserCommand(
         name="interrupt",
         group="Program",
         title="Copy, stop or clear",
         help="Copies the selection if there is one; otherwise stops the answer or clears the input.",
         keys=("ctrl+c",),
     ),
-    Command(
+    UserCommand(
         name="quit",
         group="Program",
         title="Quit",
@@ -461,15 +461,15 @@ def message_bindings() -> Iterator[Binding]:
                     yield Binding(key, f"ask('{command.name}')", command.title, show=False)
 
 
-def groups() -> dict[str, list[Command]]:
+def groups() -> dict[str, list[UserCommand]]:
     """Commands by group, in the order of the list."""
-    result: dict[str, list[Command]] = {}
+    result: dict[str, list[UserCommand]] = {}
     for command in COMMANDS:
         result.setdefault(command.group, []).append(command)
     return result
 
 
-def matching_slashes(typed: str, commands: Iterable[Command] = COMMANDS) -> list[tuple[str, Command]]:
+def matching_slashes(typed: str, commands: Iterable[UserCommand] = COMMANDS) -> list[tuple[str, UserCommand]]:
     """Slash commands whose name begins with what was typed, canonical names first."""
     found = [(slash, command) for command in commands for slash in command.slash if slash.startswith(typed)]
     return sorted(found, key=lambda item: (item[1].slash[0] != item[0], item[0]))

@@ -27,7 +27,7 @@ from localrun.tui.messages import AnswerEvents, EngineDied, EngineFailed, Engine
 OnDeath = Callable[[EngineDiedError], None]
 
 
-class EngineLike(Protocol):
+class ScreenEngine(Protocol):
     """What the interface uses of `EngineProcess`; tests give a scripted one."""
 
     @property
@@ -46,10 +46,10 @@ class EngineLike(Protocol):
     def close(self) -> None: ...
 
 
-EngineFactory = Callable[[OnDeath], EngineLike]
+EngineFactory = Callable[[OnDeath], ScreenEngine]
 
 
-def start_engine(on_death: OnDeath) -> EngineLike:
+def start_engine(on_death: OnDeath) -> ScreenEngine:
     """The real one."""
     return EngineProcess(on_death=on_death)
 

@@ -10,7 +10,7 @@ import pytest
 
 from localrun.commands import compiling
 from localrun.commands.compiling import USUAL_FUNCTIONS, Notice
-from localrun.commands.output import Output, Progress
+from localrun.commands.output import Output, ProgressLine
 
 
 class Terminal(io.StringIO):
@@ -29,11 +29,11 @@ class Terminal(io.StringIO):
 
 
 def test_progress_has_share_amount_rate_and_time_left() -> None:
-    progress = Progress(Output(io.StringIO(), io.StringIO()), "splitting")
+    progress = ProgressLine(Output(io.StringIO(), io.StringIO()), "splitting")
     assert progress.text(2**30, 2**32, 1e9, 3.2) == "splitting  25%  1.00 GiB of 4.00 GiB  1.00 GB/s, 3.2s left"
-    progress = Progress(Output(io.StringIO(), io.StringIO()), in_bytes=False, unit="tokens")
+    progress = ProgressLine(Output(io.StringIO(), io.StringIO()), in_bytes=False, unit="tokens")
     assert progress.text(5, 10, 1.0, None) == " 50%  5 of 10 tokens"
-    progress = Progress(Output(io.StringIO(), Terminal()), bar=True)
+    progress = ProgressLine(Output(io.StringIO(), Terminal()), bar=True)
     assert progress.text(1, 2, 1e9, None).startswith(f"[{'#' * 15}{'.' * 15}]  50%")
 
 
@@ -41,7 +41,7 @@ def test_progress_is_a_line_now_and_then_off_a_terminal(monkeypatch: pytest.Monk
     now = [0.0]
     monkeypatch.setattr("localrun.commands.output.time.monotonic", lambda: now[0])
     err = io.StringIO()
-    progress = Progress(Output(io.StringIO(), err))
+    progress = ProgressLine(Output(io.StringIO(), err))
     for second in range(1, 32):
         now[0] = second
         progress(second << 20, 100 << 20)

@@ -13,8 +13,8 @@ from localrun.engine.chat.messages import (
     DeveloperMessage,
     LatestReminderMessage,
     Message,
+    MessageToolCall,
     SystemMessage,
-    ToolCall,
     ToolMessage,
     ToolSchema,
     UserMessage,
@@ -69,10 +69,10 @@ def tool_schemas(draw: st.DrawFn, max_size: int = 3) -> tuple[ToolSchema, ...]:
 
 
 @st.composite
-def tool_calls(draw: st.DrawFn) -> tuple[ToolCall, ...]:
+def tool_calls(draw: st.DrawFn) -> tuple[MessageToolCall, ...]:
     n_calls = draw(st.integers(0, 3))
     return tuple(
-        ToolCall(draw(names), json.dumps(draw(argument_objects), ensure_ascii=False), f"call_{i}")
+        MessageToolCall(draw(names), json.dumps(draw(argument_objects), ensure_ascii=False), f"call_{i}")
         for i in range(n_calls)
     )
 

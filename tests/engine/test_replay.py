@@ -12,8 +12,8 @@ from localrun.engine.chat.format import ENCODERS
 from localrun.engine.chat.messages import (
     AssistantMessage,
     Message,
+    MessageToolCall,
     SampledAnswer,
-    ToolCall,
     ToolMessage,
     ToolSchema,
     UserMessage,
@@ -22,7 +22,7 @@ from localrun.engine.chat.parts import Sampled
 from localrun.engine.replay import AnswerMemory
 
 QUESTION = [UserMessage("Read it.")]
-CALL = ToolCall("read", '{"path": "a.txt", "n": [1, 2]}', "call_1")
+CALL = MessageToolCall("read", '{"path": "a.txt", "n": [1, 2]}', "call_1")
 ANSWER = AssistantMessage("I look.", "Let me see.", (CALL,))
 IDS = SampledAnswer((10, 11), (20, 21, 22), "I look.")
 
@@ -43,16 +43,21 @@ def recalled(
 
 
 def test_call_serialised_anew_without_reasoning_is_known_by_its_id() -> None:
-    again = AssistantMessage(" I look. ", "", (ToolCall("read", '{"n":[1,2],"path":"a.txt"}', "call_1"),))
+    again = AssistantMessage(" I look. ", "", (MessageToolCall("read", '{"n":[1,2],"path":"a.txt"}', "call_1"),))
     assert recalled(remembering(), again, [UserMessage("another beginning")]) == IDS
 
 
 def test_changed_arguments_names_and_texts_are_the_clients_own() -> None:
     memory = remembering()
-    for call in (ToolCall("read", '{"path": "b.txt"}', "call_1"), ToolCall("write", CALL.arguments, "call_1")):
+    for call in (
+        MessageToolCall("read", '{"path": "b.txt"}', "call_1"),
+        MessageToolCall("write", CALL.arguments, "call_1"),
+    ):
         assert recalled(memory, AssistantMessage("I look.", "", (call,))) is None
     assert recalled(memory, AssistantMessage("I look away.", "", (CALL,))) is None
-    assert recalled(memory, AssistantMessage("I look.", "", (ToolCall("read", CALL.arguments, "call_9"),))) is None
+    assert (
+        recalled(memory, AssistantMessage("I look.", "", (MessageToolCall("read", CALL.arguments, "call_9"),))) is None
+    )
 
 
 def test_plain_answer_is_known_by_the_conversation_before_it() -> None:
@@ -79,8 +84,10 @@ def test_bounded_memory_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch, tmp_
     path = tmp_path / "x.jsonl"
     memory = AnswerMemory(path)
     for i in range(10):
-        memory.remember(QUESTION, AssistantMessage("", "", (ToolCall("read", "{}", f"c{i}"),)), IDS)
-    known = [i for i in range(10) if recalled(memory, AssistantMessage("", "", (ToolCall("read", "{}", f"c{i}"),)))]
+        memory.remember(QUESTION, AssistantMessage("", "", (MessageToolCall("read", "{}", f"c{i}"),)), IDS)
+    known = [
+        i for i in range(10) if recalled(memory, AssistantMessage("", "", (MessageToolCall("read", "{}", f"c{i}"),)))
+    ]
     assert known == [7, 8, 9]
     assert len(path.read_bytes().splitlines()) <= 7
 
@@ -88,7 +95,7 @@ def test_bounded_memory_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_ids_are_bounded_too_however_few_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MAX_IDS", 2 * len(IDS))
     memory = AnswerMemory(None)
-    calls = [ToolCall("read", "{}", f"c{i}") for i in range(4)]
+    calls = [MessageToolCall("read", "{}", f"c{i}") for i in range(4)]
     for call in calls:
         memory.remember(QUESTION, AssistantMessage("", "", (call,)), IDS)
         memory.remember(QUESTION, AssistantMessage("", "", (call,)), IDS)  # again: counted once

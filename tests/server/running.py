@@ -14,8 +14,8 @@ from localrun.engine.options import SamplingOptions
 from localrun.server.app import build
 from localrun.server.asks import Defaults
 from localrun.server.dispatch import Dispatcher
-from localrun.server.engine import EngineLike
-from localrun.server.limits import Limits
+from localrun.server.engine import ServerEngine
+from localrun.server.limits import ServerLimits
 from localrun.server.metrics import Metrics
 from localrun.server.service import AnswerLine, Service
 from localrun.server.signatures import Signer
@@ -49,9 +49,9 @@ class Running:
 
 @contextmanager
 def serving(
-    engine: EngineLike,
+    engine: ServerEngine,
     *,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     keys: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     think: str = "off",
@@ -60,7 +60,7 @@ def serving(
     patience_s: float = 5.0,
 ) -> Iterator[Running]:
     """Runs a server; its engine must have a model."""
-    limits = limits or Limits()
+    limits = limits or ServerLimits()
     facts = engine.facts
     assert facts is not None
     defaults = Defaults(

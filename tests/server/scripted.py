@@ -26,12 +26,12 @@ from localrun.engine.chat.stream_parser import (
 from localrun.engine.facts import FinishReason, ModelFacts, Timings
 from localrun.engine.process.process import GenerateEvent
 from localrun.engine.process.protocol import (
-    Conversation,
     CountTokens,
     Delta,
     Finished,
     Generate,
     Loading,
+    PromptCommand,
     PromptProgress,
     Ready,
     Stats,
@@ -116,7 +116,7 @@ class ScriptedEngine:
         self._known: list[str] = []  # prompts and answers so far, as one text each
         self._dead = False
 
-    # --- EngineLike
+    # --- ServerEngine
 
     def generate(self, command: Generate) -> Iterator[GenerateEvent]:
         if self.facts is None:
@@ -269,7 +269,7 @@ def _prompt(command: Generate) -> tuple[str, str]:
     return (command.text, "content") if command.text is not None else rendered(command)
 
 
-def rendered(command: Conversation) -> tuple[str, str]:
+def rendered(command: PromptCommand) -> tuple[str, str]:
     """(the prompt as one text, how the answer begins). Raises LocalrunError as the real engine does."""
     prompt = ENCODERS["v4"].encode_prompt(
         messages_from_json(command.messages),

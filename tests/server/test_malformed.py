@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 from tests.server.raw import post, send
 from tests.server.running import PATIENCE_S, Running, serving
 from tests.server.scripted import ScriptedEngine
 
-SMALL = Limits(body_bytes=20_000, depth=50, messages=50, tools=10, schema_bytes=5000, schema_depth=20)
+SMALL = ServerLimits(body_bytes=20_000, depth=50, messages=50, tools=10, schema_bytes=5000, schema_depth=20)
 TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},

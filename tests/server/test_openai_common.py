@@ -8,7 +8,7 @@ import pytest
 
 from localrun.engine.process.protocol import TokenLogprob
 from localrun.server.faults import STATUS, ApiError
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 from localrun.server.openai_common import OpenAi, logprob, response_schema, tool_choice
 
 F = {"type": "function", "name": "f"}
@@ -127,7 +127,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
     ],
 )
 def test_response_formats(value: Any, schema: Any, shown: bool) -> None:
-    assert response_schema(value, "f", Limits()) == (schema, shown)
+    assert response_schema(value, "f", ServerLimits()) == (schema, shown)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_response_formats(value: Any, schema: Any, shown: bool) -> None:
 )
 def test_formats_that_are_none_name_the_field(value: Any, param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        response_schema(value, "f", Limits())
+        response_schema(value, "f", ServerLimits())
     assert caught.value.param == param
 
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from localrun.engine.process.protocol import Generate
-from localrun.server.limits import Limits
+from localrun.server.limits import ServerLimits
 from tests.server.raw import post, send
 from tests.server.running import PATIENCE_S, Running, serving, wait_until
 from tests.server.scripted import ScriptedEngine, hello
@@ -120,7 +120,7 @@ def test_client_that_leaves_is_forgotten_waiting_or_running(path: str, body: Any
 
 
 def test_full_queue_is_each_apis_own_refusal(gate: Gate) -> None:
-    with serving(gate.engine, limits=Limits(queue=1)) as running:
+    with serving(gate.engine, limits=ServerLimits(queue=1)) as running:
         streams = [Stream(running, *REQUESTS[0])]
         wait_until(gate.engine.running.is_set)
         streams.append(Stream(running, *REQUESTS[0]))
@@ -136,7 +136,7 @@ def test_full_queue_is_each_apis_own_refusal(gate: Gate) -> None:
 
 
 def test_sdks_try_again_when_the_queue_is_full(gate: Gate) -> None:
-    with serving(gate.engine, limits=Limits(queue=1)) as running:
+    with serving(gate.engine, limits=ServerLimits(queue=1)) as running:
         running.dispatcher._mean_s = 0.1  # else they wait for what an answer usually takes
         streams = [Stream(running, *REQUESTS[0])]
         wait_until(gate.engine.running.is_set)
@@ -168,7 +168,7 @@ def test_timeout_of_an_sdk_leaves_nothing_behind(gate: Gate) -> None:
 
 def test_slow_reader_does_not_hold_the_engine() -> None:
     long = ScriptedEngine(lambda command: ["word " * 200] * 400)
-    with serving(long, limits=Limits(write_s=0.5)) as running:
+    with serving(long, limits=ServerLimits(write_s=0.5)) as running:
         lazy = Stream(running, *REQUESTS[0])  # never reads
         wait_until(lambda: long.commands and not long.running.is_set())
         assert post(running, "/v1/chat/completions", {"messages": HI, "max_tokens": 1}).status == 200
@@ -177,7 +177,7 @@ def test_slow_reader_does_not_hold_the_engine() -> None:
 
 
 def test_half_open_connections_are_closed() -> None:
-    with serving(ScriptedEngine(), limits=Limits(read_s=0.3)) as running:
+    with serving(ScriptedEngine(), limits=ServerLimits(read_s=0.3)) as running:
         for text in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\n"):
             with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock:
                 sock.sendall(text)

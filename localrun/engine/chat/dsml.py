@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from localrun.engine.chat.messages import Json, ToolCall, ToolSchema
+from localrun.engine.chat.messages import Json, MessageToolCall, ToolSchema
 from localrun.engine.chat.parts import DSML, THINK_END, THINK_START, PromptPart, Special, Text, split_protocol_text
 
 _INSTRUCTIONS = f"""## Tools
@@ -95,7 +95,7 @@ def parameters_of(arguments: str) -> list[Parameter]:
     return parameters
 
 
-def render_tool_calls(calls: Iterable[ToolCall]) -> list[PromptPart]:
+def render_tool_calls(calls: Iterable[MessageToolCall]) -> list[PromptPart]:
     """The block of calls at the end of an assistant message, including the blank line before it."""
     parts: list[PromptPart] = [Text("\n\n"), *_tag("tool_calls>\n")]
     for call in calls:

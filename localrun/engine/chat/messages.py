@@ -71,7 +71,7 @@ class ToolSchema:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class MessageToolCall:
     """A call that the assistant made.
 
     Attributes:
@@ -172,7 +172,7 @@ class AssistantMessage:
 
     content: str = ""
     reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: tuple[MessageToolCall, ...] = ()
     wo_eos: bool = False
     thinking_open: bool = False
     task: Task | None = None
@@ -320,7 +320,7 @@ def _tools(fields: Mapping[str, Json], where: str) -> tuple[ToolSchema, ...]:
     return tools_from_json(fields.get("tools") or [], where=f"{where}.tools")
 
 
-def _tool_call(value: Json, where: str) -> ToolCall:
+def _tool_call(value: Json, where: str) -> MessageToolCall:
     if not isinstance(value, Mapping) or not isinstance(function := value.get("function"), Mapping):
         raise MessageError(f"{where}: expected an object with 'function'")
     if (kind := value.get("type") or "function") != "function":
@@ -333,7 +333,7 @@ def _tool_call(value: Json, where: str) -> ToolCall:
     name, call_id = function.get("name"), value.get("id") or function.get("id") or ""
     if not isinstance(name, str) or not isinstance(arguments, str) or not isinstance(call_id, str):
         raise MessageError(f"{where}: name, arguments and id must be strings")
-    return ToolCall(name, arguments, call_id)
+    return MessageToolCall(name, arguments, call_id)
 
 
 def _content(value: Json, where: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from localrun.engine.chat.messages import AssistantMessage, MessageError, ToolCall
+from localrun.engine.chat.messages import AssistantMessage, MessageError, MessageToolCall
 
 Problem = Literal[
     "unclosed_think",  # the output ended inside the thinking
@@ -85,9 +85,9 @@ class ToolCallEnd:
         """The call is whole and may be run."""
         return not set(self.problems) & {"truncated", "no_name", "bad_name"}
 
-    def call(self) -> ToolCall:
+    def call(self) -> MessageToolCall:
         """The call as part of a message. Raises MessageError if its name can't be one."""
-        return ToolCall(self.name, self.arguments, self.id)
+        return MessageToolCall(self.name, self.arguments, self.id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class MachineFacts:
     """The machine. Unknown values are empty, 0 or None.
 
     Attributes:
@@ -431,12 +431,12 @@ def _split(seconds: float, total: Mapping[str, int], matrices_ns: int) -> Split:
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
-def machine(model: Path | None = None, *, probe: bool = True) -> Machine:
+def machine(model: Path | None = None, *, probe: bool = True) -> MachineFacts:
     """Describes this machine; with `probe` the bandwidth of memory and of the model's drive (about a second)."""
     disk = None
     if probe and model is not None:
         disk = probe_disk(list(open_model(model).files))
-    return Machine(
+    return MachineFacts(
         cpu=_cpu_name(),
         n_cores=memory.physical_cores(),
         ram_bytes=memory.total_memory() or 0,

@@ -132,7 +132,7 @@ class ExpertSums:
 
     def __init__(self, source: ModelSource, n_tokens: int, *, seed: int = 0, sample_bytes: int = SAMPLE_BYTES) -> None:
         self._layers = source.moe_layers
-        self._routers = {layer: Router.of(source, layer) for layer in self._layers}
+        self._routers = {layer: ObservedRouter.of(source, layer) for layer in self._layers}
         self._counts = {n: np.zeros(moe.n_experts) for n, moe in self._layers.items()}
         self._x = {n: np.zeros((moe.n_experts, moe.n_embd), np.float32) for n, moe in self._layers.items()}
         self._activated = {n: np.zeros((moe.n_experts, moe.n_ff), np.float32) for n, moe in self._layers.items()}
@@ -276,7 +276,7 @@ _SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4  # llama-hparams.h, llama_expert_ga
 
 
 @dataclass(frozen=True, slots=True)
-class Router:
+class ObservedRouter:
     """One layer's router, only for weights: the chosen experts are observed, not computed.
 
     Attributes:
@@ -292,7 +292,7 @@ class Router:
     scale: float
 
     @classmethod
-    def of(cls, source: ModelSource, layer: int) -> Router | None:
+    def of(cls, source: ModelSource, layer: int) -> ObservedRouter | None:
         """The layer's router; None if it is of another kind than those known here."""
         name, moe = f"blk.{layer}.ffn_gate_inp.weight", source.moe_layers[layer]
         gating = _key(source.metadata, "expert_gating_func")

@@ -40,10 +40,10 @@ from localrun.engine.chat.writer import Prompt
 from localrun.engine.engine import Engine
 from localrun.engine.facts import FinishReason, Json
 from localrun.engine.process.protocol import (
-    Conversation,
     Delta,
     Event,
     Generate,
+    PromptCommand,
     TokenLogprob,
     ToolCall,
     ToolCallBegun,
@@ -63,7 +63,7 @@ SHORT_TEXT = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TokenizedPrompt:
     """A prompt as ids.
 
     Attributes:
@@ -90,7 +90,9 @@ class KeptAnswers:
         with self._lock:
             return self._memory.recall(messages)
 
-    def keep(self, engine: Engine, command: Generate, question: Question, out: AnswerWriter, reason: str) -> None:
+    def keep(
+        self, engine: Engine, command: Generate, question: TokenizedPrompt, out: AnswerWriter, reason: str
+    ) -> None:
         """Remembers an answer, unless a stop truncated it in the middle of what its client has seen."""
         if question.messages is None or command.resume or reason not in ("eos", "length", "context"):
             return
@@ -110,18 +112,18 @@ class Prompts:
         self._texts: OrderedDict[str, list[int]] = OrderedDict()
         self._n_chars = 0
 
-    def of_question(self, command: Generate) -> Question:
+    def of_question(self, command: Generate) -> TokenizedPrompt:
         """The prompt of a command. Raises LocalrunError for one that can't be answered."""
         if command.tokens is not None:
-            return Question(list(command.tokens))
+            return TokenizedPrompt(list(command.tokens))
         if command.text is not None:
-            return Question([*self._begin(), *self._engine.tokenizer.encode(command.text)])
+            return TokenizedPrompt([*self._begin(), *self._engine.tokenizer.encode(command.text)])
         question = self.of_conversation(command)
         if question.start is None:
             raise UsageError("it is not the model's turn", hint="the last message must be one the model can answer")
         return question
 
-    def of_conversation(self, command: Conversation) -> Question:
+    def of_conversation(self, command: PromptCommand) -> TokenizedPrompt:
         """The prompt of a conversation, be it the model's turn or not. Raises LocalrunError for messages that can't be one."""
         if isinstance(command, Generate) and (command.text is not None or command.tokens is not None):
             return self.of_question(command)
@@ -137,7 +139,7 @@ class Prompts:
         )
         ids, boundaries = self._encode(encoded)
         warning = encoder.max_context_advice(command.think, self._engine.facts.n_ctx)
-        return Question(ids, boundaries, encoded.completion, warning, messages)
+        return TokenizedPrompt(ids, boundaries, encoded.completion, warning, messages)
 
     def _begin(self) -> list[int]:
         specials = self._engine.tokenizer.specials

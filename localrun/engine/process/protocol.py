@@ -42,7 +42,7 @@ class Load(Command, frozen=True, kw_only=True):
     options: EngineOptions = field(default_factory=EngineOptions)
 
 
-class Conversation(Command, frozen=True, kw_only=True):
+class PromptCommand(Command, frozen=True, kw_only=True):
     """Base of commands about a prompt made of messages.
 
     Attributes:
@@ -63,7 +63,7 @@ class Conversation(Command, frozen=True, kw_only=True):
     resume: bool = False
 
 
-class Generate(Conversation, frozen=True, kw_only=True):
+class Generate(PromptCommand, frozen=True, kw_only=True):
     """One answer to a whole conversation. Events: PromptProgress*, (Delta | ToolCall)*, then Finished.
 
     The sender always passes the full list; the engine reuses what its context already holds.
@@ -115,7 +115,7 @@ class GetStats(Command, frozen=True, kw_only=True):
     expert_map: bool = False
 
 
-class CountTokens(Conversation, frozen=True, kw_only=True):
+class CountTokens(PromptCommand, frozen=True, kw_only=True):
     """Counts the tokens of a text, or of a conversation's prompt; answered even during an answer. Events: TokenCount.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from localrun.engine.process.protocol import Command, Conversation, Event
+from localrun.engine.process.protocol import Command, Event, PromptCommand
 from localrun.errors import LocalrunError
 
 
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=Command | Event)
 def messages(base: type[M]) -> Iterator[type[M]]:
     """The messages that can be sent, of all that derive from `base`."""
     for kind in cast(list[type[M]], base.__subclasses__()):
-        if kind is not Conversation:
+        if kind is not PromptCommand:
             yield kind
         yield from messages(kind)
 

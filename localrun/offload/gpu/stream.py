@@ -177,7 +177,7 @@ class Passing:
 
 
 @dataclass(slots=True)
-class Job:
+class StreamJob:
     """One GPU's part of a long call. `done` is set once nothing uses the call's memory.
 
     Attributes:
@@ -222,13 +222,13 @@ class GpuThread:
         whole = self._memory.array if self._memory else np.zeros(0, np.uint8)
         self._staging = [whole[i * size : (i + 1) * size] for i in range(N_STAGING)] if kernels else []
         self._unpackers = ThreadPoolExecutor(n_unpackers, "localrun-unpack") if kernels else None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[StreamJob | None] = queue.SimpleQueue()
         self._running: tuple[F32, I32] | None = None
         self._is_loaded = False  # the job's inputs are on the device
         self._thread = threading.Thread(target=self._work, name=f"localrun-{slots.device.name}", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: StreamJob) -> None:
         """Starts a job; one at a time."""
         self._jobs.put(job)
 
@@ -266,7 +266,7 @@ class GpuThread:
             except LocalrunError as error:
                 log.debug("%s: %s", self.slots.device.name, error)
 
-    def _multiply(self, job: Job, pairs: Pairs) -> None:
+    def _multiply(self, job: StreamJob, pairs: Pairs) -> None:
         """Starts some pairs; at the end at most one graph runs."""
         for at in range(0, pairs.slots.size, MAX_PAIRS):
             part = slice(at, at + MAX_PAIRS)
@@ -277,7 +277,7 @@ class GpuThread:
                 result = self.slots.start(pairs.key, pairs.slots[part], job.x[pairs.x_rows[part]])
             self._running = result, pairs.out_rows[part]
 
-    def _take(self, job: Job) -> None:
+    def _take(self, job: StreamJob) -> None:
         """Waits for the graph that runs and writes its results."""
         if self._running is not None:
             (result, out_rows), self._running = self._running, None
@@ -286,7 +286,7 @@ class GpuThread:
 
     # -- passing through -----------------------------------------------------------------------------------------------
 
-    def _stream(self, job: Job) -> None:
+    def _stream(self, job: StreamJob) -> None:
         arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         waiting, free, under_way = deque(job.passing), list(self._staging), 0
         filled: list[Passing] = []
@@ -318,7 +318,7 @@ class GpuThread:
                 arrived.get()
 
     def _fetch(
-        self, job: Job, item: Passing, memory: npt.NDArray[np.uint8], arrived: queue.SimpleQueue[_Arrival]
+        self, job: StreamJob, item: Passing, memory: npt.NDArray[np.uint8], arrived: queue.SimpleQueue[_Arrival]
     ) -> None:
         """Starts to bring an expert's ggml rows into `memory`; it appears in `arrived`, failed or not."""
         kernel = self._kernels[item.ring]
@@ -348,7 +348,7 @@ class GpuThread:
         ends = np.cumsum((0, *self._kernels[item.ring].raw_bytes))
         self.slots.upload(ring_key(item.ring), slot, [memory[ends[i] : ends[i + 1]] for i in range(3)])
 
-    def _multiply_ring(self, job: Job, filled: Sequence[Passing], first: int) -> None:
+    def _multiply_ring(self, job: StreamJob, filled: Sequence[Passing], first: int) -> None:
         """Afterwards the other half's graph has ended, and it may be filled."""
         slots = np.repeat(np.arange(first, first + len(filled), dtype=np.int32), [item.x_rows.size for item in filled])
         x_rows, out_rows = (np.concatenate([getattr(item, name) for item in filled]) for name in ("x_rows", "out_rows"))

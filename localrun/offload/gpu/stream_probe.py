@@ -22,9 +22,9 @@ from localrun.offload.gpu.stream import (
     RING_SLOTS,
     Cost,
     GpuThread,
-    Job,
     Passing,
     StreamCosts,
+    StreamJob,
     choose,
     ring_key,
 )
@@ -136,7 +136,7 @@ class _Bench:
     def _start_gpu(self, n_experts: int, n_pairs: int) -> Callable[[], None]:
         rows = np.arange(n_experts * n_pairs, dtype=np.int32).reshape(n_experts, n_pairs)
         passing = [Passing(0, 0, i, 0, self._address, rows[i], rows[i]) for i in range(n_experts)]
-        job = Job(self._x, self._out, passing=passing)
+        job = StreamJob(self._x, self._out, passing=passing)
         self._thread.submit(job)
 
         def wait() -> None:

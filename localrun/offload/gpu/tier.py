@@ -32,7 +32,7 @@ from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32
 from localrun.offload.gpu.slots import BankKey, GpuSlots, most_slots, scratch_bytes, slot_bytes
-from localrun.offload.gpu.stream import RING_SLOTS, GpuThread, Job, Pairs, Passing, Rings, choose
+from localrun.offload.gpu.stream import RING_SLOTS, GpuThread, Pairs, Passing, Rings, StreamJob, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
 
@@ -356,7 +356,7 @@ class GpuCall:
         self.sums: list[F32] = []
         self.summed: list[int] = []
         self._running: list[tuple[GpuSlots, F32, I32]] = []
-        self._jobs: list[Job] = []
+        self._jobs: list[StreamJob] = []
 
     def choose(
         self, n_pairs: I32, variants: I32, in_ram: npt.NDArray[np.bool_], others: int, resident: int
@@ -420,12 +420,12 @@ class GpuCall:
         Args:
             passing: in file order; experts with an address stay there until `wait` or `abandon` returns.
         """
-        jobs: dict[int, Job] = {}
+        jobs: dict[int, StreamJob] = {}
         for gpu, pairs in self._tier.pairs(self._layer, routing) if routing is not None else ():
-            job = jobs.setdefault(gpu, Job(self._x, self._out))
+            job = jobs.setdefault(gpu, StreamJob(self._x, self._out))
             job.resident = [*job.resident, pairs]
         if passing and self._tier.rings is not None:
-            jobs.setdefault(self._tier.rings.gpu, Job(self._x, self._out)).passing = passing
+            jobs.setdefault(self._tier.rings.gpu, StreamJob(self._x, self._out)).passing = passing
         for gpu, job in jobs.items():
             self._jobs.append(job)
             self._tier.threads[gpu].submit(job)

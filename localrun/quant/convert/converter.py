@@ -56,7 +56,7 @@ _PART_ALIGN = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ConversionProgress:
     """State of a running conversion.
 
     Attributes:
@@ -180,7 +180,7 @@ def convert(
     options: ConversionOptions | None = None,
     *,
     jobs: int = DEFAULT_JOBS,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ConversionResult:
     """Converts the checkpoint directory `source`; see `write_plan`."""
     check_target(source, target)
@@ -205,7 +205,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_plan(
-    plan: ConversionPlan, target: Path, *, jobs: int = DEFAULT_JOBS, progress: Callable[[Progress], None] | None = None
+    plan: ConversionPlan,
+    target: Path,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ConversionResult:
     """Writes the plan to a directory, or completes an earlier run.
 
@@ -242,7 +246,7 @@ def write_file(
     publish: Callable[[Mapping[int, PartResult], Mapping[str, Loss]], None],
     *,
     jobs: int = DEFAULT_JOBS,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ConversionResult:
     """Writes a plan's file, or completes an earlier run.
 
@@ -304,7 +308,7 @@ class _Run:
         output: OutputFile,
         journal: Journal,
         jobs: int,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[ConversionProgress], None] | None,
     ) -> None:
         self._plan = plan
         self._partial, self._final = output.partial, output.final
@@ -385,14 +389,14 @@ class _Run:
             if self._progress is not None:
                 with self._lock:
                     done = self._resumed + self._written_bytes
-                self._progress(Progress(done, self._total, self._resumed, time.perf_counter() - start))
+                self._progress(ConversionProgress(done, self._total, self._resumed, time.perf_counter() - start))
             late = time.monotonic() - synced_at > _SYNC_SECONDS
             if late or self._written_bytes - synced_bytes > _SYNC_BYTES:
                 synced_bytes = self._written_bytes
                 self._record(writer)
                 synced_at = time.monotonic()
         if self._progress is not None and self._error is None:
-            self._progress(Progress(self._total, self._total, self._resumed, time.perf_counter() - start))
+            self._progress(ConversionProgress(self._total, self._total, self._resumed, time.perf_counter() - start))
 
     def _record(self, writer: DirectWriter) -> None:
         """Syncs, then records what was finished before the sync."""

@@ -26,7 +26,7 @@ from localrun.quant.checkpoint.mapping import (
     check_type,
     shape_tensor,
 )
-from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionResult, OutputFile, Progress, write_file
+from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionProgress, ConversionResult, OutputFile, write_file
 from localrun.quant.convert.journal import PartResult
 from localrun.quant.convert.report import overlay_section
 from localrun.quant.formats.transcode import Loss
@@ -135,7 +135,7 @@ def write_overlay(
     importance: ImportanceLookup | None = None,
     *,
     jobs: int = DEFAULT_JOBS,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConversionProgress], None] | None = None,
     sections: Mapping[str, Mapping[str, object]] | None = None,
 ) -> ConversionResult:
     """Adds or replaces a converted model's overlay; resumes an interrupted run.

@@ -31,7 +31,7 @@ from localrun.quant.model.source import TensorInfo
 ARCHITECTURE = DEEPSEEK4
 
 
-class Kind(Enum):
+class TensorUse(Enum):
     """What a tensor is used for, and so which types it may have."""
 
     MATRIX = "matrix"
@@ -40,9 +40,9 @@ class Kind(Enum):
 
     def allows(self, ggml_type: GGMLQuantizationType) -> bool:
         # ggml adds and multiplies element by element only by F32 (binary_op), and takes row ids only as I32.
-        if self is Kind.MATRIX:
+        if self is TensorUse.MATRIX:
             return ggml_type in MATRIX_TYPES
-        return bool(ggml_type == (GGMLQuantizationType.F32 if self is Kind.VECTOR else GGMLQuantizationType.I32))
+        return bool(ggml_type == (GGMLQuantizationType.F32 if self is TensorUse.VECTOR else GGMLQuantizationType.I32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Expected:
     """A tensor that llama.cpp will create: ggml shape and use."""
 
     shape: tuple[int, ...]
-    kind: Kind
+    kind: TensorUse
 
 
 def read_deepseek4(path: Path, metadata: Metadata, common: Common) -> ModelShape:
@@ -129,12 +129,12 @@ def expected_tensors(shape: ModelShape) -> dict[str, Expected]:
     """Every tensor that llama.cpp requires, in its order."""
     d, hc_dim = shape.n_embd, shape.n_streams * shape.n_embd
     expected = {
-        "token_embd.weight": Expected((d, shape.n_vocab), Kind.MATRIX),
-        "output_norm.weight": Expected((d,), Kind.VECTOR),
-        "output.weight": Expected((d, shape.n_vocab), Kind.MATRIX),
-        "output_hc_fn.weight": Expected((hc_dim, shape.n_streams), Kind.MATRIX),
-        "output_hc_base.weight": Expected((shape.n_streams,), Kind.VECTOR),
-        "output_hc_scale.weight": Expected((1,), Kind.VECTOR),
+        "token_embd.weight": Expected((d, shape.n_vocab), TensorUse.MATRIX),
+        "output_norm.weight": Expected((d,), TensorUse.VECTOR),
+        "output.weight": Expected((d, shape.n_vocab), TensorUse.MATRIX),
+        "output_hc_fn.weight": Expected((hc_dim, shape.n_streams), TensorUse.MATRIX),
+        "output_hc_base.weight": Expected((shape.n_streams,), TensorUse.VECTOR),
+        "output_hc_scale.weight": Expected((1,), TensorUse.VECTOR),
     }
     for layer, ratio in enumerate(shape.ratios[: shape.n_layers]):
         parts = _attention(shape) | _compressor(shape, ratio) | _feed_forward(shape, layer)
@@ -146,20 +146,20 @@ def _attention(shape: ModelShape) -> dict[str, Expected]:
     d, heads, rank = shape.n_embd, shape.n_heads * shape.head_dim, shape.o_groups * shape.o_rank
     mix = (2 + shape.n_streams) * shape.n_streams
     parts = {
-        "attn_norm.weight": Expected((d,), Kind.VECTOR),
-        "attn_sinks.weight": Expected((shape.n_heads,), Kind.VECTOR),
-        "attn_q_a.weight": Expected((d, shape.q_rank), Kind.MATRIX),
-        "attn_q_a_norm.weight": Expected((shape.q_rank,), Kind.VECTOR),
-        "attn_q_b.weight": Expected((shape.q_rank, heads), Kind.MATRIX),
-        "attn_kv.weight": Expected((d, shape.head_dim), Kind.MATRIX),
-        "attn_kv_a_norm.weight": Expected((shape.head_dim,), Kind.VECTOR),
-        "attn_output_a.weight": Expected((heads // shape.o_groups, rank), Kind.MATRIX),
-        "attn_output_b.weight": Expected((rank, d), Kind.MATRIX),
+        "attn_norm.weight": Expected((d,), TensorUse.VECTOR),
+        "attn_sinks.weight": Expected((shape.n_heads,), TensorUse.VECTOR),
+        "attn_q_a.weight": Expected((d, shape.q_rank), TensorUse.MATRIX),
+        "attn_q_a_norm.weight": Expected((shape.q_rank,), TensorUse.VECTOR),
+        "attn_q_b.weight": Expected((shape.q_rank, heads), TensorUse.MATRIX),
+        "attn_kv.weight": Expected((d, shape.head_dim), TensorUse.MATRIX),
+        "attn_kv_a_norm.weight": Expected((shape.head_dim,), TensorUse.VECTOR),
+        "attn_output_a.weight": Expected((heads // shape.o_groups, rank), TensorUse.MATRIX),
+        "attn_output_b.weight": Expected((rank, d), TensorUse.MATRIX),
     }
     for sublayer in ("attn", "ffn"):
-        parts[f"hc_{sublayer}_fn.weight"] = Expected((shape.n_streams * d, mix), Kind.MATRIX)
-        parts[f"hc_{sublayer}_base.weight"] = Expected((mix,), Kind.VECTOR)
-        parts[f"hc_{sublayer}_scale.weight"] = Expected((3,), Kind.VECTOR)
+        parts[f"hc_{sublayer}_fn.weight"] = Expected((shape.n_streams * d, mix), TensorUse.MATRIX)
+        parts[f"hc_{sublayer}_base.weight"] = Expected((mix,), TensorUse.VECTOR)
+        parts[f"hc_{sublayer}_scale.weight"] = Expected((3,), TensorUse.VECTOR)
     return parts
 
 
@@ -168,39 +168,39 @@ def _compressor(shape: ModelShape, ratio: int) -> dict[str, Expected]:
         return {}
     d, width = shape.n_embd, (2 if ratio == CSA else 1) * shape.head_dim
     parts = {
-        "attn_compressor_kv.weight": Expected((d, width), Kind.MATRIX),
-        "attn_compressor_gate.weight": Expected((d, width), Kind.MATRIX),
-        "attn_compressor_ape.weight": Expected((width, ratio), Kind.MATRIX),
-        "attn_compressor_norm.weight": Expected((shape.head_dim,), Kind.VECTOR),
+        "attn_compressor_kv.weight": Expected((d, width), TensorUse.MATRIX),
+        "attn_compressor_gate.weight": Expected((d, width), TensorUse.MATRIX),
+        "attn_compressor_ape.weight": Expected((width, ratio), TensorUse.MATRIX),
+        "attn_compressor_norm.weight": Expected((shape.head_dim,), TensorUse.VECTOR),
     }
     if ratio == CSA:
         index = shape.index_dim
         parts |= {
-            "indexer.proj.weight": Expected((d, shape.index_heads), Kind.MATRIX),
-            "indexer.attn_q_b.weight": Expected((shape.q_rank, shape.index_heads * index), Kind.MATRIX),
-            "indexer_compressor_kv.weight": Expected((d, 2 * index), Kind.MATRIX),
-            "indexer_compressor_gate.weight": Expected((d, 2 * index), Kind.MATRIX),
-            "indexer_compressor_ape.weight": Expected((2 * index, ratio), Kind.MATRIX),
-            "indexer_compressor_norm.weight": Expected((index,), Kind.VECTOR),
+            "indexer.proj.weight": Expected((d, shape.index_heads), TensorUse.MATRIX),
+            "indexer.attn_q_b.weight": Expected((shape.q_rank, shape.index_heads * index), TensorUse.MATRIX),
+            "indexer_compressor_kv.weight": Expected((d, 2 * index), TensorUse.MATRIX),
+            "indexer_compressor_gate.weight": Expected((d, 2 * index), TensorUse.MATRIX),
+            "indexer_compressor_ape.weight": Expected((2 * index, ratio), TensorUse.MATRIX),
+            "indexer_compressor_norm.weight": Expected((index,), TensorUse.VECTOR),
         }
     return parts
 
 
 def _feed_forward(shape: ModelShape, layer: int) -> dict[str, Expected]:
     d, ff, shared = shape.n_embd, shape.n_ff, shape.n_ff * shape.n_shared
-    parts = {"ffn_gate_inp.weight": Expected((d, shape.n_experts), Kind.MATRIX)}
+    parts = {"ffn_gate_inp.weight": Expected((d, shape.n_experts), TensorUse.MATRIX)}
     if layer < shape.n_hash_layers:
-        parts["ffn_gate_tid2eid.weight"] = Expected((shape.n_used, shape.n_vocab), Kind.IDS)
+        parts["ffn_gate_tid2eid.weight"] = Expected((shape.n_used, shape.n_vocab), TensorUse.IDS)
     else:
-        parts["exp_probs_b.bias"] = Expected((shape.n_experts,), Kind.VECTOR)
+        parts["exp_probs_b.bias"] = Expected((shape.n_experts,), TensorUse.VECTOR)
     return parts | {
-        "ffn_norm.weight": Expected((d,), Kind.VECTOR),
-        "ffn_gate_exps.weight": Expected((d, ff, shape.n_experts), Kind.MATRIX),
-        "ffn_down_exps.weight": Expected((ff, d, shape.n_experts), Kind.MATRIX),
-        "ffn_up_exps.weight": Expected((d, ff, shape.n_experts), Kind.MATRIX),
-        "ffn_gate_shexp.weight": Expected((d, shared), Kind.MATRIX),
-        "ffn_down_shexp.weight": Expected((shared, d), Kind.MATRIX),
-        "ffn_up_shexp.weight": Expected((d, shared), Kind.MATRIX),
+        "ffn_norm.weight": Expected((d,), TensorUse.VECTOR),
+        "ffn_gate_exps.weight": Expected((d, ff, shape.n_experts), TensorUse.MATRIX),
+        "ffn_down_exps.weight": Expected((ff, d, shape.n_experts), TensorUse.MATRIX),
+        "ffn_up_exps.weight": Expected((d, ff, shape.n_experts), TensorUse.MATRIX),
+        "ffn_gate_shexp.weight": Expected((d, shared), TensorUse.MATRIX),
+        "ffn_down_shexp.weight": Expected((shared, d), TensorUse.MATRIX),
+        "ffn_up_shexp.weight": Expected((d, shared), TensorUse.MATRIX),
     }
 
 

@@ -15,7 +15,7 @@ from localrun.engine.process.protocol import Generate
 from localrun.errors import ContextFullError, EngineDiedError, StoppedError, UsageError
 from localrun.tui.controllers.answering import Answering
 from localrun.tui.controllers.conversation import OpenConversation
-from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.model import ModelSwitch
 from localrun.tui.controllers.notices import Notices
 from localrun.tui.controllers.records import Records
 from localrun.tui.controllers.work import WorkQueue
@@ -58,7 +58,7 @@ class Asking:
         records: Records,
         queue: WorkQueue,
         notices: Notices,
-        model: LoadedModel,
+        model: ModelSwitch,
         *,
         refused: Callable[[Question], None],
         answered: Callable[[LiveAnswer], None],

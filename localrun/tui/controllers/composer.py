@@ -21,7 +21,7 @@ from localrun.errors import UsageError
 from localrun.tui.commands import BY_SLASH
 from localrun.tui.controllers.asking import Asking, Question
 from localrun.tui.controllers.conversation import OpenConversation
-from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.model import ModelSwitch
 from localrun.tui.controllers.notices import Notices
 from localrun.tui.controllers.records import Records
 from localrun.tui.controllers.work import Handler, Invocation, WorkQueue
@@ -29,7 +29,7 @@ from localrun.tui.files import estimate_tokens, mentioned_files
 from localrun.tui.options import with_value
 from localrun.tui.screens.attach import AttachScreen
 from localrun.tui.screens.dialog import ChoiceDialog
-from localrun.tui.widgets.prompt import Prompt
+from localrun.tui.widgets.prompt import PromptInput
 
 LARGE_SHARE = 0.1
 """Of the context: files that take more are asked about first."""
@@ -55,7 +55,7 @@ class Composer:
         records: Records,
         queue: WorkQueue,
         notices: Notices,
-        model: LoadedModel,
+        model: ModelSwitch,
         asking: Asking,
         current: OpenConversation,
         *,
@@ -80,8 +80,8 @@ class Composer:
         }
 
     @property
-    def prompt(self) -> Prompt:
-        return self._screen.query_one(Prompt)
+    def prompt(self) -> PromptInput:
+        return self._screen.query_one(PromptInput)
 
     def to_input(self) -> None:
         """Gives the focus to the input."""

@@ -23,7 +23,7 @@ from localrun.tui.screens.search import SearchScreen
 from localrun.tui.widgets.conversation_list import ConversationList
 
 
-class Library:
+class ConversationActions:
     """Commands for whole conversations. Connects the list, the store and the open conversation; owns no state.
 
     Args:

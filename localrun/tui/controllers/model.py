@@ -33,14 +33,14 @@ DEMO_NAME = "demo"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ModelChoice:
     """A model and how it is loaded."""
 
     path: Path
     options: EngineOptions
 
 
-class LoadedModel:
+class ModelSwitch:
     """Owns the link to the engine, the loaded model, and the previous one, in case the next load fails.
 
     Args:
@@ -82,8 +82,8 @@ class LoadedModel:
         self.plan_bars: tuple[Bar, ...] = ()
         self._loading_text, self._loading_progress = "", 0.0
         self._compiled_before = self._compiled = 0
-        self._loaded: Choice | None = None
-        self._wanted: Choice | None = None
+        self._loaded: ModelChoice | None = None
+        self._wanted: ModelChoice | None = None
 
     def commands(self) -> dict[str, Handler]:
         return {"models": self._models, "reload": self._reload}
@@ -138,7 +138,7 @@ class LoadedModel:
         """
         self.link.stop()
         self.options = options or self.options
-        self._wanted = Choice(path, self.options)
+        self._wanted = ModelChoice(path, self.options)
         self.facts, self.loading, self.plan_lines, self.planned = None, True, (), None
         self._notices.clear()
         self._begun()

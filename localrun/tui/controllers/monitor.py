@@ -10,7 +10,7 @@ from textual.screen import Screen
 from localrun.engine.process.protocol import Stats
 from localrun.tui.controllers.asking import Asking
 from localrun.tui.controllers.conversation import OpenConversation
-from localrun.tui.controllers.model import LoadedModel
+from localrun.tui.controllers.model import ModelSwitch
 from localrun.tui.controllers.panels import Panels
 from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.live_answer import prompt_time_left
@@ -37,7 +37,7 @@ class Monitor:
     def __init__(
         self,
         screen: Screen[Any],
-        model: LoadedModel,
+        model: ModelSwitch,
         asking: Asking,
         current: OpenConversation,
         panels: Panels,

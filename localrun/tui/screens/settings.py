@@ -16,7 +16,7 @@ from localrun.engine import memory
 from localrun.engine.facts import ModelFacts
 from localrun.engine.options import EngineOptions, check_answer, check_lengths
 from localrun.errors import UsageError
-from localrun.options import THINK_MODES, Kind, Option, Where, those
+from localrun.options import THINK_MODES, Option, OptionKind, Where, those
 from localrun.textsafe import visible, visible_line
 from localrun.tui.options import NAMES, ChatOptions, describe, option_of, value_of, with_value
 from localrun.tui.screens.dialog import Dialog
@@ -103,7 +103,7 @@ class SettingsScreen(Dialog[SettingsResult]):
 
     def _engine_value(self, option: Option) -> Any:
         before = getattr(self._engine, option.field)
-        if option.kind in (Kind.CHOICE, Kind.SWITCH):
+        if option.kind in (OptionKind.CHOICE, OptionKind.SWITCH):
             return option.parse(self.query_one(f"#{option.field}", Select).value)
         text = self._typed(option.field)
         if text == _shown(option, before):  # a size is rounded: unchanged means the same number of bytes
@@ -126,7 +126,7 @@ def _known(value: str, values: Sequence[str]) -> str:
 
 
 def _field(option: Option, value: Any) -> Input | Select[str]:
-    if option.kind in (Kind.CHOICE, Kind.SWITCH):
+    if option.kind in (OptionKind.CHOICE, OptionKind.SWITCH):
         words = option.choices or ("false", "true")
         return Select([(w, w) for w in words], value=option.show(value), allow_blank=False, id=option.field)
     return Input(_shown(option, value), id=option.field, compact=True)
@@ -140,7 +140,7 @@ def _shown(option: Option, value: Any) -> str:
 def _meaning(option: Option) -> str:
     if option.default is None:
         return option.unset.replace("without it", "empty")
-    if option.kind is Kind.COUNT and option.default:
+    if option.kind is OptionKind.COUNT and option.default:
         return f"{option.unit}; empty: {option.default}"
     return option.help.replace("; 0: ", "; empty: ")
 

@@ -38,7 +38,7 @@ class PromptArea(TextArea):
         event.stop()
         event.prevent_default()
         prompt = self.parent
-        assert isinstance(prompt, Prompt)
+        assert isinstance(prompt, PromptInput)
         if is_long_paste(event.text):
             prompt.fold(event.text)
         else:
@@ -56,7 +56,7 @@ class PromptArea(TextArea):
 
     async def _on_key(self, event: events.Key) -> None:
         prompt = self.parent
-        assert isinstance(prompt, Prompt)
+        assert isinstance(prompt, PromptInput)
         if event.key in _NEW_LINE_KEYS:
             event.stop()
             event.prevent_default()
@@ -68,7 +68,7 @@ class PromptArea(TextArea):
             await super()._on_key(event)
 
 
-class Prompt(Vertical):
+class PromptInput(Vertical):
     """Input, suggestions above it, chips of attached files.
 
     Owns the history and the files attached to the next message.

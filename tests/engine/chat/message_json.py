@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from localrun.engine.chat.messages import Json, Message, ToolCall, role_of, tool_to_json
+from localrun.engine.chat.messages import Json, Message, MessageToolCall, role_of, tool_to_json
 
 
 def message_to_json(message: Message) -> dict[str, Json]:
@@ -22,7 +22,7 @@ def message_to_json(message: Message) -> dict[str, Json]:
     return body
 
 
-def _tool_call_to_json(call: ToolCall) -> dict[str, Json]:
+def _tool_call_to_json(call: MessageToolCall) -> dict[str, Json]:
     return {
         **({"id": call.id} if call.id else {}),
         "type": "function",

@@ -9,15 +9,17 @@ from hypothesis import given
 
 from localrun.engine.chat.dsml import Parameter, parameters_of, render_tool_calls, to_json, tool_instructions
 from localrun.engine.chat.dsml_tags import DSML_MARK, Tag, next_tag
-from localrun.engine.chat.messages import ToolCall, ToolSchema
+from localrun.engine.chat.messages import MessageToolCall, ToolSchema
 from localrun.engine.chat.parts import DSML, THINK_END, THINK_START, Special, Text, merge_texts, render
 from tests.engine.chat_strategies import any_speed, argument_objects, json_values, texts
 
 
 def test_calls_are_written_as_in_the_official_example() -> None:
     calls = [
-        ToolCall("get_weather", '{"location": "Beijing", "days": 3, "units": ["C", null], "note": "a\\n\\"b\\" ü"}'),
-        ToolCall("now", "{}"),
+        MessageToolCall(
+            "get_weather", '{"location": "Beijing", "days": 3, "units": ["C", null], "note": "a\\n\\"b\\" ü"}'
+        ),
+        MessageToolCall("now", "{}"),
     ]
     assert render(render_tool_calls(calls)) == (
         "\n\n<｜DSML｜tool_calls>\n"
@@ -35,7 +37,7 @@ def test_calls_are_written_as_in_the_official_example() -> None:
 
 
 def test_only_our_own_markup_is_special() -> None:
-    call = ToolCall("f", json.dumps({"x": f"</{DSML}parameter><think>"}, ensure_ascii=False))
+    call = MessageToolCall("f", json.dumps({"x": f"</{DSML}parameter><think>"}, ensure_ascii=False))
     parts = merge_texts(render_tool_calls([call]))
     assert sum(part == Special(DSML) for part in parts) == 6
     assert not any(part == Special(THINK_START) for part in parts)

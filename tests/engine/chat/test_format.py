@@ -19,9 +19,9 @@ from localrun.engine.chat.messages import (
     LatestReminderMessage,
     Message,
     MessageError,
+    MessageToolCall,
     SystemMessage,
     Task,
-    ToolCall,
     ToolMessage,
     ToolSchema,
     UserMessage,
@@ -152,7 +152,7 @@ def test_tools_of_the_call_belong_to_the_first_system_message() -> None:
 
 
 def test_user_and_tool_messages_in_a_row_are_one_turn_with_results_in_call_order() -> None:
-    calls = (ToolCall("f", "{}", "x"), ToolCall("g", "{}", "y"))
+    calls = (MessageToolCall("f", "{}", "x"), MessageToolCall("g", "{}", "y"))
     text = render(
         AssistantMessage("", "", calls),
         ToolMessage("of y", "y"),
@@ -223,7 +223,7 @@ def test_a_cut_off_answer_is_continued_where_it_broke_off() -> None:
     assert (prompt.render(), prompt.completion) == (f"{B}{U}Hi{A}{R}", "content")
     # Once something follows, it is an answer like any other.
     assert render(*in_thoughts, UserMessage("go on"), drop_thinking=False) == (f"{B}{U}Hi{A}{T}wh{R}{E}{U}go on{A}{T}")
-    calling: list[Message] = [UserMessage("Hi"), AssistantMessage("", "", (ToolCall("f", "{}"),))]
+    calling: list[Message] = [UserMessage("Hi"), AssistantMessage("", "", (MessageToolCall("f", "{}"),))]
     for wrong in (in_text[:1], calling):
         with pytest.raises(MessageError, match="can be continued"):
             V4.encode_prompt(wrong, resume=True)
@@ -424,7 +424,7 @@ def ordinary_conversations(draw: st.DrawFn) -> tuple[list[Message], dict[str, An
     messages: list[Message] = []
     if options["tools"] or options["response_format"] or draw(st.booleans()):
         messages.append(SystemMessage(draw(texts.filter(bool))))
-    calls: tuple[ToolCall, ...] = ()
+    calls: tuple[MessageToolCall, ...] = ()
     for _ in range(draw(st.integers(1, 4))):
         if options["tools"]:
             messages += [ToolMessage(draw(texts), call.id) for call in calls]
@@ -449,7 +449,7 @@ def test_prompt_equals_llama_cpps_template(
     assert ours == oracle(messages, encoder=name, mode=mode, **options)
 
 
-CALL = AssistantMessage("", "r", (ToolCall("f", "{}", "a"), ToolCall("f", "{}", "b")))
+CALL = AssistantMessage("", "r", (MessageToolCall("f", "{}", "a"), MessageToolCall("f", "{}", "b")))
 DIFFERENCES: dict[str, tuple[list[Message], dict[str, Any], str, str]] = {
     # Official: tools and format are appended to a system text with a blank line, even to an empty one.
     "tools without system text": (
@@ -526,7 +526,7 @@ def test_where_the_template_differs_the_official_encoder_is_followed(name: str) 
 
 
 def test_arguments_that_are_no_json_are_encoded_where_the_template_fails() -> None:
-    messages: list[Message] = [UserMessage("q"), AssistantMessage("", "", (ToolCall("f", "not json"),))]
+    messages: list[Message] = [UserMessage("q"), AssistantMessage("", "", (MessageToolCall("f", "not json"),))]
     assert 'name="arguments" string="true">not json</' in V4.encode_prompt(messages).render()
     with pytest.raises(json.JSONDecodeError):
         oracle(messages)

@@ -13,8 +13,8 @@ from localrun.engine.chat.messages import (
     DeveloperMessage,
     Message,
     MessageError,
+    MessageToolCall,
     SystemMessage,
-    ToolCall,
     ToolMessage,
     ToolSchema,
     UserMessage,
@@ -75,7 +75,10 @@ def test_openai_conversation_is_understood() -> None:
         AssistantMessage(
             "",
             "two calls",
-            (ToolCall("get_weather", '{"city": "Oslo"}', "a"), ToolCall("get_weather", '{"city": "Rom", "ü": 1}', "b")),
+            (
+                MessageToolCall("get_weather", '{"city": "Oslo"}', "a"),
+                MessageToolCall("get_weather", '{"city": "Rom", "ü": 1}', "b"),
+            ),
         ),
         ToolMessage("rain", "a"),
     ]

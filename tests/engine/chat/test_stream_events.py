@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from localrun.engine.chat.messages import AssistantMessage, ToolCall
+from localrun.engine.chat.messages import AssistantMessage, MessageToolCall
 from localrun.engine.chat.stream_events import (
     End,
     MessageBuilder,
@@ -22,7 +22,7 @@ def test_an_answer_is_what_its_events_say_in_their_order() -> None:
     answer.add([ThinkingDelta("hm"), ThinkingDelta("!"), TextDelta("a"), TextDelta("b")])
     answer.add([ToolCallStart(0, "f"), ToolCallDelta(0, "{}"), ToolCallEnd(0, "f", "{}", "id", ("odd_tag",))])
     answer.add([End("eos", ("other_markup", "odd_tag"))])
-    assert answer.message() == AssistantMessage("ab", "hm!", (ToolCall("f", "{}", "id"),))
+    assert answer.message() == AssistantMessage("ab", "hm!", (MessageToolCall("f", "{}", "id"),))
     assert answer.problems == ("other_markup", "odd_tag"), "each once, those of calls last"
     assert answer.end == End("eos", ("other_markup", "odd_tag"))
 

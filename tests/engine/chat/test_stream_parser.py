@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localrun.engine.chat.format import ENCODERS
-from localrun.engine.chat.messages import AssistantMessage, ToolCall, UserMessage
+from localrun.engine.chat.messages import AssistantMessage, MessageToolCall, UserMessage
 from localrun.engine.chat.parts import (
     ASSISTANT,
     DSML,
@@ -308,7 +308,7 @@ def test_arguments_are_read_leniently_and_flagged(
     (call,) = answer.calls
     assert (json.loads(call.arguments), call.problems, call.usable) == (arguments, problems, True)
     assert answer.content == ""
-    assert answer.message().tool_calls == (ToolCall("f", call.arguments, "call_0"),)
+    assert answer.message().tool_calls == (MessageToolCall("f", call.arguments, "call_0"),)
 
 
 def test_a_block_that_breaks_off_anywhere_neither_leaks_nor_yields_a_call_to_run() -> None:

@@ -139,7 +139,7 @@ def test_model_of_llama_cpp_alone_has_totals_only(model_path: Path) -> None:
     ET.fromstring(picture)
 
 
-def machine() -> benchmark.Machine:
+def machine() -> benchmark.MachineFacts:
     return benchmark.machine(probe=False)
 
 

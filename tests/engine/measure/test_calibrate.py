@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from localrun.engine.engine import Engine
-from localrun.engine.measure.calibrate import Router, calibrate
+from localrun.engine.measure.calibrate import ObservedRouter, calibrate
 from localrun.engine.measure.calibration_text import CalibrationText, default_text, read_calibration_text
 from localrun.engine.measure.choose import PrecisionRequest, check_precision_request, choose_precision
 from localrun.errors import UsageError
@@ -44,7 +44,7 @@ def test_sums_samples_and_routing_are_those_of_the_model(chat_model_path: Path) 
         assert sampled.rows.shape[0] == 300, "all positions, because they fit"
         np.testing.assert_array_equal(sampled.chosen.sum(1), n_used)
         np.testing.assert_array_equal(sampled.chosen.sum(0), layer.counts)
-        router = Router.of(source, number)
+        router = ObservedRouter.of(source, number)
         assert router is not None
         bias = source.read_tensor(f"blk.{number}.exp_probs_b.bias").view(np.float32)
         probabilities = router.probabilities(sampled.rows)

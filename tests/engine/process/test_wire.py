@@ -18,13 +18,13 @@ from localrun.engine.process import protocol
 from localrun.engine.process.protocol import (
     CLOSING_EVENTS,
     Command,
-    Conversation,
     Delta,
     Event,
     Failed,
     Finished,
     Generate,
     Load,
+    PromptCommand,
     Stats,
 )
 from localrun.engine.process.wire import ProtocolError, decode_command, decode_event, encode, messages
@@ -81,7 +81,7 @@ MESSAGES: list[type] = [*messages(Command), *messages(Event)]
 
 
 def test_every_message_of_the_protocol_can_be_sent() -> None:
-    bases = (Command, Event, Conversation)
+    bases = (Command, Event, PromptCommand)
     defined = [v for v in vars(protocol).values() if isinstance(v, type) and issubclass(v, (Command, Event))]
     assert set(MESSAGES) == set(defined) - set(bases)
 
@@ -136,7 +136,7 @@ def test_anything_else_is_refused(line: bytes, says: str) -> None:
 
 def test_bases_are_no_messages() -> None:
     with pytest.raises(ProtocolError, match="unknown command 'Conversation'"):
-        decode_command(b'{"type":"Conversation"}')
+        decode_command(b'{"type":"PromptCommand"}')
 
 
 def test_file_names_that_are_not_utf8_arrive_as_they_are() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from localrun.errors import ChecksumError, StoppedError, StoreError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
-from localrun.offload.gpu.stream import LEAST_GAIN, RING_SLOTS, Cost, Job, StreamCosts, choose
+from localrun.offload.gpu.stream import LEAST_GAIN, RING_SLOTS, Cost, StreamCosts, StreamJob, choose
 from localrun.offload.gpu.stream_probe import _best, _costs, measure
 from localrun.offload.kernels import FfnSpec, make_kernel
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
@@ -137,7 +137,7 @@ def test_formats_of_a_layer_pass_through_rings_of_their_own(
         rings: set[Any] = set()
         submit = thread.submit
 
-        def watch(job: Job) -> None:
+        def watch(job: StreamJob) -> None:
             rings.update(item.ring for item in job.passing)
             submit(job)
 
@@ -185,7 +185,7 @@ def test_stopping_ends_a_streaming_call(model_path: Path, gpu: GpuDevice, monkey
         thread, fetched, jobs = tier.threads[0], 0, []
         fetch = thread._fetch
 
-        def stop_after_two(job: Job, *rest: Any) -> None:
+        def stop_after_two(job: StreamJob, *rest: Any) -> None:
             nonlocal fetched
             fetched += 1
             if fetched == 2:
@@ -219,7 +219,7 @@ def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
         thread, jobs = tier.threads[0], []
         submit, stream = thread.submit, thread._stream
 
-        def interrupted(job: Job) -> None:
+        def interrupted(job: StreamJob) -> None:
             def wait(timeout: float | None = None) -> bool:
                 monkeypatch.setattr(job.done, "wait", original)
                 raise KeyboardInterrupt
@@ -229,7 +229,7 @@ def test_an_interrupt_returns_when_nothing_uses_the_call_s_memory(
             jobs.append(job)
             submit(job)
 
-        def slow(job: Job) -> None:
+        def slow(job: StreamJob) -> None:
             time.sleep(0.2)
             stream(job)
 

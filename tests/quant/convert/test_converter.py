@@ -22,7 +22,7 @@ from localrun.errors import DiskSpaceError, FormatError, LocalrunError, StoreErr
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.convert import converter as convert_module
-from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, Progress, convert, slice_rows, write_plan
+from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, ConversionProgress, convert, slice_rows, write_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest
 from localrun.quant.open import open_model
@@ -221,7 +221,7 @@ def test_after_kill_9_the_same_command_ends_with_the_same_bytes(
 
 
 def test_a_second_run_does_only_what_the_first_had_not_recorded(small: Path, half_done: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConversionProgress] = []
     result = convert(small, half_done, progress=seen.append)
     assert 0 < result.written_bytes < seen[-1].total_bytes
     assert seen[-1].resumed_bytes == seen[-1].total_bytes - result.written_bytes
@@ -288,7 +288,7 @@ def test_a_damaged_state_file_is_named(small: Path, half_done: Path) -> None:
 def test_an_interrupt_from_the_keyboard_leaves_a_resumable_state(
     small: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: ConversionProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -455,12 +455,12 @@ def test_works_where_the_file_system_has_no_direct_io(
 
 
 def test_progress_counts_to_the_end_and_estimates(small: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConversionProgress] = []
     write_plan(make_plan(Checkpoint.open(small)), tmp_path / "out", progress=seen.append)
     assert seen[-1].done_bytes == seen[-1].total_bytes > 0
-    half = Progress(done_bytes=50, total_bytes=100, resumed_bytes=20, elapsed_s=3.0)
+    half = ConversionProgress(done_bytes=50, total_bytes=100, resumed_bytes=20, elapsed_s=3.0)
     assert (half.bytes_per_s, half.remaining_s) == (10.0, 5.0)
-    assert Progress(20, 100, 20, 3.0).remaining_s is None
+    assert ConversionProgress(20, 100, 20, 3.0).remaining_s is None
 
 
 def test_manifest_is_plain_json(undisturbed: Path) -> None:

@@ -43,6 +43,21 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_rate(text: str) -> int:
+    """Bytes per second of `7GB/s`, `930 GB/s`.
+
+    Raises:
+        UsageError: not a rate, zero, negative, or without a unit.
+    """
+    try:
+        rate = parse_size(text.strip().removesuffix("/s"))
+    except UsageError:
+        rate = 0
+    if rate == 0:
+        raise UsageError(f"'{text}' is not a rate", hint="write for example 7GB/s")
+    return rate
+
+
 def _likely(number: str) -> str:
     """A bare number with the unit that was most likely meant."""
     value = float(number)

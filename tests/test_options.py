@@ -15,7 +15,7 @@ from localrun.engine.sampling import check
 from localrun.errors import UsageError
 from localrun.options import BY_NAME, OPTIONS, Option, OptionKind, Where, those
 from localrun.tui.options import ChatOptions, with_value
-from localrun.units import parse_size
+from localrun.units import parse_rate, parse_size
 
 NO_OPTIONS = {"logit_bias"}
 """A list, which only a request to a server can have; the sampler checks it against the vocabulary."""
@@ -121,6 +121,20 @@ def test_zero_needs_no_unit() -> None:
 def test_a_size_beyond_any_machine_is_refused() -> None:
     with pytest.raises(UsageError, match="larger than any machine"):
         parse_size("99999999999TiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"), [("7GB/s", 7 * 10**9), ("1.5 GiB/s", 3 << 29), (" 930GB ", 930 * 10**9)]
+)
+def test_rates_are_bytes_per_second(text: str, bytes_per_s: int) -> None:
+    assert parse_rate(text) == bytes_per_s
+
+
+@pytest.mark.parametrize("text", ["7", "0", "0GB/s", "-1GB/s", "7Gb/min", "nan", ""])
+def test_rates_without_a_unit_or_of_nothing_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a rate") as refused:
+        parse_rate(text)
+    assert refused.value.hint == "write for example 7GB/s"
 
 
 def test_reference_is_up_to_date() -> None:

@@ -14,6 +14,9 @@ from localrun.options import BY_NAME, Option, OptionKind, fields_of
 Size = str | int
 """`"8GiB"`, `"500MB"`, or bytes."""
 
+Rate = str | float
+"""`"7GB/s"`, or bytes per second."""
+
 
 class Limits(TypedDict, total=False):
     """What a load and a plan keep to (docs/options.md). Sizes as text have a unit."""

@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Unpack
 
 from localrun import config
 from localrun.api import demo, models
-from localrun.api.options import Limits, Size, given
+from localrun.api.options import Limits, Rate, Size, given
 from localrun.engine import memory
 from localrun.engine.options import check_lengths
 from localrun.errors import BudgetError, UsageError
-from localrun.units import format_size, parse_size
+from localrun.units import format_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from localrun.engine.planner.hardware import Gpu, Hardware
     from localrun.engine.planner.plan import Plan
     from localrun.engine.planner.sizes import ModelSizes
-
-GB = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,20 +30,20 @@ class Machine:
         ram: its memory, 2 GiB of it in use.
         vram: memory of each GPU; 0 for a machine without.
         threads: its cores.
-        memory_gbps, disk_gbps: GB/s of its RAM and of the model's drive.
+        memory_rate, drive_rate: bandwidth of its RAM and read speed of the model's drive.
         drives: 2 for a mirror on a second drive.
-        gpu_gbps, pcie_gbps: GB/s of the GPUs' memory, and between RAM and GPU.
+        gpu_rate, pcie_rate: bandwidth of the GPUs' memory, and between RAM and GPU.
     """
 
     box: str | None = None
     ram: Size | None = None
     vram: Sequence[Size] = ()
     threads: int | None = None
-    memory_gbps: float | None = None
-    disk_gbps: float | None = None
+    memory_rate: Rate | None = None
+    drive_rate: Rate | None = None
     drives: int | None = None
-    gpu_gbps: float | None = None
-    pcie_gbps: float | None = None
+    gpu_rate: Rate | None = None
+    pcie_rate: Rate | None = None
 
 
 def plan(
@@ -149,9 +147,9 @@ def hardware_of(
     return known.given(
         ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
         total_ram_bytes=ram,
-        disk_bytes_per_s=_per_s(machine.disk_gbps),
+        disk_bytes_per_s=_per_s(machine.drive_rate),
         n_drives=machine.drives,
-        memory_bytes_per_s=_per_s(machine.memory_gbps),
+        memory_bytes_per_s=_per_s(machine.memory_rate),
         n_threads=min(settings["threads"], threads) if settings["threads"] and threads else threads,
         gpus=_gpus(machine),
     )
@@ -170,8 +168,8 @@ def _gpus(machine: Machine) -> tuple[Gpu, ...] | None:
         hardware.Gpu.described(
             size,
             name=f"GPU {number}",
-            bytes_per_s=_per_s(machine.gpu_gbps) or hardware.ASSUMED_VRAM_BYTES_PER_S,
-            pcie_bytes_per_s=_per_s(machine.pcie_gbps) or hardware.ASSUMED_PCIE_BYTES_PER_S,
+            bytes_per_s=_per_s(machine.gpu_rate) or hardware.ASSUMED_VRAM_BYTES_PER_S,
+            pcie_bytes_per_s=_per_s(machine.pcie_rate) or hardware.ASSUMED_PCIE_BYTES_PER_S,
         )
         for number, size in enumerate(sizes)
         if size
@@ -182,8 +180,8 @@ def _bytes(size: Size | None) -> int | None:
     return parse_size(size) if isinstance(size, str) else size
 
 
-def _per_s(gbps: float | None) -> float | None:
-    return None if gbps is None else gbps * GB
+def _per_s(rate: Rate | None) -> float | None:
+    return parse_rate(rate) if isinstance(rate, str) else rate
 
 
 def _check_limits(settings: config.Settings, machine: Hardware) -> None:

@@ -19,13 +19,21 @@ from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
 from localrun.options import Where, add_flags, those
-from localrun.units import format_duration, parse_size
+from localrun.units import format_duration, parse_rate, parse_size
 
 
 def size(text: str) -> int:
     """argparse type of a size option."""
     try:
         return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
+
+
+def rate(text: str) -> int:
+    """argparse type of bytes per second."""
+    try:
+        return parse_rate(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(f"{error} ({error.hint})") from None
 

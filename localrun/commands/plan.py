@@ -25,7 +25,7 @@ EXAMPLES = """\
 examples:
   localrun plan flash                                        Flash on this machine, nothing downloaded yet
   localrun plan flash --ram 12GiB --context 131072           the same, with limits
-  localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-disk-gbps 7 --machine-threads 16
+  localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-drive-rate 7GB/s --machine-threads 16
   localrun plan flash --box gpu-24-ram-64 --base q2_k --json
   localrun plan flash --box ram-128 --svg plan.svg           the same as a picture
 """
@@ -65,12 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory of a GPU; repeat for several GPUs",
     )
     machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="number of cores")
-    machine.add_argument("--machine-memory-gbps", type=_gbps, metavar="X", help="RAM bandwidth in GB/s")
-    machine.add_argument("--machine-disk-gbps", type=_gbps, metavar="X", help="read speed of the model's drive in GB/s")
-    machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
-    machine.add_argument("--machine-gpu-gbps", type=_gbps, metavar="X", help="GPU memory bandwidth in GB/s (500)")
     machine.add_argument(
-        "--machine-pcie-gbps", type=_gbps, metavar="X", help="bandwidth between RAM and GPU in GB/s (12)"
+        "--machine-memory-rate", type=common.rate, metavar="RATE", help="RAM bandwidth, such as 80GB/s"
+    )
+    machine.add_argument(
+        "--machine-drive-rate", type=common.rate, metavar="RATE", help="read speed of the model's drive, such as 7GB/s"
+    )
+    machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
+    machine.add_argument("--machine-gpu-rate", type=common.rate, metavar="RATE", help="GPU memory bandwidth (500GB/s)")
+    machine.add_argument(
+        "--machine-pcie-rate", type=common.rate, metavar="RATE", help="bandwidth between RAM and GPU (12GB/s)"
     )
     machine.add_argument("--no-probe", action="store_true", help="don't measure this machine's drive and memory")
     how = parser.add_argument_group("prediction")
@@ -222,14 +226,3 @@ def _phase(name: str, span: Range) -> list[str]:
             f"  {f'ms: {resource}':<26}" + "".join(f"{1e3 * rate.seconds[resource]:>10.2f}" for rate in estimates)
         )
     return lines
-
-
-def _gbps(text: str) -> float:
-    """argparse type: GB/s."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number (GB/s)") from None
-    if not 0 < value < 1e5:
-        raise argparse.ArgumentTypeError(f"{text} GB/s is out of range")
-    return value

@@ -188,7 +188,7 @@ def test_command_writes_table_json_and_a_trace_that_gives_the_same(
 ) -> None:
     options = ["--budgets", "0.2,0.4", "--policies", "lru,belady", "--warm-up", "0.25"]
     trace, first, second = tmp_path / "t", tmp_path / "1.json", tmp_path / "2.json"
-    synthetic = ["--layers", "1", "--tokens", "80", "--save", str(trace), "--disk-gbps", "1"]
+    synthetic = ["--layers", "1", "--tokens", "80", "--save", str(trace), "--drive-rate", "1GB/s"]
     assert sim.main([*synthetic, *options, "--json", str(first)]) == 0
     assert "belady" in capsys.readouterr().out
     assert len(list(Trace(trace))) == 80

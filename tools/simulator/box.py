@@ -2,7 +2,7 @@
 
     python -m tools.simulator.box --model flash --tokens 800 --prompt-tokens 256
     python -m tools.simulator.box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"
-    python -m tools.simulator.box --model slice.lr --trace run.trace --ram 3GiB --disk-gbps 1.7 --memory-gbps 25 --threads 2
+    python -m tools.simulator.box --model slice.lr --trace run.trace --ram 3GiB --drive-rate 1.7GB/s --memory-rate 25GB/s --threads 2
 
 Every layer call of the trace goes through `localrun.offload.cache.slots` with as many slots as the planner finds room for, at
 the model's full number of experts. A call then takes what its parts take: reads of what was missing run while the experts that
@@ -33,7 +33,7 @@ from localrun.engine.planner.speed import slowest
 from localrun.errors import BudgetError, LocalrunError
 from localrun.offload.cache.profile import Key
 from localrun.offload.cache.trace import TraceHeader
-from localrun.units import parse_size
+from localrun.units import parse_rate, parse_size
 from tools.simulator.replay import Step, engine_misses, learn, steps_of
 from tools.simulator.trace_file import Trace, TracedCall
 from tools.simulator.traces import Workload, synthetic_calls
@@ -166,13 +166,11 @@ class _Clock:
 
 def boxes(args: argparse.Namespace, sizes: ModelSizes) -> Iterator[tuple[str, Hardware]]:
     """Those of `plan_table`, or the one that the options describe."""
-    if args.disk_gbps or args.memory_gbps or args.ram:
+    if args.drive_rate or args.memory_rate or args.ram:
         machine = detect(
-            sizes.files, n_threads=args.threads, probe=not (args.disk_gbps and args.memory_gbps), specs=sizes.specs
+            sizes.files, n_threads=args.threads, probe=not (args.drive_rate and args.memory_rate), specs=sizes.specs
         )
-        disk = args.disk_gbps * 1e9 if args.disk_gbps else None
-        memory = args.memory_gbps * 1e9 if args.memory_gbps else None
-        yield "given", machine.given(disk_bytes_per_s=disk, memory_bytes_per_s=memory)
+        yield "given", machine.given(disk_bytes_per_s=args.drive_rate, memory_bytes_per_s=args.memory_rate)
         return
     wanted = [name.strip() for name in args.boxes.split(";")] if args.boxes else [box.name for box in BOXES]
     for box in BOXES:
@@ -217,8 +215,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warm-up", type=float, default=0.4, help="part of the trace that is not counted")
     p.add_argument("--boxes", help="names of plan_table's boxes, separated by ;")
     p.add_argument("--ram", type=parse_size, help="RAM for experts on this machine, or the one described")
-    p.add_argument("--disk-gbps", type=float)
-    p.add_argument("--memory-gbps", type=float)
+    p.add_argument("--drive-rate", type=parse_rate, help="such as 1.7GB/s")
+    p.add_argument("--memory-rate", type=parse_rate)
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--context", type=int, default=0)
     p.add_argument("--json", action="store_true")

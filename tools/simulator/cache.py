@@ -23,7 +23,7 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.offload.cache.trace import TraceHeader, TraceRecorder
-from localrun.units import parse_size
+from localrun.units import parse_rate, parse_size
 from tools.simulator.policies import POLICIES, Belady, Lru, PinnedLru, Policy
 from tools.simulator.replay import learn, replay, replay_engine, replay_per_layer, steps_of
 from tools.simulator.trace_file import Trace, TracedCall
@@ -107,7 +107,7 @@ def study(
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], expert_bytes: int | None, disk_gbps: float | None) -> str:
+def table(rows: Sequence[Row], expert_bytes: int | None, drive_bytes_per_s: float | None) -> str:
     """Hit rates, one line per policy, one column per budget; below it what the best real policy means in bytes."""
     shares = sorted({row.share for row in rows})
     names = list(dict.fromkeys(row.policy for row in rows))
@@ -118,9 +118,12 @@ def table(rows: Sequence[Row], expert_bytes: int | None, disk_gbps: float | None
         shown = next((name for name in names if name == "lru"), names[0])
         gb = [cell[shown, share].misses_per_token * expert_bytes / 1e9 for share in shares]
         lines += ["", f"{'GB/token':<13}" + "".join(f"{value:>9.2f}" for value in gb) + f"   ({shown})"]
-        if disk_gbps:
-            tokens_per_s = "".join(f"{disk_gbps / value if value else float('inf'):>9.2f}" for value in gb)
-            lines.append(f"{'tokens/s':<13}{tokens_per_s}   (at {disk_gbps:g} GB/s, if the disk is the only limit)")
+        if drive_bytes_per_s:
+            tokens_per_s = "".join(
+                f"{drive_bytes_per_s / 1e9 / value if value else float('inf'):>9.2f}" for value in gb
+            )
+            at = f"at {drive_bytes_per_s / 1e9:g} GB/s, if the drive is the only limit"
+            lines.append(f"{'tokens/s':<13}{tokens_per_s}   ({at})")
     return "\n".join(lines)
 
 
@@ -182,7 +185,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pin-share", type=float, default=PIN_SHARE, help="part of the slots that lru+pin pins")
     p.add_argument("--warm-up", type=float, default=0.4, help="part of the trace that is not counted")
     p.add_argument("--expert-bytes", type=parse_size, metavar="SIZE", help="of one expert (known for synthetic ones)")
-    p.add_argument("--disk-gbps", type=float, help="also print the tokens/s that such a disk allows")
+    p.add_argument(
+        "--drive-rate", type=parse_rate, metavar="RATE", help="also print the tokens/s that such a drive allows"
+    )
     p.add_argument("--json", help="write the result to this file, - for stdout")
     p.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     return p
@@ -244,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows, expert_bytes, args.disk_gbps))
+    print(table(rows, expert_bytes, args.drive_rate))
     print(f"\n{text_plot(rows)}")
     return 0
 

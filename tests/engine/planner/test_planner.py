@@ -490,8 +490,8 @@ def test_gpus_are_measured_with_the_expert_path_s_own_work() -> None:
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-GIVEN = ["--no-probe", "--machine-ram", "64GiB", "--machine-disk-gbps", "3"]
-GIVEN += ["--machine-memory-gbps", "50", "--machine-threads", "8"]
+GIVEN = ["--no-probe", "--machine-ram", "64GiB", "--machine-drive-rate", "3GB/s"]
+GIVEN += ["--machine-memory-rate", "50GB/s", "--machine-threads", "8"]
 
 
 def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:

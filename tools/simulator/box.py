@@ -2,7 +2,7 @@
 
     python -m tools.simulator.box --model flash --tokens 800 --prompt-tokens 256
     python -m tools.simulator.box --model flash --base q2_k --boxes "24 GB GPU, 64 GB"
-    python -m tools.simulator.box --model slice.lr --trace run.trace --ram 3GiB --drive-rate 1.7GB/s --memory-rate 25GB/s --threads 2
+    python -m tools.simulator.box --model slice.lr --trace run.trace --ram 3GiB --drive-rate 1.7GB/s --memory-rate 25GB/s
 
 Every layer call of the trace goes through `localrun.offload.cache.slots` with as many slots as the planner finds room for, at
 the model's full number of experts. A call then takes what its parts take: reads of what was missing run while the experts that

@@ -274,6 +274,20 @@ def prepare_vulkan(name: str, _extra: str) -> str:
             "no Vulkan driver for a card is installed; the build will do without, localrun needs one "
             "(Mesa's: apt install mesa-vulkan-drivers; NVIDIA's comes with its driver)"
         )
+    return vulkan_loader()
+
+
+def vulkan_loader() -> str:
+    """For CMake: the loader's library in a folder that is named, where FindVulkan looks into `lib` only, not into
+    `lib/x86_64-linux-gnu`; empty if the system's is used."""
+    backend = GPU_BACKENDS["vulkan"]
+    for prefix in map(Path, gpu_prefixes(backend)):
+        if str(prefix) in ("/usr", "/usr/local"):
+            return ""
+        patterns, _ = backend.files["Vulkan's loader (libvulkan.so)"]
+        found = [path for pattern in patterns for path in sorted(prefix.glob(pattern))]
+        if found:
+            return f"-DVulkan_LIBRARY={found[0]}"
     return ""
 
 

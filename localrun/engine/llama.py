@@ -214,7 +214,10 @@ class Context:
         n_threads = threads_at(position, self._n_threads) if self.small_operations else self._n_threads
         self._use_threads(self._company.threads(n_threads) if self.follows_company else n_threads)
         with expert_device().attention() if self.small_operations else nullcontext():
-            return int(L.llama_decode(ctx, batch))
+            try:
+                return int(L.llama_decode(ctx, batch))
+            finally:
+                expert_device().process.settle()
 
     def _use_threads(self, n_threads: int) -> None:
         """For operations on one token; prompts have work enough to share unevenly."""

@@ -133,6 +133,12 @@ class BufferInterface(C.Structure):
     ]
 
 
+class Buffer(C.Structure):
+    """The beginning of struct ggml_backend_buffer."""
+
+    _fields_ = [("iface", BufferInterface), ("buft", _P)]
+
+
 class BackendInterface(C.Structure):
     """struct ggml_backend_i."""
 

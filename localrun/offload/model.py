@@ -138,7 +138,7 @@ class OffloadedModel:
             with contextlib.ExitStack() as steps:  # all of them, last one first, whatever fails
                 steps.callback(self.dense.close)
                 steps.callback(self.pool.close)
-                steps.callback(free_model, model)
+                steps.callback(_free, model)
                 steps.callback(self.learner.close)
                 steps.callback(self.pool.ahead.close)
 
@@ -173,8 +173,8 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         opened.callback(dense.close)
         with device.loading(pool):
             model = fill_model(source, options, pool.handover.adopt, dense, routers.adopt)
-        opened.callback(free_model, model)
-        device.exchange_with(options.gpus[0][0].address if options.n_gpu_layers else None)
+        opened.callback(_free, model)
+        device.exchange_with(options.gpus[0][0] if options.n_gpu_layers else None)
         if options.first_context is not None and options.n_gpu_layers:
             with pool.idle():
                 opened.callback(options.first_context(model).close)
@@ -191,6 +191,11 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
     if options.profile_folder is not None:
         pool.ahead.warm(learner.profile.ranking())
     return result
+
+
+def _free(model: Any) -> None:
+    free_model(model)
+    expert_device().forget_exchange()
 
 
 def _open_pool(

@@ -41,3 +41,11 @@ def compute_bytes(sizes: ModelSizes, n_ctx: int, n_batch: int) -> int:
     few_rows = 4 * tokens * csa_rows
     many_rows = (8 if at.n_layers_of(CSA) == 1 else 10) * tokens * csa_rows + 2 * csa_rows * at.head_dim
     return 4 * tokens * values + (many_rows if csa_rows > max(q, index) else few_rows) + masks + head
+
+
+def exchange_bytes(sizes: ModelSizes, n_ctx: int, n_batch: int) -> int:
+    """On a GPU with the dense model, additionally: the experts' activations, which are localrun's there, in a buffer of their own
+    (`offload/device/shadow.py`): the input with gate, up and their product, or product and outputs."""
+    at, tokens = sizes.shape, min(n_batch, padded(n_ctx))
+    ids = at.n_experts  # a token's choices are the first of all of them in order
+    return 4 * tokens * (at.n_embd + at.n_used * (at.n_ff + max(2 * at.n_ff, at.n_embd)) + ids)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from localrun.engine.options import EngineOptions
-from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
 from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, UsageError
@@ -83,7 +83,8 @@ def place_on_gpus(
     # llama.cpp gives the input layer to the CPU whatever n_gpu_layers says (llama-model.cpp, load_tensors).
     embedding = source.tensors.get("token_embd.weight")
     embedding_bytes = embedding.n_bytes if embedding is not None else 0
-    needed = sizes.dense_bytes - embedding_bytes + cache_bytes + compute_bytes(sizes, n_ctx, options.n_batch)
+    needed = sizes.dense_bytes - embedding_bytes + cache_bytes
+    needed += compute_bytes(sizes, n_ctx, options.n_batch) + exchange_bytes(sizes, n_ctx, options.n_batch)
     if options.vram_bytes is None:
         free = [max(0, device.free_bytes - device.display_bytes) for device in devices]
     budgets = gpu_budgets(free, options.vram_bytes, needed)

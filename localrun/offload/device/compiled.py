@@ -26,10 +26,19 @@ from localrun.kernel_cache import cached_cfunc, cached_jit
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
-from localrun.offload.device import weighting
+from localrun.offload.device import shadow, weighting
 from localrun.offload.device.compiled_attention import attend_node, index_node
-from localrun.offload.device.layouts import KIND_DENSE, KIND_EXPERTS, LAYER, PROCESS, VARIANT, WEIGHT
-from localrun.offload.device.tensors import DATA, EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
+from localrun.offload.device.layouts import (
+    KIND_DENSE,
+    KIND_EXPERTS,
+    LAYER,
+    MOST_INPUTS,
+    PROCESS,
+    VARIANT,
+    WEIGHT,
+)
+from localrun.offload.device.shadow import in_ram
+from localrun.offload.device.tensors import EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
 from localrun.offload.device.view import F32
 from localrun.offload.kernels import attention, threads
 from localrun.offload.kernels.layouts import CALL
@@ -119,16 +128,16 @@ def _dense(process: int, node: int, weight: int) -> bool:
             put(call, CALL.starts, starts)
             put(call, CALL.x_rows, iota)
             put(call, CALL.out_rows, iota)
-            put(call, CALL.x, load_i64(source + DATA) + batch * load_i64(source + NB + 16) + row * x_stride)
+            put(call, CALL.x, in_ram(process, source) + batch * load_i64(source + NB + 16) + row * x_stride)
             put(call, CALL.x_stride, x_stride)
-            put(call, CALL.out, load_i64(node + DATA) + batch * load_i64(node + NB + 16) + row * out_stride)
+            put(call, CALL.out, in_ram(process, node) + batch * load_i64(node + NB + 16) + row * out_stride)
             put(call, CALL.out_stride, out_stride)
             call_1(get(process, PROCESS.run), call)
     return True
 
 
 @nb.njit
-def _glu(node: int) -> bool:
+def _glu(process: int, node: int) -> bool:
     """SwiGLU of two contiguous F32 tensors (the shared expert's); False for another layout."""
     gate, up = load_i64(node + SRC), load_i64(node + SRC + 8)
     width, n_rows = load_i64(node + NE), load_i64(node + NE + 8) * load_i64(node + NE + 16)
@@ -138,7 +147,7 @@ def _glu(node: int) -> bool:
     limit = np.float32(np.inf)
     if load_i32(node + PARAMS) == _SWIGLU_CLAMP:
         limit = float_of_bits(load_i32(node + PARAMS + 12))
-    a, b, out = load_i64(gate + DATA), load_i64(up + DATA), load_i64(node + DATA)
+    a, b, out = in_ram(process, gate), in_ram(process, up), in_ram(process, node)
     for i in range(width * n_rows):
         g, u = min(load_f32(a + i * 4), limit), max(-limit, min(load_f32(b + i * 4), limit))
         store_f32(out + i * 4, g / (np.float32(1) + np.exp(-g)) * u)
@@ -273,45 +282,69 @@ def _run_experts(process: int, layer: int, x: int, down: int) -> None:
         put(call, CALL.starts, starts + first * 4)
         put(call, CALL.x_rows, get(process, PROCESS.x_rows))
         put(call, CALL.out_rows, get(process, PROCESS.out_rows))
-        put(call, CALL.x, load_i64(x + DATA))
+        put(call, CALL.x, in_ram(process, x))
         put(call, CALL.x_stride, load_i64(x + NB + 16))
-        put(call, CALL.out, load_i64(down + DATA))
+        put(call, CALL.out, in_ram(process, down))
         put(call, CALL.out_stride, load_i64(down + NB + 8))
         call_1(get(process, PROCESS.run), call)
 
 
 @nb.njit
-def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool) -> bool:
-    """Computes an expert chain whose experts are all in RAM or on GPUs, and the weighted sum after it if `is_summed`.
+def _is_last(process: int, graph: int, end: int, n_nodes: int) -> bool:
+    """Nothing is computed from node `end` on: other names for bytes that are there."""
+    for index in range(end, n_nodes):
+        op = load_i32(call_i64(get(process, PROCESS.node_at), graph, index) + OP)
+        if op != _NONE and not _FIRST_VIEW <= op <= _LAST_VIEW:
+            return False
+    return True
 
-    Returns:
-        False if nothing was computed, because an expert must be read first or the call needs Python.
+
+_NOT_DONE, _DONE, _DONE_THERE = 0, 1, 2
+"""What became of an expert chain: nothing; results in RAM; the sum, where llama.cpp expects it on its GPU."""
+
+
+@nb.njit
+def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, end: int) -> int:
+    """Computes an expert chain whose experts are all in RAM or on GPUs, and the weighted sum after it, up to node `end` (0: there
+    is none).
+
+    With the dense model on a GPU, a single token's input is taken and its sum put where they are there, in llama.cpp's own
+    queue: nobody waits. What the CPU and other GPUs compute is uploaded and added there.
     """
     started = _now_ns(process)
     node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
     x, ids = load_i64(first + SRC + 8), load_i64(first + SRC + 16)
-    n_used, n_tokens = load_i64(ids + NE), load_i64(ids + NE + 8)
+    n_used, n_tokens, is_summed = load_i64(ids + NE), load_i64(ids + NE + 8), end != 0
     if (
         n_tokens >= load_i64(get(get(weight, WEIGHT.layer), LAYER.compiled_below))
         or n_used * n_tokens > get(process, PROCESS.capacity)
         or load_i64(x + NB) != 4
         or load_i64(down + NB + 16) != (load_i64(down + NB + 8) * n_used)
     ):
-        return False
-    layer, chosen, ids_stride = get(weight, WEIGHT.layer), load_i64(ids + DATA), load_i64(ids + NB + 8)
+        return _NOT_DONE
+    layer, chosen, ids_stride = get(weight, WEIGHT.layer), in_ram(process, ids), load_i64(ids + NB + 8)
     n_gpu_pairs, n_launches = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
-        return False
+        return _NOT_DONE
     gpu, n_gpu, begun = get(layer, LAYER.gpu), 0, _now_ns(process)
     if is_summed:
         weighting.take_weights(process, n_tokens, n_used)
+    one_token, total = is_summed and n_tokens == 1, get(process, PROCESS.tail_sum)
+    near, x_there, n_near, all_near = 0, 0, 0, False
+    if one_token and shadow.is_shadowed(process, total) and _is_last(process, graph, end, n_nodes):
+        x_there = shadow.original(process, x)
+        near = get(process, PROCESS.near) if x_there != 0 else 0
     if n_gpu_pairs > 0:
-        one_token = is_summed and n_tokens == 1
         weights = get(process, PROCESS.weights) if one_token else 0
         n_launches = gpu_native.assign(gpu, chosen, ids_stride, n_tokens, n_used, n_gpu_pairs, weights)
-        if n_launches < 0 or not gpu_native.start(gpu, n_launches, load_i64(x + DATA), load_i64(x + NB + 16)):
-            return False
+        if n_launches < 0:
+            return _NOT_DONE
+        n_near = gpu_native.use_near(gpu, n_launches, near)
+        all_near = n_near == n_launches and n_gpu_pairs == n_used
+        out_there = total if all_near and n_near == 1 else 0
+        if not gpu_native.start(gpu, n_launches, in_ram(process, x), load_i64(x + NB + 16), x_there, out_there):
+            return _NOT_DONE
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
                 store_u8(get(process, PROCESS.taken) + k, 1)
@@ -319,14 +352,20 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     if n_gpu_pairs < n_tokens * n_used:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
         _run_experts(process, layer, x, down)
-    if n_launches > 0 and not (is_summed and n_tokens == 1):
-        gpu_native.finish(gpu, n_launches, load_i64(down + DATA), load_i64(down + NB + 8))
-    if is_summed:
-        total, rows, row_bytes = get(process, PROCESS.tail_sum), load_i64(down + DATA), load_i64(down + NB + 8)
-        out, out_bytes = load_i64(total + DATA), load_i64(total + NB + 8)
+    rows, row_bytes = in_ram(process, down), load_i64(down + NB + 8)
+    if n_launches > 0 and not one_token:
+        gpu_native.finish(gpu, n_launches, rows, row_bytes)
+    if is_summed and not all_near:
+        out, out_bytes = in_ram(process, total), load_i64(total + NB + 8)
         weighting.add_up(process, n_tokens, n_used, load_i64(total + NE), rows, row_bytes, out, out_bytes)
-        if n_launches > 0 and n_tokens == 1:
+        if n_launches > n_near and one_token:
             gpu_native.finish(gpu, n_launches, out, out_bytes)
+    if n_near > 0:
+        put(process, PROCESS.behind, near)
+        if not all_near or n_near > 1:
+            share = 0 if all_near else in_ram(process, total)
+            if not gpu_native.join(gpu, n_launches, n_near, share, total):
+                return _NOT_DONE
     if n_launches > 0:
         n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
@@ -338,7 +377,7 @@ def _experts(process: int, graph: int, index: int, weight: int, is_summed: bool)
     add(row, _GPU_HITS, n_gpu)
     add(row, _COMPUTE_NS, ended - begun)
     add(row, _TOTAL_NS, ended - started)
-    return True
+    return _DONE_THERE if n_near > 0 else _DONE
 
 
 @cached_cfunc("uint8(intp, intp, intp, intp)")
@@ -347,22 +386,37 @@ def copy_in(source: int, backend: int, tensor: int, target: int) -> int:
     once for all of them. llama.cpp's scheduler calls it next."""
     process = load_i64(backend + _CONTEXT)
     awaited = get(process, PROCESS.awaited)
-    if awaited != 0 and awaited != source:
+    if awaited == 0:
+        put(process, PROCESS.n_inputs, 0)
+    elif awaited != source:
         call_1(get(process, PROCESS.synchronize), awaited)
     size = call_i64(get(process, PROCESS.n_bytes), tensor, 0)
-    call_5(get(process, PROCESS.get_tensor), source, tensor, load_i64(target + DATA), 0, size)
+    call_5(get(process, PROCESS.get_tensor), source, tensor, in_ram(process, target), 0, size)
+    shadow.note_input(process, tensor, target)
     put(process, PROCESS.awaited, source)
     return 1
+
+
+@nb.njit
+def _await_inputs(process: int) -> None:
+    """Waits for the split's inputs, and so for all of our work that was queued before them."""
+    awaited, behind = get(process, PROCESS.awaited), get(process, PROCESS.behind)
+    if awaited == 0:
+        put(process, PROCESS.n_inputs, 0)
+    else:
+        call_1(get(process, PROCESS.synchronize), awaited)
+    if behind != 0 and behind != awaited:
+        call_1(get(process, PROCESS.synchronize), behind)
+    put(process, PROCESS.near, awaited)
+    put(process, PROCESS.awaited, 0)
+    put(process, PROCESS.behind, 0)
 
 
 @cached_cfunc("int32(intp, intp)")
 def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)
-    awaited = get(process, PROCESS.awaited)
-    if awaited != 0:
-        put(process, PROCESS.awaited, 0)
-        call_1(get(process, PROCESS.synchronize), awaited)
+    _await_inputs(process)
     n_nodes = call_i32(get(process, PROCESS.n_nodes), graph, 0)
     index = 0
     while index < n_nodes:
@@ -371,7 +425,7 @@ def graph_compute(backend: int, graph: int) -> int:
         if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
             index += 1
             continue
-        done = 0
+        done, is_there = 0, False
         if op == _MUL_MAT:
             started = _now_ns(process)
             weight = load_i64(load_i64(node + SRC) + EXTRA)
@@ -379,7 +433,7 @@ def graph_compute(backend: int, graph: int) -> int:
                 done = 1
                 add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
-            done = 1 if _glu(node) else 0
+            done = 1 if _glu(process, node) else 0
         elif op == _CONCAT:  # attention reads the rows where they are
             add(process, PROCESS.unread_joins, 1)
             done = 1
@@ -396,13 +450,14 @@ def graph_compute(backend: int, graph: int) -> int:
             if index + 4 <= n_nodes:
                 down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
                 end = weighting.find(process, graph, index + 4, n_nodes, down)
-            if weight != 0 and _experts(process, graph, index, weight, end != 0):
-                done = end - index if end != 0 else 4
+            became = _experts(process, graph, index, n_nodes, weight, end) if weight != 0 else _NOT_DONE
+            if became != _NOT_DONE:
+                done, is_there = end - index if end != 0 else 4, became == _DONE_THERE
         elif op == _ADD:
-            weighting.add(node)
+            weighting.add(process, node)
             done = 1
         elif op == _MUL:
-            weighting.multiply(node)
+            weighting.multiply(process, node)
             done = 1
         if done == 0:
             answer = call_i64(get(process, PROCESS.python), graph, index)
@@ -410,7 +465,14 @@ def graph_compute(backend: int, graph: int) -> int:
                 return int(-answer - 2)  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
             done = answer
         index += done
+        if not is_there:
+            shadow.push(process, call_i64(get(process, PROCESS.node_at), graph, index - 1))
     return 0
+
+
+@cached_jit()
+def _in_ram(process: int, tensor: int) -> int:
+    return int(in_ram(process, tensor))
 
 
 @cached_jit(nogil=True)
@@ -455,6 +517,9 @@ class Process:
             (PROCESS.get_tensor, lib.ggml_backend_tensor_get_async),
             (PROCESS.synchronize, lib.ggml_backend_synchronize),
             (PROCESS.buffer_type, lib.ggml_backend_buffer_get_type),
+            (PROCESS.get_base, lib.ggml_backend_buffer_get_base),
+            (PROCESS.set_tensor, lib.ggml_backend_tensor_set_async),
+            (PROCESS.set_now, lib.ggml_backend_tensor_set),
         )
         for field, function in functions:
             self.fields[field] = C.cast(function, C.c_void_p).value or 0
@@ -464,6 +529,7 @@ class Process:
         self._point(PROCESS.attention, attention.ATTENTION.empty())
         self._point(PROCESS.indexer, attention.INDEXER.empty())
         self._point(PROCESS.timespec, np.zeros(2, np.int64))
+        self._point(PROCESS.inputs, np.zeros(2 * MOST_INPUTS, np.int64))
         self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
         self._point(PROCESS.places, np.zeros(MAX_EXPERTS, np.int32))
         self._point(PROCESS.bounds, np.zeros(MAX_VARIANTS + 1, np.int32))
@@ -475,6 +541,17 @@ class Process:
     def address(self) -> int:
         """For the backend's context."""
         return int(self.fields.ctypes.data)
+
+    def in_ram(self, tensor: int) -> int:
+        """Address of a tensor's bytes in RAM: its own, or those of its shadow."""
+        return int(_in_ram(self.address, tensor))
+
+    def settle(self) -> None:
+        """Waits until no device computes for us, or reads our memory: after each decode, while its context exists."""
+        behind = int(self.fields[PROCESS.behind])
+        self.fields[PROCESS.behind] = 0
+        if behind:
+            self._lib.ggml_backend_synchronize(behind)
 
     def tail(self) -> tuple[int, int]:
         """The node after the weighting and the sum that follow the present expert chain, 0 if they don't; and the sum's tensor."""

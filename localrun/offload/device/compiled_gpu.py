@@ -5,6 +5,11 @@ In decode nearly every layer call has experts on a GPU, so this path must be as 
 of notes (slots and weights) and one of the input, then one graph after the other, because they share the memory of intermediate
 results. It computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one token, a result
 is one row per launch, because experts' outputs are weighted and added up there.
+
+With the dense model on a GPU, a token's launches on that GPU go into llama.cpp's own queue (`use_near`): they read its input
+where it is and write the sum where llama.cpp expects it, after adding what the CPU and other GPUs have computed (`join`), so
+nothing is sent but notes and that share, and nothing is waited for.
+
 Python handles calls of more than `MOST_PAIRS` tokens or pairs on GPUs, and those that need a graph that does not exist yet. It
 builds the graph (`GpuSlots`) and registers it here, so each graph costs one such call. If a device fails, the call ends with
 nothing pending; Python repeats it, fails the same way and raises.
@@ -16,8 +21,8 @@ are those of `layouts`; they change only between decodes, or while Python has th
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numba as nb
 import numpy as np
@@ -25,18 +30,19 @@ import numpy.typing as npt
 
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.ggml.library import library
-from localrun.ggml.structures import Tensor
+from localrun.ggml.structures import Backend, Tensor
 from localrun.offload.device.layouts import (
     BANK,
     DEVICE,
     GPU_LAYER,
     GRAPH,
+    JOIN,
     LAUNCH,
     MOST_LAUNCHES,
     MOST_PAIRS,
     NOTE_BYTES,
 )
-from localrun.offload.device.tensors import DATA
+from localrun.offload.device.tensors import BUFFER, DATA
 from localrun.offload.device.weighting import add_row
 from localrun.offload.kernels.lowlevel import (
     call_1,
@@ -45,10 +51,13 @@ from localrun.offload.kernels.lowlevel import (
     copy,
     load_i16,
     load_i32,
+    load_i64,
     store_i32,
     store_i64,
 )
 from localrun.offload.kernels.records import get, put
+
+_DEVICE: Final = Backend.device.offset
 
 
 @nb.njit(inline="always")
@@ -111,6 +120,27 @@ def assign(gpu: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, n_pa
     return n_launches
 
 
+@nb.njit
+def use_near(gpu: int, n_launches: int, near: int) -> int:
+    """Chooses each device's queue for this call: llama.cpp's backend `near` on its device (0: there is none), else our own.
+
+    Returns:
+        Launches on `near`.
+    """
+    n_near = 0
+    for i in range(n_launches):
+        device = get(get(_launch(gpu, i), LAUNCH.bank), BANK.device)
+        is_near = near != 0 and load_i64(near + _DEVICE) == get(device, DEVICE.handle)
+        put(device, DEVICE.current, near if is_near else get(device, DEVICE.backend))
+        n_near += 1 if is_near else 0
+    return n_near
+
+
+@nb.njit(inline="always")
+def _is_near(device: int) -> bool:
+    return bool(get(device, DEVICE.current) != get(device, DEVICE.backend))
+
+
 @nb.njit(inline="always")
 def _launch(gpu: int, index: int) -> int:
     return int(get(gpu, GPU_LAYER.launches) + index * LAUNCH.size * 8)
@@ -127,13 +157,15 @@ def _end_of_device(gpu: int, first: int, n_launches: int) -> int:
 
 @nb.njit
 def _send(gpu: int, first: int, end: int, x: int, x_stride: int) -> None:
-    """Notes and inputs of one device's launches, in two copies."""
+    """Notes and inputs of one device's launches, in two copies; where llama.cpp's input is on the device, notes only."""
     launch, last = _launch(gpu, first), _launch(gpu, end - 1)
     device, graph = get(get(launch, LAUNCH.bank), BANK.device), get(last, LAUNCH.graph)
-    backend, row_bytes, n_rows = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4, 1
+    backend, row_bytes, n_rows = get(device, DEVICE.current), get(device, DEVICE.n_embd) * 4, 1
     note_bytes = (MOST_PAIRS if get(graph, GRAPH.weights) else 0) * 4 + get(graph, GRAPH.pairs) * 4
     note_bytes += get(last, LAUNCH.note) * NOTE_BYTES
     call_5(get(device, DEVICE.set), backend, get(device, DEVICE.notes_tensor), get(device, DEVICE.notes), 0, note_bytes)
+    if _is_near(device):
+        return
     staged, rows = get(device, DEVICE.x), get(gpu, GPU_LAYER.rows)
     if get(gpu, GPU_LAYER.n_tokens) == 1 and get(graph, GRAPH.weights):
         copy(staged, x, row_bytes)
@@ -148,8 +180,19 @@ def _send(gpu: int, first: int, end: int, x: int, x_stride: int) -> None:
 
 
 @nb.njit
-def _queue(gpu: int, index: int) -> bool:
-    """Queues a launch whose notes and inputs are on their way; False if the device refuses."""
+def _place(tensor: int, other: int, data: int) -> None:
+    """Puts a graph's tensor to an address in the buffer of another one."""
+    store_i64(tensor + DATA, data)
+    store_i64(tensor + BUFFER, load_i64(other + BUFFER))
+
+
+@nb.njit
+def _queue(gpu: int, index: int, x_there: int, out_there: int) -> bool:
+    """Queues a launch whose notes and inputs are on their way; False if the device refuses.
+
+    Args:
+        x_there, out_there: tensors of llama.cpp on the same device, see `start`.
+    """
     launch = _launch(gpu, index)
     graph, device = get(launch, LAUNCH.graph), get(get(launch, LAUNCH.bank), BANK.device)
     row_bytes, notes = (
@@ -157,39 +200,78 @@ def _queue(gpu: int, index: int) -> bool:
         get(device, DEVICE.notes_data) + get(launch, LAUNCH.note) * NOTE_BYTES,
     )
     x_row = 0 if get(graph, GRAPH.weights) else get(launch, LAUNCH.row)
+    is_near = _is_near(device)
     store_i64(get(graph, GRAPH.ids) + DATA, notes)
-    store_i64(get(graph, GRAPH.x) + DATA, get(device, DEVICE.x_data) + x_row * row_bytes)
-    store_i64(get(graph, GRAPH.out) + DATA, get(device, DEVICE.out_data) + get(launch, LAUNCH.row) * row_bytes)
+    if is_near:
+        _place(get(graph, GRAPH.x), x_there, load_i64(x_there + DATA))
+    else:
+        _place(get(graph, GRAPH.x), get(device, DEVICE.x_tensor), get(device, DEVICE.x_data) + x_row * row_bytes)
+    if is_near and out_there != 0:
+        _place(get(graph, GRAPH.out), out_there, load_i64(out_there + DATA))
+    else:
+        out = get(device, DEVICE.out_data) + get(launch, LAUNCH.row) * row_bytes
+        _place(get(graph, GRAPH.out), get(device, DEVICE.out_tensor), out)
     if get(graph, GRAPH.weights):
         store_i64(get(graph, GRAPH.weights) + DATA, notes + MOST_PAIRS * 4)
-    return bool(call_i32(get(device, DEVICE.compute), get(device, DEVICE.backend), get(graph, GRAPH.graph)) == 0)
+    return bool(call_i32(get(device, DEVICE.compute), get(device, DEVICE.current), get(graph, GRAPH.graph)) == 0)
 
 
 @nb.njit
-def start(gpu: int, n_launches: int, x: int, x_stride: int) -> bool:
-    """Queues all launches, each on its GPU after those before it; False if a device failed, with nothing pending."""
+def start(gpu: int, n_launches: int, x: int, x_stride: int, x_there: int, out_there: int) -> bool:
+    """Queues all launches, each on its GPU after those before it; False if a device failed, with nothing pending.
+
+    Args:
+        x_there: the input as llama.cpp has it on its device, for the launches in its queue.
+        out_there: where llama.cpp expects the sum there, if the only launch computes all of it; else 0.
+    """
     first = 0
     while first < n_launches:
         end = _end_of_device(gpu, first, n_launches)
         _send(gpu, first, end, x, x_stride)
         for i in range(first, end):
-            if not _queue(gpu, i):
+            if not _queue(gpu, i, x_there, out_there):
                 for j in range(end):  # waits until no device reads our memory
                     device = get(get(_launch(gpu, j), LAUNCH.bank), BANK.device)
-                    call_1(get(device, DEVICE.synchronize), get(device, DEVICE.backend))
+                    call_1(get(device, DEVICE.synchronize), get(device, DEVICE.current))
                 return False
         first = end
     return True
 
 
 @nb.njit
+def join(gpu: int, n_launches: int, n_near: int, share: int, out_there: int) -> bool:
+    """Queues the sum of the rows of llama.cpp's device, and of the others' share (0: they have none), into `out_there`; False if
+    the device refuses."""
+    device = 0
+    for i in range(n_launches):
+        candidate = get(get(_launch(gpu, i), LAUNCH.bank), BANK.device)
+        if _is_near(candidate):
+            device = candidate
+    backend, row_bytes, n_rows = get(device, DEVICE.current), get(device, DEVICE.n_embd) * 4, n_near
+    if share != 0:
+        call_5(get(device, DEVICE.set), backend, get(device, DEVICE.out_tensor), share, n_rows * row_bytes, row_bytes)
+        n_rows += 1
+    joining = get(device, DEVICE.joins) + n_rows * JOIN.size * 8
+    for i in range(get(joining, JOIN.n_nodes)):
+        _place(load_i64(get(joining, JOIN.nodes) + i * 8), out_there, load_i64(out_there + DATA))
+    if call_i32(get(device, DEVICE.compute), backend, get(joining, JOIN.graph)) == 0:
+        return True
+    call_1(get(device, DEVICE.synchronize), backend)
+    return False
+
+
+@nb.njit
 def finish(gpu: int, n_launches: int, out: int, out_stride: int) -> None:
-    """Takes all results: rows of pairs go to theirs of `out`, weighted sums are added to its first."""
+    """Takes all results but those that stay on llama.cpp's device: rows of pairs go to theirs of `out`, weighted sums are added to
+    its first."""
     first = 0
     while first < n_launches:
         end = _end_of_device(gpu, first, n_launches)
         last = _launch(gpu, end - 1)
         device = get(get(last, LAUNCH.bank), BANK.device)
+        if _is_near(device):
+            first = end
+            continue
         backend, row_bytes = get(device, DEVICE.backend), get(device, DEVICE.n_embd) * 4
         result = get(device, DEVICE.out)
         is_sum = get(get(last, LAUNCH.graph), GRAPH.weights) != 0
@@ -215,10 +297,23 @@ class DeviceRecord:
 
     Args:
         tensors: on the device, for notes, inputs and outputs.
+        joins: graphs by how many of the first rows of outputs they add up, and their nodes.
     """
 
-    def __init__(self, device: GpuDevice, backend: int, n_embd: int, tensors: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        device: GpuDevice,
+        backend: int,
+        n_embd: int,
+        tensors: tuple[int, int, int],
+        joins: Mapping[int, tuple[int, Sequence[int]]],
+    ) -> None:
         lib = library()
+        assert set(joins) == set(range(2, MOST_LAUNCHES + 2))
+        self._nodes = {n_rows: np.array(nodes, np.int64) for n_rows, (_, nodes) in joins.items()}
+        self._joins = np.zeros((MOST_LAUNCHES + 2, JOIN.size), np.int64)
+        for n_rows, (graph, nodes) in joins.items():
+            self._joins[n_rows] = JOIN.make(graph=graph, nodes=self._nodes[n_rows].ctypes.data, n_nodes=len(nodes))
         self.tensors = tensors
         sizes = MOST_LAUNCHES * NOTE_BYTES, MOST_PAIRS * n_embd * 4, MOST_PAIRS * n_embd * 4
         self._memory = HostMemory(device, sum(sizes))
@@ -248,6 +343,9 @@ class DeviceRecord:
             compute=compute,
             get=get_tensor,
             synchronize=synchronize,
+            handle=device.address,
+            joins=self._joins.ctypes.data,
+            current=backend,
         )
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -31,12 +31,14 @@ import numpy.typing as npt
 from localrun.alignment import align_up
 from localrun.errors import DecodeError, LocalrunError, StoppedError
 from localrun.ggml import structures as ggml
+from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.device import compiled as native
 from localrun.offload.device.claims import supports_op
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.routing import swiglu
+from localrun.offload.device.shadow import Activations
 from localrun.offload.device.view import View, view
 from localrun.offload.kernels import attention
 
@@ -107,6 +109,8 @@ class ExpertDevice:
         self._weights_type = ggml.BufferType()
         self._buffer_interface = ggml.BufferInterface()
         self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._activations: Activations | None = None
+        self._former: list[Activations] = []  # contexts may still point to them
         self._activations_type: int | None = None
         self._records: dict[int, list[Any]] = {}  # weights buffer address -> what tensors' `extra` point to
         self._shown: dict[
@@ -132,10 +136,29 @@ class ExpertDevice:
         tensor_view.extra = record.ctypes.data
         self._records.setdefault(tensor_view.buffer, []).append(record)
 
-    def exchange_with(self, gpu: int | None) -> None:
-        """Contexts that are made from now on have our activations in memory that this device copies from and to without waiting;
-        None: in plain memory, as where the device has none."""
-        self._activations_type = self._lib.ggml_backend_dev_host_buffer_type(gpu) if gpu else None
+    def exchange_with(self, gpu: GpuDevice | None, *, all_layers: bool = True) -> None:
+        """Where contexts that are made from now on have our activations.
+
+        Args:
+            gpu: the device on which the dense model is; None: it is on the CPU, and so are our activations.
+            all_layers: all of the model is there, so our results are wanted there. Otherwise our activations are in memory of the
+                CPU, from and to which that device copies without waiting.
+        """
+        if self._activations is not None:
+            self._former.append(self._activations)
+        self._activations = Activations(gpu, self.process.fields) if gpu is not None and all_layers else None
+        if self._activations is not None:
+            self._activations_type = self._activations.address
+        else:
+            self._activations_type = self._lib.ggml_backend_dev_host_buffer_type(gpu.address) if gpu else None
+
+    def forget_exchange(self) -> None:
+        """After a model was freed, with all of its contexts."""
+        self.exchange_with(None)
+        if not self._memory:
+            for activations in self._former:
+                activations.close()
+            self._former.clear()
 
     def show(self, record: int, multiply: Multiply | None) -> None:
         """Calls `multiply` for the matrix of that record, which compiled code must not know (None: no more)."""
@@ -240,7 +263,9 @@ class ExpertDevice:
         self._set(
             iface,
             "supports_buft",
-            lambda dev, buft: buft == self.weights_buffer_type or self._lib.ggml_backend_buft_is_host(buft),
+            lambda dev, buft: (
+                buft in (self.weights_buffer_type, self._activations_type) or self._lib.ggml_backend_buft_is_host(buft)
+            ),
         )
         self._device.reg = C.addressof(self._reg)
         self._device.context = self.process.address
@@ -287,7 +312,7 @@ class ExpertDevice:
             owner = self._owner_of(nodes[0])
             if nodes[0].op == ggml.OP_MUL_MAT and (multiply := self._multiply(nodes[0])) is not None:
                 owner.check_stop()
-                multiply(view(Tensor.from_address(nodes[0].src[1])), view(nodes[0]))
+                multiply(_view(nodes[0].src[1], self.process), _view(addresses[0], self.process))
                 return 1
             return _compute(owner, addresses, nodes, index, self.process)
         except StoppedError as error:
@@ -317,16 +342,14 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int
     owner.check_stop()
     if nodes[0].op == ggml.OP_MUL_MAT_ID:
         end, total = process.tail()
-        if _compute_fused(
-            owner, list(zip(addresses, nodes, strict=True)), view(Tensor.from_address(total)) if end else None
-        ):
+        if _compute_fused(owner, list(zip(addresses, nodes, strict=True)), total if end else 0, process):
             return end - index if end else 4
-    node = nodes[0]
-    sources = [view(Tensor.from_address(source)) for source in (node.src[0], node.src[1])]
+    node, out = nodes[0], _view(addresses[0], process)
+    sources = [_view(source, process) for source in (node.src[0], node.src[1])]
     if node.op == ggml.OP_MUL_MAT_ID:
-        owner.project(_weight(owner, node), sources[1], view(Tensor.from_address(node.src[2])), view(node))
+        owner.project(_weight(owner, node), sources[1], _view(node.src[2], process), out)
     elif node.op == ggml.OP_GLU:
-        swiglu(sources[0], sources[1], view(node), _limit(node))
+        swiglu(sources[0], sources[1], out, _limit(node))
     else:
         raise DecodeError(
             f"{node.name.decode()}: our device can't run operation {node.op} on an input of shape {sources[1].ne} and strides "
@@ -335,11 +358,20 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int
     return 1
 
 
-def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: View | None) -> bool:
-    """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up."""
+def _view(tensor: int, process: native.Process) -> View:
+    """A tensor's placement in RAM."""
+    return replace(view(Tensor.from_address(tensor)), address=process.in_ram(tensor))
+
+
+def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: int, process: native.Process) -> bool:
+    """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up.
+
+    Args:
+        total: the tensor of the sum behind them, 0: there is none.
+    """
     if [node.op for _, node in chain] != [ggml.OP_MUL_MAT_ID, ggml.OP_MUL_MAT_ID, ggml.OP_GLU, ggml.OP_MUL_MAT_ID]:
         return False
-    (a_first, first), (a_second, second), (a_glu, glu), (_, down) = chain
+    (a_first, first), (a_second, second), (a_glu, glu), (a_down, down) = chain
     same_input = first.src[1] == second.src[1] and first.src[2] == second.src[2] == down.src[2]
     if not same_input or {glu.src[0], glu.src[1]} != {a_first, a_second} or down.src[1] != a_glu:
         return False
@@ -350,10 +382,11 @@ def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: View | 
         return False
     if not gate_weight.layer == up_weight.layer == down_weight.layer:
         return False
-    x, ids = view(Tensor.from_address(first.src[1])), view(Tensor.from_address(first.src[2]))
+    x, ids = _view(first.src[1], process), _view(first.src[2], process)
     if x.ne[1] != 1:
         return False
-    owner.ffn(down_weight.layer, x, ids, view(down), _limit(glu), total)
+    sums = _view(total, process) if total else None
+    owner.ffn(down_weight.layer, x, ids, _view(a_down, process), _limit(glu), sums)
     return True
 
 

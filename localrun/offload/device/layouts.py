@@ -18,6 +18,9 @@ going through Python does not matter."""
 MOST_LAUNCHES: Final = 16
 """Graphs that one GPU computes in a compiled call: one for each format of a layer."""
 
+MOST_INPUTS: Final = 16
+"""Inputs of a split that are remembered: an expert layer has three."""
+
 NOTE_BYTES: Final = 2 * MOST_PAIRS * 4
 """Of one launch: 64 int32, slots, then as many F32, weights. Backends want addresses at multiples of 256."""
 
@@ -102,6 +105,24 @@ class _Process(Layout):
     """1 while graphs are made with attention on our device; Python writes."""
     is_host: int
     """Address of `ggml_backend_buft_is_host(type)`."""
+    get_base: int
+    """Address of `ggml_backend_buffer_get_base(buffer)`."""
+    set_tensor: int
+    """Address of `ggml_backend_tensor_set_async`."""
+    set_now: int
+    """Address of `ggml_backend_tensor_set`, which waits."""
+    read_back: int
+    """Address of `get_tensor` in the table of our buffers on a GPU; 0: there are none. Python writes, as the next one."""
+    shadow: int
+    """Address of the pinned RAM that mirrors such a buffer."""
+    near: int
+    """`ggml_backend_t` from which the running split's inputs came, 0: none; compiled code writes and reads, as the next three."""
+    behind: int
+    """`ggml_backend_t` that has our work queued, or our results' uploads, and that nobody has waited for since; 0: none."""
+    inputs: int
+    """Address of `MOST_INPUTS` pairs of tensors: a split's input, and what it is a copy of."""
+    n_inputs: int
+    """How many."""
     unread_joins: int
     """Joined rows of the running decode that no attention has read in place yet; compiled code counts, Python reads and clears."""
 
@@ -210,9 +231,29 @@ class _Device(Layout):
     """Address of `ggml_backend_tensor_get_async`."""
     synchronize: int
     """Address of `ggml_backend_synchronize`."""
+    handle: int
+    """`ggml_backend_dev_t`."""
+    joins: int
+    """Address of `MOST_LAUNCHES + 2` JOIN records: the sum of so many of the first rows of outputs, from two on."""
+    current: int
+    """`ggml_backend_t` of the running call: our own, or llama.cpp's on the same device; compiled code writes and reads."""
 
 
 DEVICE = _Device()
+
+
+class _Join(Layout):
+    """A graph that adds up rows of outputs. `DeviceRecord` writes, compiled code reads."""
+
+    graph: int
+    """`ggml_cgraph *`, 0: none."""
+    nodes: int
+    """Address of its nodes' addresses: each is written where the sum goes."""
+    n_nodes: int
+    """How many."""
+
+
+JOIN = _Join()
 
 
 class _Graph(Layout):

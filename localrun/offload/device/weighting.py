@@ -13,6 +13,7 @@ import numpy as np
 
 from localrun.ggml import structures as ggml
 from localrun.offload.device.layouts import PROCESS
+from localrun.offload.device.shadow import in_ram
 from localrun.offload.device.tensors import DATA, NB, NE, OP, SRC, VIEW_OFFS, VIEW_SRC
 from localrun.offload.kernels.lowlevel import (
     call_i64,
@@ -82,7 +83,7 @@ def _overlap(total: int, down: int) -> bool:
 def take_weights(process: int, n_tokens: int, n_used: int) -> None:
     """Copies the noted weights, because the sums may overwrite them, and marks every pair as ours to add up."""
     tensor, target = get(process, PROCESS.tail_weights), get(process, PROCESS.weights)
-    source, k_bytes, t_bytes = load_i64(tensor + DATA), load_i64(tensor + NB + 8), load_i64(tensor + NB + 16)
+    source, k_bytes, t_bytes = in_ram(process, tensor), load_i64(tensor + NB + 8), load_i64(tensor + NB + 16)
     for t in range(n_tokens):
         for k in range(n_used):
             store_f32(target + (t * n_used + k) * 4, load_f32(source + t * t_bytes + k * k_bytes))
@@ -123,29 +124,29 @@ def add_row(total: int, row: int, width: int) -> None:
 
 
 @nb.njit
-def add(node: int) -> None:
+def add(process: int, node: int) -> None:
     """One ADD of two F32 matrices of the same shape."""
     a, b, width = load_i64(node + SRC), load_i64(node + SRC + 8), load_i64(node + NE)
     for r in range(load_i64(node + NE + 8)):
-        out = nb.carray(pointer(load_i64(node + DATA) + r * load_i64(node + NB + 8)), width, np.float32)
-        left = nb.carray(pointer(load_i64(a + DATA) + r * load_i64(a + NB + 8)), width, np.float32)
-        right = nb.carray(pointer(load_i64(b + DATA) + r * load_i64(b + NB + 8)), width, np.float32)
+        out = nb.carray(pointer(in_ram(process, node) + r * load_i64(node + NB + 8)), width, np.float32)
+        left = nb.carray(pointer(in_ram(process, a) + r * load_i64(a + NB + 8)), width, np.float32)
+        right = nb.carray(pointer(in_ram(process, b) + r * load_i64(b + NB + 8)), width, np.float32)
         for d in range(width):
             out[d] = left[d] + right[d]
 
 
 @nb.njit
-def multiply(node: int) -> None:
+def multiply(process: int, node: int) -> None:
     """One MUL of (D, K, T) by (1, K, T), F32."""
     rows, weights, width = load_i64(node + SRC), load_i64(node + SRC + 8), load_i64(node + NE)
     for t in range(load_i64(node + NE + 16)):
         for k in range(load_i64(node + NE + 8)):
             weight = load_f32(
-                load_i64(weights + DATA) + t * load_i64(weights + NB + 16) + k * load_i64(weights + NB + 8)
+                in_ram(process, weights) + t * load_i64(weights + NB + 16) + k * load_i64(weights + NB + 8)
             )
             at = t * load_i64(node + NB + 16) + k * load_i64(node + NB + 8)
-            source = load_i64(rows + DATA) + t * load_i64(rows + NB + 16) + k * load_i64(rows + NB + 8)
-            out = nb.carray(pointer(load_i64(node + DATA) + at), width, np.float32)
+            source = in_ram(process, rows) + t * load_i64(rows + NB + 16) + k * load_i64(rows + NB + 8)
+            out = nb.carray(pointer(in_ram(process, node) + at), width, np.float32)
             row = nb.carray(pointer(source), width, np.float32)
             for d in range(width):
                 out[d] = row[d] * weight

@@ -365,8 +365,25 @@ class GpuSlots:
         lib.ggml_backend_buffer_clear(buffer, 0)  # pairs that fill up a graph read rows that nobody wrote
         self._buffers.append(buffer)
         self._loaded = loaded
-        self._record = DeviceRecord(self.device, self._backend, n_embd, tensors)
+        joins = {n_rows: self._make_join(tensors[2], n_rows) for n_rows in range(2, MOST_LAUNCHES + 2)}
+        self._record = DeviceRecord(self.device, self._backend, n_embd, tensors, joins)
         return True
+
+    def _make_join(self, rows: int, n_rows: int) -> tuple[int, list[int]]:
+        """A graph that adds up the first rows of a tensor, and its nodes, which are all written to the same place."""
+        lib, context = self._lib, self._context(2 * n_rows, n_nodes=2 * n_rows)
+        shape = Tensor.from_address(rows)
+        n_embd, row_bytes = shape.ne[0], shape.nb[1]
+        views = [lib.ggml_view_2d(context, rows, n_embd, 1, row_bytes, i * row_bytes) for i in range(n_rows)]
+        for view in views:
+            Tensor.from_address(view).buffer = shape.buffer
+        nodes, total = [], views[0]
+        for view in views[1:]:
+            total = int(lib.ggml_add(context, total, view))
+            nodes.append(total)
+        graph = int(lib.ggml_new_graph_custom(context, 2 * n_rows, False))
+        lib.ggml_build_forward_expand(graph, total)
+        return graph, nodes
 
     def _give_back(self) -> None:
         """Memory to give back when the device is completely full, because its driver needs some to compute: at least a
@@ -405,8 +422,7 @@ class GpuSlots:
         made = bank.graphs.get((n_pairs, form))
         if made is None:
             made = self._make_graph(bank, n_pairs, form)
-            if _is_small(n_pairs, form):
-                self._put_into_io(made, n_pairs)
+            self._to_front(made, n_pairs, form)
             # Once is enough: the memory of intermediate results stays where it is.
             if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
                 raise DecodeError(f"{self.device.name}: out of memory")
@@ -428,29 +444,21 @@ class GpuSlots:
         context = self._context(n_nodes + 3, n_nodes=n_nodes)
         return _build(context, bank.spec, bank.tensors, n_pairs, form, self._loaded)
 
-    def _put_into_io(self, graph: _Graph, n_pairs: int) -> None:
-        """Small graphs read and write where compiled calls have their inputs and outputs."""
-        assert self._record is not None
-        notes, x, out = self._record.tensors
-        for tensor, io in ((graph.ids, notes), (graph.weights, notes), (graph.x, x), (graph.out, out)):
-            if tensor:
-                Tensor.from_address(tensor).buffer = Tensor.from_address(io).buffer
-        self._to_front(graph, n_pairs, Form.SUM if graph.weights else Form.ROWS)
-
     def _to_front(self, graph: _Graph, n_pairs: int, form: Form) -> None:
-        """As the first launch of a call; compiled calls move small graphs' inputs and outputs."""
+        """Has a small graph read and write where calls have their inputs and outputs; compiled calls move them."""
         if not _is_small(n_pairs, form):
             return
         assert self._record is not None
-        notes, x, out = (Tensor.from_address(tensor).data or 0 for tensor in self._record.tensors)
-        for tensor, data in (
-            (graph.ids, notes),
-            (graph.weights, notes + MOST_PAIRS * 4),
-            (graph.x, x),
-            (graph.out, out),
+        notes, x, out = (Tensor.from_address(tensor) for tensor in self._record.tensors)
+        for tensor, io, offset in (
+            (graph.ids, notes, 0),
+            (graph.weights, notes, MOST_PAIRS * 4),
+            (graph.x, x, 0),
+            (graph.out, out, 0),
         ):
             if tensor:
-                Tensor.from_address(tensor).data = data
+                target = Tensor.from_address(tensor)
+                target.buffer, target.data = io.buffer, (io.data or 0) + offset
 
     def _reserve(self, bank: Bank) -> bool:
         """False: no memory."""

@@ -13,7 +13,7 @@ import pytest
 
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
-from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
 from localrun.engine.planner.gpu import place_on_gpus
 from localrun.engine.planner.placement import GPU_HEADROOM_BYTES
 from localrun.engine.planner.sizes import sizes_of_source
@@ -120,7 +120,7 @@ def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: py
             left[has_display] = placement.experts[0][1]
         assert left[False] - left[True] == DISPLAY_BYTES
         on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
-        on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch)
+        on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch) + exchange_bytes(sizes, 4096, OPTIONS.n_batch)
         assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card
         without = place_on_gpus(source, sizes, OPTIONS, 4096, with_dense=False)
         assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)

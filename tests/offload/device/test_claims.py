@@ -95,22 +95,17 @@ def test_a_callback_that_looks_at_every_operation_sees_the_same_values(
     assert np.median(kl(expected, found)) < 1e-3
 
 
-def test_activations_lie_where_the_gpu_of_the_dense_model_wants_them(
+def test_activations_lie_where_the_dense_model_wants_them(
     model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The RPC device has no such memory; here it says that it has plain memory's."""
-    device, asked = expert_device(), []
-
-    def host_type(address: int) -> int:
-        asked.append(address)
-        return int(device._cpu_buffer_type)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(device._lib, "ggml_backend_dev_host_buffer_type", host_type)
-        options = OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, 1 << 30)])
-        with open_offloaded(open_model(model_path), options) as model:
-            assert gpu.address in asked
-            assert device._activations_type == device._cpu_buffer_type
-            assert np.isfinite(logits(model, [1, 2])).all()
+    """On its GPU if all of it is there; in memory from which that GPU copies if only some layers are: the RPC device has none, but
+    here it says that plain memory is such."""
+    device = expert_device()
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, 1 << 30)])):
+        assert device._activations is not None
+        assert device._activations_type == device._activations.address
+    monkeypatch.setattr(device._lib, "ggml_backend_dev_host_buffer_type", lambda _: int(device._cpu_buffer_type))
+    device.exchange_with(gpu, all_layers=False)
+    assert device._activations_type == device._cpu_buffer_type
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)):
         assert device._activations_type is None

@@ -267,6 +267,36 @@ async def test_the_last_conversation_is_opened_again_with_its_settings_and_the_d
         assert (command.think, command.sampling.temperature, command.sampling.seed) == ("max", 0.25, 99)
 
 
+async def test_a_second_window_leaves_the_conversation_of_the_first_alone(setup: Setup) -> None:
+    async with setup.start() as first:
+        await first.ask("mine")
+        await first.type("half a tho", send=False)
+        first.screen.composer.save_draft()
+        async with setup.start() as second:
+            await second.until(lambda: second.notes)
+            assert second.notes == ["“mine” is open in another window; this is a new conversation"]
+            assert second.shown == []
+            assert second.screen.prompt.text == ""
+            mine = (await second.stored())[0].id
+            second.screen.queue.add(second.screen.library.open(mine))
+            await second.until(lambda: len(second.notes) == 2)
+            assert "is open in another window" in second.notes[1]
+            second.screen.library.act(mine, "delete")
+            await second.until(lambda: len(second.notes) == 3)
+            await second.ask("yours")
+            await second.type("another half", send=False)
+            await second.press("ctrl+q")
+        await first.ask("go on")
+        assert [text for _, text in first.shown] == ["mine", "You said: mine", "go on", "You said: go on"]
+        await first.press("ctrl+n")
+        await first.type("third", send=False)
+        async with setup.start() as second:  # the first has left it
+            assert second.screen.prompt.text == "another half"
+            second.screen.queue.add(second.screen.library.open(mine))
+            await second.until(lambda: len(second.shown) == 4)
+            assert second.notes == []
+
+
 async def test_new_conversations_start_empty_and_the_list_opens_old_ones(setup: Setup) -> None:
     async with setup.start() as talk:
         await talk.ask("first talk")

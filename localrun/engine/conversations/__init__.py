@@ -9,6 +9,7 @@ show).
 from __future__ import annotations
 
 from localrun.engine.conversations.background import StoreThread
+from localrun.engine.conversations.claims import Claims
 from localrun.engine.conversations.damaged import Salvage, salvage
 from localrun.engine.conversations.database import ConversationError, DamagedConversationsError
 from localrun.engine.conversations.records import Attachment, Conversation, Message, MessageState, Role, SearchHit
@@ -16,6 +17,7 @@ from localrun.engine.conversations.store import ConversationStore
 
 __all__ = [
     "Attachment",
+    "Claims",
     "Conversation",
     "ConversationError",
     "ConversationStore",

@@ -89,7 +89,8 @@ class Composer:
 
     async def begin(self) -> None:
         """Input and history as the last program left them."""
-        texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state("draft", "")))
+        name = self._records.draft_name
+        texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state(name, "")))
         self._saved_draft = str(draft)
         self.prompt.set_history(texts)
         self.prompt.set_text(self._saved_draft + self.prompt.text)  # which may have been typed already
@@ -193,8 +194,8 @@ class Composer:
         """Restores the draft at the next start, however this one ends."""
         text = self.prompt.text
         if text != self._saved_draft and self.editing is None:
-            self._saved_draft = text
-            self._records.post(lambda store: store.set_state("draft", text), lambda error: None)
+            self._saved_draft, name = text, self._records.draft_name
+            self._records.post(lambda store: store.set_state(name, text), lambda error: None)
 
     # --- what goes with a question
 

@@ -13,7 +13,7 @@ from localrun.engine.conversations import (
 )
 from localrun.errors import LocalrunError, UsageError
 from localrun.textsafe import visible_line
-from localrun.tui.controllers.records import GoneError, Records
+from localrun.tui.controllers.records import ElsewhereError, GoneError, Records
 from localrun.tui.options import ChatOptions, from_json, to_json
 from localrun.tui.widgets.chat_view import ChatView
 from localrun.tui.widgets.message_view import Entry
@@ -76,7 +76,7 @@ class OpenConversation:
     # --- which one
 
     async def open_last(self) -> None:
-        """The one of the last time; a new one if that is gone."""
+        """The one of the last time; a new one if that is gone, or open in another window."""
         last = await self._records(lambda store: store.get_state("last_conversation"))
         try:
             if isinstance(last, int):
@@ -84,10 +84,13 @@ class OpenConversation:
                 return
         except GoneError:
             pass
+        except ElsewhereError as error:
+            self._failed(UsageError(f"{error}; this is a new conversation"))
         await self.show()
 
     async def open(self, conversation_id: int, message_id: int | None = None) -> None:
-        """Puts a conversation on view, at the branch that holds `message_id`. Raises GoneError."""
+        """Puts a conversation on view, at the branch that holds `message_id`. Raises as `claim`."""
+        await self.claim(conversation_id)
 
         def work(store: ConversationStore) -> Conversation:
             found = store.conversation(conversation_id)
@@ -100,9 +103,21 @@ class OpenConversation:
         self.options = from_json(self.conversation.settings, self._defaults)
         await self.show(at=message_id)
 
+    async def claim(self, conversation_id: int) -> None:
+        """Keeps other windows from opening a conversation, in place of the one before.
+
+        Raises:
+            GoneError: it does not exist.
+            ElsewhereError: another window has it open.
+        """
+        conversation = await self._records(lambda store: store.conversation(conversation_id))
+        if not self._records.claims.take(conversation_id):
+            raise ElsewhereError(conversation.title)
+
     async def begin_new(self) -> None:
         """Starts an empty one; the current one is kept."""
         await self._records(lambda store: store.set_state("last_conversation", None))
+        self._records.claims.leave()
         self.conversation, self.options = None, self._defaults
         await self.show()
 
@@ -145,16 +160,19 @@ class OpenConversation:
         if necessary, named after the question. The draft is deleted in the same transaction."""
         title = visible_line((text or attachments[0].name).strip().split("\n")[0], max_chars=TITLE_CHARS)
         conversation, settings = self.conversation, to_json(self.options)
+        draft = self._records.draft_name
 
         def work(store: ConversationStore) -> tuple[Conversation, Message, Entry]:
             opened = conversation or store.create(title, settings)
             parent_id = instead_of.parent_id if instead_of is not None else store.conversation(opened.id).head
             question = store.add(opened.id, parent_id, "user", text, attachments=attachments)
             store.set_state("last_conversation", opened.id)
-            store.set_state("draft", "")
+            store.set_state(draft, "")
             return opened, question, _entries(store, opened.id, None)[-1]
 
-        self.conversation, question, entry = await self._records(work)
+        opened, question, entry = await self._records(work)
+        self.conversation = opened
+        self._records.claims.take(opened.id)
         entries = self._chat().entries
         if instead_of is not None or (entries and entries[-1].message.id != question.parent_id):
             await self.show()

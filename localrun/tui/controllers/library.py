@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from textual.screen import Screen
 
-from localrun.engine.conversations import ConversationStore, SearchHit
+from localrun.engine.conversations import Conversation, ConversationStore, SearchHit
 from localrun.engine.conversations.export import ExportFormat, write_export
 from localrun.engine.conversations.importing import import_conversations, read_conversations
 from localrun.errors import UsageError
@@ -65,6 +65,7 @@ class ConversationActions:
         """Puts a conversation on view, at the branch that holds `message_id`."""
         if conversation_id != self._current.id or message_id is not None:
             self._check_free()
+            await self._current.claim(conversation_id)
             self._leaving()
             await self._current.open(conversation_id, message_id)
             self.refresh()
@@ -121,11 +122,12 @@ class ConversationActions:
         if conversation_id == self._current.id:
             self._check_free()
 
-        def look(store: ConversationStore) -> tuple[str, int]:
-            return store.conversation(conversation_id).title, sum(map(len, store.children(conversation_id).values()))
+        def look(store: ConversationStore) -> tuple[Conversation, int]:
+            return store.conversation(conversation_id), sum(map(len, store.children(conversation_id).values()))
 
-        title, n_messages = await self._records(look)
-        text = f"“{visible_line(title, max_chars=100)}” with {n_messages} messages will be permanently deleted."
+        conversation, n_messages = await self._records(look)
+        self._records.check_free(conversation)
+        text = f"“{visible_line(conversation.title, max_chars=100)}” with {n_messages} messages will be permanently deleted."
 
         def decided(choice: str | None) -> None:
             if choice == "delete":

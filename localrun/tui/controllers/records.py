@@ -8,8 +8,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from localrun.engine.conversations import ConversationError, ConversationStore, SearchHit, StoreThread
-from localrun.errors import LocalrunError
+from localrun.engine.conversations import (
+    Claims,
+    Conversation,
+    ConversationError,
+    ConversationStore,
+    SearchHit,
+    StoreThread,
+)
+from localrun.errors import LocalrunError, UsageError
+from localrun.textsafe import visible_line
 from localrun.tui.faults import as_ours
 
 R = TypeVar("R")
@@ -27,21 +35,47 @@ class GoneError(ConversationError):
         )
 
 
+class ElsewhereError(UsageError):
+    """A conversation is open in another window."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(
+            f"“{visible_line(title, max_chars=60)}” is open in another window",
+            hint="close it there, or begin a new one with Ctrl+N",
+        )
+
+
 class Records:
     """Work on the store, in the order of the calls.
 
     Args:
         thread: owns the store.
         slow: called when a caller has waited for the file for `SLOW_S`.
+
+    Attributes:
+        claims: what this window has open.
     """
 
     def __init__(self, thread: StoreThread, slow: Callable[[], None] = lambda: None) -> None:
         self._thread = thread
         self.slow = slow
+        self.claims = Claims(None)
 
     async def open(self) -> Path:
         """See `StoreThread.open`."""
-        return await asyncio.wrap_future(self._thread.open())
+        path = await asyncio.wrap_future(self._thread.open())
+        self.claims = Claims(path if path.is_absolute() else None)  # else it is in memory
+        return path
+
+    @property
+    def draft_name(self) -> str:
+        """The state that keeps this window's unsent text."""
+        return "draft" if self.claims.window == 1 else f"draft-{self.claims.window}"
+
+    def check_free(self, conversation: Conversation) -> None:
+        """Raises ElsewhereError if another window has it open."""
+        if not self.claims.is_free(conversation.id):
+            raise ElsewhereError(conversation.title)
 
     async def __call__(self, work: Callable[[ConversationStore], R]) -> R:
         """The result of `work`. When this returns, its changes are in the file.
@@ -75,4 +109,6 @@ class Records:
 
     def close(self, timeout_s: float) -> bool:
         """Blocks. See `StoreThread.close`."""
-        return self._thread.close(timeout_s)
+        closed = self._thread.close(timeout_s)
+        self.claims.close()
+        return closed

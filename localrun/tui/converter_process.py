@@ -82,6 +82,10 @@ class ConverterProcess:
     def running(self) -> bool:
         return not self.last.ended
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def stop(self) -> None:
         """Interrupts it like Ctrl-C, once, so that it can finish its output."""
         if self._stopped:
@@ -108,7 +112,9 @@ class ConverterProcess:
                 self._tell(news_of(json.loads(line), self.last))
         code = self._process.wait()
         self._log_reader.join(1.0)
-        if not self.last.ended:
+        if not self.last.ended and self._stopped:  # before it could say so itself
+            self._tell(ConversionNews(ended=True, error="stopped", hint=GO_ON))
+        elif not self.last.ended:
             reason = next((line for line in reversed(self._complaints) if line), f"exit code {code}")
             self._tell(ConversionNews(ended=True, error=f"the conversion ended: {reason}", hint=GO_ON))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from textual.widgets import Button, Input, RichLog, Select, Static
 from localrun.commands.convert import add_arguments
 from localrun.quant.open import open_model
 from localrun.tui.controllers.conversions import Conversions
-from localrun.tui.converter_process import ConversionNews, ConverterProcess
+from localrun.tui.converter_process import ConversionNews, ConverterProcess, news_of
 from localrun.tui.screens.convert import ConvertScreen
 from tests.checkpoints import write_small
 from tests.tui.support import Setup
@@ -142,12 +144,14 @@ def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(tmp_path: 
 
     def take(item: ConversionNews) -> None:
         news.append(item)
-        if item.note:
-            process.stop()
         if item.ended:
             ended.set()
 
     process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
+    os.kill(process.pid, signal.SIGSTOP)  # it must not be done before it hears of it
+    process.stop()
+    os.kill(process.pid, signal.SIGCONT)
     assert ended.wait(PATIENCE_S)
     assert news[-1].error == "stopped"
     assert news[-1].hint == "start it again to resume"
+    assert news_of({"event": "interrupted"}, ConversionNews()) == news[-1]

@@ -1,9 +1,10 @@
 """Renders the generated conversations with DeepSeek's own encoder and writes down what came out, as digests.
 
-    python tools/record_prompts.py encoding/encoding_dsv4.py tests/fixtures/prompts-v4.txt
+    python tools/record_prompts.py v4 encoding/encoding_dsv4.py tests/fixtures/prompts-v4.txt
+    python tools/record_prompts.py v4-0731 encoding/encoding_dsv4.py tests/fixtures/prompts-v4-0731.txt
 
-The encoder comes with DeepSeek-V4-Flash's first release. It is not part of localrun; `tests/engine/chat/test_official_encoder.py`
-compares with the digests.
+The encoder is in the folder `encoding` of DeepSeek's releases: Flash's first one for `v4`, Flash-0731 for `v4-0731`. It is not part
+of localrun; `tests/engine/chat/test_official_encoder.py` compares with the digests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.engine.generated_conversations import Generated, generated_conversations
+from tests.engine.generated_conversations import EFFORTS, Generated, generated_conversations
 
 
 def load(path: Path) -> ModuleType:
@@ -52,11 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write down what DeepSeek's own encoder makes of generated conversations"
     )
+    parser.add_argument("generation", choices=EFFORTS, help="of the prompt format")
     parser.add_argument("encoder", type=Path, help="encoding_dsv4.py of the release")
     parser.add_argument("target", type=Path, help="file for the digests, one a line")
     args = parser.parse_args()
     encoder = load(args.encoder)
-    lines = [official(encoder, conversation) for conversation in generated_conversations()]
+    lines = [official(encoder, conversation) for conversation in generated_conversations(args.generation)]
     args.target.write_text("\n".join(lines) + "\n", encoding="ascii")
     print(f"{len(lines)} conversations, {lines.count('-')} of which the encoder can't render")
 

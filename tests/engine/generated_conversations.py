@@ -74,10 +74,19 @@ class Generated:
     drop_thinking: bool
 
 
-def generated_conversations(count: int = N_CONVERSATIONS, seed: int = 20260424) -> Iterator[Generated]:
-    rng = random.Random(seed)
+EFFORTS: dict[str, tuple[str | None, ...]] = {"v4": (None, "high", "max"), "v4-0731": (None, "low", "high", "max")}
+"""What each generation's encoder takes; None is its default."""
+
+SEEDS = {"v4": 20260424, "v4-0731": 20260731}
+
+
+def generated_conversations(
+    generation: str = "v4", count: int = N_CONVERSATIONS, seed: int | None = None
+) -> Iterator[Generated]:
+    """`count` conversations for the encoder of this name in `localrun.engine.chat.format.ENCODERS`."""
+    rng = random.Random(SEEDS[generation] if seed is None else seed)
     for _ in range(count):
-        yield _conversation(_Dice(rng))
+        yield _conversation(_Dice(rng), EFFORTS[generation])
 
 
 class _Dice:
@@ -97,7 +106,7 @@ class _Dice:
         return "".join(self.pick(_TEXTS) for _ in range(self.number(1, 3)))
 
 
-def _conversation(dice: _Dice) -> Generated:
+def _conversation(dice: _Dice, efforts: Sequence[str | None]) -> Generated:
     thinking = dice.chance(0.7)
     # Half of them have the usual order; in the others any role follows any.
     ordinary = dice.chance(0.5)
@@ -111,7 +120,7 @@ def _conversation(dice: _Dice) -> Generated:
             messages.append(_question(dice))
     else:
         messages = [_any(dice) for _ in range(dice.number(1, 7))]
-    return Generated(messages, thinking, dice.pick((None, "high", "max")), dice.chance(0.7))
+    return Generated(messages, thinking, dice.pick(efforts), dice.chance(0.7))
 
 
 def _turn(dice: _Dice) -> list[dict[str, Any]]:

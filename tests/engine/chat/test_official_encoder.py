@@ -1,6 +1,6 @@
 """The prompt format against DeepSeek's own encoder: thousands of conversations, byte by byte.
 
-`tools/record_prompts.py` rendered them with the `encoding_dsv4.py` of the first release; the fixture holds digests of the results.
+`tools/record_prompts.py` rendered them with the `encoding_dsv4.py` of both generations; the fixtures hold digests of the results.
 Where localrun differs, it is one of the deviations below, which docs/prompt-format.md explains.
 """
 
@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from localrun.engine.chat.format import ENCODERS
 from localrun.engine.chat.messages import MessageError, messages_from_json
 from tests.engine.generated_conversations import Generated, generated_conversations
 from tools.record_prompts import digest
 
-DIGESTS = Path(__file__).parents[2] / "fixtures" / "prompts-v4.txt"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
-def ours(conversation: Generated) -> str:
-    mode = "off" if not conversation.thinking else "max" if conversation.effort == "max" else "high"
+def ours(generation: str, conversation: Generated) -> str:
+    mode = conversation.effort if conversation.thinking else "off"
     messages = messages_from_json(conversation.messages)
-    return ENCODERS["v4"].encode_prompt(messages, mode=mode, drop_thinking=conversation.drop_thinking).render()
+    encoder = ENCODERS[generation]
+    return encoder.encode_prompt(messages, mode=mode, drop_thinking=conversation.drop_thinking).render()
 
 
 def deviations(conversation: Generated) -> set[str]:
@@ -68,12 +71,13 @@ def _is_open(previous: list[str]) -> bool:
     return bool(speakers) and speakers[-1] != "assistant"
 
 
-def test_prompts_are_the_official_encoders_byte_by_byte() -> None:
-    recorded = DIGESTS.read_text(encoding="ascii").split()
+@pytest.mark.parametrize("generation", ENCODERS)
+def test_prompts_are_the_official_encoders_byte_by_byte(generation: str) -> None:
+    recorded = (FIXTURES / f"prompts-{generation}.txt").read_text(encoding="ascii").split()
     seen, n_same = Counter[str](), 0
-    for i, (conversation, official) in enumerate(zip(generated_conversations(), recorded, strict=True)):
+    for i, (conversation, official) in enumerate(zip(generated_conversations(generation), recorded, strict=True)):
         try:
-            rendered = digest(ours(conversation))
+            rendered = digest(ours(generation, conversation))
         except MessageError:
             rendered = "refused"
         if rendered == official:

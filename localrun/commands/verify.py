@@ -1,7 +1,8 @@
 """`localrun verify MODEL`: checks every checksum of a converted model on disk; `--repair` rebuilds damaged parts.
 
 An interrupted run resumes as long as the files are unchanged. A model without a manifest (another program's GGUF, an official
-checkpoint) has no checksums, so only its structure is checked, and the output says so.
+checkpoint) has no checksums: its structure is checked, and its weights are searched for zeros that an incomplete download or a
+failing drive leaves. The output says so.
 """
 
 from __future__ import annotations
@@ -84,14 +85,33 @@ def _restore(model: Path, checkpoint: Path, out: Output) -> bool:
 
 
 def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> int:
+    from localrun.quant.convert.lost_weights import find_lost_weights
+
     layers = len(source.moe_layers)
     out.note(
         f"{source.path}: {len(source.tensors)} tensors, {layers} layers with experts: names, types and shapes are correct"
     )
-    out.note("no manifest (localrun.json), so no checksums: weights not verified")
+    problems = find_lost_weights(source, Progress(out))
+    out.clear_status()
+    for problem in problems[:_SHOWN]:
+        out.note(f"damaged: {problem}")
+    if len(problems) > _SHOWN:
+        out.note(f"and {len(problems) - _SHOWN} more")
+    if problems:
+        out.note("hint: the download is incomplete or the drive lost data: download these files again")
+    else:
+        out.note("no zeros in place of weights; no manifest (localrun.json), so no checksums: weights not verified")
     if as_json:
-        out.json({"model": str(source.path), "ok": True, "checksums": False, "tensors": len(source.tensors)})
-    return 0
+        out.json(
+            {
+                "model": str(source.path),
+                "ok": not problems,
+                "checksums": False,
+                "tensors": len(source.tensors),
+                "damaged": problems,
+            }
+        )
+    return 1 if problems else 0
 
 
 def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, restored: bool) -> int:

@@ -33,6 +33,7 @@ from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READ
 from localrun.offload.cache.slots import Slot
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
+from localrun.quant.zeros import refuse_lost_weights
 from localrun.reading import read_fully
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class ExpertStore:
         n_reads: reads in flight.
         piece_bytes: maximum size of a single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
-        verify: check checksums on every read, if the source has them, because any read may fail. One core hashes 17 to 21 GB/s,
+        verify: check checksums on every read, if the source has them, else for lost weights (`localrun.quant.zeros`), because any read may fail. One core hashes 17 to 21 GB/s,
             many times a drive's rate.
         mirror: a second copy of the same model, ideally on another drive: pieces go to the copy with fewer pending reads, and
             to the other one if a read fails.
@@ -392,10 +393,14 @@ class ExpertStore:
         slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
         payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
         rows: list[Bytes] = []
-        for projection in ticket.projections:
-            raw = [payloads.pop(0) for _ in projection.extents]
+        raw = [[payloads.pop(0) for _ in projection.extents] for projection in ticket.projections]
+        if self._verify:
+            refuse_lost_weights(self._source.files, slot.layer, slot.expert, ticket.projections, raw)
+        for projection, pieces in zip(ticket.projections, raw, strict=True):
             rows.append(
-                raw[0] if projection.encoding is Encoding.GGML else decode_projection(projection, raw[0], raw[1])
+                pieces[0]
+                if projection.encoding is Encoding.GGML
+                else decode_projection(projection, pieces[0], pieces[1])
             )
         if self._verify:
             self._check(ticket, rows)

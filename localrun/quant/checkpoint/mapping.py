@@ -32,6 +32,7 @@ from localrun.quant.gguf.deepseek4 import check_deepseek4
 from localrun.quant.gguf.file import GgufValue, build_header, tensor_bytes, tensor_offsets
 from localrun.quant.model.source import PROJECTIONS, Extent, TensorInfo
 from localrun.quant.precision.copies import EXPERT_TYPES
+from localrun.quant.zeros import refuse_torn, refuse_zero_norm, refuse_zero_scales
 
 ALIGNMENT = 4096
 
@@ -157,8 +158,12 @@ class TensorPart:
         """Converts `count` rows from the bytes of `extents`.
 
         Raises:
-            FormatError: a NaN, or a value that the type can't hold.
+            FormatError: a NaN, a value that the type can't hold, or zeros where weights were lost.
         """
+        refuse_torn(where, weight, weight.size // count)
+        refuse_zero_scales(where, scale)
+        if self.source.spec.name.endswith("norm.weight"):
+            refuse_zero_norm(where, weight)
         rows = Rows(self.source.dtype, weight, scale, count, self.n_in, where, self.limit, importance)
         return convert_rows(rows, self.target, out)
 

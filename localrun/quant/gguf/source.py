@@ -35,6 +35,7 @@ from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, ch
 from localrun.quant.model.shape import ModelShape
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 from localrun.quant.unfinished import refuse_holes, refuse_unfinished
+from localrun.quant.zeros import refuse_torn, refuse_zero_norm
 from localrun.reading import read_fully
 
 _IDENTITY_SAMPLES = 64
@@ -186,6 +187,7 @@ class GgufSource:
             ValueError: a stack of experts; see `expert`.
             StoreError: the file can't be read or is shorter than its header says.
             ChecksumError: it differs from the manifest.
+            FormatError: zeros in place of weights, in a file without checksums.
         """
         if name in self._stacks:
             raise ValueError(f"{name} is a stack of experts")
@@ -196,8 +198,17 @@ class GgufSource:
             promised = self._manifest.tensors.get(self._where[name][1].info.name)
             if promised is not None and checksum(array.data) != promised:
                 raise _differs(self._files[extent.file], name)
+        elif self._manifest is None:
+            self._refuse_zeros(name, array, extent.offset)
         stored = self._presented.stored.get(name)
         return array if stored is None else converted(self._files[extent.file], stored, array)
+
+    def _refuse_zeros(self, name: str, array: npt.NDArray[np.uint8], offset: int) -> None:
+        index, tensor = self._where[name]
+        where = f"{self._files[index]}: {name}"
+        if name.endswith("norm.weight"):
+            refuse_zero_norm(where, array)
+        refuse_torn(where, array, array.size // int(np.prod(tensor.info.shape[1:], dtype=np.int64)), offset)
 
     def tensor_extent(self, name: str) -> Extent:
         """Location of a tensor's bytes in the file, regardless of the presented type (including stacks of experts)."""

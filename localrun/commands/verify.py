@@ -91,7 +91,7 @@ def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> in
     out.note(
         f"{source.path}: {len(source.tensors)} tensors, {layers} layers with experts: names, types and shapes are correct"
     )
-    problems = find_lost_weights(source, Progress(out))
+    problems = find_lost_weights(source, ProgressLine(out))
     out.clear_status()
     for problem in problems[:_SHOWN]:
         out.note(f"damaged: {problem}")

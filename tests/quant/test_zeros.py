@@ -121,7 +121,9 @@ def test_a_lost_range_among_experts_is_named_also_where_whole_experts_are_gone(
     assert [problem.partition(" bytes from ")[0].rpartition(": ")[0] for problem in problems] == [
         f"{where} {expert}" for expert in range(4)
     ]
-    with pytest.raises(FormatError, match=r"ffn_gate_exps\.weight: expert \d: \d+ bytes from \d+ on are zeros") as caught:
+    with pytest.raises(
+        FormatError, match=r"ffn_gate_exps\.weight: expert \d: \d+ bytes from \d+ on are zeros"
+    ) as caught:
         answer(source)
     assert caught.value.hint is not None
     assert cli.main(["verify", str(gguf)]) == 1

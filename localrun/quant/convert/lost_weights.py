@@ -52,7 +52,10 @@ def find_lost_weights(
             free = iter(buffers)
             try:
                 raw = [
-                    [readers[extent.file].read(extent.offset, extent.n_bytes, next(free)) for extent in projection.extents]
+                    [
+                        readers[extent.file].read(extent.offset, extent.n_bytes, next(free))
+                        for extent in projection.extents
+                    ]
                     for projection in projections
                 ]
                 refuse_lost_weights(source.files, layer, expert, projections, raw)

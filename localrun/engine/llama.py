@@ -20,9 +20,6 @@ from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
 from localrun.offload.device.device import expert_device
-from localrun.options import KV_TYPES
-
-_KV_TYPES = {name: GGMLQuantizationType[name.upper()] for name in KV_TYPES}
 
 # enum llama_token_attr (llama.h)
 ATTR_UNKNOWN: int = L.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -153,7 +150,7 @@ class Context:
         # A full-size window cache would hold all n_ctx rows of every layer, of which attention sees the last 128.
         params.swa_full = False
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = int(_KV_TYPES[options.kv_type])
+        params.type_k = params.type_v = int(GGMLQuantizationType[options.kv_type.upper()])
         params.abort_callback = self.stop.callback
         params.abort_callback_data = self.stop.data
         llama_log.clear()

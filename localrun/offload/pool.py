@@ -21,7 +21,7 @@ from localrun.offload.cache.store import Store
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.cache.trace import TraceRecorder
 from localrun.offload.device.device import Weight
-from localrun.offload.device.routing import Routing, gated
+from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32, View, ids_at, rows_at
 from localrun.offload.gpu.tier import GpuCall, GpuTier
 from localrun.offload.handover import Handover
@@ -30,6 +30,7 @@ from localrun.offload.layer_call import Compute, LayerCall
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
+from localrun.quant.model.activation import swiglu
 from localrun.quant.model.source import PROJECTIONS, MoeLayer
 
 
@@ -254,7 +255,7 @@ def _run_and_collect(
     gate, up = (np.empty((pairs.size, kernel.spec.n_ff), np.float32) for _ in range(2))
     kernel.project(0, slots, routing.starts, routing.x_rows, pairs, x, gate)
     kernel.project(1, slots, routing.starts, routing.x_rows, pairs, x, up)
-    activated = gated(gate, up, kernel.spec.limit)
+    activated = swiglu(gate, up, kernel.spec.limit)
     kernel.project(2, slots, routing.starts, pairs, routing.out_rows, activated, out)
     collector.collect(Weight(layer, 0), routing.experts, routing.starts, routing.x_rows, x)
     collector.collect(Weight(layer, 2), routing.experts, routing.starts, pairs, activated)

@@ -21,7 +21,6 @@ from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import FormatError, UsageError
 from localrun.offload.cache.store import staging_bytes, staging_bytes_aligned
 from localrun.offload.kernels.layout import expert_layout
-from localrun.options import KV_TYPES
 from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions, target_type
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
 from localrun.quant.checkpoint.official import BUILT_IN, NAMES
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from localrun.offload.kernels import FfnSpec
 
 _T = GGMLQuantizationType
-
-KV_FORMATS = {name: _T[name.upper()] for name in KV_TYPES}
-"""Number formats of the KV cache by the name that options use."""
 
 LLAMA_PAD = 256
 """llama.cpp rounds contexts and caches up to this many rows."""
@@ -321,7 +317,7 @@ def format_of(name: str) -> GGMLQuantizationType:
 
 def row_bytes(kv_type: str, n: int) -> int:
     """A row of n values of the KV cache."""
-    block, size = GGML_QUANT_SIZES[KV_FORMATS[kv_type]]
+    block, size = GGML_QUANT_SIZES[_T[kv_type.upper()]]
     return int(ceil_div(n, block) * size)
 
 

@@ -37,10 +37,10 @@ from localrun.ggml.structures import Tensor
 from localrun.offload.device import compiled as native
 from localrun.offload.device.claims import supports_op
 from localrun.offload.device.layouts import PROCESS
-from localrun.offload.device.routing import swiglu
 from localrun.offload.device.shadow import Activations
-from localrun.offload.device.view import View, view
+from localrun.offload.device.view import View, rows_at, view
 from localrun.offload.kernels import attention
+from localrun.quant.model.activation import swiglu
 
 log = logging.getLogger(__name__)
 
@@ -349,7 +349,8 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int
     if node.op == ggml.OP_MUL_MAT_ID:
         owner.project(_weight(owner, node), sources[1], _view(node.src[2], process), out)
     elif node.op == ggml.OP_GLU:
-        swiglu(sources[0], sources[1], out, _limit(node))
+        gate, up = (rows_at(source, np.float32) for source in sources[:2])
+        rows_at(out, np.float32)[...] = swiglu(gate, up, _limit(node))
     else:
         raise DecodeError(
             f"{node.name.decode()}: our device can't run operation {node.op} on an input of shape {sources[1].ne} and strides "

@@ -1,4 +1,4 @@
-"""Groups tokens by expert, and the gated activation for experts computed projection by projection."""
+"""Groups tokens by expert."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from localrun.errors import DecodeError
 from localrun.kernel_cache import cached_jit
-from localrun.offload.device.view import F32, I32, View, rows_at
+from localrun.offload.device.view import I32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +71,3 @@ def route(ids: I32, n_experts: int) -> Routing:
             f"the router chose an expert outside 0..{n_experts - 1}", hint="run `localrun verify` on the model"
         )
     return Routing(experts[:used], starts[: used + 1], x_rows, out_rows)
-
-
-def swiglu(gate: View, up: View, out: View, limit: float) -> None:
-    """out = silu(min(gate, limit)) * clip(up, -limit, limit), all f32 of the same shape."""
-    rows_at(out, np.float32)[...] = gated(rows_at(gate, np.float32), rows_at(up, np.float32), limit)
-
-
-def gated(gate: F32, up: F32, limit: float) -> F32:
-    """silu(min(gate, limit)) * clip(up, -limit, limit)."""
-    gate = np.minimum(gate, np.float32(limit))
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, which is correct
-        result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
-    return result

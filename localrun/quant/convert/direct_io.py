@@ -88,7 +88,23 @@ def is_cached(fd: int, offset: int, n_bytes: int) -> bool:
     return bool(answer.cached >= pages)
 
 
-class DirectReader:
+class _DirectFile:
+    """Owns two descriptors of one file, with the page cache and without (None where the file system has no O_DIRECT)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._plain = -1
+        self._direct: int | None = None
+
+    def close(self) -> None:
+        """Closes both; again does nothing."""
+        plain, direct, self._plain, self._direct = self._plain, self._direct, -1, None
+        for fd in (plain, direct):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+
+
+class DirectReader(_DirectFile):
     """A file to read from. Safe to use from several threads, each with its own buffer.
 
     Args:
@@ -100,9 +116,7 @@ class DirectReader:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self._size = size
-        self._direct: int | None = None
+        super().__init__(path)
         try:
             self._plain = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
@@ -151,13 +165,8 @@ class DirectReader:
             raise StoreError(f"{self.path}: reading {n_bytes} bytes at {offset} failed: {e.strerror}") from e
         return True
 
-    def close(self) -> None:
-        for fd in (self._plain, self._direct):
-            if fd is not None:
-                os.close(fd)
 
-
-class DirectWriter:
+class DirectWriter(_DirectFile):
     """A file of known size, written in any order. Safe to use from several threads on disjoint ranges.
 
     Args:
@@ -171,8 +180,7 @@ class DirectWriter:
     """
 
     def __init__(self, path: Path, size: int, *, reserve: bool = True) -> None:
-        self.path = path
-        self._direct: int | None = None
+        super().__init__(path)
         with write_errors(path):
             self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -217,11 +225,6 @@ class DirectWriter:
         with write_errors(self.path):
             _fdatasync(self._plain)
             _drop_cache(self._plain)
-
-    def close(self) -> None:
-        for fd in (self._plain, self._direct):
-            if fd is not None:
-                os.close(fd)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType
 from localrun.errors import FormatError, StoreError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
 from localrun.quant.formats.transcode import decode_projection
+from localrun.quant.model.activation import swiglu
 from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import Encoding, ModelSource, Projection
 from localrun.quant.precision.importance import F32, F64, Importance
@@ -287,11 +288,3 @@ def _read(source: ModelSource, file: int, offset: int, n_bytes: int) -> npt.NDAr
     with stream:
         read_fully(stream.fileno(), path, offset, out.data)
     return out
-
-
-def swiglu(gate: F32, up: F32, limit: float) -> F32:
-    """silu(min(gate, limit)) * clip(up, -limit, limit)."""
-    gate = np.minimum(gate, np.float32(limit))
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, which is correct
-        result: F32 = gate / (1 + np.exp(-gate)) * np.clip(up, np.float32(-limit), np.float32(limit))
-    return result

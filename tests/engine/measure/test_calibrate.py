@@ -15,10 +15,11 @@ from localrun.engine.measure.calibration_text import CalibrationText, default_te
 from localrun.engine.measure.choose import PrecisionRequest, check_precision_request, choose_precision
 from localrun.errors import UsageError
 from localrun.quant.formats.quantize import dequantize_rows, quantize_rows
+from localrun.quant.model.activation import swiglu
 from localrun.quant.model.shape import shape_of
 from localrun.quant.open import open_model
 from localrun.quant.precision.copies import EXPERT_TYPES
-from localrun.quant.precision.error import exact_weights, measure_errors, rounded, swiglu
+from localrun.quant.precision.error import exact_weights, measure_errors, rounded
 from localrun.quant.precision.samples import drawn_samples
 from localrun.quant.precision.solver import HotBudget, Target, expert_bytes
 from tests.engine.conftest import OPTIONS

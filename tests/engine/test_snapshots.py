@@ -25,6 +25,13 @@ GREEDY = SamplingOptions(temperature=0.0)
 PROMPT = [int(t) for t in np.random.default_rng(5).integers(2, 64, 220)]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No state is lost because this machine was slow with it."""
+    monkeypatch.setattr(snapshots, "SLOW_DRIVE_S", 60.0)
+    monkeypatch.setattr(snapshots, "CLOSE_S", 60.0)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SnapshotStore]:
     store = SnapshotStore(tmp_path, "key")

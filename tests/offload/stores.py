@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import queue
 import threading
@@ -110,6 +111,7 @@ class Harness(Protocol):
         checksums: the source has some.
         files: that it reads.
         asked_bytes: that the system gave so far.
+        begun: whose reads have begun so far, (layer, expert) in order, repetitions left out; an expert has `reads_per_expert`.
     """
 
     store: Store
@@ -117,6 +119,8 @@ class Harness(Protocol):
     checksums: bool
     files: Sequence[Path]
     asked_bytes: int
+    begun: list[tuple[int, int]]
+    reads_per_expert: int
 
     def best(self, layer: int, expert: int) -> int:
         """The variant of the best copy of this expert."""
@@ -133,6 +137,9 @@ class Harness(Protocol):
     def hold_one(self, layer: int, expert: int) -> None:
         """The last read of this expert's best copy does not go on."""
 
+    def step(self) -> None:
+        """While reads are held: lets the first of those that have begun go on, and waits until another one has begun."""
+
     def release(self) -> None:
         """Reads go on."""
 
@@ -146,12 +153,21 @@ class Harness(Protocol):
         """Some bits of the second matrix of this expert's best copy come from the drive as others."""
 
 
+PATIENCE_S = 60.0
+"""Far more than anything here takes; only a hang reaches it."""
+
+N_READS, N_BUFFERS = 2, 2
+"""Reads at once, and experts."""
+
 Spot = tuple[int, int]
 """A byte of a file: (inode, offset)."""
 
 
 class OnFiles:
     """The real store on real files; whoever makes it closes it.
+
+    A read is noted as it begins. While reads are held they go on one at a time, in the order in which they came, so the order of
+    `begun` is the store's own and not the threads'.
 
     Args:
         source: whose experts.
@@ -161,6 +177,8 @@ class OnFiles:
         delay_s: before each read.
         mirror: a second copy.
     """
+
+    reads_per_expert = len(PROJECTIONS)
 
     def __init__(
         self,
@@ -174,9 +192,12 @@ class OnFiles:
         mirror: ModelSource | None = None,
     ) -> None:
         self._short, self._delay_s = short, delay_s
-        self._all_go, self._one_goes = threading.Event(), threading.Event()
-        self._all_go.set()
-        self._lock = threading.Lock()
+        self._one_goes = threading.Event()
+        self._changed = threading.Condition()  # guards what follows
+        self._n_come = self._n_waiting = 0  # reads since the start, and those that are held
+        self._n_may_go: float = math.inf  # this many since the start
+        self.begun: list[tuple[int, int]] = []
+        self._began: set[tuple[int, int, int]] = set()  # layer, expert, which of its reads
         self._held: list[Spot] = []
         self._failing: set[Spot] = set()
         self._ending: set[Spot] = set()
@@ -187,8 +208,14 @@ class OnFiles:
         self.checksums = source.expert(0, 0)[0].checksum is not None
         kernels = {n: [Packer()] * len(layer.variants) for n, layer in self.layers.items()}
         self._file_bytes = file_bytes
+        self._owners = {
+            spot: (layer, expert, i % self.reads_per_expert)
+            for layer, moe in self.layers.items()
+            for expert in range(moe.n_experts)
+            for i, spot in enumerate(self._spots(layer, expert))
+        }
         patch.setattr(reading, "preadv", self._preadv)
-        self.store: Store = ExpertStore(source, kernels, mirror=mirror, n_reads=2, n_buffers=2)
+        self.store: Store = ExpertStore(source, kernels, mirror=mirror, n_reads=N_READS, n_buffers=N_BUFFERS)
 
     def best(self, layer: int, expert: int) -> int:
         types = tuple(projection.type for projection in self._source.expert(layer, expert))
@@ -207,9 +234,19 @@ class OnFiles:
         def touches(spots: Iterable[Spot]) -> bool:
             return any(inode == file and offset <= at < offset + len(out) for file, at in spots)
 
-        assert self._all_go.wait(30)
+        with self._changed:
+            for (file, at), read in self._owners.items():
+                if inode == file and offset <= at < offset + len(out) and read not in self._began:
+                    self._began.add(read)
+                    self.begun.append(read[:2])
+            number = self._n_come
+            self._n_come += 1
+            self._n_waiting += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: number < self._n_may_go, PATIENCE_S)
+            self._n_waiting -= 1
         if touches(self._held):
-            assert self._one_goes.wait(30)
+            assert self._one_goes.wait(PATIENCE_S)
         time.sleep(self._delay_s)
         if touches(self._failing):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -221,19 +258,29 @@ class OnFiles:
         for file, at in self._damaged:
             if inode == file and offset <= at < offset + n:
                 out[at - offset] ^= 0x11
-        with self._lock:
+        with self._changed:
             self.asked_bytes += n
         return n
 
     def hold(self) -> None:
-        self._all_go.clear()
+        with self._changed:
+            self._n_may_go = self._n_come
+
+    def step(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._n_waiting == N_READS, PATIENCE_S)
+            self._n_may_go += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._n_come == self._n_may_go + N_READS, PATIENCE_S)
 
     def hold_one(self, layer: int, expert: int) -> None:
         self._one_goes.clear()
         self._held = self._spots(layer, expert)[len(PROJECTIONS) - 1 :: len(PROJECTIONS)]
 
     def release(self) -> None:
-        self._all_go.set()
+        with self._changed:
+            self._n_may_go = math.inf
+            self._changed.notify_all()
         self._one_goes.set()
 
     def fail(self, layer: int, expert: int) -> None:
@@ -276,7 +323,7 @@ def on_files(
 class MemoryStore:
     """A store without threads and files: a read that is not held ends at once, before `submit` returns."""
 
-    depth, staging_bytes = 2, 0
+    depth, staging_bytes, reads_per_expert = 2, 0, 1
     layers, checksums = LAYERS, True
     files: Sequence[Path] = (Path("experts"),)
 
@@ -284,6 +331,7 @@ class MemoryStore:
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self.store: Store = self
         self.submitted: list[tuple[int, int]] = []
+        self.begun: list[tuple[int, int]] = []
         self.refused: set[tuple[int, int]] = set()  # `submit` itself raises
         self._wanted: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
@@ -326,6 +374,10 @@ class MemoryStore:
         self._held, self._held_one = False, None
         self._go_on()
 
+    def step(self) -> None:
+        if ticket := self._next():
+            self._read(ticket)
+
     def best(self, layer: int, expert: int) -> int:
         return 0
 
@@ -347,13 +399,17 @@ class MemoryStore:
 
     def _go_on(self) -> None:
         while not self._held and not self._closed and (ticket := self._next()):
-            slot = ticket.slot
-            ticket.error = self._errors.get((slot.layer, slot.expert))
-            if ticket.error is None:
-                rows = rows_of(slot.layer, slot.expert)
-                memory_of(slot)[: rows.size] = rows if ticket.receiver else packed(rows)
-                self.asked_bytes += rows.size
-            (ticket.receiver or self.completions.put)(ticket)
+            self._read(ticket)
+
+    def _read(self, ticket: Ticket) -> None:
+        slot = ticket.slot
+        self.begun.append((slot.layer, slot.expert))
+        ticket.error = self._errors.get((slot.layer, slot.expert))
+        if ticket.error is None:
+            rows = rows_of(slot.layer, slot.expert)
+            memory_of(slot)[: rows.size] = rows if ticket.receiver else packed(rows)
+            self.asked_bytes += rows.size
+        (ticket.receiver or self.completions.put)(ticket)
 
     def _next(self) -> Ticket | None:
         for tickets in (self._wanted, self._ahead):

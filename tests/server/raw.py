@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,3 +51,27 @@ def send(running: Running, method: str, path: str, body: Any = None, headers: Ma
 
 def post(running: Running, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Reply:
     return send(running, "POST", path, body, headers)
+
+
+class Stream:
+    """A request whose answer is read as it comes.
+
+    Attributes:
+        text: what has come so far, headers and chunk sizes included.
+    """
+
+    def __init__(self, running: Running, path: str, body: dict[str, Any]) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.sock.sendall(head.encode() + data)
+        self.text = ""
+
+    def until(self, *parts: str) -> None:
+        while not all(part in self.text for part in parts):
+            data = self.sock.recv(65536)
+            assert data, f"the connection ended: {self.text[-300:]}"
+            self.text += data.decode()
+
+    def close(self) -> None:
+        self.sock.close()

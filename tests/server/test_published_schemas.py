@@ -20,8 +20,8 @@ from anthropic.types.message_create_params import MessageCreateParamsBase as Mes
 from localrun.engine.process.protocol import Generate
 from localrun.server import chat_completions, completions, messages_input, responses_input
 from tests.server.openai_schema import document, faults
-from tests.server.raw import post, send
-from tests.server.running import Running, serving
+from tests.server.raw import Stream, post, send
+from tests.server.running import PATIENCE_S, Running, serving
 from tests.server.scripted import ScriptedEngine, call_text, calls_text, words
 
 Json = Any
@@ -180,10 +180,16 @@ def test_errors_are_as_published(running: Running, path: str, status: int) -> No
 def test_signs_of_life_are_as_published_but_for_the_field_that_says_why(
     path: str, body: Json, name: str, expected: set[str]
 ) -> None:
-    with serving(ScriptedEngine(prompt_s=0.2), keep_alive_s=0.02) as running:
-        events = [data for _, data in post(running, path, {"stream": True, **body}).events if data != "[DONE]"]
-    signs = [data for data in events if "localrun" in data]
-    assert {sign["localrun"]["state"] for sign in signs} >= {"prompt"}
+    engine = ScriptedEngine(prompt_s=PATIENCE_S)  # that is, until it is stopped
+    with serving(engine, keep_alive_s=0.02) as running:
+        stream = Stream(running, path, {"stream": True, **body})
+        stream.until('"state":"prompt"', "\n\n")
+        engine.stop()
+        stream.until("0\r\n\r\n")
+        stream.close()
+    lines = [line.removeprefix("data: ") for line in stream.text.splitlines() if line.startswith("data: {")]
+    signs = [data for data in map(json.loads, lines) if "localrun" in data]
+    assert signs
     assert set().union(*(departures(sign, name) for sign in signs)) == expected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import socket
 import threading
 import time
@@ -15,7 +15,7 @@ import pytest
 
 from localrun.engine.process.protocol import Generate
 from localrun.server.limits import ServerLimits
-from tests.server.raw import post, send
+from tests.server.raw import Stream, post, send
 from tests.server.running import PATIENCE_S, Running, serving, wait_until
 from tests.server.scripted import ScriptedEngine, hello
 
@@ -46,26 +46,6 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open.set()
-
-
-class Stream:
-    """A raw connection: what was sent so far, and when the headers came."""
-
-    def __init__(self, running: Running, path: str, body: dict[str, Any]) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S)
-        data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-        self.sock.sendall(head.encode() + data)
-        self.text = ""
-
-    def until(self, *parts: str) -> None:
-        while not all(part in self.text for part in parts):
-            data = self.sock.recv(65536)
-            assert data, f"the connection ended: {self.text[-300:]}"
-            self.text += data.decode()
-
-    def close(self) -> None:
-        self.sock.close()
 
 
 @pytest.mark.parametrize(("path", "body"), REQUESTS)
@@ -180,11 +160,20 @@ def test_half_open_connections_are_closed() -> None:
     with serving(ScriptedEngine(), limits=ServerLimits(read_s=0.3)) as running:
         for text in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\n"):
             with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock:
-                sock.sendall(text)
-                assert sock.recv(1000) == b""
-        with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock:
+                with contextlib.suppress(ConnectionError):  # closed before this machine came to write
+                    sock.sendall(text)
+                    assert sock.recv(1000) == b""
+        wait_until(lambda: _told_without_a_body(running).startswith(b"HTTP/1.1 400 "))
+
+
+def _told_without_a_body(running: Running) -> bytes:
+    """What comes back for headers without their body; nothing if this machine was slower with the headers than it may."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock:
+        try:
             sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-            assert b"400" in sock.recv(1000)
+            return sock.recv(1000)
+        except ConnectionError:
+            return b""
 
 
 def test_stop_ends_the_running_answer_in_the_apis_own_way(gate: Gate) -> None:
@@ -213,7 +202,7 @@ def test_crowd_with_aborts_gets_its_own_answers() -> None:
     """Forty clients at once, every third leaves: no answer is mixed up, nothing stays behind."""
     engine = ScriptedEngine(lambda command: [str(command.messages[-1]["content"]), " ", "done"], delay_s=0.001)
     with serving(engine) as running:
-        threads_before = threading.active_count()
+        threads_before = _threads()
 
         def ask(i: int) -> str | None:
             body = {"messages": [{"role": "user", "content": f"number {i}"}], "stream": i % 2 == 0}
@@ -234,4 +223,9 @@ def test_crowd_with_aborts_gets_its_own_answers() -> None:
         assert all(text in (None, f"number {i} done") for i, text in enumerate(answers))
         wait_until(lambda: len(running.lines) >= sum(text is not None for text in answers))
         wait_until(lambda: running.dispatcher.n_waiting == 0 and not running.dispatcher.busy)
-        assert threading.active_count() <= threads_before + 8  # the pool that asks the engine
+        assert _threads() <= threads_before
+
+
+def _threads() -> set[threading.Thread]:
+    """All but those of asyncio's pool, which stay for the next question: how many they are depends on the cores."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}

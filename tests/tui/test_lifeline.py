@@ -73,17 +73,39 @@ def test_a_signal_ends_a_program_that_waits_for_a_lock() -> None:
 
 
 INTERFACE = """
-import sys
+import sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
+from localrun.engine.conversations import ConversationStore
 from localrun.tui.app import LocalrunApp, Launch
 import localrun.tui.app as app
 import localrun.tui.lifeline as lifeline
 from tests.tui.fake_engine import FakeEngine
 
+closing, kept = threading.Event(), threading.Event()
+
 class Deaf(FakeEngine):
     def close(self):
+        closing.set()
         {close}
 
+class Event(threading.Event):
+    def wait(self, timeout=None):
+        if timeout == lifeline.GRACE_S:  # it is enough for what has to be done, however slow this machine is
+            closing.wait()
+            kept.wait()
+        return super().wait(timeout)
+
+set_state = ConversationStore.set_state
+def keep(store, name, value):
+    set_state(store, name, value)
+    if (name, value) == ("draft", "half a thought"):
+        kept.set()
+
+ConversationStore.set_state = keep
+if {is_kept}:
+    kept.set()
+lifeline.threading = SimpleNamespace(Event=Event, Thread=threading.Thread)
 lifeline.GRACE_S = {grace}
 app.start_engine = Deaf
 sys.exit(app.run_app(Path("/models/fake"), model_folders=[]))
@@ -114,14 +136,14 @@ class Screen:
 
 @pytest.mark.parametrize(
     ("close", "grace"),
-    [("pass", 60.0), ("import time; time.sleep(600)", 1.0)],
+    [("pass", 60.0), ("time.sleep(600)", 0.3)],
     ids=["in order", "an engine that won't end"],
 )
 def test_the_interface_ends_with_its_terminal_and_keeps_what_stood_in_the_input(
     tmp_path: Path, close: str, grace: float
 ) -> None:
     folders = {f"LOCALRUN_{name}_DIR": str(tmp_path / name) for name in ("DATA", "CACHE", "CONFIG")}
-    code = INTERFACE.format(close=close, grace=grace)
+    code = INTERFACE.format(close=close, grace=grace, is_kept=False)
     with in_a_terminal(code, TERM="xterm-256color", **folders) as (process, terminal):
         screen = Screen(terminal)
         screen.wait_for(b"Fake V4")
@@ -129,6 +151,7 @@ def test_the_interface_ends_with_its_terminal_and_keeps_what_stood_in_the_input(
         screen.wait_for(b"thought")
         process.send_signal(signal.SIGHUP)
         assert process.wait(PATIENCE_S) == 129
+    code = INTERFACE.format(close=close, grace=grace, is_kept=True)
     with in_a_terminal(code, TERM="xterm-256color", **folders) as (process, terminal):
         Screen(terminal).wait_for(b"half a thought")
         process.send_signal(signal.SIGTERM)
@@ -141,10 +164,8 @@ def test_a_locked_file_of_conversations_is_said_at_once_and_can_be_left(tmp_path
     other = sqlite3.connect(tmp_path / "DATA" / "conversations.sqlite3", isolation_level=None)
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
-    with in_a_terminal(INTERFACE.format(close="pass", grace=60.0), TERM="xterm-256color", **folders) as (
-        process,
-        terminal,
-    ):
+    code = INTERFACE.format(close="pass", grace=60.0, is_kept=True)
+    with in_a_terminal(code, TERM="xterm-256color", **folders) as (process, terminal):
         screen = Screen(terminal)
         screen.wait_for(b"in use by another program")
         os.write(terminal, b"\x11")

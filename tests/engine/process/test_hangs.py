@@ -132,6 +132,7 @@ def test_engine_that_does_not_read_makes_nobody_wait(chat_model_path: Path, monk
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
+        wait_until(lambda: bool(engine._connection and engine._connection._running))
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 engine.count_tokens(text, timeout_s=0.05)
@@ -199,7 +200,7 @@ def engine_of_a_parent_that(does: str, *, environment: dict[str, str] | None = N
         import os, signal, sys, threading, time
         from localrun.engine.process.process import EngineProcess
         from localrun.engine.process.protocol import CountTokens, Delta, EngineOptions, Generate, PromptProgress
-        options = EngineOptions(n_ctx=1024, n_batch=512, n_threads=1, ram_bytes=2**26)
+        options = EngineOptions(n_ctx=32768, n_batch=512, n_threads=1, ram_bytes=2**26)
         engine = EngineProcess()
         engine.start()
         print(engine.pid, flush=True)
@@ -229,8 +230,9 @@ def test_engine_ends_with_its_parent_while_it_answers_reads_a_prompt_or_counts(c
         """)
         for does in (
             "[die() for e in engine.generate(Generate(tokens=(1, 2, 3), ignore_eos=True)) if isinstance(e, Delta)]",
-            "[die() for e in engine.generate(Generate(tokens=tuple(range(2, 202)) * 5)) if isinstance(e, PromptProgress)]",
-            "threading.Timer(0.2, die).start(); engine.count(CountTokens(text='hello world ' * 10**5))",
+            "[die() for e in engine.generate(Generate(tokens=tuple(range(2, 202)) * 150)) if isinstance(e, PromptProgress)]",
+            "count = CountTokens(text='hello world ' * 10**5);"
+            "inboxes = [engine._connection.post(count, long=False)[1] for _ in range(20)]; inboxes[0].get(); die()",
         )
     ]
     wait_until(lambda: not any(is_running(pid) for pid in pids))
@@ -242,9 +244,10 @@ def test_engine_ends_with_its_parent_while_it_compiles_kernels_for_a_load(
     pid = engine_of_a_parent_that(
         f"""
         events = engine.load({str(chat_model_path)!r}, options)
-        threading.Timer(1.0, die).start()
-        list(events)
-        time.sleep(60)
+        threading.Thread(target=list, args=(events,), daemon=True).start()
+        while not any("compiling" in line for line in engine.log_tail()):
+            time.sleep(0.01)
+        die()
         """,
         environment={"LOCALRUN_KERNEL_DIR": str(tmp_path)},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -41,6 +42,9 @@ from tests.engine.models import CHAT_TOKENS
 
 GREEDY = SamplingOptions(temperature=0)
 HELLO: tuple[dict[str, Any], ...] = ({"role": "user", "content": "Hello"},)
+ROOMY = dataclasses.replace(OPTIONS, n_ctx=32768)
+"""Answers without an end are far from over when a test that was not scheduled for a while stops them or kills the engine."""
+
 PATIENCE_S = 60.0
 """Far more than anything here takes; only a hang reaches it."""
 
@@ -49,7 +53,7 @@ PATIENCE_S = 60.0
 def running(chat_model_path: Path) -> Iterator[EngineProcess]:
     """A process with the model that understands text; tests may kill it."""
     with EngineProcess() as engine:
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         yield engine
 
 
@@ -83,7 +87,7 @@ def wait_until(condition: Any) -> None:
 
 
 def test_loading_reports_progress_and_facts(engine: EngineProcess, chat_model_path: Path) -> None:
-    events = list(engine.load(chat_model_path, OPTIONS))
+    events = list(engine.load(chat_model_path, ROOMY))
     loading, ready = events[:-1], events[-1]
     assert loading
     assert all(isinstance(event, Loading) for event in loading)
@@ -99,7 +103,7 @@ def test_loading_reports_progress_and_facts(engine: EngineProcess, chat_model_pa
 
 def test_answer_is_the_one_that_the_engine_gives_in_process(engine: EngineProcess, chat_model_path: Path) -> None:
     events = ask(engine)
-    with Engine.open(chat_model_path, OPTIONS) as inside, inside.session() as session:
+    with Engine.open(chat_model_path, ROOMY) as inside, inside.session() as session:
         from localrun.engine.chat.format import ENCODERS
         from localrun.engine.chat.messages import messages_from_json
 
@@ -170,9 +174,7 @@ def test_what_a_saved_state_spares_counts_as_reused(engine: EngineProcess) -> No
     timings = finished(events).timings
     read = timings.prompt_tokens - reused
     assert timings.prompt_tokens_per_s == pytest.approx(read / timings.prompt_s)
-    assert progress[-1].elapsed_s == pytest.approx(timings.prompt_s, abs=timings.prompt_s), (
-        "the same clock, from the same moment"
-    )
+    assert 0 < progress[-1].elapsed_s <= timings.prompt_s, "the same clock, within the same two moments"
 
 
 def test_next_question_reuses_the_conversation_so_far(engine: EngineProcess) -> None:
@@ -187,7 +189,7 @@ def test_next_question_reuses_the_conversation_so_far(engine: EngineProcess) -> 
     [
         ({"tokens": (1, 10**6)}, UsageError, "1000000"),
         ({"tokens": ()}, UsageError, "empty"),
-        ({"tokens": (1,) * 2000}, ContextFullError, "2000"),
+        ({"tokens": (1,) * 40000}, ContextFullError, "40000"),
         ({"messages": ({"role": "king", "content": ""},)}, LocalrunError, "king"),
         ({"messages": ()}, LocalrunError, "turn|empty|no messages"),
         ({"think": "hard"}, UsageError, "hard"),
@@ -214,13 +216,13 @@ def test_stop_ends_the_running_answer_only(engine: EngineProcess) -> None:
 
 def test_stop_reaches_a_long_prefill(engine: EngineProcess) -> None:
     events: list[Event] = []
-    for event in engine.generate(Generate(tokens=tuple(range(10, 110)) * 9, sampling=GREEDY)):
+    for event in engine.generate(Generate(tokens=tuple(range(10, 110)) * 300, sampling=GREEDY)):
         events.append(event)
         if isinstance(event, PromptProgress) and event.done:
             engine.stop()
     assert finished(events).reason == "stopped"
     done = [event.done for event in events if isinstance(event, PromptProgress)]
-    assert done[-1] < 900
+    assert done[-1] < 30_000
 
 
 def test_stop_without_anything_running_does_nothing(engine: EngineProcess) -> None:
@@ -238,9 +240,9 @@ def test_leaving_the_iterator_stops_the_answer(engine: EngineProcess) -> None:
 
 
 def test_statistics_and_token_counts_come_in_the_middle_of_an_answer(engine: EngineProcess) -> None:
-    answered = False
-    for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, max_tokens=60, ignore_eos=True)):
-        if isinstance(event, Delta) and not answered:
+    asked = None
+    for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True)):
+        if isinstance(event, Delta) and asked is None:
             stats = engine.stats()
             assert stats.busy
             assert stats.context_used > 0
@@ -248,13 +250,11 @@ def test_statistics_and_token_counts_come_in_the_middle_of_an_answer(engine: Eng
             assert stats.rss_bytes > 0
             assert engine.count_tokens("Hello, world!") == 13
             asked = engine.count(CountTokens(messages=HELLO))
-            answered = True
-        if isinstance(event, Finished):
-            assert asked == event.timings.prompt_tokens
-    assert answered
-    end = time.monotonic() + 60
-    while engine.stats().busy:  # the last event is sent a moment before the engine is free
-        assert time.monotonic() < end
+            engine.stop()
+    assert isinstance(event, Finished)
+    assert event.reason == "stopped"
+    assert asked == event.timings.prompt_tokens
+    wait_until(lambda: not engine.stats().busy)  # the last event is sent a moment before the engine is free
 
 
 def test_commands_from_several_threads_run_one_after_another(engine: EngineProcess) -> None:
@@ -291,7 +291,7 @@ def test_logits_of_all_positions_equal_the_engine_in_process(
     logits = np.load(tmp_path / "logits.npy")
     assert logits.shape == (80, len(CHAT_TOKENS))
     assert logits.dtype == np.float32
-    with Engine.open(chat_model_path, OPTIONS) as inside, inside.session(all_logits=True) as session:
+    with Engine.open(chat_model_path, ROOMY) as inside, inside.session(all_logits=True) as session:
         np.testing.assert_array_equal(logits, np.concatenate(list(session.feed_all_logits(tokens))))
     assert list(tmp_path.iterdir()) == [tmp_path / "logits.npy"], "no partial file is left"
 
@@ -315,10 +315,10 @@ def test_failed_load_is_reported_and_the_process_goes_on(chat_model_path: Path, 
     with EngineProcess() as engine:
         (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
         with pytest.raises(LocalrunError, match=r"bad\.gguf"):
-            list(engine.load(tmp_path / "bad.gguf", OPTIONS))
+            list(engine.load(tmp_path / "bad.gguf", ROOMY))
         pid = engine.pid
         assert engine.facts is None
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         assert engine.pid == pid
         assert finished(ask(engine)).reason == "length"
 
@@ -329,7 +329,7 @@ def test_failed_load_is_reported_and_the_process_goes_on(chat_model_path: Path, 
 def test_killed_engine_costs_the_running_answer_only(chat_model_path: Path) -> None:
     deaths: list[EngineDiedError] = []
     with EngineProcess(on_death=deaths.append) as engine:
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         expected = tokens_of(ask(engine))
 
         def answer_and_kill() -> None:
@@ -354,7 +354,7 @@ def test_killed_engine_costs_the_running_answer_only(chat_model_path: Path) -> N
 
 def test_question_during_a_load_waits_for_it_and_loads_nothing_again(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
-        loading = engine.load(chat_model_path, OPTIONS)
+        loading = engine.load(chat_model_path, ROOMY)
         next(loading)
         answers: list[list[Event]] = []
         thread = threading.Thread(target=lambda: answers.append(ask(engine)))
@@ -404,7 +404,7 @@ def test_no_process_is_left_where_there_is_no_thread_for_it(monkeypatch: pytest.
 
 def test_each_of_those_who_wait_gets_an_error_of_its_own(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         link = engine._connection
         assert link is not None
         assert engine.pid
@@ -425,7 +425,7 @@ def test_each_of_those_who_wait_gets_an_error_of_its_own(chat_model_path: Path) 
 def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:
     died = threading.Event()
     with EngineProcess(on_death=lambda error: died.set()) as engine:
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         assert engine.pid
         os.kill(engine.pid, signal.SIGKILL)
         assert died.wait(PATIENCE_S)
@@ -437,7 +437,7 @@ def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:
 
 def test_death_while_loading_is_reported(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
-        events = engine.load(chat_model_path, OPTIONS)
+        events = engine.load(chat_model_path, ROOMY)
         next(events)
         assert engine.pid
         os.kill(engine.pid, signal.SIGABRT)
@@ -458,7 +458,7 @@ def test_the_cause_of_an_abort_is_what_the_library_said_last() -> None:
 
 def test_what_c_code_prints_goes_to_the_log_not_into_the_protocol(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
-        list(engine.load(chat_model_path, OPTIONS))
+        list(engine.load(chat_model_path, ROOMY))
         assert engine.pid
         # faulthandler prints every thread's stack to the C level standard error and lets the process go on dying.
         os.kill(engine.pid, signal.SIGSEGV)
@@ -481,7 +481,7 @@ def test_engine_ends_with_its_parent_however_that_ends(chat_model_path: Path, en
         from localrun.engine.process.process import EngineProcess
         from localrun.engine.process.protocol import Delta, EngineOptions, Generate
         engine = EngineProcess()
-        list(engine.load({str(chat_model_path)!r}, EngineOptions(n_ctx=1024, n_batch=64, n_threads=1, ram_bytes=2**26)))
+        list(engine.load({str(chat_model_path)!r}, EngineOptions(n_ctx=32768, n_batch=64, n_threads=1, ram_bytes=2**26)))
         print(engine.pid, flush=True)
         for event in engine.generate(Generate(tokens=(1, 2, 3), ignore_eos=True)):
             if isinstance(event, Delta):
@@ -496,7 +496,7 @@ def test_engine_ends_with_its_parent_however_that_ends(chat_model_path: Path, en
 
 def test_close_ends_the_process_and_can_be_repeated(chat_model_path: Path) -> None:
     engine = EngineProcess()
-    list(engine.load(chat_model_path, OPTIONS))
+    list(engine.load(chat_model_path, ROOMY))
     pid = engine.pid
     assert pid is not None
     engine.close()
@@ -507,7 +507,7 @@ def test_close_ends_the_process_and_can_be_repeated(chat_model_path: Path) -> No
 
 def test_close_in_the_middle_of_an_answer_ends_its_iterator(chat_model_path: Path) -> None:
     engine = EngineProcess()
-    list(engine.load(chat_model_path, OPTIONS))
+    list(engine.load(chat_model_path, ROOMY))
     events = engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True))
     while not isinstance(next(events), Delta):
         pass

@@ -157,17 +157,24 @@ class TestEveryStore:
         for expert in range(desk.per_layer):
             desk.submit(0, expert, ahead=True)
         desk.submit(1, 0)
-        desk.harness.release()
-        order = [desk.take().slot.layer for _ in range(desk.per_layer + 1)]
-        assert order.index(1) < desk.per_layer, "the last one asked for is not the last one read"
+        self.goes_next(desk, 1, 0)
 
     def test_a_hurried_read_goes_first(self, desk: Desk) -> None:
         desk.harness.hold()
         tickets = [desk.submit(0, expert, ahead=True) for expert in range(desk.per_layer)]
         desk.store.hurry(tickets[-1].slot)
-        desk.harness.release()
-        order = [desk.take() for _ in tickets]
-        assert order.index(tickets[-1]) < desk.per_layer - 1, "the last one asked for is not the last one read"
+        self.goes_next(desk, 0, desk.per_layer - 1)
+
+    def goes_next(self, desk: Desk, layer: int, expert: int) -> None:
+        """Of all that wait, this expert is read next, in one go. Others that have a buffer have begun, but do not go on."""
+        harness, awaited = desk.harness, (layer, expert)
+        while harness.begun.count(awaited) < harness.reads_per_expert:
+            harness.step()
+        order = list(harness.begun)
+        first = order.index(awaited)
+        assert set(order[:first]) <= {(0, early) for early in range(desk.store.depth)}
+        assert order[:first].count((0, desk.store.depth - 1)) < harness.reads_per_expert
+        assert order[first:] == [awaited] * harness.reads_per_expert
 
     def test_an_abandoned_read_ends_early_and_others_go_on(self, desk: Desk) -> None:
         desk.harness.hold()

@@ -129,34 +129,30 @@ def test_tokenizerless_mtp_checkpoint_converts_and_says_what_it_left_out(tmp_pat
 
 # --- interruption --------------------------------------------------------------------------------------------------------------
 
-# Writes take 10 ms, so that the journal is written to several times (every 0.2 s) before the end.
 CHILD = """
-import os, signal, sys, time
+import itertools, os, signal, sys
 from pathlib import Path
 from localrun.quant.convert import converter as module
 from localrun.quant.convert.direct_io import DirectWriter
 from localrun.quant.convert.journal import Journal
+from tests.quant.convert.in_step import in_step
 
 point, count = sys.argv[3], int(sys.argv[4])
-module._SYNC_SECONDS = 0.0
 module.SLICE_BYTES = 4096
-calls = 0
+in_step()
+calls = itertools.count(1)
 
 def die_at(owner, name, before):
     original = getattr(owner, name)
     def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if before and calls == count:
+        number = next(calls)
+        if before and number == count:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
-        if calls == count:
+        if number == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(owner, name, wrapper)
-
-write = DirectWriter.write
-DirectWriter.write = lambda *args: (time.sleep(0.01), write(*args))
 
 def half_a_line(fd, data):
     real_write(fd, data[: len(data) - 9])

@@ -155,11 +155,12 @@ def test_a_new_overlay_replaces_the_old_one_and_removing_it_leaves_the_base(
 
 
 CHILD = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
-from localrun.quant.convert import converter as module, overlay
+from localrun.quant.convert import overlay
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.convert.journal import Journal
+from tests.quant.convert.in_step import in_step
 from tests.quant.convert.test_overlay import TIERS
 from tests.quant.convert.test_quantized_base import Importance
 
@@ -171,9 +172,7 @@ def die_in(owner, name, before):
         os.kill(os.getpid(), signal.SIGKILL)
     setattr(owner, name, wrapper)
 
-module._SYNC_SECONDS = 0.0
-convert = module.TensorPart.convert
-module.TensorPart.convert = lambda *args: (time.sleep(0.05), convert(*args))[1]
+in_step()
 {"journal": lambda: die_in(Journal, "append", False), "manifest": lambda: die_in(overlay, "write_manifest", True),
  "clean-up": lambda: die_in(overlay, "write_manifest", False)}[sys.argv[3]]()
 overlay.write_overlay(Checkpoint.open(Path(sys.argv[1])), TIERS, Path(sys.argv[2]), Importance(), jobs=2)

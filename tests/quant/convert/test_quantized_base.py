@@ -95,21 +95,20 @@ def test_importance_lowers_the_error_that_it_weighs_and_is_named(source: Path, t
 
 
 CHILD = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from localrun.quant.convert import converter as module
 from localrun.quant.convert.journal import Journal
 from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions
+from tests.quant.convert.in_step import in_step
 from tests.quant.convert.test_quantized_base import Importance
 
-module._SYNC_SECONDS = 0.0
+in_step()
 append = Journal.append
 def append_and_die(self, results):
     append(self, results)
     os.kill(os.getpid(), signal.SIGKILL)
 Journal.append = append_and_die
-convert = module.TensorPart.convert
-module.TensorPart.convert = lambda *args: (time.sleep(0.01), convert(*args))[1]
 module.convert(Path(sys.argv[1]), Path(sys.argv[2]), ConversionOptions(base=BASE_TYPES["iq3_xxs"], importance=Importance()), jobs=2)
 """
 

@@ -34,7 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        guarded([sys.executable, *command]), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S
+        guarded([sys.executable, *command]),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
 
 
@@ -91,7 +95,9 @@ def test_the_terminal_ui_opens_no_network_socket(model: str) -> None:
                 output += os.read(terminal, 65536)
             except OSError:  # the other side has gone
                 break
-        if not has_quit and b"/256" in re.sub(rb"\x1b\[[0-9;]*m", b"", output):  # the context, known once the model is loaded
+        if not has_quit and b"/256" in re.sub(
+            rb"\x1b\[[0-9;]*m", b"", output
+        ):  # the context, known once the model is loaded
             os.write(terminal, b"\x11")
             has_quit = True
     else:

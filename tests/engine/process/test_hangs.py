@@ -155,6 +155,9 @@ def test_parent_that_does_not_read_is_still_heard(chat_model_path: Path) -> None
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.write(encode(Load(request=1, path=str(chat_model_path), options=OPTIONS)))
+    worker.stdin.flush()
+    while b"Ready" not in worker.stdout.readline():  # a load may take longer than what is left after `Close`
+        pass
     worker.stdin.write(encode(Generate(request=2, tokens=(1, 2, 3), ignore_eos=True, max_tokens=900)))
     for request in range(3, 6000):  # megabytes of answers that are not read, and an answer that runs meanwhile
         worker.stdin.write(encode(GetStats(request=request, expert_map=True)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from localrun.ggml.devices import GpuDevice
+from localrun.offload.gpu.stream import RING_SLOTS
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
 from tests.gpu_shim import Shim, shim

@@ -159,10 +159,12 @@ def test_slow_reader_does_not_hold_the_engine() -> None:
 def test_half_open_connections_are_closed() -> None:
     with serving(ScriptedEngine(), limits=ServerLimits(read_s=0.3)) as running:
         for text in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\n"):
-            with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock:
-                with contextlib.suppress(ConnectionError):  # closed before this machine came to write
-                    sock.sendall(text)
-                    assert sock.recv(1000) == b""
+            with (
+                socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as sock,
+                contextlib.suppress(ConnectionError),  # closed before this machine came to write
+            ):
+                sock.sendall(text)
+                assert sock.recv(1000) == b""
         wait_until(lambda: _told_without_a_body(running).startswith(b"HTTP/1.1 400 "))
 
 

@@ -17,7 +17,9 @@ from localrun.engine.planner.speed import Range, Rate
 from localrun.units import format_size
 
 PARTS = (
-    ("dense", "dense model", "#4477aa"),
+    ("matrices", "dense matrices", "#4477aa"),
+    ("attention", "attention", "#66ccee"),
+    ("llamacpp", "llama.cpp", "#ccbb44"),
     ("compute", "experts", "#228833"),
     ("wait", "waiting", "#aa3377"),
     ("other", "other", "#777777"),
@@ -59,7 +61,7 @@ def table(result: Benchmark) -> list[str]:
     """One line per phase."""
     head = (
         f"{'phase':<18}{'tokens':>7}{'tokens/s':>10}{'ms/token':>10}{'median':>9}{'p90':>9}"
-        f"{'dense':>9}{'experts':>9}{'waiting':>9}{'other':>8}{'hits':>7}{'read':>11}{'GB/s':>7}"
+        f"{'matrices':>10}{'attention':>11}{'llama.cpp':>11}{'experts':>9}{'waiting':>9}{'other':>8}{'hits':>7}{'read':>11}{'GB/s':>7}"
     )
     lines = [head]
     for phase in result.phases:
@@ -103,7 +105,8 @@ def _terms(phase: Phase, expected: Rate) -> str:
         planned[_TERMS[name]] = planned.get(_TERMS[name], 0.0) + 1e3 * seconds
     measured = {
         "dense matrices": split.matrices_s,
-        "small operations": max(0.0, split.dense_s - split.matrices_s) + split.other_s,
+        "attention": split.attention_s,
+        "small operations": split.llamacpp_s + split.other_s,
         "experts": split.compute_s,
         "waiting": split.wait_s,
     }
@@ -176,9 +179,9 @@ def _steps(phase: Phase) -> str:
 
 def _split(phase: Phase) -> str:
     if phase.split is None:
-        return " " * 35
-    dense, experts, waiting, other = (ms for _, _, _, ms in _parts(phase))
-    return f"{dense:>9.2f}{experts:>9.2f}{waiting:>9.2f}{other:>8.2f}"
+        return " " * 58
+    matrices, attention, llamacpp, experts, waiting, other = (ms for _, _, _, ms in _parts(phase))
+    return f"{matrices:>10.2f}{attention:>11.2f}{llamacpp:>11.2f}{experts:>9.2f}{waiting:>9.2f}{other:>8.2f}"
 
 
 def _reads(phase: Phase) -> str:
@@ -308,7 +311,7 @@ def _legend(y: int) -> Iterator[str]:
 def _parts(phase: Phase) -> Iterator[tuple[str, str, str, float]]:
     """Field, label, colour, milliseconds per token. Without a split all of it is llama.cpp's."""
     for name, label, colour in PARTS:
-        seconds = phase.seconds if name == "dense" else 0.0
+        seconds = phase.seconds if name == "llamacpp" else 0.0
         if phase.split is not None:
             seconds = getattr(phase.split, f"{name}_s")
         yield name, label, colour, 1e3 * seconds / phase.n_tokens

@@ -257,6 +257,11 @@ class Engine:
         """Nanoseconds that our device has spent on dense matrices since the process began; 0 for a model without it."""
         return self._loaded.dense_ns if isinstance(self._loaded, OffloadedModel) else 0
 
+    @property
+    def attention_ns(self) -> int:
+        """The same of attention and the indexer where they are ours."""
+        return self._loaded.attention_ns if isinstance(self._loaded, OffloadedModel) else 0
+
     def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Around each `llama_decode` of these tokens, for the expert path."""
         return self._loaded.decoding(tokens) if isinstance(self._loaded, OffloadedModel) else nullcontext()

@@ -20,6 +20,7 @@ from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
 from localrun.offload.device.device import expert_device
+from localrun.offload.kernels import attention
 
 # enum llama_token_attr (llama.h)
 ATTR_UNKNOWN: int = L.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -163,6 +164,8 @@ class Context:
         self._n_threads, self._n_threads_now, self._company = n_threads, n_threads, Company()
         self._follows_company = False
         self.small_operations = False
+        is_deepseek4 = metadata_str(model, "general.architecture") == "deepseek4"  # other models' keys are no values
+        self._attention_is_ours = is_deepseek4 and options.kv_type == "f16" and attention.is_supported()
         self.n_ctx: int = L.llama_n_ctx(self._ctx)
         self.n_batch: int = L.llama_n_batch(self._ctx)
         self.n_vocab: int = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
@@ -208,7 +211,9 @@ class Context:
             batch.token[i] = token
             batch.pos[i] = position + i
             batch.logits[i] = all_logits or i == n - 1
-        n_threads = threads_at(position, self._n_threads) if self.small_operations else self._n_threads
+        n_threads = self._n_threads
+        if self.small_operations:
+            n_threads = threads_at(position, n_threads, attention_is_ours=self._attention_is_ours)
         self._use_threads(self._company.threads(n_threads) if self.follows_company else n_threads)
         with expert_device().attention() if self.small_operations else nullcontext():
             try:

@@ -78,6 +78,11 @@ class OffloadedModel:
         """Nanoseconds that dense matrices took, of all models of this process."""
         return expert_device().process.dense_ns
 
+    @property
+    def attention_ns(self) -> int:
+        """The same of attention and the indexer where they are ours."""
+        return expert_device().process.attention_ns
+
     @contextlib.contextmanager
     def decoding(self, tokens: Sequence[int]) -> Iterator[None]:
         """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""

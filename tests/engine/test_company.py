@@ -80,18 +80,21 @@ def test_a_system_that_does_not_tell_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "n_threads", "expected"),
+    ("position", "n_threads", "expected", "with_our_attention"),
     [
-        (0, 1, 1),
-        (0, 2, 1),
-        (8191, 2, 1),
-        (8192, 2, 2),
-        (100_000, 2, 2),
-        (8192, 4, 2),
-        (40_000, 4, 4),
-        (0, 5, 5),
-        (0, 16, 16),
+        (0, 1, 1, 1),
+        (0, 2, 1, 1),
+        (8191, 2, 1, 1),
+        (8192, 2, 2, 1),
+        (100_000, 2, 2, 1),
+        (8192, 4, 2, 1),
+        (40_000, 4, 4, 1),
+        (0, 5, 5, 5),
+        (0, 16, 16, 16),
     ],
 )
-def test_few_cores_share_small_operations_only_over_long_contexts(position: int, n_threads: int, expected: int) -> None:
-    assert threads_at(position, n_threads) == expected
+def test_few_cores_share_operations_on_a_token_only_with_attention_over_long_contexts(
+    position: int, n_threads: int, expected: int, with_our_attention: int
+) -> None:
+    assert threads_at(position, n_threads, attention_is_ours=False) == expected
+    assert threads_at(position, n_threads, attention_is_ours=True) == with_our_attention

@@ -4,9 +4,10 @@ One stream of tokens is fed to one session. The context is filled up to each fro
 fed one by one (decode). Tokens are given, not sampled, so that two runs, or two engines, do the same work. Every token's time
 includes fetching its logits, which choosing the next token would require.
 
-The breakdown of a token's time comes from the expert path's counters: dense is time in llama.cpp outside our device, compute is
-time in expert kernels, waiting is when the decoding thread is idle during a read, other is the rest of our device (routing,
-bookkeeping, hand-over). A model without our device has only totals.
+The breakdown of a token's time comes from our device's counters: dense is everything but calls of experts; parts of it are what our
+kernels took for matrices and for attention, the rest is llama.cpp's operations. Compute is time in expert kernels, waiting is when
+the decoding thread is idle during a read, other is the rest of our device (routing, bookkeeping, hand-over). A model without our
+device has only totals.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Split:
     """Seconds of a phase by what passed them.
 
     Attributes:
-        matrices_s: part of `dense_s` that our kernels took for dense matrices; the rest is llama.cpp's operations.
+        matrices_s, attention_s: parts of `dense_s` that our kernels took for dense matrices, and for attention and the indexer.
     """
 
     dense_s: float
@@ -90,6 +91,12 @@ class Split:
     wait_s: float
     other_s: float
     matrices_s: float = 0.0
+    attention_s: float = 0.0
+
+    @property
+    def llamacpp_s(self) -> float:
+        """The rest of `dense_s`: llama.cpp's operations, and what it takes to get to them."""
+        return max(0.0, self.dense_s - self.matrices_s - self.attention_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +182,7 @@ class Phase:
             },
             "split_ms_per_token": split,
             "matrices_ms_per_token": self.split and 1e3 * self.split.matrices_s / self.n_tokens,
+            "attention_ms_per_token": self.split and 1e3 * self.split.attention_s / self.n_tokens,
             "hits": self.hits,
             "misses": self.misses,
             "hit_rate": self.hit_rate,
@@ -345,7 +353,7 @@ class _Run:
         session = self._session
         tokens = self._tokens[session.position : frontier]
         steps = [0.0]
-        matrices = self._engine.dense_ns
+        ours = self._ours()
         before, start = self._counters(), time.perf_counter()
 
         def batch_done(done: int, total: int) -> None:
@@ -356,13 +364,13 @@ class _Run:
         session.feed(tokens, progress=batch_done)
         _ = session.logits
         seconds = time.perf_counter() - start
-        self._add("prefill", context, len(tokens), seconds, np.diff(steps) * 1e3, before, matrices)
+        self._add("prefill", context, len(tokens), seconds, np.diff(steps) * 1e3, before, ours)
 
     def _decode(self) -> None:
         session, n = self._session, self._options.new_tokens
         context = session.position
         step_ms = []
-        matrices = self._engine.dense_ns
+        ours = self._ours()
         before = self._counters()
         for i in range(n):
             token = self._tokens[session.position]
@@ -371,7 +379,11 @@ class _Run:
             _ = session.logits
             step_ms.append(1e3 * (time.perf_counter() - start))
             self._progress(f"decode at {context}: {i + 1} of {n} tokens")
-        self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before, matrices)
+        self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before, ours)
+
+    def _ours(self) -> tuple[int, int]:
+        """Nanoseconds so far in dense matrices, and in attention."""
+        return self._engine.dense_ns, self._engine.attention_ns
 
     def _counters(self) -> Counters:
         return {int(row["layer"]): dict(row) for row in self._engine.stats().get("layers", ())}
@@ -384,9 +396,10 @@ class _Run:
         seconds: float,
         step_ms: Sequence[float] | np.ndarray[Any, Any],
         before: Counters,
-        matrices_ns: int,
+        ours: tuple[int, int],
     ) -> None:
         layers = _difference(before, self._counters())
+        matrices_ns, attention_ns = (after - at for after, at in zip(self._ours(), ours, strict=True))
         total = {name: sum(row.get(name, 0) for row in layers) for name in {key for row in layers for key in row}}
         self._phases.append(
             Phase(
@@ -395,7 +408,7 @@ class _Run:
                 n_tokens=n_tokens,
                 seconds=seconds,
                 step_ms=tuple(float(ms) for ms in step_ms),
-                split=_split(seconds, total, self._engine.dense_ns - matrices_ns) if layers else None,
+                split=_split(seconds, total, matrices_ns, attention_ns) if layers else None,
                 hits=total.get("hits", 0),
                 misses=total.get("misses", 0),
                 bytes_read=total.get("bytes_read", 0),
@@ -417,7 +430,7 @@ def _difference(before: Counters, after: Counters) -> list[dict[str, int]]:
     ]
 
 
-def _split(seconds: float, total: Mapping[str, int], matrices_ns: int) -> Split:
+def _split(seconds: float, total: Mapping[str, int], matrices_ns: int, attention_ns: int) -> Split:
     ours, compute, wait = (total.get(name, 0) / 1e9 for name in ("total_ns", "compute_ns", "wait_ns"))
     return Split(
         dense_s=max(0.0, seconds - ours),
@@ -425,6 +438,7 @@ def _split(seconds: float, total: Mapping[str, int], matrices_ns: int) -> Split:
         wait_s=wait,
         other_s=max(0.0, ours - compute - wait),
         matrices_s=matrices_ns / 1e9,
+        attention_s=attention_ns / 1e9,
     )
 
 

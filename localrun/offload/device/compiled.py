@@ -592,6 +592,11 @@ class Process:
         """Time spent in dense matrices."""
         return int(self.fields[PROCESS.dense_ns])
 
+    @property
+    def attention_ns(self) -> int:
+        """Time spent in attention and the indexer."""
+        return int(self.fields[PROCESS.attention_ns])
+
     def grow(self, scratch_bytes: int, n_pairs: int, n_rows: int) -> None:
         """Makes room for calls of that size; while nothing is decoded."""
         if scratch_bytes > self._size(PROCESS.scratch):

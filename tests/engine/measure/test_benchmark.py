@@ -22,6 +22,7 @@ from localrun.engine.measure.stock import open_stock
 from localrun.engine.options import EngineOptions
 from localrun.engine.session import Session
 from localrun.errors import UsageError
+from localrun.offload.kernels import attention
 from tools.simulator.trace_file import Trace
 
 OPTIONS = BenchOptions(frontiers=(0, 20, 90), new_tokens=4, warm_up_tokens=5)
@@ -50,6 +51,8 @@ def test_split_and_steps_add_up_to_the_time_of_the_phase(result: Benchmark) -> N
         split = phase.split
         parts = split.dense_s + split.compute_s + split.wait_s + split.other_s
         assert parts == pytest.approx(phase.seconds)
+        assert split.matrices_s + split.attention_s + split.llamacpp_s == pytest.approx(split.dense_s)
+        assert (split.attention_s > 0) == attention.is_supported()
         assert split.dense_s > 0
         assert split.compute_s > 0
         assert 0 < sum(phase.step_ms) <= 1e3 * phase.seconds * (1 + 1e-9), "what lies between steps is the phase's, too"
@@ -152,7 +155,8 @@ def test_json_is_complete_and_plain(engine: Engine, result: Benchmark) -> None:
     phase = value["phases"][-1]
     assert phase["ms_per_token"] == pytest.approx(1e3 / phase["tokens_per_s"])
     assert sum(phase["split_ms_per_token"].values()) == pytest.approx(phase["ms_per_token"])
-    assert 0 <= phase["matrices_ms_per_token"] <= phase["split_ms_per_token"]["dense"]
+    ours = phase["matrices_ms_per_token"] + phase["attention_ms_per_token"]
+    assert 0 <= ours <= phase["split_ms_per_token"]["dense"]
     assert len(phase["step_ms"]["all"]) == 4
     assert {"layer", "calls", "hits", "misses", "bytes_read", "wait_ns"} <= set(phase["layers"][0])
 
@@ -161,9 +165,10 @@ def test_picture_is_xml_whose_bars_have_the_parts_widths(engine: Engine, result:
     root = ET.fromstring(bench_report.svg(result, engine.facts, machine()))
     space = "{http://www.w3.org/2000/svg}"
     bars = [rect for rect in root.iter(f"{space}rect") if rect.find(f"{space}title") is not None]
-    assert len(bars) == 4 * len(result.phases)
+    assert len(bars) == len(bench_report.PARTS) * len(result.phases)
     decodes = [phase for phase in result.phases if phase.kind == "decode"]
-    widths = [sum(float(bar.get("width", 0)) for bar in bars[4 * i : 4 * i + 4]) for i in range(len(decodes))]
+    n = len(bench_report.PARTS)
+    widths = [sum(float(bar.get("width", 0)) for bar in bars[n * i : n * i + n]) for i in range(len(decodes))]
     times = [phase.ms_per_token for phase in decodes]
     np.testing.assert_allclose(np.array(widths) / max(widths), np.array(times) / max(times), atol=0.002)
     assert max(float(bar.get("x", 0)) + float(bar.get("width", 0)) for bar in bars) < 900

@@ -602,11 +602,12 @@ def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     assert "200% too fast" in line
     assert "outside the range" in line
     assert bench_report.prediction_lines(result, None) == []
-    split = Split(dense_s=4.0, compute_s=2.0, wait_s=1.0, other_s=0.5, matrices_s=3.0)
+    split = Split(dense_s=4.0, compute_s=2.0, wait_s=1.0, other_s=0.5, matrices_s=3.0, attention_s=0.25)
     _, terms, _ = bench_report.prediction_lines(replace(result, phases=(replace(phase, split=split),)), plan)
     parts = plan.decode_at(100).likely.seconds
     assert f"dense matrices {1e3 * parts['dense model in RAM']:.1f} / 300.0" in terms
-    assert f"small operations {1e3 * parts['layers']:.1f} / 150.0" in terms
+    assert f"small operations {1e3 * parts['layers']:.1f} / 125.0" in terms
+    assert "/ 25.0, small" in terms
     assert f"experts {1e3 * parts['experts in RAM']:.1f} / 200.0" in terms
     assert f"waiting {1e3 * parts['drive']:.1f} / 100.0" in terms
     timings = Timings(new_tokens=10, decode_s=1.0)

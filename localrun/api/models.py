@@ -46,6 +46,11 @@ def resolve(text: str, settings: config.Settings, *, command: str = "chat") -> P
     raise _refusal(text, settings, command)
 
 
+def named(settings: config.Settings) -> dict[Path, str]:
+    """The user's names for models, by path; also of paths where there is nothing."""
+    return {path.resolve(): name for name, text in settings.models.items() if (path := expanded(text))}
+
+
 def expanded(text: str) -> Path | None:
     """`text` as a path, `~` replaced; None if it can't be one."""
     if not text or "\0" in text or len(os.fsencode(text)) > 4000:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     out, settings = Output(), config.load()
-    names = {path.resolve(): name for name, text in settings.models.items() if (path := models.expanded(text))}
+    names = models.named(settings)
     for folder in args.folder:
         if not folder.expanduser().exists():
             raise UsageError(f"{folder}: no such folder")

@@ -203,9 +203,8 @@ class LocalrunApp(App[None]):
             return
         if isinstance(event, events.Paste) and not event.is_forwarded:
             if not isinstance(self.focused, Input | TextArea) and self.chat is not None and self.screen is self.chat:
-                if self.chat.panels.engine != "full":
-                    self.chat.prompt.area.focus()
-                    self.chat.prompt.area.post_message(events.Paste(event.text))
+                self.chat.panels.uncover_input()
+                self.chat.prompt.area.post_message(events.Paste(event.text))
                 return
             if not isinstance(self.focused, PromptArea):
                 event = events.Paste(visible(event.text))

@@ -215,6 +215,13 @@ class ChatScreen(Screen[None]):
         self.model.begin(self._launch.model, self._launch.prepare)
         self._to_input()
 
+    def on_key(self, event: events.Key) -> None:
+        """What is typed while the engine panel covers the input goes there all the same."""
+        if self.panels.engine == "full" and event.is_printable and event.character:
+            event.stop()
+            self.panels.uncover_input()
+            self.prompt.area.insert(event.character)
+
     def on_resize(self, event: events.Resize) -> None:
         self.panels.resized(event.size.width)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 DEMO_WORDS = (
-    "This is the demo: a toy model with 33 million parameters. It knows capitals, elements,\n"
-    "small sums and stories, and shows how localrun works. For a real model: Ctrl+L.\n\n"
+    "This is the demo: a toy model with 33 million parameters. It knows capitals,\n"
+    "elements, small sums and stories, and shows how localrun works.\n"
+    "For a real model: Ctrl+L.\n\n"
     "Tab puts one of these into the input:\n"
 )
 DEMO_QUESTIONS = ("What can you do?", "Tell me a story about a fox.", "What is an expert?")

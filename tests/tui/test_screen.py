@@ -552,6 +552,31 @@ async def test_a_model_that_cannot_be_loaded_is_a_panel_and_another_can_be_named
         await talk.until(lambda: models.last() == other)
 
 
+async def test_the_chooser_knows_the_users_names(setup: Setup) -> None:
+    away = setup.folder / "away"
+    away.mkdir()
+    write_deepseek4(away / "tiny.gguf")
+    paths.config_dir().mkdir()
+    (paths.config_dir() / "config.toml").write_text(f"[models]\nmine = '{away / 'tiny.gguf'}'\n")
+    setup.launch = Launch(model_folders=[setup.folder / "none here"])
+    setup.ready = False
+    async with setup.start() as talk:
+        await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
+        table, note = talk.app.screen.query_one(DataTable), talk.app.screen.query_one("#models-note", Static)
+        await talk.until(lambda: table.row_count == 1)
+        assert str(table.get_row_at(0)[0]) == "mine"
+        field = talk.app.screen.query_one(Input)
+        field.focus()
+        field.value = "mein"
+        await talk.press("enter")
+        await talk.until(lambda: "no such model" in str(note.render()))
+        assert "did you mean: localrun chat mine" in str(note.render())
+        field.value = "mine"
+        await talk.press("enter")
+        await talk.until(lambda: talk.engine.loads)
+        assert talk.engine.loads[0][0] == str(away / "tiny.gguf")
+
+
 async def test_the_demo_model_is_prepared_while_the_interface_is_up(setup: Setup) -> None:
     setup.launch = Launch(prepare=lambda: Path("/cache/demo"))
     async with setup.start() as talk:
@@ -807,6 +832,17 @@ async def test_all_layers_of_a_real_model_are_on_view_at_once(setup: Setup, n_la
             assert text.right <= panel.map.region.x, "numbers at the left"
 
 
+async def test_typing_leaves_an_engine_panel_that_covers_the_input(setup: Setup) -> None:
+    async with setup.start() as talk:
+        for write in (lambda: talk.press("H", "i"), lambda: talk.app.on_event(events.Paste("Hi"))):
+            await talk.press("f3")
+            assert talk.screen.panels.engine == "full"
+            await write()
+            await talk.until(lambda: talk.screen.prompt.text == "Hi")
+            assert talk.screen.panels.engine == "off"
+            talk.screen.prompt.clear()
+
+
 async def test_short_notes_leave_status_line_and_keys_alone(setup: Setup) -> None:
     setup.toasts = True
     async with setup.start() as talk:
@@ -814,9 +850,9 @@ async def test_short_notes_leave_status_line_and_keys_alone(setup: Setup) -> Non
             talk.screen.notices.note(f"note {n}\nsecond line", timeout_s=PATIENCE_S)
         await talk.until(lambda: len(talk.app.screen.query("Toast")) == 4)
         await talk.settled()
-        status = talk.screen.query_one(StatusBar).region
         for toast in talk.app.screen.query("Toast"):
-            assert toast.region.bottom <= status.y
+            assert talk.screen.query_one("#header").region.bottom <= toast.region.y
+            assert toast.region.bottom <= talk.screen.prompt.region.y
 
 
 def test_rates_are_written_without_exponents() -> None:

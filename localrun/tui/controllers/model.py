@@ -10,7 +10,7 @@ from typing import Any
 
 from textual.screen import Screen
 
-from localrun import config
+from localrun import __version__, config
 from localrun.api import demo, models
 from localrun.commands.compiling import USUAL_FUNCTIONS, compiled_here
 from localrun.engine.facts import ModelFacts
@@ -247,15 +247,20 @@ class ModelSwitch:
             return
         self.facts = None
         self._notices.error(
-            "The engine died and is being restarted",
+            "The engine died; localrun restarts it",
             event.error,
             ("reload", "models", "close"),
-            self.link.engine.log_tail(),
+            [*self._for_a_report(), *(self.link.engine.log_tail() or ["(the engine's log is empty)"])],
         )
         self.loading = True
         self._begun()
         self._changed()
         self.link.reload()
+
+    def _for_a_report(self) -> list[str]:
+        """What was loaded, and how."""
+        path = "no model" if self._wanted is None else str(self._wanted.path)
+        return [f"localrun {__version__}", path, str(self.options)]
 
     # --- commands
 
@@ -279,7 +284,9 @@ class ModelSwitch:
                 self.switch(path)
             self._to_input()
 
-        self._screen.app.push_screen(ModelsScreen(self._folders, self.path), chosen)
+        names = models.named(config.load())
+        folders = dict.fromkeys([*self._folders, *(path.parent for path in names)])
+        self._screen.app.push_screen(ModelsScreen([*folders], self.path, names), chosen)
 
     def _reload(self, call: Invocation) -> None:
         if self._wanted is None:

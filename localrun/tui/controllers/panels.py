@@ -90,6 +90,12 @@ class Panels:
             return False
         return True
 
+    def uncover_input(self) -> None:
+        """The user writes: what covers the input goes."""
+        if self.engine == "full":
+            self.close_one()
+        self._to_input()
+
     def _toggle_conversations(self, call: Invocation) -> None:
         self.set(conversations=not self.conversations)
         if self.conversations:

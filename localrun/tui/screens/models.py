@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import DataTable, Input, Static
 
+from localrun import config
+from localrun.api import demo, models
 from localrun.engine.model_finder import FoundModel, find_models, fit
+from localrun.errors import LocalrunError
 from localrun.textsafe import visible, visible_line
 from localrun.tui.screens.dialog import Dialog
 from localrun.tui.widgets.status_bar import short_size
@@ -23,7 +26,12 @@ NAME_CELLS = 30
 
 
 class ModelsScreen(Dialog[Path]):
-    """Returns the path of the chosen model. Runnable models come first; details of the highlighted one are below the table."""
+    """Returns the path of the chosen model. Runnable models come first; details of the highlighted one are below the table.
+
+    Args:
+        current: the model that is loaded.
+        names: the user's own, by path.
+    """
 
     TITLE_TEXT = "Choose a model"
 
@@ -33,16 +41,16 @@ class ModelsScreen(Dialog[Path]):
 
         model: FoundModel | None
 
-    def __init__(self, folders: Sequence[Path], current: Path | None) -> None:
+    def __init__(self, folders: Sequence[Path], current: Path | None, names: Mapping[Path, str] | None = None) -> None:
         super().__init__()
-        self._folders, self._current = list(folders), current
+        self._folders, self._current, self._names = list(folders), current, names or {}
         self._models: dict[str, FoundModel] = {}
 
     def compose_content(self) -> ComposeResult:
         yield DataTable(id="models", cursor_type="row", zebra_stripes=True)
         yield Static("", id="model-details")
         yield Static("looking for models…", id="models-note")
-        yield Input(placeholder="or the path of a converted folder, a GGUF or a checkpoint", id="model-path")
+        yield Input(placeholder="or the path or name of a model", id="model-path")
 
     def on_mount(self) -> None:
         table = self.query_one(DataTable)
@@ -72,18 +80,19 @@ class ModelsScreen(Dialog[Path]):
     def _fill(self) -> None:
         """Rebuilds all rows in order; the highlighted model stays highlighted."""
         table = self.query_one(DataTable)
-        models = sorted(
+        found = sorted(
             self._models.values(), key=lambda m: (bool(m.problem), m.path != self._current, m.name.casefold())
         )
         kept = None
         if table.row_count and table.cursor_row > 0:
             kept = str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value)
-        names = [model.name for model in models]
+        names = [model.name for model in found]
         table.clear()
-        for model in models:
+        for model in found:
             mark = "● " if model.path == self._current else ""
             # Of two with one name, the file or folder tells which is which.
             name = model.location if names.count(model.name) > 1 else model.name
+            name = self._names.get(model.path.resolve(), name)
             fits = "can't be run" if model.problem else fit(model)
             cells = (
                 visible_line(mark + name, max_chars=NAME_CELLS),
@@ -94,7 +103,7 @@ class ModelsScreen(Dialog[Path]):
             # A table would read plain strings as markup: a model named `x[/b]` would be an error.
             style = "dim" if model.problem else ""
             table.add_row(*(Text(cell, style) for cell in cells), key=str(model.path))
-        keys = [str(model.path) for model in models]
+        keys = [str(model.path) for model in found]
         table.move_cursor(row=keys.index(kept) if kept in keys else 0)
 
     @on(DataTable.RowHighlighted)
@@ -114,5 +123,12 @@ class ModelsScreen(Dialog[Path]):
 
     @on(Input.Submitted)
     def choose_path(self, event: Input.Submitted) -> None:
-        if event.value.strip():
-            self.dismiss(Path(event.value.strip()).expanduser())
+        if not event.value.strip():
+            return
+        try:
+            path = models.resolve(event.value.strip(), config.load()) or demo.converted()
+        except LocalrunError as error:
+            hint = f"\n→ {error.hint}" if error.hint else ""
+            self.query_one("#models-note", Static).update(Content(visible(f"{error}{hint}")))
+        else:
+            self.dismiss(path)

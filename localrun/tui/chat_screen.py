@@ -220,6 +220,7 @@ class ChatScreen(Screen[None]):
         if self.panels.engine == "full" and event.is_printable and event.character:
             event.stop()
             self.panels.uncover_input()
+            self.set_focus(self.prompt.area)  # now: the next key may be there already
             self.prompt.area.insert(event.character)
 
     def on_resize(self, event: events.Resize) -> None:

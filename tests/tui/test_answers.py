@@ -258,7 +258,11 @@ async def test_engine_dying_while_idle_is_shown_and_it_is_started_again(setup: S
         talk.engine.die()
         await talk.until(lambda: talk.errors and talk.screen.model.facts is not None)
         assert talk.engine.n_reloads == 1
-        assert {button.id for button in talk.screen.query("ErrorPanel Button")} == {"do-reload", "do-models", "do-close"}
+        assert {button.id for button in talk.screen.query("ErrorPanel Button")} == {
+            "do-reload",
+            "do-models",
+            "do-close",
+        }
         details = str(talk.screen.query_one(".error-details", Static).render())
         assert "/models/fake" in details
         assert "last words of the engine" in details

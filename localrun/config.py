@@ -15,7 +15,8 @@ from typing import Any
 
 from localrun import paths
 from localrun.errors import UsageError
-from localrun.options import OPTIONS, TABLES, Option, Where, those
+from localrun.option import Option, Where
+from localrun.options import OPTIONS, TABLES, those
 
 FILE_NAME = "config.toml"
 MODELS_TABLE = "models"

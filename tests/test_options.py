@@ -13,7 +13,8 @@ from localrun.engine.engine import check_options
 from localrun.engine.options import EngineOptions, SamplingOptions, check_answer, check_lengths
 from localrun.engine.sampling import check
 from localrun.errors import UsageError
-from localrun.options import BY_NAME, OPTIONS, Option, OptionKind, Where, those
+from localrun.option import Option, OptionKind, Where
+from localrun.options import BY_NAME, OPTIONS, those
 from localrun.tui.options import ChatOptions, with_value
 from localrun.units import parse_rate, parse_size
 

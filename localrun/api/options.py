@@ -9,7 +9,8 @@ from localrun import config
 from localrun.api import models
 from localrun.engine import memory
 from localrun.engine.options import EngineOptions, SamplingOptions
-from localrun.options import BY_NAME, Option, OptionKind, fields_of
+from localrun.option import Option, OptionKind
+from localrun.options import BY_NAME, fields_of
 
 Size = str | int
 """`"8GiB"`, `"500MB"`, or bytes."""

@@ -18,7 +18,8 @@ from localrun.engine.options import EngineOptions, check_answer
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Event, Loading, PromptProgress, Ready
 from localrun.errors import UsageError
-from localrun.options import Where, add_flags, those
+from localrun.option import Where
+from localrun.options import add_flags, those
 from localrun.units import format_duration, parse_rate, parse_size
 
 

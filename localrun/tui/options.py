@@ -9,7 +9,8 @@ from typing import Any
 
 from localrun.engine.options import SamplingOptions
 from localrun.errors import UsageError
-from localrun.options import Option, Where, those
+from localrun.option import Option, Where
+from localrun.options import those
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from localrun.engine import memory
 from localrun.engine.facts import ModelFacts
 from localrun.engine.options import EngineOptions, check_answer, check_lengths
 from localrun.errors import UsageError
-from localrun.options import THINK_MODES, Option, OptionKind, Where, those
+from localrun.option import Option, OptionKind, Where
+from localrun.options import THINK_MODES, those
 from localrun.textsafe import visible, visible_line
 from localrun.tui.options import NAMES, ChatOptions, describe, option_of, value_of, with_value
 from localrun.tui.screens.dialog import Dialog

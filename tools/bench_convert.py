@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from localrun.quant.convert.converter import DEFAULT_JOBS, SLICE_BYTES, convert, open_checkpoint
+from localrun.quant.convert.converter import convert, open_checkpoint
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
+from localrun.quant.convert.writing import DEFAULT_JOBS, SLICE_BYTES
 from localrun.units import format_size
 
 

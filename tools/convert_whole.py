@@ -25,7 +25,7 @@ from localrun.quant.checkpoint.mapping import (
     PlannedTensor,
     make_plan,
 )
-from localrun.quant.convert import converter
+from localrun.quant.convert import converter, writing
 from localrun.quant.convert.journal import Journal
 from localrun.quant.convert.report import build_manifest
 from localrun.quant.model.manifest import write_manifest
@@ -58,7 +58,7 @@ def shared_stacks(plan: ConversionPlan, own_layers: int) -> list[Shared]:
     ]
 
 
-class _SharingRun(converter._Run):
+class _SharingRun(writing._Run):
     """Converts what is not shared, then shares the rest and takes the donors' checksums for it."""
 
     reserves_space = False
@@ -94,7 +94,7 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
     target.mkdir(parents=True)
     shared_extents.check(target)
     described = converter.described_options(plan)
-    output = converter.OutputFile(target / converter.MODEL_NAME, target / converter.WORK_NAME)
+    output = writing.OutputFile(target / converter.MODEL_NAME, target / converter.WORK_NAME)
     journal = Journal(output.work, described, {"source": str(source.resolve()), "identity": plan.checkpoint.identity})
     try:
         run = _SharingRun(plan, output, journal, jobs, _report)
@@ -110,7 +110,7 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
     return plan.file_size
 
 
-def _report(progress: converter.ConversionProgress) -> None:
+def _report(progress: writing.ConversionProgress) -> None:
     print(f"\r{progress.done_bytes / max(1, progress.total_bytes):4.0%}", end="", file=sys.stderr)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
-    from localrun.quant.convert.converter import ConversionProgress, ConversionResult
+    from localrun.quant.convert.writing import ConversionProgress, ConversionResult
     from localrun.quant.precision.solver import PrecisionSolution
 
 DENSE_DEFAULT = "q8_0"
@@ -158,7 +158,8 @@ def run(wanted: Request, out: Follower) -> None:
     Raises:
         LocalrunError: see `convert`.
     """
-    from localrun.quant.convert.converter import DEFAULT_JOBS, LEARNED_NAME
+    from localrun.quant.convert.converter import LEARNED_NAME
+    from localrun.quant.convert.writing import DEFAULT_JOBS
     from localrun.quant.model.manifest import MANIFEST_NAME
 
     wanted = replace(wanted, source=_source(wanted))
@@ -318,9 +319,10 @@ def _after_base(
 def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
     """Completes a conversion that was interrupted after its base was finished; the calibration is still there."""
     from localrun.quant.checkpoint.mapping import make_plan
-    from localrun.quant.convert.converter import ConversionResult, described_options
+    from localrun.quant.convert.converter import described_options
     from localrun.quant.convert.journal import describe_changes
     from localrun.quant.convert.overlay import open_overlay_source, read_base
+    from localrun.quant.convert.writing import ConversionResult
 
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     checkpoint = open_overlay_source(wanted.source, folder)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
-    from localrun.quant.convert.converter import ConversionProgress, ConversionResult
+    from localrun.quant.convert.writing import ConversionProgress, ConversionResult
 
 _EVENT_SECONDS = 0.2
 """Programs that draw a bar need no more."""

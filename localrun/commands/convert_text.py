@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
-    from localrun.quant.convert.converter import ConversionResult
     from localrun.quant.convert.report import PlanLine
+    from localrun.quant.convert.writing import ConversionResult
 
 
 def describe_choice(choice: PrecisionChoice) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 from localrun.commands.convert_text import describe, describe_result, plan_as_json, result_as_json
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionPlan, make_plan
-from localrun.quant.convert.converter import ConversionResult
 from localrun.quant.convert.report import summarize
+from localrun.quant.convert.writing import ConversionResult
 from localrun.quant.formats.transcode import Loss
 from tests.checkpoints import write_small
 

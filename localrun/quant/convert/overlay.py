@@ -26,9 +26,9 @@ from localrun.quant.checkpoint.mapping import (
     check_type,
     shape_tensor,
 )
-from localrun.quant.convert.converter import DEFAULT_JOBS, ConversionProgress, ConversionResult, OutputFile, write_file
 from localrun.quant.convert.journal import PartResult
 from localrun.quant.convert.report import overlay_section
+from localrun.quant.convert.writing import DEFAULT_JOBS, ConversionProgress, ConversionResult, OutputFile, write_file
 from localrun.quant.formats.transcode import Loss
 from localrun.quant.gguf.file import GgufValue, build_header, tensor_offsets
 from localrun.quant.gguf.overlay_index import ARCHITECTURE, BASE_KEY, ids_key, stack_name

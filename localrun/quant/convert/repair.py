@@ -29,11 +29,11 @@ from localrun.quant.checkpoint.mapping import (
     make_plan,
     shape_tensor,
 )
-from localrun.quant.convert.converter import slice_rows
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader
 from localrun.quant.convert.integrity import HEADER, Check, Damage
 from localrun.quant.convert.overlay import plan_overlay
 from localrun.quant.convert.split import plan_split
+from localrun.quant.convert.writing import slice_rows
 from localrun.quant.gguf.overlay_index import stack_name
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import Manifest, ModelFile, checksum

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from localrun.quant.convert import converter
+from localrun.quant.convert import writing
 from localrun.quant.convert.journal import Journal
 
 MOST_UNRECORDED = 4
@@ -16,7 +16,7 @@ def in_step() -> None:
     """From now on workers wait for the journal before they run away from it, and it is written as soon as there is something."""
     changed = threading.Condition()
     n_begun = n_recorded = 0
-    run, append = converter._Pipeline.run, Journal.append
+    run, append = writing._Pipeline.run, Journal.append
 
     def run_in_step(self: Any, work: Any, stop: threading.Event, count: Any) -> Any:
         nonlocal n_begun
@@ -34,6 +34,6 @@ def in_step() -> None:
             n_recorded += len(results)
             changed.notify_all()
 
-    converter._SYNC_SECONDS = 0.0
-    converter._Pipeline.run = run_in_step  # type: ignore[method-assign]
+    writing._SYNC_SECONDS = 0.0
+    writing._Pipeline.run = run_in_step  # type: ignore[method-assign]
     Journal.append = append_and_tell  # type: ignore[method-assign]

@@ -21,9 +21,10 @@ from localrun.alignment import PAGE_BYTES
 from localrun.errors import DiskSpaceError, FormatError, LocalrunError, StoreError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
-from localrun.quant.convert import converter as convert_module
-from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, ConversionProgress, convert, slice_rows, write_plan
+from localrun.quant.convert import writing
+from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, convert, write_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
+from localrun.quant.convert.writing import ConversionProgress, slice_rows
 from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest
 from localrun.quant.open import open_model
 from tests.checkpoints import edit_json, write_small
@@ -90,7 +91,7 @@ def test_number_of_threads_and_size_of_slices_do_not_change_the_bytes(
     small: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(small, tmp_path / "one", jobs=1)
-    monkeypatch.setattr(convert_module, "SLICE_BYTES", 5000)
+    monkeypatch.setattr(writing, "SLICE_BYTES", 5000)
     convert(small, tmp_path / "many", jobs=16)
     assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(undisturbed)
 
@@ -132,13 +133,13 @@ def test_tokenizerless_mtp_checkpoint_converts_and_says_what_it_left_out(tmp_pat
 CHILD = """
 import itertools, os, signal, sys
 from pathlib import Path
-from localrun.quant.convert import converter as module
+from localrun.quant.convert import converter as module, writing
 from localrun.quant.convert.direct_io import DirectWriter
 from localrun.quant.convert.journal import Journal
 from tests.quant.convert.in_step import in_step
 
 point, count = sys.argv[3], int(sys.argv[4])
-module.SLICE_BYTES = 4096
+writing.SLICE_BYTES = 4096
 in_step()
 calls = itertools.count(1)
 
@@ -397,7 +398,7 @@ def test_slices_hold_whole_scale_blocks_and_pages_and_stay_small() -> None:
         rows = slice_rows(case)
         assert rows % 128 == 0
         assert case.output_bytes(rows) % PAGE_BYTES == 0
-        assert case.output_bytes(rows) <= convert_module.SLICE_BYTES
+        assert case.output_bytes(rows) <= writing.SLICE_BYTES
 
 
 def test_reader_and_writer_agree_at_any_alignment(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ _POLL_S = 0.5
 
 def compiled_here() -> int:
     """Functions that this process has begun to compile."""
-    module = sys.modules.get("localrun.kernel_cache")  # slow to import; whatever compiles imports it anyway
-    return module.n_compiled if module is not None else 0
+    # Slow to import, and whatever compiles imports it anyway; another thread may be in the middle of that.
+    module = sys.modules.get("localrun.kernel_cache")
+    return getattr(module, "n_compiled", 0)
 
 
 def compiled_by(engine: EngineProcess) -> Callable[[], int]:

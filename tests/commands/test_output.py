@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from localrun.commands import compiling
-from localrun.commands.compiling import USUAL_FUNCTIONS, Notice
+from localrun.commands.compiling import USUAL_FUNCTIONS, Notice, compiled_here
 from localrun.commands.output import Output, ProgressLine
 
 
@@ -74,3 +76,10 @@ def test_compiling_is_shown_while_nothing_else_is(stream: Any, monkeypatch: pyte
         assert f"compiling for this processor, first run only: function 2 of about {USUAL_FUNCTIONS}, " in text
     else:
         assert text == "compiling for this processor, first run only: takes a minute or two\n"
+
+
+def test_functions_are_counted_while_another_thread_imports_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "localrun.kernel_cache", ModuleType("localrun.kernel_cache"))
+    assert compiled_here() == 0
+    monkeypatch.delitem(sys.modules, "localrun.kernel_cache")
+    assert compiled_here() == 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from localrun.errors import BudgetError
 from localrun.offload.cache.slots import TAIL_TOKENS, Slot, SlotState
-from localrun.offload.cache.store import Ticket
+from localrun.offload.cache.tickets import Ticket
 from localrun.offload.device.routing import Routing, route
 from localrun.offload.device.view import I32
 from localrun.offload.gpu.stream import LONG_TOKENS, Passing

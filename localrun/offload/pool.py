@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from localrun.errors import DecodeError
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import Store
 from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.cache.tickets import Store
 from localrun.offload.cache.trace import TraceRecorder
 from localrun.offload.device.device import Weight
 from localrun.offload.device.routing import Routing

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.offload.cache.slots import Slot, SlotState, SlotTable
-from localrun.offload.cache.store import AbandonedError, Receiver, Store, Ticket
 from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.cache.tickets import AbandonedError, Receiver, Store, Ticket
 from localrun.offload.device.view import I32
 from localrun.offload.gpu.tier import GpuTier, Heat
 from localrun.offload.kernels import FfnKernel

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from localrun.offload.cache.slots import Slot, SlotTable
-from localrun.offload.cache.store import Ticket
+from localrun.offload.cache.tickets import Ticket
 from localrun.offload.device.view import I32
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from gguf import GGMLQuantizationType as QT
 from localrun import reading
 from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import AbandonedError, ExpertStore, Receiver, Store, Ticket
+from localrun.offload.cache.store import ExpertStore
+from localrun.offload.cache.tickets import AbandonedError, Receiver, Store, Ticket
 from localrun.offload.kernels import FfnKernel
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, ModelSource, MoeLayer, Projection
 

@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as QT
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, StoreError
 from localrun.offload.cache.slots import Slot, SlotState
-from localrun.offload.cache.store import Ticket
 from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.cache.tickets import Ticket
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.residency import Residency, floor_bytes, largest_slot
 from tests.offload.stores import (

@@ -9,7 +9,7 @@ import pytest
 
 from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.slots import Slot, SlotTable
-from localrun.offload.cache.store import Ticket
+from localrun.offload.cache.tickets import Ticket
 from localrun.offload.upgrades import Upgrades
 
 

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import FormatError, UsageError
-from localrun.offload.cache.store import staging_bytes, staging_bytes_aligned
+from localrun.offload.cache.staging import staging_bytes, staging_bytes_aligned
 from localrun.offload.kernels.layout import expert_layout
 from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions, target_type
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config

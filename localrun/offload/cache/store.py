@@ -18,30 +18,26 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from localrun.alignment import PAGE_BYTES, align_up, ceil_div
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
 from localrun.offload.cache.slots import Slot
+from localrun.offload.cache.staging import N_BUFFERS, buffers
+from localrun.offload.cache.tickets import AbandonedError, Buffer, Bytes, Piece, Pieces, Receiver, Ticket
 from localrun.quant.formats.transcode import decode_projection
-from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
+from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource
 from localrun.quant.zeros import refuse_lost_weights
 from localrun.reading import read_fully
 
 log = logging.getLogger(__name__)
-
-Bytes = npt.NDArray[np.uint8]
-
-N_BUFFERS = 4
-"""Default number of experts being read concurrently."""
 
 
 class Packer(Protocol):
@@ -52,138 +48,6 @@ class Packer(Protocol):
 
     def pack(self, raw: Bytes, slot: int) -> None:
         """raw: gate|up|down ggml rows, contiguous; slot: address."""
-        ...
-
-
-class AbandonedError(StoreError):
-    """A read that was cancelled because the expert is no longer needed."""
-
-
-class _Buffer:
-    """Page-aligned memory of one expert read in flight."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._map = mmap.mmap(-1, align_up(size_bytes, PAGE_BYTES))
-        self.view = memoryview(self._map)
-        self.array: Bytes = np.frombuffer(self._map, np.uint8)
-
-
-@dataclass(slots=True)
-class _Piece:
-    ticket: Ticket
-    file: int
-    offset: int
-    target: memoryview
-    need: int  # bytes that must arrive; the rest of an aligned read may be past the end of the file
-
-
-class _Pieces:
-    """The readers' queue: awaited pieces in order, then the others."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._wanted: deque[_Piece] = deque()
-        self._ahead: deque[_Piece] = deque()
-        self._closed = False
-
-    def put(self, pieces: Iterable[_Piece]) -> None:
-        """Adds one ticket's pieces."""
-        with self._changed:
-            for piece in pieces:
-                (self._ahead if piece.ticket.ahead and not piece.ticket.hurried else self._wanted).append(piece)
-            self._changed.notify_all()
-
-    def get(self) -> _Piece | None:
-        """The next one, waiting for it; None when there will be none."""
-        with self._changed:
-            while not self._wanted and not self._ahead and not self._closed:
-                self._changed.wait()
-            pieces = self._wanted or self._ahead
-            return pieces.popleft() if pieces else None
-
-    def hurry(self, slot: Slot) -> None:
-        """A call waits for this slot now."""
-        with self._changed:
-            moving = [piece for piece in self._ahead if piece.ticket.slot is slot]
-            if moving:
-                self._ahead = deque(piece for piece in self._ahead if piece.ticket.slot is not slot)
-                self._wanted.extend(moving)
-
-    def close(self) -> None:
-        """Readers end when everything has been read."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One expert's pending read. `error` is set before the ticket appears in `completions`.
-
-    Attributes:
-        slot: the slot to fill.
-        projections: where the bytes are.
-        ahead: read-ahead: not awaited when submitted.
-        hurried: awaited since then.
-        receiver: gets the ticket instead of `completions`, and plain ggml rows instead of the kernel's layout.
-        error: why it failed.
-    """
-
-    slot: Slot
-    projections: tuple[Projection, ...]
-    ahead: bool = False
-    receiver: Receiver | None = None
-    error: Exception | None = None
-    hurried: bool = False
-    _left: int = 0
-    _buffer: _Buffer | None = None
-    _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def read_bytes(self) -> int:
-        """Payload bytes in the files."""
-        return sum(extent.n_bytes for projection in self.projections for extent in projection.extents)
-
-
-Receiver = Callable[[Ticket], None]
-"""Called on a reader's thread when a read has ended; must not fail or wait."""
-
-
-class Store(Protocol):
-    """Fills slots with experts in the background. Thread-safe, but the caller must synchronize slots and `completions`.
-
-    Attributes:
-        depth: concurrent reads; more are queued.
-        staging_bytes: RAM of reads in flight.
-        completions: tickets of finished reads, successful or not; none is lost, and none appears before its slot is filled.
-    """
-
-    depth: int
-    staging_bytes: int
-    completions: queue.SimpleQueue[Ticket]
-
-    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
-        """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
-
-        Args:
-            ahead: read-ahead: all awaited experts go first.
-            receiver: gets the ticket; for memory outside the slot table, destined for a device that only knows ggml's layout.
-
-        If it raises, there will be no ticket and nothing writes to the slot.
-        """
-        ...
-
-    def hurry(self, slot: Slot) -> None:
-        """This slot is awaited now: its remaining pieces go before all read-ahead."""
-        ...
-
-    def abandon(self, slot: Slot) -> None:
-        """No call will wait for this slot: if its read is not over, it ends soon, with `AbandonedError`."""
-        ...
-
-    def close(self) -> None:
-        """Ends the reads under way; those that have not started never end."""
         ...
 
 
@@ -220,7 +84,7 @@ class ExpertStore:
         self._verify = verify
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._pieces = _Pieces()
+        self._pieces = Pieces()
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
@@ -228,10 +92,10 @@ class ExpertStore:
         copies = [source] if mirror is None else [source, mirror]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
-        buffer_bytes, halves = _buffers(source)
+        buffer_bytes, halves = buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
-        self._buffers = [_Buffer(buffer_bytes) for _ in range(n_buffers)]
+        self._buffers = [Buffer(buffer_bytes) for _ in range(n_buffers)]
         self._readers = [
             threading.Thread(target=self._read_pieces, name=f"localrun-io-{i}", daemon=True) for i in range(n_reads)
         ]
@@ -320,7 +184,7 @@ class ExpertStore:
             ticket._left = len(pieces)
             self._pieces.put(pieces)
 
-    def _cut(self, ticket: Ticket, buffer: _Buffer) -> list[_Piece]:
+    def _cut(self, ticket: Ticket, buffer: Buffer) -> list[Piece]:
         pieces = []
         position = 0
         for projection in ticket.projections:
@@ -333,7 +197,7 @@ class ExpertStore:
                     size = min(self._piece_bytes, end - at)
                     need = min(size, extent.offset + extent.n_bytes - at)
                     target = buffer.view[position + at - start : position + at - start + size]
-                    pieces.append(_Piece(ticket, extent.file, at, target, need))
+                    pieces.append(Piece(ticket, extent.file, at, target, need))
                 position += align_up(end - start, PAGE_BYTES)
         return pieces
 
@@ -351,7 +215,7 @@ class ExpertStore:
             if last:
                 self._finish(ticket)
 
-    def _read(self, piece: _Piece) -> None:
+    def _read(self, piece: Piece) -> None:
         """Reads a piece from the less busy copy, from the other one if that fails."""
         copies = self._files[piece.file]
         with self._lock:
@@ -389,7 +253,7 @@ class ExpertStore:
         else:
             ticket.receiver(ticket)
 
-    def _fill(self, ticket: Ticket, buffer: _Buffer) -> None:
+    def _fill(self, ticket: Ticket, buffer: Buffer) -> None:
         slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
         payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
         rows: list[Bytes] = []
@@ -432,7 +296,7 @@ class _Handle:
     path: Path
 
 
-def _read_from(handle: _Handle, piece: _Piece) -> None:
+def _read_from(handle: _Handle, piece: Piece) -> None:
     hint = "check the drive (dmesg) and run `localrun verify` on the model"
     read_fully(handle.fd, handle.path, piece.offset, piece.target, need=piece.need, hint=hint)
 
@@ -462,49 +326,7 @@ def _open_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
 
 
-def staging_bytes(source: ModelSource) -> int:
-    """Default RAM for reading this model's experts, in addition to their slots."""
-    buffer_bytes, halves = _buffers(source)
-    return N_BUFFERS * buffer_bytes * halves
-
-
-def staging_bytes_aligned(matrix_bytes: Sequence[int]) -> int:
-    """The same for experts whose matrices begin and end at pages, as they do in a conversion of an official checkpoint."""
-    return N_BUFFERS * sum(_read_bytes(n_bytes) for n_bytes in matrix_bytes)
-
-
-def _buffers(source: ModelSource) -> tuple[int, int]:
-    """Largest space that an expert's aligned reads can take, and how often an expert that is being read needs it."""
-    samples = list(_samples(source))
-    needed = (
-        sum(_read_bytes(extent.n_bytes) for projection in sample for extent in projection.extents) for sample in samples
-    )
-    # Decoded or unaligned experts are put together in a second buffer before they are packed.
-    return max(needed, default=PAGE_BYTES), 1 if all(map(_reads_contiguously, samples)) else 2
-
-
-def _read_bytes(n_bytes: int) -> int:
-    """Pages that so many bytes touch at most."""
-    return (ceil_div(n_bytes, PAGE_BYTES) + 1) * PAGE_BYTES
-
-
-def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Projection]]:
-    """One expert of every kind: of each layer's base, and all that have a better copy."""
-    for layer, moe in source.moe_layers.items():
-        yield source.base_expert(layer, 0)
-        if moe.better:
-            yield from (source.expert(layer, expert) for expert in range(moe.n_experts))
-
-
-def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) -> bool:
-    return all(
-        projection.encoding is Encoding.GGML and extent.offset % PAGE_BYTES == 0 and extent.n_bytes % PAGE_BYTES == 0
-        for projection in projections
-        for extent in projection.extents
-    )
-
-
-def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: _Buffer) -> Bytes:
+def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: Buffer) -> Bytes:
     """gate|up|down as one array: a view if the reads are contiguous, a copy otherwise."""
     if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
         return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]

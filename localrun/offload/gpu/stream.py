@@ -28,7 +28,7 @@ from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import LocalrunError, StoppedError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import Store, Ticket
+from localrun.offload.cache.tickets import Store, Ticket
 from localrun.offload.device.view import F32, I32
 from localrun.offload.gpu.slots import MAX_PAIRS, BankKey, GpuSlots, slot_bytes
 from localrun.offload.kernels import FfnKernel, FfnSpec

@@ -26,7 +26,7 @@ from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.store import Receiver, Store, Ticket
+from localrun.offload.cache.tickets import Receiver, Store, Ticket
 from localrun.offload.device.compiled import MAX_VARIANTS
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing

@@ -1,4 +1,4 @@
-"""What every store promises (`cache.store.Store`): the real one on every kind of model and on faulty, short, slow and doubled
+"""What every store promises (`cache.tickets.Store`): the real one on every kind of model and on faulty, short, slow and doubled
 reads, and the fake with which calls and residency are tested."""
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 from localrun.alignment import PAGE_BYTES
 from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot, SlotTable
-from localrun.offload.cache.store import AbandonedError, ExpertStore, Ticket
+from localrun.offload.cache.store import ExpertStore
+from localrun.offload.cache.tickets import AbandonedError, Ticket
 from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
 from tests.offload.stores import (
     EXPERT_BYTES,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.rpc_server import rpc_server
 from tools.gpu_check import __main__ as gpu_check
+from tools.gpu_check import start
 from tools.gpu_check.campaign import Campaign, run
 from tools.gpu_check.models import PooledSource, write_model
-from tools.gpu_check.pack import one_of_each
+from tools.gpu_check.pack import PACKAGES, RUN, copy_package, one_of_each
 from tools.gpu_check.table import table
 
 
@@ -74,3 +79,68 @@ def test_a_library_is_packed_once(tmp_path: Path) -> None:
     packed = sorted((tmp_path / "packed").iterdir())
     assert [file.name for file in packed] == ["libx.so", "libx.so.0", "libx.so.0.1.2"]
     assert [file.is_symlink() for file in packed] == [False, True, True]
+
+
+def test_what_the_campaign_imports_is_packed(tmp_path: Path) -> None:
+    """Everything outside the standard library and the project that a task has loaded when it is done."""
+    write_model(tmp_path, "tiny", own_layers=2)
+    task = json.dumps(
+        {
+            "name": "",
+            "model": str(tmp_path),
+            "own_layers": 2,
+            "gpu": "none",
+            "prompt_tokens": 8,
+            "new_tokens": 1,
+            "n_threads": 1,
+        }
+    )
+    code = (
+        "import sys; import tools.gpu_check.__main__; from importlib.metadata import packages_distributions as p;"
+        "from tools.gpu_check.task import main; main(sys.argv[1:]);"
+        "print(sorted({d.lower() for n in {m.split('.')[0] for m in sys.modules} for d in p().get(n, [])}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, task], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1].replace("'", '"')))
+    ours = {"localrun", "llama-cpp-python", "llama_cpp_python", "setuptools"}
+    assert {name.replace("-", "_") for name in loaded - ours} <= set(PACKAGES)
+
+
+def test_a_package_is_copied_without_its_tests(tmp_path: Path) -> None:
+    copy_package("xxhash", tmp_path)
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            "import sys; sys.path[:] = [sys.argv[1], *sys.path]; import xxhash; print(xxhash.__file__)",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.startswith(str(tmp_path))
+
+
+def test_a_bare_machine_is_told_what_it_lacks(tmp_path: Path) -> None:
+    shutil.copyfile(Path(start.__file__), tmp_path / "start.py")
+    (tmp_path / "run.sh").write_text(RUN)
+    made_for = {**start.made_here(), "python": "3.9", "packages": "all"}
+    (tmp_path / "made-for.json").write_text(json.dumps(made_for))
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["sh", tmp_path / "run.sh"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "packed for python 3.9" in done.stderr
+    assert "PYTHON=python3.9" in done.stderr
+    assert start.other_python({**made_for, "packages": "none"}) == ""
+    assert "driver" in start.why_not("ImportError: libcuda.so.1: cannot open shared object file")
+    assert "nvidia-cublas" in start.why_not("OSError: libcublas.so.13: cannot open shared object file")
+
+
+def test_the_users_folders_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "lacks_runtime", lambda: True)
+    environment = start.environment_for(tmp_path / "project")
+    assert environment["HOME"] == str(tmp_path / "scratch")
+    assert environment["XDG_CACHE_HOME"].startswith(str(tmp_path))
+    assert environment["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(tmp_path / "project" / "system")

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     packing = commands.add_parser("pack", help="what a bare machine needs, in one folder")
     packing.add_argument("target", type=Path)
     packing.add_argument("--site", type=Path, help="site-packages of a build for the card; default: this one's")
+    packing.add_argument(
+        "--without-packages", action="store_true", help="the machine has numpy, numba, gguf and the like"
+    )
     return main
 
 
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "table":
             print(table(json.loads(args.result.read_text())))
         elif args.command == "pack":
-            print(pack(args.target, site=args.site))
+            print(pack(args.target, site=args.site, packages=not args.without_packages))
         else:
             campaign = Campaign(
                 folder=args.folder,

@@ -121,6 +121,7 @@ _TERMS = {
     "dense model in RAM": "dense matrices",
     "dense model on the CPU": "dense matrices",
     "dense model on the GPU": "dense matrices",
+    "attention": "attention",
     "layers": "small operations",
     "experts in RAM": "experts",
     "experts on the GPU": "experts",

@@ -29,6 +29,7 @@ from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
 from localrun.engine.planner.plan import GpuShare, Plan
 from localrun.engine.planner.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
 from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
+from localrun.engine.planner.token_rates import Spent, learn_tokens
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
 from localrun.engine.tokenizer import Tokenizer
@@ -261,6 +262,30 @@ class Engine:
     def attention_ns(self) -> int:
         """The same of attention and the indexer where they are ours."""
         return self._loaded.attention_ns if isinstance(self._loaded, OffloadedModel) else 0
+
+    def spent(self) -> Spent:
+        """What tokens have cost since the model was loaded; two of these tell what lies between."""
+        if not isinstance(self._loaded, OffloadedModel):
+            return Spent()
+        totals = self._loaded.telemetry.totals()
+        return Spent(
+            matrices_s=self.dense_ns / 1e9,
+            attention_s=self.attention_ns / 1e9,
+            experts_s=totals.compute_s,
+            waiting_s=totals.wait_s,
+            disk_bytes=totals.bytes_read,
+        )
+
+    def learn_tokens(self, since: Spent, *, n_tokens: int, seconds: float, position: int) -> None:
+        """Remembers for later plans what tokens cost here; they were decoded one by one and nothing else was.
+
+        Args:
+            since: `spent` before.
+            seconds: of all of them.
+            position: tokens in the context, on average.
+        """
+        if self.plan is not None and isinstance(self._loaded, OffloadedModel):
+            learn_tokens(self.plan, self.spent() - since, n_tokens=n_tokens, seconds=seconds, position=position)
 
     def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Around each `llama_decode` of these tokens, for the expert path."""

@@ -460,7 +460,8 @@ class Generation:
         n_reused = session.prefill(self._prompt, boundaries=self._boundaries, progress=progress)
         decode_start = time.perf_counter()
         assert start is not None
-        n_new = 0
+        n_new, spent = 0, session._engine.spent()
+        n_steps, stepped_s = 0, 0.0  # the steps alone: whoever takes the tokens may be slow
         while self.reason is None:
             token = self._draw()
             if not self._ignore_eos and session._is_end(token):
@@ -482,7 +483,11 @@ class Generation:
             if self.reason != "eos":
                 yield token
             if self.reason is None:
+                before = time.perf_counter()
                 session.feed([token])
+                n_steps, stepped_s = n_steps + 1, stepped_s + time.perf_counter() - before
+        at = session.position - n_steps // 2
+        session._engine.learn_tokens(spent, n_tokens=n_steps, seconds=stepped_s, position=at)
         session.save()
 
     def _draw(self) -> int:

@@ -371,7 +371,7 @@ class _Run:
         context = session.position
         step_ms = []
         ours = self._ours()
-        before = self._counters()
+        before, spent = self._counters(), self._engine.spent()
         for i in range(n):
             token = self._tokens[session.position]
             start = time.perf_counter()
@@ -379,6 +379,7 @@ class _Run:
             _ = session.logits
             step_ms.append(1e3 * (time.perf_counter() - start))
             self._progress(f"decode at {context}: {i + 1} of {n} tokens")
+        self._engine.learn_tokens(spent, n_tokens=n, seconds=sum(step_ms) / 1e3, position=context + n // 2)
         self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before, ours)
 
     def _ours(self) -> tuple[int, int]:

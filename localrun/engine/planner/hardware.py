@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from localrun.engine import memory
 from localrun.engine.planner.cards import card_bytes_per_s
-from localrun.engine.planner.usual_rates import usual_rates
+from localrun.engine.planner.usual_rates import remembered_rates, usual_rates
 from localrun.errors import LocalrunError
 from localrun.offload.gpu.rates import GpuRates, assumed_rates
 from localrun.offload.kernels.rates import CpuRates, ExpertRates
@@ -42,6 +42,9 @@ ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S, ASSUMED_PCIE_BYTES_PER_S)
 
 _LANE_BYTES_PER_S = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
 """GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
+
+SEEN = "tokens: "
+"""Begins the names of rates that come from whole tokens."""
 
 SYS_PCI = Path("/sys/bus/pci/devices")
 
@@ -85,6 +88,8 @@ class Hardware:
         memory_bytes_per_s: of RAM, all cores reading.
         n_threads: compute threads.
         cpu: our kernels' rates here; None: assumed from memory and threads.
+        seen: what whole tokens have shown here (`token_rates.py`): a resource's rate inside a token relative to what its
+            kernels reach alone, by name as in `Rate.seconds`; and the share of reads that were hidden.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
@@ -96,6 +101,7 @@ class Hardware:
     n_threads: int = 1
     cpu: CpuRates | None = None
     gpus: tuple[Gpu, ...] = ()
+    seen: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -108,7 +114,7 @@ class Hardware:
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
         if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
-            named["cpu"] = None
+            named |= {"cpu": None, "seen": {}}
             origin.pop("cpu", None)
         return replace(self, **named, origin=origin)  # type: ignore[arg-type]
 
@@ -166,6 +172,7 @@ def detect(
         n_threads=n_threads,
         cpu=cpu,
         gpus=local_gpus(probe=probe) if gpus else (),
+        seen=seen_tokens(n_threads) if probe else {},
         origin=origin,
     )
 
@@ -189,6 +196,18 @@ def _usual(
     usual = usual_rates(measured)
     experts = {spec.types: ExpertRates(**{name: 1 / usual[key(spec, name)] for name in seconds}) for spec in specs}
     return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
+
+
+def seen_name(resource: str, n_threads: int) -> str:
+    """The name under which a week remembers what tokens have shown of a resource."""
+    return f"{SEEN}{resource}, {n_threads} threads"
+
+
+def seen_tokens(n_threads: int) -> dict[str, float]:
+    """`Hardware.seen` of this machine."""
+    end = seen_name("", n_threads).removeprefix(SEEN)
+    known = remembered_rates(SEEN)
+    return {name.removeprefix(SEEN).removesuffix(end): rate for name, rate in known.items() if name.endswith(end)}
 
 
 def local_gpus(*, probe: bool = True) -> tuple[Gpu, ...]:

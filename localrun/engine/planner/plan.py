@@ -164,7 +164,13 @@ class Plan:
         shares = resident_shares(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
         n_batch = self.options.n_batch
         return predict_prefill(
-            self.sizes, shares, self.machine, self.rates, prompt_tokens=prompt_tokens, n_batch=n_batch
+            self.sizes,
+            shares,
+            self.machine,
+            self.rates,
+            prompt_tokens=prompt_tokens,
+            n_batch=n_batch,
+            kv_type=self.options.kv_type,
         )
 
 

@@ -105,7 +105,9 @@ def make_plan(
                 kv_type=options.kv_type,
             )
         prompt_tokens = min(options.prompt_tokens, n_ctx)
-        prefill = predict_prefill(sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=options.n_batch)
+        prefill = predict_prefill(
+            sizes, at, machine, rates, prompt_tokens=prompt_tokens, n_batch=options.n_batch, kv_type=options.kv_type
+        )
     plan = Plan(
         sizes=sizes,
         machine=machine,

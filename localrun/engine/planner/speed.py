@@ -34,6 +34,11 @@ ATTENTION_MACS_PER_CORE = 8e9
 BATCH_ATTENTION_MACS_PER_CORE = 10e9
 """Multiplications per second of attention and indexer in llama.cpp, one token and batches. [m] The slices at 0 to 2048 tokens."""
 
+OWN_ATTENTION_MACS_PER_CORE = 23e9
+OWN_BATCH_ATTENTION_MACS_PER_CORE = 20e9
+"""The same of our kernels. [m] Three layers of Flash on two busy cores: a token at 131,072 took 8.6 ms, 512 tokens at 32,256 3.5 ms
+each."""
+
 BATCH_VALUE_S = 0.28e-6
 """Per layer, token and value of the hidden state, of one core, in batches, besides matrices and attention. [m] The same slices:
 0.23 to 0.38."""
@@ -66,6 +71,9 @@ PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
 """The same for a prompt, where the next layer is read ahead too, at the drive's probed rate. [m] The slice under 2,
 3 and 5 GiB, nine prompts: 0.5 fits best on average."""
 
+HIDDEN = "hidden reads"
+"""Name in `Hardware.seen` of the part of a token's reads that nothing waited for."""
+
 SECOND_DRIVE_GAIN = 0.375
 """A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
 
@@ -89,6 +97,11 @@ class ResidentShares:
     dense_on_gpu: bool = False
     gpu: GpuRates | None = None
     miss_bytes: float
+
+    @property
+    def is_cpu_only(self) -> bool:
+        """No GPU has a part in it."""
+        return self.gpu_share == 0 and not self.dense_on_gpu
 
     @property
     def share(self) -> float:
@@ -143,27 +156,52 @@ def predict_decode(
 ) -> Range:
     """Speed of answers with `position` tokens in the context."""
     used = len(sizes.shape.moe_layers) * sizes.shape.n_used
-    dense_s = dense_token(sizes, shares, machine, position, kv_type)
-    expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
+    on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
+    hidden_reads = list(HIDDEN_READS)
+    if shares.is_cpu_only and HIDDEN in machine.seen:
+        hidden_reads[1] = machine.seen[HIDDEN]
 
     def rate(hits: float, estimate: int) -> Rate:
-        seconds = dict(dense_s)
-        on_cpu_s, on_gpu_s = (1 - on_gpu) * expert_s, 0.0
-        if shares.gpu is not None and on_gpu:
-            on_gpu_s = on_gpu * used * sizes.mean_file_bytes / shares.gpu.decode_bytes_per_s
-            on_gpu_s += len(sizes.shape.moe_layers) * shares.gpu.latency_s
-        seconds |= _both(on_cpu_s, on_gpu_s, shares.gpu)
         disk_bytes = (1 - hits) * used * shares.miss_bytes
-        seconds["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
+        seconds = computing(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
+        if shares.is_cpu_only:
+            seconds = {name: s / machine.seen.get(name, 1.0) for name, s in seconds.items()}
         read_s = disk_bytes / (DISK_SHARE[estimate] * drive_bytes_per_s(machine))
-        seconds["drive"] = waiting(read_s, sum(seconds.values()), HIDDEN_READS[estimate])
+        seconds["drive"] = waiting(read_s, sum(seconds.values()), hidden_reads[estimate])
         return Rate(tokens_per_s=1 / sum(seconds.values()), hit_rate=hits, disk_bytes=disk_bytes, seconds=seconds)
 
-    on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
     unsteady, steady = (
         max(curve(shares.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
     )
     return _widened(rate(unsteady, 0), rate(steady, 1), rate(steady, 2))
+
+
+def computing(
+    sizes: ModelSizes,
+    shares: ResidentShares,
+    machine: Hardware,
+    on_gpu: float,
+    disk_bytes: float,
+    *,
+    position: int,
+    kv_type: str,
+) -> dict[str, float]:
+    """Seconds of a token by resource, all but waiting for the drive, by the rates of single kernels.
+
+    Args:
+        on_gpu: share of its experts that GPUs compute.
+        disk_bytes: read meanwhile, and packed into slots.
+    """
+    used = len(sizes.shape.moe_layers) * sizes.shape.n_used
+    expert_s = used * experts_on(machine, sizes).decode_s if sizes.n_copies else 0.0
+    seconds = dense_token(sizes, shares, machine, position, kv_type)
+    on_gpu_s = 0.0
+    if shares.gpu is not None and on_gpu:
+        on_gpu_s = on_gpu * used * sizes.mean_file_bytes / shares.gpu.decode_bytes_per_s
+        on_gpu_s += len(sizes.shape.moe_layers) * shares.gpu.latency_s
+    seconds |= _both((1 - on_gpu) * expert_s, on_gpu_s, shares.gpu)
+    seconds["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
+    return seconds
 
 
 def waiting(read_s: float, computing_s: float, hidden: float = HIDDEN_READS[1]) -> float:
@@ -186,7 +224,8 @@ def dense_token(
     layer_s = LAYER_S + LAYER_VALUE_S * sizes.shape.n_embd
     return {
         "dense model in RAM": n_bytes / dense_on(machine)[0],
-        "layers": sizes.shape.n_layers * layer_s + attention / (machine.n_threads * ATTENTION_MACS_PER_CORE) + TOKEN_S,
+        "attention": attention / (machine.n_threads * attention_rates(sizes, kv_type)[0]),
+        "layers": sizes.shape.n_layers * layer_s + TOKEN_S,
     }
 
 
@@ -206,7 +245,14 @@ def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, f
 
 
 def predict_prefill(
-    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, rates: HitRates, *, prompt_tokens: int, n_batch: int
+    sizes: ModelSizes,
+    shares: ResidentShares,
+    machine: Hardware,
+    rates: HitRates,
+    *,
+    prompt_tokens: int,
+    n_batch: int,
+    kv_type: str = "f16",
 ) -> Range:
     """Prompt speed in an empty context, in batches, with each missing expert read once per batch.
 
@@ -214,7 +260,7 @@ def predict_prefill(
     """
     batch = max(1, min(n_batch, prompt_tokens))
     n_layers, n_experts = len(sizes.shape.moe_layers), max(1, sizes.shape.n_experts)
-    dense_s = dense_batch(sizes, shares, machine, batch, prompt_tokens // 2)
+    dense_s = dense_batch(sizes, shares, machine, batch, prompt_tokens // 2, kv_type)
     expert = experts_on(machine, sizes)
     n_pairs = batch * n_layers * sizes.shape.n_used
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu is not None and shares.gpu_share > 0 else 0.0
@@ -250,7 +296,7 @@ def predict_prefill(
 
 
 def dense_batch(
-    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, batch: int, position: int
+    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, batch: int, position: int, kv_type: str = "f16"
 ) -> dict[str, float]:
     """Seconds of a batch by resource, all but its experts."""
     weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
@@ -264,7 +310,8 @@ def dense_batch(
         }
     return {
         "dense model on the CPU": weights / dense_on(machine)[1],
-        "layers": (values * BATCH_VALUE_S + attention / BATCH_ATTENTION_MACS_PER_CORE) / machine.n_threads,
+        "attention": attention / (machine.n_threads * attention_rates(sizes, kv_type)[1]),
+        "layers": values * BATCH_VALUE_S / machine.n_threads,
     }
 
 
@@ -285,6 +332,13 @@ def attention_macs(sizes: ModelSizes, position: int) -> float:
     rows = sizes.shape.n_layers * min(position, at.window) + at.n_layers_of(CSA) * min(csa, at.index_top_k)
     rows += at.n_layers_of(HCA) * (position // HCA)
     return rows * at.n_heads * at.head_dim * 2.0 + at.n_layers_of(CSA) * csa * at.index_heads * at.index_dim
+
+
+def attention_rates(sizes: ModelSizes, kv_type: str) -> tuple[float, float]:
+    """Multiplications per second and core, one token and batches: DeepSeek-V4's attention over an F16 cache is ours."""
+    if sizes.shape.ratios and kv_type == "f16":
+        return OWN_ATTENTION_MACS_PER_CORE, OWN_BATCH_ATTENTION_MACS_PER_CORE
+    return ATTENTION_MACS_PER_CORE, BATCH_ATTENTION_MACS_PER_CORE
 
 
 def drive_bytes_per_s(machine: Hardware) -> float:

@@ -43,6 +43,17 @@ def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> d
     return result
 
 
+def remembered_rates(prefix: str, *, path: Path | None = None) -> dict[str, float]:
+    """The undisturbed rates whose names begin so, without a new measurement."""
+    now = time.time()
+    fresh = {
+        name: sorted((rate for when, rate in entries if 0 <= now - when < MAX_AGE_S and 0 < rate < 1e18), reverse=True)
+        for name, entries in _read(path or cache_dir() / "rates.json").items()
+        if name.startswith(prefix)
+    }
+    return {name: rates[min(1, len(rates) - 1)] for name, rates in fresh.items() if rates}
+
+
 def _read(path: Path) -> dict[str, list[tuple[float, float]]]:
     try:
         value: Any = json.loads(path.read_text())

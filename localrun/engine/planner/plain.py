@@ -14,7 +14,14 @@ from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
 from localrun.engine.planner.hit_rates import HitRates
 from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.engine.planner.speed import Rate, ResidentShares, predict_decode, slowest
+from localrun.engine.planner.speed import (
+    ATTENTION_MACS_PER_CORE,
+    Rate,
+    ResidentShares,
+    attention_rates,
+    predict_decode,
+    slowest,
+)
 
 FAULT_SHARE = 0.2
 """Read rate of page faults, relative to that of our reads. [m] Flash in MXFP4, 24 GiB, a drive of
@@ -54,11 +61,13 @@ def predict_plain(
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
         miss_bytes=sizes.miss_bytes(adaptive=False),
     )
-    faulting = replace(machine, disk_bytes_per_s=machine.disk_bytes_per_s * FAULT_SHARE, n_drives=1)
+    faulting = replace(machine, disk_bytes_per_s=machine.disk_bytes_per_s * FAULT_SHARE, n_drives=1, seen={})
     likely = predict_decode(sizes, shares, faulting, rates, position=position, kv_type=kv_type).likely
     mxfp4 = sum(group.count for group in sizes.experts if GGMLQuantizationType.MXFP4 in group.types) / max(
         1, sizes.n_copies
     )
     seconds = dict(likely.seconds)
     seconds["experts in RAM"] *= 1 + (MXFP4_SLOWER - 1) * mxfp4
+    if "attention" in seconds:
+        seconds["attention"] *= attention_rates(sizes, kv_type)[0] / ATTENTION_MACS_PER_CORE
     return replace(likely, seconds=seconds, tokens_per_s=1 / sum(seconds.values()))

@@ -31,7 +31,7 @@ from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
-from localrun.offload.cache.tickets import AbandonedError, Buffer, Bytes, Piece, Pieces, Receiver, Ticket
+from localrun.offload.cache.tickets import AbandonedError, Bytes, ReadBuffer, ReadPiece, ReadPieces, Receiver, Ticket
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource
 from localrun.quant.zeros import refuse_lost_weights
@@ -84,7 +84,7 @@ class ExpertStore:
         self._verify = verify
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._pieces = Pieces()
+        self._pieces = ReadPieces()
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
@@ -95,7 +95,7 @@ class ExpertStore:
         buffer_bytes, halves = buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
-        self._buffers = [Buffer(buffer_bytes) for _ in range(n_buffers)]
+        self._buffers = [ReadBuffer(buffer_bytes) for _ in range(n_buffers)]
         self._readers = [
             threading.Thread(target=self._read_pieces, name=f"localrun-io-{i}", daemon=True) for i in range(n_reads)
         ]
@@ -184,7 +184,7 @@ class ExpertStore:
             ticket._left = len(pieces)
             self._pieces.put(pieces)
 
-    def _cut(self, ticket: Ticket, buffer: Buffer) -> list[Piece]:
+    def _cut(self, ticket: Ticket, buffer: ReadBuffer) -> list[ReadPiece]:
         pieces = []
         position = 0
         for projection in ticket.projections:
@@ -197,7 +197,7 @@ class ExpertStore:
                     size = min(self._piece_bytes, end - at)
                     need = min(size, extent.offset + extent.n_bytes - at)
                     target = buffer.view[position + at - start : position + at - start + size]
-                    pieces.append(Piece(ticket, extent.file, at, target, need))
+                    pieces.append(ReadPiece(ticket, extent.file, at, target, need))
                 position += align_up(end - start, PAGE_BYTES)
         return pieces
 
@@ -215,7 +215,7 @@ class ExpertStore:
             if last:
                 self._finish(ticket)
 
-    def _read(self, piece: Piece) -> None:
+    def _read(self, piece: ReadPiece) -> None:
         """Reads a piece from the less busy copy, from the other one if that fails."""
         copies = self._files[piece.file]
         with self._lock:
@@ -253,7 +253,7 @@ class ExpertStore:
         else:
             ticket.receiver(ticket)
 
-    def _fill(self, ticket: Ticket, buffer: Buffer) -> None:
+    def _fill(self, ticket: Ticket, buffer: ReadBuffer) -> None:
         slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
         payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
         rows: list[Bytes] = []
@@ -296,7 +296,7 @@ class _Handle:
     path: Path
 
 
-def _read_from(handle: _Handle, piece: Piece) -> None:
+def _read_from(handle: _Handle, piece: ReadPiece) -> None:
     hint = "check the drive (dmesg) and run `localrun verify` on the model"
     read_fully(handle.fd, handle.path, piece.offset, piece.target, need=piece.need, hint=hint)
 
@@ -326,7 +326,7 @@ def _open_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
 
 
-def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: Buffer) -> Bytes:
+def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: ReadBuffer) -> Bytes:
     """gate|up|down as one array: a view if the reads are contiguous, a copy otherwise."""
     if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
         return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]

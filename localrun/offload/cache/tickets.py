@@ -28,7 +28,7 @@ class AbandonedError(StoreError):
     """A read that was cancelled because the expert is no longer needed."""
 
 
-class Buffer:
+class ReadBuffer:
     """Page-aligned memory of one expert read in flight."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -38,7 +38,7 @@ class Buffer:
 
 
 @dataclass(slots=True)
-class Piece:
+class ReadPiece:
     """One read of a file."""
 
     ticket: Ticket
@@ -48,23 +48,23 @@ class Piece:
     need: int  # bytes that must arrive; the rest of an aligned read may be past the end of the file
 
 
-class Pieces:
+class ReadPieces:
     """The readers' queue: awaited pieces in order, then the others."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._wanted: deque[Piece] = deque()
-        self._ahead: deque[Piece] = deque()
+        self._wanted: deque[ReadPiece] = deque()
+        self._ahead: deque[ReadPiece] = deque()
         self._closed = False
 
-    def put(self, pieces: Iterable[Piece]) -> None:
+    def put(self, pieces: Iterable[ReadPiece]) -> None:
         """Adds one ticket's pieces."""
         with self._changed:
             for piece in pieces:
                 (self._ahead if piece.ticket.ahead and not piece.ticket.hurried else self._wanted).append(piece)
             self._changed.notify_all()
 
-    def get(self) -> Piece | None:
+    def get(self) -> ReadPiece | None:
         """The next one, waiting for it; None when there will be none."""
         with self._changed:
             while not self._wanted and not self._ahead and not self._closed:
@@ -107,7 +107,7 @@ class Ticket:
     error: Exception | None = None
     hurried: bool = False
     _left: int = 0
-    _buffer: Buffer | None = None
+    _buffer: ReadBuffer | None = None
     _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

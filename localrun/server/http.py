@@ -128,7 +128,7 @@ def parse_json(body: bytes) -> Json:
     """JSON as clients send it: unpaired surrogates, left by truncation inside an emoji, become `?`."""
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error)
     with contextlib.suppress(ValueError, RecursionError):
         loose = json.loads(body.decode("utf-8-sig", "replace"))

@@ -32,4 +32,9 @@ def test_anthropic() -> None:
     (model,) = found["data"]
     assert (found["has_more"], found["first_id"], found["last_id"]) == (False, "flash", "flash")
     assert model["created_at"] == "2026-01-01T00:00:00Z"
-    assert (model["id"], model["type"], model["max_input_tokens"], model["max_tokens"]) == ("flash", "model", 8192, 8192)
+    assert (model["id"], model["type"], model["max_input_tokens"], model["max_tokens"]) == (
+        "flash",
+        "model",
+        8192,
+        8192,
+    )

@@ -24,7 +24,9 @@ NT = 3
 
 
 @nb.njit
-def _unpack(low: int, shift: int, mask: int, high: int, high_shift: int, high_mask: int, up: int, o: int, out: int) -> None:
+def _unpack(
+    low: int, shift: int, mask: int, high: int, high_shift: int, high_mask: int, up: int, o: int, out: int
+) -> None:
     unpack_bits(low, shift, mask, high, high_shift, high_mask, up, o, out)
 
 

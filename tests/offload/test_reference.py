@@ -90,6 +90,14 @@ class Measured:
         with opened(self.path, math) as model:
             return divergences(self.exact, [logits(model, text, batch=256, kv_type="f32") for text in self.texts])
 
+    def with_f16_cache(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(N_TEXTS, T) divergences of ours and of llama.cpp's 8-bit arithmetic with the usual cache."""
+        with opened(self.path, "int8") as model:
+            ours = [logits(model, text, batch=256, kv_type="f16") for text in self.texts]
+        with stock_model(self.path / MODEL_NAME) as model:
+            stock = [decode_whole(model, text, kv_type="f16") for text in self.texts]
+        return divergences(self.exact, ours), divergences(self.exact, stock)
+
 
 def divergences(exact: list[F32], others: list[F32]) -> npt.NDArray[np.float64]:
     return np.stack([kl(*pair) for pair in zip(exact, others, strict=True)])
@@ -116,6 +124,17 @@ def test_eight_bit_arithmetic_is_as_exact_as_llama_cpps_on_the_same_file(measure
     comparison = compare(measured.ours("int8"), measured.stock)
     print(f"\n{measured.path.parent.name} {kernel_level}: {comparison.median}, pairs {comparison.pairs}")
     assert not comparison.is_worse, comparison
+
+
+@pytest.mark.parametrize("measured", [name for name in NAMES if not name.startswith("other")], indirect=True)
+def test_with_an_f16_cache_attention_is_ours_and_all_is_as_exact_as_llama_cpps(measured: Measured) -> None:
+    comparison = compare(*measured.with_f16_cache())
+    print(f"\n{measured.path.parent.name} f16 cache: {comparison.median}, pairs {comparison.pairs}")
+    assert not comparison.is_worse, comparison
+    with opened(measured.path.parent / "exact", "f32") as model:
+        found = logits(model, measured.texts[0], batch=256, kv_type="f16")
+    # Rounding of F32 sums: 6e-11. Probabilities in F16 would cost a thousand times as much.
+    assert median(kl(measured.exact[0], found)) < 1e-8
 
 
 @pytest.mark.parametrize("measured", ["pro-1", "pro-2"], indirect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from localrun.offload.kernels import attention
 from localrun.offload.kernels.attention import ATTENTION, INDEXER
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.threads import pool_for
+from localrun.offload.kernels.vectors import scale16
 
 pytestmark = pytest.mark.skipif(not attention.is_supported(), reason="attention stays llama.cpp's without F16C")
 
@@ -199,3 +201,12 @@ def test_what_has_no_f16_conversion_leaves_attention_to_ggml(monkeypatch: pytest
     monkeypatch.setenv("LOCALRUN_KERNELS", "generic")
     assert level().value == "generic"
     assert not attention.is_supported()
+
+
+def test_a_level_that_is_forced_limits_the_compiler_too() -> None:
+    """What `tests/conftest.py` promises: attention has no levels of its own."""
+    function = nb.njit(lambda source, target: scale16(source, np.float32(2), target))
+    function.compile("void(intp, intp)")
+    registers = set(re.findall(r"%([xyz])mm", "".join(function.inspect_asm().values())))
+    assert registers - {"x"} <= ({"y", "z"} if level().value.startswith("avx512") else {"y"})
+    assert registers - {"x"}, "vectors at all"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
+from localrun.quant.precision.copies import BetterCopies
 from localrun.quant.precision.error import ErrorTable, LayerErrors
 from localrun.quant.precision.pictures import _shade, curve_picture, heat_map
-from localrun.quant.precision.solver import BetterCopies, CurvePoint, PrecisionSolution
+from localrun.quant.precision.solver import CurvePoint, PrecisionSolution
 
 SVG = "{http://www.w3.org/2000/svg}"
 MIB = 1 << 20

@@ -1,5 +1,4 @@
-"""The search for K types: what a format can express is found, what it can't is fitted better than by rounding alone; bytes are those
-that gguf-py reads."""
+"""The search for K types: what a format can express is found, anything else is fitted better than by rounding alone."""
 
 from __future__ import annotations
 

@@ -224,7 +224,8 @@ class _Log:
 
     def stopping(self, n_signals: int) -> None:
         answering = "stopping after the running answer; press Ctrl-C again to stop now"
-        text = "stopping now" if n_signals > 1 else answering if self._dispatcher.busy else "stopping"
+        busy = self._dispatcher.busy or self._dispatcher.n_waiting > 0
+        text = "stopping now" if n_signals > 1 else answering if busy else "stopping"
         with self._lock:
             self._out.note(text)
 

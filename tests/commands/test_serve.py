@@ -106,6 +106,12 @@ class Serve:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
 
 
+def until_it_answers(response: http.client.HTTPResponse) -> None:
+    """Before its first words, a request may still wait."""
+    while not re.search(rb'"content":"[^"]', response.readline()):
+        pass
+
+
 def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path) -> None:
     serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "512")
     connection = serve.connection()
@@ -116,8 +122,7 @@ def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path
     body = {**body, "max_tokens": 400, "min_tokens": 400, "stream": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
-    while not re.search(rb'"content":"[^"]', response.readline()):  # until the answer runs; before, it waits
-        pass
+    until_it_answers(response)
     serve.process.send_signal(signal.SIGTERM)
     assert response.read().rstrip().endswith(b"[DONE]")  # the running answer may end
     assert serve.process.wait(PATIENCE_S) == 0
@@ -133,7 +138,7 @@ def test_second_signal_ends_the_answer_too(tmp_path: Path) -> None:
     body = {"messages": [{"role": "user", "content": "SHOWN"}], "max_tokens": 4000, "min_tokens": 4000, "stream": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
-    response.readline()
+    until_it_answers(response)
     serve.until("SHOWN")
     serve.process.send_signal(signal.SIGINT)
     serve.until("Ctrl-C again")

@@ -135,7 +135,7 @@ def test_anything_else_is_refused(line: bytes, says: str) -> None:
 
 
 def test_bases_are_no_messages() -> None:
-    with pytest.raises(ProtocolError, match="unknown command 'Conversation'"):
+    with pytest.raises(ProtocolError, match="unknown command 'PromptCommand'"):
         decode_command(b'{"type":"PromptCommand"}')
 
 

@@ -12,6 +12,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -151,8 +152,12 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that suggests the flag or command that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
+        hint = self._hint(message)
+        message = re.sub(
+            r"^argument COMMAND: invalid choice: ('.*') \(choose from .*\)", r"there is no command \1", message
+        )
         print(f"error: {visible_line(message)}", file=sys.stderr)
-        if hint := self._hint(message):
+        if hint:
             print(f"hint: {visible_line(hint)}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
 
@@ -164,14 +169,18 @@ class _Parser(argparse.ArgumentParser):
             if near:
                 return f"did you mean: localrun {near[0]}"
             if re.search(r"\s", match[1]):
-                return "to ask a question: localrun run -p TEXT"
+                return f"to ask a question: localrun run -p {shlex.quote(match[1])}"
             if Path(match[1]).exists():
                 return f"to chat with that model: localrun chat {match[1]}"
         return f"{self.prog} --help has examples and all options"
 
     def _for_unknown(self, flag: str) -> str:
+        flag = flag.split("=")[0]
+        for command, other in _commands(_parser(COMMANDS)).items():
+            if flag.startswith("--") and flag in other._option_string_actions:
+                return f"{flag} is an option of localrun {command}; {self.prog} --help lists all options"
         known = [name for parser in self._all() for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(flag.split("=")[0], known, 1)
+        near = difflib.get_close_matches(flag, known, 1)
         if near:
             return f"did you mean {near[0]}?"
         if not flag.startswith("-"):
@@ -180,8 +189,12 @@ class _Parser(argparse.ArgumentParser):
 
     def _all(self) -> list[argparse.ArgumentParser]:
         """This parser and those of its commands."""
-        subs = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return [self, *(parser for action in subs for parser in action.choices.values())]
+        return [self, *_commands(self).values()]
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: command for action in subs for name, command in action.choices.items()}
 
 
 class _Overview(_Parser):

@@ -6,6 +6,7 @@ Knows no option by name: they are declared in `options.py`.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -135,6 +136,9 @@ class Option:
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}", hint=error.hint) from None
         except (ValueError, OverflowError):
+            if self.kind is OptionKind.COUNT and (thousands := re.fullmatch(r"([0-9]+)[kK]", str(text))):
+                likely = int(thousands[1]) * 1024
+                raise UsageError(f"{self.name} {text!r}: a number has no unit", hint=f"did you mean {likely}?") from None
             raise self._refusal(value) from None
         if self.kind is OptionKind.SWITCH and str(text).lower() in _SWITCHES:
             return _SWITCHES[str(text).lower()]

@@ -16,6 +16,7 @@ from localrun.api import demo, models, precision, splitting
 from localrun.api.following import Follower
 from localrun.api.options import Size
 from localrun.api.precision import Request
+from localrun.engine import memory
 from localrun.errors import DiskSpaceError, UsageError
 from localrun.units import format_size, parse_size
 
@@ -162,6 +163,7 @@ def run(wanted: Request, out: Follower) -> None:
     from localrun.quant.convert.writing import DEFAULT_JOBS
     from localrun.quant.model.manifest import MANIFEST_NAME
 
+    memory.check_ram(wanted.ram)
     wanted = replace(wanted, source=_source(wanted))
     jobs = DEFAULT_JOBS if wanted.jobs is None else wanted.jobs
     if not 1 <= jobs <= 256:

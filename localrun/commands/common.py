@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from localrun import config
 from localrun.api import demo, models
 from localrun.commands import compiling
-from localrun.commands.output import Output
+from localrun.commands.output import Output, folded
 from localrun.engine.facts import ModelFacts, Timings
 from localrun.engine.options import EngineOptions, check_answer
 from localrun.engine.process.process import EngineProcess
@@ -128,6 +129,8 @@ def demo_model(out: Output) -> Path:
     with compiling.Notice(out):
         path = demo.converted()
     out.clear_status()
+    if out.err_is_terminal:
+        out.note("this is the demo, a toy with 33 million parameters; localrun plan flash: what a real model needs")
     return path
 
 
@@ -169,7 +172,8 @@ def load(
             notice.something_else()
             if isinstance(event, Loading) and out.err_is_terminal:
                 for line in event.plan:
-                    out.note(line)
+                    for part in folded(line, shutil.get_terminal_size().columns):
+                        out.note(part)
             show_progress(event, out)
             if each is not None:
                 each(event)

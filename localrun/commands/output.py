@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -19,6 +20,17 @@ from localrun.units import format_duration, format_size
 
 _CLEAR_LINE = "\r\x1b[K"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+PLAN_INDENT = 9
+"""Where a plan's lines begin, after their names."""
+
+
+def folded(text: str, width: int, indent: int = PLAN_INDENT) -> list[str]:
+    """Lines of at most `width` columns, broken between words; from the second on they are indented."""
+    return textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
 
 
 class Output:

@@ -13,9 +13,9 @@ from localrun.api import models
 from localrun.api.planning import Machine, plan_with
 from localrun.atomic import replacing
 from localrun.commands import common, compiling
-from localrun.commands.output import Output
+from localrun.commands.output import Output, folded
 from localrun.options import BY_NAME, add_flags
-from localrun.units import format_duration, format_size
+from localrun.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
     from localrun.engine.planner.plan import Plan
@@ -122,7 +122,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = shutil.get_terminal_size().columns
     drawn = ["", *bar_lines(bars(plan), width)] if out.out_is_terminal else []
-    for line in [*plan.lines(), *drawn, "", *table(plan), *faster(plan, args), *download(args.model)]:
+    # What would be faster is said below, as commands.
+    lines = [line for line in plan.lines() if not (plan.suggestions and line.startswith("faster"))]
+    if out.out_is_terminal:
+        lines = [part for line in lines for part in folded(line, width)]
+    advice = faster(plan, args, width if out.out_is_terminal else None)
+    for line in [*lines, *drawn, "", *table(plan), *advice, *download(args.model)]:
         out.line(line)
     return 0
 
@@ -151,15 +156,15 @@ def table(plan: Plan) -> list[str]:
     return lines
 
 
-def faster(plan: Plan, args: argparse.Namespace) -> list[str]:
-    """Each suggestion as a command with its gain, and its cost on the line below."""
+def faster(plan: Plan, args: argparse.Namespace, width: int | None = None) -> list[str]:
+    """Each suggestion as a command, and below it, in lines of `width` columns, what it gives and costs."""
     if not plan.suggestions:
         return []
-    commands = [(command_of(s.text, args, convertible=plan.sizes.convertible), s) for s in plan.suggestions]
-    wide = max(24, *(len(command) for command, _ in commands))
-    lines = ["", f"{'what would be faster':<{wide + 2}}{'tokens/s':>10}{'gain':>8}"]
-    for text, s in commands:
-        lines += [f"  {text:<{wide}}{s.tokens_per_s:>10.2f}{s.gain:>7.2f}x", f"      {s.phase}; {s.cost}"]
+    lines = ["", "what would be faster"]
+    for s in plan.suggestions:
+        gives = f"{s.phase} {format_rate(s.tokens_per_s)} tokens/s, {s.gain:.2f}x; {s.cost}"
+        lines.append(f"  {command_of(s.text, args, convertible=plan.sizes.convertible)}")
+        lines += folded(f"      {gives}", width, 6) if width else [f"      {gives}"]
     return lines
 
 

@@ -15,3 +15,6 @@ DEMO_NOTE = (
     "and makes up the rest; Ctrl+L loads a real model"
 )
 """Below the first answer of a conversation, unless the question was one of those that are offered."""
+
+DEMO_NOTE_AGAIN = "a toy model wrote this; Ctrl+L loads a real one"
+"""Below later answers."""

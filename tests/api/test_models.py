@@ -110,12 +110,15 @@ def test_the_last_model_is_remembered_while_it_is_there(tmp_path: Path) -> None:
     ("arguments", "hint"),
     [
         (["runn", "-p", "x"], "hint: did you mean: localrun run"),
-        (["What is a fox?"], "hint: to ask a question: localrun run -p TEXT"),
+        (["What is a fox?"], "hint: to ask a question: localrun run -p 'What is a fox?'"),
         (["run", "--promt", "x"], "hint: did you mean --prompt?"),
         (["run", "--temprature", "1"], "hint: did you mean --temp?"),
         (["run", "-p", "What", "is", "a", "fox?"], "hint: a prompt goes after -p, in quotes: localrun run MODEL -p "),
         (["run", "-p", "x", "--ram", "24"], "did you mean 24GiB?"),
         (["run", "-p", "x", "--kv", "q9"], "expected f16, bf16, q8_0, q4_0, f32"),
+        (["run", "-p", "x", "--context", "32k"], "a number has no unit (did you mean 32768?)"),
+        (["run", "-p", "x", "--machine-ram", "5GiB"], "hint: --machine-ram is an option of localrun plan"),
+        (["pln", "flash"], "error: there is no command 'pln'\nhint: did you mean: localrun plan"),
         (["plan", "deepseek-v4-flash"], "hint: did you mean: localrun plan flash"),
     ],
 )

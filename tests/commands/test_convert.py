@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from localrun.commands import convert as command
-from localrun.errors import UsageError
+from localrun.errors import BudgetError, UsageError
 from localrun.options import DENSE_CHOICES
 from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES
 from localrun.quant.open import open_model
@@ -58,6 +58,12 @@ def test_the_source_may_be_a_name(
     with pytest.raises(UsageError) as caught:
         run("deepseek-ai/DeepSeek-V4-Flash", tmp_path / "out", "--dry-run")
     assert "localrun convert ~/models/DeepSeek-V4-Flash DIR" in (caught.value.hint or "")
+
+
+def test_memory_that_the_machine_does_not_have_is_refused_at_once(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"--ram 500.00 TiB: this machine has"):
+        run(small, tmp_path / "out", "--ram", "500TiB")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_writes_nothing_and_shows_the_plan(

@@ -61,9 +61,9 @@ def test_a_pipe_gets_no_bars_and_each_suggestion_is_a_command(capsys: pytest.Cap
     assert cli.main(["plan", "flash", "--box", BOX]) == 0
     out = capsys.readouterr().out
     assert "█" not in out
-    assert "  localrun convert ~/models/DeepSeek-V4-Flash DIR --base q2_k " in out
-    assert f"  localrun plan flash --box {BOX} --machine-ram 96GiB " in out
-    assert "      prompts; " in out
+    assert "  localrun convert ~/models/DeepSeek-V4-Flash DIR --base q2_k\n      answers " in out
+    assert f"  localrun plan flash --box {BOX} --machine-ram 96GiB\n" in out
+    assert "      prompts " in out
 
 
 def test_a_terminal_gets_bars() -> None:
@@ -82,6 +82,9 @@ def test_a_terminal_gets_bars() -> None:
     os.close(ours)
     lines = out.decode().splitlines()
     assert any(line.startswith("token ") for line in lines)
+    commands = ("  localrun ", "  hf ")  # are whole, to be copied
+    assert max(len(line) for line in lines if not line.startswith(commands)) <= 80
+    assert any(line.startswith("         ") and "(rates assumed)" in line for line in lines), "folded between words"
     assert sum("█" in line for line in lines) >= 4
 
 

@@ -17,7 +17,7 @@ from localrun.engine.process.protocol import Delta, Generate
 from localrun.errors import UsageError
 from localrun.tui import attention, presets
 from localrun.tui.app import LocalrunApp
-from localrun.tui.demo_words import DEMO_NOTE, DEMO_QUESTIONS
+from localrun.tui.demo_words import DEMO_NOTE, DEMO_NOTE_AGAIN, DEMO_QUESTIONS
 from localrun.tui.files import completions, is_long_paste, mentioned_files
 from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
@@ -189,6 +189,7 @@ async def test_the_demo_says_below_its_first_answer_that_it_is_a_toy(
         await talk.ask("And then?")
         await talk.until(lambda: len(endings(talk)) == 2)
         assert [DEMO_NOTE in ending for ending in endings(talk)] == [True, False]
+        assert DEMO_NOTE_AGAIN in endings(talk)[1]
         await talk.type("/new")
         await talk.ask(DEMO_QUESTIONS[0])
         await talk.until(lambda: len(endings(talk)) == 1)

@@ -19,7 +19,7 @@ from localrun.tui.controllers.model import ModelSwitch
 from localrun.tui.controllers.notices import Notices
 from localrun.tui.controllers.records import Records
 from localrun.tui.controllers.work import WorkQueue
-from localrun.tui.demo_words import DEMO_NOTE, DEMO_QUESTIONS
+from localrun.tui.demo_words import DEMO_NOTE, DEMO_NOTE_AGAIN, DEMO_QUESTIONS
 from localrun.tui.live_answer import LiveAnswer, last_turns, prompt_messages
 from localrun.tui.screens.dialog import ChoiceDialog
 from localrun.tui.widgets.chat_view import ChatView
@@ -123,8 +123,8 @@ class Asking:
             max_tokens=options.max_tokens,
         )
         details = {"model": facts.name, "think": command.think}
-        if self._model.is_demo and len(branch) == 1 and branch[0].content not in DEMO_QUESTIONS:
-            details["note"] = DEMO_NOTE
+        if self._model.is_demo and branch and branch[-1].content not in DEMO_QUESTIONS:
+            details["note"] = DEMO_NOTE if len(branch) == 1 else DEMO_NOTE_AGAIN
         entry = await self.current.add_answer(question_id, details)
         chat = self._screen.query_one(ChatView)
         await chat.append(entry)

@@ -165,7 +165,8 @@ class ConversationActions:
         self._check_free()
         path = Path(call.argument)
         ids = await self._records(lambda store: import_conversations(store, read_conversations(path)))
-        self._notices.note(f"{len(ids)} conversations: F2 lists them", title="Imported", timeout_s=8)
+        what = "1 conversation" if len(ids) == 1 else f"{len(ids)} conversations"
+        self._notices.note(f"{what}: F2 lists them", title="Imported", timeout_s=8)
         await self.open(ids[-1])
 
     # --- finding

@@ -138,7 +138,9 @@ class Option:
         except (ValueError, OverflowError):
             if self.kind is OptionKind.COUNT and (thousands := re.fullmatch(r"([0-9]+)[kK]", str(text))):
                 likely = int(thousands[1]) * 1024
-                raise UsageError(f"{self.name} {text!r}: a number has no unit", hint=f"did you mean {likely}?") from None
+                raise UsageError(
+                    f"{self.name} {text!r}: a number has no unit", hint=f"did you mean {likely}?"
+                ) from None
             raise self._refusal(value) from None
         if self.kind is OptionKind.SWITCH and str(text).lower() in _SWITCHES:
             return _SWITCHES[str(text).lower()]

@@ -5,6 +5,7 @@ Knows nothing about tokens and markup.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -104,6 +105,39 @@ class End:
 
 
 StreamEvent: TypeAlias = ThinkingDelta | TextDelta | ToolCallStart | ToolCallDelta | ToolCallEnd | End
+
+
+class EventQueue:
+    """Events in their order; neighbouring pieces of one text become one event."""
+
+    def __init__(self) -> None:
+        self._events: list[StreamEvent] = []
+        self._text: list[str] = []  # pieces that belong to the last event, too
+
+    def add(self, event: StreamEvent) -> None:
+        """The next event."""
+        last = self._events[-1] if self._events else None
+        match last, event:
+            case (ThinkingDelta(), ThinkingDelta(text)) | (TextDelta(), TextDelta(text)):
+                self._text.append(text)
+            case (ToolCallDelta(i, _), ToolCallDelta(j, text)) if i == j:
+                self._text.append(text)
+            case _:
+                self._join()
+                self._events.append(event)
+
+    def take(self) -> list[StreamEvent]:
+        """All of them; the queue is then empty."""
+        self._join()
+        events, self._events = self._events, []
+        return events
+
+    def _join(self) -> None:
+        if self._text:
+            last = self._events[-1]
+            assert isinstance(last, ThinkingDelta | TextDelta | ToolCallDelta)
+            self._events[-1] = dataclasses.replace(last, text="".join([last.text, *self._text]))
+            self._text.clear()
 
 
 class MessageBuilder:

@@ -16,10 +16,9 @@ block inside a value is part of the value.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from localrun.engine.chat.dsml_reader import CallReader
@@ -29,8 +28,6 @@ from localrun.engine.chat.dsml_tags import (
     HELD_CHARACTERS,
     HELD_IN_VALUE,
     Tag,
-    bracket_before,
-    next_tag,
 )
 from localrun.engine.chat.messages import ToolSchema, is_tool_name
 from localrun.engine.chat.other_markup import (
@@ -57,8 +54,10 @@ from localrun.engine.chat.parts import (
     Special,
     TokenFinder,
 )
+from localrun.engine.chat.pending_text import PendingText
 from localrun.engine.chat.stream_events import (
     End,
+    EventQueue,
     MessageBuilder,
     Problem,
     StreamEvent,
@@ -88,7 +87,6 @@ __all__ = [
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 _TURN_TOKENS = (BOS, USER, ASSISTANT, LATEST_REMINDER)
 _LINE_BREAKS = re.compile(r"\n{1,2}\Z")
-_UNFINISHED_BRACKET = re.compile(r"<\s{0,2}/?\s{0,2}[｜|]?\Z")
 _FORGIVEN = frozenset({"odd_tag", "guessed_type", "retyped", "unwrapped"})
 """Problems that still leave no doubt about a call in other markup."""
 
@@ -101,9 +99,6 @@ class StreamParser:
         markup_in_text: find protocol tokens in the text, for text decoded together with them.
         id_prefix: ids of tool calls are `<prefix>_<index>`; results refer to them, so choose one per answer.
         tools: the tools on offer. Their schemas determine types, and whether markup without the format's token is accepted.
-
-    Attributes:
-        n_scanned: characters scanned so far, a measure of work: linear in the answer's length.
     """
 
     def __init__(
@@ -115,17 +110,14 @@ class StreamParser:
         tools: Sequence[ToolSchema] = (),
     ) -> None:
         self.ended = False
-        self.n_scanned = 0
         self._id_prefix = id_prefix
         self._lexer = TokenFinder() if markup_in_text else None
         self._tools = {tool.name: ToolTypes.of(tool) for tool in tools}
         self._other = OtherMarkup(self._tools) if tools else None
         self._state: Literal["thinking", "content", "block", "call", "value", "other"] = start
         self._around_block: Literal["thinking", "content"] = start
-        self._buffer = ""
-        self._at = 0  # everything before it in the buffer is done
-        self._out: list[StreamEvent] = []
-        self._text: list[str] = []  # pieces of the last event in `_out`
+        self._pending = PendingText()
+        self._events = EventQueue()
         self._problems: list[Problem] = []
         self._blank_after_block: str | None = None
         self._strays: list[str] = []  # text between two calls
@@ -133,6 +125,11 @@ class StreamParser:
         self._call = CallReader(-1, "")
         self._misnamed = False  # the call was begun by a parameter's tag
         self._quote: Literal["no", "begun", "yes"] = "no"  # a whole block inside a value
+
+    @property
+    def n_scanned(self) -> int:
+        """Characters scanned so far, a measure of work: linear in the answer's length."""
+        return self._pending.n_scanned
 
     # --- input --------------------------------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class StreamParser:
         else:
             for part in self._lexer.feed(text):
                 self._take(part)
-        return self._give()
+        return self._events.take()
 
     def feed_special(self, token: str) -> list[StreamEvent]:
         """A token of the protocol, by its string; any other special token counts as text."""
@@ -155,7 +152,7 @@ class StreamParser:
             for part in self._lexer.flush():
                 self._take(part)
         self._take(Special(token))
-        return self._give()
+        return self._events.take()
 
     def finish(self, reason: str = "eos") -> list[StreamEvent]:
         """The output is over: the end token was sampled (`eos`), or generation stopped for another reason."""
@@ -163,12 +160,7 @@ class StreamParser:
             for part in self._lexer.flush():
                 self._take(part)
         self._end(reason)
-        return self._give()
-
-    def _give(self) -> list[StreamEvent]:
-        self._join()
-        events, self._out = self._out, []
-        return events
+        return self._events.take()
 
     def _take(self, part: PromptPart) -> None:
         if not isinstance(part, Special):
@@ -179,12 +171,12 @@ class StreamParser:
     def _take_text(self, text: str) -> None:
         if self.ended:
             return
-        self._buffer += _HALF_SURROGATE.sub("\ufffd", text)
+        self._pending.text += _HALF_SURROGATE.sub("\ufffd", text)
         self._run(final=False)
 
     def _take_special(self, token: str) -> None:
         if token == DSML:
-            self._buffer += DSML_MARK
+            self._pending.text += DSML_MARK
             self._run(final=False)
         elif token == EOS:
             self._end("eos")
@@ -195,7 +187,7 @@ class StreamParser:
             if self._state != "value":
                 self._run(final=True)
             if self._state == "value":
-                self._buffer += token
+                self._pending.text += token
                 self._run(final=False)
             else:
                 self._think_marker(token)
@@ -222,10 +214,10 @@ class StreamParser:
     def _end(self, reason: str) -> None:
         if self.ended:
             return
-        closed = reason == "eos" and self._state == "value" and PLAIN_CLOSERS.fullmatch(self._buffer) is not None
+        closed = reason == "eos" and self._state == "value" and PLAIN_CLOSERS.fullmatch(self._pending.text) is not None
         if closed:
             # Only closing tags in ordinary text, then the model ended the answer.
-            self._buffer = ""
+            self._pending.text = ""
             self._leave_value()
             self._close_call("misspelt_close")
         self._run(final=True)
@@ -243,7 +235,7 @@ class StreamParser:
         if self._state == "thinking":
             self._problems.append("unclosed_think")
         self.ended = True
-        self._emit(End(reason, tuple(dict.fromkeys(self._problems))))
+        self._events.add(End(reason, tuple(dict.fromkeys(self._problems))))
 
     # --- the machine ----------------------------------------------------------------------------------------------
 
@@ -258,62 +250,55 @@ class StreamParser:
             "other": self._step_other,
         }
         while True:
-            while self._at < len(self._buffer) and steps[self._state](final):
+            while self._pending.at < len(self._pending.text) and steps[self._state](final):
                 pass
             if not final or self._state != "other":
                 break
             self._end_other()
-        self._buffer, self._at = self._buffer[self._at :], 0
-
-    def _tag(self, final: bool) -> Tag | None:
-        tag = next_tag(self._buffer, final=final, start=self._at)
-        self.n_scanned += (tag.end if tag is not None else len(self._buffer)) - self._at
-        return tag
-
-    def _before(self, tag: Tag) -> str:
-        return self._buffer[self._at : tag.start]
+        self._pending.drop_done()
 
     def _step_text(self, final: bool) -> bool:
         if self._other is not None and self._state == "content" and self._find_other():
             return True
-        tag = self._tag(final)
+        tag = self._pending.tag(final)
         if tag is None:
-            return self._pass_text(HELD, final, self._emit_answer)
+            self._emit_answer(self._decided(HELD, final))
+            return False
         if tag.kind == "?":
-            self._emit_answer(self._literal(tag.end))
-            self._at = tag.end
+            self._emit_answer(self._pending.literal(tag.end))
+            self._pending.at = tag.end
         elif tag.kind == "cut":
-            self._emit_answer(_LINE_BREAKS.sub("", self._before(tag)))
+            self._emit_answer(_LINE_BREAKS.sub("", self._pending.before(tag)))
             self._problems.append("truncated")
-            self._at = tag.end
+            self._pending.at = tag.end
             return False
         elif tag.kind in ("calls", "invoke") or self._is_misnamed(tag):
-            self._emit_answer(_LINE_BREAKS.sub("", self._before(tag)))
+            self._emit_answer(_LINE_BREAKS.sub("", self._pending.before(tag)))
             self._blank_after_block = None
             self._around_block = "thinking" if self._state == "thinking" else "content"
             self._state = "block"
             if tag.kind == "calls":
-                self._at = tag.end
+                self._pending.at = tag.end
                 if tag.odd:
                     self._problems.append("odd_tag")
             else:
                 self._problems.append("stray_tag")  # a call without a block around it
-                self._at = tag.start
+                self._pending.at = tag.start
         else:
-            self._emit_answer(self._before(tag))
+            self._emit_answer(self._pending.before(tag))
             self._problems.append("stray_tag")
-            self._at = tag.end
+            self._pending.at = tag.end
         return True
 
     def _find_other(self) -> bool:
         """Whether markup without the token begins before the next token; if so, it is collected from here on."""
         assert self._other is not None
-        mark = self._buffer.find(DSML_MARK, self._at)
-        end = len(self._buffer) if mark < 0 else mark
-        self.n_scanned += end - self._at
-        while (opener := self._other.find(self._buffer, self._at, end)) is not None:
-            self._emit_answer(self._buffer[self._at : opener.start()])
-            self._at = opener.end()
+        mark = self._pending.text.find(DSML_MARK, self._pending.at)
+        end = len(self._pending.text) if mark < 0 else mark
+        self._pending.n_scanned += end - self._pending.at
+        while (opener := self._other.find(self._pending.text, self._pending.at, end)) is not None:
+            self._emit_answer(self._pending.text[self._pending.at : opener.start()])
+            self._pending.at = opener.end()
             if self._other.opens(opener):
                 self._other.begin(opener)
                 self._state = "other"
@@ -324,13 +309,13 @@ class StreamParser:
     def _step_other(self, final: bool) -> bool:
         other = self._other
         assert other is not None
-        text = self._buffer[self._at :]
-        self.n_scanned += len(text)
+        text = self._pending.text[self._pending.at :]
+        self._pending.n_scanned += len(text)
         n_taken = other.add(text)
         if n_taken is None:
-            self._at = len(self._buffer)
+            self._pending.at = len(self._pending.text)
             return False
-        self._at += len(text) if n_taken < 0 else n_taken
+        self._pending.at += len(text) if n_taken < 0 else n_taken
         if n_taken < 0 or not self._read_other(*other.collected()):
             self._refuse_other()
         return True
@@ -351,7 +336,7 @@ class StreamParser:
         self._other.refuse()
         self._state = "content"
         self._emit_answer(opener)
-        self._buffer, self._at = rest + self._buffer[self._at :], 0
+        self._pending.put_back(rest)
 
     def _read_other(self, opener: str, rest: str) -> bool:
         """Whether this is a block of calls, or one call, that the tools' schemas agree with; if so, it is given out."""
@@ -362,10 +347,10 @@ class StreamParser:
             whole = f"<{DSML_MARK}tool_calls>{markup}</{DSML_MARK}tool_calls>"
         inner, answer = StreamParser(), MessageBuilder()
         inner._tools = self._tools
-        inner._buffer = whole
+        inner._pending.text = whole
         inner._run(final=True)
         answer.add(inner.finish())
-        self.n_scanned += inner.n_scanned
+        self._pending.n_scanned += inner.n_scanned
         problems = {*answer.problems} - _FORGIVEN
         if problems or answer.content.strip() or not answer.calls:
             return False
@@ -376,9 +361,9 @@ class StreamParser:
         self._state = "content"
         self._blank_after_block = ""
         for call in answer.calls:
-            self._emit(ToolCallStart(self._n_calls, call.name))
-            self._emit(ToolCallDelta(self._n_calls, call.arguments))
-            self._emit(
+            self._events.add(ToolCallStart(self._n_calls, call.name))
+            self._events.add(ToolCallDelta(self._n_calls, call.arguments))
+            self._events.add(
                 ToolCallEnd(
                     self._n_calls, call.name, call.arguments, self._id(self._n_calls), (*call.problems, "other_markup")
                 )
@@ -387,19 +372,19 @@ class StreamParser:
         return True
 
     def _step_block(self, final: bool) -> bool:
-        tag = self._tag(final)
+        tag = self._pending.tag(final)
         if tag is None:
             self._strays.append(self._decided(HELD, final))
             if final:
                 self._flush_strays()
             return False
-        self._strays.append(self._before(tag))
+        self._strays.append(self._pending.before(tag))
         if tag.kind == "?":
-            self._strays.append(self._buffer[tag.start : tag.end].replace(DSML_MARK, DSML))
-            self._at = tag.end
+            self._strays.append(self._pending.text[tag.start : tag.end].replace(DSML_MARK, DSML))
+            self._pending.at = tag.end
             return True
         self._flush_strays()
-        self._at = tag.end
+        self._pending.at = tag.end
         if tag.kind == "invoke" or self._is_misnamed(tag):
             self._open_call(tag)
         elif tag.kind == "/calls":
@@ -426,7 +411,7 @@ class StreamParser:
         if name and (tag.broken or not is_tool_name(name)):
             self._call.problems.append("bad_name")
         self._n_calls += 1
-        self._emit(ToolCallStart(self._call.index, name))
+        self._events.add(ToolCallStart(self._call.index, name))
         self._state = "call"
         if tag.closed:
             self._close_call()
@@ -436,26 +421,26 @@ class StreamParser:
         return tag.kind == "parameter" and not tag.mode and tag.name in self._tools
 
     def _step_call(self, final: bool) -> bool:
-        tag = self._tag(final)
-        text = self._decided(HELD, final, PLAIN_CALL_END_BEGUN) if tag is None else self._before(tag)
+        tag = self._pending.tag(final)
+        text = self._decided(HELD, final, PLAIN_CALL_END_BEGUN) if tag is None else self._pending.before(tag)
         if self._call.has_parameters and (end := PLAIN_CALL_END.search(text)) is not None:
             self._call.body.append(text[: end.start()])
-            self._at += end.end() - (len(text) if tag is None else 0)
+            self._pending.at += end.end() - (len(text) if tag is None else 0)
             self._close_call("misspelt_close")
             return True
         self._call.body.append(text)
         if tag is None:
             return False
-        self._at = tag.end
+        self._pending.at = tag.end
         if tag.kind == "parameter":
             self._open_value(tag)
         elif tag.kind == "/invoke" or (tag.kind == "/parameter" and self._misnamed):
             self._close_call("misspelt_close" if tag.odd else None)
         elif tag.kind in ("invoke", "/calls"):
-            self._at = tag.start
+            self._pending.at = tag.start
             self._close_call("missing_close")
         elif tag.kind == "?":
-            self._call.body.append(self._buffer[tag.start : tag.end].replace(DSML_MARK, DSML))
+            self._call.body.append(self._pending.text[tag.start : tag.end].replace(DSML_MARK, DSML))
         else:
             self._call.problems.append("truncated" if tag.kind == "cut" else "stray_tag")
         return True
@@ -468,94 +453,51 @@ class StreamParser:
             self._leave_value()
 
     def _step_value(self, final: bool) -> bool:
-        tag = self._tag(final)
+        tag = self._pending.tag(final)
         if tag is None:
-            return self._pass_text(HELD_IN_VALUE, final, self._emit_value)
-        if self._quote == "begun" and (tag.kind != "invoke" or self._before(tag).strip()):
+            self._emit_value(self._decided(HELD_IN_VALUE, final))
+            return False
+        if self._quote == "begun" and (tag.kind != "invoke" or self._pending.before(tag).strip()):
             self._quote = "no"
         if tag.kind in ("calls", "?") or (self._quote != "no" and tag.kind != "cut"):
             quote = self._quote
-            self._emit_value(self._literal(tag.end))
-            self._at = tag.end
+            self._emit_value(self._pending.literal(tag.end))
+            self._pending.at = tag.end
             if quote == "no":
                 self._quote = "begun" if tag.kind == "calls" else "no"
             else:
                 self._quote = "no" if tag.kind == "/calls" else "yes"  # a call follows the beginning of the block
         elif tag.kind == "/parameter":
-            self._emit_value(self._before(tag))
-            self._at = tag.end
+            self._emit_value(self._pending.before(tag))
+            self._pending.at = tag.end
             if tag.odd:
                 self._call.problems.append("misspelt_close")
             self._leave_value()
         elif tag.kind == "cut":
-            self._emit_value(self._before(tag))
-            self._at = tag.end
+            self._emit_value(self._pending.before(tag))
+            self._pending.at = tag.end
         else:
-            self._emit_value(self._before(tag).removesuffix("\n"))
-            self._at = tag.start
+            self._emit_value(self._pending.before(tag).removesuffix("\n"))
+            self._pending.at = tag.start
             self._call.problems.append("missing_close")
             self._leave_value()
         return True
 
-    def _pass_text(self, held: re.Pattern[str], final: bool, emit: Callable[[str], None]) -> bool:
-        """Emits the text up to the next DSML token, except for an end that may belong to a tag."""
-        emit(self._decided(held, final))
-        return False
-
     def _decided(self, held: re.Pattern[str], final: bool, also: re.Pattern[str] | None = None) -> str:
         """Takes the text up to the next DSML token, except for an end that may belong to a tag."""
-        buffer, at = self._buffer, self._at
-        if (mark := buffer.find(DSML_MARK, at)) >= 0:
-            end = bracket_before(buffer, mark, at)[0]  # the tag itself is incomplete
-            while end > at and buffer[end - 1] == "\n":
-                end -= 1
-        elif final:
-            end = len(buffer)
-            if self._state in ("block", "call") and (bracket := _UNFINISHED_BRACKET.search(buffer, max(at, end - 6))):
-                self._at = end
-                return buffer[at : bracket.start()]
-        else:
-            end = self._held_from(held, also)
-        self._at = end
-        return buffer[at:end]
-
-    def _held_from(self, held: re.Pattern[str], also: re.Pattern[str] | None) -> int:
-        buffer, at, n = self._buffer, self._at, len(self._buffer)
-        ends = [n]
-        for pattern, longest in ((held, HELD_CHARACTERS), (also, 16)):
-            if pattern is not None and (match := pattern.search(buffer, max(at, n - longest))) is not None:
-                ends.append(match.start())
+        ends = [(held, HELD_CHARACTERS)]
+        if also is not None:
+            ends.append((also, 16))
         if self._state == "value":
-            for pattern in (PLAIN_CLOSERS, PLAIN_CLOSERS_BEGUN):
-                if (match := pattern.search(buffer, max(at, n - LONGEST_CLOSERS))) is not None:
-                    ends.append(match.start())
-        elif self._state == "content" and self._other is not None:
-            ends.append(at + self._other.held_from(buffer[at:]))
-        return min(ends)
-
-    def _literal(self, end: int) -> str:
-        return self._buffer[self._at : end].replace(DSML_MARK, DSML)
+            ends += [(PLAIN_CLOSERS, LONGEST_CLOSERS), (PLAIN_CLOSERS_BEGUN, LONGEST_CLOSERS)]
+        return self._pending.decided(
+            ends,
+            final=final,
+            in_markup=self._state in ("block", "call"),
+            other=self._other if self._state == "content" else None,
+        )
 
     # --- output ---------------------------------------------------------------------------------------------------
-
-    def _emit(self, event: StreamEvent) -> None:
-        """Neighbouring pieces of one text become one event."""
-        last = self._out[-1] if self._out else None
-        match last, event:
-            case (ThinkingDelta(), ThinkingDelta(text)) | (TextDelta(), TextDelta(text)):
-                self._text.append(text)
-            case (ToolCallDelta(i, _), ToolCallDelta(j, text)) if i == j:
-                self._text.append(text)
-            case _:
-                self._join()
-                self._out.append(event)
-
-    def _join(self) -> None:
-        if self._text:
-            last = self._out[-1]
-            assert isinstance(last, ThinkingDelta | TextDelta | ToolCallDelta)
-            self._out[-1] = dataclasses.replace(last, text="".join([last.text, *self._text]))
-            self._text.clear()
 
     def _emit_answer(self, text: str) -> None:
         """Text of the answer or of the reasoning, unchanged."""
@@ -572,7 +514,7 @@ class StreamParser:
             text, self._blank_after_block = self._blank_after_block, None
         if text:
             thinks = (self._around_block if self._state == "block" else self._state) == "thinking"
-            self._emit(ThinkingDelta(text) if thinks else TextDelta(text))
+            self._events.add(ThinkingDelta(text) if thinks else TextDelta(text))
 
     def _flush_strays(self) -> None:
         """Text between two calls is text of the answer, closing tags without the token aside."""
@@ -591,7 +533,7 @@ class StreamParser:
 
     def _emit_arguments(self, text: str) -> None:
         if text:
-            self._emit(ToolCallDelta(self._call.index, text))
+            self._events.add(ToolCallDelta(self._call.index, text))
 
     def _leave_value(self) -> None:
         self._emit_arguments(self._call.close_value())
@@ -603,7 +545,7 @@ class StreamParser:
             call.problems.append(problem)
         self._emit_arguments(call.close())
         problems = tuple(dict.fromkeys(call.problems))
-        self._emit(ToolCallEnd(call.index, call.name, call.arguments, self._id(call.index), problems))
+        self._events.add(ToolCallEnd(call.index, call.name, call.arguments, self._id(call.index), problems))
         self._state = "block"
 
     def _id(self, index: int) -> str:

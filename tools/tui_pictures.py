@@ -18,14 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from textual.widgets import Select
+
 from localrun.api import demo
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.options import ChatOptions
+from localrun.tui.screens.convert import ConvertScreen
 from localrun.units import parse_size
 
 QUESTIONS = ("What is the capital of France?", "Write a story about a small dog.")
+CHECKPOINT, CONVERTED, RECIPE = "~/models/DeepSeek-V4-Flash", "~/models/v4-flash", "ram-64"
 MAX_TOKENS = 120
 PATIENCE_S = 900.0
 
@@ -39,8 +43,10 @@ async def until(condition: Callable[[], Any]) -> None:
     raise TimeoutError
 
 
-async def picture(out: Path, name: str, size: tuple[int, int], ram_bytes: int, *, panel: bool) -> None:
-    """One conversation, one picture."""
+async def picture(
+    out: Path, name: str, size: tuple[int, int], ram_bytes: int, *, panel: bool = False, dialog: bool = False
+) -> None:
+    """One conversation, one picture: of it, or, with `dialog`, of the dialog for conversions before it."""
     launch = Launch(
         model=demo.converted(),
         options=EngineOptions(ram_bytes=ram_bytes, n_ctx=2048),
@@ -53,11 +59,16 @@ async def picture(out: Path, name: str, size: tuple[int, int], ram_bytes: int, *
             screen = app.chat
             assert screen is not None
             screen.panels.set(engine="side" if panel else "off", conversations=panel)
-            for question in QUESTIONS:
+            for question in () if dialog else QUESTIONS:
                 screen.prompt.set_text(question)
                 await pilot.press("enter")
                 await until(partial(is_idle, screen))
             await settle(screen, pilot)
+            if dialog:
+                screen.run_command("convert", f"{CHECKPOINT} {CONVERTED}")
+                await until(lambda: isinstance(app.screen, ConvertScreen) and app.screen.is_mounted)
+                app.screen.query_one("#recipe", Select).value = RECIPE
+                await pilot.pause(0.5)
             svg = app.export_screenshot(title="localrun chat")
     # No picture may ask a server for a font.
     (out / name).write_text(re.sub(r"@font-face\s*\{[^}]*\}", "", svg))
@@ -81,7 +92,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    asyncio.run(picture(args.out, "chat-80x24.svg", (80, 24), args.ram, panel=False))
+    asyncio.run(picture(args.out, "chat-80x24.svg", (80, 24), args.ram))
+    asyncio.run(picture(args.out, "convert-80x24.svg", (80, 24), args.ram, dialog=True))
     asyncio.run(picture(args.out, "engine-160x50.svg", (160, 50), args.ram, panel=True))
 
 

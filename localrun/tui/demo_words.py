@@ -16,5 +16,5 @@ DEMO_NOTE = (
 )
 """Below the first answer of a conversation, unless the question was one of those that are offered."""
 
-DEMO_NOTE_AGAIN = "a toy model wrote this; Ctrl+L loads a real one"
+DEMO_NOTE_AGAIN = "a toy wrote this; Ctrl+L: real models"
 """Below later answers."""

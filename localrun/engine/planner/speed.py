@@ -34,10 +34,10 @@ ATTENTION_MACS_PER_CORE = 8e9
 BATCH_ATTENTION_MACS_PER_CORE = 10e9
 """Multiplications per second of attention and indexer in llama.cpp, one token and batches. [m] The slices at 0 to 2048 tokens."""
 
-OWN_ATTENTION_MACS_PER_CORE = 23e9
-OWN_BATCH_ATTENTION_MACS_PER_CORE = 20e9
-"""The same of our kernels. [m] Three layers of Flash on two busy cores: a token at 131,072 took 8.6 ms, 512 tokens at 32,256 3.5 ms
-each."""
+OWN_ATTENTION_MACS_PER_CORE = 30e9
+OWN_BATCH_ATTENTION_MACS_PER_CORE = 37e9
+"""The same of our kernels. [m] Three layers of Flash on two Zen 5 cores: 394 million for a token at 131,072 in 5.9 ms (33e9 per
+core), 69 million at 4096 in 1.4 ms (24e9); in batches 142 million at 32,256 in 1.8 ms (39e9), 35 million at 0 in 0.51 ms (34e9)."""
 
 BATCH_VALUE_S = 0.28e-6
 """Per layer, token and value of the hidden state, of one core, in batches, besides matrices and attention. [m] The same slices:

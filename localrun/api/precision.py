@@ -103,10 +103,13 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     Raises:
         UsageError, FormatError: unknown types or recipes, impossible budgets, options that exclude each other.
     """
-    from localrun.quant.checkpoint.mapping import BASE_TYPES
+    from localrun.quant.checkpoint.mapping import BASE_TYPES, DENSE_TYPES
     from localrun.quant.precision.recipes import Recipe, read_recipe
     from localrun.quant.precision.solver import HotBudget, Target
 
+    for option, name, known in (("base", wanted.base, BASE_TYPES), ("dense", wanted.dense, DENSE_TYPES)):
+        if name and name not in known:
+            raise UsageError(f"--{option}: unknown type '{name}'", hint=f"one of {', '.join(known)}")
     recipe = read_recipe(wanted.recipe) if wanted.recipe else Recipe("")
     if wanted.keep_experts and (wanted.base or wanted.recipe or wanted.split is not None):
         raise UsageError(

@@ -187,6 +187,7 @@ def _write_part(
                 progress(done + offset + copied, total)
         new.truncate(part.size_bytes)
         os.fsync(new.fileno())
+    progress(done + part.size_bytes, total)
     return done + part.size_bytes
 
 

@@ -39,6 +39,7 @@ def test_limits_reach_the_plan() -> None:
     made = plan("flash", machine=BOX, ram="8GiB", context=4096, prompt_tokens=100)
     assert made.n_ctx == 4096
     assert made.options.prompt_tokens == 100
+    assert made.placement.ram_bytes is not None
     assert made.placement.ram_bytes <= 8 * GIB
     smaller = plan("flash", machine=BOX, base="q2_k")
     assert smaller.sizes.expert_file_bytes < made.sizes.expert_file_bytes

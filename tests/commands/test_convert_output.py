@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from localrun.commands import convert_output
 from localrun.commands.convert_output import ConvertOutput
 from localrun.errors import LocalrunError
-from localrun.quant.convert.converter import ConversionProgress
+from localrun.quant.convert.writing import ConversionProgress
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, for the test to set."""
     time = [100.0]
-    monkeypatch.setattr(convert_output.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr("localrun.commands.convert_output.time.monotonic", lambda: time[0])
     return time
 
 

@@ -32,7 +32,7 @@ class Machine:
         threads: its cores.
         memory_rate, drive_rate: bandwidth of its RAM and read speed of the model's drive.
         drives: 2 for a mirror on a second drive.
-        gpu_rate, pcie_rate: bandwidth of the GPUs' memory, and between RAM and GPU.
+        gpu_rate: bandwidth of the GPUs' memory.
     """
 
     box: str | None = None
@@ -43,7 +43,6 @@ class Machine:
     drive_rate: Rate | None = None
     drives: int | None = None
     gpu_rate: Rate | None = None
-    pcie_rate: Rate | None = None
 
 
 def plan(
@@ -169,7 +168,6 @@ def _gpus(machine: Machine) -> tuple[Gpu, ...] | None:
             size,
             name=f"GPU {number}",
             bytes_per_s=_per_s(machine.gpu_rate) or hardware.ASSUMED_VRAM_BYTES_PER_S,
-            pcie_bytes_per_s=_per_s(machine.pcie_rate) or hardware.ASSUMED_PCIE_BYTES_PER_S,
         )
         for number, size in enumerate(sizes)
         if size

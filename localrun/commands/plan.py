@@ -73,9 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
     machine.add_argument("--machine-gpu-rate", type=common.rate, metavar="RATE", help="GPU memory bandwidth (500GB/s)")
-    machine.add_argument(
-        "--machine-pcie-rate", type=common.rate, metavar="RATE", help="bandwidth between RAM and GPU (12GB/s)"
-    )
     machine.add_argument("--no-probe", action="store_true", help="don't measure this machine's drive and memory")
     how = parser.add_argument_group("prediction")
     how.add_argument("--base", metavar="TYPE", help="type of all experts, for a model not converted yet")

@@ -6,7 +6,6 @@ than the assumption. Nothing here may fail a start: unknown values are assumed a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -35,18 +34,10 @@ ASSUMED_MEMORY_BYTES_PER_S = 40.0e9
 ASSUMED_VRAM_BYTES_PER_S = 500.0e9
 """A middle-class card of recent years."""
 
-ASSUMED_PCIE_BYTES_PER_S = 12.0e9
-"""PCIe 3.0 x16 or 4.0 x8 after overhead."""
-
-ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S, ASSUMED_PCIE_BYTES_PER_S)
-
-_LANE_BYTES_PER_S = {2.5: 0.25e9, 5.0: 0.5e9, 8.0: 0.985e9, 16.0: 1.969e9, 32.0: 3.938e9, 64.0: 7.56e9}
-"""GT/s -> bytes per second and lane, PCIe Base Specification 1.0 to 6.0."""
+ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S)
 
 SEEN = "tokens: "
 """Begins the names of rates that come from whole tokens."""
-
-SYS_PCI = Path("/sys/bus/pci/devices")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +60,9 @@ class Gpu:
         *,
         name: str = "GPU",
         bytes_per_s: float = ASSUMED_VRAM_BYTES_PER_S,
-        pcie_bytes_per_s: float = ASSUMED_PCIE_BYTES_PER_S,
     ) -> Gpu:
-        """A card of which no more is known than its memory's bandwidth and its link's."""
-        return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s, pcie_bytes_per_s))
+        """A card of which no more is known than its memory's bandwidth."""
+        return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,17 +208,13 @@ def local_gpus(*, probe: bool = True) -> tuple[Gpu, ...]:
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
-    """These devices with their rates. If `probe` is False or fails, rates are assumed from the card maker's bandwidth and the
-    system's link speed."""
+    """These devices with their rates. If `probe` is False or fails, rates are assumed from the card maker's bandwidth."""
     from localrun.offload.gpu.probe import probe_gpu
 
-    links = display_links()
-    known = len(links) == len(devices)  # otherwise they can't be told apart
     result = []
-    for number, device in enumerate(devices):
-        link = links[number] if known else ASSUMED_PCIE_BYTES_PER_S
+    for device in devices:
         vram_bytes_per_s = card_bytes_per_s(device.description) or ASSUMED_VRAM_BYTES_PER_S
-        rates = (probe_gpu(device) if probe else None) or assumed_rates(vram_bytes_per_s, link)
+        rates = (probe_gpu(device) if probe else None) or assumed_rates(vram_bytes_per_s)
         result.append(
             Gpu(
                 name=device.description or device.name,
@@ -237,19 +223,6 @@ def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[
             )
         )
     return tuple(result)
-
-
-def display_links() -> list[float]:
-    """Rates of the links of all graphics cards, by address."""
-    links = []
-    with contextlib.suppress(OSError):
-        for folder in sorted(SYS_PCI.iterdir()):
-            with contextlib.suppress(OSError):
-                rate = pcie_bytes_per_s(folder.name)
-                # PCI class 0x03: display controllers.
-                if rate is not None and (folder / "class").read_text().startswith("0x03"):
-                    links.append(rate)
-    return links
 
 
 def described(
@@ -281,18 +254,3 @@ PROCESS_BYTES = 350 << 20
 
 SYSTEM_BYTES = 2 * 2**30
 """What an operating system and a desktop hold of a machine that is only described."""
-
-
-def pcie_bytes_per_s(address: str) -> float | None:
-    """Maximum link bandwidth of a PCI device in bytes per second (idle cards slow theirs down); None if unknown.
-
-    Args:
-        address: `0000:01:00.0`.
-    """
-    folder = SYS_PCI / address.lower()
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        transfers = float((folder / "max_link_speed").read_text().split()[0])
-        lanes = int((folder / "max_link_width").read_text())
-        lane_bytes_per_s = _LANE_BYTES_PER_S.get(transfers)
-        return lane_bytes_per_s * lanes if lane_bytes_per_s and lanes else None
-    return None

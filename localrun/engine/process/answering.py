@@ -200,10 +200,8 @@ def steering_for(engine: Engine, command: Generate, start: str | None) -> Steeri
     Raises:
         UsageError: a schema that can't be enforced, or a tool that is not offered.
     """
-    check_counts(
-        min_tokens=command.min_tokens, think_budget=command.think_budget, max_tool_calls=command.max_tool_calls
-    )
-    check_counts(logprobs=command.logprobs)
+    names = ("min_tokens", "think_budget", "max_tool_calls", "logprobs")
+    check_counts(**{name: getattr(command, name) for name in names})
     some = command.tool_names is not None and bool(command.tools)
     strict = command.tool_choice == "auto" and (some or any(tool.get("strict") is True for tool in command.tools))
     forced = command.tool_choice == "required"

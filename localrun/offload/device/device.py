@@ -167,11 +167,6 @@ class ExpertDevice:
         else:
             self._shown[record] = multiply
 
-    @property
-    def n_buffers(self) -> int:
-        """Weights buffers that llama.cpp has not freed."""
-        return len(self._memory)
-
     @contextmanager
     def loading(self, owner: Owner) -> Iterator[None]:
         """While open, weights buffers that llama.cpp allocates belong to `owner`. One load at a time per process."""

@@ -1,4 +1,4 @@
-"""Measures everything a plan needs to know about a GPU: calls, experts, dense matrices, small operations, uploads.
+"""Measures everything a plan needs to know about a GPU: calls, experts, dense matrices, small operations.
 
 It measures under real conditions: experts go through the expert path's slots and graphs, for one token (memory-bound) and a
 batch (compute-bound), including link and hand-over. The dense model is represented by a chain of quantized matrices, and
@@ -63,7 +63,6 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
     """
     try:
         with _Experts(device, spec) as experts, _Dense(device, spec.n_embd) as dense:
-            upload_s = experts.upload_s()
             latency_s = _seconds(lambda: experts.call(1, small=True))
             decode_s = _seconds(lambda: experts.call(_SLOTS))
             n_pairs, batch_s = _largest(experts.call, MAX_PAIRS)
@@ -73,7 +72,6 @@ def probe_gpu(device: GpuDevice, spec: FfnSpec = _SPEC) -> GpuRates | None:
                 latency_s=latency_s,
                 decode_bytes_per_s=call_bytes / _less(decode_s, latency_s),
                 batch_macs_per_s=n_pairs * 3 * spec.n_embd * spec.n_ff / _less(batch_s, latency_s),
-                upload_bytes_per_s=experts.expert_bytes / upload_s,
                 dense_bytes_per_s=dense.n_bytes / _less(_seconds(dense.row), latency_s),
                 dense_macs_per_s=n_rows * spec.n_embd**2 / _less(rows_s, latency_s),
                 node_s=_less(_seconds(dense.norms), latency_s) / _NORMS,
@@ -157,12 +155,6 @@ class _Experts:
         self._row_bytes = self._slots.banks[0, 0].row_bytes
         self.expert_bytes = sum(self._row_bytes)
         self._x = {size: np.ones((MAX_PAIRS, size), np.float32) for size in (spec.n_embd, _SMALL.n_embd)}
-
-    def upload_s(self) -> float:
-        """Seconds of one expert; a slow link carries two of them."""
-        expert = [np.full(size, _FILL, np.uint8) for size in self._row_bytes]
-        slots = iter(range(1 << 20))
-        return _seconds(lambda: self._slots.upload((0, 0), next(slots) % _SLOTS, expert))
 
     def call(self, n_pairs: int, *, small: bool = False) -> None:
         """As many (token, expert) pairs, evenly over the slots, there and back."""

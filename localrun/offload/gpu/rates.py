@@ -26,7 +26,6 @@ class GpuRates:
         latency_s: seconds per call of the expert path with nothing to compute: a round trip.
         decode_bytes_per_s: bytes of experts per second, multiplied with one token each, eight in a call; without `latency_s`.
         batch_macs_per_s: multiplications per second of 512 (token, expert) pairs over eight experts; without `latency_s`.
-        upload_bytes_per_s: bytes per second from RAM into slots, in the pieces that the expert path uses.
         dense_bytes_per_s: bytes per second of 8-bit matrices multiplied with one row; without `latency_s`.
         dense_macs_per_s: multiplications per second of such a matrix with 512 rows; without `latency_s`.
         node_s: seconds per graph operation on a single row of 4096 values, i.e. launch overhead.
@@ -39,7 +38,6 @@ class GpuRates:
     latency_s: float
     decode_bytes_per_s: float
     batch_macs_per_s: float
-    upload_bytes_per_s: float
     dense_bytes_per_s: float
     dense_macs_per_s: float
     node_s: float
@@ -48,18 +46,16 @@ class GpuRates:
     measured: bool = True
 
 
-def assumed_rates(memory_bytes_per_s: float, link_bytes_per_s: float) -> GpuRates:
+def assumed_rates(memory_bytes_per_s: float) -> GpuRates:
     """Assumed rates of a card that was not measured.
 
     Args:
         memory_bytes_per_s: memory bandwidth according to its maker.
-        link_bytes_per_s: between RAM and the card.
     """
     return GpuRates(
         latency_s=LATENCY_S,
         decode_bytes_per_s=MEMORY_SHARE * memory_bytes_per_s,
         batch_macs_per_s=MACS_PER_BYTE * memory_bytes_per_s,
-        upload_bytes_per_s=link_bytes_per_s,
         dense_bytes_per_s=MEMORY_SHARE * memory_bytes_per_s,
         dense_macs_per_s=MACS_PER_BYTE * memory_bytes_per_s,
         node_s=NODE_S,

@@ -433,19 +433,6 @@ def test_kernels_are_measured_on_the_model_s_own_formats() -> None:
     assert rates.dense_macs_per_s > 0
 
 
-def test_pcie_links_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = tmp_path / "0000:01:00.0"
-    card.mkdir()
-    (card / "max_link_speed").write_text("16.0 GT/s PCIe\n")
-    (card / "max_link_width").write_text("16\n")
-    monkeypatch.setattr(hardware, "SYS_PCI", tmp_path)
-    assert hardware.pcie_bytes_per_s("0000:01:00.0") == pytest.approx(31.5e9, rel=0.01)
-    assert hardware.pcie_bytes_per_s("0000:02:00.0") is None
-    assert hardware.display_links() == []
-    (card / "class").write_text("0x030000\n")
-    assert hardware.display_links() == [hardware.pcie_bytes_per_s("0000:01:00.0")]
-
-
 def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "rates.json"
     for _ in range(3):
@@ -515,7 +502,8 @@ def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> Non
         assert part in value
     assert cli.main(["plan", "flash", *GIVEN]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["model", "machine", "memory", "experts", "speed", "faster"]
+    headed = [line.split()[0] for line in lines if line[:1].strip()]  # others continue the one above
+    assert headed[:6] == ["model", "machine", "memory", "experts", "speed", "faster"]
 
 
 def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

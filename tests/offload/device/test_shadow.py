@@ -172,7 +172,7 @@ def test_nothing_is_under_way_after_a_decode_and_a_model_leaves_nothing(model_pa
         logits(model, [1, 2, 3], batch=1)
         assert device.process.fields[PROCESS.shadow] != 0
         assert device.process.fields[PROCESS.behind] == 0
-    if device.n_buffers == 0:
+    if not device._memory:
         assert device.process.fields[PROCESS.shadow] == 0
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
         assert np.isfinite(logits(model, [1, 2, 3], batch=1)).all()

@@ -120,13 +120,18 @@ class Engine:
         sizes = sizes_of_source(source)
         n_ctx = _context_length(sizes, options)
         placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()
-        try:
+        while True:
             first = _first_context(options, placement, n_ctx)
-            plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
-        except GpuMemoryError as error:
-            log.warning("%s; the dense model stays on the CPU", error)
-            placement, first = place_on_gpus(source, sizes, options, n_ctx, with_dense=False), None
-            plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
+            try:
+                plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
+                break
+            except GpuMemoryError as error:
+                if not placement.n_gpu_layers:
+                    raise
+                # A load takes a while: half, then nothing.
+                most_share = 0.5 if placement.dense_share >= 1 else 0.0
+                log.warning("%s; %s", error, "trying half of it" if most_share else "the dense model stays on the CPU")
+                placement = place_on_gpus(source, sizes, options, n_ctx, most_share=most_share)
         file_bytes = sum(file.stat().st_size for file in source.files)
         return cls._checked(
             loaded,
@@ -134,7 +139,7 @@ class Engine:
             path=Path(path),
             identity=source.identity,
             file_bytes=file_bytes,
-            dense_on_gpu=placement.n_gpu_layers > 0,
+            dense_on_gpu=placement.dense_share >= 1,
             plan=plan,
             first=first,
         )
@@ -380,7 +385,7 @@ def _plan(
         specs=sizes.specs,
     )
     gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
-    share = GpuShare(dense=placement.n_gpu_layers > 0, expert_bytes=sum(size for _, size in placement.experts))
+    share = GpuShare(dense_share=placement.dense_share, expert_bytes=sum(size for _, size in placement.experts))
     ram_bytes = None if machine.ram_bytes is None else max(0, machine.ram_bytes - placement.ram_bytes)
     machine = replace(machine, gpus=gpus, ram_bytes=ram_bytes)
     return plan_load(sizes, options, machine, share, suggest=is_large, learned=learn)

@@ -23,6 +23,7 @@ from localrun.ggml.structures import Tensor
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.setup import OffloadOptions
+from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import PROJECTIONS, ModelSource
 
 Adopt = Callable[[int, Weight], None]
@@ -96,12 +97,28 @@ def free_model(model: Any) -> None:
 def _overrides(source: ModelSource, options: OffloadOptions) -> C.Array[Any]:
     """Which tensors go to our buffer type: experts, and dense matrices where no GPU takes them."""
     patterns = [EXPERT_TENSORS]
-    if options.dense_on_device and options.math == "int8" and options.n_gpu_layers == 0:
-        patterns += filter(None, [dense_pattern(dense_tensors(source))])
+    first = first_gpu_layer(options.n_gpu_layers, shape_of(source).n_layers)
+    if options.dense_on_device and options.math == "int8" and first > 0:
+        tensors = dense_tensors(source)
+        if options.n_gpu_layers:
+            tensors = {name: info for name, info in tensors.items() if 0 <= _layer_of(name) < first}
+        patterns += filter(None, [dense_pattern(tensors)])
     overrides = (ggml.TensorBuftOverride * (len(patterns) + 1))()  # the last one, empty, ends the list
     for override, pattern in zip(overrides, patterns, strict=False):
         override.pattern, override.buft = pattern.encode(), expert_device().weights_buffer_type
     return overrides
+
+
+def first_gpu_layer(n_gpu_layers: int, n_layers: int) -> int:
+    """Of llama.cpp's layers, which one is the first on the GPU; `n_layers`: none. The output head counts as the last one, and goes
+    there first (llama-model.cpp, `i_gpu_start`)."""
+    return min(n_layers, max(0, n_layers + 1 - n_gpu_layers))
+
+
+def _layer_of(name: str) -> int:
+    """`blk.3.attn_q_a.weight` -> 3; -1 for what belongs to no layer."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else -1
 
 
 def _refusal(source: ModelSource, options: OffloadOptions) -> LocalrunError:

@@ -29,6 +29,7 @@ from localrun.offload.readahead import hash_tables
 from localrun.offload.routers import Routers
 from localrun.offload.setup import ExpertSetup, OffloadOptions, choose_setup, fit_into_free, make_tier, slot_budget
 from localrun.quant.checkpoint.source import CheckpointSource
+from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
@@ -179,7 +180,10 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         with device.loading(pool):
             model = fill_model(source, options, pool.handover.adopt, dense, routers.adopt)
         opened.callback(_free, model)
-        device.exchange_with(options.gpus[0][0] if options.n_gpu_layers else None)
+        device.exchange_with(
+            options.gpus[0][0] if options.n_gpu_layers else None,
+            all_layers=options.n_gpu_layers > shape_of(source).n_layers,
+        )
         if options.first_context is not None and options.n_gpu_layers:
             with pool.idle():
                 opened.callback(options.first_context(model).close)

@@ -87,7 +87,7 @@ def test_every_allocation_of_a_load_may_fail(
     assert whole.n_experts > 0
     assert whole.n_later == 0, "what is allocated later can't be given way to"
     n_allocations = shimmed.n_allocations
-    given_up = Counter[str]()
+    given_up, halved = Counter[str](), 0
     for number in range(1, n_allocations + 1):
         caplog.clear()
         shimmed.n_allocations, shimmed.fail_allocation = 0, number
@@ -103,7 +103,10 @@ def test_every_allocation_of_a_load_may_fail(
         assert lines_about(gpu, caplog), number
         assert kl(whole.logits, found.logits) < ROUNDING, number
         given_up[gone[0]] += 1
+        halved += "trying half of it" in caplog.text
+        assert ("trying half of it" in caplog.text) == (not found.dense), number
     assert set(given_up) == {"dense", "batch", "experts", "streaming"}
+    assert halved == given_up["dense"] > 0
 
 
 def test_a_context_that_never_fits_leaves_the_dense_model_on_the_cpu(

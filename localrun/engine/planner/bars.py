@@ -93,7 +93,7 @@ def _ram(plan: Plan) -> Bar:
         Segment(name="experts", value=at.ram_experts * plan.sizes.mean_slot_bytes),
     ]
     if not at.dense_on_gpu:
-        segments[:0] = _fixed(plan)
+        segments[:0] = _fixed(plan, 1 - at.dense_share)
     if machine.ram_bytes is None or machine.total_ram_bytes is None:
         return _bar("RAM", "used by the plan", segments)
     segments.append(Segment(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
@@ -106,7 +106,8 @@ def _gpu(plan: Plan) -> Bar | None:
     at, machine = plan.placement, plan.machine
     if not machine.gpus:
         return None
-    segments = [*(_fixed(plan) if at.dense_on_gpu else []), Segment(name="experts", value=at.gpu_expert_bytes)]
+    fixed = _fixed(plan, at.dense_share) if at.dense_share else []
+    segments = [*fixed, Segment(name="experts", value=at.gpu_expert_bytes)]
     free = machine.vram_bytes - sum(segment.value for segment in segments)
     names = " and ".join(gpu.name for gpu in machine.gpus)
     return _bar(
@@ -114,11 +115,12 @@ def _gpu(plan: Plan) -> Bar | None:
     )
 
 
-def _fixed(plan: Plan) -> list[Segment]:
+def _fixed(plan: Plan, share: float) -> list[Segment]:
+    """What `share` of the dense model's layers takes; llama.cpp's buffers are on both sides."""
     at = plan.placement
     return [
-        Segment(name="dense model", value=at.dense_bytes),
-        Segment(name="cache", value=at.kv_bytes),
+        Segment(name="dense model", value=share * at.dense_bytes),
+        Segment(name="cache", value=share * at.kv_bytes),
         Segment(name="buffers", value=at.compute_bytes),
     ]
 

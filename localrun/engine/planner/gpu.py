@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
-from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets
+from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets, layers_that_fit
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
@@ -28,27 +28,29 @@ DRIVER_BYTES = 128 << 20
 @dataclass(frozen=True, slots=True)
 class GpuPlacement:
     """Attributes:
-    n_gpu_layers: for llama.cpp; `ALL_LAYERS` or 0.
+    n_gpu_layers: for llama.cpp, whose output head counts as the last layer; `ALL_LAYERS`, fewer, or 0.
+    dense_share: of the dense model's layers.
     experts: devices and the bytes available for experts on each; may be 0.
     ram_bytes: the part of this that integrated GPUs take from RAM, plus the input embedding, which llama.cpp keeps there.
     spare: bytes that stay free, by device name: for the driver and windows, or only for the driver with `--vram`.
     """
 
     n_gpu_layers: int = 0
+    dense_share: float = 0.0
     experts: tuple[tuple[GpuDevice, int], ...] = ()
     ram_bytes: int = 0
     spare: Mapping[str, int] = field(default_factory=dict)
 
 
 def place_on_gpus(
-    source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int, *, with_dense: bool = True
+    source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int, *, most_share: float = 1.0
 ) -> GpuPlacement:
     """Chooses devices and divides their memory.
 
     Args:
         sizes: the source's.
         n_ctx: tokens of context that the cache must hold.
-        with_dense: the dense model may go there; else experts get all.
+        most_share: of the dense model's layers that may go there; 0: experts get all.
 
     Raises:
         UsageError: `--gpu` names a missing device, or one without dedicated memory and without `--vram`; `--vram` without a GPU.
@@ -89,16 +91,22 @@ def place_on_gpus(
         free = [max(0, device.free_bytes - device.display_bytes) for device in devices]
     budgets = gpu_budgets(free, options.vram_bytes, needed)
     ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
-    n_gpu_layers = 0
-    if with_dense and budgets[0] >= needed:
-        n_gpu_layers, budgets[0] = ALL_LAYERS, budgets[0] - needed
+    n_gpu_layers, dense_share = 0, 0.0
+    if most_share >= 1 and budgets[0] >= needed:
+        n_gpu_layers, dense_share, budgets[0] = ALL_LAYERS, 1.0, budgets[0] - needed
         ram_bytes += embedding_bytes
-    elif with_dense:
+    elif most_share:
+        n_layers = sizes.shape.n_layers
+        limit = min(budgets[0], needed if most_share >= 1 else int(most_share * needed))
+        count, n_bytes = layers_that_fit(sizes, limit, n_ctx, options.kv_type, options.n_batch)
+        if count:
+            n_gpu_layers, dense_share, budgets[0] = count + 1, count / n_layers, budgets[0] - n_bytes
         log.warning(
-            "%s: the dense model and its cache need %s, but only %s are free there: they stay on the CPU",
+            "%s: the dense model and its cache need %s, but only %s are for them: %s",
             devices[0].name,
             format_size(needed),
-            format_size(budgets[0]),
+            format_size(limit),
+            f"{count} of {n_layers} layers go there, the others stay on the CPU" if count else "they stay on the CPU",
         )
     for index, device in enumerate(devices):
         least = _least_for_experts(source, device)
@@ -116,7 +124,7 @@ def place_on_gpus(
         device.name: GPU_HEADROOM_BYTES + device.display_bytes if options.vram_bytes is None else DRIVER_BYTES
         for device in devices
     }
-    return GpuPlacement(n_gpu_layers, tuple(zip(devices, budgets, strict=True)), ram_bytes, spare)
+    return GpuPlacement(n_gpu_layers, dense_share, tuple(zip(devices, budgets, strict=True)), ram_bytes, spare)
 
 
 def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:

@@ -30,17 +30,38 @@ def headroom(available: int, total: int) -> int:
     return min(wanted, available // 4) if available < 8 * 2**30 else wanted
 
 
-def gpu_share(machine: Hardware, vram_bytes: int | None, dense_bytes: int) -> GpuShare:
-    """As much as fits: the dense model with cache and buffers on the largest GPU, experts in the rest of all.
-
-    Args:
-        vram_bytes: to use, across all GPUs; None: all but some headroom on each.
-        dense_bytes: cache and buffers included.
-    """
+def gpu_share(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int) -> GpuShare:
+    """As much as fits: the dense model with cache and buffers on the largest GPU, or as many of its layers as fit; experts in the
+    rest of all."""
+    kv = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
+    whole_bytes = sizes.dense_bytes + kv + compute_bytes(sizes, n_ctx, options.n_batch)
     free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
-    budgets = gpu_budgets(free, vram_bytes, dense_bytes)
-    dense = bool(budgets) and budgets[0] >= dense_bytes
-    return GpuShare(dense=dense, expert_bytes=sum(budgets) - (dense_bytes if dense else 0))
+    budgets = gpu_budgets(free, options.vram_bytes, whole_bytes)
+    if budgets and budgets[0] >= whole_bytes:
+        return GpuShare(dense_share=1.0, expert_bytes=sum(budgets) - whole_bytes)
+    n_layers, n_bytes = layers_that_fit(sizes, budgets[0] if budgets else 0, n_ctx, options.kv_type, options.n_batch)
+    return GpuShare(dense_share=n_layers / max(1, sizes.shape.n_layers), expert_bytes=sum(budgets) - n_bytes)
+
+
+LEAST_LAYERS = 1 / 8
+"""Of the dense model's layers: fewer are not worth the buffers that llama.cpp takes on a GPU for any."""
+
+
+def layers_that_fit(sizes: ModelSizes, budget: int, n_ctx: int, kv_type: str, n_batch: int) -> tuple[int, int]:
+    """How many of the dense model's layers, with their cache and the output head, fit into a GPU that can't hold all.
+
+    Every token needs all of a layer's dense matrices but few of its experts, so layers come first.
+
+    Returns:
+        (layers, 0 if too few fit; their bytes with llama.cpp's buffers).
+    """
+    head, looked_up = sizes.dense.get("output head", 0), sizes.dense.get("embedding", 0)
+    each = (sizes.dense_bytes - head - looked_up + sizes.kv_bytes(n_ctx, kv_type, n_batch)) // sizes.shape.n_layers + 1
+    fixed = head + compute_bytes(sizes, n_ctx, n_batch)
+    n_layers = min(sizes.shape.n_layers - 1, (budget - fixed) // each)
+    if n_layers < max(1, sizes.shape.n_layers * LEAST_LAYERS):
+        return 0, 0
+    return n_layers, fixed + n_layers * each
 
 
 def gpu_budgets(free: Sequence[int], vram_bytes: int | None, dense_bytes: int) -> list[int]:
@@ -76,16 +97,16 @@ def place(
     dense = sizes.dense_bytes
     kv = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
     compute = compute_bytes(sizes, n_ctx, options.n_batch)
-    fixed = dense + kv + compute
     if gpu is None:
-        gpu = gpu_share(machine, options.vram_bytes, fixed)
+        gpu = gpu_share(sizes, machine, options, n_ctx)
     slot = max(1.0, sizes.mean_slot_bytes)
     gpu_experts = min(sizes.n_copies, int(gpu.expert_bytes / slot))
     rest = sizes.n_copies - gpu_experts
     rest_bytes = int(rest * slot + sizes.staging_bytes) if rest else 0
     spare, ram = 0, options.ram_bytes
     if machine.ram_bytes is not None:
-        left = machine.ram_bytes - PROCESS_BYTES - (0 if gpu.dense else fixed)
+        in_ram = 0 if gpu.dense_share >= 1 else int((dense + kv) * (1 - gpu.dense_share)) + compute
+        left = machine.ram_bytes - PROCESS_BYTES - in_ram
         if ram is None:
             spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
             ram = max(0, left - spare)
@@ -95,7 +116,7 @@ def place(
             spare = max(0, min(spare, left - ram))
     arena = (rest_bytes if ram is None else min(ram, rest_bytes)) - sizes.staging_bytes
     return Placement(
-        dense_on_gpu=gpu.dense,
+        dense_share=gpu.dense_share,
         dense_bytes=dense,
         kv_bytes=kv,
         compute_bytes=compute,

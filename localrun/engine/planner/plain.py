@@ -57,7 +57,7 @@ def predict_plain(
     cached = max(0, machine.ram_bytes - PROCESS_BYTES - spare - (0 if dense_on_gpu else fixed))
     shares = ResidentShares(
         ram_share=min(1.0, cached / max(1, sizes.expert_file_bytes)),
-        dense_on_gpu=dense_on_gpu,
+        dense_share=1.0 if dense_on_gpu else 0.0,
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
         miss_bytes=sizes.miss_bytes(adaptive=False),
     )

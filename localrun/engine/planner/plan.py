@@ -60,11 +60,11 @@ class GpuShare:
     """What goes to GPUs.
 
     Attributes:
-        dense: the dense model, its cache and buffers, on the first one.
+        dense_share: of the dense model's layers with their cache, on the first one; 1: all of it, with the output head.
         expert_bytes: for experts, on all of them.
     """
 
-    dense: bool = False
+    dense_share: float = 0.0
     expert_bytes: int = 0
 
 
@@ -73,7 +73,8 @@ class Placement:
     """Bytes by place.
 
     Attributes:
-        dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers; on the GPU or in RAM, all three.
+        dense_share: of the dense model's layers with their cache that are on the GPU; 0: none, 1: everything.
+        dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers, wherever they are.
         ram_bytes: budget for experts in RAM, including reads in flight; None: free memory is unknown, and all experts are
             assumed to fit.
         headroom_bytes: RAM left for the desktop and the page cache.
@@ -81,7 +82,7 @@ class Placement:
         ram_experts, gpu_experts: how many fit there.
     """
 
-    dense_on_gpu: bool
+    dense_share: float
     dense_bytes: int
     kv_bytes: int
     compute_bytes: int
@@ -90,6 +91,11 @@ class Placement:
     gpu_expert_bytes: int
     ram_experts: int
     gpu_experts: int
+
+    @property
+    def dense_on_gpu(self) -> bool:
+        """All of the dense model is on the GPU."""
+        return self.dense_share >= 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +189,6 @@ def resident_shares(
         miss_bytes=sizes.miss_bytes(adaptive=adaptive),
         ram_share=placement.ram_experts / n_copies,
         gpu_share=placement.gpu_experts / n_copies,
-        dense_on_gpu=placement.dense_on_gpu,
+        dense_share=placement.dense_share,
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
     )

@@ -86,7 +86,7 @@ class ResidentShares:
     """A model's placement, as shares.
 
     Attributes:
-        dense_on_gpu: the dense model and the cache.
+        dense_share: of the dense model's layers and their cache, on the GPU.
         gpu_share, ram_share: of all experts; what is on the GPU is not in RAM.
         gpu: rates of the slowest GPU; None without one.
         miss_bytes: bytes that a miss waits for.
@@ -94,14 +94,14 @@ class ResidentShares:
 
     ram_share: float
     gpu_share: float = 0.0
-    dense_on_gpu: bool = False
+    dense_share: float = 0.0
     gpu: GpuRates | None = None
     miss_bytes: float
 
     @property
     def is_cpu_only(self) -> bool:
         """No GPU has a part in it."""
-        return self.gpu_share == 0 and not self.dense_on_gpu
+        return self.gpu_share == 0 and self.dense_share == 0
 
     @property
     def share(self) -> float:
@@ -215,18 +215,28 @@ def dense_token(
     """Seconds per token by resource, without experts."""
     n_bytes = sizes.dense_token_bytes + sizes.kv_read_bytes(position, kv_type)
     attention = attention_macs(sizes, position)
-    if shares.dense_on_gpu and shares.gpu is not None:
+    on_gpu: dict[str, float] = {}
+    if shares.dense_share and shares.gpu is not None:
         gpu = shares.gpu
-        return {
+        on_gpu = {
             "dense model on the GPU": n_bytes / gpu.dense_bytes_per_s + attention / gpu.dense_macs_per_s,
             "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s) + TOKEN_S,
         }
     layer_s = LAYER_S + LAYER_VALUE_S * sizes.shape.n_embd
-    return {
+    on_cpu = {
         "dense model in RAM": n_bytes / dense_on(machine)[0],
         "attention": attention / (machine.n_threads * attention_rates(sizes, kv_type)[0]),
         "layers": sizes.shape.n_layers * layer_s + TOKEN_S,
     }
+    return _shared(on_gpu, on_cpu, shares.dense_share if on_gpu else 0.0)
+
+
+def _shared(on_gpu: Mapping[str, float], on_cpu: Mapping[str, float], share: float) -> dict[str, float]:
+    """Seconds by resource where `share` of the layers are on the GPU: one after the other."""
+    if share in (0, 1):
+        return dict(on_gpu if share else on_cpu)
+    names = [*on_gpu, *(name for name in on_cpu if name not in on_gpu)]
+    return {name: share * on_gpu.get(name, 0.0) + (1 - share) * on_cpu.get(name, 0.0) for name in names}
 
 
 def _both(on_cpu_s: float, on_gpu_s: float, gpu: GpuRates | None) -> dict[str, float]:
@@ -301,18 +311,20 @@ def dense_batch(
     """Seconds of a batch by resource, all but its experts."""
     weights, attention = batch * matrix_weights(sizes), batch * attention_macs(sizes, position)
     values = batch * sizes.shape.n_layers * sizes.shape.n_embd
-    if shares.dense_on_gpu and shares.gpu is not None:
+    on_gpu: dict[str, float] = {}
+    if shares.dense_share and shares.gpu is not None:
         gpu = shares.gpu
-        return {
+        on_gpu = {
             "dense model on the GPU": (weights + attention) / gpu.dense_macs_per_s,
             "layers": sizes.shape.n_layers * (LAYER_NODES * gpu.node_s + gpu.latency_s)
             + values * LAYER_VALUES * gpu.value_s,
         }
-    return {
+    on_cpu = {
         "dense model on the CPU": weights / dense_on(machine)[1],
         "attention": attention / (machine.n_threads * attention_rates(sizes, kv_type)[1]),
         "layers": values * BATCH_VALUE_S / machine.n_threads,
     }
+    return _shared(on_gpu, on_cpu, shares.dense_share if on_gpu else 0.0)
 
 
 # --- amounts and rates ------------------------------------------------------------------------------------------------

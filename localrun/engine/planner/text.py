@@ -26,10 +26,13 @@ def plan_lines(plan: Plan) -> list[str]:
     model = f"{sizes.name}, {sizes.shape.n_layers} layers, dense {format_size(sizes.dense_bytes)}"
     if sizes.n_copies:
         model += f", {sizes.n_copies} experts {format_size(sizes.expert_file_bytes)} ({kinds})"
-    place = "on the GPU" if at.dense_on_gpu else "in RAM"
+    place = "all on the GPU" if at.dense_on_gpu else "all in RAM"
+    if 0 < at.dense_share < 1:
+        n_layers = sizes.shape.n_layers
+        place = f"{round(at.dense_share * n_layers)} of {n_layers} layers on the GPU, the others in RAM"
     memory_line = (
         f"dense {format_size(at.dense_bytes)}, {plan.options.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
-        f"buffers {format_size(at.compute_bytes)} (estimated from the model's shape), all {place}"
+        f"buffers {format_size(at.compute_bytes)} (estimated from the model's shape), {place}"
     )
     if at.headroom_bytes:
         memory_line += f"; {format_size(at.headroom_bytes)} of RAM left free"
@@ -171,6 +174,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "placement": {
             "dense_on_gpu": at.dense_on_gpu,
+            "dense_share": at.dense_share,
             "dense_bytes": at.dense_bytes,
             "kv_bytes": at.kv_bytes,
             "kv": sizes.kv(plan.n_ctx, options.kv_type, options.n_batch),

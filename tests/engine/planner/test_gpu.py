@@ -122,6 +122,25 @@ def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: py
         on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
         on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch) + exchange_bytes(sizes, 4096, OPTIONS.n_batch)
         assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card
-        without = place_on_gpus(source, sizes, OPTIONS, 4096, with_dense=False)
+        without = place_on_gpus(source, sizes, OPTIONS, 4096, most_share=0)
         assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)
         assert without.experts[0][1] == left[True] + on_card, "a card without the dense model has its bytes for experts"
+
+
+def test_a_card_too_small_for_the_dense_model_gets_layers_of_it(
+    chat_model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_model(chat_model_path)
+    sizes = sizes_of_source(source)
+    n_layers = sizes.shape.n_layers
+    whole = sizes.dense_bytes + sizes.kv_bytes(256, OPTIONS.kv_type, OPTIONS.n_batch)
+    with a_gpu() as gpu:
+        for spare, some in ((-whole // (2 * n_layers), True), (-whole, False)):
+            free = GPU_HEADROOM_BYTES + compute_bytes(sizes, 256, OPTIONS.n_batch) + whole + spare
+            card = replace(gpu, free_bytes=free, total_bytes=free)
+            monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
+            caplog.clear()
+            placement = place_on_gpus(source, sizes, OPTIONS, 256)
+            assert (0 < placement.dense_share < 1) is some
+            assert placement.n_gpu_layers == (round(placement.dense_share * n_layers) + 1 if some else 0)
+            assert ("layers go there" in caplog.text) is some

@@ -284,8 +284,9 @@ def test_memory_of_several_gpus_serves_the_dense_model_first() -> None:
 
 def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:
     small = plan_of(flash, gpus=(Gpu(vram_bytes=8 * GIB),)).placement
-    assert not small.dense_on_gpu
-    assert small.gpu_experts > 0
+    assert 0 < small.dense_share < 1, "layers, which every token needs, come before experts"
+    assert plan_of(flash, gpus=(Gpu(vram_bytes=2 * GIB),)).placement.dense_share == 0
+    assert plan_of(flash, gpus=(Gpu(vram_bytes=2 * GIB),)).placement.gpu_experts > 0
     large = plan_of(flash, gpus=(Gpu(vram_bytes=24 * GIB), Gpu(vram_bytes=24 * GIB)))
     at = large.placement
     assert at.dense_on_gpu

@@ -69,7 +69,7 @@ def test_a_plan_that_has_seen_such_tokens_predicts_them(plan: Plan) -> None:
 def test_too_few_tokens_and_those_of_gpus_teach_nothing(plan: Plan) -> None:
     spent, seconds = _spent(plan, 0.6e9, slower=2.0, waiting_s=0.2)
     assert token_ratios(plan, spent, n_tokens=MIN_TOKENS - 1, seconds=seconds, position=100) == {}
-    on_gpu = make_plan(plan.sizes, BOX, suggest=False, gpu=GpuShare(dense=True, expert_bytes=GIB))
+    on_gpu = make_plan(plan.sizes, BOX, suggest=False, gpu=GpuShare(dense_share=1.0, expert_bytes=GIB))
     assert token_ratios(on_gpu, spent, n_tokens=N, seconds=seconds, position=100) == {}
 
 

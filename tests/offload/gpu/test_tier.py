@@ -98,6 +98,20 @@ def test_dense_model_and_cache_on_the_gpu_too(model_path: Path, gpu: GpuDevice) 
     assert same_but_for_rounding(kl(exact, found["q8_0"]) / 2, kl(exact, rounded)), "the cache is rounded more coarsely"
 
 
+@pytest.mark.parametrize(("n_gpu_layers", "n_experts"), [(1, 30), (3, 30), (len(MODEL.ratios), 10_000)])
+def test_some_layers_of_the_dense_model_on_the_gpu(
+    model_path: Path, gpu: GpuDevice, n_gpu_layers: int, n_experts: int
+) -> None:
+    """The output head alone, half of the layers, and all but the first: matrices of the others are ours."""
+    budget = budget_for(model_path, gpu, n_experts)
+    options = OffloadOptions(n_threads=2, n_gpu_layers=n_gpu_layers, gpus=[(gpu, budget)])
+    with open_offloaded(open_model(model_path), options) as model:
+        filled(model)
+        assert model.dense.n_bytes > 0
+        for batch in (1, 6, 64):
+            assert is_as_exact(logits(model, batch=batch), exact_and_rounded(model_path)), batch
+
+
 def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, gpu: GpuDevice) -> None:
     """Only 20 of 64 experts fit; a text that keeps using the same few must bring those in."""
     source = open_model(model_path)

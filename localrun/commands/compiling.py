@@ -49,15 +49,13 @@ class Notice:
         self._shown_at = time.monotonic()
 
     def _run(self) -> None:
-        noted = False
         while not self._over.wait(_POLL_S):
             if time.monotonic() - self._shown_at < _PATIENCE_S or (text := self._text()) is None:
                 continue
             if self._out.err_is_terminal:
                 self._out.status(text)
-            elif not noted:
-                noted = True
-                self._out.note("compiling for this processor, first run only: takes a minute or two")
+            else:
+                self._out.note_once("compiling for this processor, first run only: takes a minute or two")
 
     def _text(self) -> str | None:
         """How far the compiler is; None while it does nothing."""

@@ -44,6 +44,7 @@ class Output:
         self._colour = self.err_is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._status_shown = False
         self._at_line_start = True
+        self._noted: set[str] = set()
 
     def check_open(self) -> None:
         """Call before long work: raises LocalrunError if standard output is closed."""
@@ -69,6 +70,12 @@ class Output:
         """A line for people, also off a terminal."""
         self.clear_status()
         print(visible_line(text), file=self._err, flush=True)
+
+    def note_once(self, text: str) -> None:
+        """As `note`, the first time."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
 
     def answer(self, text: str) -> None:
         """Prints a piece of an answer immediately, without a newline."""

@@ -64,11 +64,16 @@ def test_compiling_is_shown_while_nothing_else_is(stream: Any, monkeypatch: pyte
         polled.release()
         return begun[0]
 
-    with Notice(Output(io.StringIO(), err), count):
+    out = Output(io.StringIO(), err)
+    with Notice(out, count):
         for _ in range(5):
             polled.acquire()
         assert err.getvalue() == "", "what was compiled before is not news"
         begun[0] = 7
+        for _ in range(5):
+            polled.acquire()
+    with Notice(out, count):  # the next thing that compiles, of the same command
+        begun[0] = 9
         for _ in range(5):
             polled.acquire()
     text = err.getvalue()

@@ -206,9 +206,7 @@ def test_run_joins_prompt_and_standard_input(model: str) -> None:
         return int(json.loads(done.stdout)["timings"]["prompt_tokens"])
 
     joined = prompt_tokens("-p", "Sum up:", stdin="one two three")
-    assert joined == prompt_tokens("-p", "Sum up:\n\none two three")
-    assert joined > prompt_tokens(stdin="one two three")
-    assert prompt_tokens("--system", "Be brief.", "-p", "one") > prompt_tokens("-p", "one")
+    assert joined == prompt_tokens("-p", "Sum up:\n\none two three")  # the parts themselves: tests/commands/test_run.py
 
 
 def test_run_repeats_an_answer_by_its_seed(model: str) -> None:

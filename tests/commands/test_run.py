@@ -69,6 +69,24 @@ def test_files_come_before_prompt_and_standard_input(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("arguments", "piped", "contents"),
+    [
+        (["-p", "Sum up:"], "one two", ["Sum up:\n\none two"]),
+        ([], "one two", ["one two"]),
+        (["-p", "one"], "", ["one"]),
+        (["--system", "Be brief.", "-p", "one"], "", ["Be brief.", "one"]),
+    ],
+)
+def test_system_message_prompt_and_standard_input(
+    arguments: list[str], piped: str, contents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+    messages = run._messages(cli._parser(["run"]).parse_args(["run", *arguments]))
+    assert [message["content"] for message in messages] == contents
+    assert [message["role"] for message in messages] == ["system", "user"][-len(contents) :]
+
+
+@pytest.mark.parametrize(
     ("option", "content", "code", "message"),
     [
         ("--tools", "[", 2, "tools.json"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.api.following import Follower
-from localrun.errors import UsageError
+from localrun.errors import StoreError, UsageError
 from localrun.units import format_size
 
 if TYPE_CHECKING:
@@ -261,9 +261,12 @@ def write_report(
     if choice is not None and (kept / IMATRIX_NAME).is_file():
         # Repairing needs both: what the base was rounded with, and what a later overlay was.
         is_base_s = manifest.options.get("imatrix", choice.importance.digest) == choice.importance.digest
-        (kept / IMATRIX_NAME).replace(folder / (IMATRIX_NAME if is_base_s else OVERLAY_IMATRIX_NAME))
-        if is_base_s:
-            (folder / OVERLAY_IMATRIX_NAME).unlink(missing_ok=True)
+        try:
+            (kept / IMATRIX_NAME).replace(folder / (IMATRIX_NAME if is_base_s else OVERLAY_IMATRIX_NAME))
+            if is_base_s:
+                (folder / OVERLAY_IMATRIX_NAME).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder}: the importance matrix can't be put there: {error.strerror}") from error
     shutil.rmtree(kept, ignore_errors=True)
 
 

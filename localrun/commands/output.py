@@ -48,7 +48,7 @@ class Output:
 
     def check_open(self) -> None:
         """Call before long work: raises LocalrunError if standard output is closed."""
-        self._out.write("")
+        self._put("")
         if self._out.closed or getattr(self._out, "refuses", False):
             raise LocalrunError("standard output is closed", hint="redirect it to a file, or to /dev/null")
 
@@ -83,16 +83,14 @@ class Output:
             return
         self.clear_status()
         self._at_line_start = False  # before: an interrupt may come as soon as a reader has seen the text
-        self._out.write(visible(text) if self.out_is_terminal else text)
-        self._out.flush()
+        self._put(visible(text) if self.out_is_terminal else text)
         self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
         """Ends the answer's last line, if it is not ended."""
         self.clear_status()
         if not self._at_line_start:
-            self._out.write("\n")
-            self._out.flush()
+            self._put("\n")
             self._at_line_start = True
 
     def thinking(self, text: str) -> None:
@@ -124,8 +122,16 @@ class Output:
     def line(self, text: str) -> None:
         """A line of data; harmless on a terminal."""
         self.clear_status()
-        self._out.write((visible(text) if self.out_is_terminal else text) + "\n")
-        self._out.flush()
+        self._put((visible(text) if self.out_is_terminal else text) + "\n")
+
+    def _put(self, text: str) -> None:
+        """Raises OSError, which names standard output: a full drive, a closed pipe."""
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError as error:
+            error.filename = error.filename or "standard output"
+            raise
 
 
 class ProgressLine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 import threading
 from types import ModuleType
@@ -13,6 +15,7 @@ import pytest
 from localrun.commands import compiling
 from localrun.commands.compiling import USUAL_FUNCTIONS, Notice, compiled_here
 from localrun.commands.output import Output, ProgressLine
+from localrun.errors import host_error
 
 
 class Terminal(io.StringIO):
@@ -88,3 +91,15 @@ def test_functions_are_counted_while_another_thread_imports_the_compiler(monkeyp
     assert compiled_here() == 0
     monkeypatch.delitem(sys.modules, "localrun.kernel_cache")
     assert compiled_here() == 0
+
+
+class FullDrive(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("write", [Output.json, Output.json_line, Output.line, Output.answer])
+def test_an_output_that_cannot_be_written_is_named(write: Any) -> None:
+    with pytest.raises(OSError, match="No space left on device: 'standard output'") as caught:
+        write(Output(FullDrive(), io.StringIO()), "x")
+    assert str(host_error(caught.value)) == "standard output: No space left on device"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from localrun.errors import UsageError
-from tools.reliability import faults, kills
+from tools.reliability import faults, kills, outputs
 from tools.reliability.kinds import NAMES
 from tools.reliability.mutate import Bench
 from tools.reliability.tally import Tally
@@ -45,6 +46,21 @@ def test_killed_writers_lose_nothing_and_leave_nothing_that_looks_whole(monkeypa
                 bench.case(number)
     assert tally.problems == []
     assert sum(tally.outcomes.values()) == 3 * len(kills.JOBS)
+
+
+@pytest.mark.parametrize("job", outputs.JOBS)
+def test_outputs_are_the_same_after_every_run(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `full` relies on; small file systems need root."""
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"LOCALRUN_{name}_DIR", "")
+    with kills.own_folders() as folder:
+        (folder / "small" / "job").mkdir(parents=True)
+        bench = outputs.JOBS[job](folder / "small" / "job")
+        acknowledged: list[int] = []
+        bench.work(random.Random(1), lambda: acknowledged.append(1))
+        assert bench.after(len(acknowledged)) == []
+        assert bench.finish() == []
+        assert bench.finish() == []
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:

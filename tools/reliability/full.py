@@ -1,8 +1,9 @@
 """Writers on drives that are full, become full meanwhile, or may not be written to.
 
-    python -m tools.reliability full --cases 400 --seed 1 [--jobs convert,repair,state,conversation,answer]
+    python -m tools.reliability full --cases 400 --seed 1 [--jobs convert,repair,state,conversation,answer,split,calibrate,export]
 
-The jobs are those of `kills`, and `answer`: `localrun run` with the demo model, whose converted copy, cache and settings lie there.
+The jobs are those of `kills`, those of `outputs`, and `answer`: `localrun run` with the demo model, whose converted copy, cache and
+settings lie there.
 Each has a small file system in memory (root only), which for one run is `full`, has a random `little` room, is filled up at a
 random moment (`filled`), or is `read-only`. A run may end well, or with an error of localrun's that names what could not be
 written. Afterwards nothing that was there may be lost, nothing unfinished may look finished, and with room again the next run must
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from localrun.engine import snapshots
 from localrun.errors import LocalrunError, UsageError
-from tools.reliability import kills
+from tools.reliability import kills, outputs
 from tools.reliability.tally import Tally
 
 ROOM = 256 << 20
@@ -107,7 +108,7 @@ class Answer:
         return []
 
 
-JOBS: dict[str, Callable[[Path], kills.Job]] = {**kills.JOBS, "answer": Answer}
+JOBS: dict[str, Callable[[Path], kills.Job]] = {**kills.JOBS, **outputs.JOBS, "answer": Answer}
 
 
 class Bench:

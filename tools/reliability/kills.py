@@ -184,7 +184,7 @@ def tell(pipe: int) -> None:
     os.write(pipe, b"x")
 
 
-def _in_child(work: Callable[[], object]) -> bool:
+def in_child(work: Callable[[], object]) -> bool:
     """Runs something in a process of its own, because this one must stay without threads; whether it went well."""
     pid = os.fork()
     if not pid:
@@ -213,7 +213,7 @@ class _Model:
         self.source = write_small(folder / "source", n_routed_experts=8)
         self._source_bytes = contents(self.source)
         self.target, self.whole = folder / "model", folder / "whole"
-        _in_child(lambda: convert(self.source, self.whole, jobs=1))
+        in_child(lambda: convert(self.source, self.whole, jobs=1))
         self.expected = contents(self.whole)
 
     def looks(self, *, may_be_damaged: bool) -> list[str]:
@@ -223,7 +223,7 @@ class _Model:
             problems.append("the checkpoint has changed")
         if self.target.exists() and contents(self.target) != self.expected:
             if may_be_damaged:
-                if _in_child(lambda: _must_be_zero(["verify", str(self.target)])):
+                if in_child(lambda: must_be_zero(["verify", str(self.target)])):
                     problems.append("verify finds nothing in a model that is damaged")
             else:
                 with contextlib.suppress(LocalrunError):
@@ -240,10 +240,10 @@ class _Model:
             ]
         if left := [path.name for path in self.target.parent.iterdir() if "partial" in path.name]:
             return [f"left over: {left}"]
-        return [] if _in_child(lambda: _must_be_zero(["verify", str(self.target)])) else ["verify finds damage"]
+        return [] if in_child(lambda: must_be_zero(["verify", str(self.target)])) else ["verify finds damage"]
 
 
-def _must_be_zero(arguments: list[str]) -> None:
+def must_be_zero(arguments: list[str]) -> None:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = cli.main(arguments)
@@ -265,7 +265,7 @@ class _Convert:
 
     def finish(self) -> list[str]:
         done = self._model.target.exists() and contents(self._model.target) == self._model.expected
-        if not done and not _in_child(lambda: convert(self._model.source, self._model.target, jobs=1)):
+        if not done and not in_child(lambda: convert(self._model.source, self._model.target, jobs=1)):
             return ["the next conversion failed"]
         problems = self._model.is_right()
         shutil.rmtree(self._model.target, ignore_errors=True)
@@ -275,7 +275,7 @@ class _Convert:
 class _Repair:
     def __init__(self, folder: Path) -> None:
         self._model = _Model(folder)
-        _in_child(lambda: split_model(self._model.whole, 200_000))
+        in_child(lambda: split_model(self._model.whole, 200_000))
         self._model.expected = contents(self._model.whole)
         self._damage()
 
@@ -295,13 +295,13 @@ class _Repair:
         return ["verify", str(self._model.target), "--repair", str(self._model.source)]
 
     def work(self, rng: random.Random, acknowledge: Callable[[], None]) -> None:
-        _must_be_zero(self._arguments())
+        must_be_zero(self._arguments())
 
     def after(self, n_acknowledged: int) -> list[str]:
         return self._model.looks(may_be_damaged=True)
 
     def finish(self) -> list[str]:
-        problems = [] if _in_child(lambda: _must_be_zero(self._arguments())) else ["the next repair failed"]
+        problems = [] if in_child(lambda: must_be_zero(self._arguments())) else ["the next repair failed"]
         problems += self._model.is_right()
         self._damage()
         return problems
@@ -342,7 +342,7 @@ class _State:
         return problems
 
     def finish(self) -> list[str]:
-        if not _in_child(lambda: self.work(random.Random(0), lambda: None)):
+        if not in_child(lambda: self.work(random.Random(0), lambda: None)):
             return ["saving failed"]
         problems = self.after(1)
         shutil.rmtree(self._folder)
@@ -389,7 +389,7 @@ class _Conversation:
 
     def finish(self) -> list[str]:
         before = self._safe
-        if not _in_child(lambda: self.work(random.Random(0), lambda: None)):
+        if not in_child(lambda: self.work(random.Random(0), lambda: None)):
             return ["adding messages failed"]
         problems = self.after(self.N)
         if self._safe != before + self.N:

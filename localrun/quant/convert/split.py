@@ -7,6 +7,7 @@ before the manifest names them, and only then is the old file deleted: readers f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -149,11 +150,15 @@ def split_model(
         raise StoreError(f"{folder}: the parts can't be written: {error.strerror}") from error
     finally:
         for partial in partials:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
     files = tuple(ModelFile(part.name, part.size_bytes, checksum(part.header)) for part in parts)
     options = {**manifest.options, "split": max_bytes}
     write_manifest(replace(manifest, files=files, options=options), folder)
-    whole.path.unlink()
+    try:
+        whole.path.unlink()
+    except OSError as error:
+        raise StoreError(f"{whole.path}: can't be deleted: {error.strerror}", hint="the parts are complete without it") from error
     return parts
 
 

@@ -1,8 +1,8 @@
 """More jobs that write files, for drives that are full or may not be written to:
 
-  split       a conversion's one file becomes several
-  calibrate   a conversion with an importance matrix, which it keeps beside the model
-  export      conversations are written as Markdown and JSON; their own file is elsewhere
+split       a conversion's one file becomes several
+calibrate   a conversion with an importance matrix, which it keeps beside the model
+export      conversations are written as Markdown and JSON; their own file is elsewhere
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class _Calibrate:
         return []
 
     def finish(self) -> list[str]:
-        if not (self._target / MANIFEST_NAME).exists() and not in_child(lambda: must_be_zero(self._arguments(self._target))):
+        if not (self._target / MANIFEST_NAME).exists() and not in_child(
+            lambda: must_be_zero(self._arguments(self._target))
+        ):
             return ["the next conversion failed"]
         problems = self._is_right()
         shutil.rmtree(self._target, ignore_errors=True)

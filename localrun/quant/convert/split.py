@@ -158,7 +158,9 @@ def split_model(
     try:
         whole.path.unlink()
     except OSError as error:
-        raise StoreError(f"{whole.path}: can't be deleted: {error.strerror}", hint="the parts are complete without it") from error
+        raise StoreError(
+            f"{whole.path}: can't be deleted: {error.strerror}", hint="the parts are complete without it"
+        ) from error
     return parts
 
 

@@ -504,7 +504,7 @@ def test_the_command_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["plan", "flash", *GIVEN]) == 0
     lines = capsys.readouterr().out.splitlines()
     headed = [line.split()[0] for line in lines if line[:1].strip()]  # others continue the one above
-    assert headed[:6] == ["model", "machine", "memory", "experts", "speed", "faster"]
+    assert headed == ["model", "machine", "memory", "experts", "speed", "where", "answers", "prompts", "what", "to"]
 
 
 def test_the_command_refuses_what_can_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reads a complete range of a file. Imports only `errors` from the package."""
+"""Reads a complete range of a file, or a small file as a whole. Imports only `errors` from the package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from os import preadv
 from pathlib import Path
 from typing import Final
 
-from localrun.errors import StoreError
+from localrun.errors import FormatError, StoreError
 
 _MOST_BYTES: Final = 64 << 20
 """Per system call: Linux transfers at most 2 GiB, and interrupts should not have to wait that long."""
@@ -35,3 +35,23 @@ def read_fully(
         if n == 0:
             raise StoreError(f"{where}: the file ended at byte {offset + done}, {need - done} bytes early", hint=hint)
         done += n
+
+
+def read_small(path: Path, most_bytes: int, kind: str) -> bytes:
+    """A file that no valid one of its kind makes larger than `most_bytes`.
+
+    Args:
+        kind: what it should be, for the message, such as "a recipe".
+
+    Raises:
+        StoreError: can't be read.
+        FormatError: larger.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: can't be read: {error.strerror or error}") from error
+    if len(data) > most_bytes:
+        raise FormatError(f"{path}: larger than {most_bytes} bytes: not {kind}")
+    return data

@@ -5,7 +5,6 @@ The writing is done by `localrun.quant.convert`. Each step detects whether it is
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from localrun.api import demo, models, precision, splitting
 from localrun.api.following import Follower
 from localrun.api.options import Size
 from localrun.api.precision import Request
+from localrun.disk_space import check_free
 from localrun.engine import memory
-from localrun.errors import DiskSpaceError, UsageError
+from localrun.errors import UsageError
 from localrun.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -462,10 +462,4 @@ def _check_space_for_both(plan: ConversionPlan, solution: PrecisionSolution | No
     from localrun.quant.convert.converter import check_space
 
     needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder}: base and overlay need {format_size(needed)}, the disk has {format_size(free)} free",
-            hint=f"free {format_size(needed - free)}, or ask for less",
-        )
+    check_free(folder, needed, what="a base with its overlay", otherwise="ask for less")

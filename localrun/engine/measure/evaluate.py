@@ -9,7 +9,6 @@ Two models are run one after the other, because each may need all memory; the re
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from localrun.disk_space import check_free
 from localrun.engine.engine import Engine
 from localrun.engine.session import Session
-from localrun.errors import DiskSpaceError, FormatError, UsageError
-from localrun.units import format_size
+from localrun.errors import FormatError, UsageError
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -114,13 +113,12 @@ def evaluate_text(
 
 
 def _check_space(folder: Path, n_tokens: int, n_vocab: int) -> None:
-    needed, free = 4 * n_tokens * n_vocab, shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder}: the reference's logits of {n_tokens} tokens take {format_size(needed)}, "
-            f"but only {format_size(free)} are free",
-            hint="compare fewer tokens (`eval` has --max-tokens), or set another LOCALRUN_CACHE_DIR",
-        )
+    check_free(
+        folder,
+        4 * n_tokens * n_vocab,
+        what=f"a reference of {n_tokens} tokens",
+        otherwise="compare fewer tokens (`eval` has --max-tokens), or set another LOCALRUN_CACHE_DIR",
+    )
 
 
 def windows(tokens: Sequence[int], window: int) -> Iterator[Sequence[int]]:

@@ -24,6 +24,7 @@ from localrun.quant.checkpoint.model_config import MAX_LAYERS, ModelConfig, pars
 from localrun.quant.checkpoint.safetensors import SafetensorsFile, TensorEntry, parse_json_object
 from localrun.quant.checkpoint.schema import ROLE_DTYPES, Role, TensorSpec, mtp_tensors, trunk_tensors
 from localrun.quant.model.source import Extent
+from localrun.reading import read_small
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -116,12 +117,12 @@ class Checkpoint:
         """Opens and checks a checkpoint directory.
 
         Raises:
-            FormatError: a damaged file.
+            FormatError: a damaged file. StoreError: one that can't be read.
             CheckpointError: tensors missing, unknown, mis-shaped, mistyped, or an index that disagrees with the shards.
             UnsupportedModelError: a valid checkpoint of another model.
         """
         config_path = path / CONFIG_NAME
-        config_bytes = _read_small(config_path)
+        config_bytes = read_small(config_path, MAX_JSON_BYTES, "a checkpoint file")
         config = parse_config(config_path, parse_json_object(config_path, config_bytes))
         warnings: list[str] = []
         shards = _open_shards(path, warnings)
@@ -155,17 +156,6 @@ class Checkpoint:
                     )
 
 
-def _read_small(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as e:
-        raise FormatError(f"{path}: can't be read: {e.strerror or e}") from e
-    if len(data) > MAX_JSON_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_JSON_BYTES} bytes: not a checkpoint file")
-    return data
-
-
 def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]:
     index_path = path / INDEX_NAME
     if not index_path.is_file():
@@ -176,7 +166,7 @@ def _open_shards(path: Path, warnings: list[str]) -> tuple[SafetensorsFile, ...]
                 hint="pass the directory of the downloaded checkpoint",
             )
         return (SafetensorsFile.open(single),)
-    index = parse_json_object(index_path, _read_small(index_path))
+    index = parse_json_object(index_path, read_small(index_path, MAX_JSON_BYTES, "a checkpoint file"))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{index_path}: weight_map is not an object of file names")

@@ -24,6 +24,7 @@ from localrun.errors import FormatError
 from localrun.quant.checkpoint.model_config import ModelConfig
 from localrun.quant.checkpoint.safetensors import parse_json_object
 from localrun.quant.gguf.file import GgufValue
+from localrun.reading import read_small
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -102,18 +103,23 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> TokenizerMetadata:
 
     Raises:
         FormatError: damaged files, or a tokenizer that llama.cpp would run differently.
+        StoreError: one that can't be read.
     """
     path = folder / TOKENIZER_NAME
     if not path.is_file():
         warning = f"{folder}: no {TOKENIZER_NAME}: the result takes token ids only, not text"
         return TokenizerMetadata({"tokenizer.ggml.model": GgufValue.string("none")}, (warning,))
-    document = parse_json_object(path, _read(path))
+    document = parse_json_object(path, read_small(path, MAX_BYTES, "a tokenizer"))
     pre = _pre_tokenizer(path, document)
     tokens, types = _vocabulary(path, document, config.vocab_size)
     merges = _merges(path, document)
     pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     settings_path = folder / CONFIG_NAME
-    settings = parse_json_object(settings_path, _read(settings_path)) if settings_path.is_file() else {}
+    settings = (
+        parse_json_object(settings_path, read_small(settings_path, MAX_BYTES, "a tokenizer"))
+        if settings_path.is_file()
+        else {}
+    )
     values = {
         "tokenizer.ggml.model": GgufValue.string("gpt2"),
         "tokenizer.ggml.pre": GgufValue.string(pre),
@@ -128,17 +134,6 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> TokenizerMetadata:
         "tokenizer.chat_template": GgufValue.string(_template(folder, settings)),
     }
     return TokenizerMetadata(values, ())
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise FormatError(f"{path}: can't be read: {e.strerror or e}") from e
-    if len(data) > MAX_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_BYTES} bytes: not a tokenizer")
-    return data
 
 
 def _refuse(path: Path, what: str) -> FormatError:
@@ -274,7 +269,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str:
     path = folder / TEMPLATE_NAME
     if path.is_file():
         try:
-            return _read(path).decode("utf-8")
+            return read_small(path, MAX_BYTES, "a chat template").decode("utf-8")
         except UnicodeDecodeError as e:
             raise _refuse(path, "is not UTF-8 text") from e
     template = settings.get("chat_template")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from pathlib import Path
 from gguf import GGUFValueType
 
 from localrun.alignment import align_up, ceil_div
-from localrun.errors import DiskSpaceError, StoreError, UsageError
+from localrun.disk_space import check_free
+from localrun.errors import StoreError, UsageError
 from localrun.quant.gguf.file import ALIGNMENT_KEY, GgufValue, build_header, tensor_offsets
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.model.manifest import ModelFile, checksum, write_manifest
@@ -165,12 +165,8 @@ def split_model(
 
 
 def _check_space(folder: Path, parts: Sequence[SplitFile]) -> None:
-    needed, free = sum(part.size_bytes for part in parts), shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{folder}: splitting needs {format_size(needed)}, the disk has {format_size(free)} free",
-            hint="the original is deleted last; free some space, or split on another disk",
-        )
+    needed = sum(part.size_bytes for part in parts)
+    check_free(folder, needed, what="splitting", otherwise="split on another disk; the original is deleted last")
 
 
 def _write_part(

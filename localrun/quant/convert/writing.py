@@ -20,12 +20,12 @@ import numpy as np
 import xxhash
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.errors import DiskSpaceError, LocalrunError, StoreError
+from localrun.disk_space import check_free
+from localrun.errors import LocalrunError, StoreError
 from localrun.quant.checkpoint.mapping import ALIGNMENT, ConversionPlan, TensorPart
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.journal import Journal, PartResult
 from localrun.quant.formats.transcode import Loss
-from localrun.units import format_size
 
 SLICE_BYTES = 8 << 20
 """Maximum bytes that a thread reads or writes at a time: 2-4 MiB pieces reach an NVMe's full speed."""
@@ -122,14 +122,7 @@ class OutputFile:
             return 0
         allocated = self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
         needed = max(0, plan.file_size - allocated) + _SPARE_BYTES
-        target = self.final.parent
-        folder = next(folder for folder in (target, *target.resolve().parents) if folder.exists())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise DiskSpaceError(
-                f"{target}: needs {format_size(needed)}, the disk has {format_size(free)} free",
-                hint=f"free {format_size(needed - free)}, or choose a directory on another disk",
-            )
+        check_free(self.final.parent, needed, what="the model", otherwise="choose a directory on another disk")
         return needed
 
 

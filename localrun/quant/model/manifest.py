@@ -22,9 +22,10 @@ from typing import Any
 import xxhash
 
 from localrun.atomic import replacing
-from localrun.errors import FormatError, StoreError
+from localrun.errors import FormatError
 from localrun.paths import is_plain_name
 from localrun.quant.model.source import PROJECTIONS
+from localrun.reading import read_small
 
 MANIFEST_NAME = "localrun.json"
 FORMAT = "localrun-model"
@@ -224,14 +225,7 @@ def read_manifest(path: Path) -> Manifest:
         FormatError: not a manifest, damaged, or of another version; names the field.
         StoreError: can't be read.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-    return _Parser(path).manifest(data)
+    return _Parser(path).manifest(read_small(path, MAX_MANIFEST_BYTES, "a manifest"))
 
 
 class _Parser:

@@ -20,8 +20,9 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from localrun.errors import FormatError, StoreError, UsageError
+from localrun.errors import FormatError, UsageError
 from localrun.quant.precision.solver import HotBudget, Target, parse_type
+from localrun.reading import read_small
 
 _KEYS = {"description", "base", "hot", "dense", "target"}
 _MAX_BYTES = 1 << 16
@@ -63,14 +64,7 @@ def read_recipe(name_or_path: str) -> Recipe:
         if name_or_path not in recipes:
             raise UsageError(f"no recipe '{name_or_path}'", hint=f"give a .toml file or one of: {', '.join(recipes)}")
         return recipes[name_or_path]
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
-    if len(data) > _MAX_BYTES:
-        raise FormatError(f"{path}: too large for a recipe")
-    return parse_recipe(path.stem, data, str(path))
+    return parse_recipe(path.stem, read_small(path, _MAX_BYTES, "a recipe"), str(path))
 
 
 def parse_recipe(name: str, data: bytes, where: str) -> Recipe:

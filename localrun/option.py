@@ -120,7 +120,7 @@ class Option:
         if self.kind is OptionKind.SIZE:
             return format_size(value).replace(" ", "")
         if self.kind is OptionKind.NUMBER:
-            return f"{value:g}"
+            return _plain(value)
         return str(value).lower() if self.kind is OptionKind.SWITCH else str(value)
 
     def _converted(self, value: object) -> Any:
@@ -167,4 +167,5 @@ def _whole(value: object) -> int:
 
 
 def _plain(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+    """Without an exponent."""
+    return str(int(value)) if float(value).is_integer() else f"{value:.10f}".rstrip("0").rstrip(".")

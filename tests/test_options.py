@@ -170,6 +170,11 @@ def test_what_is_no_number_is_out_of_every_bound(option: Option, value: object) 
         option.check(value)
 
 
+@pytest.mark.parametrize(("value", "text"), [(0.3, "0.3"), (1.0, "1"), (0.00002, "0.00002"), (0.05, "0.05")])
+def test_numbers_are_shown_without_exponents(value: float, text: str) -> None:
+    assert BY_NAME["min_p"].show(value) == text
+
+
 def test_lengths_are_checked_against_the_model() -> None:
     check_lengths(4096, n_ctx=4096, n_batch=4096)
     check_lengths(0, n_ctx=2**20, n_batch=16384)  # a model that doesn't say

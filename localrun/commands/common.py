@@ -21,7 +21,7 @@ from localrun.engine.process.protocol import Event, Loading, PromptProgress, Rea
 from localrun.errors import UsageError
 from localrun.option import Where
 from localrun.options import add_flags, those
-from localrun.units import format_duration, parse_rate, parse_size
+from localrun.units import format_duration, format_rate, parse_rate, parse_size
 
 
 def size(text: str) -> int:
@@ -208,4 +208,4 @@ def speed(timings: Timings, plan: Mapping[str, Any] | None = None) -> str:
 
 
 def _tokens_per_s(estimate: Mapping[str, Any]) -> str:
-    return f"{estimate['tokens_per_s']:.2g}"
+    return format_rate(estimate["tokens_per_s"])

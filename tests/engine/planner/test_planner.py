@@ -602,6 +602,8 @@ def test_bench_says_how_wrong_the_plan_was(flash: ModelSizes) -> None:
     timings = Timings(new_tokens=10, decode_s=1.0)
     assert "(planned: " in common.speed(timings, plan.to_json())
     assert "planned" not in common.speed(timings, {})
+    fast = {"decode": {"low": {"tokens_per_s": 98.76}, "high": {"tokens_per_s": 1234.5}}}
+    assert "(planned: 98.8 to 1,234)" in common.speed(timings, fast)
 
 
 def test_a_plan_counts_the_slots_and_buffers_that_a_load_takes(tmp_path: Path) -> None:

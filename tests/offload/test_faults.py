@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,43 @@ from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloade
 from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
 from tests.checkpoints import write_small
-from tests.offload.models import floor_ram, logits, write_model
+from tests.offload.models import F32, TOKENS, floor_ram, logits, write_model
+
+TEXT = TOKENS[:40]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[OffloadedModel]:
+    """A model whose RAM holds one layer's experts, so that every call reads."""
+    source = open_model(path)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as probe:
+        floor = floor_ram(probe)
+    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests that leave the file as it is."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[OffloadedModel]:
+    with opened(path) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(model: OffloadedModel) -> F32:
+    return logits(model, TEXT, batch=5)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Iterator[OffloadedModel]:
-    """A model whose RAM holds one layer's experts, so that every call reads."""
-    source = open_model(write_model(tmp_path))
-    with open_offloaded(source, OffloadOptions(n_threads=2)) as probe:
-        floor = floor_ram(probe)
-    with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as opened:
-        yield opened
+def own(tmp_path: Path) -> Iterator[OffloadedModel]:
+    """For tests that don't."""
+    with opened(write_model(tmp_path)) as model:
+        yield model
 
 
 class FailingReads:
@@ -55,49 +83,48 @@ def end_of_file(fd: int, buffers: list[Any], offset: int) -> int:
     ("what", "message"), [(io_error, "Input/output error"), (end_of_file, "the file ended at byte")]
 )
 def test_failed_read_ends_the_answer_and_leaves_a_clean_cache(
-    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch, what: Callable[..., int], message: str, at: int
+    model: OffloadedModel,
+    expected: F32,
+    monkeypatch: pytest.MonkeyPatch,
+    what: Callable[..., int],
+    message: str,
+    at: int,
 ) -> None:
-    expected = logits(model, batch=5)
     reads = FailingReads(at, what)
     with monkeypatch.context() as patch:
         patch.setattr(reading, "preadv", reads)
         with pytest.raises(StoreError, match=message) as caught:
-            logits(model, batch=5)
+            logits(model, TEXT, batch=5)
     assert "model.gguf" in str(caught.value)
     assert caught.value.hint is not None
     model.pool.residency.table.check()
     assert all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.residency.table)
-    np.testing.assert_array_equal(logits(model, batch=5), expected)
+    np.testing.assert_array_equal(logits(model, TEXT, batch=5), expected)
 
 
-def test_short_reads_are_continued(model: OffloadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = logits(model, batch=5)
-
+def test_short_reads_are_continued(model: OffloadedModel, expected: F32, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(fd: int, buffers: list[Any], offset: int) -> int:
         size = max(4096, len(buffers[0]) // 2 // 4096 * 4096)
         return os.preadv(fd, [buffers[0][:size]], offset)
 
     monkeypatch.setattr(reading, "preadv", half)
-    np.testing.assert_array_equal(logits(model, batch=5), expected)
+    np.testing.assert_array_equal(logits(model, TEXT, batch=5), expected)
 
 
-def test_file_cut_off_while_open_is_a_clear_error(model: OffloadedModel) -> None:
-    path = model.source.files[0]
+def test_file_cut_off_while_open_is_a_clear_error(own: OffloadedModel) -> None:
+    path = own.source.files[0]
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(StoreError, match="the file ended at byte"):
-        logits(model)
+        logits(own)
 
 
-def test_vanished_file_does_not_disturb_an_open_model(model: OffloadedModel) -> None:
-    expected = logits(model, batch=5)
-    model.source.files[0].unlink()
-    np.testing.assert_array_equal(logits(model, batch=5), expected)
+def test_vanished_file_does_not_disturb_an_open_model(own: OffloadedModel, expected: F32) -> None:
+    own.source.files[0].unlink()
+    np.testing.assert_array_equal(logits(own, TEXT, batch=5), expected)
 
 
-def test_damaged_expert_is_found_by_its_checksum_on_first_read(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    source = open_model(write_model(tmp_path))
+def test_damaged_expert_is_found_by_its_checksum_on_first_read(path: Path) -> None:
+    source = open_model(path)
     real = source.base_expert
 
     def wrong(layer: int, expert: int) -> Any:
@@ -153,9 +180,9 @@ def test_mirror_of_another_model_is_refused(tmp_path: Path) -> None:
         open_offloaded(open_model(write_model(tmp_path / "a")), OffloadOptions(n_threads=2, mirror=other))
 
 
-def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(tmp_path: Path) -> None:
+def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(path: Path) -> None:
     """Recipes of official checkpoints are checked when they are used; an error there must reach whoever waits."""
-    source = open_model(write_model(tmp_path))
+    source = open_model(path)
     real, broken = source.base_expert, True
 
     def refuse(layer: int, expert: int) -> Any:

@@ -53,6 +53,12 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALRUN_CONFIG_DIR", str(tmp_path / "config"))
 
 
+@pytest.fixture
+def nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard input is empty, and no terminal."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+
 def localrun(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "localrun.cli", *arguments],
@@ -130,12 +136,14 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ["run", "-p", "x", "--batch", "0"],
     ],
 )
-def test_wrong_usage_is_2_and_says_why_on_stderr(arguments: list[str]) -> None:
-    done = localrun(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_usage_is_2_and_says_why_on_stderr(
+    arguments: list[str], nothing_typed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err
+    assert "Traceback" not in told.err
 
 
 STEPS = (["--batch", "4096"], "steps of 4096 tokens are longer than a context of 1024")
@@ -149,12 +157,14 @@ ANSWER = (["--max-tokens", "1025"], "an answer of 1025 tokens does not fit a con
         *((command, ANSWER) for command in (["run", "-p", "x"], ["chat"])),
     ],
 )
-def test_what_the_context_cannot_hold_is_refused(command: list[str], refused: tuple[list[str], str]) -> None:
+def test_what_the_context_cannot_hold_is_refused(
+    command: list[str], refused: tuple[list[str], str], nothing_typed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags, message = refused
-    done = localrun(*command, "--context", "1024", *flags)
-    assert done.returncode == 2
-    assert f"error: {message}" in done.stderr
-    assert done.stdout == ""
+    assert cli.main([*command, "--context", "1024", *flags]) == 2
+    told = capsys.readouterr()
+    assert f"error: {message}" in told.err
+    assert told.out == ""
 
 
 def test_the_overview_fits_a_small_terminal(capsys: pytest.CaptureFixture[str]) -> None:

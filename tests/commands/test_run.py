@@ -158,7 +158,7 @@ def test_a_full_disk_and_a_closed_output_are_one_line_each(model: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: No space left on device"]
+    assert done.stderr.splitlines() == ["error: standard output: No space left on device"]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error: standard output is closed"

@@ -160,16 +160,16 @@ def _gguf_of(path: Path) -> Path:
 def _measure_plain(
     gguf: Path, facts: ModelFacts, load_options: EngineOptions, tokens: list[int], options: BenchOptions, out: Output
 ) -> Benchmark:
-    """llama.cpp on the same tokens; the dense model where ours was."""
+    """llama.cpp on the same tokens; the dense model, or the layers of it, where ours were."""
     from localrun.engine import memory
     from localrun.engine.measure import benchmark, stock
     from localrun.ggml.devices import choose_gpus
 
-    gpu = choose_gpus(facts.gpus[0])[0].address if facts.dense_on_gpu and facts.gpus else None
+    gpu = choose_gpus(facts.dense_gpu)[0].address if facts.dense_gpu else None
     repacking = stock.best_repacking(facts.file_bytes, memory.available_memory())
     out.status("loading stock llama.cpp")
     plain_options = replace(load_options, n_ctx=facts.n_ctx, n_batch=facts.n_batch, n_threads=facts.n_threads)
-    with stock.open_stock(gguf, plain_options, repacking, gpu=gpu) as engine:
+    with stock.open_stock(gguf, plain_options, repacking, gpu=gpu, n_gpu_layers=facts.n_gpu_layers) as engine:
         return benchmark.measure(engine, tokens, options, lambda text: out.status(f"llama.cpp: {text}"))
 
 

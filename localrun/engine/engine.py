@@ -80,7 +80,7 @@ class Engine:
         path: Path,
         identity: str,
         file_bytes: int,
-        dense_on_gpu: bool = False,
+        placement: GpuPlacement | None = None,
         plan: Plan | None = None,
         first: FirstContext | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class Engine:
         self.plan = plan
         self.vocab = Vocab(loaded.model)
         self._metadata = loaded.source.metadata if isinstance(loaded, OffloadedModel) else {}
-        facts = _facts(loaded, options, path, identity, file_bytes, dense_on_gpu)
+        facts = _facts(loaded, options, path, identity, file_bytes, placement or GpuPlacement())
         self.facts = replace(facts, think_modes=self.chat_encoder.modes)
 
     @classmethod
@@ -139,7 +139,7 @@ class Engine:
             path=Path(path),
             identity=source.identity,
             file_bytes=file_bytes,
-            dense_on_gpu=placement.dense_share >= 1,
+            placement=placement,
             plan=plan,
             first=first,
         )
@@ -397,7 +397,7 @@ def dense_bytes(source: ModelSource) -> int:
 
 
 def _facts(
-    loaded: LoadedModel, options: EngineOptions, path: Path, identity: str, file_bytes: int, dense_on_gpu: bool
+    loaded: LoadedModel, options: EngineOptions, path: Path, identity: str, file_bytes: int, placement: GpuPlacement
 ) -> ModelFacts:
     model = loaded.model
     n_ctx_train = int(L.llama_model_n_ctx_train(model))
@@ -425,5 +425,7 @@ def _facts(
         ram_bytes=offloaded.ram_bytes if offloaded else 0,
         has_tokenizer=vocab.has_tokenizer,
         gpus=tuple(slots.device.name for slots in tier.slots if slots.banks) if tier is not None else (),
-        dense_on_gpu=dense_on_gpu,
+        dense_on_gpu=placement.dense_share >= 1,
+        dense_gpu=placement.experts[0][0].name if placement.n_gpu_layers else "",
+        n_gpu_layers=placement.n_gpu_layers,
     )

@@ -16,7 +16,11 @@ FinishReason = Literal["eos", "length", "context", "stopped", "stop"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Facts about a loaded model. Sizes in bytes; counts of 0 mean "has none"."""
+    """Facts about a loaded model. Sizes in bytes; counts of 0 mean "has none".
+
+    `gpus` have experts; `dense_gpu` has the dense model, or `n_gpu_layers` of llama.cpp's layers, the output head being the
+    last one.
+    """
 
     path: str
     name: str
@@ -39,6 +43,8 @@ class ModelFacts:
     think_modes: tuple[str, ...] = ("off",)
     gpus: tuple[str, ...] = ()
     dense_on_gpu: bool = False
+    dense_gpu: str = ""
+    n_gpu_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

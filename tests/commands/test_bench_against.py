@@ -11,7 +11,7 @@ import pytest
 
 from localrun import cli
 from localrun.engine.engine import Engine
-from localrun.engine.measure.stock import best_repacking, open_stock
+from localrun.engine.measure.stock import ALL_LAYERS, best_repacking, open_stock
 from localrun.ggml.devices import choose_gpus
 from tests.engine.conftest import OPTIONS
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
@@ -61,7 +61,7 @@ def test_a_checkpoint_is_refused_before_anything_is_measured(
     assert "is not a GGUF" in capsys.readouterr().err
 
 
-def test_the_dense_model_may_be_on_a_gpu(model_path: Path) -> None:
+def test_the_dense_model_or_layers_of_it_may_be_on_a_gpu(model_path: Path) -> None:
     tokens = [1, 2, 3, 4]
     options = replace(OPTIONS, gpu="none")
     with Engine.open(model_path, options) as engine:
@@ -70,11 +70,12 @@ def test_the_dense_model_may_be_on_a_gpu(model_path: Path) -> None:
         expected = session.logits
     with rpc_server() as (endpoint, _):
         gpu = next(device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)
-        with open_stock(model_path, options, gpu=gpu.address) as engine:
-            session = engine.session()
-            session.feed(tokens)
-            assert np.isfinite(session.logits).all()
-            assert kl(expected, session.logits) < 0.1
+        for n_gpu_layers in (ALL_LAYERS, 2):
+            with open_stock(model_path, options, gpu=gpu.address, n_gpu_layers=n_gpu_layers) as engine:
+                session = engine.session()
+                session.feed(tokens)
+                assert np.isfinite(session.logits).all()
+                assert kl(expected, session.logits) < 0.1
 
 
 def test_experts_are_repacked_only_where_file_and_copy_fit() -> None:

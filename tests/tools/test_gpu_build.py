@@ -246,3 +246,14 @@ def test_vulkan_drivers_that_compute_on_the_cpu_do_not_count(tmp_path: Path, mon
     monkeypatch.delenv("VK_DRIVER_FILES", raising=False)
     monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
     assert gpu_build.vulkan_drivers() == ["radeon_icd.x86_64"]
+
+
+def test_cmake_is_told_where_a_named_loader_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FindVulkan looks into the folder's `lib` only, not into Debian's below it."""
+    loader = tmp_path / "lib" / "x86_64-linux-gnu" / "libvulkan.so"
+    loader.parent.mkdir(parents=True)
+    loader.touch()
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+    assert bootstrap.vulkan_loader() == f"-DVulkan_LIBRARY={loader}"
+    monkeypatch.setattr(bootstrap, "gpu_prefixes", lambda _: ["/usr", str(tmp_path)])
+    assert bootstrap.vulkan_loader() == "", "the system's is found anyway"

@@ -34,12 +34,15 @@ class StockModel:
         repacking: `none`, weights as the file has them; `default`, llama.cpp's own choice (AMX included); `experts`, only
             those.
         gpu: ggml's device that gets everything but the experts; None: all is on the CPU.
+        n_gpu_layers: how many of llama.cpp's layers it gets.
 
     Raises:
         FormatError: llama.cpp can't load the file.
     """
 
-    def __init__(self, path: Path, repacking: str = "none", *, gpu: int | None = None) -> None:
+    def __init__(
+        self, path: Path, repacking: str = "none", *, gpu: int | None = None, n_gpu_layers: int = ALL_LAYERS
+    ) -> None:
         llama_log.install()
         library()  # loads the backends of a portable build
         L.llama_backend_init()
@@ -49,7 +52,7 @@ class StockModel:
         overrides = (TensorBuftOverride * 2)()  # the last one, empty, ends the list
         devices = (C.c_void_p * 2)(gpu, None)
         if gpu is not None:
-            params.n_gpu_layers, params.devices = ALL_LAYERS, C.cast(devices, C.c_void_p)
+            params.n_gpu_layers, params.devices = n_gpu_layers, C.cast(devices, C.c_void_p)
         if repacking == "experts" or gpu is not None:
             overrides[0].pattern = rb"blk\.\d+\.ffn_(gate|up|down)_exps"
             overrides[0].buft = _repack_buffer_type() if repacking == "experts" else _cpu_buffer_type()
@@ -76,11 +79,18 @@ class StockModel:
             self.model = None
 
 
-def open_stock(path: Path, options: EngineOptions, repacking: str = "none", *, gpu: int | None = None) -> Engine:
+def open_stock(
+    path: Path,
+    options: EngineOptions,
+    repacking: str = "none",
+    *,
+    gpu: int | None = None,
+    n_gpu_layers: int = ALL_LAYERS,
+) -> Engine:
     """An engine on `StockModel`."""
     size = path.stat().st_size
     identity = xxhash.xxh3_128_hexdigest(f"stock {path.resolve()} {size}".encode())
-    stock = StockModel(path, repacking, gpu=gpu)
+    stock = StockModel(path, repacking, gpu=gpu, n_gpu_layers=n_gpu_layers)
     try:
         return Engine(stock, options, path=path, identity=identity, file_bytes=size)
     except BaseException:

@@ -47,7 +47,7 @@ def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> No
     with rpc_server() as (endpoint, server), EngineProcess() as engine:
         *_, ready = engine.load(chat_model_path, replace(OPTIONS, rpc=endpoint, vram_bytes=2 << 30))
         assert isinstance(ready, Ready)
-        assert ready.facts.gpus
+        assert ready.facts.gpus == (ready.facts.dense_gpu,)
         assert ready.facts.dense_on_gpu
         *_, done = engine.generate(Generate(**QUESTION, max_tokens=8))
         assert isinstance(done, Finished)
@@ -66,6 +66,7 @@ def test_answer_goes_on_without_a_gpu_that_vanished(chat_model_path: Path) -> No
         events = list(engine.generate(Generate(**QUESTION, max_tokens=8)))
         (again,) = (event for event in events if isinstance(event, Ready))
         assert again.facts.gpus == ()
+        assert (again.facts.dense_gpu, again.facts.n_gpu_layers) == ("", 0)
         assert isinstance(events[-1], Finished)
 
 

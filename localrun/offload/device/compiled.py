@@ -505,6 +505,8 @@ class Process:
 
     def __init__(self, lib: Library, python: int, weights_type: int) -> None:
         self.fields = PROCESS.empty()
+        self.address = int(self.fields.ctypes.data)
+        """For the backend's context."""
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._lib = lib  # keeps the functions' library
         libc = C.CDLL(None)
@@ -537,14 +539,9 @@ class Process:
         self._point(PROCESS.starts, np.zeros(MAX_EXPERTS + 1, np.int32))
         self.grow(0, 64, 64)
 
-    @property
-    def address(self) -> int:
-        """For the backend's context."""
-        return int(self.fields.ctypes.data)
-
-    def in_ram(self, tensor: int) -> int:
-        """Address of a tensor's bytes in RAM: its own, or those of its shadow."""
-        return int(_in_ram(self.address, tensor))
+    def in_ram(self, tensor: int) -> int | None:
+        """Address of a tensor's bytes in RAM, if that is not its own: those of its shadow."""
+        return int(_in_ram(self.address, tensor)) if self.fields[PROCESS.read_back] else None
 
     def settle(self) -> None:
         """Waits until no device computes for us, or reads our memory: after each decode, while its context exists."""

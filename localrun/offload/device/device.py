@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -356,7 +356,7 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int
 
 def _view(tensor: int, process: native.Process) -> View:
     """A tensor's placement in RAM."""
-    return replace(view(Tensor.from_address(tensor)), address=process.in_ram(tensor))
+    return view(Tensor.from_address(tensor), process.in_ram(tensor))
 
 
 def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: int, process: native.Process) -> bool:

@@ -25,10 +25,10 @@ class View:
     nb: tuple[int, int, int]
 
 
-def view(tensor: Tensor) -> View:
-    """Reads a live ggml tensor's placement."""
+def view(tensor: Tensor, address: int | None = None) -> View:
+    """Reads a live ggml tensor's placement; `address`: where its bytes are, if not at its own."""
     ne, nb = tensor.ne, tensor.nb
-    return View(tensor.data or 0, (ne[0], ne[1], ne[2]), (nb[0], nb[1], nb[2]))
+    return View((tensor.data or 0) if address is None else address, (ne[0], ne[1], ne[2]), (nb[0], nb[1], nb[2]))
 
 
 def rows_at(place: View, dtype: type[Any]) -> npt.NDArray[Any]:

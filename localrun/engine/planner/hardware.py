@@ -74,24 +74,26 @@ class Hardware:
             everything fits.
         total_ram_bytes: of the machine, or of its cgroup.
         disk_bytes_per_s: of the model's drive, with several reads in flight, bypassing the page cache.
+        drive: which one that is; empty: unknown, or given.
         n_drives: 2: a mirror on a second one.
         memory_bytes_per_s: of RAM, all cores reading.
         n_threads: compute threads.
         cpu: our kernels' rates here; None: assumed from memory and threads.
-        seen: what whole tokens have shown here (`token_rates.py`): a resource's rate inside a token relative to what its
-            kernels reach alone, by name as in `Rate.seconds`; and the share of reads that were hidden.
+        seen: what whole tokens have shown here (`token_rates.py`), by `ModelSizes.formats`: a resource's rate inside a token
+            relative to what its kernels reach alone, by name as in `Rate.seconds`; of the drive, bytes per second of waiting.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
     ram_bytes: int | None
     total_ram_bytes: int | None
     disk_bytes_per_s: float = ASSUMED_DISK_BYTES_PER_S
+    drive: str = ""
     n_drives: int = 1
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     n_threads: int = 1
     cpu: CpuRates | None = None
     gpus: tuple[Gpu, ...] = ()
-    seen: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,12 @@ class Hardware:
         """With these values, marked as given; None leaves a value unchanged."""
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
+        if "disk_bytes_per_s" in named:
+            others = {
+                formats: {name: rate for name, rate in rates.items() if name != "drive"}
+                for formats, rates in self.seen.items()
+            }
+            named |= {"drive": "", "seen": others}
         if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
             named |= {"cpu": None, "seen": {}}
             origin.pop("cpu", None)
@@ -129,7 +137,7 @@ def detect(
         specs: experts to measure the kernels with.
     """
     n_threads = n_threads or memory.physical_cores()
-    cpu = None
+    cpu, device = None, ""
     origin = {
         "ram_bytes": "measured",
         "n_threads": "measured",
@@ -142,7 +150,8 @@ def detect(
 
         drive = probe_disk(list(files) or [disk_profiles_path()])
         if drive.bytes_per_s is not None:
-            disk_bytes_per_s, origin["disk_bytes_per_s"] = drive.bytes_per_s, "measured"
+            name, device = drive_name(drive.device), drive.device
+            disk_bytes_per_s, origin["disk_bytes_per_s"] = usual_rates({name: drive.bytes_per_s})[name], "measured"
         memory_bytes_per_s, origin["memory_bytes_per_s"] = probe_memory(), "measured"
         if specs:
             from localrun.offload.kernels.probe import probe_cpu
@@ -157,6 +166,7 @@ def detect(
         ram_bytes=None if available is None else available + memory.resident_bytes(),
         total_ram_bytes=memory.total_memory(),
         disk_bytes_per_s=disk_bytes_per_s,
+        drive=device,
         n_drives=n_drives,
         memory_bytes_per_s=memory_bytes_per_s,
         n_threads=n_threads,
@@ -188,16 +198,24 @@ def _usual(
     return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
 
 
-def seen_name(resource: str, n_threads: int) -> str:
+def drive_name(device: str) -> str:
+    """The name under which a week remembers a drive's rate."""
+    return f"drive {device}"
+
+
+def seen_name(resource: str, formats: str, n_threads: int) -> str:
     """The name under which a week remembers what tokens have shown of a resource."""
-    return f"{SEEN}{resource}, {n_threads} threads"
+    return f"{SEEN}{resource}, {formats}, {n_threads} threads"
 
 
-def seen_tokens(n_threads: int) -> dict[str, float]:
+def seen_tokens(n_threads: int) -> dict[str, dict[str, float]]:
     """`Hardware.seen` of this machine."""
-    end = seen_name("", n_threads).removeprefix(SEEN)
-    known = remembered_rates(SEEN)
-    return {name.removeprefix(SEEN).removesuffix(end): rate for name, rate in known.items() if name.endswith(end)}
+    seen: dict[str, dict[str, float]] = {}
+    for name, rate in remembered_rates(SEEN).items():
+        parts = name.removeprefix(SEEN).split(", ")
+        if len(parts) == 3 and parts[2] == f"{n_threads} threads":
+            seen.setdefault(parts[1], {})[parts[0]] = rate
+    return seen
 
 
 def local_gpus(*, probe: bool = True) -> tuple[Gpu, ...]:

@@ -156,6 +156,13 @@ class ModelSizes:
         return self.shape.n_used * largest + self.staging_bytes
 
     @property
+    def formats(self) -> str:
+        """Of experts and dense matrices, in a few words: models with the same run at the same rates."""
+        names = "+".join(sorted({group.name for group in self.experts})) or "no"
+        bits = 8 * self.dense_token_bytes / max(1, self.dense_weights)
+        return f"{names} experts and {bits:.1f} bits"
+
+    @property
     def used_weights(self) -> int:
         """Number of expert weights that a token is multiplied by."""
         return len(self.shape.moe_layers) * self.shape.n_used * self.shape.expert_weights

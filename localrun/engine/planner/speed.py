@@ -71,8 +71,8 @@ PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
 """The same for a prompt, where the next layer is read ahead too, at the drive's probed rate. [m] The slice under 2,
 3 and 5 GiB, nine prompts: 0.5 fits best on average."""
 
-HIDDEN = "hidden reads"
-"""Name in `Hardware.seen` of the part of a token's reads that nothing waited for."""
+WAITED = "drive"
+"""Name in `Hardware.seen` of bytes read per second of waiting for them: more than the drive gives, as most reads are hidden."""
 
 SECOND_DRIVE_GAIN = 0.375
 """A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
@@ -157,23 +157,26 @@ def predict_decode(
     """Speed of answers with `position` tokens in the context."""
     used = len(sizes.shape.moe_layers) * sizes.shape.n_used
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
-    hidden_reads = list(HIDDEN_READS)
-    if shares.is_cpu_only and HIDDEN in machine.seen:
-        hidden_reads[1] = machine.seen[HIDDEN]
+    seen = machine.seen.get(sizes.formats, {}) if shares.is_cpu_only else {}
 
     def rate(hits: float, estimate: int) -> Rate:
         disk_bytes = (1 - hits) * used * shares.miss_bytes
         seconds = computing(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
-        if shares.is_cpu_only:
-            seconds = {name: s / machine.seen.get(name, 1.0) for name, s in seconds.items()}
+        seconds = {name: s / seen.get(name, 1.0) for name, s in seconds.items()}
         read_s = disk_bytes / (DISK_SHARE[estimate] * drive_bytes_per_s(machine))
-        seconds["drive"] = waiting(read_s, sum(seconds.values()), hidden_reads[estimate])
+        seconds["drive"] = waiting(read_s, sum(seconds.values()), HIDDEN_READS[estimate])
+        if estimate == 1 and WAITED in seen:
+            seconds["drive"] = disk_bytes / seen[WAITED]
         return Rate(tokens_per_s=1 / sum(seconds.values()), hit_rate=hits, disk_bytes=disk_bytes, seconds=seconds)
 
     unsteady, steady = (
         max(curve(shares.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
     )
-    return _widened(rate(unsteady, 0), rate(steady, 1), rate(steady, 2))
+    low, likely, high = rate(unsteady, 0), rate(steady, 1), rate(steady, 2)
+    if WAITED in seen:  # what was seen is likely, whatever the assumptions around it are
+        low = min(low, likely, key=lambda rate: rate.tokens_per_s)
+        high = max(high, likely, key=lambda rate: rate.tokens_per_s)
+    return _widened(low, likely, high)
 
 
 def computing(

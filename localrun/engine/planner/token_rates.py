@@ -1,17 +1,18 @@
-"""What whole tokens show about this machine: how much slower kernels are inside a token than alone, and how many reads are hidden.
+"""What whole tokens show about this machine: how much slower kernels are inside a token than alone, and what waiting costs.
 
 A probe runs one kernel at a time, on warm caches. Inside a token, matrices follow each other, threads wake for each, and reads and
 packing use the same cores. How much that costs depends on the machine, so tokens are compared with what the probes' rates would
-give, with the bytes that were read; the ratios are remembered as rates are (`usual_rates.py`), and later plans use them.
+give, with the bytes that were read; the ratios are remembered as rates are (`usual_rates.py`), and later plans use them. The
+drive was probed once, maybe when others used it: what tokens have read in their time is a lower bound of its rate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from localrun.engine.planner.hardware import seen_name
+from localrun.engine.planner.hardware import drive_name, seen_name
 from localrun.engine.planner.plan import Plan, resident_shares
-from localrun.engine.planner.speed import HIDDEN, computing, drive_bytes_per_s
+from localrun.engine.planner.speed import WAITED, computing
 from localrun.engine.planner.usual_rates import usual_rates
 
 MIN_TOKENS = 16
@@ -66,14 +67,17 @@ def token_ratios(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, posi
     low, high = _BOUNDS
     ratios = {name: alone[name] * n / spent_s for name, spent_s in measured.items() if spent_s > 0}
     ratios = {name: ratio for name, ratio in ratios.items() if low <= ratio <= high}
-    read_s = cost.disk_bytes / drive_bytes_per_s(plan.machine)
-    if read_s > 0.1 * cost.waiting_s and 0 < cost.waiting_s < read_s:
-        ratios[HIDDEN] = 1 - cost.waiting_s / read_s
+    if cost.waiting_s > 0:
+        ratios[WAITED] = cost.disk_bytes / cost.waiting_s
     return ratios
 
 
 def learn_tokens(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int) -> None:
     """Remembers what these tokens show, for later plans. Arguments as `token_ratios`."""
     ratios = token_ratios(plan, cost, n_tokens=n_tokens, seconds=seconds, position=position)
-    if ratios:
-        usual_rates({seen_name(name, plan.machine.n_threads): ratio for name, ratio in ratios.items()})
+    formats, n_threads = plan.sizes.formats, plan.machine.n_threads
+    rates = {seen_name(name, formats, n_threads): ratio for name, ratio in ratios.items()}
+    if ratios and plan.machine.drive:
+        rates[drive_name(plan.machine.drive)] = cost.disk_bytes / seconds  # it can do at least that
+    if rates:
+        usual_rates(rates)

@@ -7,6 +7,7 @@ level is part of the cache key of compiled code, so levels can be alternated.
 
 from __future__ import annotations
 
+import functools
 import os
 from enum import Enum
 
@@ -36,9 +37,15 @@ _NEEDS = {
 }
 
 
+@functools.cache
+def _host_features() -> str:
+    """LLVM asks the processor anew each time, which takes 0.19 ms, and every token asks which level there is."""
+    return str(codegen.get_host_cpu_features())
+
+
 def features() -> frozenset[str]:
     """LLVM's names of what code may use: all that the processor has, or what `NUMBA_CPU_FEATURES` leaves of it."""
-    chosen = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    chosen = _host_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
     return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
 
 

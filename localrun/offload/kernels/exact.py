@@ -17,8 +17,7 @@ from numba.extending import intrinsic
 
 from localrun.ggml.types import block_type
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.kernels.compiled import ROWS
-from localrun.offload.kernels.lowlevel import blocks_of, call_3, load_f32, load_i64, rounded_up, stack, store_f32
+from localrun.offload.kernels.lowlevel import ROWS, blocks_of, call_3, load_f32, load_i64, rounded_up, stack, store_f32
 from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, INTS, Simd
 
 BF16_UNIT: Final = 32

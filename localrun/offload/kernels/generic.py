@@ -17,8 +17,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.lowlevel import (
+    ROWS,
     float_of_bits,
     load_i64,
     load_u8,
@@ -232,10 +232,12 @@ def _extra(type_: GGMLQuantizationType) -> npt.NDArray[np.int64]:
 
 
 def supports(type_: GGMLQuantizationType) -> bool:
+    """Whether there is a generic 8-bit row kernel for this type."""
     return type_ in _FORMATS
 
 
 def generic_panel(type_: GGMLQuantizationType) -> Panel:
+    """The activations that its row kernel takes."""
     return _FORMATS[type_][3]
 
 

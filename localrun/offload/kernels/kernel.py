@@ -46,6 +46,11 @@ class PackedMatrix:
 
     @classmethod
     def choose(cls, type_: GGMLQuantizationType, n_out: int, n_in: int, *, math: Math) -> PackedMatrix:
+        """How a matrix of `n_out` rows of `n_in` elements is packed and multiplied on this CPU.
+
+        Raises:
+            UnsupportedModelError: see `make_kernel`.
+        """
         raw_bytes = raw_matrix_bytes(type_, n_out, n_in)
         if is_interleaved(type_, math):
             format_ = FORMATS[type_]
@@ -86,6 +91,7 @@ class PackedMatrix:
             ctypes.memmove(raw, packed, self.raw_bytes)
 
     def at(self, offset: int) -> Matrix:
+        """The matrix for the driver, `offset` bytes into a slot."""
         return Matrix(self.rows_address, self.extra, offset, self.n_in, self.n_out, self.panel)
 
 
@@ -108,6 +114,7 @@ class ExpertKernel:
         self._alone = [KernelCall([view], n_threads=n_threads) for view in views]
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        """See `FfnKernel`."""
         assert raw.dtype == np.uint8
         assert raw.flags.c_contiguous
         assert raw.size == sum(self.raw_bytes)
@@ -117,6 +124,7 @@ class ExpertKernel:
             source += matrix.raw_bytes
 
     def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
+        """See `FfnKernel`."""
         assert raw.dtype == np.uint8
         assert raw.flags.c_contiguous
         assert raw.size == sum(self.raw_bytes)
@@ -134,6 +142,7 @@ class ExpertKernel:
         x: npt.NDArray[np.float32],
         out: npt.NDArray[np.float32],
     ) -> None:
+        """See `FfnKernel`."""
         self.call(slots, starts, x_rows, out_rows, x, out)
 
     def project(
@@ -146,6 +155,7 @@ class ExpertKernel:
         x: npt.NDArray[np.float32],
         out: npt.NDArray[np.float32],
     ) -> None:
+        """See `FfnKernel`."""
         self._alone[which](slots, starts, x_rows, out_rows, x, out)
 
 

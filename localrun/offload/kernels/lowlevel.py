@@ -17,6 +17,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+ROWS = "void(intp, intp, intp, intp, intp, intp, intp, intp, intp)"
+"""Signature of row kernels, the C functions that multiply some rows of a matrix with one tile of tokens:
+
+matrix address, extra argument, first row (a multiple of 16), rows, row length, panel, tokens of the tile, out, out's bytes per
+token. `out` receives rows up to the next multiple of 16. The driver in `tasks` calls them by address, so that any combination of
+types works without compiling anything for it.
+"""
+
 
 def _pointer(builder: Any, address: Any, target: Any) -> Any:
     return builder.inttoptr(address, target.as_pointer())

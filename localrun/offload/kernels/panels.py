@@ -42,6 +42,7 @@ class Panel:
 
     @property
     def unit(self) -> int:
+        """Elements of a record per token."""
         return 256 if self.kind == SUPER256 else 32
 
     @property

@@ -182,6 +182,8 @@ def add_super256(
 
 @intrinsic
 def clear_totals(_typing: Any, totals: Any, nt: Any) -> Any:
+    """Zeroes `nt` tokens' totals, 16 F32 each, from address `totals` on."""
+
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
 

@@ -52,16 +52,19 @@ class Simd:
         return self.b.gep(pointer, [shifted])
 
     def load(self, pointer: Any, offset: int, type_: Any) -> Any:
+        """A value of `type_` from any address."""
         source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), type_.as_pointer())
         value = self.b.load(source)
         value.align = 1
         return value
 
     def store(self, value: Any, pointer: Any, offset: int = 0) -> None:
+        """Stores a value at any address."""
         target = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), value.type.as_pointer())
         self.b.store(value, target).align = 1
 
     def prefetch(self, pointer: Any, offset: int) -> None:
+        """Asks for a cache line, to be read soon."""
         self.call("llvm.prefetch.p0", ir.VoidType(), self.b.gep(pointer, [I64(offset)]), I32(0), I32(3), I32(1))
 
     def stack(self, n_bytes: int) -> Any:
@@ -75,14 +78,17 @@ class Simd:
 
     @staticmethod
     def ints(value: int) -> Any:
+        """16 equal 32-bit constants."""
         return ir.Constant(INTS, [value] * 16)
 
     @staticmethod
     def words(value: int) -> Any:
+        """32 equal 16-bit constants."""
         return ir.Constant(WORDS, [value] * 32)
 
     @staticmethod
     def floats(value: float) -> Any:
+        """16 equal F32 constants."""
         return ir.Constant(FLOATS, [value] * 16)
 
     @staticmethod
@@ -92,6 +98,7 @@ class Simd:
         return ir.Constant(BYTES, (pattern * (64 // len(pattern)))[:64])
 
     def splat(self, scalar: Any, lanes: int = LANES) -> Any:
+        """A run-time scalar in all lanes."""
         vector = ir.VectorType(scalar.type, lanes)
         first = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
         return self.b.shuffle_vector(
@@ -103,18 +110,23 @@ class Simd:
         return self.b.bitcast(self.splat(self.load(pointer, offset, I32)), BYTES)
 
     def splat_f32(self, pointer: Any, offset: int) -> Any:
+        """The F32 there in all lanes."""
         return self.splat(self.load(pointer, offset, F32))
 
     def splat_i32(self, pointer: Any, offset: int) -> Any:
+        """The int32 there in all lanes."""
         return self.splat(self.load(pointer, offset, I32))
 
     def as_bytes(self, vector: Any) -> Any:
+        """The same 512 bits as 64 bytes."""
         return self.b.bitcast(vector, BYTES)
 
     def as_ints(self, vector: Any) -> Any:
+        """The same 512 bits as 16 32-bit lanes."""
         return self.b.bitcast(vector, INTS)
 
     def to_float(self, ints: Any) -> Any:
+        """Signed 32-bit lanes as F32, rounded."""
         return self.b.sitofp(ints, FLOATS)
 
     def halves(self, pointer: Any, offset: int) -> Any:
@@ -128,9 +140,11 @@ class Simd:
     # -- arithmetic -----------------------------------------------------------------------------------------------
 
     def mul(self, a: Any, b: Any) -> Any:
+        """a * b, F32."""
         return self.b.fmul(a, b)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c, F32; rounded once or twice, as the processor is faster."""
         return self.call("llvm.fmuladd.v16f32", FLOATS, a, b, c)
 
     def sum_floats(self, floats: Any) -> Any:
@@ -140,12 +154,15 @@ class Simd:
         return self.b.call(function, [F32(0.0), floats], fastmath=("reassoc",))
 
     def shift_right(self, ints: Any, count: int) -> Any:
+        """Each lane shifted, zeros from the left."""
         return self.b.lshr(ints, self.ints(count)) if count else ints
 
     def shift_left(self, ints: Any, count: int) -> Any:
+        """Each lane shifted, zeros from the right."""
         return self.b.shl(ints, self.ints(count)) if count else ints
 
     def mask(self, ints: Any, value: int) -> Any:
+        """Each lane & value."""
         return self.b.and_(ints, self.ints(value))
 
     def words_sub(self, ints: Any, value: int) -> Any:
@@ -204,6 +221,7 @@ class Simd:
         return self.b.or_(self.b.and_(a, b), c)
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
+        """An LLVM intrinsic or function by name; declares it in the module."""
         module = self.b.module
         function = module.globals.get(name) or ir.Function(
             module, ir.FunctionType(result, [a.type for a in args]), name
@@ -354,4 +372,5 @@ _CLASSES: Final[dict[Level, type[Simd]]] = {
 
 
 def simd_for(level: Level, builder: Any) -> Simd:
+    """The emitter for a level."""
     return _CLASSES[level](builder)

@@ -323,6 +323,7 @@ class Matrix:
     panel: Panel
 
     def record(self) -> Record:
+        """Its MATRIX fields."""
         panel = self.panel
         return MATRIX.make(
             rows=self.rows_address,

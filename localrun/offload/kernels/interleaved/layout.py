@@ -69,6 +69,7 @@ class Format:
         return align_up(units * self.meta_bytes, LINE_BYTES) + units * self.body_bytes
 
     def matrix_bytes(self, n_out: int, n_in: int) -> int:
+        """Bytes of `n_out` rows of `n_in` elements, in whole groups of 16 rows."""
         return ceil_div(n_out, 16) * self.group_bytes(n_in)
 
 
@@ -99,18 +100,23 @@ class Tile:
         return self.s.splat_dword(self._from(self.values, base), token * self.values + quad * 4)
 
     def f32(self, token: int, index: int) -> Any:
+        """Activation `index` of an F32 record in all lanes."""
         return self.s.splat_f32(self._from(self.values), token * self.values + index * 4)
 
     def scale(self, token: int) -> Any:
+        """The record's activation scale, F32, in all lanes."""
         return self.s.splat_f32(self._from(4), self.n_tokens * self.values + token * 4)
 
     def start(self, token: int) -> Any:
+        """The record's aux as the int32 that block sums begin with: it takes the weights' offset off."""
         return self.s.splat_i32(self._from(4), self.n_tokens * (self.values + 4) + token * 4)
 
     def sum(self, token: int) -> Any:
+        """The record's aux as F32: scale times the sum of the block's activations."""
         return self.s.splat_f32(self._from(4), self.n_tokens * (self.values + 4) + token * 4)
 
     def sums16(self, token: int, pair: int) -> Any:
+        """Two neighbouring int16 sums of 16 activations, as one dword in all lanes."""
         return self.s.splat_i32(self._from(32), self.n_tokens * 264 + token * 32 + pair * 4)
 
 

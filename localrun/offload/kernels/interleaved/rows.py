@@ -14,11 +14,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.kernels.compiled import ROWS
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import Tile
-from localrun.offload.kernels.lowlevel import blocks_of, rounded_up
+from localrun.offload.kernels.lowlevel import ROWS, blocks_of, rounded_up
 from localrun.offload.kernels.simd import I64, simd_for
 
 _AHEAD: Final = 4096

@@ -53,7 +53,7 @@ def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()

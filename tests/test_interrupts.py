@@ -44,7 +44,7 @@ def twice_in_a_row(number: int) -> None:
 
 def lose_and_wait(lose: Callable[[int], None], number: int) -> None:
     lose(number)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.005)
 

@@ -36,6 +36,8 @@ def test_a_conversation_is_one_window_s_until_that_leaves(two: tuple[Claims, Cla
     assert second.is_free(7)
     first.leave()
     assert second.take(9)
+    second.close()
+    assert first.take(9)
 
 
 def test_windows_are_numbered_by_the_lowest_that_is_free(tmp_path: Path) -> None:

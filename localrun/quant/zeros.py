@@ -10,6 +10,7 @@ Not found: fewer than 64 to 128 KiB of zeros in a row, and a lost range whose tw
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import FormatError
-from localrun.quant.model.source import PROJECTIONS, Projection
+from localrun.quant.model.source import PROJECTIONS, Extent, ModelSource, Projection
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -32,10 +33,9 @@ _FIRST_ZEROS: Final = 4
 """Zeros that a row may begin with: low bytes of its first value or scale."""
 
 _BETWEEN_ZEROS: Final = 32 + _LAST_ZEROS
-"""Zeros beside a whole matrix: GGUF aligns stacks to 32 bytes, and a neighbour may end or begin with some."""
+"""Zeros beside a whole matrix: files align to 32 bytes, and a neighbour may end or begin with some."""
 
 _WINDOW_BYTES: Final = 1 << 20
-_MAX_AROUND_BYTES: Final = 256 << 20
 _HINT: Final = "the file is incomplete or the drive lost data: download it again"
 
 
@@ -80,42 +80,68 @@ def refuse_zero_norm(where: str, weights: Bytes) -> None:
         raise FormatError(f"{where}: all weights of a norm are zero", hint=_HINT)
 
 
-def refuse_lost_weights(
-    files: Sequence[Path], layer: int, expert: int, projections: Sequence[Projection], raw: Sequence[Sequence[Bytes]]
-) -> None:
-    """Raises FormatError if bytes of an expert were lost.
+class LostWeights:
+    """Looks for lost bytes in the experts of one copy of a model as they are read. Any thread.
+
+    An expert's matrix of zeros alone says nothing, so what is around it is read: what the copy's stack of such matrices has, once.
 
     Args:
-        files: what extents point into.
-        projections: gate, up and down; those with a checksum are left to that.
-        raw: for each the bytes of its extents.
+        source: the copy.
     """
-    for name, projection, pieces in zip(PROJECTIONS, projections, raw, strict=True):
-        if projection.checksum is not None:
-            continue
-        extent = projection.extents[0]
-        path, what = files[extent.file], f"blk.{layer}.ffn_{name}_exps.weight: expert {expert}"
-        refuse_torn(f"{path}: {what}", pieces[0], pieces[0].size // projection.n_out, extent.offset)
-        if len(pieces) == 1:
-            _refuse_lost_matrix(path, what, pieces[0], extent.offset)
-        else:
-            refuse_zero_scales(f"{path}: {what}", pieces[1])
 
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._runs: dict[tuple[int, str, int], list[tuple[int, int]]] = {}  # (layer, projection, file) -> zeros
 
-def _refuse_lost_matrix(path: Path, what: str, data: Bytes, offset: int) -> None:
-    """Raises FormatError if an expert's matrix is all zero, and so is a part of what is before or behind it.
+    def refuse(
+        self, layer: int, expert: int, projections: Sequence[Projection], raw: Sequence[Sequence[Bytes]]
+    ) -> None:
+        """Raises FormatError if bytes of an expert were lost.
 
-    Args:
-        path: the file, of which `data` are the bytes from `offset` on.
-        what: the tensor and the expert, for the message.
-    """
-    if data[:_PROBE_BYTES].any() or data.any():
-        return
-    begin, end = _around(path, offset, offset + data.size)
-    before, behind = offset - begin, end - offset - data.size
-    # Neighbours may be zero, too, but whole.
-    if max(before % data.size, behind % data.size) > _BETWEEN_ZEROS:
-        raise _lost(f"{path}: {what}", end - begin, begin)
+        Args:
+            projections: gate, up and down; those with a checksum are left to that.
+            raw: for each the bytes of its extents.
+        """
+        for name, projection, pieces in zip(PROJECTIONS, projections, raw, strict=True):
+            if projection.checksum is not None:
+                continue
+            extent = projection.extents[0]
+            where = f"{self._source.files[extent.file]}: blk.{layer}.ffn_{name}_exps.weight: expert {expert}"
+            refuse_torn(where, pieces[0], pieces[0].size // projection.n_out, extent.offset)
+            if len(pieces) > 1:
+                refuse_zero_scales(where, pieces[1])
+            elif not pieces[0][:_PROBE_BYTES].any() and not pieces[0].any():
+                self._refuse_lost_matrix(where, layer, name, extent)
+
+    def _refuse_lost_matrix(self, where: str, layer: int, name: str, extent: Extent) -> None:
+        """Raises FormatError if all of an expert's matrix is zero, and so is a part of the one before or behind it."""
+        first, last = self._stack(layer, name, extent)
+        begin, end = self._zeros_around(layer, name, extent, first, last)
+        before, behind = extent.offset - begin, end - extent.offset - extent.n_bytes
+        torn_before = begin > first and before % extent.n_bytes > _BETWEEN_ZEROS
+        torn_behind = end < last and behind % extent.n_bytes > _BETWEEN_ZEROS
+        # Neighbours may be zero, too, but whole.
+        if torn_before or torn_behind:
+            raise _lost(where, end - begin, begin)
+
+    def _stack(self, layer: int, name: str, extent: Extent) -> tuple[int, int]:
+        """Where this matrix of the layer's first expert begins and that of its last one ends, in the file of `extent`."""
+        index, n_experts = PROJECTIONS.index(name), self._source.moe_layers[layer].n_experts
+        extents = [self._source.base_expert(layer, expert)[index].extents[0] for expert in range(n_experts)]
+        extents = [extent, *(other for other in extents if other.file == extent.file)]
+        return min(other.offset for other in extents), max(other.offset + other.n_bytes for other in extents)
+
+    def _zeros_around(self, layer: int, name: str, extent: Extent, first: int, last: int) -> tuple[int, int]:
+        """How far the zeros of `extent` go on in the file, from `first` to `last` at most; read only once."""
+        with self._lock:  # whoever else finds zeros here waits for what has been found
+            runs = self._runs.setdefault((layer, name, extent.file), [])
+            for begin, end in runs:
+                if begin <= extent.offset and extent.offset + extent.n_bytes <= end:
+                    return begin, end
+            path, end = self._source.files[extent.file], extent.offset + extent.n_bytes
+            runs.append(_around(path, extent.offset, end, first, last))
+            return runs[-1]
 
 
 def _lost(where: str, n_bytes: int, offset: int) -> FormatError:
@@ -141,20 +167,28 @@ def _run(data: Bytes, inside: int) -> tuple[int, int]:
     return begin, end
 
 
-def _around(path: Path, begin: int, end: int) -> tuple[int, int]:
-    """How far the zeros from `begin` to `end` go on in the file, at most 256 MiB on either side."""
+def _around(path: Path, begin: int, end: int, first: int, last: int) -> tuple[int, int]:
+    """How far the zeros from `begin` to `end` go on in the file, from `first` to `last` at most."""
     with path.open("rb", buffering=0) as file:
-        fd, first, last = file.fileno(), max(0, begin - _MAX_AROUND_BYTES), end + _MAX_AROUND_BYTES
+        fd = file.fileno()
         while begin > first:
             start = max(first, begin - _WINDOW_BYTES)
-            window = os.pread(fd, begin - start, start)
-            if rest := window.rstrip(b"\0"):
-                begin = start + len(rest)
+            window = _read_once(fd, start, begin)
+            if (nonzero := np.flatnonzero(window)).size:
+                begin = start + int(nonzero[-1]) + 1
                 break
             begin = start
-        while end < last and (window := os.pread(fd, _WINDOW_BYTES, end)):
-            if rest := window.lstrip(b"\0"):
-                end += len(window) - len(rest)
+        while end < last and (window := _read_once(fd, end, min(last, end + _WINDOW_BYTES))).size:
+            if (nonzero := np.flatnonzero(window)).size:
+                end += int(nonzero[0])
                 break
-            end += len(window)
+            end += window.size
     return begin, end
+
+
+def _read_once(fd: int, begin: int, end: int) -> Bytes:
+    """Bytes of a file, which don't stay in the page cache: there may be gigabytes."""
+    data = os.pread(fd, end - begin, begin)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+    return np.frombuffer(data, np.uint8)

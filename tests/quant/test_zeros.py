@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGMLQuantizationType
 
 from localrun import cli
 from localrun.errors import FormatError
@@ -14,9 +18,9 @@ from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.convert.converter import convert
 from localrun.quant.convert.lost_weights import find_lost_weights
 from localrun.quant.gguf.file import read_gguf
-from localrun.quant.model.source import ModelSource
+from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, ModelSource, MoeLayer, Projection
 from localrun.quant.open import open_model
-from localrun.quant.zeros import refuse_zero_norm, refuse_zero_scales, torn_rows
+from localrun.quant.zeros import LostWeights, refuse_zero_norm, refuse_zero_scales, torn_rows
 from tests.checkpoints import write_small
 from tests.offload.models import logits
 from tools.make_moe_gguf import MoeDims, write_moe_gguf
@@ -137,6 +141,80 @@ def test_experts_that_are_zero_on_purpose_are_accepted(gguf: Path) -> None:
     erase(gguf, begin + size, begin + 3 * size)
     assert find_lost_weights(open_model(gguf)) == []
     answer(open_model(gguf))
+
+
+@dataclass
+class Stacks:
+    """A stack of matrices of 4.25 MiB that is a hole in a file; gate and down are taken for its neighbours with checksums."""
+
+    path: Path
+    n_experts: int
+    n_bytes: int = 4352 * KIB
+    start: int = 4096 + 32
+
+    def __post_init__(self) -> None:
+        self.files = [self.path]
+        kinds = (GGMLQuantizationType.Q8_0,) * 3
+        self.moe_layers = {0: MoeLayer(0, self.n_experts, 2048, 2048, kinds, 3 * self.n_bytes)}
+        with self.path.open("wb") as file:
+            file.write(noise(self.start))
+            file.seek(self.at(self.n_experts))
+            file.write(noise(4096))
+
+    def at(self, expert: int) -> int:
+        return self.start + expert * self.n_bytes
+
+    def base_expert(self, layer: int, expert: int) -> tuple[Projection, ...]:
+        return tuple(
+            Projection(
+                GGMLQuantizationType.Q8_0,
+                2048,
+                2048,
+                Encoding.GGML,
+                (Extent(0, self.at(expert), self.n_bytes),),
+                self.n_bytes,
+                None if name == "up" else "checksum",
+            )
+            for name in PROJECTIONS
+        )
+
+    def look(self, lost: LostWeights, expert: int) -> None:
+        """As if the expert had been read."""
+        projections = self.base_expert(0, expert)
+        raw = [[np.fromfile(self.path, np.uint8, self.n_bytes, offset=self.at(expert))]] * 3
+        lost.refuse(0, expert, projections, raw)
+
+
+def test_a_stack_of_zeros_is_accepted_at_any_size_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that someone removed: hundreds of MiB, all of which are around each of its experts."""
+    stacks = Stacks(tmp_path / "m", n_experts=64)
+    lost, read, n_read = LostWeights(cast("ModelSource", stacks)), os.pread, 0
+
+    def counting(fd: int, size: int, offset: int) -> bytes:
+        nonlocal n_read
+        n_read += size
+        return read(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", counting)
+    for expert in (0, 30, 31, 63):
+        stacks.look(lost, expert)
+    assert n_read == (stacks.n_experts - 1) * stacks.n_bytes
+
+
+@pytest.mark.parametrize("torn", [3, 4])
+def test_a_range_lost_from_before_a_stack_is_found_from_each_of_its_experts(tmp_path: Path, torn: int) -> None:
+    stacks = Stacks(tmp_path / "m", n_experts=5)
+    lost = LostWeights(cast("ModelSource", stacks))
+    with stacks.path.open("r+b") as file:
+        file.seek(stacks.at(torn) + stacks.n_bytes // 2)
+        file.write(noise(stacks.n_bytes // 2))
+    for expert in range(torn):
+        with pytest.raises(FormatError, match=rf"m: blk\.0\.ffn_up_exps\.weight: expert {expert}: \d+ bytes from"):
+            stacks.look(lost, expert)
+    for expert in range(torn + 1, 5):  # whole on both sides
+        stacks.look(lost, expert)
 
 
 @pytest.mark.parametrize("what", ["blk.0.attn_q.weight", "blk.0.attn_norm.weight"])

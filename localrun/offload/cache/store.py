@@ -34,7 +34,7 @@ from localrun.offload.cache.staging import N_BUFFERS, buffers
 from localrun.offload.cache.tickets import AbandonedError, Bytes, ReadBuffer, ReadPiece, ReadPieces, Receiver, Ticket
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource
-from localrun.quant.zeros import refuse_lost_weights
+from localrun.quant.zeros import LostWeights
 from localrun.reading import read_fully
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class ExpertStore:
         self._source = source
         self._packers = packers
         self._verify = verify
+        self._lost = LostWeights(source)
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._pieces = ReadPieces()
@@ -259,7 +260,7 @@ class ExpertStore:
         rows: list[Bytes] = []
         raw = [[payloads.pop(0) for _ in projection.extents] for projection in ticket.projections]
         if self._verify:
-            refuse_lost_weights(self._source.files, slot.layer, slot.expert, ticket.projections, raw)
+            self._lost.refuse(slot.layer, slot.expert, ticket.projections, raw)
         for projection, pieces in zip(ticket.projections, raw, strict=True):
             rows.append(
                 pieces[0]

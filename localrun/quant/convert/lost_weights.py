@@ -14,7 +14,7 @@ from threading import local
 from localrun.errors import LocalrunError
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader
 from localrun.quant.model.source import ModelSource
-from localrun.quant.zeros import refuse_lost_weights
+from localrun.quant.zeros import LostWeights
 
 READS_IN_FLIGHT = 8
 
@@ -44,7 +44,7 @@ def find_lost_weights(
             opened.callback(reader.close)
         pool = opened.enter_context(ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="verify"))
         experts = ((layer, expert) for layer, shape in source.moe_layers.items() for expert in range(shape.n_experts))
-        own = local()
+        own, lost = local(), LostWeights(source)
 
         def look(layer: int, expert: int) -> str | None:
             buffers: list[AlignedBuffer] = own.__dict__.setdefault("buffers", [AlignedBuffer() for _ in range(6)])
@@ -58,7 +58,7 @@ def find_lost_weights(
                     ]
                     for projection in projections
                 ]
-                refuse_lost_weights(source.files, layer, expert, projections, raw)
+                lost.refuse(layer, expert, projections, raw)
             except LocalrunError as error:
                 return str(error)
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from localrun.errors import UsageError
@@ -47,7 +48,7 @@ def parse_rate(text: str) -> int:
     """Bytes per second of `7GB/s`, `930 GB/s`.
 
     Raises:
-        UsageError: not a rate, zero, negative, or without a unit.
+        UsageError: not a rate, zero, negative, without a unit, or below `MIN_RATE`.
     """
     try:
         rate = parse_size(text.strip().removesuffix("/s"))
@@ -55,7 +56,32 @@ def parse_rate(text: str) -> int:
         rate = 0
     if rate == 0:
         raise UsageError(f"'{text}' is not a rate", hint="write for example 7GB/s")
+    check_rate(rate)
     return rate
+
+
+MIN_RATE = 10**6
+"""Bytes per second. Slower than any drive, and far above what somebody types who means GB/s."""
+
+
+def check_rate(bytes_per_s: float) -> None:
+    """Raises UsageError for a number that can't be the bytes per second of a drive or memory."""
+    if not 0 < bytes_per_s < math.inf:
+        raise UsageError(f"a rate of {bytes_per_s:g} bytes/s is impossible", hint="write for example '7GB/s'")
+    if bytes_per_s < MIN_RATE:
+        likely = f"{bytes_per_s:g}GB/s" if bytes_per_s < 1000 else f"{bytes_per_s / 1000:g}MB/s"
+        raise UsageError(
+            f"{bytes_per_s:g} bytes/s is slower than any drive or memory", hint=f"did you mean '{likely}'?"
+        )
+
+
+def check_memory_size(n_bytes: int) -> None:
+    """Raises UsageError for a number that can't be the bytes of a machine's or a GPU's memory; 0: it has none."""
+    if n_bytes < 0:
+        raise UsageError(f"a memory of {n_bytes} bytes is impossible", hint="write for example '24GiB'")
+    if 0 < n_bytes < 2**20:
+        likely = f"{n_bytes}GiB" if n_bytes < 4096 else f"{n_bytes}MiB"
+        raise UsageError(f"{n_bytes} bytes is less than any machine's memory", hint=f"did you mean '{likely}'?")
 
 
 def _likely(number: str) -> str:

@@ -15,7 +15,7 @@ from localrun.options import BY_NAME, fields_of
 Size = str | int
 """`"8GiB"`, `"500MB"`, or bytes."""
 
-Rate = str | float
+ByteRate = str | float
 """`"7GB/s"`, or bytes per second."""
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Unpack
 
 from localrun import config
 from localrun.api import demo, models
-from localrun.api.options import Limits, Rate, Size, given
+from localrun.api.options import ByteRate, Limits, Size, given
 from localrun.engine import memory
 from localrun.engine.options import check_lengths
 from localrun.errors import BudgetError, UsageError
-from localrun.units import format_size, parse_rate, parse_size
+from localrun.units import check_memory_size, check_rate, format_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from localrun.engine.planner.hardware import Gpu, Hardware
@@ -39,10 +39,10 @@ class Machine:
     ram: Size | None = None
     vram: Sequence[Size] = ()
     threads: int | None = None
-    memory_rate: Rate | None = None
-    drive_rate: Rate | None = None
+    memory_rate: ByteRate | None = None
+    drive_rate: ByteRate | None = None
     drives: int | None = None
-    gpu_rate: Rate | None = None
+    gpu_rate: ByteRate | None = None
 
 
 def plan(
@@ -96,6 +96,8 @@ def plan_with(
     from localrun.quant.checkpoint.official import BUILT_IN
     from localrun.quant.open import dense_type
 
+    _check_count("position", position, 0)
+    _check_count("prompt_tokens", prompt_tokens, 1)
     if str(model) not in BUILT_IN or Path(model).exists():
         model = models.resolve(str(model), settings, command="plan") or demo.checkpoint()  # converting it would compile
     _check_limits(settings, hardware_of(machine, settings, probe=False))  # refused before anything is measured
@@ -125,7 +127,7 @@ def hardware_of(
         sizes: of the model that will run on it; None: of no certain one.
 
     Raises:
-        UsageError: no such box.
+        UsageError: no such box, or a value that no machine has.
     """
     from localrun.engine.planner import hardware
     from localrun.engine.planner.boxes import BY_SLUG
@@ -135,6 +137,9 @@ def hardware_of(
         memory.check_threads(settings["threads"])
         n_threads = settings["threads"]
         return hardware.detect(files, n_threads=n_threads, probe=probe, gpus=True, specs=specs)
+    _check_count("threads", machine.threads, 1)
+    _check_count("drives", machine.drives, 1, 2)
+    _per_s(machine.gpu_rate)  # also refused where no GPU has it
     if machine.box is not None and machine.box not in BY_SLUG:
         raise UsageError(f"unknown box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
     if machine.box is not None:
@@ -175,11 +180,22 @@ def _gpus(machine: Machine) -> tuple[Gpu, ...] | None:
 
 
 def _bytes(size: Size | None) -> int | None:
-    return parse_size(size) if isinstance(size, str) else size
+    n_bytes = parse_size(size) if isinstance(size, str) else size
+    if n_bytes is not None:
+        check_memory_size(n_bytes)
+    return n_bytes
 
 
-def _per_s(rate: Rate | None) -> float | None:
-    return parse_rate(rate) if isinstance(rate, str) else rate
+def _per_s(rate: ByteRate | None) -> float | None:
+    if rate is None or isinstance(rate, str):
+        return None if rate is None else parse_rate(rate)
+    check_rate(rate)
+    return rate
+
+
+def _check_count(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is not None and (value < low or (high is not None and value > high)):
+        raise UsageError(f"{name}={value}: expected {f'at least {low}' if high is None else f'{low} to {high}'}")
 
 
 def _check_limits(settings: config.Settings, machine: Hardware) -> None:

@@ -14,7 +14,7 @@ from localrun.options import BY_NAME
 
 ThinkMode = str
 """`off`, `high`, `max`, or another one of `ModelFacts.think_modes`."""
-Gpu = str
+GpuName = str
 """`auto`, `none`, or the name of a ggml device."""
 
 
@@ -40,7 +40,7 @@ class EngineOptions:
 
     ram_bytes: int | None = None
     vram_bytes: int | None = None
-    gpu: Gpu = BY_NAME["gpu"].default
+    gpu: GpuName = BY_NAME["gpu"].default
     rpc: str | None = None
     n_ctx: int = BY_NAME["context"].default
     n_threads: int = BY_NAME["threads"].default

@@ -44,7 +44,7 @@ _MAP_BYTES: Final = 256 << 20
 _NO_KIND = 0
 """What compiled code doesn't know, it leaves to Python."""
 
-Look = Callable[[str, npt.NDArray[np.float32]], None]
+MatrixListener = Callable[[str, npt.NDArray[np.float32]], None]
 """Gets a matrix's name and the rows that it is multiplied with, (groups, T, n_in) f32, valid during the call."""
 
 
@@ -155,7 +155,7 @@ class DenseMatrices:
         address, self._next = self._next, self._next + n_bytes
         return address
 
-    def show(self, look: Look | None) -> None:
+    def show(self, look: MatrixListener | None) -> None:
         """Shows every call's inputs to `look` from now on, through Python (None: no more); between two decodes."""
         device = expert_device()
         for placed in self._placed:
@@ -172,7 +172,7 @@ class DenseMatrices:
         self.n_bytes = 0
 
 
-def _shown(placed: _Placed, look: Look) -> Callable[[View, View], None]:
+def _shown(placed: _Placed, look: MatrixListener) -> Callable[[View, View], None]:
     def multiply(x: View, out: View) -> None:
         look(placed.name, matrices_at(x))
         placed.multiply(x, out)

@@ -20,7 +20,7 @@ import msgspec
 import xxhash
 
 Json = Any
-Message = Mapping[str, Json]
+_Message = Mapping[str, Json]
 
 MOST_CONVERSATIONS = 1000
 MOST_CHARS = 4 << 20
@@ -58,7 +58,7 @@ class Reminders:
         self._kept: OrderedDict[str, tuple[_Placed, ...]] = OrderedDict()
         self._n_chars = 0
 
-    def arranged(self, messages: Sequence[Message], *, learn: bool = True) -> tuple[Message, ...]:
+    def arranged(self, messages: Sequence[_Message], *, learn: bool = True) -> tuple[_Message, ...]:
         """The conversation with such lines moved out of its first system messages.
 
         Args:
@@ -75,7 +75,7 @@ class Reminders:
             placed = (*placed, _Placed(_behind_last_answer(messages), current))
         if learn:
             self._put(begun or new, placed)
-        result: list[Message] = []
+        result: list[_Message] = []
         for i, message in enumerate(stable):
             result += [{"role": "latest_reminder", "content": each.text} for each in placed if each.before == i]
             result.append(message)
@@ -107,12 +107,12 @@ def _size(placed: Sequence[_Placed]) -> int:
     return sum(len(each.text) for each in placed)
 
 
-def _n_leading(messages: Sequence[Message]) -> int:
+def _n_leading(messages: Sequence[_Message]) -> int:
     """Number of system messages that the conversation begins with."""
     return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
-def _split(messages: Sequence[Message]) -> tuple[list[Message], str | None]:
+def _split(messages: Sequence[_Message]) -> tuple[list[_Message], str | None]:
     """(messages without the volatile lines, these lines; None if there are none)."""
     stable, moved = list(messages), []
     for i in range(_n_leading(messages)):
@@ -139,7 +139,7 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
                 yield start.start(), stop.end()
 
 
-def _names(stable: Sequence[Message], first: int) -> tuple[str, str | None]:
+def _names(stable: Sequence[_Message], first: int) -> tuple[str, str | None]:
     """A conversation's key before its first answer, and its key from then on (None: no answer yet).
 
     Two conversations may start the same way; their first answers differ.
@@ -157,7 +157,7 @@ def _names(stable: Sequence[Message], first: int) -> tuple[str, str | None]:
     return new, hasher.hexdigest()
 
 
-def _behind_last_answer(messages: Sequence[Message]) -> int:
+def _behind_last_answer(messages: Sequence[_Message]) -> int:
     """Everything up to there has been read before, and no user turn is split."""
     for i in range(len(messages) - 1, -1, -1):
         if messages[i]["role"] == "assistant" and i + 1 < len(messages):

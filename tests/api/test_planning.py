@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
+from localrun import cli
 from localrun.api.planning import Machine, hardware_of, plan
 from localrun.engine.planner.boxes import BOXES
 from localrun.errors import BudgetError, UsageError
@@ -33,6 +37,46 @@ def test_what_does_not_go_into_the_machine_is_refused() -> None:
         plan("flash", machine=Machine(box=BOX, ram="64GiB"), ram="65GiB")
     with pytest.raises(UsageError):
         plan("flash", machine=BOX, context=2_000_000)
+
+
+@pytest.mark.parametrize("name", ["drive_rate", "memory_rate", "gpu_rate"])
+@pytest.mark.parametrize(
+    ("rate", "hint"),
+    [
+        *((impossible, "7GB/s") for impossible in (0, -1, math.nan, math.inf)),
+        *((7, "'7GB/s'"), (1.5, "'1.5GB/s'"), (7000, "'7MB/s'")),
+        *(("7KB/s", "'7MB/s'"), ("7", "7GB/s")),
+    ],
+)
+def test_rates_that_nothing_has_are_refused_with_what_was_meant(name: str, rate: float | str, hint: str) -> None:
+    for box in (BOX, None):
+        with pytest.raises(UsageError) as refused:
+            plan("flash", machine=Machine(box=box, **{name: rate}), probe=False)  # type: ignore[arg-type]  # by name
+        assert refused.value.hint is not None
+        assert hint in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [{"ram": -1}, {"ram": 64}, {"vram": [24]}, {"vram": [-(1 << 30)]}, {"threads": 0}, {"drives": 0}, {"drives": 3}],
+)
+def test_sizes_and_counts_that_no_machine_has_are_refused(machine: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        plan("flash", machine=Machine(box=BOX, **machine))
+
+
+def test_tokens_that_can_not_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="position=-1"):
+        plan("flash", machine=BOX, position=-1)
+    with pytest.raises(UsageError, match="prompt_tokens=0"):
+        plan("flash", machine=BOX, prompt_tokens=0)
+
+
+@pytest.mark.parametrize("flag", ["--machine-drive-rate", "--machine-memory-rate", "--machine-gpu-rate"])
+@pytest.mark.parametrize("rate", ["0", "-1GB/s", "7", "7B/s", "nan"])
+def test_the_command_refuses_such_rates_too(flag: str, rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "flash", "--box", BOX, f"{flag}={rate}"]) == 2
+    assert "7GB/s" in capsys.readouterr().err
 
 
 def test_limits_reach_the_plan() -> None:

@@ -12,7 +12,14 @@ from localrun.engine.conversations.background import StoreThread
 from localrun.engine.conversations.claims import Claims
 from localrun.engine.conversations.damaged import Salvage, salvage
 from localrun.engine.conversations.database import ConversationError, DamagedConversationsError
-from localrun.engine.conversations.records import Attachment, Conversation, Message, MessageState, Role, SearchHit
+from localrun.engine.conversations.records import (
+    Attachment,
+    Conversation,
+    Message,
+    MessageRole,
+    MessageState,
+    SearchHit,
+)
 from localrun.engine.conversations.store import ConversationStore
 
 __all__ = [
@@ -23,8 +30,8 @@ __all__ = [
     "ConversationStore",
     "DamagedConversationsError",
     "Message",
+    "MessageRole",
     "MessageState",
-    "Role",
     "Salvage",
     "SearchHit",
     "StoreThread",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Role = Literal["system", "user", "assistant", "tool"]
+MessageRole = Literal["system", "user", "assistant", "tool"]
 MessageState = Literal["complete", "writing", "stopped", "length", "context", "failed"]
 """`writing`: the answer is under way, or the program ended in the middle of it."""
 
@@ -35,7 +35,7 @@ class Message:
     id: int
     conversation_id: int
     parent_id: int | None
-    role: Role
+    role: MessageRole
     content: str
     reasoning: str = ""
     state: MessageState = "complete"
@@ -99,7 +99,7 @@ def message_of(row: Sequence[Any]) -> Message:
     if (
         not (type(number) is type(conversation) is int)
         or not (parent is None or (type(parent) is int and parent < number))  # answers are written after questions
-        or role not in get_args(Role)
+        or role not in get_args(MessageRole)
         or state not in get_args(MessageState)
         or not (isinstance(content, str) and isinstance(reasoning, str) and isinstance(created_at, float | int))
     ):

@@ -31,7 +31,9 @@ def find_lost_weights(
     total = sum(tensor.n_bytes for tensor in source.tensors.values())
     done = 0
     stacks = {f"blk.{layer}.ffn_{name}_exps.weight" for layer in source.moe_layers for name in ("gate", "up", "down")}
-    for name in source.tensors.keys() - stacks:
+    for name in source.tensors:
+        if name in stacks:
+            continue
         try:
             source.read_tensor(name)
         except LocalrunError as error:

@@ -98,7 +98,8 @@ def test_what_the_campaign_imports_is_packed(tmp_path: Path) -> None:
     code = (
         "import sys; import tools.gpu_check.__main__; from importlib.metadata import packages_distributions as p;"
         "from tools.gpu_check.task import main; main(sys.argv[1:]);"
-        "print(sorted({d.lower() for n in {m.split('.')[0] for m in sys.modules} for d in p().get(n, [])}))"
+        "known = p(); names = {m.split('.')[0] for m in sys.modules};"
+        "print(sorted({d.lower() for n in names for d in known.get(n, [])}))"
     )
     done = subprocess.run([sys.executable, "-c", code, task], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1].replace("'", '"')))

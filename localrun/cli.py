@@ -33,7 +33,7 @@ COMMANDS = {
     "plan": "predict what fits where, and how fast it will run",
     "serve": "serve the OpenAI and Anthropic APIs over HTTP",
     "convert": "convert an official checkpoint",
-    "verify": "verify every checksum of a converted model",
+    "verify": "check a model's files for damage",
     "eval": "measure perplexity, or compare with a reference model",
     "bench": "measure speed, and where the time goes",
     "doctor": "check this machine and this installation",
@@ -93,7 +93,10 @@ def _guarded(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser([a for a in arguments if not a.startswith("-")][:1])
+    _refuse_option_before_command(arguments)
+    command = [a for a in arguments if not a.startswith("-")][:1]
+    parser = _parser(command)
+    parser.command = command[0] if command and command[0] in COMMANDS else "COMMAND"
     try:
         args = parser.parse_args(arguments)
     except SystemExit as leave:  # --help: 0, wrong usage: 2
@@ -103,6 +106,21 @@ def _run(arguments: list[str]) -> int:
         return EXIT_USAGE
     _prepare_cache(args)
     return int(_module(args.command).run(args))
+
+
+def _refuse_option_before_command(arguments: list[str]) -> None:
+    """Raises UsageError for `localrun --ram 4GiB chat`, whose 4GiB would be taken for the command."""
+    flag = arguments[0].split("=")[0] if arguments else ""
+    if not flag.startswith("-") or flag in ("-h", "--help", "--version"):
+        return
+    with_it = _commands_with(flag)
+    if not with_it:
+        return  # misspelt
+    command = next((argument for argument in arguments if argument in COMMANDS), None)
+    rest = [argument for argument in arguments if argument != command]
+    told = "before the command" if command else "without a command"
+    example = f"localrun {command or with_it[0]} {shlex.join(rest)}"
+    raise UsageError(f"{flag} {told}", hint=f"options come after the command: {example}")
 
 
 def _module(command: str) -> Any:
@@ -149,7 +167,13 @@ def _signals(*, ending: bool) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that suggests the flag or command that was probably meant."""
+    """An argument parser that suggests the flag or command that was probably meant.
+
+    Attributes:
+        command: whose options are parsed, for hints of the whole command line's parser.
+    """
+
+    command = "COMMAND"
 
     def error(self, message: str) -> NoReturn:
         hint = self._hint(message)
@@ -176,16 +200,17 @@ class _Parser(argparse.ArgumentParser):
 
     def _for_unknown(self, flag: str) -> str:
         flag = flag.split("=")[0]
-        for command, other in _commands(_parser(COMMANDS)).items():
-            if flag.startswith("--") and flag in other._option_string_actions:
-                return f"{flag} is an option of localrun {command}; {self.prog} --help lists all options"
+        all_options = f"localrun {self.command} --help lists all options"
+        if flag.startswith("--") and (others := _commands_with(flag)):
+            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            return f"{flag} is an option of localrun {names}; {all_options}"
         known = [name for parser in self._all() for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(flag, known, 1)
         if near:
             return f"did you mean {near[0]}?"
-        if not flag.startswith("-"):
+        if not flag.startswith("-") and self.command in ("chat", "run"):
             return 'a prompt goes after -p, in quotes: localrun run MODEL -p "…"'
-        return f"{self.prog} --help lists all options"
+        return all_options
 
     def _all(self) -> list[argparse.ArgumentParser]:
         """This parser and those of its commands."""
@@ -197,6 +222,11 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     return {name: command for action in subs for name, command in action.choices.items()}
 
 
+def _commands_with(flag: str) -> list[str]:
+    """Names of the commands that have an option."""
+    return [name for name, parser in _commands(_parser(COMMANDS)).items() if flag in parser._option_string_actions]
+
+
 class _Overview(_Parser):
     """The parser of the whole command line. Its help fits a terminal of 24 lines, with the shell's next prompt below it."""
 
@@ -206,7 +236,7 @@ class _Overview(_Parser):
         return "\n".join([f"usage: {self.prog} COMMAND ...", DESCRIPTION, "", *listed, "", EXAMPLES])
 
 
-def _parser(with_options: Collection[str]) -> argparse.ArgumentParser:
+def _parser(with_options: Collection[str]) -> _Parser:
     """A parser of all commands; only those named in `with_options` get theirs."""
     parser = _Overview(prog="localrun", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"localrun {__version__}")

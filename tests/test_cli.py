@@ -146,6 +146,35 @@ def test_wrong_usage_is_2_and_says_why_on_stderr(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (
+            "list --context 3",
+            "unrecognized arguments: --context",
+            "of localrun chat, run, plan, ...; localrun list --help",
+        ),
+        ("run --machine-ram 5GiB", "unrecognized arguments: --machine-ram", "of localrun plan; localrun run --help"),
+        ("run --no-such", "unrecognized arguments: --no-such", "localrun run --help lists all options"),
+        ("plan flash pro", "unrecognized arguments: pro", "localrun plan --help lists all options"),
+        ("run a b", "unrecognized arguments: b", "a prompt goes after -p"),
+        ("--versoin", "unrecognized arguments: --versoin", "did you mean --version?"),
+        ("--ram 4GiB chat", "--ram before the command", "after the command: localrun chat --ram 4GiB"),
+        ("--ram=4GiB chat", "--ram before the command", "after the command: localrun chat --ram=4GiB"),
+        ("--json list x", "--json before the command", "after the command: localrun list --json x"),
+        ("-p hello", "-p without a command", "after the command: localrun run -p hello"),
+    ],
+)
+def test_an_option_in_the_wrong_place_is_answered_with_the_right_one(
+    arguments: str, error: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments.split()) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: {error}"
+    assert second.startswith("hint: ")
+    assert hint in second
+
+
 STEPS = (["--batch", "4096"], "steps of 4096 tokens are longer than a context of 1024")
 ANSWER = (["--max-tokens", "1025"], "an answer of 1025 tokens does not fit a context of 1024")
 

@@ -1,4 +1,5 @@
-"""`localrun verify MODEL`: checks every checksum of a converted model on disk; `--repair` rebuilds damaged parts.
+"""`localrun verify MODEL`: checks a model's files for damage: every checksum of a converted one; `--repair` rebuilds damaged
+parts.
 
 An interrupted run resumes as long as the files are unchanged. A model without a manifest (another program's GGUF, an official
 checkpoint) has no checksums: its structure is checked, and its weights are searched for zeros that an incomplete download or a
@@ -22,6 +23,7 @@ from localrun.units import format_duration, format_size
 if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ImportanceLookup
     from localrun.quant.convert.integrity import Damage
+    from localrun.quant.convert.lost_weights import LostPart
     from localrun.quant.model.source import ModelSource
 
 EXAMPLES = """\
@@ -108,7 +110,7 @@ def _without_checksums(source: ModelSource, out: Output, *, as_json: bool) -> in
                 "ok": not problems,
                 "checksums": False,
                 "tensors": len(source.tensors),
-                "damaged": problems,
+                "damaged": [_lost_as_json(problem) for problem in problems],
             }
         )
     return 1 if problems else 0
@@ -215,6 +217,20 @@ def _importances(source: Any, out: Output) -> list[ImportanceLookup | None]:
         except LocalrunError as error:
             out.note(f"ignored: {error}")
     return [*found, None]
+
+
+def _lost_as_json(lost: LostPart) -> dict[str, object]:
+    """The same keys as for a wrong checksum; null where there is none."""
+    return {
+        "file": None if lost.path is None else lost.path.name,
+        "tensor": lost.tensor,
+        "expert": lost.expert,
+        "offset": lost.offset,
+        "bytes": lost.n_bytes,
+        "expected": None,
+        "found": None,
+        "problem": lost.problem,
+    }
 
 
 def _as_json(damage: Damage) -> dict[str, object]:

@@ -104,15 +104,19 @@ class LostWeights:
             raw: for each the bytes of its extents.
         """
         for name, projection, pieces in zip(PROJECTIONS, projections, raw, strict=True):
-            if projection.checksum is not None:
-                continue
-            extent = projection.extents[0]
-            where = f"{self._source.files[extent.file]}: blk.{layer}.ffn_{name}_exps.weight: expert {expert}"
-            refuse_torn(where, pieces[0], pieces[0].size // projection.n_out, extent.offset)
-            if len(pieces) > 1:
-                refuse_zero_scales(where, pieces[1])
-            elif not pieces[0][:_PROBE_BYTES].any() and not pieces[0].any():
-                self._refuse_lost_matrix(where, layer, name, extent)
+            self.refuse_one(layer, expert, name, projection, pieces)
+
+    def refuse_one(self, layer: int, expert: int, name: str, projection: Projection, pieces: Sequence[Bytes]) -> None:
+        """As `refuse`, for one projection: `gate`, `up` or `down`."""
+        if projection.checksum is not None:
+            return
+        extent = projection.extents[0]
+        where = f"{self._source.files[extent.file]}: blk.{layer}.ffn_{name}_exps.weight: expert {expert}"
+        refuse_torn(where, pieces[0], pieces[0].size // projection.n_out, extent.offset)
+        if len(pieces) > 1:
+            refuse_zero_scales(where, pieces[1])
+        elif not pieces[0][:_PROBE_BYTES].any() and not pieces[0].any():
+            self._refuse_lost_matrix(where, layer, name, extent)
 
     def _refuse_lost_matrix(self, where: str, layer: int, name: str, extent: Extent) -> None:
         """Raises FormatError if all of an expert's matrix is zero, and so is a part of the one before or behind it."""

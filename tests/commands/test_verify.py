@@ -15,6 +15,8 @@ from localrun.quant.convert.converter import MODEL_NAME, convert
 from tests.checkpoints import write_small
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 
+DAMAGE_KEYS = {"file", "tensor", "expert", "offset", "bytes", "expected", "found", "problem"}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,6 +65,7 @@ def test_one_bit_is_found_and_named_and_repaired(
     code, result, told = verified(capsys, model)
     assert (code, result["ok"], len(result["damaged"])) == (1, False, 1)
     (found,) = result["damaged"]
+    assert set(found) == DAMAGE_KEYS
     assert found["file"] == MODEL_NAME
     assert found["expected"] != found["found"]
     assert "damaged: " in told

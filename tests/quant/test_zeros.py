@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, ModelSour
 from localrun.quant.open import open_model
 from localrun.quant.zeros import LostWeights, refuse_zero_norm, refuse_zero_scales, torn_rows
 from tests.checkpoints import write_small
+from tests.commands.test_verify import DAMAGE_KEYS
 from tests.offload.models import logits
 from tools.make_moe_gguf import MoeDims, write_moe_gguf
 
@@ -122,7 +124,7 @@ def test_a_lost_range_among_experts_is_named_also_where_whole_experts_are_gone(
     source = open_model(gguf)
     problems = find_lost_weights(source)
     where = f"{gguf}: blk.0.ffn_gate_exps.weight: expert"
-    assert [problem.partition(" bytes from ")[0].rpartition(": ")[0] for problem in problems] == [
+    assert [str(problem).partition(" bytes from ")[0].rpartition(": ")[0] for problem in problems] == [
         f"{where} {expert}" for expert in range(4)
     ]
     with pytest.raises(
@@ -238,6 +240,29 @@ def test_lost_ranges_of_a_checkpoint_are_named_when_it_runs_and_when_it_is_conve
     edge = 1000 if suffix == "weight" else 0
     erase(source.files[extent.file], extent.offset + edge, extent.offset + extent.n_bytes)
     (problem,) = find_lost_weights(open_model(folder))
-    assert f"{source.files[extent.file]}: blk.1.ffn_up_exps.weight: expert 2: " in problem
+    assert f"{source.files[extent.file]}: blk.1.ffn_up_exps.weight: expert 2: " in str(problem)
     with pytest.raises(FormatError, match=r"layers\.1\.ffn\.experts\.2\.w3\.weight: "):
         convert(folder, tmp_path / "target")
+
+
+def test_lost_dense_tensors_are_reported_in_the_model_s_order(gguf: Path) -> None:
+    tensors = read_gguf(gguf).tensors
+    norms = [name for name in open_model(gguf).tensors if name.endswith("norm.weight")]
+    assert len(norms) > 3
+    for name in norms:
+        erase(gguf, tensors[name].offset, tensors[name].offset + tensors[name].info.n_bytes)
+    assert [lost.tensor for lost in find_lost_weights(open_model(gguf))] == norms
+
+
+def test_lost_weights_as_json_have_the_keys_of_wrong_checksums(gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin, size = stack(gguf)
+    norm = read_gguf(gguf).tensors["blk.0.attn_norm.weight"]
+    erase(gguf, norm.offset, norm.offset + norm.info.n_bytes)
+    erase(gguf, begin + size // 2 + 7, begin + size)
+    assert cli.main(["verify", str(gguf), "--json"]) == 1
+    dense, expert = json.loads(capsys.readouterr().out)["damaged"]
+    assert set(dense) == set(expert) == DAMAGE_KEYS
+    assert (dense["file"], dense["tensor"], dense["expert"]) == (gguf.name, "blk.0.attn_norm.weight", None)
+    assert (dense["offset"], dense["bytes"]) == (norm.offset, norm.info.n_bytes)
+    assert (expert["file"], expert["tensor"], expert["expert"]) == (gguf.name, "blk.0.ffn_gate_exps.weight", 0)
+    assert (expert["offset"], expert["bytes"]) == (begin, size)

@@ -94,6 +94,8 @@ def _ram(plan: Plan) -> Bar:
     ]
     if not at.dense_on_gpu:
         segments[:0] = _fixed(plan, 1 - at.dense_share)
+    elif at.embedding_bytes:
+        segments[:0] = [Segment(name="embedding", value=at.embedding_bytes)]
     if machine.ram_bytes is None or machine.total_ram_bytes is None:
         return _bar("RAM", "used by the plan", segments)
     segments.append(Segment(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
@@ -119,7 +121,7 @@ def _fixed(plan: Plan, share: float) -> list[Segment]:
     """What `share` of the dense model's layers takes; llama.cpp's buffers are on both sides."""
     at = plan.placement
     return [
-        Segment(name="dense model", value=share * at.dense_bytes),
+        Segment(name="dense model", value=share * at.dense_bytes - at.embedding_bytes),
         Segment(name="cache", value=share * at.kv_bytes),
         Segment(name="buffers", value=at.compute_bytes),
     ]

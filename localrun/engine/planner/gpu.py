@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from localrun.engine.options import EngineOptions
-from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
-from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets, layers_that_fit
+from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets, layers_that_fit, whole_on_gpu
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
@@ -31,7 +30,7 @@ class GpuPlacement:
     n_gpu_layers: for llama.cpp, whose output head counts as the last layer; `ALL_LAYERS`, fewer, or 0.
     dense_share: of the dense model's layers.
     experts: devices and the bytes available for experts on each; may be 0.
-    ram_bytes: the part of this that integrated GPUs take from RAM, plus the input embedding, which llama.cpp keeps there.
+    ram_bytes: the part of this that integrated GPUs take from RAM.
     spare: bytes that stay free, by device name: for the driver and windows, or only for the driver with `--vram`.
     """
 
@@ -81,12 +80,7 @@ def place_on_gpus(
             + ", ".join(f"{device.name} has {format_size(device.free_bytes)} free" for device in devices),
             hint="lower --vram, or leave it out to use what fits",
         )
-    cache_bytes = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
-    # llama.cpp gives the input layer to the CPU whatever n_gpu_layers says (llama-model.cpp, load_tensors).
-    embedding = source.tensors.get("token_embd.weight")
-    embedding_bytes = embedding.n_bytes if embedding is not None else 0
-    needed = sizes.dense_bytes - embedding_bytes + cache_bytes
-    needed += compute_bytes(sizes, n_ctx, options.n_batch) + exchange_bytes(sizes, n_ctx, options.n_batch)
+    needed = whole_on_gpu(sizes, n_ctx, options.kv_type, options.n_batch)
     if options.vram_bytes is None:
         free = [max(0, device.free_bytes - device.display_bytes) for device in devices]
     budgets = gpu_budgets(free, options.vram_bytes, needed)
@@ -94,7 +88,6 @@ def place_on_gpus(
     n_gpu_layers, dense_share = 0, 0.0
     if most_share >= 1 and budgets[0] >= needed:
         n_gpu_layers, dense_share, budgets[0] = ALL_LAYERS, 1.0, budgets[0] - needed
-        ram_bytes += embedding_bytes
     elif most_share:
         n_layers = sizes.shape.n_layers
         limit = min(budgets[0], needed if most_share >= 1 else int(most_share * needed))

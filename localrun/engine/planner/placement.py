@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from localrun.engine import memory
-from localrun.engine.planner.compute_buffers import compute_bytes
+from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
 from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
 from localrun.engine.planner.plan import GpuShare, Placement, PlanOptions
 from localrun.engine.planner.sizes import ModelSizes, padded
@@ -30,11 +30,16 @@ def headroom(available: int, total: int) -> int:
     return min(wanted, available // 4) if available < 8 * 2**30 else wanted
 
 
+def whole_on_gpu(sizes: ModelSizes, n_ctx: int, kv_type: str, n_batch: int) -> int:
+    """Bytes that the dense model with its cache and buffers takes on a GPU that holds all of it."""
+    dense = sizes.dense_bytes - sizes.embedding_bytes + sizes.kv_bytes(n_ctx, kv_type, n_batch)
+    return dense + compute_bytes(sizes, n_ctx, n_batch) + exchange_bytes(sizes, n_ctx, n_batch)
+
+
 def gpu_share(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: int) -> GpuShare:
     """As much as fits: the dense model with cache and buffers on the largest GPU, or as many of its layers as fit; experts in the
     rest of all."""
-    kv = sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch)
-    whole_bytes = sizes.dense_bytes + kv + compute_bytes(sizes, n_ctx, options.n_batch)
+    whole_bytes = whole_on_gpu(sizes, n_ctx, options.kv_type, options.n_batch)
     free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
     budgets = gpu_budgets(free, options.vram_bytes, whole_bytes)
     if budgets and budgets[0] >= whole_bytes:
@@ -55,8 +60,10 @@ def layers_that_fit(sizes: ModelSizes, budget: int, n_ctx: int, kv_type: str, n_
     Returns:
         (layers, 0 if too few fit; their bytes with llama.cpp's buffers).
     """
-    head, looked_up = sizes.dense.get("output head", 0), sizes.dense.get("embedding", 0)
-    each = (sizes.dense_bytes - head - looked_up + sizes.kv_bytes(n_ctx, kv_type, n_batch)) // sizes.shape.n_layers + 1
+    head = sizes.dense.get("output head", 0)
+    each = (
+        sizes.dense_bytes - head - sizes.embedding_bytes + sizes.kv_bytes(n_ctx, kv_type, n_batch)
+    ) // sizes.shape.n_layers + 1
     fixed = head + compute_bytes(sizes, n_ctx, n_batch)
     n_layers = min(sizes.shape.n_layers - 1, (budget - fixed) // each)
     if n_layers < max(1, sizes.shape.n_layers * LEAST_LAYERS):
@@ -99,13 +106,17 @@ def place(
     compute = compute_bytes(sizes, n_ctx, options.n_batch)
     if gpu is None:
         gpu = gpu_share(sizes, machine, options, n_ctx)
+    if gpu.dense_share >= 1:
+        in_ram = sizes.embedding_bytes
+        compute += exchange_bytes(sizes, n_ctx, options.n_batch)
+    else:
+        in_ram = int((dense + kv) * (1 - gpu.dense_share)) + compute
     slot = max(1.0, sizes.mean_slot_bytes)
     gpu_experts = min(sizes.n_copies, int(gpu.expert_bytes / slot))
     rest = sizes.n_copies - gpu_experts
     rest_bytes = int(rest * slot + sizes.staging_bytes) if rest else 0
     spare, ram = 0, options.ram_bytes
     if machine.ram_bytes is not None:
-        in_ram = 0 if gpu.dense_share >= 1 else int((dense + kv) * (1 - gpu.dense_share)) + compute
         left = machine.ram_bytes - PROCESS_BYTES - in_ram
         if ram is None:
             spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
@@ -119,6 +130,7 @@ def place(
         dense_share=gpu.dense_share,
         dense_bytes=dense,
         kv_bytes=kv,
+        embedding_bytes=sizes.embedding_bytes if gpu.dense_share >= 1 else 0,
         compute_bytes=compute,
         ram_bytes=ram,
         headroom_bytes=spare,

@@ -51,10 +51,12 @@ def predict_plain(
     if machine.ram_bytes is None:
         return None
     fixed = sizes.dense_bytes + context_bytes
-    budgets = gpu_budgets(sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True), vram_bytes, fixed)
-    dense_on_gpu = bool(budgets) and budgets[0] >= fixed
+    on_gpu = fixed - sizes.embedding_bytes
+    budgets = gpu_budgets(sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True), vram_bytes, on_gpu)
+    dense_on_gpu = bool(budgets) and budgets[0] >= on_gpu
+    in_ram = sizes.embedding_bytes if dense_on_gpu else fixed
     spare = headroom(machine.ram_bytes, machine.total_ram_bytes or machine.ram_bytes)
-    cached = max(0, machine.ram_bytes - PROCESS_BYTES - spare - (0 if dense_on_gpu else fixed))
+    cached = max(0, machine.ram_bytes - PROCESS_BYTES - spare - in_ram)
     shares = ResidentShares(
         ram_share=min(1.0, cached / max(1, sizes.expert_file_bytes)),
         dense_share=1.0 if dense_on_gpu else 0.0,

@@ -74,7 +74,9 @@ class Placement:
 
     Attributes:
         dense_share: of the dense model's layers with their cache that are on the GPU; 0: none, 1: everything.
-        dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers, wherever they are.
+        dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers (and on the GPU those for our
+            activations), wherever they are.
+        embedding_bytes: of the dense model, what stays in RAM although all layers are on the GPU.
         ram_bytes: budget for experts in RAM, including reads in flight; None: free memory is unknown, and all experts are
             assumed to fit.
         headroom_bytes: RAM left for the desktop and the page cache.
@@ -84,6 +86,7 @@ class Placement:
 
     dense_share: float
     dense_bytes: int
+    embedding_bytes: int
     kv_bytes: int
     compute_bytes: int
     ram_bytes: int | None

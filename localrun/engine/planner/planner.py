@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.engine.options import EngineOptions
+from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Seen, Unlearned, hit_rates
 from localrun.engine.planner.placement import place
@@ -99,7 +100,7 @@ def make_plan(
                 sizes,
                 machine,
                 rates,
-                context_bytes=placement.kv_bytes + placement.compute_bytes,
+                context_bytes=placement.kv_bytes + compute_bytes(sizes, n_ctx, options.n_batch),
                 vram_bytes=options.vram_bytes,
                 position=position,
                 kv_type=options.kv_type,

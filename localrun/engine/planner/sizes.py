@@ -116,6 +116,11 @@ class ModelSizes:
         return sum(self.dense.values())
 
     @property
+    def embedding_bytes(self) -> int:
+        """The input embedding, which llama.cpp leaves in RAM whatever goes to a GPU (llama-model.cpp, load_tensors)."""
+        return self.dense.get("embedding", 0)
+
+    @property
     def dense_token_bytes(self) -> int:
         """What every token reads of it."""
         return sum(size for part, size in self.dense.items() if part not in LOOKED_UP)

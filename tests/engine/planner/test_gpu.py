@@ -15,7 +15,9 @@ from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
 from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
 from localrun.engine.planner.gpu import place_on_gpus
-from localrun.engine.planner.placement import GPU_HEADROOM_BYTES
+from localrun.engine.planner.hardware import Gpu, Hardware
+from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_share, whole_on_gpu
+from localrun.engine.planner.plan import PlanOptions
 from localrun.engine.planner.sizes import sizes_of_source
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import Delta, Finished, Generate, Ready
@@ -117,7 +119,7 @@ def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: py
             monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
             placement = place_on_gpus(source, sizes, OPTIONS, 4096)
             assert placement.n_gpu_layers
-            assert placement.ram_bytes == embedding_bytes
+            assert placement.ram_bytes == 0
             left[has_display] = placement.experts[0][1]
         assert left[False] - left[True] == DISPLAY_BYTES
         on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
@@ -126,6 +128,30 @@ def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: py
         without = place_on_gpus(source, sizes, OPTIONS, 4096, most_share=0)
         assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)
         assert without.experts[0][1] == left[True] + on_card, "a card without the dense model has its bytes for experts"
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 4 << 20])
+@pytest.mark.parametrize("with_vram", [False, True])
+def test_a_plan_gives_a_card_what_a_load_gives_it(
+    chat_model_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, with_vram: bool
+) -> None:
+    """Also where a byte less is too little for all of the dense model."""
+    source = open_model(chat_model_path)
+    sizes = sizes_of_source(source)
+    whole = whole_on_gpu(sizes, 256, OPTIONS.kv_type, OPTIONS.n_batch) + spare
+    free = whole + GPU_HEADROOM_BYTES
+    options = replace(OPTIONS, vram_bytes=whole if with_vram else None)
+    planned_options = PlanOptions(kv_type=options.kv_type, n_batch=options.n_batch, vram_bytes=options.vram_bytes)
+    machine = Hardware(ram_bytes=None, total_ram_bytes=None, n_threads=1, gpus=(Gpu(vram_bytes=free),))
+    planned = gpu_share(sizes, machine, planned_options, 256)
+    with a_gpu() as gpu:
+        card = replace(gpu, free_bytes=free, total_bytes=free, has_display=False)
+        monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [card])
+        placement = place_on_gpus(source, sizes, options, 256)
+    assert placement.dense_share == planned.dense_share
+    assert (placement.dense_share == 1) is (spare >= 0)
+    ((_, for_experts),) = placement.experts or ((card, 0),)
+    assert for_experts in (0, planned.expert_bytes)  # 0: too little for the kernels' scratch memory
 
 
 def test_a_card_too_small_for_the_dense_model_gets_layers_of_it(

@@ -30,7 +30,7 @@ from localrun.engine.measure.benchmark import Benchmark, Phase, Split
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner import boxes, hardware, sizes
 from localrun.engine.planner.compute_buffers import compute_bytes
-from localrun.engine.planner.hardware import ASSUMED_GPU, Gpu, Hardware
+from localrun.engine.planner.hardware import ASSUMED_GPU, PROCESS_BYTES, Gpu, Hardware
 from localrun.engine.planner.hit_rates import Curve, Learned, Seen, touched
 from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
@@ -290,7 +290,11 @@ def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:
     large = plan_of(flash, gpus=(Gpu(vram_bytes=24 * GIB), Gpu(vram_bytes=24 * GIB)))
     at = large.placement
     assert at.dense_on_gpu
-    assert fixed_bytes(at) + at.gpu_expert_bytes <= 47 * GIB
+    assert fixed_bytes(at) - at.embedding_bytes + at.gpu_expert_bytes <= 47 * GIB
+    assert at.embedding_bytes == flash.dense["embedding"]
+    free, experts = large.machine.ram_bytes, at.ram_experts * flash.mean_slot_bytes + flash.staging_bytes
+    assert free is not None
+    assert at.embedding_bytes + experts + at.headroom_bytes + PROCESS_BYTES <= free
     assert large.resident_share > plan_of(flash).resident_share + 0.2
     told = make_plan(flash, replace(BOX, gpus=(Gpu(vram_bytes=24 * GIB),)), gpu=GpuShare(), suggest=False)
     assert not told.placement.gpu_experts

@@ -198,6 +198,11 @@ def folder() -> Path:
     return Path(os.devnull) / name  # can neither be read nor made
 
 
+def n_kept() -> int:
+    """How many functions' code this version of the tools has in the cache."""
+    return sum(1 for _ in folder().glob(f"*{_SUFFIX}"))
+
+
 def is_private(path: Path) -> bool:
     """Nobody but us (or root) can put files into the folder or replace it: neither owned nor writable by others."""
     try:

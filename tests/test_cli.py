@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localrun import cli, interrupts, paths
+from localrun import cli, interrupts, kernel_cache, paths
 from localrun.commands import doctor
 from localrun.commands.doctor import CheckResult
 from localrun.commands.output import Output
@@ -530,6 +530,26 @@ def test_doctor_fails_only_for_failures(monkeypatch: pytest.MonkeyPatch, capsys:
     results.append(CheckResult("c", "FAIL", "bad", "do this"))
     assert cli.main(["doctor"]) == 1
     assert "FAIL  c: bad" in capsys.readouterr().out
+
+
+def test_doctor_has_a_hint_where_all_is_well_and_a_fix_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [CheckResult("a", "ok", "fine", "try this"), CheckResult("b", "warn", "hm", "mend it")]
+    monkeypatch.setattr(doctor, "checks", lambda **options: iter(results))
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[1::2] == ["      hint: try this", "      fix: mend it"]
+
+
+def test_doctor_knows_whether_kernels_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCALRUN_KERNEL_DIR", str(tmp_path))
+    check = doctor.check_compiled()
+    assert (check.verdict, check.detail, check.fix is None) == ("ok", "compiled on first use", False)
+    (versions,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (versions / f"kernel-1{kernel_cache._SUFFIX}").write_bytes(b"code")
+    check = doctor.check_compiled()
+    assert (check.verdict, check.fix) == ("ok", None)
+    assert check.detail.startswith("1 compiled")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class PlanAndMap(App[None]):
 
     def compose(self) -> ComposeResult:
         with Horizontal():
-            lines = [line for line in self._plan.lines() if not line.startswith("faster")]
+            lines = self._plan.lines(faster=False)
             wrapped = [textwrap.fill(line, PLAN_CELLS, subsequent_indent=" " * NAME_CELLS) for line in lines]
             drawn = "\n".join(bar_lines(bars(self._plan), PLAN_CELLS))
             yield Static(Content("\n\n".join(wrapped) + "\n\n\n" + drawn), id="plan")

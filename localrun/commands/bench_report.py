@@ -58,24 +58,39 @@ def machine_line(machine: MachineFacts) -> str:
 
 
 def table(result: Benchmark) -> list[str]:
-    """One line per phase."""
-    head = (
+    """One line per phase, and below, one of what its time went to; at most 100 columns."""
+    lines = [
         f"{'phase':<18}{'tokens':>7}{'tokens/s':>10}{'ms/token':>10}{'median':>9}{'p90':>9}"
-        f"{'matrices':>10}{'attention':>11}{'llama.cpp':>11}{'experts':>9}{'waiting':>9}{'other':>8}{'hits':>7}{'read':>11}{'GB/s':>7}"
-    )
-    lines = [head]
+        f"{'hits':>8}{'read':>12}{'GB/s':>8}"
+    ]
     for phase in result.phases:
         lines.append(
-            f"{f'{phase.kind} at {phase.context}':<18}{phase.n_tokens:>7}{phase.tokens_per_s:>10.2f}"
-            f"{phase.ms_per_token:>10.2f}{_steps(phase)}{_split(phase)}{_reads(phase)}"
+            f"{_name(phase):<18}{phase.n_tokens:>7}{phase.tokens_per_s:>10.2f}"
+            f"{phase.ms_per_token:>10.2f}{_steps(phase)}{_reads(phase)}"
         )
     lines += [f"skipped: {text}" for text in result.skipped]
+    lines += _split_table(result.phases)
     end = result.phases[-1].rss_bytes if result.phases else 0
     lines.append(
         f"resident: {format_size(result.rss_start_bytes)} after loading, {format_size(end)} at the end, "
         f"{format_size(result.peak_rss_bytes)} at peak"
     )
     return lines
+
+
+def _split_table(phases: Sequence[Phase]) -> list[str]:
+    """Milliseconds per token by part; empty if no phase has them."""
+    split = [phase for phase in phases if phase.split is not None]
+    if not split:
+        return []
+    labels = [label.removeprefix("dense ") for _, label, _ in PARTS]
+    lines = ["", f"{'ms per token':<18}" + "".join(f"{label:>11}" for label in labels)]
+    lines += [f"{_name(phase):<18}" + "".join(f"{ms:>11.2f}" for *_, ms in _parts(phase)) for phase in split]
+    return [*lines, ""]
+
+
+def _name(phase: Phase) -> str:
+    return f"{phase.kind} at {phase.context}"
 
 
 def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
@@ -178,17 +193,10 @@ def _steps(phase: Phase) -> str:
     return f"{phase.percentile(50):>9.2f}{phase.percentile(90):>9.2f}"
 
 
-def _split(phase: Phase) -> str:
-    if phase.split is None:
-        return " " * 58
-    matrices, attention, llamacpp, experts, waiting, other = (ms for _, _, _, ms in _parts(phase))
-    return f"{matrices:>10.2f}{attention:>11.2f}{llamacpp:>11.2f}{experts:>9.2f}{waiting:>9.2f}{other:>8.2f}"
-
-
 def _reads(phase: Phase) -> str:
     return (
-        f"{_percent(phase.hits, phase.hits + phase.misses):>7}{format_size(phase.bytes_read):>11}"
-        f"{phase.read_bytes_per_s / 1e9:>7.2f}"
+        f"{_percent(phase.hits, phase.hits + phase.misses):>8}{format_size(phase.bytes_read):>12}"
+        f"{phase.read_bytes_per_s / 1e9:>8.2f}"
     )
 
 

@@ -71,7 +71,7 @@ class CheckResult:
 
     Attributes:
         verdict: only FAIL makes the command fail.
-        fix: the command or step that fixes it.
+        fix: the command or step that fixes it, or, if all is well, that may be of use.
     """
 
     name: str
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             out.line(f"{result.verdict:4}  {result.name}: {result.detail}")
             if result.fix:
-                out.line(f"      fix: {result.fix}")
+                out.line(f"      {'hint' if result.verdict == 'ok' else 'fix'}: {result.fix}")
     if args.json:
         out.json([asdict(result) for result in results])
     return int(any(result.verdict == "FAIL" for result in results))
@@ -272,9 +272,9 @@ def check_folder(name: str, folder: Path) -> CheckResult:
 
 
 def check_kernels(*, warm: bool, status: Callable[[str], None]) -> CheckResult:
-    """With `warm`, compiles all kernels that a chat may need; they are kept."""
+    """How many are compiled; with `warm`, compiles all that a chat may need. They are kept."""
     if not warm:
-        return CheckResult("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
+        return check_compiled()
     from localrun.commands.warm import warm_kernels
 
     start = time.monotonic()
@@ -287,14 +287,24 @@ def check_kernels(*, warm: bool, status: Callable[[str], None]) -> CheckResult:
     return CheckResult("kernels", "ok", f"of {n_types} types, ready after {format_duration(time.monotonic() - start)}")
 
 
+def check_compiled() -> CheckResult:
+    """How many kernels are in the cache. In a separate process, since numba takes long to import."""
+    code, output = _probe("from localrun.kernel_cache import n_kept; print(n_kept())")
+    if code:
+        return CheckResult("kernels", "FAIL", _last_line(output, code), paths.how_to_reinstall())
+    if n_kept := int(_last_line(output, code)):
+        return CheckResult("kernels", "ok", f"{n_kept} compiled; others when they are first used")
+    return CheckResult("kernels", "ok", "compiled on first use", "localrun doctor --warm compiles them now")
+
+
 def check_demo(*, warm: bool, status: Callable[[str], None]) -> CheckResult:
     """Whether the demo model is there; with `warm`, whether it answers."""
     try:
         folder = demo.checkpoint()
     except LocalrunError as error:
         return CheckResult("demo model", "warn", str(error), error.hint)
-    n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    detail = f"{folder}, {format_size(n_bytes)}"
+    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    detail = f"{folder}, checkpoint of {format_size(n_bytes)}"  # the same size as in `localrun list`
     if not warm:
         return CheckResult("demo model", "ok", detail)
     from localrun.commands.warm import try_demo_model

@@ -119,8 +119,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = shutil.get_terminal_size().columns
     drawn = ["", *bar_lines(bars(plan), width)] if out.out_is_terminal else []
-    # What would be faster is said below, as commands.
-    lines = [line for line in plan.lines() if not (plan.suggestions and line.startswith("faster"))]
+    lines = plan.lines(faster=not plan.suggestions)  # those are below, as commands
     if out.out_is_terminal:
         lines = [part for line in lines for part in folded(line, width)]
     advice = faster(plan, args, width if out.out_is_terminal else None)
@@ -154,7 +153,7 @@ def table(plan: Plan) -> list[str]:
 
 
 def faster(plan: Plan, args: argparse.Namespace, width: int | None = None) -> list[str]:
-    """Each suggestion as a command, and below it, in lines of `width` columns, what it gives and costs."""
+    """Each suggestion, as a command if it is one, and below it, in lines of `width` columns, what it gives and costs."""
     if not plan.suggestions:
         return []
     lines = ["", "what would be faster"]
@@ -168,7 +167,7 @@ def faster(plan: Plan, args: argparse.Namespace, width: int | None = None) -> li
 def command_of(change: str, args: argparse.Namespace, *, convertible: bool = True) -> str:
     """A suggestion as a command line: `--kv q8_0` -> `localrun chat MODEL --kv q8_0`.
 
-    A model that was named by its kind only is where `download` puts it.
+    Another machine has no command: `with 96 GiB of RAM:`. A model that was named by its kind only is where `download` puts it.
 
     Args:
         convertible: the model is a checkpoint; else its checkpoint has to be named.
@@ -177,12 +176,7 @@ def command_of(change: str, args: argparse.Namespace, *, convertible: bool = Tru
     if change.startswith("convert "):
         source = path if convertible else "CHECKPOINT"
         return f"localrun convert {source} DIR {change.removeprefix('convert ')}"
-    if not change.startswith("--machine-"):
-        return f"localrun chat {path} {change}"
-    if args.box is None and _machine(args) is not None:
-        return f"the same plan with {change}"
-    box = f" --box {args.box}" if args.box else ""
-    return f"localrun plan {shlex.quote(args.model)}{box} {change}"
+    return f"localrun chat {path} {change}" if change.startswith("--") else f"{change}:"
 
 
 def download(model: str) -> list[str]:

@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(path: Path, source: ModelSource, sizes: ModelSizes) -> dict[str, Any]:
     from localrun.quant.checkpoint.kept import KeptSource
+    from localrun.quant.locate import locate
 
     return {
         "path": str(path.absolute()),
+        "kind": locate(path).kind,
         "name": sizes.name,
         "architecture": sizes.shape.architecture,
         "identity": source.identity,
@@ -72,13 +74,15 @@ def _facts(path: Path, source: ModelSource, sizes: ModelSizes) -> dict[str, Any]
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     files = facts["files"]
+    by_size = sorted(facts["dense"].items(), key=lambda part: -part[1])
     total = format_size(sum(file["size_bytes"] for file in files))
     lines = [
         f"model    {facts['name']} ({facts['architecture']}), {facts['n_layers']} layers",
         f"path     {facts['path']}",
+        f"kind     {facts['kind']}",
         f"files    {len(files)}, {total}: {files[0]['name']}" + (f" to {files[-1]['name']}" if len(files) > 1 else ""),
         f"dense    {format_size(facts['dense_bytes'])}: "
-        + ", ".join(f"{part} {format_size(size)}" for part, size in facts["dense"].items()),
+        + ", ".join(f"{part} {format_size(size)}" for part, size in by_size),
     ]
     if facts["n_moe_layers"]:
         lines.append(

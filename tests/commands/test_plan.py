@@ -62,8 +62,16 @@ def test_a_pipe_gets_no_bars_and_each_suggestion_is_a_command(capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "█" not in out
     assert "  localrun convert ~/models/DeepSeek-V4-Flash DIR --base q2_k\n      answers " in out
-    assert f"  localrun plan flash --box {BOX} --machine-ram 96GiB\n" in out
+    assert "  with 96 GiB of RAM:\n      answers " in out, "no command makes the machine larger"
+    advised = out[out.index("what would be faster") : out.index("to get it")].splitlines()
+    assert not [line for line in advised if "localrun plan" in line]
+    assert not [line for line in out.splitlines() if line.startswith("faster ")], "said once"
     assert "      prompts " in out
+
+
+def test_a_plan_s_lines_go_without_what_would_be_faster(plan: Plan) -> None:
+    assert [line.split()[0] for line in plan.lines()] == ["model", "machine", "memory", "experts", "speed", "faster"]
+    assert plan.lines(faster=False) == plan.lines()[:-1]
 
 
 def test_a_terminal_gets_bars() -> None:

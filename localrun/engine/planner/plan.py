@@ -106,7 +106,7 @@ class Suggestion:
     """A change and its gain.
 
     Attributes:
-        text: the change, as a command or an option.
+        text: the change, as an option, as a command's arguments, or, of the machine, in words.
         cost: what it costs.
         gain: factor on the likely speed of its phase.
         tokens_per_s: that speed.
@@ -154,9 +154,9 @@ class Plan:
             return False
         return self.plain.tokens_per_s >= AS_FAST * self.decode.likely.tokens_per_s
 
-    def lines(self) -> list[str]:
-        """Six lines for people."""
-        return plan_lines(self)
+    def lines(self, *, faster: bool = True) -> list[str]:
+        """Six lines for people; without the one of suggestions, five."""
+        return plan_lines(self, faster=faster)
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""

@@ -77,14 +77,14 @@ def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
 
 
 def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanOptions]]:
-    """Each change as a command or an option, with its cost. The user's own choices are kept."""
+    """Each change in words, as a command or as an option, with its cost. The user's own choices are kept."""
     sizes, machine, options = plan.sizes, plan.machine, plan.options
     total = machine.total_ram_bytes
     if total is not None and machine.ram_bytes is not None and options.ram_bytes is None:
         larger = next((size for size in _RAM_SIZES if size > 1.15 * total), None)
         if larger is not None:
             more = replace(machine, ram_bytes=machine.ram_bytes + larger - total, total_ram_bytes=larger)
-            yield f"--machine-ram {larger >> 30}GiB", f"{format_size(larger - total)} more RAM", sizes, more, options
+            yield f"with {larger >> 30} GiB of RAM", f"{format_size(larger - total)} more RAM", sizes, more, options
     if machine.n_drives == 1:
         cost = f"a copy of {format_size(sizes.expert_file_bytes + sizes.dense_bytes)} on a second drive"
         yield "--mirror DIR", cost, sizes, replace(machine, n_drives=2), options

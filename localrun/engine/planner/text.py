@@ -19,8 +19,8 @@ FORMAT = 1
 """Version of a plan's JSON."""
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """Model, machine, memory, experts, speed, what would be faster."""
+def plan_lines(plan: Plan, *, faster: bool = True) -> list[str]:
+    """Model, machine, memory, experts, speed, and, if `faster`, what would be faster."""
     sizes, machine, at = plan.sizes, plan.machine, plan.placement
     kinds = ", ".join(f"{group.count} in {group.name}" for group in sizes.experts)
     model = f"{sizes.name}, {sizes.shape.n_layers} layers, dense {format_size(sizes.dense_bytes)}"
@@ -43,12 +43,16 @@ def plan_lines(plan: Plan) -> list[str]:
         f"experts  {_experts(plan)}",
     ]
     if plan.decode is None or plan.prefill is None:
-        return [*lines, "speed    model too small to predict", "faster   -"]
+        return [*lines, "speed    model too small to predict", *(["faster   -"] if faster else [])]
     lines.append(
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction from "
         f"{'measured' if machine.cpu is not None else 'assumed'} kernels); most of the time: {plan.decode.likely.limit}"
         + _plain(plan)
     )
+    return [*lines, _faster(plan)] if faster else lines
+
+
+def _faster(plan: Plan) -> str:
     best = [
         f"{s.text}: {format_rate(s.tokens_per_s)} tokens/s, {s.cost}" for s in plan.suggestions if s.phase == "answers"
     ][:3]
@@ -57,8 +61,7 @@ def plan_lines(plan: Plan) -> list[str]:
         for s in plan.suggestions
         if s.phase == "prompts"
     ]
-    lines.append(f"faster   {'; '.join(best) or 'nothing the planner knows of'}")
-    return lines
+    return f"faster   {'; '.join(best) or 'nothing the planner knows of'}"
 
 
 def _plain(plan: Plan) -> str:

@@ -261,10 +261,10 @@ def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None
     assert again.decode is not None
     assert bits.tokens_per_s == pytest.approx(again.decode.likely.tokens_per_s)
     assert bits.gain == pytest.approx(bits.tokens_per_s / plan.decode.likely.tokens_per_s)
-    assert "--machine-ram 96GiB" in gains
+    assert "with 96 GiB of RAM" in gains
     assert all(suggestion.cost for suggestion in plan.suggestions)
     resident = make_plan(flash, replace(BOX, ram_bytes=400 * GIB, total_ram_bytes=402 * GIB))
-    assert not any("-ram" in suggestion.text or "mirror" in suggestion.text for suggestion in resident.suggestions)
+    assert not any("RAM" in suggestion.text or "mirror" in suggestion.text for suggestion in resident.suggestions)
     # Larger steps read each expert less often, which matters most where that is from the drive.
     assert gains["--batch 2048"].phase == "prompts"
     in_ram = max([s.gain for s in resident.suggestions if s.phase == "prompts"], default=1.0)

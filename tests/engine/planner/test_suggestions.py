@@ -75,12 +75,12 @@ def test_only_what_gains_a_twentieth_is_suggested_best_first(plan: Plan) -> None
     assert found(plan, mirror=1.049, ram=1.06, kv=1.2, q2_k=1.1) == [
         "--kv q8_0",
         "convert --base q2_k",
-        "--machine-ram 96GiB",
+        "with 96 GiB of RAM",
     ]
 
 
 def test_what_does_not_fit_is_left_out(plan: Plan) -> None:
-    assert found(plan, mirror=0, ram=1.5, batch=0) == ["--machine-ram 96GiB"]
+    assert found(plan, mirror=0, ram=1.5, batch=0) == ["with 96 GiB of RAM"]
 
 
 def test_a_suggestion_says_the_rate_the_gain_and_the_cost(plan: Plan) -> None:
@@ -100,7 +100,7 @@ def test_more_ram_is_the_next_size_that_is_sold_and_all_of_it_is_free(plan: Plan
 
 
 def test_larger_steps_come_last_and_only_where_answers_stay_as_fast(plan: Plan) -> None:
-    assert found(plan, batch=1.5, ram=1.1) == ["--machine-ram 96GiB", f"--batch {LARGE_BATCH}"]
+    assert found(plan, batch=1.5, ram=1.1) == ["with 96 GiB of RAM", f"--batch {LARGE_BATCH}"]
     assert found(plan, batch=1.04) == []
 
     def slower(sizes: ModelSizes, machine: Hardware, options: PlanOptions) -> Plan:

@@ -30,7 +30,15 @@ def test_lines_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert facts["n_moe_layers"] == facts["n_layers"] == 3
     assert sum(group["count"] for group in facts["experts"]) == facts["n_moe_layers"] * facts["n_experts"]
     assert sum(group["size_bytes"] for group in facts["experts"]) + facts["dense_bytes"] < path.stat().st_size
-    assert [line.split(maxsplit=1)[0] for line in lines] == ["model", "path", "kind", "files", "dense", "experts", "context"]
+    assert [line.split(maxsplit=1)[0] for line in lines] == [
+        "model",
+        "path",
+        "kind",
+        "files",
+        "dense",
+        "experts",
+        "context",
+    ]
     assert f"{facts['n_experts']} in each of 3 layers, {facts['n_experts_used']} per token" in lines[5]
     assert lines[2] == f"kind     {facts['kind']}" == "kind     GGUF"
     parts = sorted(facts["dense"].items(), key=lambda part: part[1], reverse=True)

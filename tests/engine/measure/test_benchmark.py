@@ -150,7 +150,12 @@ def test_tables_fit_100_columns_and_the_parts_have_their_own(result: Benchmark) 
     lines = bench_report.table(result)
     assert max(map(len, lines)) <= 100
     split = lines.index("") + 1
-    assert lines[split].split() == ["ms", "per", "token", *["matrices", "attention", "llama.cpp", "experts", "waiting", "other"]]
+    assert lines[split].split() == [
+        "ms",
+        "per",
+        "token",
+        *["matrices", "attention", "llama.cpp", "experts", "waiting", "other"],
+    ]
     for line, phase in zip(lines[split + 1 :], result.phases, strict=False):
         assert line.startswith(f"{phase.kind} at {phase.context} ")
         assert sum(map(float, line.split()[3:])) == pytest.approx(phase.ms_per_token, abs=0.05)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIX = ".open"
@@ -56,6 +57,17 @@ class Claims:
         self.leave()
         self._conversation = conversation_id
         return True
+
+    @contextlib.contextmanager
+    def held(self, conversation_id: int) -> Iterator[bool]:
+        """Claims a conversation beside the one before, for a while; gives False: another window has it."""
+        beside = conversation_id != self._conversation
+        taken = not beside or self._lock(conversation_id, fcntl.F_WRLCK)
+        try:
+            yield taken
+        finally:
+            if beside and taken:
+                self._lock(conversation_id, fcntl.F_UNLCK)
 
     def is_free(self, conversation_id: int) -> bool:
         """Whether no other window has it."""

@@ -157,7 +157,11 @@ class OpenConversation:
         self, text: str, attachments: Sequence[Attachment], *, instead_of: Message | None = None
     ) -> Message:
         """Writes a question at the end of the visible branch, or as another version of `instead_of`; creates the conversation
-        if necessary, named after the question. The draft is deleted in the same transaction."""
+        if necessary, named after the question. The draft is deleted with it.
+
+        Raises:
+            ElsewhereError: the conversation is new, and another window has opened it first.
+        """
         title = visible_line((text or attachments[0].name).strip().split("\n")[0], max_chars=TITLE_CHARS)
         conversation, settings = self.conversation, to_json(self.options)
         draft = self._records.draft_name
@@ -171,8 +175,9 @@ class OpenConversation:
             return opened, question, _entries(store, opened.id, None)[-1]
 
         opened, question, entry = await self._records(work)
+        if not self._records.claims.take(opened.id):  # it is new, and another window was quicker to open it
+            raise ElsewhereError(opened.title)
         self.conversation = opened
-        self._records.claims.take(opened.id)
         entries = self._chat().entries
         if instead_of is not None or (entries and entries[-1].message.id != question.parent_id):
             await self.show()

@@ -141,7 +141,7 @@ class ConversationActions:
         is_current = conversation_id == self._current.id
         if is_current:
             self._check_free()
-        await self._records(lambda store: store.delete(conversation_id))
+        await self._records.delete(conversation_id)
         if is_current:
             await self.new(Invocation())
         self.refresh()

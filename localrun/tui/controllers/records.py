@@ -77,6 +77,14 @@ class Records:
         if not self.claims.is_free(conversation.id):
             raise ElsewhereError(conversation.title)
 
+    async def delete(self, conversation_id: int) -> None:
+        """Removes a conversation, which no other window can open meanwhile. Raises ElsewhereError if one has it open."""
+        conversation = await self(lambda store: store.conversation(conversation_id))
+        with self.claims.held(conversation_id) as is_ours:
+            if not is_ours:
+                raise ElsewhereError(conversation.title)
+            await self(lambda store: store.delete(conversation_id))
+
     async def __call__(self, work: Callable[[ConversationStore], R]) -> R:
         """The result of `work`. When this returns, its changes are in the file.
 

@@ -40,6 +40,21 @@ def test_a_conversation_is_one_window_s_until_that_leaves(two: tuple[Claims, Cla
     assert first.take(9)
 
 
+def test_a_conversation_is_held_beside_the_open_one_for_a_while(two: tuple[Claims, Claims]) -> None:
+    first, second = two
+    assert first.take(7)
+    with first.held(8) as is_ours:
+        assert is_ours
+        assert not second.take(8)
+    assert second.take(8)
+    with first.held(8) as is_ours:
+        assert not is_ours
+    with first.held(7) as is_ours:
+        assert is_ours
+    assert not second.is_free(7), "what was open stays so"
+    assert not first.is_free(8)
+
+
 def test_windows_are_numbered_by_the_lowest_that_is_free(tmp_path: Path) -> None:
     windows = [Claims(tmp_path / "c.sqlite3") for _ in range(3)]
     assert [window.window for window in windows] == [1, 2, 3]

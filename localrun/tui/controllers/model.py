@@ -17,14 +17,14 @@ from localrun.engine.facts import ModelFacts
 from localrun.engine.model_look import check
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.bars import Bar, read_bars
-from localrun.errors import EngineDiedError, StoppedError, UsageError
+from localrun.errors import EngineDiedError, LocalrunError, StoppedError, UsageError
 from localrun.textsafe import visible_line
 from localrun.tui.controllers.notices import Notices
 from localrun.tui.controllers.work import Handler, Invocation
 from localrun.tui.engine_link import EngineLink
 from localrun.tui.faults import as_ours
 from localrun.tui.messages import EngineDied, EngineFailed, EngineLoading, EngineReady, ModelChecked
-from localrun.tui.screens.models import ModelsScreen
+from localrun.tui.screens.models import ModelChosen, ModelsScreen
 from localrun.tui.screens.plan import planned
 from localrun.tui.widgets.notices import LoadingPanel
 
@@ -112,22 +112,35 @@ class ModelSwitch:
         if path is not None:
             self.load(path)
         elif prepare is not None:
-            self.loading = True
-            self._compiled_before = self._compiled = self._count_compiled()
-            self._changed()
-            self._screen.post_message(EngineLoading(0.0, "preparing the demo model"))
-            threading.Thread(target=self._prepare, args=(prepare,), name="tui-prepare", daemon=True).start()
+            self._prepare(prepare)
         else:
             self._changed()
             self._choose()
 
     def _prepare(self, prepare: Callable[[], Path]) -> None:
-        try:
-            path = prepare()
-        except Exception as error:  # on any error: the screen must not keep waiting
-            self._screen.post_message(EngineFailed(as_ours(error)))
-        else:
-            self._screen.call_later(self.load, path)  # after the end of the screen, nothing happens
+        """The first model, when it is there, unless another one was chosen meanwhile."""
+        self.loading = True
+        self._compiled_before = self._compiled = self._count_compiled()
+        self._changed()
+        self._screen.post_message(EngineLoading(0.0, "preparing the demo model"))
+
+        def prepared(path: Path) -> None:
+            if self._wanted is None:
+                self.load(path)
+
+        def failed(error: LocalrunError) -> None:
+            if self._wanted is None:
+                self.failed(EngineFailed(error))
+
+        def run() -> None:
+            try:
+                path = prepare()
+            except Exception as error:  # on any error: the screen must not keep waiting
+                self._screen.call_later(failed, as_ours(error))
+            else:
+                self._screen.call_later(prepared, path)  # after the end of the screen, nothing happens
+
+        threading.Thread(target=run, name="tui-prepare", daemon=True).start()
 
     def load(self, path: Path, options: EngineOptions | None = None, *, restart: bool = False) -> None:
         """Replaces the current model; a running answer is stopped first.
@@ -148,16 +161,26 @@ class ModelSwitch:
         self._changed()
         self.link.load(path, self.options, restart=restart)
 
-    def switch(self, path: Path) -> None:
-        """Loads another model if its headers are valid; otherwise keeps the current one."""
-        path = path.expanduser()
-        if self.facts is None:
-            self.load(path)
+    def switch(self, path: Path | None) -> None:
+        """Loads another model if its headers are valid; otherwise keeps the current one.
+
+        Args:
+            path: None: the demo model, which is converted first if necessary.
+        """
+        if path is None and self._wanted is None:
+            self._prepare(demo.converted)
             return
-        self._notices.note(f"checking {path}…", timeout_s=2)
+        if path is not None and self.facts is None:
+            self.load(path.expanduser())
+            return
+        self._notices.note("preparing the demo model…" if path is None else f"checking {path}…", timeout_s=2)
 
         def run() -> None:
-            self._screen.post_message(ModelChecked(path, check(path)))
+            try:
+                found = demo.converted() if path is None else path.expanduser()
+                self._screen.post_message(ModelChecked(found, check(found)))
+            except Exception as error:  # the demo can't be converted
+                self._screen.post_message(ModelChecked(Path(DEMO_NAME), as_ours(error)))
 
         threading.Thread(target=run, name="tui-check", daemon=True).start()
 
@@ -271,7 +294,7 @@ class ModelSwitch:
 
     def _models(self, call: Invocation) -> None:
         if call.argument:
-            self.switch(models.resolve(call.argument, config.load()) or demo.converted())
+            self.switch(models.resolve(call.argument, config.load()))
         else:
             self._choose()
 
@@ -279,9 +302,9 @@ class ModelSwitch:
         if isinstance(self._screen.app.screen, ModelsScreen):
             return
 
-        def chosen(path: Path | None) -> None:
-            if path is not None:
-                self.switch(path)
+        def chosen(model: ModelChosen | None) -> None:
+            if model is not None:
+                self.switch(model.path)
             self._to_input()
 
         names = models.named(config.load())

@@ -15,7 +15,7 @@ from textual.message import Message
 from textual.widgets import DataTable, Input, Static
 
 from localrun import config
-from localrun.api import demo, models
+from localrun.api import models
 from localrun.engine.model_finder import FoundModel, find_models, fit
 from localrun.errors import LocalrunError
 from localrun.textsafe import visible, visible_line
@@ -25,8 +25,15 @@ from localrun.tui.widgets.status_bar import short_size
 NAME_CELLS = 30
 
 
-class ModelsScreen(Dialog[Path]):
-    """Returns the path of the chosen model. Runnable models come first; details of the highlighted one are below the table.
+@dataclass(frozen=True, slots=True)
+class ModelChosen:
+    """The path of a model; None: the demo, which may have to be converted first."""
+
+    path: Path | None
+
+
+class ModelsScreen(Dialog[ModelChosen]):
+    """Returns the chosen model. Runnable models come first; details of the highlighted one are below the table.
 
     Args:
         current: the model that is loaded.
@@ -119,16 +126,16 @@ class ModelsScreen(Dialog[Path]):
 
     @on(DataTable.RowSelected)
     def choose(self, event: DataTable.RowSelected) -> None:
-        self.dismiss(Path(str(event.row_key.value)))
+        self.dismiss(ModelChosen(Path(str(event.row_key.value))))
 
     @on(Input.Submitted)
     def choose_path(self, event: Input.Submitted) -> None:
         if not event.value.strip():
             return
         try:
-            path = models.resolve(event.value.strip(), config.load()) or demo.converted()
+            path = models.resolve(event.value.strip(), config.load())
         except LocalrunError as error:
             hint = f"\n→ {error.hint}" if error.hint else ""
             self.query_one("#models-note", Static).update(Content(visible(f"{error}{hint}")))
         else:
-            self.dismiss(path)
+            self.dismiss(ModelChosen(path))

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from textual import events, on, work
 from textual.app import App
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.message_pump import MessagePump
 from textual.theme import Theme
 from textual.widgets import Input, TextArea
 
@@ -45,9 +47,12 @@ from localrun.tui.lifeline import Lifeline
 from localrun.tui.messages import LongAnswerEnded
 from localrun.tui.options import ChatOptions
 from localrun.tui.screens.dialog import ChoiceDialog
-from localrun.tui.widgets.prompt import PromptArea
+from localrun.tui.widgets.prompt import NEW_LINE_KEYS, PromptArea
 
 DEFAULT_THEME = "textual-dark"
+
+TYPING_KEYS = ("enter", "backspace", *NEW_LINE_KEYS)
+"""Besides those that print something."""
 
 STORE_CLOSE_S = 10.0
 """More than a change of another program's may take."""
@@ -72,6 +77,20 @@ class Launch:
     model_folders: Sequence[Path] = ()
     fresh: bool = False
     notify: str = "bell"
+
+
+def _is_typed(event: events.Event) -> bool:
+    """Whether it is meant to change or send the text in the input."""
+    return isinstance(event, events.Paste) or (
+        isinstance(event, events.Key) and (event.is_printable or event.key in TYPING_KEYS)
+    )
+
+
+async def _caught_up(pump: MessagePump) -> None:
+    """Until it has handled all messages that it has got."""
+    done = asyncio.Event()
+    if pump.is_running and pump.call_later(done.set):
+        await done.wait()
 
 
 class LocalrunCommands(Provider):
@@ -121,8 +140,10 @@ class LocalrunApp(App[None]):
         self.on_leaving: Callable[[], None] = lambda: None
         self._engine_factory = engine_factory
         self._store_path = store_path
-        self._early: list[events.Event] | None = []
-        """Keys and pastes from before the chat screen was there; None: it is."""
+        self._early: deque[events.Event] | None = deque()
+        """What was typed and pasted before the input could take it; None: it can."""
+        self._retyped: events.Event | None = None
+        """The one of them that is on its way to the input."""
         # Over SSH every frame of an animation is traffic, and here it would take time from the model.
         self.animation_level = "none"
 
@@ -139,15 +160,24 @@ class LocalrunApp(App[None]):
         theme = await records(lambda store: store.get_state("theme", DEFAULT_THEME))
         self.theme = theme if theme in self.available_themes else DEFAULT_THEME
         self.theme_changed_signal.subscribe(self, self._keep_theme)
-        self.chat = ChatScreen(records, self._engine_factory, self.launch)
+        self.chat = ChatScreen(records, self._engine_factory, self.launch, self._type_early)
         await self.push_screen(self.chat)
-        self.call_later(self._type_early_keys)
+        self.chat.begin()
 
-    def _type_early_keys(self) -> None:
-        """Now that the input has the focus, what was typed before goes there, in order."""
-        early, self._early = self._early or [], None
-        for event in early:
-            self.post_message(event)
+    async def _type_early(self) -> None:
+        """What was typed before goes to the input, in order, each key when the one before has done its work."""
+        while self._early:
+            self._retyped = self._early.popleft()
+            self.post_message(self._retyped)
+            await self._passed()
+        self._early = None
+
+    async def _passed(self) -> None:
+        """Until a key has gone its way: from the app to the focused widget, up to the screen, and from there to the input."""
+        await _caught_up(self)
+        way = (self.focused or self.screen).ancestors_with_self
+        for pump in (*way, *way):
+            await _caught_up(pump)
 
     def _keep_theme(self, theme: Theme) -> None:
         if self.records is not None:
@@ -197,10 +227,13 @@ class LocalrunApp(App[None]):
         )
 
     async def on_event(self, event: events.Event) -> None:
-        """A paste goes to the focused text field; in the chat always to the input. Keys wait for a screen that takes them."""
-        if self._early is not None and len(self.screen_stack) == 1 and isinstance(event, events.Key | events.Paste):
-            self._early.append(event)
-            return
+        """A paste goes to the focused text field; in the chat always to the input. What is typed waits for the input; keys that
+        leave the program or scroll don't."""
+        if self._early is not None and event is not self._retyped and _is_typed(event):
+            stack = self.screen_stack
+            if len(stack) == 1 or stack[-1:] == [self.chat]:
+                self._early.append(event)
+                return
         if isinstance(event, events.Paste) and not event.is_forwarded:
             if not isinstance(self.focused, Input | TextArea) and self.chat is not None and self.screen is self.chat:
                 self.chat.panels.uncover_input()

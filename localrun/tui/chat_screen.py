@@ -6,7 +6,7 @@ the palette and buttons all come through `run_command`, where errors become note
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events, on
@@ -77,14 +77,24 @@ _CONVERSION_STOP_S = 5.0
 
 
 class ChatScreen(Screen[None]):
-    """One conversation and everything around it. Owns the controllers; each of those owns its state."""
+    """One conversation and everything around it. Owns the controllers; each of those owns its state.
+
+    Args:
+        typed_early: types into the input what was typed before the screen was there.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = list(screen_bindings())
     AUTO_FOCUS = "#input"
 
-    def __init__(self, records: Records, engine_factory: EngineFactory, launch: Launch) -> None:
+    def __init__(
+        self,
+        records: Records,
+        engine_factory: EngineFactory,
+        launch: Launch,
+        typed_early: Callable[[], Awaitable[None]],
+    ) -> None:
         super().__init__()
-        self._launch = launch
+        self._launch, self._typed_early = launch, typed_early
         self.records = records
         self.notices = Notices(self)
         self.queue = WorkQueue(self.notices.guard)
@@ -205,15 +215,18 @@ class ChatScreen(Screen[None]):
         self.query_one(FindBar).display = False
         self.records.slow = self._store_is_slow
         self.prompt.arguments = {"think": self._think_modes, "preset": preset_arguments}
-        self.run_worker(self.queue.run(), name="commands")
         self.panels.begin()
-        self.queue.add(self.composer.begin())
+        self.queue.add(self.composer.begin(self._typed_early))
         self.queue.add(self.current.show() if self._launch.fresh else self.current.open_last())
         self.set_interval(_LIVE_TICK_S, self.monitor.tick_live)
         self.set_interval(_STATS_TICK_S, self.monitor.tick_stats)
         self.set_interval(_STATS_TICK_S, self.model.tick_loading)
         self.model.begin(self._launch.model, self._launch.prepare)
         self._to_input()
+
+    def begin(self) -> None:
+        """Begins with what is in the queue. To be called when the screen and all of its widgets are mounted."""
+        self.run_worker(self.queue.run(), name="commands")
 
     def on_key(self, event: events.Key) -> None:
         """What is typed while the engine panel covers the input goes there all the same."""

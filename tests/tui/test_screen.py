@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from textual import events
 from textual.command import CommandPalette
+from textual.css.query import NoMatches
 from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 
 from localrun import paths
@@ -22,7 +23,7 @@ from localrun.engine.planner.bars import bar_lines, bars
 from localrun.engine.planner.boxes import BY_SLUG
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import sizes_of
-from localrun.errors import BudgetError
+from localrun.errors import BudgetError, LocalrunError
 from localrun.tui.app import Launch, LocalrunApp
 from localrun.tui.commands import BY_NAME, COMMANDS, INPUT_KEYS, key_label, matching_slashes
 from localrun.tui.controllers.records import Records
@@ -226,19 +227,30 @@ async def test_messages_are_reached_by_keyboard_and_mouse(setup: Setup) -> None:
         assert talk.screen.focused is last
 
 
-async def test_what_is_typed_while_the_conversations_are_opened_is_in_the_input(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opening, open_records = asyncio.Event(), LocalrunApp._open_records
+@pytest.fixture
+def opening(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """The conversations are not opened before it is set."""
+    event, open_records = asyncio.Event(), LocalrunApp._open_records
 
     async def slowly(app: LocalrunApp) -> Records | None:
-        await opening.wait()
+        await event.wait()
         return await open_records(app)
 
     monkeypatch.setattr(LocalrunApp, "_open_records", slowly)
-    app = LocalrunApp(setup.launch, engine_factory=FakeEngine, store_path=setup.folder / "c.sqlite3")
+    return event
+
+
+def bare_app(setup: Setup) -> LocalrunApp:
+    """One that nobody waits for."""
+    return LocalrunApp(setup.launch, engine_factory=FakeEngine, store_path=setup.folder / "c.sqlite3")
+
+
+async def test_what_is_typed_while_the_conversations_are_opened_is_in_the_input(
+    setup: Setup, opening: asyncio.Event
+) -> None:
+    app = bare_app(setup)
     async with app.run_test() as pilot:
-        await pilot.press("H", "i", "shift+enter")
+        await pilot.press("H", "i", "shift+enter", "a", "backspace")
         app.post_message(events.Paste("all"))
         await pilot.press("!")
         opening.set()
@@ -246,6 +258,68 @@ async def test_what_is_typed_while_the_conversations_are_opened_is_in_the_input(
         await talk.until(lambda: app.chat is not None and app.chat.is_mounted and talk.screen.prompt.text == "Hi\nall!")
         await talk.press("enter")
         await talk.until(lambda: talk.shown[:1] == [("user", "Hi\nall!")])
+
+
+async def test_an_early_enter_sends_what_was_typed_and_the_draft_of_last_time_stays(
+    setup: Setup, opening: asyncio.Event
+) -> None:
+    opening.set()
+    async with setup.start() as talk:
+        await talk.type("old draft", send=False)
+        await talk.press("ctrl+q")
+    opening.clear()
+    app = bare_app(setup)
+    async with app.run_test() as pilot:
+        await pilot.press("H", "i", "enter", " ", "m", "e")
+        opening.set()
+        talk = Talk(app, pilot, FakeEngine(lambda error: None))
+        await talk.until(lambda: app.chat is not None and app.chat.is_mounted and talk.shown[:1])
+        assert talk.shown[0] == ("user", "Hi")
+        assert talk.screen.prompt.text == "old draft me"
+        await talk.idle()
+        await talk.press("ctrl+q")
+    async with setup.start() as talk:
+        assert talk.screen.prompt.text == "old draft me"
+
+
+@pytest.mark.parametrize("hanging", ["open", "recent_user_texts"])
+async def test_the_program_can_be_left_while_the_conversations_file_hangs(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, hanging: str
+) -> None:
+    there, works = threading.Event(), threading.Event()
+    real = getattr(ConversationStore, hanging)
+
+    def hang(*args: Any) -> Any:
+        there.set()
+        assert works.wait(PATIENCE_S)
+        return real(*args)
+
+    monkeypatch.setattr(ConversationStore, hanging, staticmethod(hang) if hanging == "open" else hang)
+    app = bare_app(setup)
+    async with app.run_test() as pilot:
+        talk = Talk(app, pilot, FakeEngine(lambda error: None))
+        await talk.until(there.is_set)
+        await pilot.press("H", "ctrl+q")
+        await talk.until(lambda: app.return_code == 0)
+        works.set()
+
+
+async def test_work_that_goes_on_when_the_widgets_have_gone_is_no_error(setup: Setup) -> None:
+    missed: list[NoMatches] = []
+
+    async def look(talk: Talk) -> None:
+        try:
+            while True:
+                assert talk.screen.prompt is not None
+                await asyncio.sleep(0)
+        except NoMatches as error:
+            missed.append(error)
+            raise
+
+    async with setup.start() as talk:
+        talk.screen.queue.add(look(talk))
+        await talk.pilot.pause()
+    assert missed
 
 
 # --- conversations
@@ -295,6 +369,47 @@ async def test_a_second_window_leaves_the_conversation_of_the_first_alone(setup:
             second.screen.queue.add(second.screen.library.open(mine))
             await second.until(lambda: len(second.shown) == 4)
             assert second.notes == []
+
+
+async def test_a_conversation_that_another_window_opens_before_the_confirmation_is_not_deleted(setup: Setup) -> None:
+    async with setup.start() as first:
+        await first.ask("mine")
+        mine = first.screen.current.needed().id
+        await first.press("ctrl+n")
+
+        async def delete() -> None:
+            if not isinstance(first.app.screen, ChoiceDialog):
+                first.screen.library.act(mine, "delete")
+                await first.until(lambda: isinstance(first.app.screen, ChoiceDialog))
+            first.app.screen.query_one("#choose-delete", Button).press()
+            await first.until(lambda: first.app.screen is first.screen and first.screen.queue.idle)
+
+        first.screen.library.act(mine, "delete")
+        await first.until(lambda: isinstance(first.app.screen, ChoiceDialog))
+        async with setup.start() as second:
+            second.screen.queue.add(second.screen.library.open(mine))
+            await second.until(lambda: second.shown)
+            await delete()
+            await first.until(lambda: first.notes)
+            assert first.notes == ["“mine” is open in another window\n→ close it there, or begin a new one with Ctrl+N"]
+            assert [c.id for c in await second.stored()] == [mine]
+        await delete()
+        assert await first.stored() == []
+
+
+async def test_a_question_whose_new_conversation_another_window_opens_first_is_given_back(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with setup.start() as talk:
+        with monkeypatch.context() as quicker:
+            quicker.setattr(talk.screen.records.claims, "take", lambda conversation_id: False)
+            await talk.type("quick")
+            await talk.until(lambda: talk.notes)
+        assert "“quick” is open in another window" in talk.notes[0]
+        assert (talk.screen.prompt.text, talk.screen.current.id) == ("quick", None)
+        await talk.press("enter")
+        await talk.idle()
+        assert talk.shown == [("user", "quick"), ("assistant", "You said: quick")]
 
 
 async def test_new_conversations_start_empty_and_the_list_opens_old_ones(setup: Setup) -> None:
@@ -581,6 +696,61 @@ async def test_the_demo_model_is_prepared_while_the_interface_is_up(setup: Setup
     setup.launch = Launch(prepare=lambda: Path("/cache/demo"))
     async with setup.start() as talk:
         assert talk.engine.loads[0][0] == "/cache/demo"
+
+
+@pytest.fixture
+def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The demo model is not converted before it is set."""
+    event = threading.Event()
+    write_deepseek4(tmp_path / "demo.gguf")
+
+    def convert() -> Path:
+        assert event.wait(PATIENCE_S)
+        return tmp_path / "demo.gguf"
+
+    monkeypatch.setattr("localrun.api.demo.converted", convert)
+    return event
+
+
+async def test_the_demo_model_named_in_the_chooser_is_prepared_while_the_interface_goes_on(
+    setup: Setup, converted: threading.Event
+) -> None:
+    setup.launch, setup.ready = Launch(model_folders=[]), False
+    async with setup.start() as talk:
+        await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
+        field = talk.app.screen.query_one(Input)
+        field.focus()
+        field.value = "demo"
+        await talk.press("enter")
+        await talk.until(lambda: talk.app.screen is talk.screen)
+        assert talk.screen.model.loading
+        assert talk.engine.loads == []
+        converted.set()
+        await talk.until(lambda: talk.engine.loads)
+        assert Path(talk.engine.loads[0][0]) == setup.folder / "demo.gguf"
+
+
+async def test_the_model_before_stays_until_the_demo_model_is_prepared_or_if_it_cannot_be(
+    setup: Setup, converted: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with setup.start() as talk:
+        await talk.type("/model demo")
+        assert talk.notes == ["preparing the demo model…"]
+        await talk.ask("still here?")
+        assert talk.shown[-1][1] == "You said: still here?"
+        converted.set()
+        await talk.until(lambda: len(talk.engine.loads) == 2)
+        assert Path(talk.engine.loads[1][0]) == setup.folder / "demo.gguf"
+        await talk.until(lambda: talk.screen.model.facts is not None)
+
+        def full() -> Path:
+            raise LocalrunError("the drive is full")
+
+        monkeypatch.setattr("localrun.api.demo.converted", full)
+        await talk.type("/model demo")
+        await talk.until(lambda: talk.errors)
+        assert talk.errors == ["the drive is full"]
+        assert talk.screen.model.facts is not None
 
 
 # --- panels and the status line

@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from textual.timer import Timer
 
 from localrun.engine.conversations import Attachment, Message
 from localrun.engine.options import check_answer
-from localrun.errors import UsageError
+from localrun.errors import LocalrunError, UsageError
 from localrun.tui.commands import BY_SLASH
 from localrun.tui.controllers.asking import Asking, Question
 from localrun.tui.controllers.conversation import OpenConversation
@@ -67,7 +67,8 @@ class Composer:
         self._model, self._asking, self._current = model, asking, current
         self._run, self._room, self._open_settings = run, room, open_settings
         self.editing: Message | None = None
-        self._saved_draft = ""
+        self._saved_draft: str | None = ""
+        """None: a question that is being saved deletes it."""
         self._timer: Timer | None = None
 
     def commands(self) -> dict[str, Handler]:
@@ -87,13 +88,22 @@ class Composer:
         """Gives the focus to the input."""
         self.prompt.area.focus()
 
-    async def begin(self) -> None:
-        """Input and history as the last program left them."""
+    async def begin(self, typed_early: Callable[[], Awaitable[None]]) -> None:
+        """Input and history as the last program left them.
+
+        Args:
+            typed_early: types what was typed before. An Enter among it sends just that; the draft then comes before the rest.
+        """
         name = self._records.draft_name
-        texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state(name, "")))
+        try:
+            texts, draft = await self._records(lambda store: (store.recent_user_texts(), store.get_state(name, "")))
+        except LocalrunError:
+            await typed_early()
+            raise
         self._saved_draft = str(draft)
         self.prompt.set_history(texts)
-        self.prompt.set_text(self._saved_draft + self.prompt.text)  # which may have been typed already
+        await typed_early()
+        self.prompt.set_text(str(draft) + self.prompt.text)
 
     # --- sending
 
@@ -117,7 +127,15 @@ class Composer:
     def _send(self, question: Question) -> None:
         self._end_editing()
         self.prompt.clear()
-        self._queue.add(self._asking.ask(question))
+        self._saved_draft = None
+        self._queue.add(self._ask(question))
+
+    async def _ask(self, question: Question) -> None:
+        try:
+            await self._asking.ask(question)
+        finally:
+            self._saved_draft = None
+        self.changed()  # what is in the input by now is to be saved again
 
     def _confirm(self, question: Question, n_tokens: int, n_ctx: int) -> None:
         """Files that take much of the context are asked about; small ones just go along."""

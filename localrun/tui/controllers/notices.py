@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Literal
 
 from textual.containers import VerticalScroll
+from textual.css.query import NoMatches
 from textual.screen import Screen
 
 from localrun.errors import LocalrunError, UsageError
@@ -57,8 +58,12 @@ class Notices:
             self.error("That didn't work", error)
 
     async def guard(self, work: Awaitable[None]) -> None:
-        """Awaits; errors are shown."""
+        """Awaits; errors are shown. When the program ends, widgets go before the work that looks for them: that is no error."""
         try:
-            await work
-        except LocalrunError as error:
-            self.tell(error)
+            try:
+                await work
+            except LocalrunError as error:
+                self.tell(error)
+        except NoMatches:
+            if self._screen.app.is_running:
+                raise

@@ -24,7 +24,7 @@ from localrun.tui.sealed import pictures, sealed, unsealed
 MAX_SUGGESTIONS = 8
 PASTED = "pasted text"
 
-_NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
+NEW_LINE_KEYS = ("ctrl+j", "shift+enter", "alt+enter")
 
 
 class PromptArea(TextArea):
@@ -57,7 +57,7 @@ class PromptArea(TextArea):
     async def _on_key(self, event: events.Key) -> None:
         prompt = self.parent
         assert isinstance(prompt, PromptInput)
-        if event.key in _NEW_LINE_KEYS:
+        if event.key in NEW_LINE_KEYS:
             event.stop()
             event.prevent_default()
             self.insert("\n")

@@ -157,10 +157,11 @@ class Context:
         llama_log.clear()
         self._ctx = L.llama_init_from_model(model, params)
         if not self._ctx:
+            cause = expert_device().take_error()
             raise LocalrunError(
-                f"llama.cpp can't make a context of {n_ctx} tokens: {llama_log.recent_errors()}",
+                f"llama.cpp can't make a context of {n_ctx} tokens: {cause or llama_log.recent_errors()}",
                 hint="lower --context, use a smaller --kv type, or lower --vram if experts fill a GPU",
-            )
+            ) from cause
         self._n_threads, self._n_threads_now, self._company = n_threads, n_threads, Company()
         self._follows_company = False
         self.small_operations = False

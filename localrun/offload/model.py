@@ -124,7 +124,8 @@ class OffloadedModel:
     def take_error(self) -> BaseException | None:
         """Why the last `llama_decode` failed, if our device was the cause; asked once."""
         unread = expert_device().process.take_unread_joins()
-        error = self.pool.handover.take_error()
+        errors = self.pool.handover.take_error(), expert_device().take_error()
+        error = errors[0] or errors[1]
         if error is None and unread:
             return DecodeError(f"the keys of {unread} layers were left to our device, and attention to llama.cpp")
         return error

@@ -109,6 +109,7 @@ class ExpertDevice:
         self._weights_type = ggml.BufferType()
         self._buffer_interface = ggml.BufferInterface()
         self._cpu_buffer_type = self._lib.ggml_backend_cpu_buffer_type()
+        self._error: BaseException | None = None
         self._activations: Activations | None = None
         self._former: list[Activations] = []  # contexts may still point to them
         self._activations_type: int | None = None
@@ -146,11 +147,24 @@ class ExpertDevice:
         """
         if self._activations is not None:
             self._former.append(self._activations)
-        self._activations = Activations(gpu, self.process.fields) if gpu is not None and all_layers else None
+        self._activations = (
+            Activations(gpu, self.process.fields, self.failed) if gpu is not None and all_layers else None
+        )
         if self._activations is not None:
             self._activations_type = self._activations.address
         else:
             self._activations_type = self._lib.ggml_backend_dev_host_buffer_type(gpu.address) if gpu else None
+
+    def failed(self, error: BaseException) -> None:
+        """Keeps the first error of a function that ggml calls, where no model is known as its owner."""
+        log.error("expert device: %s", error, exc_info=error)
+        if self._error is None:
+            self._error = error
+
+    def take_error(self) -> BaseException | None:
+        """What `failed` has kept, once."""
+        error, self._error = self._error, None
+        return error
 
     def forget_exchange(self) -> None:
         """After a model was freed, with all of its contexts."""

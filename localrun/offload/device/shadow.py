@@ -15,6 +15,7 @@ what one part of a graph reads and writes, and parts are computed one after the 
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Callable
 from typing import Any, Final
 
 import numba as nb
@@ -85,10 +86,11 @@ class Activations:
     Args:
         device: the GPU on which the dense model is.
         process: fields of the process's record.
+        failed: keeps an error of what ggml calls here, through which none may pass.
     """
 
-    def __init__(self, device: GpuDevice, process: Record) -> None:
-        self._lib, self._device, self._process = library(), device, process
+    def __init__(self, device: GpuDevice, process: Record, failed: Callable[[BaseException], None]) -> None:
+        self._lib, self._device, self._process, self._failed = library(), device, process, failed
         self._memory: HostMemory | None = None
         self._reads: dict[int, Any] = {}  # buffer -> its own get_tensor
         self._own = self._lib.ggml_backend_dev_buffer_type(device.address)
@@ -111,20 +113,34 @@ class Activations:
         buffer = self._lib.ggml_backend_buft_alloc_buffer(self._own, size)
         if not buffer:
             return None
-        if self._memory is None or self._memory.array.nbytes < size:
-            self.close()
-            self._memory = HostMemory(self._device, size)
-            self._process[PROCESS.shadow] = self._memory.array.ctypes.data
+        try:
+            self._grow(size)
+        except BaseException as error:
+            self._lib.ggml_backend_buffer_free(buffer)
+            self._failed(error)
+            return None
         interface = ggml.Buffer.from_address(buffer).iface
         self._reads[buffer] = type(interface.get_tensor)(C.cast(interface.get_tensor, C.c_void_p).value)
         interface.get_tensor = self._read
         return int(buffer)
 
+    def _grow(self, size: int) -> None:
+        """Makes the shadow large enough. If that fails, the one that contexts have stays."""
+        if self._memory is not None and self._memory.array.nbytes >= size:
+            return
+        memory = HostMemory(self._device, size)
+        self.close()
+        self._memory = memory
+        self._process[PROCESS.shadow] = memory.array.ctypes.data
+
     def _read_back(self, buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
-        behind = int(self._process[PROCESS.behind])
-        if behind:
-            self._lib.ggml_backend_synchronize(behind)
-        self._reads[buffer](buffer, tensor, data, offset, size)
+        try:
+            behind = int(self._process[PROCESS.behind])
+            if behind:
+                self._lib.ggml_backend_synchronize(behind)
+            self._reads[buffer](buffer, tensor, data, offset, size)
+        except BaseException as error:
+            self._failed(error)
 
     def close(self) -> None:
         """Frees the shadow; nothing is decoded, and contexts of this type compute no more."""

@@ -17,9 +17,11 @@ from localrun.engine.llama import Context
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import exchange_bytes
 from localrun.engine.planner.sizes import sizes_of_source
-from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.errors import LocalrunError
+from localrun.ggml.devices import GpuDevice, HostMemory, choose_gpus
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
+from localrun.offload.device import shadow
 from localrun.offload.device.device import expert_device
 from localrun.offload.device.layouts import NOTE_BYTES, PROCESS
 from localrun.offload.device.shadow import Activations
@@ -176,6 +178,71 @@ def test_nothing_is_under_way_after_a_decode_and_a_model_leaves_nothing(model_pa
         assert device.process.fields[PROCESS.shadow] == 0
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
         assert np.isfinite(logits(model, [1, 2, 3], batch=1)).all()
+
+
+def test_a_shadow_that_cannot_grow_leaves_what_other_contexts_have(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No RAM for a larger context's activations: it isn't made, its buffer is freed, and another context goes on."""
+    lib, allocated, freed = library(), [], []
+    monkeypatch.setattr(shadow, "library", lambda: Noting(lib, allocated, freed))
+
+    def no_memory(device: GpuDevice, n_bytes: int) -> HostMemory:
+        raise MemoryError(f"no {n_bytes} bytes")
+
+    with open_offloaded(open_model(model_path), on(gpu, budget_for(model_path, gpu, 10_000))) as model:
+        context = Context(model.model, EngineOptions(n_batch=8), n_ctx=256, n_threads=1, all_logits=False)
+        decoded(context, 0)
+        before = expert_device().process.fields[PROCESS.shadow]
+        assert before != 0
+        with monkeypatch.context() as patch:
+            patch.setattr(shadow, "HostMemory", no_memory)
+            allocated.clear()
+            with pytest.raises(LocalrunError, match=r"can't make a context of 512 tokens: no \d+ bytes") as caught:
+                Context(model.model, EngineOptions(n_batch=256), n_ctx=512, n_threads=1, all_logits=False)
+        assert isinstance(caught.value.__cause__, MemoryError)
+        assert allocated
+        assert freed == allocated
+        assert expert_device().process.fields[PROCESS.shadow] == before
+        decoded(context, 1)
+        assert model.take_error() is None
+        context.close()
+
+
+class Noting:
+    """llama.cpp's library, and which buffers a shadow has had of it."""
+
+    def __init__(self, lib: Any, allocated: list[int], freed: list[int]) -> None:
+        self._lib, self._allocated, self._freed = lib, allocated, freed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def ggml_backend_buft_alloc_buffer(self, kind: int, size: int) -> int:
+        buffer: int = self._lib.ggml_backend_buft_alloc_buffer(kind, size)
+        self._allocated.append(buffer)
+        return buffer
+
+    def ggml_backend_buffer_free(self, buffer: int) -> None:
+        self._freed.append(buffer)
+        self._lib.ggml_backend_buffer_free(buffer)
+
+
+def decoded(context: Context, at: int) -> None:
+    assert context.decode([5], at, all_logits=False) == 0
+    assert np.isfinite(context.logits(0)).all()
+
+
+def test_an_error_while_results_are_read_back_is_kept_as_the_decodes_cause(model_path: Path, gpu: GpuDevice) -> None:
+    with open_offloaded(open_model(model_path), on(gpu, 0)) as model:
+        context = Context(model.model, EngineOptions(n_batch=8), n_ctx=256, n_threads=1, all_logits=False)
+        decoded(context, 0)
+        activations = expert_device()._activations
+        assert activations is not None
+        activations._read_back(0, 0, 0, 0, 0)  # of a buffer that it doesn't know
+        assert isinstance(model.take_error(), KeyError)
+        assert model.take_error() is None
+        context.close()
 
 
 def test_the_planner_knows_what_the_buffer_takes(

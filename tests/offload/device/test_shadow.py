@@ -184,7 +184,9 @@ def test_a_shadow_that_cannot_grow_leaves_what_other_contexts_have(
     model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No RAM for a larger context's activations: it isn't made, its buffer is freed, and another context goes on."""
-    lib, allocated, freed = library(), [], []
+    lib = library()
+    allocated: list[int] = []
+    freed: list[int] = []
     monkeypatch.setattr(shadow, "library", lambda: Noting(lib, allocated, freed))
 
     def no_memory(device: GpuDevice, n_bytes: int) -> HostMemory:

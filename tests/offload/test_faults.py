@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
 from tests.checkpoints import write_small
 from tests.offload.models import F32, TOKENS, floor_ram, logits, write_model
+from tools.make_moe_gguf import MoeDims, write_moe_gguf
 
 TEXT = TOKENS[:40]
 
@@ -170,6 +172,51 @@ def test_mirror_gives_the_same_answers_and_takes_over_when_a_copy_fails(
     with open_offloaded(source, OffloadOptions(n_threads=2, mirror=copy)) as model:
         os.truncate(copy, 4096)
         np.testing.assert_array_equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("broken", ["checksum", "zeros"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_damaged_copy_is_named_and_the_other_one_is_read(
+    tmp_path: Path, broken: str, which: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Zeros in a file without checksums, and other bytes in one with them; then in both copies."""
+    paths = [tmp_path / name / "m.gguf" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+    if broken == "zeros":
+        write_moe_gguf(paths[0], "olmoe", MoeDims(n_layers=1, n_embd=512, n_ff=512, n_experts=4))
+        models = paths
+    else:
+        small = write_small(tmp_path / "source", n_routed_experts=16, num_experts_per_tok=3)
+        convert(small, tmp_path / "a" / "model", jobs=1)
+        shutil.copytree(tmp_path / "a" / "model", tmp_path / "b" / "model")
+        models = [path.parent / "model" for path in paths]
+    if broken == "zeros":
+        paths[1].write_bytes(paths[0].read_bytes())
+    source = open_model(models[0])
+    layer = min(source.moe_layers)
+    tokens = list(range(2, 14))
+    with open_offloaded(source, OffloadOptions(n_threads=1)) as model:
+        expected = logits(model, tokens, batch=12)
+
+    def damage(files: Sequence[Path]) -> None:
+        for expert in range(source.moe_layers[layer].n_experts):
+            extent = source.base_expert(layer, expert)[1].extents[0]
+            with files[extent.file].open("r+b") as file:
+                file.seek(extent.offset + extent.n_bytes // 8 + 7)  # in the middle of a row
+                file.write(bytes(extent.n_bytes // 2))
+
+    files = [source.files, open_model(models[1]).files]
+    mirrored = OffloadOptions(n_threads=1, mirror=models[1])
+    with open_offloaded(source, mirrored) as model, open_offloaded(source, mirrored) as later:
+        damage(files[which])
+        np.testing.assert_array_equal(logits(model, tokens, batch=12), expected)
+        damage(files[1 - which])
+        with pytest.raises((ChecksumError, FormatError), match=r"ffn_up_exps\.weight: expert \d+"):
+            logits(later, tokens, batch=12)
+    named = [record.getMessage() for record in caplog.records if "the other copy was read" in record.getMessage()]
+    assert named
+    assert all(message.startswith(tuple(f"{path}: blk." for path in files[which])) for message in named)
 
 
 def test_mirror_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import xxhash
 
 from localrun.alignment import PAGE_BYTES, align_up
-from localrun.errors import ChecksumError, StoreError
+from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
@@ -65,7 +65,7 @@ class ExpertStore:
         verify: check checksums on every read, if the source has them, because any read may fail. One core hashes 17 to 21 GB/s,
             many times a drive's rate. Without checksums, look for lost weights (`localrun.quant.zeros`).
         mirror: a second copy of the same model, ideally on another drive: pieces go to the copy with fewer pending reads, and
-            to the other one if a read fails.
+            to the other one if a read fails or what was read is damaged.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class ExpertStore:
         self._source = source
         self._packers = packers
         self._verify = verify
-        self._lost = LostWeights(source)
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._pieces = ReadPieces()
@@ -91,6 +90,7 @@ class ExpertStore:
         self._waiting_ahead: deque[Ticket] = deque()
         self._reading: list[Ticket] = []  # those that have a buffer
         copies = [source] if mirror is None else [source, mirror]
+        self._lost = [LostWeights(copy) for copy in copies]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         buffer_bytes, halves = buffers(source)
@@ -222,16 +222,20 @@ class ExpertStore:
         with self._lock:
             first = min(range(len(copies)), key=self._under_way.__getitem__)
             self._under_way[first] += piece.need
+        copy = first
         try:
             _read_from(copies[first], piece)
         except StoreError as error:
             if len(copies) == 1:
                 raise
             log.warning("%s; reading the other copy", error)
-            _read_from(copies[1 - first], piece)
+            copy = 1 - first
+            _read_from(copies[copy], piece)
         finally:
             with self._lock:
                 self._under_way[first] -= piece.need
+        with piece.ticket._lock:
+            piece.ticket._copies.add(copy)
 
     def _finish(self, ticket: Ticket) -> None:
         buffer = ticket._buffer
@@ -256,19 +260,12 @@ class ExpertStore:
 
     def _fill(self, ticket: Ticket, buffer: ReadBuffer) -> None:
         slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
-        payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
-        rows: list[Bytes] = []
-        raw = [[payloads.pop(0) for _ in projection.extents] for projection in ticket.projections]
-        if self._verify:
-            self._lost.refuse(slot.layer, slot.expert, ticket.projections, raw)
-        for projection, pieces in zip(ticket.projections, raw, strict=True):
-            rows.append(
-                pieces[0]
-                if projection.encoding is Encoding.GGML
-                else decode_projection(projection, pieces[0], pieces[1])
-            )
-        if self._verify:
-            self._check(ticket, rows)
+        try:
+            rows = self._rows(ticket, buffer, max(ticket._copies))
+        except (ChecksumError, FormatError) as error:
+            if len(self._lost) == 1:
+                raise
+            rows = self._rows_of_one_copy(ticket, buffer, error)
         if packer.raw_is_packed or ticket.receiver is not None:
             memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
             target = np.frombuffer(memory, np.uint8)
@@ -279,12 +276,55 @@ class ExpertStore:
         else:
             packer.pack(_contiguous(rows, ticket._payloads, buffer), slot.address)
 
-    def _check(self, ticket: Ticket, rows: list[Bytes]) -> None:
+    def _rows(self, ticket: Ticket, buffer: ReadBuffer, copy: int) -> list[Bytes]:
+        """The matrices' ggml rows from what has been read.
+
+        Args:
+            copy: of the model, named if something is wrong.
+
+        Raises:
+            ChecksumError, FormatError: bytes are damaged.
+        """
+        payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
+        raw = [[payloads.pop(0) for _ in projection.extents] for projection in ticket.projections]
+        if self._verify:
+            self._lost[copy].refuse(ticket.slot.layer, ticket.slot.expert, ticket.projections, raw)
+        rows = [
+            pieces[0] if projection.encoding is Encoding.GGML else decode_projection(projection, pieces[0], pieces[1])
+            for projection, pieces in zip(ticket.projections, raw, strict=True)
+        ]
+        if self._verify:
+            self._check(ticket, rows, copy)
+        return rows
+
+    def _rows_of_one_copy(self, ticket: Ticket, buffer: ReadBuffer, error: Exception) -> list[Bytes]:
+        """Reads all of a damaged expert again, from the copy that it did not come from; from each alone, if it came from both.
+
+        Args:
+            error: of the last copy that it came from.
+
+        Raises:
+            ChecksumError, FormatError, StoreError: the last copy that was tried is damaged, too.
+        """
+        for copy in (0, 1) if len(ticket._copies) > 1 else (1 - max(ticket._copies),):
+            try:
+                ticket._payloads.clear()
+                for piece in self._cut(ticket, buffer):
+                    _read_from(self._files[piece.file][copy], piece)
+                rows = self._rows(ticket, buffer, copy)
+            except (ChecksumError, FormatError, StoreError) as other:
+                error = other
+            else:
+                log.warning("%s; the other copy was read", error)
+                return rows
+        raise error
+
+    def _check(self, ticket: Ticket, rows: list[Bytes], copy: int) -> None:
         for name, projection, row in zip(PROJECTIONS, ticket.projections, rows, strict=True):
             if projection.checksum is not None and xxhash.xxh3_64_hexdigest(row.data) != projection.checksum:
                 extent = projection.extents[0]
                 raise ChecksumError(
-                    f"{self._source.files[extent.file]}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
+                    f"{self._files[extent.file][copy].path}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
                     f"{ticket.slot.expert} does not match its checksum",
                     hint="the file is damaged; run `localrun verify` for the extent, then copy or convert it again",
                 )

@@ -108,6 +108,7 @@ class Ticket:
     hurried: bool = False
     _left: int = 0
     _buffer: ReadBuffer | None = None
+    _copies: set[int] = field(default_factory=set)  # of the model, that bytes came from
     _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -146,5 +146,5 @@ def test_models_are_listed_with_their_names_and_shown(
     assert "[models] gone: /gone: no such file" in captured.err
     assert cli.main(["show", "small"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == "model path kind files dense experts context".split()
+    assert [line.split()[0] for line in lines] == ["model", "path", "kind", "files", "dense", "experts", "context"]
     assert str(model) in lines[1]

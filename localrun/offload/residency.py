@@ -7,6 +7,7 @@ both request slots here.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -85,6 +86,7 @@ class Residency:
         self.gpu: GpuTier | None = None
         self._upgrades = Upgrades(self.table, wanted) if adaptive else None
         self._n_ahead = 0
+        self._rows_read: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
 
     # -- where experts are ---------------------------------------------------------------------------------------------
 
@@ -155,11 +157,9 @@ class Residency:
 
     def read_ahead(self, slot: Slot) -> None:
         """Starts filling a reserved slot as read-ahead; the caller holds the lock."""
-        n_bytes = self._submit(slot, ahead=True)
+        self._submit(slot, ahead=True)
         self._n_ahead += 1
-        row = self.telemetry.values[slot.layer]
-        row[Counter.PREFETCHED] += 1
-        row[Counter.BYTES_READ] += n_bytes
+        self.telemetry.values[slot.layer, Counter.PREFETCHED] += 1
 
     def _submit(self, slot: Slot, *, ahead: bool = False) -> int:
         try:
@@ -174,6 +174,8 @@ class Residency:
     def finish(self, ticket: Ticket) -> None:
         """After a read: the slot is READY, or gone if the read failed. The caller holds the lock."""
         self._n_ahead -= ticket.ahead
+        if ticket.ahead:
+            self._count(ticket)
         if ticket.slot.replaces is not None:
             assert self._upgrades is not None
             self._upgrades.arrived(ticket)
@@ -184,11 +186,21 @@ class Residency:
             if ticket.ahead and not isinstance(ticket.error, AbandonedError):
                 log.warning("reading ahead failed: %s", ticket.error)
 
+    def _count(self, ticket: Ticket) -> None:
+        """Adds the bytes of a read ahead that has ended; the caller holds the lock."""
+        if ticket.error is None:
+            self.telemetry.values[ticket.slot.layer, Counter.BYTES_READ] += ticket.read_bytes
+
+    def _count_rows(self) -> None:
+        while not self._rows_read.empty():
+            self._count(self._rows_read.get())
+
     def settle(self) -> int:
         """Processes finished reads; returns the number of pending read-ahead reads."""
         with self.lock:
             while not self.store.completions.empty():
                 self.finish(self.store.completions.get())
+            self._count_rows()
             return self._n_ahead
 
     def wait_for_read_ahead(self) -> bool:
@@ -224,6 +236,7 @@ class Residency:
         """Activates uploaded experts, and exchanges experts between RAM and GPUs."""
         if self.gpu is not None:
             with self.lock:
+                self._count_rows()
                 self.gpu.step(self, heat)
 
     # -- for the GPU tier (`gpu.tier.RamCopies`) -----------------------------------------------------------------------
@@ -237,9 +250,12 @@ class Residency:
 
     def read_rows(self, slot: Slot, receiver: Receiver) -> None:
         """Starts reading ggml rows into memory outside the table, after what others wait for."""
-        with self.lock:
-            row = self.telemetry.values[slot.layer]
-            row[Counter.BYTES_READ] += self.store.submit(slot, ahead=True, receiver=receiver).read_bytes
+
+        def received(ticket: Ticket) -> None:
+            self._rows_read.put(ticket)  # counted later: this thread must not wait for the lock
+            receiver(ticket)
+
+        self.store.submit(slot, ahead=True, receiver=received)
 
     def copy_rows(self, layer: int, expert: int, variant: int, rows: npt.NDArray[np.uint8]) -> bool:
         """Writes an expert's ggml rows from its copy in RAM; False if there is none in this variant."""

@@ -191,6 +191,7 @@ def test_a_guess_under_way_that_is_not_needed_is_given_up(rig: Rig, store: Memor
         store.release()
         rig.residency.settle()
     assert [slot.expert for slot in rig.residency.table if slot.layer == 1] == [6]
+    assert rig.count(Counter.BYTES_READ) == EXPERT_BYTES
     rig.ahead.judge(1, np.array([6], np.int32))
     assert (rig.count(Counter.GUESSES_USED), rig.count(Counter.GUESSES_WASTED)) == (1, 1)
 

@@ -21,7 +21,7 @@ class Counter(IntEnum):
     REQUESTS = 2  # (token, expert) pairs
     HITS = 3  # distinct experts of a call found in RAM
     MISSES = 4  # distinct experts of a call that had to be read (or were being read)
-    BYTES_READ = 5  # bytes of those reads, prefetches included
+    BYTES_READ = 5  # bytes of those reads; of prefetches when they have arrived
     PREFETCHED = 6  # experts read ahead of their call
     EVICTIONS = 7
     WAIT_NS = 8  # decoding thread idle, waiting for a read

@@ -14,7 +14,7 @@ from localrun.engine.process.protocol import Delta, Generate, PromptProgress, To
 from localrun.errors import BudgetError, ContextFullError, DecodeError
 from localrun.tui.controllers.answering import _progress_line
 from localrun.tui.screens.dialog import ChoiceDialog
-from localrun.tui.screens.models import ModelsScreen
+from localrun.tui.screens.models import ModelChosen, ModelsScreen
 from localrun.tui.widgets.message_view import MessageView
 from localrun.tui.widgets.notices import ErrorPanel
 from localrun.tui.widgets.thinking import ThinkingBlock
@@ -420,7 +420,7 @@ async def test_a_question_without_a_model_is_kept_whatever_fails_until_there_is_
         await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
         assert talk.screen.asking.pending is not None
         talk.engine.load_error = BudgetError("too little RAM again")
-        talk.app.screen.dismiss(Path("/models/other"))
+        talk.app.screen.dismiss(ModelChosen(Path("/models/other")))
         await talk.until(lambda: talk.errors == ["too little RAM again"])
         assert talk.screen.asking.pending is not None
         third = setup.folder / "third.gguf"

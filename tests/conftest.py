@@ -10,6 +10,7 @@ import os
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 from localrun.paths import kernel_dir
 
@@ -32,6 +33,10 @@ for _name in ("CACHE", "DATA", "CONFIG"):
     os.environ[f"LOCALRUN_{_name}_DIR"] = os.path.join(_folder.name, _name.lower())
 # Spinning threads starve each other when cores are shared; read by libgomp when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")  # --hypothesis-profile=default looks for new cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -139,7 +139,6 @@ def hardware_of(
         return hardware.detect(files, n_threads=n_threads, probe=probe, gpus=True, specs=specs)
     _check_count("threads", machine.threads, 1)
     _check_count("drives", machine.drives, 1, 2)
-    _per_s(machine.gpu_rate)  # also refused where no GPU has it
     if machine.box is not None and machine.box not in BY_SLUG:
         raise UsageError(f"unknown box '{machine.box}'", hint=f"one of {', '.join(BY_SLUG)}")
     if machine.box is not None:
@@ -147,35 +146,55 @@ def hardware_of(
     else:
         known = hardware.detect(files, n_threads=settings["threads"], probe=probe, specs=specs)
         known = replace(known, origin={name: _HERE.get(how, how) for name, how in known.origin.items()})
-    ram, threads = _bytes(machine.ram), machine.threads
+    ram = _bytes(machine.ram)
     return known.given(
         ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),
         total_ram_bytes=ram,
         disk_bytes_per_s=_per_s(machine.drive_rate),
         n_drives=machine.drives,
         memory_bytes_per_s=_per_s(machine.memory_rate),
-        n_threads=min(settings["threads"], threads) if settings["threads"] and threads else threads,
-        gpus=_gpus(machine),
+        n_threads=_threads(machine, known, settings["threads"]),
+        gpus=_gpus(machine, known.gpus),
     )
+
+
+def _threads(machine: Machine, known: Hardware, wanted: int) -> int | None:
+    """Compute threads, at most the machine's cores; None: as many as `known` has, `wanted` included.
+
+    Args:
+        wanted: by the user; 0: one per core.
+    """
+    if machine.threads is None and machine.box is None:
+        return None
+    return min(wanted, machine.threads or known.n_threads) if wanted else machine.threads
 
 
 _HERE = {"measured": "this machine's"}
 
 
-def _gpus(machine: Machine) -> tuple[Gpu, ...] | None:
+def _gpus(machine: Machine, known: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
+    """The described GPUs; None: the known ones.
+
+    Raises:
+        UsageError: a rate for no GPU.
+    """
     from localrun.engine.planner import hardware
 
-    if not machine.vram:
-        return None
-    sizes = [_bytes(size) or 0 for size in machine.vram]
-    return tuple(
-        hardware.Gpu.described(
-            size,
-            name=f"GPU {number}",
-            bytes_per_s=_per_s(machine.gpu_rate) or hardware.ASSUMED_VRAM_BYTES_PER_S,
+    rate = _per_s(machine.gpu_rate)
+    if machine.vram:
+        sizes = [size for size in (_bytes(size) for size in machine.vram) if size]
+    else:
+        sizes = [gpu.vram_bytes for gpu in known]
+    if rate is not None and not sizes:
+        raise UsageError(
+            "a GPU's memory bandwidth is given for a machine without a GPU",
+            hint="say how much memory the GPU has, too: --machine-vram 24GiB",
         )
+    if not machine.vram and rate is None:
+        return None
+    return tuple(
+        hardware.Gpu.described(size, name=f"GPU {number}", bytes_per_s=rate or hardware.ASSUMED_VRAM_BYTES_PER_S)
         for number, size in enumerate(sizes)
-        if size
     )
 
 

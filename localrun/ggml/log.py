@@ -13,6 +13,7 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _CONTINUATION = 5
 _recent: deque[str] = deque(maxlen=40)
 _callback: Any = None
+_error: BaseException | None = None
 
 
 def install() -> None:
@@ -24,16 +25,30 @@ def install() -> None:
 
     @llama_cpp.llama_log_callback
     def receive(level: int, text: bytes, user_data: Any) -> None:
-        line = text.decode(errors="replace")
-        if level == _CONTINUATION and _recent:
-            _recent[-1] += line
-            return
-        if level >= 3:
-            _recent.append(line)
-        log.log(_LEVELS.get(level, logging.DEBUG), "%s", line.rstrip())
+        global _error
+        try:
+            _receive(level, text.decode(errors="replace"))
+        except BaseException as error:  # a callback from C: ctypes would swallow it
+            _error = _error or error
 
     _callback = receive
     llama_cpp.llama_log_set(receive, None)
+
+
+def _receive(level: int, line: str) -> None:
+    if level == _CONTINUATION and _recent:
+        _recent[-1] += line
+        return
+    if level >= 3:
+        _recent.append(line)
+    log.log(_LEVELS.get(level, logging.DEBUG), "%s", line.rstrip())
+
+
+def take_error() -> BaseException | None:
+    """The first error while lines were received (Ctrl-C, say), once."""
+    global _error
+    error, _error = _error, None
+    return error
 
 
 def recent_errors(n: int = 3) -> str:

@@ -67,14 +67,16 @@ def fill_model(
     params.tensor_buft_overrides = C.cast(overrides, C.c_void_p)
     callback = llama_cpp.llama_model_set_tensor_data_t(filler)
     llama_log.clear()
+    expert_device().take_error()  # of something else
     try:
         model = llama_cpp.llama_model_init_from_user(metadata, callback, None, params)
     finally:
         lib.gguf_free(metadata)
-    if filler.error is not None:
+    error = filler.error or expert_device().take_error()
+    if error is not None:
         if model:
             llama_cpp.llama_model_free(model)
-        raise filler.error
+        raise error
     if not model:
         raise _refusal(source, options)
     if unused := filler.unused():

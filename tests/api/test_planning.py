@@ -11,6 +11,7 @@ from localrun import cli
 from localrun.api.planning import Machine, hardware_of, plan
 from localrun.engine.planner.boxes import BOXES
 from localrun.errors import BudgetError, UsageError
+from localrun.offload.gpu.rates import assumed_rates
 
 GIB = 1 << 30
 BOX = BOXES[0].slug
@@ -28,6 +29,26 @@ def test_memory_of_gpus_makes_gpus_and_none_takes_them_away() -> None:
     two = plan("flash", machine=Machine(box=BOX, vram=["24GiB", 12 * GIB])).machine
     assert [gpu.vram_bytes for gpu in two.gpus] == [24 * GIB, 12 * GIB]
     assert plan("flash", machine=Machine(box=BOX, vram=[0])).machine.gpus == ()
+
+
+def test_a_gpu_s_rate_is_that_of_the_gpus_there_are() -> None:
+    known = plan("flash", machine="gpu-24-ram-64").machine
+    faster = plan("flash", machine=Machine(box="gpu-24-ram-64", gpu_rate="1800GB/s")).machine
+    assert [gpu.vram_bytes for gpu in faster.gpus] == [gpu.vram_bytes for gpu in known.gpus]
+    assert [gpu.rates for gpu in faster.gpus] == [assumed_rates(1800e9)]
+    assert known.gpus[0].rates != faster.gpus[0].rates
+    for machine in (Machine(box=BOX, gpu_rate="900GB/s"), Machine(ram="64GiB", vram=[0], gpu_rate="900GB/s")):
+        with pytest.raises(UsageError, match="without a GPU") as refused:
+            plan("flash", machine=machine, probe=False)
+        assert "--machine-vram" in str(refused.value.hint)
+
+
+def test_fewer_threads_than_a_box_has_cores() -> None:
+    n_cores = plan("flash", machine=BOX).machine.n_threads
+    assert n_cores > 2
+    assert plan("flash", machine=BOX, threads=2).machine.n_threads == 2
+    assert plan("flash", machine=BOX, threads=n_cores + 1).machine.n_threads == n_cores
+    assert plan("flash", machine=Machine(box=BOX, threads=3), threads=2).machine.n_threads == 2
 
 
 def test_what_does_not_go_into_the_machine_is_refused() -> None:

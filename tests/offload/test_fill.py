@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.errors import FormatError, StoreError
-from localrun.offload.device.device import Weight
+from localrun.ggml import log as llama_log
+from localrun.offload.device.device import Weight, expert_device
 from localrun.offload.fill import expert_weight
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource, TensorInfo
@@ -96,3 +99,66 @@ def test_progress_counts_the_dense_tensors(source: ModelSource) -> None:
     with open_offloaded(source, OffloadOptions(progress=lambda done, total: seen.append((done, total)))):
         pass
     assert seen == [(done, n_dense) for done in range(1, n_dense + 1)]
+
+
+class Refusing(dict[int, Any]):
+    """A device's map of its buffers that takes none, or gives none back."""
+
+    def __init__(self, error: BaseException, at: str) -> None:
+        super().__init__()
+        self._error, self._at = error, at
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        if self._at == "alloc_buffer":
+            raise self._error
+        super().__setitem__(key, value)
+
+    def __getitem__(self, key: int) -> Any:
+        if self._at == "get_base":
+            raise self._error
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("at", ["alloc_buffer", "get_base"])
+@pytest.mark.parametrize("error", [MemoryError("no more"), KeyboardInterrupt()])
+def test_an_error_in_what_ggml_calls_reaches_the_caller_and_a_later_load_works(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_device(), "_memory", Refusing(error, at))
+        with pytest.raises(type(error)) as caught:
+            open_offloaded(source, OffloadOptions())
+        assert caught.value is error
+    with open_offloaded(source, OffloadOptions()) as model:
+        assert np.isfinite(logits(model, [1, 2, 3])).all()
+
+
+def test_what_the_device_s_functions_raise_is_kept() -> None:
+    device = expert_device()
+    buffer, functions = device._buffer_interface, device._device.iface
+    device.take_error()
+    calls: list[Callable[[], object]] = [
+        lambda: buffer.get_base(0),
+        lambda: buffer.set_tensor(0, 0, 0, 0, 0),
+        lambda: buffer.get_tensor(0, 0, 0, 0, 0),
+        lambda: functions.get_memory(0, None, None),
+        lambda: functions.get_props(0, None),
+    ]
+    for call in calls:
+        call()
+        assert isinstance(device.take_error(), KeyError | TypeError | ValueError)
+        assert device.take_error() is None
+    assert buffer.get_base(0) != 0, "ggml ends the process at a null"
+    device.take_error()
+
+
+def test_an_error_while_the_log_is_received_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    llama_log.install()
+    assert llama_log._callback is not None
+    monkeypatch.setattr(llama_log, "_receive", fail)
+    llama_log._callback(2, b"a line\n", None)
+    assert isinstance(expert_device().take_error(), KeyboardInterrupt)
+    assert llama_log.take_error() is None

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from localrun.alignment import align_up
 from localrun.errors import DecodeError, LocalrunError, StoppedError
+from localrun.ggml import log as llama_log
 from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
@@ -162,9 +163,10 @@ class ExpertDevice:
             self._error = error
 
     def take_error(self) -> BaseException | None:
-        """What `failed` has kept, once."""
+        """What `failed` has kept, or the receiver of llama.cpp's log, once."""
         error, self._error = self._error, None
-        return error
+        in_log = llama_log.take_error()
+        return error or in_log
 
     def forget_exchange(self) -> None:
         """After a model was freed, with all of its contexts."""
@@ -211,30 +213,46 @@ class ExpertDevice:
 
     # -- building the C structures -------------------------------------------------------------------------------------
 
-    def _set(self, structure: Any, field: str, function: Callable[..., Any]) -> None:
-        kind = dict(structure._fields_)[field]
-        callback = kind(function)
+    def _set(self, structure: Any, field: str, function: Callable[..., Any], failing: Any = None) -> None:
+        """Lets ggml call a function through which nothing passes: what it raises is kept.
+
+        Args:
+            failing: what ggml gets if it raises; None: nothing, null.
+        """
+
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except BaseException as error:  # also Ctrl-C, which lands in whatever Python is running
+                self.failed(error)
+                return failing
+
+        callback = dict(structure._fields_)[field](guarded)
         self._keep.append(callback)
         setattr(structure, field, callback)
 
+    def _set_constant(self, structure: Any, field: str, value: Any) -> None:
+        self._set(structure, field, lambda *_: value, value)
+
     def _build_buffer_type(self) -> None:
         iface = self._weights_type.iface
-        self._set(iface, "get_name", lambda buft: C.addressof(_NAME))
+        self._set_constant(iface, "get_name", C.addressof(_NAME))
         self._set(iface, "alloc_buffer", self._alloc_buffer)
-        self._set(iface, "get_alignment", lambda buft: _ALIGNMENT)
+        self._set_constant(iface, "get_alignment", _ALIGNMENT)
         # The experts' bytes are elsewhere: a tensor only needs a unique address.
-        self._set(iface, "get_alloc_size", lambda buft, tensor: _ALIGNMENT)
+        self._set_constant(iface, "get_alloc_size", _ALIGNMENT)
         # Not host memory, so no other backend tries to read the weights.
-        self._set(iface, "is_host", lambda buft: False)
+        self._set_constant(iface, "is_host", False)
         self._weights_type.device = C.addressof(self._device)
         buffer = self._buffer_interface
         self._set(buffer, "free_buffer", self._free_buffer)
-        self._set(buffer, "get_base", lambda buf: align_up(C.addressof(self._memory[buf]), _ALIGNMENT))
-        self._set(buffer, "memset_tensor", lambda buf, tensor, value, offset, size: None)
+        # Nothing is ever read there, but ggml ends the process at a null.
+        self._set(buffer, "get_base", lambda buf: align_up(C.addressof(self._memory[buf]), _ALIGNMENT), _ALIGNMENT)
+        self._set_constant(buffer, "memset_tensor", None)
         self._set(buffer, "set_tensor", self._refuse_access)
         self._set(buffer, "get_tensor", self._refuse_access)
-        self._set(buffer, "cpy_tensor", lambda buf, src, dst: False)
-        self._set(buffer, "clear", lambda buf, value: None)
+        self._set_constant(buffer, "cpy_tensor", False)
+        self._set_constant(buffer, "clear", None)
 
     def _alloc_buffer(self, buft: int, size: int) -> int:
         memory = C.create_string_buffer(size + _ALIGNMENT)
@@ -260,14 +278,19 @@ class ExpertDevice:
 
     def _build_device(self) -> None:
         iface = self._device.iface
-        self._set(iface, "get_name", lambda dev: C.addressof(_DEVICE_NAME))
-        self._set(iface, "get_description", lambda dev: C.addressof(_DESCRIPTION))
+        self._set_constant(iface, "get_name", C.addressof(_DEVICE_NAME))
+        self._set_constant(iface, "get_description", C.addressof(_DESCRIPTION))
         self._set(iface, "get_memory", self._no_memory)
-        self._set(iface, "get_type", lambda dev: ggml.DEVICE_TYPE_ACCEL)
+        self._set_constant(iface, "get_type", ggml.DEVICE_TYPE_ACCEL)
         self._set(iface, "get_props", self._props)
-        self._set(iface, "init_backend", lambda dev, params: C.addressof(self._backend))
+        self._set_constant(iface, "init_backend", C.addressof(self._backend))
         # Activations that we produce live where the CPU backend's live: no copies between the two.
-        self._set(iface, "get_buffer_type", lambda dev: self._activations_type or self._cpu_buffer_type)
+        self._set(
+            iface,
+            "get_buffer_type",
+            lambda dev: self._activations_type or self._cpu_buffer_type,
+            self._cpu_buffer_type,
+        )
         iface.supports_op = dict(iface._fields_)["supports_op"](supports_op.address)
         self._set(
             iface,
@@ -275,6 +298,7 @@ class ExpertDevice:
             lambda dev, buft: (
                 buft in (self.weights_buffer_type, self._activations_type) or self._lib.ggml_backend_buft_is_host(buft)
             ),
+            False,
         )
         self._device.reg = C.addressof(self._reg)
         self._device.context = self.process.address
@@ -295,8 +319,8 @@ class ExpertDevice:
         self._backend.guid = C.addressof(guid)
         self._backend.device = C.addressof(self._device)
         iface = self._backend.iface
-        self._set(iface, "get_name", lambda backend: C.addressof(_NAME))
-        self._set(iface, "free", lambda backend: None)
+        self._set_constant(iface, "get_name", C.addressof(_NAME))
+        self._set_constant(iface, "free", None)
         iface.graph_compute = dict(iface._fields_)["graph_compute"](native.graph_compute.address)
         iface.cpy_tensor_async = native.copy_in.address
         self._backend.context = self.process.address
@@ -304,10 +328,10 @@ class ExpertDevice:
     def _build_reg(self) -> None:
         iface = self._reg.iface
         self._reg.api_version = ggml.BACKEND_API_VERSION
-        self._set(iface, "get_name", lambda reg: C.addressof(_NAME))
-        self._set(iface, "get_device_count", lambda reg: 1)
-        self._set(iface, "get_device", lambda reg, index: C.addressof(self._device))
-        self._set(iface, "get_proc_address", lambda reg, name: None)
+        self._set_constant(iface, "get_name", C.addressof(_NAME))
+        self._set_constant(iface, "get_device_count", 1)
+        self._set_constant(iface, "get_device", C.addressof(self._device))
+        self._set_constant(iface, "get_proc_address", None)
 
     # -- scheduling and computing --------------------------------------------------------------------------------------
 

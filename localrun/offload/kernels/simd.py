@@ -34,7 +34,13 @@ LANES = 16
 
 
 class Simd:
-    """Emits vector instructions at the builder's position. `pointer` arguments are `i8*` values, offsets Python ints."""
+    """Emits vector instructions at the builder's position. `pointer` arguments are `i8*` values, offsets Python ints.
+
+    Attributes:
+        vnni: a dot product of bytes is one instruction, exact for all of them.
+    """
+
+    vnni = False
 
     def __init__(self, builder: Any) -> None:
         self.b = builder
@@ -188,6 +194,10 @@ class Simd:
         """total + four products per lane, exact in 32 bits; small: weights are below 128."""
         raise NotImplementedError
 
+    def byte_pairs(self, unsigned_bytes: Any, signed_bytes: Any) -> Any:
+        """Sums of neighbouring products as saturating 16-bit values."""
+        raise NotImplementedError
+
     def dot_words(self, total: Any, a: Any, b: Any) -> Any:
         """total + two products of signed 16-bit values per lane."""
         raise NotImplementedError
@@ -256,10 +266,6 @@ class Simd:
 class _Pairs(Simd):
     """Dot products without VNNI, by way of sums of two products."""
 
-    def byte_pairs(self, unsigned_bytes: Any, signed_bytes: Any) -> Any:
-        """Sums of neighbouring products as saturating 16-bit values."""
-        raise NotImplementedError
-
     def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
         """total + four products per lane; small: weights are below 128, so that sums of two products fit 16 bits."""
         if small:
@@ -314,6 +320,8 @@ class Avx512(_Pairs):
 class Avx512Vnni(Avx512):
     """AVX-512 with its VNNI instructions."""
 
+    vnni = True
+
     def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
         return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned_bytes, signed_bytes)
 
@@ -353,6 +361,8 @@ class Avx2(_Pairs):
 
 class AvxVnni(Avx2):
     """AVX2 with the 256-bit VNNI instructions of newer desktop processors."""
+
+    vnni = True
 
     def dot(self, total: Any, unsigned_bytes: Any, signed_bytes: Any, *, small: bool = True) -> Any:
         return self._both("llvm.x86.avx512.vpdpbusd.256", I32, total, unsigned_bytes, signed_bytes)

@@ -8,10 +8,10 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as QT
 
 from localrun.alignment import LINE_BYTES
-from localrun.offload.kernels.interleaved import blocks, floats, grids, kquants
+from localrun.offload.kernels.interleaved import blocks, floats, grids, kquants, parts
 from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Format
 
-FORMATS = {f.type: f for f in (*blocks.FORMATS, *floats.FORMATS, *grids.FORMATS, *kquants.FORMATS)}
+FORMATS = {f.type: f for f in (*blocks.FORMATS, *floats.FORMATS, *grids.FORMATS, *kquants.FORMATS, *parts.FORMATS)}
 
 
 @pytest.mark.parametrize("made", FORMATS.values(), ids=lambda made: made.type.name)

@@ -7,11 +7,11 @@ from typing import Final
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.cpu import Level, features, level
-from localrun.offload.kernels.interleaved import blocks, floats, grids, kquants
+from localrun.offload.kernels.interleaved import blocks, floats, grids, kquants, parts
 from localrun.offload.kernels.interleaved.layout import Format
 
 FORMATS: Final[dict[GGMLQuantizationType, Format]] = {
-    f.type: f for f in (*blocks.FORMATS, *kquants.FORMATS, *grids.FORMATS, *floats.FORMATS)
+    f.type: f for f in (*blocks.FORMATS, *parts.FORMATS, *kquants.FORMATS, *grids.FORMATS, *floats.FORMATS)
 }
 
 _GRID_FEATURES: Final = {"avx512vbmi", "gfni"}

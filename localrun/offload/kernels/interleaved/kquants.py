@@ -1,20 +1,16 @@
-"""K-quants and IQ4_XS: super-blocks of 256 with small integer scales (ggml-common.h: block_q2_K and so on).
-
-Q2_K and Q3_K look up scale times value as one byte, so that a whole super-block adds up in integers; the others have a scale per
-32 or 16 elements that is too large for that, and add up in F32.
-"""
+"""Q4_K to Q6_K and IQ4_XS: super-blocks of 256 with small integer scales, added up in F32 (ggml-common.h: block_q4_K and so on)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.interleaved.blocks import IQ4_NL
 from localrun.offload.kernels.interleaved.layout import Field, Format, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.parts import sums_times
 from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
-from localrun.offload.kernels.simd import BYTES, FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
+from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
 
 # -- Q4_K and Q5_K: eight blocks of 32, each with a 6-bit scale and minimum -------------------------------------------
 
@@ -80,216 +76,6 @@ def _q5_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
     return s.loop(I64(8), totals, block)
 
 
-# -- Q2_K and Q3_K: sixteen parts of 16 -------------------------------------------------------------------------------
-#
-# Part p has bits 2 * shift and up (shift = p // 2 % 4) of bytes 16 * (p % 2) and up of half p // 8. Scale times value is looked up
-# as one byte, so that a whole super-block adds up in one go per token. For Q3_K and few tokens that unpacks too much: there, sums
-# of parts are multiplied by their scales as 16-bit pairs. [m] Q3_K, one token: 26 against 35 cycles per 512 weights.
-
-_FEW: Final = 2
-
-
-def _n_chains(n_tokens: int) -> int:
-    """Independent sums per token: a dot product takes five cycles, two can start in each."""
-    return max(1, min(4, 8 // n_tokens))
-
-
-def _join(s: Simd, products: list[Any], n_tokens: int) -> list[Any]:
-    """Adds up the chains of each token."""
-    while len(products) > n_tokens:
-        half = len(products) // 2
-        products = [s.b.add(a, b) for a, b in zip(products[:half], products[half:], strict=True)]
-    return products
-
-
-def _add_super(s: Simd, products: list[Any], d: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    return [
-        s.fma(s.to_float(p), s.mul(d, tile.scale(t)), total)
-        for t, (p, total) in enumerate(zip(products, totals, strict=True))
-    ]
-
-
-def _two_bits(s: Simd, vector: Any, shift: int) -> Any:
-    """Indices into a row's four-byte table: two bits of each byte, plus 4 * (row % 4)."""
-    return s.choose(3, s.as_bytes(s.shift_right(vector, shift)), s.bytes([lane // 4 * 4 for lane in range(16)]))
-
-
-WeightsOf = Callable[[Any, Any, Any], Callable[[int], list[Any]]]
-"""(quarter, half, sixteen), run-time values -> function from shift to the four weight vectors of a part."""
-
-
-def _quads(s: Simd, tile: Tile, half: Any, sixteen: Any) -> Any:
-    """Activations of shift 0's part; those of the next are 32 bytes further."""
-    return s.b.gep(tile.record, [s.b.add(s.b.mul(half, I64(128)), s.b.mul(sixteen, I64(16)))])
-
-
-def _add_scaled_bytes(s: Simd, tile: Tile, starts: list[Any], weights_of: WeightsOf, *, small: bool) -> list[Any]:
-    """Many tokens: per token the sum over a super-block."""
-    n_tokens = len(starts)
-    n_chains = _n_chains(n_tokens)
-
-    def quarter(i: Any, products: list[Any]) -> list[Any]:
-        half, sixteen = s.b.lshr(i, I64(1)), s.b.and_(i, I64(1))
-        quads, weights_at = _quads(s, tile, half, sixteen), weights_of(i, half, sixteen)
-        for shift in range(4):
-            weights = weights_at(shift)
-            for t in range(n_tokens):
-                for k, weight in enumerate(weights):
-                    chain = k % n_chains * n_tokens + t
-                    products[chain] = s.dot(products[chain], weight, tile.quad(t, shift * 8 + k, quads), small=small)
-        return products
-
-    return _join(s, s.loop(I64(4), starts + [s.ints(0)] * (n_tokens * (n_chains - 1)), quarter), n_tokens)
-
-
-def _add_scaled_parts(
-    s: Simd, tile: Tile, starts: list[Any], weights_of: WeightsOf, scale_pairs: Callable[[Any, Any, int], Any]
-) -> list[Any]:
-    """Few tokens: as above. `scale_pairs(half, sixteen, j)`: 16-bit scales of the parts with shifts 2j and 2j + 1.
-
-    A part's sum is below 7 * 127 * 16 and so fits 16 bits.
-    """
-    low_words = s.ints(0xFFFF)
-
-    def quarter(i: Any, products: list[Any]) -> list[Any]:
-        half, sixteen = s.b.lshr(i, I64(1)), s.b.and_(i, I64(1))
-        quads, weights_at = _quads(s, tile, half, sixteen), weights_of(i, half, sixteen)
-        for j in range(2):
-            sums: list[list[Any]] = [[], []]
-            for parity in range(2):
-                weights = weights_at(2 * j + parity)
-                for t in range(len(starts)):
-                    dot = s.ints(0)
-                    for k, weight in enumerate(weights):
-                        dot = s.dot(dot, weight, tile.quad(t, (2 * j + parity) * 8 + k, quads))
-                    sums[parity].append(dot)
-            scales = scale_pairs(half, sixteen, j)
-            for t, (even, odd) in enumerate(zip(*sums, strict=True)):
-                products[t] = s.dot_words(products[t], s.and_or(even, low_words, s.shift_left(odd, 16)), scales)
-        return products
-
-    return s.loop(I64(4), starts, quarter)
-
-
-def _sums_times(s: Simd, factors: list[Any], tile: Tile, n_tokens: int) -> list[Any]:
-    """Per token: sums of 16 activations times 16-bit factors, eight pairs in the order of `sums16`."""
-    products = []
-    for t in range(n_tokens):
-        product = s.ints(0)
-        for pair, factor in enumerate(factors):
-            product = s.dot_words(product, factor, tile.sums16(t, pair))
-        products.append(product)
-    return products
-
-
-def _q2_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    d, dmin = s.halves(meta, 0), s.halves(meta, 32)
-    packed = [s.load(meta, 64 + 64 * i, INTS) for i in range(4)]
-    products = _add_scaled_bytes(s, tile, [s.ints(0)] * len(totals), _q2_scaled(s, packed, body), small=True)
-    totals = _add_super(s, products, d, tile, totals)
-    minima = [s.mask(s.shift_right(v, shift), 0x000F000F) for v in packed for shift in (4, 12)]
-    return _add_super(s, _sums_times(s, minima, tile, len(totals)), s.b.fneg(dmin), tile, totals)
-
-
-def _q2_scaled(s: Simd, packed: list[Any], body: Any) -> WeightsOf:
-    stack = s.stack(16 * 64)
-    for part in range(16):
-        scale = s.byte_field(packed[part // 4], part % 4, 4)
-        s.store(s.b.mul(scale, s.ints(0x03020100)), stack, 64 * (part // 8 * 8 + part % 2 * 4 + part // 2 % 4))
-
-    def weights_of(quarter: Any, _half: Any, _sixteen: Any) -> Callable[[int], list[Any]]:
-        source, tables = s.at(body, quarter, 256), s.at(stack, quarter, 256)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
-        return lambda shift: [
-            s.lookup16(s.load(tables, 64 * shift, BYTES), _two_bits(s, v, 2 * shift)) for v in vectors
-        ]
-
-    return weights_of
-
-
-def _q3_scales(s: Simd, meta: Any) -> list[Any]:
-    """Scales + 32 of the 16 parts, four bytes per dword."""
-    low = [s.load(meta, 32 + 64 * i, INTS) for i in range(3)]
-    four_bits = [s.mask(v, 0x0F0F0F0F) for v in low[:2]] + [s.mask(s.shift_right(v, 4), 0x0F0F0F0F) for v in low[:2]]
-    return [
-        s.b.or_(v, s.shift_left(s.mask(s.shift_right(low[2], 2 * i), 0x03030303), 4)) for i, v in enumerate(four_bits)
-    ]
-
-
-def _q3_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    d, scales = s.halves(meta, 0), _q3_scales(s, meta)
-    if len(totals) <= _FEW:
-        products = _q3_few(s, scales, body, tile, len(totals))
-    else:
-        starts = [tile.start(t) for t in range(len(totals))]
-        products = _add_scaled_bytes(s, tile, starts, _q3_scaled(s, scales, body), small=False)
-    return _add_super(s, products, d, tile, totals)
-
-
-def _q3_few(s: Simd, scales: list[Any], body: Any, tile: Tile, n_tokens: int) -> list[Any]:
-    """Values 0..7; their offset of 4 is taken off through the sums of activations."""
-    stack = s.stack(8 * 64)
-    pairs = [s.words_sub(s.mask(s.shift_right(v, shift), 0x003F003F), 32) for v in scales for shift in (0, 8)]
-    for i, pair in enumerate(pairs):  # half, j, sixteen -> half, sixteen, j
-        s.store(pair, stack, 64 * (i // 4 * 4 + i % 2 * 2 + i // 2 % 2))
-    offsets = [s.as_ints(s.b.shl(s.b.bitcast(pair, WORDS), s.words(2))) for pair in pairs]
-    starts = [s.b.neg(v) for v in _sums_times(s, offsets, tile, n_tokens)]
-
-    def weights_of(quarter: Any, half: Any, sixteen: Any) -> Callable[[int], list[Any]]:
-        source, highs = s.at(body, quarter, 256, 512), s.at(body, sixteen, 256)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
-        count = s.splat(s.b.trunc(s.b.mul(half, I64(4)), I32))
-        high = [s.shift_left(s.b.lshr(s.load(highs, 64 * k, INTS), count), 2) for k in range(4)]
-
-        def weights(shift: int) -> list[Any]:
-            four = s.ints(0x04040404)
-            return [
-                s.as_bytes(s.and_or(s.shift_right(h, shift), four, s.mask(s.shift_right(v, 2 * shift), 0x03030303)))
-                for v, h in zip(vectors, high, strict=True)
-            ]
-
-        return weights
-
-    def scale_pairs(half: Any, sixteen: Any, j: int) -> Any:
-        return s.load(s.at(s.at(stack, half, 256), sixteen, 128), 64 * j, INTS)
-
-    return _add_scaled_parts(s, tile, starts, weights_of, scale_pairs)
-
-
-def _q3_scaled(s: Simd, scales: list[Any], body: Any) -> WeightsOf:
-    """(value - 4) * (scale - 32) + 127 fits a byte for all values, -4 * -32 included."""
-    stack = s.stack(32 * 64)
-    bias = s.bytes([127 + 128 - 32 * value for value in range(4)])
-    for part in range(16):
-        scale = s.byte_field(scales[part // 4], part % 4)
-        fourfold = s.as_bytes(s.b.mul(scale, s.ints(0x04040404)))
-        place = 128 * (part // 8 * 8 + part % 2 * 4 + part // 2 % 4)
-        s.store(s.b.sub(s.b.add(s.as_bytes(s.b.mul(scale, s.ints(0x03020100))), bias), fourfold), stack, place)
-        s.store(
-            s.b.sub(fourfold, s.bytes([128])), stack, place + 64
-        )  # 4 * (scale - 32), added where the high bit is set
-
-    def weights_of(quarter: Any, half: Any, sixteen: Any) -> Callable[[int], list[Any]]:
-        source, highs, tables = s.at(body, quarter, 256, 512), s.at(body, sixteen, 256), s.at(stack, quarter, 512)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
-        # The high bits of this half are bits 4 * half and up of each byte.
-        count = s.splat(s.b.trunc(s.b.mul(half, I64(4)), I32))
-        high = [s.as_bytes(s.b.lshr(s.load(highs, 64 * k, INTS), count)) for k in range(4)]
-
-        def weights(shift: int) -> list[Any]:
-            table, more = s.load(tables, 128 * shift, BYTES), s.load(tables, 128 * shift + 64, BYTES)
-            results = []
-            for v, bits in zip(vectors, high, strict=True):
-                below = s.lookup16(table, _two_bits(s, v, 2 * shift))
-                is_set = s.b.icmp_unsigned("!=", s.b.and_(bits, s.bytes([1 << shift])), s.bytes([0]))
-                results.append(s.b.select(is_set, s.b.add(below, more), below))
-            return results
-
-        return weights
-
-    return weights_of
-
-
 # -- Q6_K: sixteen parts of 16 with 8-bit scales ----------------------------------------------------------------------
 
 
@@ -327,7 +113,7 @@ def _q6_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
     for v in packed:
         words, eight = s.b.bitcast(v, WORDS), s.words(8)
         pairs += [s.b.ashr(s.b.shl(words, eight), eight), s.b.ashr(words, eight)]
-    offsets = _sums_times(s, pairs, tile, n_tokens)
+    offsets = sums_times(s, pairs, tile, n_tokens)
     sums = [s.fma(s.to_float(offset), s.floats(-32.0), total) for offset, total in zip(offsets, sums, strict=True)]
     return [
         s.fma(part, s.mul(d, tile.scale(t)), total) for t, (part, total) in enumerate(zip(sums, totals, strict=True))
@@ -361,10 +147,6 @@ _T = GGMLQuantizationType
 _D_DMIN_SCALES = (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 3, 64, in_meta=True))
 
 FORMATS: Final = (
-    Format(_T.Q2_K, 256, 84, 320, 1024, Panel(SUPER256),
-           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k),
-    Format(_T.Q3_K, 256, 110, 224, 1536, Panel(SUPER256, 127),
-           (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k),
     Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k),
     Format(_T.Q5_K, 256, 176, 256, 2560, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 40, 0)), _q5_k),
     Format(_T.Q6_K, 256, 210, 288, 3072, Panel(SUPER256),

@@ -51,6 +51,20 @@ def quantize16(_typing: Any, source: Any, inverse: Any, target: Any) -> Any:
     return types.int32(types.intp, types.float32, types.intp), codegen
 
 
+@intrinsic
+def four_groups_aside(_typing: Any, target: Any) -> Any:
+    """32 bytes at `target` in the order 0, 8, 16, 24, 1, 9, ...: byte e of each of four groups of eight, then byte e + 1."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        values = s.load(s.pointer(args[0]), 0, ir.VectorType(I8, 32))
+        order = [8 * group + e for e in range(8) for group in range(4)]
+        s.store(builder.shuffle_vector(values, values, ir.Constant(ir.VectorType(I32, 32), order)), s.pointer(args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
 def exp16(s: Simd, x: Any) -> Any:
     """e**x to about 2 ulp, saturating at +-87 (constants of Cephes' expf)."""
     b = s.b

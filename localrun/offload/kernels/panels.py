@@ -5,6 +5,7 @@ A tile of `nt` tokens over `n` inputs is a sequence of records, one per `unit` i
     BLOCK32  (unit 32)   nt x 32 int8 | nt x f32 scale | nt x 4 bytes aux
                          aux: int32 -offset * sum(q), the dot product's start when weights are stored as w + offset,
                          or, with offset SUM, f32 scale * sum(q), the factor of a block's minimum
+    GRID32   (unit 32)   as BLOCK32, with values 0, 8, 16, 24, 1, 9, ... of each token: four groups of eight side by side
     SUPER256 (unit 256)  nt x 256 int8 | nt x f32 scale | nt x int32 -offset * sum(q) | nt x 16 int16 sums of 16 values,
                          within each four in the order 0, 2, 1, 3
     FLOAT32  (unit 32)   nt x 32 f32, the last record filled up with zeros
@@ -20,12 +21,13 @@ from typing import Any, Final
 import numba as nb
 import numpy as np
 
-from localrun.offload.kernels.activations import largest_of, quantize16
+from localrun.offload.kernels.activations import four_groups_aside, largest_of, quantize16
 from localrun.offload.kernels.lowlevel import copy, store_f32, store_i16, store_i32
 
 BLOCK32: Final = 0
 SUPER256: Final = 1
 FLOAT32: Final = 2
+GRID32: Final = 3
 
 SUM: Final = -1
 """Offset of BLOCK32 panels whose aux is scale * sum."""
@@ -48,7 +50,7 @@ class Panel:
     @property
     def unit_bytes(self) -> int:
         """Bytes of a record per token."""
-        return (40, 296, 128)[self.kind]
+        return (40, 296, 128, 40)[self.kind]
 
 
 @nb.njit(inline="always")
@@ -88,9 +90,12 @@ def fill_panel(kind: int, offset: int, source: int, n: int, panel: int, first: i
 
     `first` is a multiple of the unit and n too, except at the end of a FLOAT32 row.
     """
-    if kind == BLOCK32:
+    if kind in (BLOCK32, GRID32):
         for block in range(n // 32):
-            _fill_block32(source + block * 128, panel + (first // 32 + block) * nt * 40, token, nt, offset)
+            record = panel + (first // 32 + block) * nt * 40
+            _fill_block32(source + block * 128, record, token, nt, offset)
+            if kind == GRID32:
+                four_groups_aside(record + token * 32)
     elif kind == SUPER256:
         for block in range(n // 256):
             _fill_super256(source + block * 1024, panel + (first // 256 + block) * nt * 296, token, nt, offset)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from localrun.offload.kernels.panels import BLOCK32, FLOAT32, SUM, SUPER256, Panel, clear_token, fill_panel
+from localrun.offload.kernels.panels import BLOCK32, FLOAT32, GRID32, SUM, SUPER256, Panel, clear_token, fill_panel
 
 F32 = npt.NDArray[np.float32]
 N_TOKENS = 3
@@ -53,6 +53,13 @@ def test_blocks_of_32(x: F32, offset: int) -> None:
             np.testing.assert_array_equal(rest[4 * N_TOKENS :].view(np.int32), -offset * sums)
 
 
+def test_blocks_of_32_for_grids_have_four_groups_of_eight_side_by_side(x: F32) -> None:
+    plain, grids = filled(Panel(BLOCK32, 43), x), filled(Panel(GRID32, 43), x)
+    values = plain[:, : 32 * N_TOKENS].reshape(-1, 4, 8)
+    np.testing.assert_array_equal(grids[:, : 32 * N_TOKENS].reshape(-1, 8, 4), values.swapaxes(1, 2))
+    np.testing.assert_array_equal(grids[:, 32 * N_TOKENS :], plain[:, 32 * N_TOKENS :])
+
+
 def test_blocks_of_256_with_sums_of_16_in_the_order_0_2_1_3(x: F32) -> None:
     q, scales = quantized(x, 256)
     for unit, record in enumerate(filled(Panel(SUPER256, 32), x)):
@@ -73,7 +80,7 @@ def test_floats_are_copied_and_the_last_record_is_filled_up_with_zeros(x: F32) -
     assert not second[:, 8:].any()
 
 
-@pytest.mark.parametrize("panel", [Panel(BLOCK32, 8), Panel(SUPER256, 32), Panel(FLOAT32)])
+@pytest.mark.parametrize("panel", [Panel(BLOCK32, 8), Panel(GRID32, 43), Panel(SUPER256, 32), Panel(FLOAT32)])
 def test_a_token_that_is_not_used_becomes_zeros_and_others_stay(x: F32, panel: Panel) -> None:
     before = filled(panel, x)
     after = before.copy()

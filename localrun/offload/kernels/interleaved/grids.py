@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Field, Format, Tile, add_block
-from localrun.offload.kernels.panels import BLOCK32, Panel
+from localrun.offload.kernels.panels import BLOCK32, GRID32, Panel
 from localrun.offload.kernels.simd import BYTES, I64, Simd
 
 _LEVELS_2: Final = (8, 25, 43)
@@ -59,22 +59,44 @@ def _signs_and_scale(s: Simd, packed: Any) -> tuple[Any, Any]:
     return signs, s.fma(s.to_float(s.mask(scale, 15)), s.floats(2.0), s.floats(1.0))
 
 
+_IQ2_PLACES: Final = ((0, 2), (2, 4), (4, 0), (4, 1))
+"""Of elements 0 to 3 of half a group: where the code's two bits are (the last one's after a shift by two), and where its sign goes."""
+
+
+def _iq2_signs(half: int) -> list[int]:
+    """Bit matrix from seven signs to those of half a group, in their places; row i of the result is byte 7 - i."""
+    rows = [0] * 8
+    for i, (_code, sign) in enumerate(_IQ2_PLACES):
+        element = 4 * half + i
+        rows[7 - sign] = 0x7F if element == 7 else 1 << element
+    return rows
+
+
+def _iq2_table(code: int, sign: int) -> list[int]:
+    """Weights + 43 by six bits, of which two at `code` are the level and the one at `sign` says whether it is negative."""
+    levels = (*_LEVELS_2, 0)
+    return [43 + (-1 if i >> sign & 1 else 1) * levels[i >> code & 3] for i in range(64)]
+
+
 def _iq2_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
+    """A byte of a plane has the codes of half a group, and dwords four groups of a row: so activations of four groups are side by
+    side (GRID32), and a lookup by six bits, of which three count, needs nothing unpacked."""
     codes = _codes(GGMLQuantizationType.IQ2_XXS, _LEVELS_2, 8)
     planes = [_plane(codes[:, 4 * half : 4 * half + 4], 0, 2) for half in range(2)]
-    signed = [43 + (-1 if code & 4 else 1) * (*_LEVELS_2, 0)[code & 3] for code in range(8)]
     d = s.mul(s.halves(meta, 0), s.floats(0.125))
+    step = s.mul(d, s.floats(2 / 128))
 
     def block(i: Any, totals: list[Any]) -> list[Any]:
-        source = s.at(body, i, 128)
-        indices = s.load(source, 0, BYTES)
-        signs, scale = _signs_and_scale(s, s.load(source, 64, BYTES))
-        halves, weights = [_lookup256(s, plane, indices) for plane in planes], []
-        for quad in range(8):
-            code = s.bits_at(_bit_offsets(s, quad // 2 * 8, 2), halves[quad % 2])
-            sign = s.bits_at(_bit_offsets(s, quad * 4 - 2, 1), signs)  # into bit 2
-            weights.append(s.lookup64(s.bytes(signed), s.choose(3, code, sign)))
-        return add_block(s, weights, s.mul(d, scale), tile.next(i), totals)
+        source, weights = s.at(body, i, 128), []
+        indices, packed = s.load(source, 0, BYTES), s.load(source, 64, BYTES)
+        for half, plane in enumerate(planes):
+            low, signs = _lookup256(s, plane, indices), s.affine(packed, s.bytes(_iq2_signs(half)))
+            high = s.as_bytes(s.shift_right(s.as_ints(low), 2))
+            for vector, (code, sign) in zip((low, low, low, high), _IQ2_PLACES, strict=True):
+                weights.append(s.lookup64(s.bytes(_iq2_table(code, sign)), s.choose(1 << sign, signs, vector)))
+        # The top bits of the four bytes are the scale.
+        scale = s.dot(s.ints(0), s.b.and_(packed, s.bytes([128])), s.bytes([1, 2, 4, 8]), small=False)
+        return add_block(s, weights, s.fma(s.to_float(scale), step, d), tile.next(i), totals)
 
     return s.loop(I64(8), totals, block)
 
@@ -102,7 +124,7 @@ def _iq3_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> li
 
 
 FORMATS: Final = (
-    Format(GGMLQuantizationType.IQ2_XXS, 256, 66, 32, 1024, Panel(BLOCK32, 43), (
+    Format(GGMLQuantizationType.IQ2_XXS, 256, 66, 32, 1024, Panel(GRID32, 43), (
         Field(0, 2, 1, 0, in_meta=True),
         Field(2, 4, 16, 0, change=ODD_SIGNS),
     ), _iq2_xxs),

@@ -15,7 +15,7 @@ from typing import Any, Final
 from gguf import GGMLQuantizationType
 
 from localrun.alignment import LINE_BYTES, align_up, ceil_div
-from localrun.offload.kernels.panels import BLOCK32, FLOAT32, SUPER256, Panel
+from localrun.offload.kernels.panels import BLOCK32, FLOAT32, GRID32, SUPER256, Panel
 from localrun.offload.kernels.simd import Simd
 
 COPY: Final = 0
@@ -84,8 +84,8 @@ class Tile:
 
     def __init__(self, simd: Simd, record: Any, n_tokens: int, kind: int, first: Any = None) -> None:
         self.s, self.record, self.n_tokens, self.kind, self.first = simd, record, n_tokens, kind, first
-        self.values = {BLOCK32: 32, SUPER256: 256, FLOAT32: 128}[kind]  # bytes per token
-        self.record_bytes = {BLOCK32: 40, SUPER256: 296, FLOAT32: 128}[kind] * n_tokens
+        self.values = {BLOCK32: 32, GRID32: 32, SUPER256: 256, FLOAT32: 128}[kind]  # bytes per token
+        self.record_bytes = {BLOCK32: 40, GRID32: 40, SUPER256: 296, FLOAT32: 128}[kind] * n_tokens
 
     def next(self, index: Any) -> Tile:
         """The record `index` further on (a run-time value)."""
@@ -123,7 +123,7 @@ class Tile:
 def add_block(
     s: Simd, weights: list[Any], scale: Any, tile: Tile, totals: list[Any], *, start: bool = True, small: bool = True
 ) -> list[Any]:
-    """One block of 32 of a BLOCK32 panel: eight unsigned byte vectors, a scale per row.
+    """One block of 32 of a BLOCK32 or GRID32 panel: eight unsigned byte vectors, a scale per row.
 
     Args:
         start: begin with the panel's aux, which takes the weights' offset off.

@@ -60,7 +60,7 @@ def _signs_and_scale(s: Simd, packed: Any) -> tuple[Any, Any]:
 
 
 _IQ2_PLACES: Final = ((0, 2), (2, 4), (4, 0), (4, 1))
-"""Of elements 0 to 3 of half a group: where the code's two bits are (the last one's after a shift by two), and where its sign goes."""
+"""Of elements 0 to 3 of half a group: where the code's two bits are (the last one's after a shift by two) and its sign goes."""
 
 
 def _iq2_signs(half: int) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from localrun.offload.kernels.cpu import Level
 
@@ -214,6 +215,10 @@ class Simd:
         """Per byte: entry `index & 127` of the 128 bytes low|high."""
         raise NotImplementedError
 
+    def negated(self, values: Any, signs: Any) -> Any:
+        """Bytes, negated where the top bit of `signs` is set."""
+        return self.b.select(self.b.icmp_signed("<", signs, self.bytes([0])), self.b.neg(values), values)
+
     def bits_at(self, offsets: Any, source: Any) -> Any:
         """Per byte: eight bits of its 64-bit lane of `source`, starting at bit `offset & 63`, wrapping."""
         raise NotImplementedError
@@ -229,6 +234,11 @@ class Simd:
     def and_or(self, a: Any, b: Any, c: Any) -> Any:
         """a & b | c."""
         return self.b.or_(self.b.and_(a, b), c)
+
+    def constants(self, values: Sequence[int]) -> Any:
+        """`i8*` to 64-bit numbers that never change."""
+        table = ir.Constant(ir.ArrayType(I64, len(values)), list(values))
+        return self.b.bitcast(cgutils.global_constant(self.b, "table", table), I8.as_pointer())
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         """An LLVM intrinsic or function by name; declares it in the module."""
@@ -353,6 +363,10 @@ class Avx2(_Pairs):
 
     def madd(self, a: Any, b: Any) -> Any:
         return self._both("llvm.x86.avx2.pmadd.wd", I32, a, b)
+
+    def negated(self, values: Any, signs: Any) -> Any:
+        """Bytes, negated where the top bit of `signs` is set."""
+        return self._both("llvm.x86.avx2.psign.b", I8, values, self.b.or_(signs, self.bytes([1])))
 
     def lookup16(self, table: Any, indices: Any) -> Any:
         """Per byte: `table[index & 15]` within each 128-bit lane."""

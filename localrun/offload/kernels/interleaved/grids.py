@@ -1,8 +1,8 @@
 """IQ2_XXS and IQ3_XXS: groups of weights are entries of a 256-entry grid, with signs beside (ggml-common.h: block_iq2_xxs).
 
-A grid entry is looked up as packed codes, two or three bits per element, in tables that lie in registers; a second lookup turns
-code and sign into the weight. That needs VBMI (byte permutes over registers) and GFNI (the eighth sign of each group is the
-parity of the other seven).
+A grid entry is looked up as packed codes, two or three bits per element; a second lookup turns the code into the weight. With VBMI
+(byte permutes over registers) and GFNI (the eighth sign of each group is the parity of the other seven) tables lie in registers;
+without them, IQ2_XXS gathers codes from memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import gguf.quants
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
+from llvmlite import ir
 
-from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Field, Format, Tile, add_block
+from localrun.offload.kernels.cpu import features
+from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Field, Format, Tile, add_block, nibbles
 from localrun.offload.kernels.panels import BLOCK32, GRID32, Panel
-from localrun.offload.kernels.simd import BYTES, I64, Simd
+from localrun.offload.kernels.simd import BYTES, I32, I64, INTS, Avx512, Simd
 
 _LEVELS_2: Final = (8, 25, 43)
 _LEVELS_3: Final = (4, 12, 20, 28, 36, 44, 52, 62)
@@ -43,6 +45,17 @@ def _lookup256(s: Simd, entries: list[int], indices: Any) -> Any:
     tables = [s.bytes(entries[i : i + 64]) for i in range(0, 256, 64)]
     low, high = s.lookup128(tables[0], indices, tables[1]), s.lookup128(tables[2], indices, tables[3])
     return s.b.select(s.b.icmp_signed("<", indices, s.bytes([0])), high, low)
+
+
+def has_grid_permutes() -> bool:
+    """Whether this processor looks up 256 entries in registers."""
+    return features() >= {"avx512vbmi", "gfni"}
+
+
+def _nibbles(s: Simd, vector: Any) -> list[Any]:
+    """Low and high halves of all bytes."""
+    low, high = nibbles(s, [s.as_ints(vector)])
+    return [*low, *high]
 
 
 def _bit_offsets(s: Simd, first: int, step: int) -> Any:
@@ -80,25 +93,74 @@ def _iq2_table(code: int, sign: int) -> list[int]:
 
 def _iq2_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
     """A byte of a plane has the codes of half a group, and dwords four groups of a row: so activations of four groups are side by
-    side (GRID32), and a lookup by six bits, of which three count, needs nothing unpacked."""
+    side (GRID32), and bits that are looked up need not move to other bytes."""
     codes = _codes(GGMLQuantizationType.IQ2_XXS, _LEVELS_2, 8)
     planes = [_plane(codes[:, 4 * half : 4 * half + 4], 0, 2) for half in range(2)]
     d = s.mul(s.halves(meta, 0), s.floats(0.125))
     step = s.mul(d, s.floats(2 / 128))
+    weights_of = _iq2_permuted if isinstance(s, Avx512) and has_grid_permutes() else _iq2_loaded
 
     def block(i: Any, totals: list[Any]) -> list[Any]:
-        source, weights = s.at(body, i, 128), []
-        indices, packed = s.load(source, 0, BYTES), s.load(source, 64, BYTES)
-        for half, plane in enumerate(planes):
-            low, signs = _lookup256(s, plane, indices), s.affine(packed, s.bytes(_iq2_signs(half)))
-            high = s.as_bytes(s.shift_right(s.as_ints(low), 2))
-            for vector, (code, sign) in zip((low, low, low, high), _IQ2_PLACES, strict=True):
-                weights.append(s.lookup64(s.bytes(_iq2_table(code, sign)), s.choose(1 << sign, signs, vector)))
+        source = s.at(body, i, 128)
+        packed = s.load(source, 64, BYTES)
+        weights = weights_of(s, planes, source, packed)
         # The top bits of the four bytes are the scale.
         scale = s.dot(s.ints(0), s.b.and_(packed, s.bytes([128])), s.bytes([1, 2, 4, 8]), small=False)
         return add_block(s, weights, s.fma(s.to_float(scale), step, d), tile.next(i), totals)
 
     return s.loop(I64(8), totals, block)
+
+
+def _iq2_permuted(s: Simd, planes: list[list[int]], source: Any, packed: Any) -> list[Any]:
+    """Eight vectors of weights + 43; a lookup by six bits, of which three count, needs nothing unpacked."""
+    indices, weights = s.load(source, 0, BYTES), []
+    for half, plane in enumerate(planes):
+        low, signs = _lookup256(s, plane, indices), s.affine(packed, s.bytes(_iq2_signs(half)))
+        high = s.as_bytes(s.shift_right(s.as_ints(low), 2))
+        for vector, (code, sign) in zip((low, low, low, high), _IQ2_PLACES, strict=True):
+            weights.append(s.lookup64(s.bytes(_iq2_table(code, sign)), s.choose(1 << sign, signs, vector)))
+    return weights
+
+
+def _planes_from_memory(s: Simd, planes: list[list[int]], source: Any) -> list[Any]:
+    """Both planes of 16 rows: each row's four pairs of bytes, looked up where they belong, are one 64-bit number. [m] Twice the
+    speed of gathers on Zen 4."""
+    tables = [
+        s.constants([low << 8 * group | high << 32 + 8 * group for low, high in zip(*planes, strict=True)])
+        for group in range(4)
+    ]
+    quads = []
+    for first in range(0, 16, 4):
+        quad = ir.Constant(ir.VectorType(I64, 4), ir.Undefined)
+        for row in range(4):
+            numbers, value = s.b.zext(s.load(source, 4 * (first + row), I32), I64), I64(0)
+            for group, table in enumerate(tables):
+                number = s.b.and_(s.b.lshr(numbers, I64(8 * group)), I64(255))
+                value = s.b.or_(value, s.load(s.at(table, number, 8), 0, I64))
+            quad = s.b.insert_element(quad, value, I32(row))
+        quads.append(s.b.bitcast(quad, ir.VectorType(I32, 8)))
+    parts = []
+    for plane in range(2):
+        lanes = ir.Constant(ir.VectorType(I32, 8), [2 * row + plane for row in range(8)])
+        low, high = (s.b.shuffle_vector(quads[i], quads[i + 1], lanes) for i in (0, 2))
+        parts.append(s.b.shuffle_vector(low, high, ir.Constant(INTS, list(range(16)))))
+    return parts
+
+
+def _iq2_loaded(s: Simd, planes: list[list[int]], source: Any, packed: Any) -> list[Any]:
+    """The same with codes from memory; a nibble of a plane is two codes, of which each lookup uses one."""
+    both = _planes_from_memory(s, planes, source)
+    parity = [128 * (number.bit_count() % 2) for number in range(16)]
+    odd = s.b.xor(*(s.lookup16(s.bytes(parity), v) for v in _nibbles(s, s.b.and_(packed, s.bytes([0x7F])))))
+    signs, weights = s.as_ints(s.b.or_(s.b.and_(packed, s.bytes([0x7F])), odd)), []
+    levels = (*_LEVELS_2, 0)
+    tables = [s.bytes([levels[number >> 2 * i & 3] for number in range(16)]) for i in range(2)]
+    for half, plane in enumerate(both):
+        for i, nibble in enumerate(_nibbles(s, s.as_bytes(plane))):
+            for j, values in enumerate(tables):
+                sign = s.as_bytes(s.shift_left(signs, 7 - (4 * half + 2 * i + j)))
+                weights.append(s.b.add(s.negated(s.lookup16(values, nibble), sign), s.bytes([43])))
+    return weights
 
 
 def _iq3_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """The interface between compiled code and Python for one model: records and thresholds in one direction, errors and stops in
 the other.
 
-A layer call stays in compiled code (`device/compiled.py`) as long as it has fewer tokens than a threshold that Python sets; at zero
-every call comes to Python.
+A layer call stays in compiled code (`device/compiled.py`) if it has fewer tokens than a threshold that Python sets; at zero every
+call comes to Python.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from localrun.offload.cache.slots import SlotTable
 from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.device.compiled import LayerRecord, expert_record
 from localrun.offload.device.compiled_gpu import LayerOnGpu
+from localrun.offload.device.compiled_misses import MissRecord
 from localrun.offload.device.device import Weight, expert_device
 from localrun.offload.device.view import F32
 from localrun.offload.gpu.stream import LONG_TOKENS
@@ -52,6 +53,7 @@ class Handover:
         self.threshold: npt.NDArray[np.int64] = np.full(1, ANY_TOKENS, np.int64)
         self._records = {
             layer: LayerRecord(
+                layer,
                 moe.n_experts,
                 table.resident[layer],
                 table.stamps[layer],
@@ -86,6 +88,11 @@ class Handover:
             record.use_gpu(None if layers is None else layers[layer])
         self._has_gpu = layers is not None
         self._set_threshold()
+
+    def use_misses(self, record: MissRecord | None) -> None:
+        """Sets where calls of few tokens ask for what they lack (None: in Python); call between decodes."""
+        for layer in self._records.values():
+            layer.use_misses(record)
 
     def weights(self, n_tokens: int, n_used: int) -> F32:
         """(T * K,) the router's weights of the running call's pairs; a copy."""

@@ -71,6 +71,7 @@ class LayerCall:
         self._residency, self._ahead, self._layer = residency, ahead, layer
         self._compute, self._gpu, self._check_stop = compute, gpu, check_stop
         self._foresee = foresee
+        self._has_gpu = gpu is not None
         self._is_long = len(ids) >= LONG_TOKENS
         self._streamed: set[int] = set()  # indices whose slots in RAM are being unpacked
         self._routing = route(ids, residency.layers[layer].n_experts)
@@ -93,9 +94,9 @@ class LayerCall:
         5. Collect the GPUs' results."""
         ready, on_gpu = [], []
         table = self._residency.table
-        table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
+        self._count_uses()
         for i, expert in enumerate(self._routing.experts):
-            if self._gpu is not None and self._residency.on_gpu(self._layer, int(expert)):
+            if self._has_gpu and self._residency.on_gpu(self._layer, int(expert)):
                 on_gpu.append(i)
                 continue
             slot = table.peek(self._layer, int(expert))
@@ -104,7 +105,7 @@ class LayerCall:
                 continue
             self._pin(i, slot)
             if self._in_tail(expert):
-                table.touch(slot)
+                self._touch(slot)
             elif self._ahead.is_guess(slot):
                 table.chill(slot)
             if slot.state is SlotState.READY:
@@ -131,6 +132,12 @@ class LayerCall:
             self._check_stop()
         self._wait_for_gpu()
         self._ahead.judge(self._layer, self._routing.experts)
+
+    def _count_uses(self) -> None:
+        self._residency.table.uses[self._layer, self._routing.experts] += np.diff(self._routing.starts)
+
+    def _touch(self, slot: Slot) -> None:
+        self._residency.table.touch(slot)
 
     def _start_gpu(self, gpu: GpuCall, on_gpu: list[int], ready: list[int]) -> list[int]:
         """Starts what lives on GPUs and, in a long call, what passes through one; returns what is left of `ready`."""

@@ -25,8 +25,9 @@ from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32, View, ids_at, rows_at
 from localrun.offload.gpu.tier import GpuCall, GpuTier
 from localrun.offload.handover import Handover
-from localrun.offload.kernels import FfnKernel
+from localrun.offload.kernels import FfnKernel, futex
 from localrun.offload.layer_call import Compute, LayerCall
+from localrun.offload.misses import Misses
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
@@ -90,6 +91,9 @@ class ExpertPool:
         )
         self.ahead = ReadAhead(self.residency, n_used, depth=store.depth, hash_tables=hash_tables, routers=routers)
         self.handover = Handover(layers, kernels, self.residency.table, self.telemetry)
+        self._misses = (
+            Misses(self.residency, self.ahead, self.handover, self.telemetry) if futex.is_supported() else None
+        )
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
         self._is_idle = False
@@ -196,6 +200,8 @@ class ExpertPool:
     def close(self) -> None:
         """Ends reads and frees the slots. The model must be freed before."""
         self.ahead.close()
+        if self._misses is not None:
+            self._misses.close()
         self.handover.use_gpu(None)
         self.residency.close()
 

@@ -1,9 +1,9 @@
-"""The compiled half of our device: `graph_compute` without Python as long as nothing must be read.
+"""The compiled half of our device: `graph_compute` without Python as long as calls are short.
 
 A layer enters our device once per token, or about ten times with the dense matrices on it (see `dense.py`). So ggml's callback
-is a compiled C function: it walks the split's nodes, multiplies dense matrices, and runs expert chains whose experts are all in
-RAM or, in calls of few tokens, on GPUs (`compiled_gpu.py`). It hands anything else (an expert to be read, a graph of another
-architecture, a stop request) to Python, which takes the interpreter lock.
+is a compiled C function: it walks the split's nodes, multiplies dense matrices, and runs expert chains whose experts are in RAM or,
+in calls of few tokens, on GPUs (`compiled_gpu.py`) or missing (`compiled_misses.py`). It hands anything else (many tokens with
+experts to be read, a graph of another architecture, a stop request) to Python, which takes the interpreter lock.
 
 Both sides share the records of `layouts`; a weight's record is the tensor's `extra`, the process's the backend's context.
 """
@@ -26,13 +26,16 @@ from localrun.kernel_cache import cached_cfunc, cached_jit
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import compiled_gpu as gpu_native
+from localrun.offload.device import compiled_misses as miss_native
 from localrun.offload.device import shadow, weighting
 from localrun.offload.device.compiled_attention import attend_node, index_node
 from localrun.offload.device.layouts import (
     KIND_DENSE,
     KIND_EXPERTS,
     LAYER,
+    MISSES,
     MOST_INPUTS,
+    MOST_PAIRS,
     PROCESS,
     VARIANT,
     WEIGHT,
@@ -40,9 +43,10 @@ from localrun.offload.device.layouts import (
 from localrun.offload.device.shadow import in_ram
 from localrun.offload.device.tensors import EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
 from localrun.offload.device.view import F32
-from localrun.offload.kernels import attention, threads
+from localrun.offload.kernels import attention, futex, threads
 from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
+    atomic_load,
     call_1,
     call_5,
     call_i32,
@@ -77,6 +81,7 @@ _CALLS, _TOKENS, _REQUESTS, _HITS = (
     Counter.HITS.value,
 )
 _GPU_HITS, _COMPUTE_NS, _TOTAL_NS = Counter.GPU_HITS.value, Counter.COMPUTE_NS.value, Counter.TOTAL_NS.value
+_WAIT_NS = Counter.WAIT_NS.value
 
 
 @nb.njit
@@ -193,9 +198,11 @@ def _chain(graph: int, process: int, index: int, n_nodes: int) -> int:
 
 @nb.njit
 def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int) -> int:
-    """Counts pairs by expert into the process's array; how many of them are on GPUs, -1 if an expert is nowhere."""
+    """Counts pairs by expert into the process's array, as negative numbers of those that are nowhere; how many pairs are on GPUs,
+    -1 if Python must do this call."""
     n_experts, resident, gpu = get(layer, LAYER.n_experts), get(layer, LAYER.resident), get(layer, LAYER.gpu)
     counts, n_on_gpu = get(process, PROCESS.counts), 0
+    may_miss = get(layer, LAYER.misses) != 0 and n_tokens * n_used <= MOST_PAIRS
     for e in range(n_experts):
         store_i32(counts + e * 4, 0)
     for t in range(n_tokens):
@@ -203,11 +210,16 @@ def _count_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: 
             e = load_i32(ids + t * ids_stride + k * 4)
             if e < 0 or e >= n_experts:
                 return -1
+            n = load_i32(counts + e * 4)
             if gpu_native.is_on_gpu(gpu, e):
                 n_on_gpu += 1
-            elif load_i64(resident + e * 8) == 0:
-                return -1
-            store_i32(counts + e * 4, load_i32(counts + e * 4) + 1)
+            # Whose read ends meanwhile stays missing: the fetching thread was or will be asked for it.
+            elif n < 0 or (n == 0 and load_i64(resident + e * 8) == 0):
+                if not may_miss:
+                    return -1
+                store_i32(counts + e * 4, n - 1)
+                continue
+            store_i32(counts + e * 4, n + 1)
     return n_on_gpu
 
 
@@ -226,7 +238,7 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
         store_i32(bounds + v * 4, n_distinct)
         for e in range(n_experts):
             n = load_i32(counts + e * 4)
-            if n == 0 or gpu_native.is_on_gpu(gpu, e):
+            if n <= 0 or gpu_native.is_on_gpu(gpu, e):
                 continue
             word = load_i64(resident + e * 8)
             if word & VARIANT_MASK == v:
@@ -242,7 +254,7 @@ def _sort_pairs(process: int, layer: int, ids: int, ids_stride: int, n_tokens: i
     for t in range(n_tokens):
         for k in range(n_used):
             e = load_i32(ids + t * ids_stride + k * 4)
-            if gpu_native.is_on_gpu(gpu, e):
+            if load_i32(counts + e * 4) < 0 or gpu_native.is_on_gpu(gpu, e):
                 continue
             if t >= n_tokens - TAIL_TOKENS:
                 store_i64(stamps + e * 8, tick)
@@ -290,6 +302,67 @@ def _run_experts(process: int, layer: int, x: int, down: int) -> None:
 
 
 @nb.njit
+def _run_arrived(
+    process: int,
+    layer: int,
+    word: int,
+    expert: int,
+    ids: int,
+    ids_stride: int,
+    n_tokens: int,
+    n_used: int,
+    x: int,
+    down: int,
+) -> None:
+    """The pairs of one expert that was missing; `word` as in `LAYER.resident`."""
+    starts, bounds, uses = get(process, PROCESS.starts), get(process, PROCESS.bounds), get(layer, LAYER.uses)
+    x_rows, out_rows, n = get(process, PROCESS.x_rows), get(process, PROCESS.out_rows), 0
+    for t in range(n_tokens):
+        for k in range(n_used):
+            if load_i32(ids + t * ids_stride + k * 4) == expert:
+                store_i32(x_rows + n * 4, t)
+                store_i32(out_rows + n * 4, t * n_used + k)
+                n += 1
+    store_i32(starts, 0)
+    store_i32(starts + 4, n)
+    variant = word & VARIANT_MASK
+    store_i64(get(process, PROCESS.slots), word - variant)
+    for v in range(get(layer, LAYER.n_calls) + 1):
+        store_i32(bounds + v * 4, 1 if v > variant else 0)
+    store_i64(uses + expert * 8, load_i64(uses + expert * 8) + n)
+    _run_experts(process, layer, x, down)
+
+
+@nb.njit
+def _run_missing(
+    process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, x: int, down: int
+) -> int:
+    """Computes the posted call's experts as they arrive; 0, or the negative answer with which it fails. The call is over then."""
+    misses, n_done = get(layer, LAYER.misses), 0
+    n_missing, words, experts = get(misses, MISSES.n_experts), get(misses, MISSES.words), get(misses, MISSES.experts)
+    while n_done < n_missing:
+        seen, over, before = atomic_load(misses + MISSES.answered * 8), miss_native.is_settled(misses), n_done
+        for i in range(n_missing):
+            word = atomic_load(words + i * 8)
+            if word > 0:
+                store_i64(words + i * 8, -1)
+                expert = load_i32(experts + i * 4)
+                _run_arrived(process, layer, word, expert, ids, ids_stride, n_tokens, n_used, x, down)
+                miss_native.note_computed(misses)
+                n_done += 1
+        if n_done == before:
+            if over:
+                break  # it has failed
+            began = _now_ns(process)
+            futex.wait(get(misses, MISSES.syscall), misses + MISSES.answered * 8, seen)
+            add(get(layer, LAYER.telemetry), _WAIT_NS, _now_ns(process) - began)
+    began = _now_ns(process)
+    answer = miss_native.settle(misses)
+    put(process, PROCESS.settling_ns, _now_ns(process) - began)
+    return int(answer)
+
+
+@nb.njit
 def _is_last(process: int, graph: int, end: int, n_nodes: int) -> bool:
     """Nothing is computed from node `end` on: other names for bytes that are there."""
     for index in range(end, n_nodes):
@@ -305,8 +378,9 @@ _NOT_DONE, _DONE, _DONE_THERE = 0, 1, 2
 
 @nb.njit
 def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, end: int) -> int:
-    """Computes an expert chain whose experts are all in RAM or on GPUs, and the weighted sum after it, up to node `end` (0: there
-    is none).
+    """Computes an expert chain, and the weighted sum after it, up to node `end` (0: there is none).
+
+    If experts are missing, they are asked for before anything is computed.
 
     With the dense model on a GPU, a single token's input is taken and its sum put where they are there, in llama.cpp's own
     queue: nobody waits. What the CPU and other GPUs compute is uploaded and added there.
@@ -327,7 +401,10 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     n_gpu_pairs, n_launches = _count_pairs(process, layer, chosen, ids_stride, n_tokens, n_used), 0
     if n_gpu_pairs < 0:
         return _NOT_DONE
-    gpu, n_gpu, begun = get(layer, LAYER.gpu), 0, _now_ns(process)
+    gpu, n_gpu, row = get(layer, LAYER.gpu), 0, get(layer, LAYER.telemetry)
+    misses, n_missing, n_in_ram = get(layer, LAYER.misses), 0, 0
+    if misses != 0:
+        n_missing = miss_native.list_missing(misses, get(process, PROCESS.counts), get(layer, LAYER.n_experts))
     if is_summed:
         weighting.take_weights(process, n_tokens, n_used)
     one_token, total = is_summed and n_tokens == 1, get(process, PROCESS.tail_sum)
@@ -341,17 +418,35 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         if n_launches < 0:
             return _NOT_DONE
         n_near = gpu_native.use_near(gpu, n_launches, near)
+        n_gpu = _note_gpu_uses(process, layer)
         all_near = n_near == n_launches and n_gpu_pairs == n_used
+    if n_missing > 0:
+        n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)  # they are the last ones to go now
+        add(row, _HITS, n_in_ram + n_gpu)
+        row_of_x, width, number = in_ram(process, x), load_i64(x + NE), get(layer, LAYER.number)
+        miss_native.post(misses, number, chosen, ids_stride, n_tokens, n_used, row_of_x, width)
+    begun, waited, settling = _now_ns(process), get(row, _WAIT_NS), 0
+    if n_gpu_pairs > 0:
         out_there = total if all_near and n_near == 1 else 0
         if not gpu_native.start(gpu, n_launches, in_ram(process, x), load_i64(x + NB + 16), x_there, out_there):
+            if n_missing > 0:
+                miss_native.give_up(misses)
             return _NOT_DONE
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
                 store_u8(get(process, PROCESS.taken) + k, 1)
-    n_in_ram = 0
-    if n_gpu_pairs < n_tokens * n_used:
+    if n_missing == 0 and n_gpu_pairs < n_tokens * n_used:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
+    if n_in_ram > 0:
         _run_experts(process, layer, x, down)
+    if n_missing > 0:
+        miss_native.note_computed(misses)
+        answer = _run_missing(process, layer, chosen, ids_stride, n_tokens, n_used, x, down)
+        settling = get(process, PROCESS.settling_ns)
+        if answer != 0:
+            if n_launches > 0:
+                gpu_native.settle(gpu, n_launches)
+            return int(answer)
     rows, row_bytes = in_ram(process, down), load_i64(down + NB + 8)
     if n_launches > 0 and not one_token:
         gpu_native.finish(gpu, n_launches, rows, row_bytes)
@@ -366,16 +461,14 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
             share = 0 if all_near else in_ram(process, total)
             if not gpu_native.join(gpu, n_launches, n_near, share, total):
                 return _NOT_DONE
-    if n_launches > 0:
-        n_gpu = _note_gpu_uses(process, layer)
     ended = _now_ns(process)
-    row = get(layer, LAYER.telemetry)
     add(row, _CALLS, 1)
     add(row, _TOKENS, n_tokens)
     add(row, _REQUESTS, n_tokens * n_used)
-    add(row, _HITS, n_in_ram + n_gpu)
+    if n_missing == 0:
+        add(row, _HITS, n_in_ram + n_gpu)
     add(row, _GPU_HITS, n_gpu)
-    add(row, _COMPUTE_NS, ended - begun)
+    add(row, _COMPUTE_NS, ended - begun - (get(row, _WAIT_NS) - waited) - settling)
     add(row, _TOTAL_NS, ended - started)
     return _DONE_THERE if n_near > 0 else _DONE
 
@@ -451,6 +544,8 @@ def graph_compute(backend: int, graph: int) -> int:
                 down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
                 end = weighting.find(process, graph, index + 4, n_nodes, down)
             became = _experts(process, graph, index, n_nodes, weight, end) if weight != 0 else _NOT_DONE
+            if became < 0:
+                return int(-became - 2)
             if became != _NOT_DONE:
                 done, is_there = end - index if end != 0 else 4, became == _DONE_THERE
         elif op == _ADD:
@@ -460,6 +555,7 @@ def graph_compute(backend: int, graph: int) -> int:
             weighting.multiply(process, node)
             done = 1
         if done == 0:
+            add(process, PROCESS.n_entered, 1)
             answer = call_i64(get(process, PROCESS.python), graph, index)
             if answer <= 0:
                 return int(-answer - 2)  # Python gives -1 for FAILED (-1), -3 for ABORTED (1)
@@ -585,6 +681,11 @@ class Process:
         return max(count, 0)
 
     @property
+    def n_entered(self) -> int:
+        """How often compiled code entered Python, of all models."""
+        return int(self.fields[PROCESS.n_entered])
+
+    @property
     def dense_ns(self) -> int:
         """Time spent in dense matrices."""
         return int(self.fields[PROCESS.dense_ns])
@@ -622,6 +723,7 @@ class LayerRecord:
 
     def __init__(
         self,
+        number: int,
         n_experts: int,
         resident: npt.NDArray[np.uint64],
         stamps: npt.NDArray[np.int64],
@@ -637,6 +739,7 @@ class LayerRecord:
         )
         self._keep = (resident, stamps, uses, tick, telemetry, compiled_below, calls)
         self.fields = LAYER.make(
+            number=number,
             n_experts=n_experts,
             resident=resident.ctypes.data,
             stamps=stamps.ctypes.data,
@@ -647,11 +750,17 @@ class LayerRecord:
             n_calls=len(calls),
             calls=self._calls.ctypes.data,
             gpu=0,
+            misses=0,
         )
 
     @property
     def address(self) -> int:
         return int(self.fields.ctypes.data)
+
+    def use_misses(self, record: miss_native.MissRecord | None) -> None:
+        """From now on calls of few tokens ask there for what they lack (None: they go to Python); between two decodes. The caller
+        keeps it alive."""
+        self.fields[LAYER.misses] = 0 if record is None else record.address
 
     def use_gpu(self, experts: gpu_native.LayerOnGpu | None) -> None:
         """From now on these experts of the layer are on GPUs (None: none); between two decodes. The caller keeps them alive."""

@@ -217,6 +217,14 @@ def _queue(gpu: int, index: int, x_there: int, out_there: int) -> bool:
 
 
 @nb.njit
+def settle(gpu: int, n_launches: int) -> None:
+    """Waits until no device reads or writes our memory for the first launches."""
+    for i in range(n_launches):
+        device = get(get(_launch(gpu, i), LAUNCH.bank), BANK.device)
+        call_1(get(device, DEVICE.synchronize), get(device, DEVICE.current))
+
+
+@nb.njit
 def start(gpu: int, n_launches: int, x: int, x_stride: int, x_there: int, out_there: int) -> bool:
     """Queues all launches, each on its GPU after those before it; False if a device failed, with nothing pending.
 
@@ -230,9 +238,7 @@ def start(gpu: int, n_launches: int, x: int, x_stride: int, x_there: int, out_th
         _send(gpu, first, end, x, x_stride)
         for i in range(first, end):
             if not _queue(gpu, i, x_there, out_there):
-                for j in range(end):  # waits until no device reads our memory
-                    device = get(get(_launch(gpu, j), LAUNCH.bank), BANK.device)
-                    call_1(get(device, DEVICE.synchronize), get(device, DEVICE.current))
+                settle(gpu, end)
                 return False
         first = end
     return True

@@ -125,6 +125,10 @@ class _Process(Layout):
     """How many."""
     unread_joins: int
     """Joined rows of the running decode that no attention has read in place yet; compiled code counts, Python reads and clears."""
+    settling_ns: int
+    """How long the running call waited for its Python half to end, with nothing left to compute; compiled code writes and reads."""
+    n_entered: int
+    """How often compiled code entered Python; compiled code adds."""
 
 
 PROCESS = _Process()
@@ -158,6 +162,8 @@ KIND_DENSE, KIND_EXPERTS = 1, 2
 class _Layer(Layout):
     """A layer's experts. Compiled code reads the addresses and counts in their targets."""
 
+    number: int
+    """Block number."""
     n_experts: int
     """Experts that the router may choose."""
     resident: int
@@ -179,9 +185,53 @@ class _Layer(Layout):
     """Address of `n_calls` VARIANT records."""
     gpu: int
     """Address of the GPU_LAYER record, 0: no experts on GPUs."""
+    misses: int
+    """Address of the MISSES record, 0: a call that lacks an expert goes to Python."""
 
 
 LAYER = _Layer()
+
+
+class _Misses(Layout):
+    """The running call's missing experts: what compiled code asks of the thread that fetches them (`misses.Misses`).
+
+    "Asks": written by the decoding thread before `posted`. "Answers": by the fetching thread before `answered`.
+    """
+
+    posted: int
+    """Calls so far; atomic. The fetching thread sleeps on its low 32 bits (futex)."""
+    answered: int
+    """Answers so far; atomic. The decoding thread sleeps on its low 32 bits."""
+    settled: int
+    """Posted calls that the fetching thread is done with; atomic, answers."""
+    computed: int
+    """Missing experts of the running call that are computed; atomic, compiled code adds."""
+    status: int
+    """0, or what the call fails with, as Python's answer to compiled code; answers."""
+    closing: int
+    """1: the fetching thread ends; Python writes."""
+    syscall: int
+    """Address of libc's `syscall`; Python writes once, as the next four."""
+    ids: int
+    """Address of `MOST_PAIRS` int32: the call's choices, (T, K); asks."""
+    experts: int
+    """Address of `MOST_PAIRS` int32: the distinct missing experts, ascending; asks."""
+    words: int
+    """Address of `MOST_PAIRS` int64, one for each of `experts`: 0, its word as in `LAYER.resident` once it is there (answers), -1
+    once it is computed."""
+    x: int
+    """Address of a row of F32: the input of a single token; asks."""
+    layer: int
+    """Block number; asks."""
+    n_tokens: int
+    """Tokens of the call; asks."""
+    n_used: int
+    """Choices of a token; asks."""
+    n_experts: int
+    """How many are missing; asks."""
+
+
+MISSES = _Misses()
 
 
 class _Variant(Layout):

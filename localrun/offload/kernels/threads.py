@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import platform
 import threading
 from typing import ClassVar, Final
 
@@ -27,12 +26,12 @@ import numpy.typing as npt
 
 from localrun.alignment import LINE_BYTES, align_up
 from localrun.kernel_cache import cached_cfunc
+from localrun.offload.kernels import futex
 from localrun.offload.kernels.lowlevel import (
     atomic_add,
     atomic_exchange,
     atomic_load,
     call_0,
-    call_6,
     call_i64,
     load_i64,
     pause,
@@ -76,11 +75,6 @@ class _Pool(Layout):
 
 POOL = _Pool()
 
-_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE with FUTEX_PRIVATE_FLAG, linux/futex.h
-_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
-"""System call `futex` by machine: asm/unistd_64.h, asm-generic/unistd.h."""
-_SYS_FUTEX: Final = _FUTEX_NUMBERS.get(platform.machine(), 0)
-
 
 @nb.njit(inline="always")
 def _at(pool: int, field: int) -> int:
@@ -115,15 +109,7 @@ def _work(pool: int, index: int) -> None:
             _take_tasks(pool)
         else:
             atomic_add(_at(pool, POOL.asleep), 1)
-            call_6(
-                load_i64(_at(pool, POOL.syscall)),
-                _SYS_FUTEX,
-                _at(pool, POOL.futex),
-                _FUTEX_WAIT,
-                published & 0xFFFFFFFF,
-                0,
-                0,
-            )
+            futex.wait(load_i64(_at(pool, POOL.syscall)), _at(pool, POOL.futex), published)
             atomic_add(_at(pool, POOL.asleep), -1)
 
 
@@ -150,7 +136,7 @@ def run_tasks(pool: int, task: int, call: int, n_tasks: int, n_threads: int) -> 
     if load_i64(_at(pool, POOL.helpers)) >= n_threads:
         wanted = load_i64(_at(pool, POOL.helpers))  # the kernel picks whom to wake, and some of them have to stay out
     if wanted > 0 and atomic_load(_at(pool, POOL.asleep)) > 0:
-        call_6(load_i64(_at(pool, POOL.syscall)), _SYS_FUTEX, _at(pool, POOL.futex), _FUTEX_WAKE, wanted, 0, 0)
+        futex.wake(load_i64(_at(pool, POOL.syscall)), _at(pool, POOL.futex), wanted)
     _take_tasks(pool)
     spins = 0
     while atomic_load(_at(pool, POOL.done)) < n_tasks:
@@ -175,9 +161,9 @@ class Pool:
         self.address = int(align_up(self._memory.ctypes.data, LINE_BYTES))
         at = self.address - self._memory.ctypes.data
         self._fields: npt.NDArray[np.int64] = self._memory[at : at + POOL.size * _STRIDE].view(np.int64)
-        libc = ctypes.CDLL(None)
-        for field, name in ((POOL.syscall, "syscall"), (POOL.sched_yield, "sched_yield")):
-            self._fields[field * _STRIDE // 8] = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value or 0
+        sched_yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        self._fields[POOL.syscall * _STRIDE // 8] = futex.syscall_address()
+        self._fields[POOL.sched_yield * _STRIDE // 8] = sched_yield
         self._alive.append(self._memory)
         self._n_helpers = 0
         self._lock = threading.Lock()
@@ -196,7 +182,7 @@ class Pool:
 
 def is_supported() -> bool:
     """This system has what the pool needs."""
-    return bool(_SYS_FUTEX) and platform.system() == "Linux"
+    return futex.is_supported()
 
 
 @functools.cache

@@ -1,0 +1,128 @@
+"""Fetches what compiled layer calls lack, on a thread of its own, so that decoding never enters Python.
+
+Compiled code (`device/compiled_misses.py`) posts a call of few tokens some of whose experts are neither in RAM nor on a GPU, and
+computes the others. This thread does what `LayerCall` does but for the arithmetic: it makes room, reads, guesses what the next
+layer will need, and answers with a word for each expert that is there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from localrun.errors import StoppedError
+from localrun.offload.cache.slots import Slot
+from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.device.compiled import ABORTED_ANSWER, FAILED_ANSWER
+from localrun.offload.device.compiled_misses import MissRecord
+from localrun.offload.handover import Handover
+from localrun.offload.layer_call import LayerCall
+from localrun.offload.readahead import ReadAhead
+from localrun.offload.residency import Residency
+
+_POLL_S = 50e-6
+
+
+class PostedCall(LayerCall):
+    """A call that compiled code computes. For the fetching thread; the rest is as in `LayerCall`.
+
+    Compiled code has counted the uses of the call's experts, and marked those in RAM as used now. They stay pinned, like what
+    arrives, until the call ends or memory runs out.
+
+    Args:
+        record: through which it was posted.
+    """
+
+    def __init__(self, residency: Residency, ahead: ReadAhead, record: MissRecord, handover: Handover) -> None:
+        layer, ids = record.layer, record.ids
+
+        def foresee() -> None:
+            if len(ids) == 1:
+                ahead.foresight.look(layer, record.x(residency.layers[layer].n_embd))
+
+        super().__init__(residency, ahead, layer, ids, _nothing, check_stop=handover.check_stop, foresee=foresee)
+        self._has_gpu = True
+        self._record = record
+        self._missing = {expert: index for index, expert in enumerate(record.missing)}
+        self._n_answered = 0
+
+    @property
+    def n_found(self) -> int:
+        """Experts that were missing when the call was posted, and there when it was looked at."""
+        return self.n_hits - (self.n_distinct - len(self._missing))
+
+    def _count_uses(self) -> None:
+        """Compiled code does."""
+
+    def _touch(self, slot: Slot) -> None:
+        if slot.expert in self._missing:
+            super()._touch(slot)
+
+    def _start_reads(self) -> None:
+        super()._start_reads()
+        if self._todo and not self._awaited and self._pinned:  # no room but that of experts which are soon computed
+            while self._record.n_computed <= self._n_answered:
+                time.sleep(_POLL_S)
+            for i in list(self._pinned):
+                self._unpin(i)
+            super()._start_reads()
+
+    def _run_kernel(self, indices: list[int]) -> None:
+        for i in indices:
+            slot = self._pinned[i]
+            index = self._missing.get(slot.expert)
+            if index is not None:
+                self._n_answered += 1
+                self._record.answer(index, slot.address + slot.variant)
+
+
+def _nothing(*_: object) -> None:
+    """Computes."""
+
+
+class Misses:
+    """The fetching thread of one model; `close` ends it, after the model is freed.
+
+    The decoding thread waits at the end of each posted call until this thread is done with it, so at any time only one of
+    them is in the parts that belong to the decoding thread.
+    """
+
+    def __init__(self, residency: Residency, ahead: ReadAhead, handover: Handover, telemetry: Telemetry) -> None:
+        self._residency, self._ahead, self._handover, self._telemetry = residency, ahead, handover, telemetry
+        self.record = MissRecord(max(moe.n_embd for moe in residency.layers.values()))
+        self._thread = threading.Thread(target=self._serve, name="localrun-misses", daemon=True)
+        self._thread.start()
+        handover.use_misses(self.record)
+
+    def _serve(self) -> None:
+        while self.record.next():
+            status = 0
+            try:
+                self._fetch()
+            except BaseException as error:  # the decoding thread reports it
+                self._handover.failed(error)
+                status = ABORTED_ANSWER if isinstance(error, StoppedError) else FAILED_ANSWER
+            self.record.end(status)
+
+    def _fetch(self) -> None:
+        where = self._residency
+        with where.lock:
+            where.settle()
+            call = PostedCall(where, self._ahead, self.record, self._handover)
+            evictions = where.table.n_evictions
+            try:
+                call.run()
+            finally:
+                call.release()
+            self._ahead.note_call()
+            row = self._telemetry.values[self.record.layer]
+            row[Counter.HITS] += call.n_found
+            row[Counter.MISSES] += call.n_misses
+            row[Counter.BYTES_READ] += call.bytes_read
+            row[Counter.EVICTIONS] += where.table.n_evictions - evictions
+
+    def close(self) -> None:
+        """Ends the thread; no compiled call may be running."""
+        self._handover.use_misses(None)
+        self.record.close()
+        self._thread.join()

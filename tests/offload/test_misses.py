@@ -1,0 +1,197 @@
+"""Layer calls that lack experts: compiled code computes them, another thread fetches, and decoding never enters Python."""
+
+from __future__ import annotations
+
+import ctypes as C
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from localrun.errors import DecodeError, StoppedError, StoreError
+from localrun.ggml.devices import GpuDevice
+from localrun.offload import layer_call
+from localrun.offload.cache.slots import SlotState
+from localrun.offload.device.device import expert_device
+from localrun.offload.device.layouts import DEVICE
+from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.kernels import futex
+from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.quant.model.source import ModelSource
+from localrun.quant.open import open_model
+from tests.offload.device.test_compiled_gpu import Everything
+from tests.offload.gpu.test_tier import filled
+from tests.offload.models import F32, TOKENS, logits
+from tests.offload.test_variants import sources as sources  # the fixture
+
+pytestmark = pytest.mark.skipif(
+    not futex.is_supported(), reason="calls that lack experts go to Python without Linux's futex"
+)
+
+SOME = TOKENS[:24]
+
+
+def little(gpus: list[tuple[GpuDevice, int]]) -> OffloadOptions:
+    """RAM for one layer's experts of a token, so that every call reads."""
+    return OffloadOptions(n_threads=2, ram_bytes=1, ram_is_advice=True, gpus=gpus)
+
+
+def some_on(source: ModelSource, gpu: GpuDevice, n_experts: int) -> list[tuple[GpuDevice, int]]:
+    with open_offloaded(source, OffloadOptions()) as model:
+        specs = [kernel.spec for kernel in model.pool.residency.kernels(0)]
+    return [(gpu, max(map(scratch_bytes, specs)) + n_experts * max(slot_bytes(spec, 1, gpu) for spec in specs))]
+
+
+def is_clean(model: OffloadedModel) -> bool:
+    """No slot is half filled or pinned."""
+    model.pool.residency.table.check()
+    return all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.residency.table)
+
+
+@pytest.mark.parametrize("n_on_gpu", [0, 20])
+def test_a_call_that_reads_enters_no_python_and_gives_what_python_gives(
+    sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice, n_on_gpu: int
+) -> None:
+    """Experts in two formats; tokens one by one, and more at once than memory holds the experts of."""
+    _, mixed, _ = sources
+    gpus = some_on(mixed, gpu, n_on_gpu) if n_on_gpu else []
+    process = expert_device().process
+    with open_offloaded(mixed, little(gpus)) as model:
+        if gpus:
+            filled(model)
+        pool = model.pool
+        for batch in (1, 6):
+            logits(model, SOME, batch=batch)  # makes the graphs
+            found: list[F32] = []
+            counted: list[Any] = []
+            for recorder in (None, Everything()):
+                pool.record(recorder)  # type: ignore[arg-type]
+                model.telemetry.reset()
+                uses, entered = pool.residency.table.uses.copy(), process.n_entered
+                found.append(logits(model, SOME, batch=batch))
+                totals = model.telemetry.totals()
+                assert (process.n_entered - entered == 0) == (recorder is None)
+                assert totals.misses > 0
+                assert totals.bytes_read > 0
+                touched = totals.hits + totals.misses
+                counted.append((totals.calls, totals.tokens, totals.requests, touched, totals.gpu_hits))
+                counted.append((pool.residency.table.uses - uses).tolist())
+            pool.record(None)
+            np.testing.assert_array_equal(found[0], found[1])
+            assert counted[:2] == counted[2:]
+        assert is_clean(model)
+
+
+class Held:
+    """Reads that wait until they may go on, and may fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, model: OffloadedModel, error: Exception | None = None) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        store = model.pool.residency.store
+        read = store._read  # type: ignore[attr-defined]
+
+        def held(piece: Any) -> None:
+            self.begun.set()
+            assert self.go.wait(60)
+            if error is not None:
+                raise error
+            read(piece)
+
+        patch.setattr(store, "_read", held)
+
+
+def in_background(run: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    raised: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            run()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    return thread, raised
+
+
+def test_a_stop_while_experts_are_read_ends_the_decode(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_model(model_path)
+    with open_offloaded(source, little([])) as model:
+        expected = logits(model, SOME, batch=1)
+        with monkeypatch.context() as patch:
+            held = Held(patch, model)
+            thread, raised = in_background(lambda: logits(model, SOME, batch=1))
+            assert held.begun.wait(60)
+            model.request_stop()
+            held.go.set()
+            thread.join()
+        assert [type(error) for error in raised] == [StoppedError]
+        assert is_clean(model)
+        model.clear_stop()
+        np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
+@pytest.mark.parametrize("n_on_gpu", [0, 20])
+def test_a_read_that_fails_while_a_gpu_computes_is_raised(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch, n_on_gpu: int
+) -> None:
+    source = open_model(model_path)
+    gpus = some_on(source, gpu, n_on_gpu) if n_on_gpu else []
+    with open_offloaded(source, little(gpus)) as model:
+        if gpus:
+            filled(model)
+        expected = logits(model, SOME, batch=1)
+        with monkeypatch.context() as patch:
+            held = Held(patch, model, StoreError("experts: Input/output error"))
+            held.go.set()
+            with pytest.raises(StoreError, match="Input/output error"):
+                logits(model, SOME, batch=1)
+        assert is_clean(model)
+        np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
+def test_any_error_of_the_fetching_thread_is_raised(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    source = open_model(model_path)
+    with open_offloaded(source, little([])) as model:
+        expected = logits(model, SOME, batch=1)
+        for where in ("run", "release"):
+            with monkeypatch.context() as patch:
+                if where == "run":
+                    patch.setattr(model.pool.ahead, "judge", broken)  # when everything is there
+                else:
+                    patch.setattr(layer_call, "route", broken)
+                with pytest.raises(RuntimeError, match="a mistake"):
+                    logits(model, SOME, batch=1)
+            assert is_clean(model)
+            np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
+def test_a_gpu_that_fails_while_experts_are_read_is_reported(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code gives the posted call up, Python repeats it and says what is wrong."""
+    source = open_model(model_path)
+    refuse = C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_void_p)(lambda backend, graph: -1)
+    with open_offloaded(source, little(some_on(source, gpu, 20))) as model:
+        filled(model)
+        expected = logits(model, SOME, batch=1)
+        tier = model.pool.residency.gpu
+        assert tier is not None
+        slots = tier.slots[0]
+        assert slots._record is not None
+        fields = slots._record.fields
+        working = fields.copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(slots._lib, "ggml_backend_graph_compute_async", refuse)
+            fields[DEVICE.compute] = C.cast(refuse, C.c_void_p).value or 0
+            with pytest.raises(DecodeError, match="computing experts failed"):
+                logits(model, SOME, batch=1)
+        fields[:] = working
+        assert is_clean(model)
+        np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)

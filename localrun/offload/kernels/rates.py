@@ -17,11 +17,12 @@ MEMORY_SHARE: Final = 0.88
 0.85 to 0.95, MXFP4 experts 0.92 (docs/planner.md)."""
 
 WEIGHTS_PER_CORE: Final[Mapping[GGMLQuantizationType, float]] = {
-    _T.MXFP4: 15e9, _T.Q4_K: 15e9, _T.Q2_K: 19.5e9, _T.Q3_K: 12e9, _T.Q8_0: 20e9,
-    _T.IQ2_XXS: 8.8e9, _T.IQ2_XS: 8.8e9, _T.IQ2_S: 8.8e9, _T.IQ3_XXS: 5.5e9, _T.IQ3_S: 5.5e9,
+    _T.MXFP4: 65e9, _T.Q4_K: 60e9, _T.Q2_K: 80e9, _T.Q3_K: 55e9, _T.Q8_0: 43e9, _T.Q5_K: 40e9, _T.Q6_K: 48e9, _T.IQ4_XS: 33e9,
+    _T.IQ2_XXS: 19e9, _T.IQ3_XXS: 5.5e9, _T.IQ2_XS: 0.3e9, _T.IQ2_S: 0.3e9, _T.IQ3_S: 0.3e9,
 }  # fmt: skip
-"""Assumed weights per second of one core in decode: formats with tables are compute-bound.
-[m] ggml's kernels on two threads, halved. Others are assumed to equal Q4_K."""
+"""Assumed weights per second of one core in decode, where nothing is measured: our AVX2 kernels, the slowest but the portable ones.
+[m] Matrices in L2, one core of Zen 4 at 3.7 GHz. AVX-512 has 1.0 to 1.7 times as many, for IQ2_XXS 3 and for IQ3_XXS 6 times.
+The last three are multiplied in F32."""
 
 MACS_PER_CORE: Final = 92e9
 """int8 multiplications per second of one core in batches, where nothing is measured. [m] AVX-512 VNNI; others are slower."""
@@ -84,7 +85,7 @@ def assumed_expert(
         file_bytes, n_weights: of one expert.
     """
     read_s = file_bytes / (MEMORY_SHARE * memory_bytes_per_s)
-    weight_s = sum(1 / WEIGHTS_PER_CORE.get(kind, 15e9) for kind in types) / 3 / n_threads
+    weight_s = sum(1 / WEIGHTS_PER_CORE.get(kind, 30e9) for kind in types) / 3 / n_threads
     pair_s = n_weights / (MACS_PER_CORE * n_threads)
     return ExpertRates(
         decode_s=max(read_s, n_weights * weight_s),

@@ -33,9 +33,9 @@ F64 = npt.NDArray[np.float64]
 Key = tuple[int, int]
 _T = GGMLQuantizationType
 
-CPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.Q2_K, _T.Q3_K, _T.MXFP4, _T.Q4_K, _T.Q8_0)
-"""Formats that a CPU multiplies at memory speed (design.md, section 2: IQ formats reach half of it)."""
-GPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ2_XXS, _T.IQ3_XXS, *CPU_TYPES)
+CPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ2_XXS, _T.Q2_K, _T.Q3_K, _T.MXFP4, _T.Q4_K, _T.Q8_0)
+"""Formats that a CPU multiplies at memory speed, given enough cores (docs/quantization.md, "Kernels")."""
+GPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ3_XXS, *CPU_TYPES)
 """Formats where nothing but a GPU computes."""
 
 

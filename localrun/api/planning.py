@@ -29,15 +29,17 @@ class Machine:
         box: name of a typical machine, such as `gpu-24-ram-64`.
         ram: its memory, 2 GiB of it in use.
         vram: memory of each GPU; 0 for a machine without.
+        gpu: names of cards, such as `RTX 4090`, for those whose memory and bandwidth are known; instead of `vram`.
         threads: its cores.
         memory_rate, drive_rate: bandwidth of its RAM and read speed of the model's drive.
         drives: 2 for a mirror on a second drive.
-        gpu_rate: bandwidth of the GPUs' memory.
+        gpu_rate: bandwidth of the GPUs' memory; otherwise what their names say, or an assumption.
     """
 
     box: str | None = None
     ram: Size | None = None
     vram: Sequence[Size] = ()
+    gpu: Sequence[str] = ()
     threads: int | None = None
     memory_rate: ByteRate | None = None
     drive_rate: ByteRate | None = None
@@ -179,13 +181,20 @@ def _gpus(machine: Machine, known: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
         UsageError: a rate for no GPU.
     """
     from localrun.engine.planner import hardware
+    from localrun.engine.planner.cards import card_of
 
+    if machine.vram and machine.gpu:
+        raise UsageError(
+            "both the memory and the names of GPUs are given",
+            hint="use --machine-gpu for known cards, or --machine-vram",
+        )
     rate = _per_s(machine.gpu_rate)
+    sizes = [size for size in (_bytes(size) for size in machine.vram) if size]
+    if machine.gpu:
+        return tuple(hardware.Gpu.of_card(card_of(name), bytes_per_s=rate) for name in machine.gpu)
     if machine.vram:
-        sizes = [size for size in (_bytes(size) for size in machine.vram) if size]
-    else:
-        sizes = [gpu.vram_bytes for gpu in known]
-    if rate is not None and not sizes:
+        known = [hardware.Gpu.described(size, name=f"GPU {number}") for number, size in enumerate(sizes)]
+    if rate is not None and not known:
         raise UsageError(
             "a GPU's memory bandwidth is given for a machine without a GPU",
             hint="say how much memory the GPU has, too: --machine-vram 24GiB",
@@ -193,8 +202,8 @@ def _gpus(machine: Machine, known: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
     if not machine.vram and rate is None:
         return None
     return tuple(
-        hardware.Gpu.described(size, name=f"GPU {number}", bytes_per_s=rate or hardware.ASSUMED_VRAM_BYTES_PER_S)
-        for number, size in enumerate(sizes)
+        gpu if rate is None else hardware.Gpu.described(gpu.vram_bytes, name=gpu.name, bytes_per_s=rate)
+        for gpu in known
     )
 
 

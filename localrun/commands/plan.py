@@ -25,7 +25,7 @@ EXAMPLES = """\
 examples:
   localrun plan flash                                        Flash on this machine, nothing downloaded yet
   localrun plan flash --ram 12GiB --context 131072           the same, with limits
-  localrun plan pro --machine-ram 192GiB --machine-vram 24GiB --machine-drive-rate 7GB/s --machine-threads 16
+  localrun plan pro --machine-ram 192GiB --machine-gpu 'RTX 4090' --machine-drive-rate 7GB/s --machine-threads 16
   localrun plan flash --box gpu-24-ram-64 --base q2_k --json
   localrun plan flash --box ram-128 --svg plan.svg           the same as a picture
 """
@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="memory of a GPU; repeat for several GPUs",
     )
+    machine.add_argument(
+        "--machine-gpu",
+        metavar="NAME",
+        action="append",
+        help="a GPU by its name, such as 'RTX 4090'; repeat for several GPUs",
+    )
     machine.add_argument("--machine-threads", type=common.count(1, 4096), metavar="N", help="number of cores")
     machine.add_argument(
         "--machine-memory-rate", type=common.rate, metavar="RATE", help="RAM bandwidth, such as 80GB/s"
@@ -72,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine-drive-rate", type=common.rate, metavar="RATE", help="read speed of the model's drive, such as 7GB/s"
     )
     machine.add_argument("--machine-drives", type=int, choices=(1, 2), help="2: a mirror on a second drive")
-    machine.add_argument("--machine-gpu-rate", type=common.rate, metavar="RATE", help="GPU memory bandwidth (500GB/s)")
+    machine.add_argument(
+        "--machine-gpu-rate",
+        type=common.rate,
+        metavar="RATE",
+        help="GPU memory bandwidth (known cards: as named, others: 500GB/s)",
+    )
     machine.add_argument("--no-probe", action="store_true", help="don't measure this machine's drive and memory")
     how = parser.add_argument_group("prediction")
     how.add_argument("--base", metavar="TYPE", help="type of all experts, for a model not converted yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from localrun import cli
 from localrun.api.planning import Machine, hardware_of, plan
 from localrun.engine.planner.boxes import BOXES
+from localrun.engine.planner.planner import make_plan
 from localrun.errors import BudgetError, UsageError
 from localrun.offload.gpu.rates import assumed_rates
 
@@ -41,6 +43,35 @@ def test_a_gpu_s_rate_is_that_of_the_gpus_there_are() -> None:
         with pytest.raises(UsageError, match="without a GPU") as refused:
             plan("flash", machine=machine, probe=False)
         assert "--machine-vram" in str(refused.value.hint)
+
+
+def test_a_known_card_has_its_maker_s_figures() -> None:
+    (card,) = plan("flash", machine=Machine(box=BOX, gpu=["RTX 5090"])).machine.gpus
+    assert (card.name, card.vram_bytes, card.rates) == ("RTX 5090", 32 * GIB, assumed_rates(1792e9))
+    assert plan("flash", machine=Machine(box=BOX, gpu=["4090"], gpu_rate="900GB/s")).machine.gpus[
+        0
+    ].rates == assumed_rates(900e9)
+    for machine, said in (
+        (Machine(box=BOX, gpu=["4060 Ti"]), "8 or 16 GB"),
+        (Machine(box=BOX, gpu=["4090"], vram=["8GiB"]), "both"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            plan("flash", machine=machine)
+
+
+def test_a_narrow_bus_makes_prompts_slower_and_not_answers() -> None:
+    fast, slow = (plan("flash", machine=Machine(box="gpu-24-ram-128")) for _ in range(2))
+    narrow = make_plan(
+        slow.sizes,
+        replace(slow.machine, gpus=tuple(replace(gpu, bus_bytes_per_s=3.9e9) for gpu in slow.machine.gpus)),
+        suggest=False,
+    )
+    assert fast.prefill is not None
+    assert narrow.prefill is not None
+    wide_s, narrow_s = (span.likely.seconds["GPU's bus"] for span in (fast.prefill, narrow.prefill))
+    assert narrow_s == pytest.approx(8 * wide_s, rel=0.02)
+    assert narrow.prefill.likely.tokens_per_s < fast.prefill.likely.tokens_per_s
+    assert narrow.decode == fast.decode
 
 
 def test_fewer_threads_than_a_box_has_cores() -> None:

@@ -92,7 +92,7 @@ def test_a_terminal_gets_bars() -> None:
     assert any(line.startswith("token ") for line in lines)
     commands = ("  localrun ", "  hf ")  # are whole, to be copied
     assert max(len(line) for line in lines if not line.startswith(commands)) <= 80
-    assert any(line.startswith("         ") and "(rates assumed)" in line for line in lines), "folded between words"
+    assert any(line.startswith("         ") and "(rates derived" in line for line in lines), "folded between words"
     assert sum("█" in line for line in lines) >= 4
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
-from localrun.engine.planner.cards import card_bytes_per_s
+from localrun.engine.planner import drivers
+from localrun.engine.planner.cards import ASSUMED_BUS, Card, card_named, pcie_bytes_per_s
 from localrun.engine.planner.usual_rates import remembered_rates, usual_rates
 from localrun.errors import LocalrunError
 from localrun.offload.gpu.rates import GpuRates, assumed_rates
@@ -36,6 +37,8 @@ ASSUMED_VRAM_BYTES_PER_S = 500.0e9
 
 ASSUMED_GPU = assumed_rates(ASSUMED_VRAM_BYTES_PER_S)
 
+ASSUMED_BUS_BYTES_PER_S = pcie_bytes_per_s(*ASSUMED_BUS)
+
 SEEN = "tokens: "
 """Begins the names of rates that come from whole tokens."""
 
@@ -47,22 +50,42 @@ class Gpu:
     Attributes:
         vram_bytes: free memory.
         rates: its rates; `rates.measured` tells whether they were measured.
+        bus_bytes_per_s: between RAM and its memory, in one direction, on paper.
+        derived_from: what unmeasured rates follow from, such as `936 GB/s`; empty: they are assumed.
     """
 
     name: str = "GPU"
     vram_bytes: int
     rates: GpuRates = ASSUMED_GPU
+    bus_bytes_per_s: float = ASSUMED_BUS_BYTES_PER_S
+    derived_from: str = ""
+
+    @property
+    def rates_from(self) -> str:
+        """`measured`, `derived from ...`, or `assumed`."""
+        if self.rates.measured:
+            return "measured"
+        return f"derived from {self.derived_from}" if self.derived_from else "assumed"
 
     @classmethod
-    def described(
-        cls,
-        vram_bytes: int,
-        *,
-        name: str = "GPU",
-        bytes_per_s: float = ASSUMED_VRAM_BYTES_PER_S,
-    ) -> Gpu:
-        """A card of which no more is known than its memory's bandwidth."""
-        return cls(name=name, vram_bytes=vram_bytes, rates=assumed_rates(bytes_per_s))
+    def described(cls, vram_bytes: int, *, name: str = "GPU", bytes_per_s: float | None = None) -> Gpu:
+        """A card of which no more is known than its memory, and perhaps the bandwidth of that."""
+        if bytes_per_s is None:
+            return cls(name=name, vram_bytes=vram_bytes)
+        return cls(
+            name=name,
+            vram_bytes=vram_bytes,
+            rates=assumed_rates(bytes_per_s),
+            derived_from=f"{bytes_per_s / 1e9:.0f} GB/s",
+        )
+
+    @classmethod
+    def of_card(cls, card: Card, vram_bytes: int | None = None, *, bytes_per_s: float | None = None) -> Gpu:
+        """A card from the list, with all of its memory or some of it free, and its bandwidth or another."""
+        size = card.gib << 30 if vram_bytes is None else vram_bytes
+        known = cls.described(size, name=card.name, bytes_per_s=bytes_per_s or card.bytes_per_s)
+        bus = f"PCIe {card.pcie}.0 x{card.lanes}" if card.lanes else "NVLink-C2C"
+        return replace(known, bus_bytes_per_s=card.bus_bytes_per_s, derived_from=f"{known.derived_from}, {bus}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,21 +249,30 @@ def local_gpus(*, probe: bool = True) -> tuple[Gpu, ...]:
 
 
 def measured_gpus(devices: Sequence[GpuDevice], *, probe: bool = True) -> tuple[Gpu, ...]:
-    """These devices with their rates. If `probe` is False or fails, rates are assumed from the card maker's bandwidth."""
+    """These devices with their rates. If `probe` is False or fails, rates are derived from the card's name, else from what its
+    driver says, else assumed."""
     from localrun.offload.gpu.probe import probe_gpu
 
     result = []
     for device in devices:
-        vram_bytes_per_s = card_bytes_per_s(device.description) or ASSUMED_VRAM_BYTES_PER_S
-        rates = (probe_gpu(device) if probe else None) or assumed_rates(vram_bytes_per_s)
-        result.append(
-            Gpu(
-                name=device.description or device.name,
-                vram_bytes=max(0, device.free_bytes - device.display_bytes),
-                rates=rates,
-            )
-        )
+        gpu = _known(device)
+        measured = probe_gpu(device) if probe else None
+        if measured is not None:
+            gpu = replace(gpu, rates=measured)
+        result.append(gpu)
     return tuple(result)
+
+
+def _known(device: GpuDevice) -> Gpu:
+    """A device without a measurement."""
+    name, free = device.description or device.name, max(0, device.free_bytes - device.display_bytes)
+    card, link = card_named(name, device.total_bytes), drivers.pcie_link(device.card)
+    if card is not None:
+        if link is not None and card.lanes:  # the slot's, which may be less than the card's
+            card = card._replace(pcie=min(link[0], card.pcie), lanes=link[1])
+        return replace(Gpu.of_card(card, free), name=name)
+    gpu = Gpu.described(free, name=name, bytes_per_s=drivers.memory_bytes_per_s(device.card))
+    return gpu if link is None else replace(gpu, bus_bytes_per_s=pcie_bytes_per_s(*link))
 
 
 def described(

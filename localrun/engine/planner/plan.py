@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,4 +195,5 @@ def resident_shares(
         gpu_share=placement.gpu_experts / n_copies,
         dense_share=placement.dense_share,
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
+        bus_bytes_per_s=min((gpu.bus_bytes_per_s for gpu in machine.gpus), default=math.inf),
     )

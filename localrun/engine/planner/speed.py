@@ -12,6 +12,7 @@ here; docs/planner.md has the known weaknesses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -53,6 +54,9 @@ LAYER_VALUES = 190
 """Passes over the hidden state that a layer's small operations come to in a batch, from `BATCH_VALUE_S` and what the GPU probe says
 of one pass on a core of the same machine."""
 
+BUS_SHARE = 0.8
+"""Of a bus's rate on paper that copies of pinned memory reach. Assumed."""
+
 DISK_SHARE = (0.75, 1.0, 1.0)
 """Effective read rate for misses, relative to the probed rate: low, likely, high. Without read-ahead, one expert's three pieces
 keep fewer reads in flight than the probe."""
@@ -89,6 +93,7 @@ class ResidentShares:
         dense_share: of the dense model's layers and their cache, on the GPU.
         gpu_share, ram_share: of all experts; what is on the GPU is not in RAM.
         gpu: rates of the slowest GPU; None without one.
+        bus_bytes_per_s: of the slowest GPU, in one direction, on paper.
         miss_bytes: bytes that a miss waits for.
     """
 
@@ -96,6 +101,7 @@ class ResidentShares:
     gpu_share: float = 0.0
     dense_share: float = 0.0
     gpu: GpuRates | None = None
+    bus_bytes_per_s: float = math.inf
     miss_bytes: float
 
     @property
@@ -276,6 +282,9 @@ def predict_prefill(
     dense_s = dense_batch(sizes, shares, machine, batch, prompt_tokens // 2, kv_type)
     expert = experts_on(machine, sizes)
     n_pairs = batch * n_layers * sizes.shape.n_used
+    hidden_bytes = (
+        n_layers * sizes.shape.n_embd * 2 * 4
+    )  # of a token to the other side of each layer's experts and back
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu is not None and shares.gpu_share > 0 else 0.0
 
     def rate(distinct: float, missing: float, hidden: float) -> Rate:
@@ -288,6 +297,8 @@ def predict_prefill(
                 on_gpu * batch * sizes.used_weights / shares.gpu.batch_macs_per_s + n_layers * shares.gpu.latency_s
             )
         seconds |= _both(on_cpu_s, on_gpu_s, shares.gpu)
+        if not shares.is_cpu_only:
+            seconds["GPU's bus"] = batch * hidden_bytes / (BUS_SHARE * shares.bus_bytes_per_s)
         disk_bytes = missing * n_layers * n_experts * shares.miss_bytes
         seconds["drive"] = max(0.0, disk_bytes / drive_bytes_per_s(machine) - hidden * on_cpu_s)
         per_token = {name: s / batch for name, s in seconds.items()}

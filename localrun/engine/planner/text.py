@@ -95,10 +95,7 @@ def _machine(machine: Hardware) -> str:
             f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk_bytes_per_s / 1e9:.2f} GB/s",
         ),
         marked("n_threads", f"{machine.n_threads} threads"),
-        *(
-            f"{gpu.name} {format_size(gpu.vram_bytes)} free (rates {'measured' if gpu.rates.measured else 'assumed'})"
-            for gpu in machine.gpus
-        ),
+        *(f"{gpu.name} {format_size(gpu.vram_bytes)} free (rates {gpu.rates_from})" for gpu in machine.gpus),
     ]
     return ", ".join(parts if machine.gpus else [*parts, "no GPU"])
 
@@ -163,6 +160,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 {
                     "name": gpu.name,
                     "vram_bytes": gpu.vram_bytes,
+                    "bus_bytes_per_s": gpu.bus_bytes_per_s,
+                    "rates_from": gpu.rates_from,
                     **asdict(gpu.rates),
                 }
                 for gpu in machine.gpus

@@ -1,11 +1,12 @@
 """Converts a whole synthetic checkpoint whose layers share experts: only distinct experts are converted.
 
-    python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 5
-    python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.lr --own-layers 5
-    python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.q2 --own-layers 5 --base q2_k --dense q4_k
+    python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 2
+    python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.lr --own-layers 2
+    python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.q2 --own-layers 2 --base q2_k --dense q4_k
+    python -m tools.convert_whole /mnt/xfs/flash /mnt/xfs/flash.small --own-layers 2 --keep-experts --dense q4_k
 
-The result is what `localrun convert` would write, byte for byte, manifest included: a layer's experts are those of its donor
-(`tools.make_checkpoint`), so their converted rows are, too, and share its blocks (`tools.shared_extents`).
+The result is what `localrun convert` would write, byte for byte, manifest included: a layer's experts and dense matrices are those
+of its donor (`tools.shared_layers`), so their converted rows are, too, and share its blocks (`tools.shared_extents`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from localrun.quant.convert.journal import Journal
 from localrun.quant.convert.report import build_manifest
 from localrun.quant.model.manifest import write_manifest
 from localrun.units import format_duration, format_size
-from tools import shared_extents
+from tools import shared_extents, shared_layers
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A stacked tensor that gets another one's blocks."""
+    """A tensor that gets another one's blocks."""
 
     donor: PlannedTensor
     tensor: PlannedTensor
@@ -55,6 +56,19 @@ def shared_stacks(plan: ConversionPlan, own_layers: int) -> list[Shared]:
         Shared(stacks[layers[index % own_layers], projection], stacks[layer, projection])
         for index, layer in enumerate(layers[own_layers:], own_layers)
         for projection in sorted({p for at, p in stacks if at == layer})
+    ]
+
+
+def shared_matrices(plan: ConversionPlan) -> list[Shared]:
+    """Every dense matrix that another layer's is equal to, by `shared_layers`' rule."""
+    config = plan.checkpoint.config
+    ratios = config.compress_ratios[: config.num_hidden_layers]
+    dense = {t.parts[0].source.spec.name: t for t in plan.tensors.values() if not t.is_experts}
+    donors = {name: shared_layers.donor_name(ratios, name) for name in dense}
+    return [
+        Shared(dense[donor], dense[name])
+        for name, donor in donors.items()
+        if donor != name and dense[donor].info.type == dense[name].info.type
     ]
 
 
@@ -90,17 +104,17 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
     """
     converter.check_target(source, target)
     plan = make_plan(converter.open_checkpoint(source), options)
-    shared = shared_stacks(plan, own_layers)
+    shared = shared_matrices(plan) + ([] if options.keep_experts else shared_stacks(plan, own_layers))
     target.mkdir(parents=True)
     shared_extents.check(target)
     described = converter.described_options(plan)
-    output = writing.OutputFile(target / converter.MODEL_NAME, target / converter.WORK_NAME)
+    output = converter.output_file(plan, target)
     journal = Journal(output.work, described, {"source": str(source.resolve()), "identity": plan.checkpoint.identity})
     try:
         run = _SharingRun(plan, output, journal, jobs, _report)
         run.shared = shared
         result = run.execute()
-        manifest = build_manifest(plan, converter.MODEL_NAME, journal.done, described, result.losses)
+        manifest = build_manifest(plan, output.final.name, journal.done, described, result.losses)
         write_manifest(manifest, target)
     finally:
         journal.close()
@@ -121,12 +135,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--own-layers", type=int, required=True, metavar="N", help="as make_checkpoint was told")
     parser.add_argument("--base", choices=sorted(BASE_TYPES), help="as `localrun convert`")
     parser.add_argument("--dense", choices=sorted(DENSE_TYPES), default="q8_0", help="as `localrun convert`")
+    parser.add_argument("--keep-experts", action="store_true", help="as `localrun convert`")
     parser.add_argument("--jobs", type=int, default=4)
     options = parser.parse_args(arguments)
     started = time.monotonic()
     base = None if options.base is None else BASE_TYPES[options.base]
     try:
-        conversion_options = ConversionOptions(DENSE_TYPES[options.dense], base)
+        conversion_options = ConversionOptions(DENSE_TYPES[options.dense], base, keep_experts=options.keep_experts)
         size = convert_whole(options.source, options.target, conversion_options, options.own_layers, jobs=options.jobs)
     except LocalrunError as error:
         print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)

@@ -2,13 +2,15 @@
 
     python -m tools.make_checkpoint tiny /data/tiny
     python -m tools.make_checkpoint flash /data/flash3 --layers 3 --vocab 4096
-    python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 7      # all 43 layers, 149 GB, on 31 GB of disk
+    python -m tools.make_checkpoint flash /mnt/xfs/flash --own-layers 2      # all 43 layers, 156 GB, on 10 GB of disk
+    python -m tools.make_checkpoint pro /mnt/xfs/pro --own-layers 1          # all 61 layers, 851 GB, on 19 GB
 
 Sharded safetensors, index and config.json; no tokenizer (the model is used by token ids) unless one is given. Weights are
 random but the model computes finite, varied logits, and its routing is as skewed as Flash's (`tools.synthetic_router`).
 
 With `--own-layers N` only the experts of the first N layers have bytes of their own; those of the others share them, on a file
-system that can (`tools.shared_extents`). Every reader sees the whole model; dense weights and routers differ in each layer.
+system that can (`tools.shared_extents`), and dense matrices are those of the first layer of the same kind (`tools.shared_layers`).
+Every reader sees the whole model; routers, norms and tables differ in each layer.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ import numpy.typing as npt
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectWriter
 from localrun.units import format_duration, format_size, parse_size
-from tools import shared_extents
+from tools import shared_extents, shared_layers
 from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
 from tools.synthetic_weights import Tensor, Weights, shards
 
@@ -55,7 +59,8 @@ def write_checkpoint(
         shard_bytes: start a new file when this would be passed; None: one file per layer, as the official ones.
         single_file: `model.safetensors` without an index.
         tokenizer: a tokenizer.json to copy.
-        own_layers: layers whose experts have bytes of their own; layer n shares the experts of layer n modulo so many.
+        own_layers: layers whose experts have bytes of their own; the others share them, and dense matrices, as
+            `shared_layers` says.
         holes: instead of sharing, the other layers' experts are holes: for readers that don't look there.
         progress: report files on stderr.
     """
@@ -72,19 +77,15 @@ def write_checkpoint(
         groups = list(_packed((tensor for group in groups for tensor in group), shard_bytes))
     weights = Weights(spec)
     weight_map: dict[str, str] = {}
-    donors: list[tuple[Path, int]] = []  # (file, where its experts begin) of the layers with bytes of their own
-    n_layers = total = 0
+    layers = _Layers(spec.ratios, own_layers, weights, holes=holes) if own_layers is not None else None
+    total = 0
     started = time.monotonic()
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if single_file else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        if own_layers is None or not any(map(_is_expert, group)):
-            _write_shard(folder / name, group, weights)
-        elif n_layers < own_layers:
-            donors.append((folder / name, _write_shard(folder / name, group, weights, experts_last=True)))
-            n_layers += 1
+        if layers is not None and any(map(_is_expert, group)):
+            layers.write(folder / name, group)
         else:
-            _write_sharing_shard(folder / name, group, weights, None if holes else donors[n_layers % own_layers])
-            n_layers += 1
+            _write_shard(folder / name, group, weights)
         weight_map.update((tensor.name, name) for tensor in group)
         total += sum(tensor.n_bytes for tensor in group)
         if progress:
@@ -115,34 +116,16 @@ def _is_expert(tensor: Tensor) -> bool:
     return ".ffn.experts." in tensor.name
 
 
-def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights, *, experts_last: bool = False) -> int:
-    """One safetensors file; with `experts_last` the experts begin at a whole block, whose offset is returned (else 0)."""
-    if experts_last:
-        tensors = sorted(tensors, key=_is_expert)
-    header, experts_at = _header(tensors, align_experts=experts_last)
-    _write(path, header, tensors, len(header) + sum(tensor.n_bytes for tensor in tensors), weights)
-    return experts_at
+def _write_shard(path: Path, tensors: Sequence[Tensor], weights: Weights) -> None:
+    header = _header(tensors)
+    with closing(DirectWriter(path, len(header) + _n_bytes(tensors))) as writer:
+        _write(writer, 0, chain([memoryview(header)], _pieces(tensors, weights)))
 
 
-def _write_sharing_shard(
-    path: Path, tensors: Sequence[Tensor], weights: Weights, donor: tuple[Path, int] | None
-) -> None:
-    """One safetensors file whose experts are the blocks of another one's, which begin there at a given byte; None: holes."""
-    tensors = sorted(tensors, key=_is_expert)
-    header, experts_at = _header(tensors, align_experts=True)
-    own = [tensor for tensor in tensors if not _is_expert(tensor)]
-    _write(path, header, own, experts_at, weights)
-    n_bytes = sum(tensor.n_bytes for tensor in tensors if _is_expert(tensor))
-    if donor is not None:
-        shared_extents.share(*donor, path, experts_at, n_bytes)
-    with path.open("r+b") as file:
-        file.truncate(experts_at + n_bytes)
-
-
-def _header(tensors: Sequence[Tensor], *, align_experts: bool) -> tuple[bytes, int]:
-    """u64 header length and JSON, padded to 8 bytes, or so that the first expert begins at a whole block; and where it begins."""
+def _header(tensors: Sequence[Tensor], *, n_own: int | None = None) -> bytes:
+    """u64 header length and JSON, padded to 8 bytes, or so that what follows the first `n_own` tensors begins at a whole block."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = before_experts = 0
+    offset = 0
     for tensor in tensors:
         header[tensor.name] = {
             "dtype": tensor.dtype,
@@ -150,25 +133,79 @@ def _header(tensors: Sequence[Tensor], *, align_experts: bool) -> tuple[bytes, i
             "data_offsets": [offset, offset + tensor.n_bytes],
         }
         offset += tensor.n_bytes
-        if not _is_expert(tensor):
-            before_experts = offset
     text = json.dumps(header, separators=(",", ":")).encode()
-    if not align_experts:
-        return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8), 0
-    text += b" " * (-(8 + len(text) + before_experts) % shared_extents.BLOCK_BYTES)
-    return struct.pack("<Q", len(text)) + text, 8 + len(text) + before_experts
+    block = 8 if n_own is None else shared_extents.BLOCK_BYTES
+    text += b" " * (-(8 + len(text) + _n_bytes(tensors[:n_own])) % block) if n_own else b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def _write(path: Path, header: bytes, tensors: Sequence[Tensor], size: int, weights: Weights) -> None:
-    writer = DirectWriter(path, size)
-    try:
-        pieces = (piece for tensor in tensors for piece in weights.chunks(tensor))
-        position = 0
-        for block in _blocks(chain([memoryview(header)], pieces)):
-            writer.write(position, block)
-            position += block.size
-    finally:
-        writer.close()
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a run of tensors begins in a file."""
+
+    path: Path
+    offset: int
+
+
+class _Layers:
+    """Writes the files of layers that share experts and dense matrices; remembers where they first are.
+
+    A file's order: what is its own, the dense matrices that can be shared, the experts; the latter two begin at whole blocks.
+    """
+
+    def __init__(self, ratios: Sequence[int], own_layers: int, weights: Weights, *, holes: bool) -> None:
+        self._ratios, self._own_layers, self._weights, self._holes = ratios, own_layers, weights, holes
+        self._dense: list[_Place] = []  # by layer, as `_experts`
+        self._experts: list[_Place] = []
+
+    def write(self, path: Path, tensors: Sequence[Tensor]) -> None:
+        """Writes the next layer's file."""
+        layer = len(self._dense)
+        if not self._holes:
+            tensors = [replace(t, like=shared_layers.donor_name(self._ratios, t.name)) for t in tensors]
+        own, dense, experts = ([t for t in tensors if self._kind(t) == kind] for kind in range(3))
+        header = _header([*own, *dense, *experts], n_own=len(own))
+        dense_at = _Place(path, len(header) + _n_bytes(own))
+        experts_at = _Place(path, dense_at.offset + _n_bytes(dense))
+        dense_from = shared_layers.dense_donor(self._ratios, layer) if dense else layer  # none in an MTP block
+        experts_from = layer % self._own_layers
+        with closing(DirectWriter(path, experts_at.offset + _n_bytes(experts), reserve=False)) as writer:
+            _write(writer, 0, chain([memoryview(header)], _pieces(own, self._weights)))
+            if dense_from == layer:
+                _write(writer, dense_at.offset, _pieces(dense, self._weights))
+            if experts_from == layer:
+                _write(writer, experts_at.offset, _pieces(experts, self._weights))
+        self._dense.append(dense_at)
+        self._experts.append(experts_at)
+        if dense_from != layer:
+            _share(self._dense[dense_from], dense_at, _n_bytes(dense))
+        if experts_from != layer and not self._holes:
+            _share(self._experts[experts_from], experts_at, _n_bytes(experts))
+
+    def _kind(self, tensor: Tensor) -> int:
+        """0 this layer's own, 1 a dense matrix of whole blocks, 2 an expert."""
+        if _is_expert(tensor):
+            return 2
+        whole = tensor.n_bytes % shared_extents.BLOCK_BYTES == 0
+        return int(whole and not self._holes and shared_layers.is_dense_matrix(tensor.name))
+
+
+def _share(donor: _Place, place: _Place, n_bytes: int) -> None:
+    shared_extents.share(donor.path, donor.offset, place.path, place.offset, n_bytes)
+
+
+def _n_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.n_bytes for tensor in tensors)
+
+
+def _pieces(tensors: Iterable[Tensor], weights: Weights) -> Iterator[memoryview]:
+    return (piece for tensor in tensors for piece in weights.chunks(tensor))
+
+
+def _write(writer: DirectWriter, position: int, pieces: Iterable[memoryview]) -> None:
+    for block in _blocks(pieces):
+        writer.write(position, block)
+        position += block.size
 
 
 def _blocks(pieces: Iterable[memoryview]) -> Iterator[npt.NDArray[np.uint8]]:

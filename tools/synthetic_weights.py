@@ -47,13 +47,14 @@ class Fill(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the checkpoint; `size` is the fill's parameter."""
+    """One tensor of the checkpoint; `size` is the fill's parameter, `like` another tensor's name whose contents it has."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     fill: Fill
     size: float = 0.0
+    like: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -179,7 +180,7 @@ class Weights:
             yield memoryview(self._routing(tensor).tobytes())
             return
         pool = self._pool(tensor)
-        item, rng = ITEM_BYTES[tensor.dtype], self._rng(tensor.name)
+        item, rng = ITEM_BYTES[tensor.dtype], self._rng(tensor.like or tensor.name)
         left = tensor.n_bytes
         while left:
             # Each piece of a tensor larger than the pool starts elsewhere, so that no two of its rows are the same.

@@ -1,24 +1,27 @@
-"""Whole models on little disk: layers that share experts are what a reader and the converter would see without sharing."""
+"""Whole models on little disk: layers that share bytes are what a reader and the converter would see without sharing."""
 
 from __future__ import annotations
 
 import filecmp
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+from gguf import GGMLQuantizationType
 
 from localrun.errors import LocalrunError, UsageError
-from localrun.quant.checkpoint.mapping import ConversionOptions
-from localrun.quant.convert.converter import convert
+from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions
+from localrun.quant.convert.converter import DENSE_NAME, MODEL_NAME, convert
 from localrun.quant.open import open_model
 from tools import make_checkpoint, shared_extents
 from tools.convert_whole import convert_whole
 from tools.make_checkpoint import write_checkpoint
 from tools.shared_extents import SharingError
+from tools.shared_layers import donor_name, is_dense_matrix
 from tools.synthetic_config import CheckpointSpec, scaled_config
 
 # Stacks of experts are whole blocks only from this size on, as they are in real models.
@@ -53,39 +56,100 @@ def spec() -> CheckpointSpec:
     return CheckpointSpec(scaled_config("tiny", overrides=SIZES))
 
 
-def experts_of(folder: Path, layer: int) -> dict[str, np.ndarray[Any, Any]]:
+def tensors_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors' bytes by official name."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.startswith(f"layers.{layer}.ffn.experts.") and name.endswith("weight"):
-                    found[name.split("experts.")[1]] = file.get_tensor(name)
+        data = np.fromfile(path, np.uint8)
+        begin = 8 + int(data[:8].view("<u8")[0])
+        header = json.loads(bytes(data[8:begin]))
+        del header["__metadata__"]
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            found[name] = data[begin + first : begin + end]
     return found
 
 
-def test_layers_share_the_experts_of_their_donor_and_nothing_else(folder: Path) -> None:
+def test_layers_have_their_donors_experts_and_dense_matrices_and_nothing_else(folder: Path) -> None:
     whole, own = folder / "whole", folder / "own"
     write_checkpoint(whole, spec(), own_layers=2)
     write_checkpoint(own, spec())
-    for layer in range(5):
-        shared = experts_of(whole, layer)
-        assert len(shared) == 16 * 3
-        donor = experts_of(own, layer % 2)
-        assert all(np.array_equal(shared[name], donor[name]) for name in donor)
+    shared, plain = tensors_of(whole), tensors_of(own)
+    assert shared.keys() == plain.keys()
+    n_equal = {"experts": 0, "matrices": 0, "own": 0}
+    for name, data in shared.items():
+        kind, donor = "own", name
+        if ".ffn.experts." in name:
+            kind, layer = "experts", int(name.split(".")[1])
+            donor = name.replace(f"layers.{layer}.", f"layers.{layer % 2}.")
+        elif name.startswith("layers.3.") and is_dense_matrix(name):  # ratios 0, 4, 128, 4, 128
+            kind, donor = "matrices", name.replace("layers.3.", "layers.1.")
+        elif name.startswith("layers.4.") and is_dense_matrix(name):
+            kind, donor = "matrices", name.replace("layers.4.", "layers.2.")
+        assert np.array_equal(data, plain[donor]), name
+        n_equal[kind] += 1
+    assert n_equal["experts"] == 5 * 16 * 3 * 2
+    # Of two layers: eight in FP8 with scales, a compressor's two; of layer 3: five of the indexer.
+    assert n_equal["matrices"] == 2 * (8 * 2 + 2) + 5
     assert open_model(whole).moe_layers == open_model(own).moe_layers
-    for name in ("token_embd.weight", "blk.4.attn_q_a.weight", "blk.4.ffn_gate_inp.weight"):
-        assert np.array_equal(open_model(whole).read_tensor(name), open_model(own).read_tensor(name))
 
 
-def test_the_converted_model_is_the_converters_byte_for_byte(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "donor"),
+    [
+        ("layers.0.attn.wo_b.weight", "layers.0.attn.wo_b.weight"),  # another gain than layer 1's
+        ("layers.1.attn.wq_a.scale", "layers.1.attn.wq_a.scale"),
+        ("layers.6.attn.wq_a.scale", "layers.2.attn.wq_a.scale"),
+        ("layers.5.attn.compressor.wkv.weight", "layers.3.attn.compressor.wkv.weight"),
+        ("layers.4.ffn.shared_experts.w2.weight", "layers.2.ffn.shared_experts.w2.weight"),
+        ("layers.4.attn.kv_norm.weight", "layers.4.attn.kv_norm.weight"),
+        ("layers.4.attn.compressor.ape", "layers.4.attn.compressor.ape"),
+        ("layers.4.ffn.gate.weight", "layers.4.ffn.gate.weight"),
+        ("layers.4.ffn.experts.0.w1.weight", "layers.4.ffn.experts.0.w1.weight"),
+        ("mtp.0.attn.wq_a.weight", "mtp.0.attn.wq_a.weight"),
+        ("embed.weight", "embed.weight"),
+    ],
+)
+def test_dense_matrices_are_those_of_the_first_layer_of_the_same_kind(name: str, donor: str) -> None:
+    assert donor_name([0, 0, 4, 128, 4, 128, 4], name) == donor
+
+
+def test_whole_models_take_little_disk(folder: Path) -> None:
+    if folder.name != "mounted":
+        pytest.skip("the file system here can't share blocks: copies stand in for them")
+    empty = _used(folder)
+    write_checkpoint(folder / "own", spec())
+    full = _used(folder)
+    write_checkpoint(folder / "whole", spec(), own_layers=1)
+    # One layer's experts instead of five, and three layers' dense matrices.
+    assert _used(folder) - full < 0.5 * (full - empty)
+
+
+def _used(folder: Path) -> int:
+    os.sync()
+    stat = os.statvfs(folder)
+    return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConversionOptions(),
+        ConversionOptions(GGMLQuantizationType.Q4_K, BASE_TYPES["q8_0"]),
+        ConversionOptions(keep_experts=True),
+    ],
+    ids=["lossless", "smaller", "experts kept"],
+)
+def test_the_converted_model_is_the_converters_byte_for_byte(folder: Path, options: ConversionOptions) -> None:
     source = folder / "source"
     write_checkpoint(source, spec(), own_layers=2)
-    convert(source, folder / "plain")
-    size = convert_whole(source, folder / "shared", ConversionOptions(), 2, jobs=2)
-    assert size == (folder / "shared" / "model.gguf").stat().st_size
-    assert sorted(path.name for path in (folder / "shared").iterdir()) == ["localrun.json", "model.gguf"]
-    for name in ("localrun.json", "model.gguf"):
-        assert filecmp.cmp(folder / "plain" / name, folder / "shared" / name, shallow=False), name
+    convert(source, folder / "plain", options)
+    size = convert_whole(source, folder / "shared", options, 2, jobs=2)
+    name = DENSE_NAME if options.keep_experts else MODEL_NAME
+    assert size == (folder / "shared" / name).stat().st_size
+    assert sorted(path.name for path in (folder / "shared").iterdir()) == sorted(["localrun.json", name])
+    for file in ("localrun.json", name):
+        assert filecmp.cmp(folder / "plain" / file, folder / "shared" / file, shallow=False), file
 
 
 def test_a_file_system_without_shared_blocks_is_refused_before_anything_is_written(

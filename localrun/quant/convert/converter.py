@@ -52,7 +52,7 @@ def check_target(source: Path, target: Path) -> None:
 
 def check_space(plan: ConversionPlan, target: Path) -> int:
     """Bytes still to allocate for the output; see `OutputFile.check_space`."""
-    return _output_file(plan, target).check_space(plan)
+    return output_file(plan, target).check_space(plan)
 
 
 def convert(
@@ -112,7 +112,7 @@ def write_plan(
         write_manifest(build_manifest(plan, output.final.name, done, options, losses), target)
 
     created = not target.exists()
-    output = _output_file(plan, target)
+    output = output_file(plan, target)
     try:
         return write_file(plan, output, options, publish, jobs=jobs, progress=progress)
     finally:
@@ -120,7 +120,8 @@ def write_plan(
             shutil.rmtree(target, ignore_errors=True)
 
 
-def _output_file(plan: ConversionPlan, target: Path) -> OutputFile:
+def output_file(plan: ConversionPlan, target: Path) -> OutputFile:
+    """Where the plan's file is made in `target`."""
     return OutputFile(target / (DENSE_NAME if plan.options.keep_experts else MODEL_NAME), target / WORK_NAME)
 
 

@@ -41,6 +41,7 @@ def convert(
     dense: str | None = None,
     keep_experts: bool = False,
     hot: str | Sequence[str] = (),
+    cold: str | Sequence[str] = (),
     target: str | None = None,
     recipe: str | None = None,
     calibrate: str | Path | None = None,
@@ -59,7 +60,8 @@ def convert(
         dense: format of the dense matrices; None: `q8_0`.
         keep_experts: write only the dense part (minutes, a few GB); experts are read from `source`, which must stay in place.
         hot: better copies of the experts that matter most, such as `mxfp4:12GiB`.
-        target: instead of `base` and `hot`, the machine to choose them for, such as `24GiB-vram,64GiB-ram`.
+        cold: smaller copies of the experts that matter least, such as `q2_k:20GiB`, beside a larger base.
+        target: instead of `base` and copies, the machine to choose them for, such as `24GiB-vram,64GiB-ram`.
         recipe: name or file of a recipe.
         calibrate: a calibration text; None: the built-in one, if a format rounds.
         imatrix: a llama.cpp importance file to use instead.
@@ -85,6 +87,7 @@ def convert(
             dense=dense,
             keep_experts=keep_experts,
             hot=(hot,) if isinstance(hot, str) else tuple(hot),
+            cold=(cold,) if isinstance(cold, str) else tuple(cold),
             target=target,
             recipe=recipe,
             calibrate=_path(calibrate),

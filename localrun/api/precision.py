@@ -47,6 +47,7 @@ class Request:
         base, dense: formats by name; None: the default.
         keep_experts: experts stay in the checkpoint; only the dense part, and better copies if requested, are written.
         hot: `TYPE:SIZE`, bytes of better copies in a type, or only `none`.
+        cold: `TYPE:SIZE`, bytes of smaller copies in a type.
         target: `SIZE-vram,SIZE-ram`: choose base and copies for such a machine.
         recipe: name or file of a recipe.
         jobs: threads; None: 8, or one per core.
@@ -65,6 +66,7 @@ class Request:
     base: str | None = None
     keep_experts: bool = False
     hot: Sequence[str] = ()
+    cold: Sequence[str] = ()
     target: str | None = None
     recipe: str | None = None
     jobs: int | None = None
@@ -81,8 +83,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class FormatOptions:
-    """What was asked for, recipe and options together. `base` and `dense` as `ConversionOptions` has them; with `choose_dense`, a
-    target chooses the type of every dense matrix, and `dense` is what the others get."""
+    """What was asked for, recipe and options together; `hot` are budgets of better and of smaller copies. `base` and `dense` as
+    `ConversionOptions` has them; with `choose_dense`, a target chooses the type of every dense matrix, and `dense` is what the
+    others get."""
 
     base: GGMLQuantizationType | None
     dense: str
@@ -114,10 +117,12 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
     if wanted.keep_experts and (wanted.base or wanted.recipe or wanted.split is not None):
         raise UsageError(
             "--keep-experts leaves the experts in place: it can't be combined with --base, --recipe or --split",
-            hint="it does combine with --dense TYPE, --target and --hot TYPE:SIZE",
+            hint="it does combine with --dense TYPE, --target, --hot TYPE:SIZE and --cold TYPE:SIZE",
         )
-    if wanted.target and (wanted.base or wanted.hot):
-        raise UsageError("--target chooses base and copies itself", hint="leave out --base and --hot, or --target")
+    if wanted.target and (wanted.base or wanted.hot or wanted.cold):
+        raise UsageError(
+            "--target chooses base and copies itself", hint="leave out --base, --hot and --cold, or --target"
+        )
     if wanted.calibrate is not None and wanted.imatrix is not None:
         raise UsageError(
             "--calibrate and --imatrix can't be combined", hint="an imatrix already is the result of a calibration"
@@ -126,12 +131,13 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
         raise UsageError("--no-calibrate can't be combined with --calibrate or --imatrix")
     words = list(wanted.hot)
     remove = words == [NO_OVERLAY]
-    if NO_OVERLAY in words and not remove:
-        raise UsageError("--hot none can't be combined with other --hot", hint="leave out none, or the others")
-    typed_formats = bool(wanted.base or words)
+    if NO_OVERLAY in words and (not remove or wanted.cold):
+        raise UsageError("--hot none can't be combined with other copies", hint="leave out none, or the others")
+    typed_formats = bool(wanted.base or words or wanted.cold)
     hot = tuple(HotBudget.parse(text) for text in words) if words and not remove else ()
+    hot += tuple(HotBudget.parse(text, smaller=True) for text in wanted.cold)
     target = Target.parse(wanted.target) if wanted.target else None
-    if not remove and not words and target is None:
+    if not remove and not words and not wanted.cold and target is None:
         hot = recipe.hot
     if target is None and not typed_formats:
         target = recipe.target
@@ -217,6 +223,12 @@ def precision_request(wanted: Request, options: FormatOptions) -> PrecisionReque
     )
 
 
+def _budgets(options: FormatOptions, *, smaller: bool) -> str:
+    """As the user types them."""
+    chosen = [budget for budget in options.hot if budget.smaller == smaller]
+    return ", ".join(f"{budget.type.name.lower()}:{format_size(budget.n_bytes)}" for budget in chosen)
+
+
 def write_report(
     wanted: Request,
     options: FormatOptions,
@@ -239,7 +251,8 @@ def write_report(
     asked = {
         "base": str(manifest.options.get("base", "")),
         "dense": str(manifest.options.get("dense", "")),
-        "hot": ", ".join(f"{budget.type.name.lower()}:{format_size(budget.n_bytes)}" for budget in options.hot),
+        "hot": _budgets(options, smaller=False),
+        "cold": _budgets(options, smaller=True),
         "target": wanted.target or "",
         "recipe": wanted.recipe or "",
         "learned from": learned if choice is not None else "",

@@ -88,15 +88,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_precision_arguments(parser: argparse.ArgumentParser) -> None:
     """Options about formats and what decides them."""
-    precision = parser.add_argument_group(
-        "precision: better copies of the experts that matter most, in an overlay beside the base"
-    )
+    precision = parser.add_argument_group("precision: other copies of chosen experts, in an overlay beside the base")
     precision.add_argument(
         "--hot",
         action="append",
         default=[],
         metavar="TYPE:SIZE",
         help="add up to this many bytes of better copies in this type, e.g. mxfp4:12GiB; repeatable; none removes the overlay",
+    )
+    precision.add_argument(
+        "--cold",
+        action="append",
+        default=[],
+        metavar="TYPE:SIZE",
+        help="add this many bytes of smaller copies of the experts that matter least, e.g. q2_k:20GiB; they are used in place of"
+        " the base's; repeatable",
     )
     precision.add_argument(
         "--target",

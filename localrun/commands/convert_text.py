@@ -56,7 +56,8 @@ def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list
     if plan.options.keep_experts:
         lines.append(f"  experts stay in {checkpoint.path} and are read from there: keep it unchanged")
     for budget in options.hot if options is not None else ():
-        lines.append(f"  and better copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
+        which = "smaller" if budget.smaller else "better"
+        lines.append(f"  and {which} copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
     return lines
 
 

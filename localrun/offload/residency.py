@@ -128,7 +128,9 @@ class Residency:
 
     def variant_to_read(self, layer: int, expert: int) -> int:
         """Which copy of an expert is read while a call waits for it."""
-        return 0 if self._upgrades is not None else int(self.wanted[layer][expert])
+        wanted, kernels = int(self.wanted[layer][expert]), self._kernels[layer]
+        base_is_smaller = kernels[0].slot_bytes < kernels[wanted].slot_bytes
+        return 0 if self._upgrades is not None and base_is_smaller else wanted
 
     def room(self, layer: int) -> int:
         """How many more of a layer's experts there is free memory for."""

@@ -125,6 +125,68 @@ def test_base_and_better_copies_make_a_model_that_verifies_and_says_what_it_cost
         assert (finished / name).read_text().startswith("<svg")
 
 
+def test_beside_a_checkpoint_the_experts_that_matter_least_get_smaller_copies(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, one = tmp_path / "beside", 3 * 256 * 256 // 256 * 84
+    cold = ("--keep-experts", "--cold", f"q2_k:{7 * one}B", *LEARN)
+    assert convert(source, target, *cold) == 0
+    assert "smaller copies: 7 in q2_k" in capsys.readouterr().err
+    assert cli.main(["verify", str(target)]) == 0
+    opened = open_model(target)
+    assert isinstance(opened, GgufSource)
+    assert opened.manifest is not None
+    small = {
+        (n, e)
+        for n, moe in opened.moe_layers.items()
+        for e in range(moe.n_experts)
+        if opened.expert(n, e)[0].type == QT.Q2_K
+    }
+    assert len(small) == 7
+    assert better(target) == 7
+    report = json.loads((target / "report.json").read_text())
+    errors = {
+        (int(layer), e): error * share
+        for layer, values in report["errors"]["layers"].items()
+        for e, (error, share) in enumerate(
+            zip(values["relative"]["q2_k"], route_shares(target, int(layer)), strict=True)
+        )
+    }
+    assert max(errors[key] for key in small) <= min(error for key, error in errors.items() if key not in small)
+    assert report["tiers"]["chosen"]["n_bytes"] == 17 * ONE + 7 * one
+    assert 0 < report["tiers"]["chosen"]["error"] < report["tiers"]["uniform"][0]["error"]
+    assert "| layer | smaller copies |" in (target / "report.md").read_text()
+
+    assert convert(source, target, "--keep-experts", "--cold", f"q3_k:{ONE}B", *LEARN) == 0
+    assert better(target) == 1, "another budget makes another overlay"
+    assert convert(source, target, "--hot", "none") == 0
+    assert better(target) == 0
+
+
+def route_shares(folder: Path, layer: int) -> list[float]:
+    importance = read_imatrix(folder / "imatrix.gguf", open_model(folder).moe_layers)
+    return list(map(float, importance.route_weights(layer)))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--cold", "q8_0:1GiB"), "copies would be no smaller"),
+        (("--cold", "q2_k"), "is not TYPE:SIZE"),
+        (("--cold", "q2_k:10B"), "one expert takes"),
+        (("--cold", "q2_k:1GiB", "--target", "1GiB-ram"), "--target chooses base and copies itself"),
+        (("--cold", "q2_k:1GiB", "--hot", "none"), "can't be combined with other copies"),
+        (("--hot", "q2_k:1GiB"), "copies would be no better"),
+    ],
+)
+def test_smaller_copies_that_make_no_sense_are_refused_with_a_reason(
+    options: tuple[str, ...], problem: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, tmp_path / "out", "--keep-experts", *options) in (1, 2)
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_first_start_has_the_calibration_s_counts_and_the_second_its_own(finished: Path, tmp_path: Path) -> None:
     from localrun.offload.model import OffloadOptions, open_offloaded
 
@@ -249,7 +311,7 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_bytes(
 def test_what_a_target_chose_is_completed_after_a_kill_though_the_base_is_finished(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense = 6 << 20  # and 1.7 MiB for experts, which take 1.5 MiB in q2_k and 2.4 in mxfp4
+    dense = 6 << 20  # and 1.7 MiB for experts, which take 1.2 MiB in iq2_xxs and 2.4 in mxfp4
     command = (source, "--target", f"{dense + (1700 << 10)}B-ram", "--dense", "q8_0", *LEARN)
     assert convert(command[0], tmp_path / "whole", *command[1:]) == 0
     killed = tmp_path / "killed"
@@ -257,7 +319,7 @@ def test_what_a_target_chose_is_completed_after_a_kill_though_the_base_is_finish
     assert (killed / MANIFEST_NAME).is_file()
     capsys.readouterr()
     assert convert(source, killed, "--target", "1GiB-ram", "--dense", "q8_0", *LEARN) == 2
-    assert "--base was q2_k and is now mxfp4" in capsys.readouterr().err
+    assert "--base was iq2_xxs and is now mxfp4" in capsys.readouterr().err
     assert convert(command[0], killed, *command[1:]) == 0
     assert better(killed) > 0
     assert contents(killed) == contents(tmp_path / "whole")
@@ -329,7 +391,7 @@ def inputs(source: Path, finished: Path, tmp_path_factory: pytest.TempPathFactor
         ("good", "--base q2_k --hot iq7:1MiB", 2, "unknown expert format 'iq7'"),
         ("good", "--base q2_k --hot mxfp4", 2, "not TYPE:SIZE"),
         ("good", "--base q4_k --hot q2_k:1MiB", 2, "copies would be no better"),
-        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", 2, "can't be combined with other --hot"),
+        ("good", "--base q2_k --hot none --hot mxfp4:1MiB", 2, "can't be combined with other copies"),
         ("good", "--hot none", 2, "is not a converted model"),
         ("good", "--target 1MiB-ram", 2, "less than the dense model"),
         ("good", "--target 1GiB-disk", 2, "is not a target"),

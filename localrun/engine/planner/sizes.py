@@ -146,8 +146,9 @@ class ModelSizes:
         return self.expert_file_bytes / max(1, self.n_copies)
 
     def miss_bytes(self, *, adaptive: bool) -> float:
-        """What a miss on average waits for; in adaptive mode the base's copy."""
-        return self.base_bytes / self.n_copies if adaptive and self.base_bytes else self.mean_file_bytes
+        """What a miss on average waits for; in adaptive mode the base's copy, unless it is the larger one."""
+        mean = self.mean_file_bytes
+        return min(mean, self.base_bytes / self.n_copies) if adaptive and self.base_bytes else mean
 
     @property
     def mean_slot_bytes(self) -> float:

@@ -168,7 +168,7 @@ def precision_lines(solution: PrecisionSolution) -> list[str]:
     better = _count(solution.plan)
     named = ", ".join(f"{n:,} in {name}" for name, n in better.items()) or "none"
     lines = [
-        f"Base {solution.base.name.lower()} ({format_size(solution.base_bytes)}); better copies: {named} "
+        f"Base {solution.base.name.lower()} ({format_size(solution.base_bytes)}); {_which(solution)} copies: {named} "
         f"({format_size(solution.overlay_bytes)}).",
         f"Copies used: {format_size(solution.chosen.n_bytes)}, expected error {solution.chosen.error:.6f}.",
     ]
@@ -188,6 +188,12 @@ def curve_lines(solution: PrecisionSolution, *, n_points: int = 9) -> list[str]:
     rows.append((solution.chosen.n_bytes, solution.chosen.error, "**chosen**"))
     lines = ["| size of used copies | expected error | |", "|---:|---:|---|"]
     return lines + [f"| {format_size(size)} | {error:.6f} | {label} |" for size, error, label in sorted(set(rows))]
+
+
+def _which(solution: PrecisionSolution) -> str:
+    base = bits_per_weight(solution.base)
+    smaller = {bits_per_weight(kind) < base for experts in solution.plan.formats.values() for kind in experts.values()}
+    return {frozenset({True}): "smaller", frozenset({True, False}): "other"}.get(frozenset(smaller), "better")
 
 
 def _count(plan: BetterCopies) -> dict[str, int]:
@@ -212,7 +218,7 @@ def _tiers(solution: PrecisionSolution | None) -> list[str]:
         "",
         *curve_lines(solution),
         "",
-        "| layer | better copies |",
+        f"| layer | {_which(solution)} copies |",
         "|---:|---|",
         *(
             f"| {layer} | {', '.join(f'{len(experts)} {kind.name.lower()}' for kind, experts in by_type.items())} |"

@@ -44,18 +44,30 @@ GPU_TYPES: tuple[GGMLQuantizationType, ...] = (_T.IQ3_XXS, *CPU_TYPES)
 
 @dataclass(frozen=True, slots=True)
 class HotBudget:
-    """Bytes for better copies in one format: `mxfp4:12GiB`."""
+    """Bytes for copies in one format: `mxfp4:12GiB`.
+
+    Attributes:
+        smaller: copies for the experts that matter least, in a format smaller than the base's; otherwise better ones for those that
+            matter most.
+    """
 
     type: GGMLQuantizationType
     n_bytes: int
+    smaller: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> HotBudget:
+    def parse(cls, text: str, *, smaller: bool = False) -> HotBudget:
         """Raises UsageError: not TYPE:SIZE, an unknown type."""
         name, colon, size = text.partition(":")
         if not colon:
-            raise UsageError(f"'{text}' is not TYPE:SIZE", hint="for example --hot mxfp4:12GiB")
-        return cls(parse_type(name), parse_size(size))
+            example = "--cold q2_k:20GiB" if smaller else "--hot mxfp4:12GiB"
+            raise UsageError(f"'{text}' is not TYPE:SIZE", hint=f"for example {example}")
+        return cls(parse_type(name), parse_size(size), smaller)
+
+    @property
+    def option(self) -> str:
+        """How the user asks for it."""
+        return f"--{'cold' if self.smaller else 'hot'} {self.type.name.lower()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +130,8 @@ def check_request(
     """Checks a request before any error is measured.
 
     Raises:
-        UsageError: a format that does not fit the rows, is repeated, or is no better than the base; a budget too small for one
-            expert.
+        UsageError: a format that does not fit the rows, is repeated, or is no better (or no smaller) than the base; a budget too
+            small for one expert.
     """
     if target is not None and hot:
         raise UsageError("--target and --hot can't be combined", hint="set budgets with --hot, or let --target choose")
@@ -127,21 +139,24 @@ def check_request(
         expert_bytes(moe, base)
     seen: set[GGMLQuantizationType] = set()
     for budget in hot:
-        name = budget.type.name.lower()
+        option = budget.option
         if budget.type in seen:
-            raise UsageError(f"--hot {name} is given twice", hint="add up the sizes")
+            raise UsageError(f"{option} is given twice", hint="add up the sizes")
         seen.add(budget.type)
-        if bits_per_weight(budget.type) <= bits_per_weight(base):
+        bits, base_bits = bits_per_weight(budget.type), bits_per_weight(base)
+        has = f"{option} has {bits:g} bits per weight, the base {base.name.lower()} {base_bits:g}"
+        if budget.smaller and bits >= base_bits:
+            raise UsageError(f"{has}: copies would be no smaller", hint="use a cold format with fewer bits")
+        if not budget.smaller and bits <= base_bits:
             raise UsageError(
-                f"--hot {name} has {bits_per_weight(budget.type):g} bits per weight, the base {base.name.lower()} "
-                f"{bits_per_weight(base):g}: copies would be no better",
-                hint="use a hot format with more bits, or a smaller base",
+                f"{has}: copies would be no better",
+                hint="use a hot format with more bits, or a smaller base; --cold makes smaller copies",
             )
         least = min(expert_bytes(moe, budget.type) for moe in moe_layers.values())
         if budget.n_bytes < least:
             raise UsageError(
-                f"--hot {name}:{format_size(budget.n_bytes)} is too little: one expert takes {format_size(least)}",
-                hint="increase it, or leave out --hot",
+                f"{option}:{format_size(budget.n_bytes)} is too little: one expert takes {format_size(least)}",
+                hint=f"increase it, or leave out {option.partition(' ')[0]}",
             )
 
 
@@ -235,13 +250,16 @@ class PrecisionSolution:
 
 
 def solve_hot(costs: ExpertCosts, base: GGMLQuantizationType, hot: Sequence[HotBudget]) -> PrecisionSolution:
-    """Better copies within a budget per format.
+    """Copies within a budget per format: better ones where they gain most, and as many smaller ones as their budget allows, where
+    they lose least.
 
     If layers differ in shape, a budget is counted in experts of its largest layer, so it is never exceeded.
     """
     columns = [costs.column(budget.type) for budget in hot]
     b = costs.column(base)
     gains = costs.error[:, [b]] - costs.error[:, columns]
+    # A smaller copy is worth its error in any case: more than all others could gain or lose.
+    gains[:, [budget.smaller for budget in hot]] += 1 + np.abs(gains).max()
     capacities = [int(budget.n_bytes // costs.n_bytes[:, t].max()) for budget, t in zip(hot, columns, strict=True)]
     chosen = assign(gains, capacities)
     column_of = np.array([*columns, b])  # -1 is the base

@@ -102,6 +102,20 @@ def test_chosen_experts_may_have_copies_of_their_own(pair: tuple[Path, Path]) ->
     assert open_model(small).moe_layers == whole.moe_layers
 
 
+def test_smaller_copies_take_less_memory_and_are_read_at_once_in_adaptive_mode_too(pair: tuple[Path, Path]) -> None:
+    source, small = pair
+    n_experts = open_model(source).moe_layers[1].n_experts
+    write_overlay(Checkpoint.open(source), BetterCopies({1: dict.fromkeys(range(n_experts), QT.Q2_K)}), small)
+    rows, sizes, tokens = [], [], list(range(5, 29))
+    for path, adaptive in ((source, False), (small, False), (small, True)):
+        with open_offloaded(open_model(path), OffloadOptions(n_threads=2, adaptive=adaptive)) as model:
+            rows.append(logits(model, tokens, batch=24, kv_type="f32"))
+            sizes.append(sizes_of(path).expert_slot_bytes)
+    assert sizes[1] < 0.9 * sizes[0]
+    assert not np.array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows[1], rows[2])
+
+
 def test_a_moved_source_is_told_with_the_way_out_which_works(pair: tuple[Path, Path]) -> None:
     source, small = pair
     moved = source.rename(source.with_name("elsewhere"))

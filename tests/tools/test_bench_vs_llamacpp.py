@@ -44,30 +44,35 @@ def test_both_engines_are_measured_and_agree(model: Path, tmp_path: Path, capsys
     value = json.loads(result.read_text())
     assert [run["engine"] for run in value["runs"]] == ["llama.cpp", "localrun"]
     assert all(len(run["decode_ms"]) == 3 and run["prefill_s"] > 0 for run in value["runs"])
-    assert value["agreement"]["positions"] == 4
-    assert value["agreement"]["correlation"] > 0.99
-    theirs, ours = value["runs"]
-    assert value["summary"]["prefill_ratio"] == pytest.approx(theirs["prefill_s"] / ours["prefill_s"])
+    assert value["fault"] is None
+    assert [agreement["positions"] for agreement in value["agreement"]] == [4]
+    assert all(agreement["correlation"] > 0.99 for agreement in value["agreement"])
+    ratios = [a["prefill_s"] / b["prefill_s"] for a, b in zip(value["runs"][::2], value["runs"][1::2], strict=True)]
+    assert value["summary"]["prefill_ratio"] == pytest.approx(np.median(ratios))
     assert "ratio" in capsys.readouterr().out
 
 
 def test_disagreeing_logits_void_the_result(tmp_path: Path) -> None:
-    args = versus.parser().parse_args(["m.gguf"])
     comparison = versus.Comparison.__new__(versus.Comparison)
+    comparison._args = versus.parser().parse_args(["m.gguf"])
     rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        np.save(tmp_path / f"{name}.npy", rng.standard_normal((10, 50)).astype(np.float32))
-    comparison._compare(tmp_path / "a.npy", tmp_path / "b.npy")
-    assert comparison.agreement["argmax_share"] < args.min_agreement
+    logits = rng.standard_normal((10, 50)).astype(np.float32)
+    np.savez(tmp_path / "reference.npz", logits=logits, again=logits + 1e-3)
+    np.savez(tmp_path / "same.npz", logits=logits)
+    np.savez(tmp_path / "wrong.npz", logits=rng.standard_normal((10, 50)).astype(np.float32))
     run = versus.Measured(
         engine="llama.cpp", variant="", load_s=1, prefill_s=1, decode_ms=[1.0], rss_bytes=1, peak_rss_bytes=1
     )
     comparison.runs = [run, replace(run, engine="localrun")]
     comparison.notes = []
-    assert "DISAGREE" in versus.report(comparison, args.min_agreement)[-1]
-    comparison._compare(tmp_path / "a.npy", tmp_path / "a.npy")
-    assert comparison.agreement["mean_kl"] == pytest.approx(0)
-    assert "DISAGREE" not in "".join(versus.report(comparison, args.min_agreement))
+    comparison.agreements = []
+    comparison._compare(tmp_path / "reference.npz", tmp_path / "same.npz")
+    assert comparison.fault is None
+    assert "DISAGREE" not in "".join(versus.report(comparison))
+    comparison._compare(tmp_path / "reference.npz", tmp_path / "wrong.npz")  # one wrong pair is enough
+    comparison._compare(tmp_path / "reference.npz", tmp_path / "same.npz")
+    assert "typical KL" in str(comparison.fault)
+    assert "DISAGREE (typical KL" in versus.report(comparison)[-1]
 
 
 def test_engine_that_fails_is_reported_with_its_reason(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.errors import DecodeError
-from localrun.offload.cache.slots import Slot
+from localrun.offload.cache.slots import TAIL_TOKENS, Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.cache.tickets import Store
 from localrun.offload.cache.trace import TraceRecorder
@@ -94,6 +94,7 @@ class ExpertPool:
         self._misses = (
             Misses(self.residency, self.ahead, self.handover, self.telemetry) if futex.is_supported() else None
         )
+        self._routers, self._hash_routed = routers, frozenset(hash_tables or ())
         self._recorder: TraceRecorder | None = None
         self._collector: Collector | None = None
         self._is_idle = False
@@ -215,7 +216,7 @@ class ExpertPool:
         with where.lock:
             where.settle()
             if self._recorder is not None:
-                self._recorder.record(layer, ids)
+                self._recorder.record(layer, ids, self._scores(layer, x_rows))
 
             def foresee() -> None:
                 if x_rows is not None and len(x_rows) == 1:
@@ -230,6 +231,12 @@ class ExpertPool:
             self.ahead.follow(layer, ids.shape[0], call.n_distinct / where.layers[layer].n_experts)
             self.ahead.note_call()
             self._count(call, layer, ids, evictions=where.table.n_evictions - evictions, started_ns=started)
+
+    def _scores(self, layer: int, x: F32 | None) -> F32 | None:
+        """By what the experts were chosen, of the last tokens; None if unknown."""
+        if self._routers is None or x is None or layer in self._hash_routed:
+            return None
+        return self._routers.scores(layer, x[-TAIL_TOKENS:])
 
     def _count(self, call: LayerCall, layer: int, ids: I32, *, evictions: int, started_ns: int) -> None:
         row = self.telemetry.values[layer]

@@ -105,6 +105,15 @@ class Routers:
             return np.zeros(size, np.float32)
         return self._source.read_tensor(name).view(np.float32)
 
+    def scores(self, layer: int, x: F32) -> F32 | None:
+        """(T, E) what `layer` chooses experts by; None if unknown.
+
+        Args:
+            x: (T, D) inputs of its experts.
+        """
+        router = self._routers.get(layer)
+        return np.stack([router.scores(row) for row in x]) if router is not None else None
+
     def likely(self, layer: int, x: F32, n: int) -> I32 | None:
         """(n,) experts that `layer` will likely choose, likeliest first; None if unknown.
 

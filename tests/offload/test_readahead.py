@@ -131,6 +131,11 @@ def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Pa
         calls = list(Trace(tmp_path / "trace"))
         assert len(calls) == 4 * 30
         assert sum(call.ids.size for call in calls) == 4 * 150 * MODEL.n_used
+        scored = [call for call in calls if call.scores is not None]
+        assert {call.layer for call in scored} == set(source.moe_layers) - set(hash_tables(source))
+        for call in scored:  # the best scores are the choice
+            best = np.sort(np.argsort(-call.scores, axis=-1)[:, : MODEL.n_used], axis=-1)
+            np.testing.assert_array_equal(best, np.sort(call.ids, axis=-1))
 
 
 def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(tmp_path: Path) -> None:

@@ -18,10 +18,16 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """One layer call. `ids`: (T, K) expert of each token's k-th choice."""
+    """One layer call.
+
+    Attributes:
+        ids: (T, K) expert of each token's k-th choice.
+        scores: (t, E) by what the router chose for each of the last t tokens; None where that is unknown.
+    """
 
     layer: int
     ids: Ids
+    scores: npt.NDArray[np.float32] | None = None
 
 
 class Trace:
@@ -58,16 +64,21 @@ class Trace:
         while at < len(payload):
             if at + RECORD.size > len(payload):
                 raise self._damaged("a record ends in the middle")
-            layer, n_used, n_tokens = RECORD.unpack_from(payload, at)
+            layer, n_used, n_tokens, n_scored = RECORD.unpack_from(payload, at)
             at += RECORD.size
             n_experts, expected = self.header.layers.get(layer, (0, 0))
-            if n_used != expected or at + 2 * n_used * n_tokens > len(payload):
+            n_bytes = 2 * (n_used * n_tokens + n_experts * n_scored)
+            if n_used != expected or n_scored > n_tokens or at + n_bytes > len(payload):
                 raise self._damaged(f"a record of layer {layer} with {n_tokens} x {n_used} ids")
             ids = np.frombuffer(payload, "<u2", n_used * n_tokens, at).reshape(n_tokens, n_used).astype(np.int32)
             if ids.size and int(ids.max()) >= n_experts:
                 raise self._damaged(f"expert {int(ids.max())} of layer {layer}, which has {n_experts}")
-            at += 2 * ids.size
-            yield TracedCall(layer, ids)
+            scores = None
+            if n_scored:
+                scores = np.frombuffer(payload, "<f2", n_scored * n_experts, at + 2 * ids.size).astype(np.float32)
+                scores = scores.reshape(n_scored, n_experts)
+            at += n_bytes
+            yield TracedCall(layer, ids, scores)
 
     def _damaged(self, what: str) -> FormatError:
         return FormatError(f"{self.path}: damaged routing trace: {what}", hint="delete it and record a new one")

@@ -1,16 +1,18 @@
 """Routing traces: the experts of every layer call, recorded while a model runs and replayed by `tools/simulator`.
 
-A trace holds only expert ids, no tokens or text. All it reveals about a conversation is how similar its parts are.
+A trace holds only expert ids and routers' scores, no tokens or text. All it reveals about a conversation is how similar its parts
+are.
 
 File, little-endian, append-only:
 
-    8   magic "LRTRACE1"
+    8   magic "LRTRACE2"
     4   length of the header
     n   header, JSON: {"identity", "layers": {"3": [n_experts, n_used], ...}, "created_at"}
     blocks, each one write:
         4   number of payload bytes
         8   xxh3_64 of the payload
-        m   records: u16 layer, u16 n_used, u32 n_tokens, then n_tokens * n_used expert ids as u16
+        m   records: u16 layer, u16 n_used, u32 n_tokens, u32 n_scored; then n_tokens * n_used expert ids as u16; then
+            n_scored * n_experts f16: by what the router chose for each of the last n_scored tokens (0 where it is unknown)
 
 An incomplete block at the end of the file (the process was killed) is ignored by the reader and removed before appending; a
 wrong checksum is an error.
@@ -41,9 +43,9 @@ log = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int32]
 
-MAGIC: Final = b"LRTRACE1"
+MAGIC: Final = b"LRTRACE2"
 _BLOCK = struct.Struct("<I8s")
-RECORD = struct.Struct("<HHI")
+RECORD = struct.Struct("<HHII")
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_BLOCK_BYTES: Final = 64 << 20
 
@@ -105,12 +107,20 @@ class TraceRecorder:
         """False after the end, planned or not."""
         return self._file is not None
 
-    def record(self, layer: int, ids: npt.NDArray[Any]) -> None:
-        """Notes one call; `ids` (T, K) is copied."""
+    def record(self, layer: int, ids: npt.NDArray[Any], scores: npt.NDArray[Any] | None = None) -> None:
+        """Notes one call.
+
+        Args:
+            ids: (T, K) expert of each token's k-th choice.
+            scores: (t, E) of the last t tokens, where they are known.
+        """
         if self._file is None:
             return
-        body = ids.astype(np.uint16).tobytes()
-        self._pieces.append(RECORD.pack(layer, ids.shape[1], ids.shape[0]))
+        body = ids.astype("<u2").tobytes()
+        n_scored = 0 if scores is None else len(scores)
+        if scores is not None:
+            body += scores.astype("<f2").tobytes()
+        self._pieces.append(RECORD.pack(layer, ids.shape[1], ids.shape[0], n_scored))
         self._pieces.append(body)
         self._pending += RECORD.size + len(body)
         if self._pending >= self._buffer_bytes:

@@ -62,6 +62,26 @@ def test_strided_ids_are_copied_before_the_caller_reuses_them(tmp_path: Path) ->
     assert_holds(tmp_path / "t", [(0, np.array([[1, 3], [5, 7]]))])
 
 
+def test_scores_of_the_last_tokens_come_back_with_their_calls(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 300, (5, 6))
+    scores = rng.standard_normal((2, 300)).astype(np.float16)
+    with TraceRecorder(tmp_path / "t", HEADER) as recorder:
+        recorder.record(3, ids, scores)
+        recorder.record(0, ids[:, :2] % 8)
+    scored, plain = Trace(tmp_path / "t")
+    np.testing.assert_array_equal(scored.ids, ids)
+    np.testing.assert_array_equal(scored.scores, scores)
+    assert plain.scores is None
+
+
+def test_more_scored_tokens_than_tokens_are_refused(tmp_path: Path) -> None:
+    with TraceRecorder(tmp_path / "t", HEADER) as recorder:
+        recorder.record(0, np.zeros((1, 2), np.int32), np.zeros((2, 8)))
+    with pytest.raises(FormatError, match="1 x 2 ids"):
+        list(Trace(tmp_path / "t"))
+
+
 def test_recording_goes_on_in_the_same_file(tmp_path: Path) -> None:
     first, second = calls(20, 1), calls(30, 2)
     record(tmp_path / "t", first)
@@ -99,7 +119,7 @@ def test_every_flipped_byte_behind_the_header_is_noticed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"LRTRACE1", b"LRTRACE1\x02\0\0\0{}", b"LRTRACE1\x05\0\0\0[1,2]", b"GGUF" * 9]
+    "content", [b"", b"LRTRACE2", b"LRTRACE2\x02\0\0\0{}", b"LRTRACE2\x05\0\0\0[1,2]", b"GGUF" * 9]
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.bin"

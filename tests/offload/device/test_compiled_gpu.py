@@ -27,7 +27,7 @@ SOME = TOKENS[:24]
 class Everything:
     """A recorder sends all calls through Python."""
 
-    def record(self, layer: int, ids: Any) -> None:
+    def record(self, layer: int, ids: Any, scores: Any) -> None:
         pass
 
 

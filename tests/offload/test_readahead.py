@@ -133,9 +133,10 @@ def test_recorded_trace_holds_every_calls_experts(model_path: Path, tmp_path: Pa
         assert sum(call.ids.size for call in calls) == 4 * 150 * MODEL.n_used
         scored = [call for call in calls if call.scores is not None]
         assert {call.layer for call in scored} == set(source.moe_layers) - set(hash_tables(source))
-        for call in scored:  # the best scores are the choice
-            best = np.sort(np.argsort(-call.scores, axis=-1)[:, : MODEL.n_used], axis=-1)
-            np.testing.assert_array_equal(best, np.sort(call.ids, axis=-1))
+        for call in scored:  # the best scores are those of the chosen
+            chosen = np.take_along_axis(call.scores, call.ids, axis=-1)
+            best = np.sort(call.scores, axis=-1)[:, -MODEL.n_used :]
+            np.testing.assert_array_equal(np.sort(chosen, axis=-1), best)
 
 
 def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(tmp_path: Path) -> None:

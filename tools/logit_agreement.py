@@ -118,7 +118,8 @@ def compare(first: Logits, second: Logits, other: Logits) -> Agreement:
 
 def _centred(x: Logits) -> Logits:
     """A constant added to all logits of a position changes no probability."""
-    return x - x.mean(-1, keepdims=True)
+    centred: Logits = x - x.mean(-1, keepdims=True)
+    return centred
 
 
 def _kl(a: Logits, b: Logits) -> Logits:

@@ -65,7 +65,7 @@ def plan(
         base: type of all experts, for a model not converted yet.
         position: tokens already in the context when an answer begins; None: a quarter of the context, at most 8192.
         prompt_tokens: length of the prompt.
-        probe: measure drive and memory of this machine (a second or two, remembered for a month).
+        probe: measure drive and memory of this machine (a second or two, remembered for a day).
         limits: as for loading: `ram="48GiB"`, `context=131072`, ...
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 from localrun.engine.facts import ModelFacts
 from localrun.engine.measure.benchmark import FORMAT, Benchmark, MachineFacts, Phase
 from localrun.engine.planner.plan import Plan
-from localrun.engine.planner.speed import Range, Rate
+from localrun.engine.planner.speed import Range, Rate, in_company
 from localrun.units import format_size
 
 PARTS = (
@@ -108,6 +108,9 @@ def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
             lines.append(_terms(phase, expected.likely))
     if lines and plan is not None:
         lines.append(f"predicted with {plan.rates.source}")
+        if plan.machine.is_busy:
+            used = f"{plan.machine.others:.1f} of {plan.machine.n_cores} cores"
+            lines.append(f"answers predicted for a busy machine: before the run, other programs used {used}")
     return lines
 
 
@@ -148,7 +151,12 @@ _TERMS = {
 def _predictions(result: Benchmark, plan: Plan | None) -> Iterator[tuple[Phase, Range]]:
     for phase in result.phases if plan is not None and plan.decode is not None else ():
         assert plan is not None
-        yield phase, plan.decode_at(phase.context) if phase.kind == "decode" else plan.prefill_of(phase.n_tokens)
+        yield (
+            phase,
+            in_company(plan.decode_at(phase.context), plan.machine.company_factor)
+            if phase.kind == "decode"
+            else plan.prefill_of(phase.n_tokens),
+        )
 
 
 def comparison_lines(result: Benchmark, plain: Benchmark, plan: Plan | None) -> list[str]:

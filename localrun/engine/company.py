@@ -51,9 +51,12 @@ def cores() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def busy_seconds(cpus: Collection[int], stat: Path = _STAT) -> float | None:
+def busy_seconds(cpus: Collection[int], stat: Path = _STAT, *, low_priority: bool = False) -> float | None:
     """Seconds that these CPUs have spent since boot on programs of normal or higher priority, in user mode, and on other
     virtual machines (steal); None if the system does not report it.
+
+    Args:
+        low_priority: count programs of lower priority, too.
 
     `cpuN user nice system idle iowait irq softirq steal ...`, in units of 1 / SC_CLK_TCK (proc(5)).
     """
@@ -66,8 +69,14 @@ def busy_seconds(cpus: Collection[int], stat: Path = _STAT) -> float | None:
     for line in lines:
         name, *values = line.split()
         if name in wanted:
-            ticks += int(values[0]) + int(values[7])
+            ticks += int(values[0]) + int(values[7]) + low_priority * int(values[1])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def seconds_of_others() -> float:
+    """Seconds of this process's CPUs that other programs, of any priority, have used since boot; 0.0 if nobody says."""
+    busy = busy_seconds(cores(), low_priority=True)
+    return 0.0 if busy is None else busy - _own_seconds()
 
 
 def _own_seconds() -> float:

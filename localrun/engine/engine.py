@@ -19,6 +19,7 @@ import xxhash
 
 from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
+from localrun.engine.company import seconds_of_others
 from localrun.engine.facts import Json, ModelFacts
 from localrun.engine.first_context import FirstContext
 from localrun.engine.grammar import Grammars
@@ -26,6 +27,7 @@ from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
 from localrun.engine.options import EngineOptions, check_lengths
 from localrun.engine.planner import hardware
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
+from localrun.engine.planner.last_runs import Kind
 from localrun.engine.planner.plan import GpuShare, Plan
 from localrun.engine.planner.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
 from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
@@ -278,7 +280,12 @@ class Engine:
             attention_s=self.attention_ns / 1e9,
             experts_s=totals.compute_s,
             waiting_s=totals.wait_s,
+            reading_s=self._loaded.pool.residency.store.reading_s,
+            others_s=seconds_of_others(),
             disk_bytes=totals.bytes_read,
+            requests=totals.requests,
+            wasted=totals.guesses_wasted,
+            evictions=totals.evictions,
         )
 
     def learn_tokens(self, since: Spent, *, n_tokens: int, seconds: float, position: int) -> None:
@@ -290,7 +297,9 @@ class Engine:
             position: tokens in the context, on average.
         """
         if self.plan is not None and isinstance(self._loaded, OffloadedModel):
-            learn_tokens(self.plan, self.spent() - since, n_tokens=n_tokens, seconds=seconds, position=position)
+            kind: Kind = "answers" if self._loaded.learner.is_saved else "measurements"
+            cost = self.spent() - since
+            learn_tokens(self.plan, cost, n_tokens=n_tokens, seconds=seconds, position=position, kind=kind)
 
     def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Around each `llama_decode` of these tokens, for the expert path."""

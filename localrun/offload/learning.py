@@ -52,6 +52,11 @@ class Learner:
                 if isinstance(counts, Mapping):
                     self.profile.seed(counts, counted.get("tokens"))
 
+    @property
+    def is_saved(self) -> bool:
+        """These uses are a user's: later runs know them."""
+        return self._path is not None
+
     def keep_hottest(self) -> int:
         """Protects the profile's hottest experts from eviction where others can go; how many."""
         if self.profile.clock < PROFILE_MIN_TOKENS:

@@ -325,6 +325,7 @@ class MemoryStore:
     """A store without threads and files: a read that is not held ends at once, before `submit` returns."""
 
     depth, staging_bytes, reads_per_expert = 2, 0, 1
+    reading_s = 0.0
     layers, checksums = LAYERS, True
     files: Sequence[Path] = (Path("experts"),)
 

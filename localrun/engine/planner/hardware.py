@@ -7,15 +7,18 @@ than the assumption. Nothing here may fail a start: unknown values are assumed a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
+from localrun.engine.company import cores, seconds_of_others
 from localrun.engine.planner import drivers
 from localrun.engine.planner.cards import ASSUMED_BUS, Card, card_named, pcie_bytes_per_s
-from localrun.engine.planner.usual_rates import remembered_rates, usual_rates
+from localrun.engine.planner.last_runs import company_cost
+from localrun.engine.planner.usual_rates import sustained_rates, usual_rates
 from localrun.errors import LocalrunError
 from localrun.offload.gpu.rates import GpuRates, assumed_rates
 from localrun.offload.kernels.rates import CpuRates, ExpertRates
@@ -41,6 +44,27 @@ ASSUMED_BUS_BYTES_PER_S = pcie_bytes_per_s(*ASSUMED_BUS)
 
 SEEN = "tokens: "
 """Begins the names of rates that come from whole tokens."""
+
+BUSY_CORES = 0.35
+"""Cores that other programs may use before the machine counts as busy: a desktop's idle programs."""
+
+USUAL_COMPANY_COST = 1.0
+"""How much longer a token takes while others use all cores, where no run has shown it: each core is shared by two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What whole tokens have shown for one kind of model; empty: nothing.
+
+    Attributes:
+        rates: name as in `Rate.seconds`, or of a share of reads (`speed.py`) -> what was seen.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, assumed: float) -> float:
+        """What was seen, or what is assumed."""
+        return self.rates.get(name, assumed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +126,12 @@ class Hardware:
         memory_bytes_per_s: of RAM, all cores reading.
         n_threads: compute threads.
         cpu: our kernels' rates here; None: assumed from memory and threads.
-        seen: what whole tokens have shown here (`token_rates.py`), by `ModelSizes.formats`: a resource's rate inside a token
-            relative to what its kernels reach alone, by name as in `Rate.seconds`; of the drive, bytes per second of waiting.
+        seen: what whole tokens have shown here (`token_rates.py`), by `seen_key`. For a model's formats: a resource's rate inside
+            a token, relative to that of the `reference` machine; for all formats together: relative to this machine's probes.
+            Shares of reads as they are.
+        others: cores that other programs used before the probes.
+        n_cores: of the machine.
+        company_cost: how much longer a token takes while others use all of them.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
@@ -117,6 +145,9 @@ class Hardware:
     cpu: CpuRates | None = None
     gpus: tuple[Gpu, ...] = ()
     seen: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    others: float = 0.0
+    n_cores: int = 1
+    company_cost: float = USUAL_COMPANY_COST
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -124,16 +155,31 @@ class Hardware:
         """Of all GPUs."""
         return sum(gpu.vram_bytes for gpu in self.gpus)
 
+    @property
+    def reference(self) -> Hardware:
+        """A machine with as many threads whose rates are all assumed, and so are the same whatever a probe met."""
+        return replace(self, cpu=None, memory_bytes_per_s=ASSUMED_MEMORY_BYTES_PER_S)
+
+    @property
+    def is_busy(self) -> bool:
+        """Other programs used more than a desktop at rest."""
+        return self.others > BUSY_CORES
+
+    @property
+    def company_factor(self) -> float:
+        """How many times as long a token takes because of others; 1.0 if the machine isn't busy."""
+        return 1 + self.company_cost * min(1.0, self.others / self.n_cores) if self.is_busy else 1.0
+
+    def known(self, formats: str, *, reads: bool) -> Known:
+        """What tokens have shown for models in these formats; those that read experts are a kind of their own."""
+        return Known(self.seen.get(seen_key(formats, reads=reads), {}))
+
     def given(self, **values: object) -> Hardware:
         """With these values, marked as given; None leaves a value unchanged."""
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
         if "disk_bytes_per_s" in named:
-            others = {
-                formats: {name: rate for name, rate in rates.items() if name != "drive"}
-                for formats, rates in self.seen.items()
-            }
-            named |= {"drive": "", "seen": others}
+            named["drive"] = ""
         if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
             named |= {"cpu": None, "seen": {}}
             origin.pop("cpu", None)
@@ -152,7 +198,7 @@ def detect(
     """This machine.
 
     Args:
-        files: of the model, whose drive is measured (once a month, about a second); without any, a cached figure for the cache
+        files: of the model, whose drive is measured (once a day, about a second); without any, a cached figure for the cache
             folder's drive is used.
         n_threads: compute threads; 0: one per physical core.
         probe: measure bandwidths; otherwise use only what is free to determine and assume the rest.
@@ -160,6 +206,7 @@ def detect(
         specs: experts to measure the kernels with.
     """
     n_threads = n_threads or memory.physical_cores()
+    others = cores_of_others(LOOK_S) if probe else 0.0
     cpu, device = None, ""
     origin = {
         "ram_bytes": "measured",
@@ -173,8 +220,9 @@ def detect(
 
         drive = probe_disk(list(files) or [disk_profiles_path()])
         if drive.bytes_per_s is not None:
-            name, device = drive_name(drive.device), drive.device
-            disk_bytes_per_s, origin["disk_bytes_per_s"] = usual_rates({name: drive.bytes_per_s})[name], "measured"
+            device, origin["disk_bytes_per_s"] = drive.device, "measured"
+            # What tokens have read says more than a second of nothing else.
+            disk_bytes_per_s = sustained_rates(drive_name(device)).get(drive_name(device), drive.bytes_per_s)
         memory_bytes_per_s, origin["memory_bytes_per_s"] = probe_memory(), "measured"
         if specs:
             from localrun.offload.kernels.probe import probe_cpu
@@ -196,6 +244,9 @@ def detect(
         cpu=cpu,
         gpus=local_gpus(probe=probe) if gpus else (),
         seen=seen_tokens(n_threads) if probe else {},
+        others=others,
+        n_cores=len(cores()),
+        company_cost=(company_cost() if probe else None) or USUAL_COMPANY_COST,
         origin=origin,
     )
 
@@ -221,20 +272,41 @@ def _usual(
     return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
 
 
+LOOK_S = 0.2
+"""How long a load looks at what other programs use; /proc/stat has a resolution of 10 ms."""
+
+
+def cores_of_others(seconds: float) -> float:
+    """Cores that other programs use, of any priority, while this one sleeps."""
+    before, started = seconds_of_others(), time.monotonic()
+    time.sleep(seconds)
+    return max(0.0, seconds_of_others() - before) / (time.monotonic() - started)
+
+
 def drive_name(device: str) -> str:
     """The name under which a week remembers a drive's rate."""
     return f"drive {device}"
 
 
-def seen_name(resource: str, formats: str, n_threads: int) -> str:
-    """The name under which a week remembers what tokens have shown of a resource."""
-    return f"{SEEN}{resource}, {formats}, {n_threads} threads"
+def seen_key(formats: str, *, reads: bool) -> str:
+    """The kind of model that tokens have shown something for.
+
+    Args:
+        formats: `ModelSizes.formats`; empty: all.
+        reads: experts are read meanwhile.
+    """
+    return (formats or "any formats") + (" with reads" if reads else "")
+
+
+def seen_name(resource: str, key: str, n_threads: int) -> str:
+    """The name under which a week remembers what tokens have shown of a resource; `key` as `seen_key`."""
+    return f"{SEEN}{resource}, {key}, {n_threads} threads"
 
 
 def seen_tokens(n_threads: int) -> dict[str, dict[str, float]]:
     """`Hardware.seen` of this machine."""
     seen: dict[str, dict[str, float]] = {}
-    for name, rate in remembered_rates(SEEN).items():
+    for name, rate in sustained_rates(SEEN).items():
         parts = name.removeprefix(SEEN).split(", ")
         if len(parts) == 3 and parts[2] == f"{n_threads} threads":
             seen.setdefault(parts[1], {})[parts[0]] = rate

@@ -1,11 +1,13 @@
-"""Expert hit rates for a given resident share: from published measurements, or from the user's own profile.
+"""Expert hit rates for a given resident share: seen in the model's last runs, from its profile, or from published measurements.
 
 A rate is the share of (token, expert) requests in steady decode. Two curves bound real use: one topic for a long time, and
-short unrelated prompts. The same data gives the number of experts that a prompt batch touches.
+short unrelated prompts. Of a model that nobody has seen here, not even how unevenly it routes is known: a third curve bounds that.
+The same data gives the number of experts that a prompt batch touches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from localrun.engine.planner.last_runs import Kind, last_hits
 from localrun.offload.cache.profile import RoutingProfile, profile_path
 
 PUBLISHED = ((0.0, 0.0), (0.10, 0.58), (0.15, 0.68), (0.25, 0.77), (0.30, 0.80), (0.40, 0.85), (0.50, 0.90), (1.0, 1.0))
@@ -23,6 +26,10 @@ V4-Pro, so this one is used."""
 
 TOPIC_CHANGES = 0.15
 """Deducted for short unrelated prompts: 10 to 20 points (SGLang's expert pack: 46 to 54 % where the curve says 68)."""
+
+UNEVEN = 1.8
+"""Exponent on the published curve's misses for a model that uses its experts less evenly. [m] Random weights, a router fitted to
+that curve, 8.3 and 16.6 % of the experts in memory: 30 and 17 % misses, where the curve says 52 and 31."""
 
 LRU_GAIN = 0.41
 """Share of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace
@@ -45,6 +52,10 @@ class HitRates(Protocol):
 
     def unsteady(self, share: float) -> float:
         """When topics change."""
+        ...
+
+    def best(self, share: float) -> float:
+        """While the topic stays, if the model uses its experts as unevenly as can be expected."""
         ...
 
     def hottest(self, share: float) -> float:
@@ -72,6 +83,10 @@ class Curve:
         """See `HitRates`. The loss shrinks with the non-resident share: at 100 % resident there is none."""
         rate = self.steady(share)
         return max(0.0, rate - TOPIC_CHANGES * min(1.0, (1 - rate) / 0.2))
+
+    def best(self, share: float) -> float:
+        """See `HitRates`."""
+        return float(1 - (1 - self.steady(share)) ** UNEVEN)
 
     def hottest(self, share: float) -> float:
         """See `HitRates`; `LRU_GAIN` taken back. Never less than chance."""
@@ -112,6 +127,10 @@ class Learned:
         static = self.hottest(share)
         return static + LRU_GAIN * (1 - static) * min(1.0, share / 0.05)
 
+    def best(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.steady(share)
+
     def use(self) -> npt.NDArray[np.float64]:
         """See `HitRates`."""
         return _use(self.hottest)
@@ -120,36 +139,52 @@ class Learned:
 class Seen:
     """From the uses that a run has counted so far: the same experts at the same rates, through one LRU for all layers.
 
-    Tokens are taken to choose independently, so that LRU's hits follow from the rates alone (Che, Tung and Wang 2002): an
-    expert is in memory if one of the last t tokens used it, with t such that as many are as fit. Topics would add hits.
+    Tokens are taken to choose independently, so that their order says nothing. Then the counts alone say, without any assumption
+    about how uneven the routing is, how many different experts t of these tokens use on average, and how likely one of t others
+    has used what a token asks for: an expert used by c of n tokens is missed by t random ones with the chance
+    C(n - c, t) / C(n, t). LRU holds what the last t tokens used, with t such that as many are as fit. What would hold more than
+    all of these tokens used is read off the published curve, scaled to go through the last point. Topics would add hits.
 
     Args:
-        counts: uses of each layer's experts.
+        counts: tokens that used each of a layer's experts, by layer.
         n_used: experts of a layer that a token uses.
     """
 
     def __init__(self, counts: Sequence[npt.NDArray[np.float64]], n_used: int) -> None:
+        self._counts = np.rint(np.concatenate(counts)).astype(np.int64)
+        self._n_experts = self._counts.size
+        n_tokens = max(2, round(max(float(layer.sum()) for layer in counts) / n_used))
         chances = [expected_counts(layer) * (n_used / max(1.0, float(layer.sum()))) for layer in counts]
-        self._chances = np.minimum(np.sort(np.concatenate(chances))[::-1], 1.0)
-        shares = self._chances / max(float(self._chances.sum()), 1e-300)
-        self._static = np.concatenate([[0.0], shares.cumsum()])
-        self.source = f"the routing of this run, {round(float(sum(layer.sum() for layer in counts)))} uses"
+        chance = np.minimum(np.sort(np.concatenate(chances))[::-1], 1.0)
+        self._static = np.concatenate([[0.0], (chance / max(float(chance.sum()), 1e-300)).cumsum()])
+        self._shares, self._hits = self._curve(n_tokens)
+        self._beyond = Scaled(Curve(), float(self._shares[-1]), float(self._hits[-1]))
+        self.source = f"the routing of this run, {n_tokens} tokens"
+
+    def _curve(self, n: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(k,) resident shares and hit rates at LRU windows of 0 to n - 1 tokens."""
+        uses, n_experts = np.unique(np.minimum(self._counts[self._counts > 0], n), return_counts=True)
+        windows = np.unique(np.rint(np.geomspace(1, n - 1, _POINTS)).astype(np.int64))
+        shares, hits = [0.0], [0.0]
+        for t in windows:
+            shares.append(float((n_experts * (1 - _missed(uses, n, t))).sum()) / self._n_experts)
+            asked = n_experts * uses
+            # A layer's own visits lie a whole token apart: of t tokens, t - 1/2 on average have been there.
+            missed = (_missed(uses - 1, n - 1, t) + _missed(uses - 1, n - 1, t - 1)) / 2
+            hits.append(float((asked * (1 - missed)).sum() / max(1, asked.sum())))
+        return np.array(shares), np.array(hits)
 
     def steady(self, share: float) -> float:
         """See `HitRates`."""
-        chances, n_fit = self._chances, min(max(share, 0.0), 1.0) * self._chances.size
-        if n_fit >= np.count_nonzero(chances):
-            return 1.0
-        low, high = 0.0, 1.0
-        while (1 - (1 - chances) ** high).sum() < n_fit:
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if (1 - (1 - chances) ** middle).sum() < n_fit else (low, middle)
-        # A layer's own visits lie a whole token apart: of t tokens, t - 1/2 on average have been there.
-        return float((chances * (1 - (1 - chances) ** max(0.0, high - 0.5))).sum() / chances.sum())
+        if share <= self._shares[-1]:
+            return float(np.interp(share, self._shares, self._hits))
+        return self._beyond.steady(share)
 
     def unsteady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.steady(share)
+
+    def best(self, share: float) -> float:
         """See `HitRates`."""
         return self.steady(share)
 
@@ -159,8 +194,77 @@ class Seen:
 
     def use(self) -> npt.NDArray[np.float64]:
         """See `HitRates`."""
-        grid = np.linspace(0, 1, _GRID + 1) * self._chances.size
+        grid = np.linspace(0, 1, _GRID + 1) * self._n_experts
         return _use_of(np.interp(grid, np.arange(self._static.size), self._static))
+
+
+_POINTS = 60
+
+
+def _missed(uses: npt.NDArray[np.int64], n: int, t: int) -> npt.NDArray[np.float64]:
+    """Chance that t of n tokens, drawn without replacement, are none of the `uses` (k,) that used an expert."""
+    factors = np.arange(t)
+    left = n - uses[:, None] - factors
+    chance: npt.NDArray[np.float64] = np.prod(np.maximum(left, 0) / (n - factors), axis=1)
+    return chance
+
+
+class Scaled:
+    """Other rates, changed to go through a point that was seen.
+
+    A model that routes more evenly or less is taken to hit at a share of s what `rates` have at k s. [m] Whole Flash, random
+    weights, 70 % hits with 8.3 % of the experts in memory and 83 % with 16.6 %: from the one, the published curve so stretched
+    gives the other as 82 %. Stretched that way, a curve ends at 1/k, too early or never. So beyond the point, misses that are a
+    power of those of `rates` bound it, which changes nothing where all is resident.
+
+    Args:
+        rates: for another model, or from another source.
+        share, hits: the point.
+        source: for people.
+    """
+
+    def __init__(self, rates: HitRates, share: float, hits: float, source: str = "") -> None:
+        self._rates, self._share = rates, share
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if rates.steady(middle) < hits else (low, middle)
+        self._stretch = high / share
+        misses = math.log(_kept(1 - rates.steady(share)))
+        self._power = math.log(_kept(1 - hits)) / misses
+        self.source = source or rates.source
+
+    def _scaled(self, curve: Callable[[float], float], share: float) -> float:
+        stretched = curve(min(1.0, self._stretch * share))
+        if share <= self._share:
+            return stretched
+        bound = float(1 - max(0.0, 1 - curve(share)) ** self._power)
+        return min(stretched, bound) if self._stretch >= 1 else max(stretched, bound)
+
+    def steady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self._scaled(self._rates.steady, share)
+
+    def unsteady(self, share: float) -> float:
+        """See `HitRates`."""
+        return self._scaled(self._rates.unsteady, share)
+
+    def best(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.steady(share)
+
+    def hottest(self, share: float) -> float:
+        """See `HitRates`."""
+        return self._rates.hottest(share)
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """See `HitRates`."""
+        return self._rates.use()
+
+
+def _kept(misses: float) -> float:
+    """Neither none nor all, for logarithms."""
+    return min(0.999, max(1e-3, misses))
 
 
 def expected_counts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -199,6 +303,10 @@ class Unlearned:
     def unsteady(self, share: float) -> float:
         """See `HitRates`."""
         return self.rates.unsteady(share)
+
+    def best(self, share: float) -> float:
+        """See `HitRates`."""
+        return self.rates.best(share)
 
     def hottest(self, share: float) -> float:
         """See `HitRates`."""
@@ -252,15 +360,26 @@ TOPICS_TOKENS = 2000
 """A shorter profile reflects one conversation rather than a user."""
 
 
-def hit_rates(identity: str, shapes: dict[int, int]) -> HitRates:
-    """The user's own rates if the profile is long enough, else the published curve.
+def hit_rates(identity: str, shapes: dict[int, int], *, learned: bool = True) -> HitRates:
+    """What the model's own routing has shown: hits of its last runs, else its profile if that is long enough; else the published
+    curve.
 
     Args:
         identity: of the model; empty if there is none.
         shapes: experts by block number.
+        learned: for answers; False: for a measurement, whose tokens are made up, and which uses no profile.
     """
+    rates: HitRates = Curve()
     if identity and profile_path(identity).is_file():
         profile = RoutingProfile.load(identity, shapes)
         if profile.clock >= MIN_PROFILE_TOKENS:
-            return Learned(profile, list(shapes))
-    return Curve()
+            rates = Learned(profile, list(shapes))
+    if not learned:
+        rates = Unlearned(rates)
+    kinds: tuple[Kind, Kind] = ("answers", "measurements")
+    for kind in (kinds if learned else reversed(kinds)) if identity else ():
+        last = last_hits(identity, kind)
+        if last is not None:
+            source = f"{last.hits:.0%} with {last.share:.0%} of the experts in RAM in the last {kind}"
+            return Scaled(rates, last.share, last.hits, source)
+    return rates

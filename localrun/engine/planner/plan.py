@@ -10,7 +10,15 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates
 from localrun.engine.planner.sizes import ModelSizes
-from localrun.engine.planner.speed import Range, Rate, ResidentShares, predict_decode, predict_prefill, slowest
+from localrun.engine.planner.speed import (
+    Range,
+    Rate,
+    ResidentShares,
+    in_company,
+    predict_decode,
+    predict_prefill,
+    slowest,
+)
 from localrun.engine.planner.text import plan_json, plan_lines
 
 AS_FAST = 0.95
@@ -147,6 +155,12 @@ class Plan:
         """Of experts that need no drive."""
         at = self.placement
         return min(1.0, (at.ram_experts + at.gpu_experts) / max(1, self.sizes.n_copies))
+
+    @property
+    def decode_now(self) -> Range | None:
+        """`decode`, as long as other programs use what they used when the machine was looked at."""
+        factor = self.machine.company_factor
+        return self.decode if self.decode is None or factor == 1 else in_company(self.decode, factor)
 
     @property
     def plain_is_as_fast(self) -> bool:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import Hardware
-from localrun.engine.planner.hit_rates import HitRates, Seen, Unlearned, hit_rates
+from localrun.engine.planner.hit_rates import HitRates, Scaled, Seen, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plain import predict_plain
 from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, resident_shares
@@ -49,21 +49,23 @@ def plan_load(
     Raises:
         BudgetError: it can't fit; the message has the numbers, the hint the nearest setting that fits.
     """
-    rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
+    shapes = dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts)
     return make_plan(
         sizes,
         machine,
         PlanOptions.of(options),
         suggest=suggest,
-        rates=rates if learned else Unlearned(rates),
+        rates=hit_rates(sizes.identity, shapes, learned=learned),
         gpu=gpu or GpuShare(),
     )
 
 
 def with_routing(plan: Plan, counts: Sequence[npt.NDArray[np.float64]]) -> Plan:
-    """A load's plan, knowing how often its run has used each expert, by layer: hits from that. Predictions are made anew when asked
-    for (`decode_at`, `prefill_of`)."""
-    return replace(plan, rates=Seen(counts, plan.sizes.shape.n_used)) if counts and plan.decode is not None else plan
+    """A load's plan, knowing how often its run has used each expert, by layer: hits from that, unless earlier runs have shown them.
+    Predictions are made anew when asked for (`decode_at`, `prefill_of`)."""
+    if not counts or plan.decode is None or isinstance(plan.rates, Scaled):
+        return plan
+    return replace(plan, rates=Seen(counts, plan.sizes.shape.n_used))
 
 
 def make_plan(

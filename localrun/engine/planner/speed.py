@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hardware import Hardware, Known
 from localrun.engine.planner.hit_rates import HitRates, touched
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.offload.gpu.rates import GpuRates
@@ -61,22 +61,32 @@ DISK_SHARE = (0.75, 1.0, 1.0)
 """Effective read rate for misses, relative to the probed rate: low, likely, high. Without read-ahead, one expert's three pieces
 keep fewer reads in flight than the probe."""
 
-HIDDEN_READS = (0.5, 0.7, 1.0)
-"""Part of a token's reads that may hide behind its computing: reads of the next layer's likely experts and of hash layers go on
-while others are multiplied; what nobody guessed is waited for. [m] Whole Flash in MXFP4 on two cores. Where reading took
-longer than computing, all of the computing hid reads: 0.98 s read, 0.40 computed, 0.58 waited; 0.81, 0.58, 0.23 (0.72 hidden). With
-guesses alternately on and off at 67 % hits, 0.63 were hidden; before there were guesses, 0.5 (0.52 read, 0.26 waited)."""
+HIDDEN_READS = (0.4, 0.58, 0.85)
+"""Part of a token's reads that hides behind its computing: reads of the next layer's likely experts and of hash layers go on
+while others are multiplied; what nobody guessed is waited for. More than the computing takes can't hide. [m] Whole Flash on two
+cores, a drive of 1.5 GB/s: in MXFP4 0.58 (1.19 GB read, 0.33 s waited), in Q2_K 0.53 (0.42 GB, 0.13 s). 0.6 and 0.54 of these
+reads had been guessed."""
 
-PACK_SHARE = 1 / 6
-"""Rate of packing experts into their slots on the computing cores, relative to RAM bandwidth. [m] Whole Flash, two
-cores: experts took 0.18 s at 65 and at 81 % hits, 0.08 and 0.10 by the probe of that hour: 12 and 9 GB/s at 73 and 52 of RAM."""
+USEFUL_READS = 0.86
+"""Part of the bytes read that a layer then uses; the rest are wrong guesses. [m] The same runs: 0.87 and 0.85."""
+
+PACK_SHARE = 1 / 4
+"""Rate of packing experts into their slots on the computing cores, relative to RAM bandwidth. [m] The same runs: experts took 169
+and 120 ms, 100 and 92 by the probe: 17 and 15 GB/s at 57 of RAM."""
+
+INSIDE = {"dense model in RAM": 0.5, "layers": 0.75}
+"""Rate inside a token that reads, relative to what the probe of a single kernel gives or, of layers, to what slices take: reads,
+checks and packing use the same cores. [m] The same runs: dense matrices 0.52 and 0.43, layers 0.73 and 0.91."""
+
+INSIDE_THREADS = 4
+"""`INSIDE` is for few cores; with more, nothing is known, and the probes' rates are used as they are."""
 
 PROMPT_HIDDEN_READS = (0.0, 0.5, 1.0)
 """The same for a prompt, where the next layer is read ahead too, at the drive's probed rate. [m] The slice under 2,
 3 and 5 GiB, nine prompts: 0.5 fits best on average."""
 
-WAITED = "drive"
-"""Name in `Hardware.seen` of bytes read per second of waiting for them: more than the drive gives, as most reads are hidden."""
+HIDDEN, USEFUL = "hidden reads", "useful reads"
+"""Names in `Hardware.seen` of what `HIDDEN_READS` and `USEFUL_READS` assume."""
 
 SECOND_DRIVE_GAIN = 0.375
 """A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
@@ -163,26 +173,58 @@ def predict_decode(
     """Speed of answers with `position` tokens in the context."""
     used = len(sizes.shape.moe_layers) * sizes.shape.n_used
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
-    seen = machine.seen.get(sizes.formats, {}) if shares.is_cpu_only else {}
+    known = machine.known(sizes.formats, reads=True) if shares.is_cpu_only else Known()
 
     def rate(hits: float, estimate: int) -> Rate:
-        disk_bytes = (1 - hits) * used * shares.miss_bytes
-        seconds = computing(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
-        seconds = {name: s / seen.get(name, 1.0) for name, s in seconds.items()}
+        disk_bytes = (1 - hits) * used * shares.miss_bytes / known.of(USEFUL, USEFUL_READS)
+        seconds = inside(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
         read_s = disk_bytes / (DISK_SHARE[estimate] * drive_bytes_per_s(machine))
-        seconds["drive"] = waiting(read_s, sum(seconds.values()), HIDDEN_READS[estimate])
-        if estimate == 1 and WAITED in seen:
-            seconds["drive"] = disk_bytes / seen[WAITED]
+        hidden = known.of(HIDDEN, HIDDEN_READS[estimate])
+        seconds["drive"] = waiting(read_s, sum(seconds.values()), hidden)
         return Rate(tokens_per_s=1 / sum(seconds.values()), hit_rate=hits, disk_bytes=disk_bytes, seconds=seconds)
 
-    unsteady, steady = (
-        max(curve(shares.share), on_gpu) if sizes.n_copies else 1.0 for curve in (rates.unsteady, rates.steady)
+    unsteady, steady, best = (
+        max(curve(shares.share), on_gpu) if sizes.n_copies else 1.0
+        for curve in (rates.unsteady, rates.steady, rates.best)
     )
-    low, likely, high = rate(unsteady, 0), rate(steady, 1), rate(steady, 2)
-    if WAITED in seen:  # what was seen is likely, whatever the assumptions around it are
-        low = min(low, likely, key=lambda rate: rate.tokens_per_s)
-        high = max(high, likely, key=lambda rate: rate.tokens_per_s)
-    return _widened(low, likely, high)
+    return _widened(rate(unsteady, 0), rate(steady, 1), rate(best, 2))
+
+
+def inside(
+    sizes: ModelSizes,
+    shares: ResidentShares,
+    machine: Hardware,
+    on_gpu: float,
+    disk_bytes: float,
+    *,
+    position: int,
+    kv_type: str,
+) -> dict[str, float]:
+    """Seconds as `computing` has them, but as they are inside whole tokens: as seen on this machine, or as usual."""
+
+    def by_rates_of(machine: Hardware) -> dict[str, float]:
+        return computing(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
+
+    alone = by_rates_of(machine)
+    if not shares.is_cpu_only:
+        return alone
+    reads = disk_bytes >= FEW_READS * used_bytes(sizes, shares)
+    usual = INSIDE if machine.cpu is not None and machine.n_threads <= INSIDE_THREADS and reads else {}
+    others, same = machine.known("", reads=reads), machine.known(sizes.formats, reads=reads)
+    by_reference = by_rates_of(machine.reference)
+    return {
+        name: by_reference[name] / same.rates[name] if name in same.rates else s / others.of(name, usual.get(name, 1.0))
+        for name, s in alone.items()
+    }
+
+
+def used_bytes(sizes: ModelSizes, shares: ResidentShares) -> float:
+    """Bytes of the experts that a token uses."""
+    return len(sizes.shape.moe_layers) * sizes.shape.n_used * shares.miss_bytes
+
+
+FEW_READS = 0.02
+"""Share of a token's expert bytes below which reads don't matter for what else it does."""
 
 
 def computing(
@@ -215,7 +257,7 @@ def computing(
 
 def waiting(read_s: float, computing_s: float, hidden: float = HIDDEN_READS[1]) -> float:
     """Seconds of a token's reads that nothing hides."""
-    return read_s - min(hidden * read_s, computing_s)
+    return max((1 - hidden) * read_s, read_s - computing_s)
 
 
 def dense_token(
@@ -412,6 +454,16 @@ def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
         few_s=sum(part.few_s for part in parts),
         many_s=sum(part.many_s for part in parts),
     )
+
+
+def in_company(span: Range, factor: float) -> Range:
+    """The same while other programs make everything slower."""
+
+    def slower(rate: Rate) -> Rate:
+        seconds = {name: factor * s for name, s in rate.seconds.items()}
+        return replace(rate, tokens_per_s=rate.tokens_per_s / factor, seconds=seconds)
+
+    return Range(low=slower(span.low), likely=slower(span.likely), high=slower(span.high))
 
 
 def _widened(low: Rate, likely: Rate, high: Rate) -> Range:

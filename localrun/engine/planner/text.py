@@ -47,6 +47,7 @@ def plan_lines(plan: Plan, *, faster: bool = True) -> list[str]:
     lines.append(
         f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction from "
         f"{'measured' if machine.cpu is not None else 'assumed'} kernels); most of the time: {plan.decode.likely.limit}"
+        + _busy(plan)
         + _plain(plan)
     )
     return [*lines, _faster(plan)] if faster else lines
@@ -62,6 +63,13 @@ def _faster(plan: Plan) -> str:
         if s.phase == "prompts"
     ]
     return f"faster   {'; '.join(best) or 'nothing the planner knows of'}"
+
+
+def _busy(plan: Plan) -> str:
+    machine, now = plan.machine, plan.decode_now
+    if now is None or not machine.is_busy:
+        return ""
+    return f"; busy now: other programs use {machine.others:.1f} of {machine.n_cores} cores, answers {_span(now)} meanwhile"
 
 
 def _plain(plan: Plan) -> str:
@@ -156,6 +164,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "memory_bytes_per_s": machine.memory_bytes_per_s,
             "n_threads": machine.n_threads,
             "cpu": _cpu_json(machine.cpu),
+            "others": machine.others,
+            "n_cores": machine.n_cores,
+            "company_factor": machine.company_factor,
             "gpus": [
                 {
                     "name": gpu.name,
@@ -190,6 +201,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "hit_rates": plan.rates.source,
         "decode": _range_json(plan.decode),
+        "decode_now": _range_json(plan.decode_now),
         "prefill": _range_json(plan.prefill),
         "plain_llama_cpp": None
         if plan.plain is None

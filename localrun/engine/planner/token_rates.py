@@ -1,22 +1,44 @@
-"""What whole tokens show about this machine: how much slower kernels are inside a token than alone, and what waiting costs.
+"""What whole tokens show about this machine: how fast kernels are inside a token, how many reads they hide, what was in memory.
 
 A probe runs one kernel at a time, on warm caches. Inside a token, matrices follow each other, threads wake for each, and reads and
-packing use the same cores. How much that costs depends on the machine, so tokens are compared with what the probes' rates would
-give, with the bytes that were read; the ratios are remembered as rates are (`usual_rates.py`), and later plans use them. The
-drive was probed once, maybe when others used it: what tokens have read in their time is a lower bound of its rate.
+packing use the same cores. How much that costs depends on the machine, so tokens are compared with what the planner's arithmetic
+gives for the bytes that were really read. The ratios are remembered as rates are (`usual_rates.py`), and later plans use them: for
+models in the same formats relative to a machine of assumed rates, which no probe's bad moment can change, and for models in
+other formats relative to the probes.
+
+The drive's rate is measured while it reads. Hits and what company costs are remembered apart (`last_runs.py`). What others
+have slowed down teaches nothing but that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from localrun.engine.planner.hardware import drive_name, seen_name
+from localrun.engine.planner.hardware import BUSY_CORES, Hardware, drive_name, seen_key, seen_name
+from localrun.engine.planner.last_runs import Kind, remember_company, remember_hits
 from localrun.engine.planner.plan import Plan, resident_shares
-from localrun.engine.planner.speed import WAITED, computing
+from localrun.engine.planner.speed import (
+    FEW_READS,
+    HIDDEN,
+    HIDDEN_READS,
+    USEFUL,
+    ResidentShares,
+    computing,
+    drive_bytes_per_s,
+    inside,
+    used_bytes,
+    waiting,
+)
 from localrun.engine.planner.usual_rates import usual_rates
 
 MIN_TOKENS = 16
 """Fewer say little: the first ones warm caches."""
+
+MIN_DRIVE_BYTES = 1 << 30
+"""Less says little about the drive's rate."""
+
+FULL = 0.5
+"""Evictions per read from which on memory counts as full: before, everything is read once, and hits say nothing."""
 
 _BOUNDS = (0.1, 10.0)
 """What a ratio may be; beyond, something else was measured."""
@@ -24,38 +46,52 @@ _BOUNDS = (0.1, 10.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """Seconds by what passed them, and bytes read meanwhile."""
+    """Seconds by what passed them, and what happened meanwhile.
+
+    Attributes:
+        reading_s: with at least one read under way.
+        others_s: core seconds of other programs.
+        disk_bytes: read, guesses included.
+        requests: pairs of a token and an expert.
+        wasted: experts read and not used.
+        evictions: experts displaced.
+    """
 
     matrices_s: float = 0.0
     attention_s: float = 0.0
     experts_s: float = 0.0
     waiting_s: float = 0.0
+    reading_s: float = 0.0
+    others_s: float = 0.0
     disk_bytes: int = 0
+    requests: int = 0
+    wasted: int = 0
+    evictions: int = 0
 
     def __sub__(self, before: Spent) -> Spent:
         return Spent(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
 
 
-def token_ratios(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int) -> dict[str, float]:
-    """Name as in `Hardware.seen` -> ratio; none for tokens in which a GPU has a part.
+def others_in(cost: Spent, seconds: float) -> float:
+    """Cores that other programs used meanwhile."""
+    return max(0.0, cost.others_s) / seconds
+
+
+def token_ratios(
+    plan: Plan, cost: Spent, machine: Hardware, *, n_tokens: int, seconds: float, position: int
+) -> dict[str, float]:
+    """Name as in `Hardware.seen` -> ratio to that machine's rates, or a share of reads.
 
     Args:
         cost: of tokens that were decoded one by one.
+        machine: whose rates.
         seconds: of all of them.
         position: tokens in the context, on average.
     """
-    shares = resident_shares(plan.sizes, plan.machine, plan.placement, adaptive=plan.options.adaptive)
+    shares = _shares(plan)
     n = n_tokens
-    if n < MIN_TOKENS or plan.decode is None or not shares.is_cpu_only:
-        return {}
     alone = computing(
-        plan.sizes,
-        shares,
-        plan.machine,
-        0.0,
-        cost.disk_bytes / n,
-        position=position,
-        kv_type=plan.options.kv_type,
+        plan.sizes, shares, machine, 0.0, cost.disk_bytes / n, position=position, kv_type=plan.options.kv_type
     )
     named_s = cost.matrices_s + cost.attention_s + cost.experts_s + cost.waiting_s
     measured = {
@@ -67,17 +103,65 @@ def token_ratios(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, posi
     low, high = _BOUNDS
     ratios = {name: alone[name] * n / spent_s for name, spent_s in measured.items() if spent_s > 0}
     ratios = {name: ratio for name, ratio in ratios.items() if low <= ratio <= high}
-    if cost.waiting_s > 0:
-        ratios[WAITED] = cost.disk_bytes / cost.waiting_s
+    if cost.disk_bytes and _reads(plan, cost, n):
+        if 0 < cost.waiting_s < cost.reading_s:
+            ratios[HIDDEN] = 1 - cost.waiting_s / cost.reading_s
+        ratios[USEFUL] = max(0.1, 1 - cost.wasted * shares.miss_bytes / cost.disk_bytes)
     return ratios
 
 
-def learn_tokens(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int) -> None:
-    """Remembers what these tokens show, for later plans. Arguments as `token_ratios`."""
-    ratios = token_ratios(plan, cost, n_tokens=n_tokens, seconds=seconds, position=position)
-    formats, n_threads = plan.sizes.formats, plan.machine.n_threads
-    rates = {seen_name(name, formats, n_threads): ratio for name, ratio in ratios.items()}
-    if ratios and plan.machine.drive:
-        rates[drive_name(plan.machine.drive)] = cost.disk_bytes / seconds  # it can do at least that
+def hits_seen(plan: Plan, cost: Spent) -> float | None:
+    """Share of requests that needed no read; None while memory isn't full."""
+    shares = _shares(plan)
+    n_reads = cost.disk_bytes / shares.miss_bytes
+    if not cost.requests or not 0 < shares.share < 1 or cost.evictions < FULL * n_reads or n_reads == 0:
+        return None
+    return min(1.0, max(0.0, 1 - (n_reads - cost.wasted) / cost.requests))
+
+
+def quiet_token_s(plan: Plan, cost: Spent, *, n_tokens: int, position: int) -> float:
+    """Seconds of a token as the plan has them for what was really read, with nothing else running."""
+    machine, disk_bytes = plan.machine, cost.disk_bytes / n_tokens
+    seconds = sum(
+        inside(
+            plan.sizes, _shares(plan), machine, 0.0, disk_bytes, position=position, kv_type=plan.options.kv_type
+        ).values()
+    )
+    hidden = machine.known(plan.sizes.formats, reads=True).of(HIDDEN, HIDDEN_READS[1])
+    return seconds + waiting(disk_bytes / drive_bytes_per_s(machine), seconds, hidden)
+
+
+def learn_tokens(
+    plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int, kind: Kind = "answers"
+) -> None:
+    """Remembers what these tokens show, for later plans; nothing if a GPU has a part in them. Arguments as `token_ratios`."""
+    shares, sizes = _shares(plan), plan.sizes
+    if n_tokens < MIN_TOKENS or plan.decode is None or not shares.is_cpu_only:
+        return
+    hits = hits_seen(plan, cost)
+    if hits is not None and sizes.identity:
+        remember_hits(sizes.identity, kind, share=shares.share, hits=hits, tokens=n_tokens)
+    if plan.machine.drive and cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0:
+        name = drive_name(plan.machine.drive)
+        usual_rates({name: cost.disk_bytes / cost.reading_s})  # however busy the machine: it can do at least that
+    if others_in(cost, seconds) > BUSY_CORES:
+        if plan.machine.is_busy:
+            longer = seconds / n_tokens / quiet_token_s(plan, cost, n_tokens=n_tokens, position=position) - 1
+            remember_company(max(0.0, longer) * plan.machine.n_cores / plan.machine.others)
+        return
+    reads = _reads(plan, cost, n_tokens)
+    rates: dict[str, float] = {}
+    for formats, machine in ((sizes.formats, plan.machine.reference), ("", plan.machine)):
+        ratios = token_ratios(plan, cost, machine, n_tokens=n_tokens, seconds=seconds, position=position)
+        key = seen_key(formats, reads=reads)
+        rates |= {seen_name(name, key, machine.n_threads): ratio for name, ratio in ratios.items()}
     if rates:
         usual_rates(rates)
+
+
+def _shares(plan: Plan) -> ResidentShares:
+    return resident_shares(plan.sizes, plan.machine, plan.placement, adaptive=plan.options.adaptive)
+
+
+def _reads(plan: Plan, cost: Spent, n_tokens: int) -> bool:
+    return cost.disk_bytes / n_tokens >= FEW_READS * used_bytes(plan.sizes, _shares(plan))

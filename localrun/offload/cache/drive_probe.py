@@ -1,9 +1,12 @@
 """Measures read speeds: of the model's drive, bypassing the page cache, and of RAM.
 
 The disk probe determines how many reads of what size keep the drive busy (`ExpertStore`'s readers and pieces), and the resulting
-bandwidth (for the planner). It reads random positions of the model's files for about a second, once per drive; the result is
+bandwidth (for the planner). It reads random positions of the model's files for about a second, once a day and drive; the result is
 cached under `cache_dir()`. Nothing here may fail a start: if measuring or caching fails, published values are used, with a
 warning.
+
+A rate is what the drive can do, not what it did in a bad second: other programs, and on a virtual machine its neighbours, can only
+make it slower. So of each combination the best run counts, and a day's measurement lowers an earlier one only little by little.
 
 Method: threads keep reads in flight, like the store. A rate is all bytes divided by the time from the first read's start to the
 last one's end. (Excluding start and end of such a short run would be worse: with 16 reads of 4 MiB, completions come in bursts,
@@ -17,6 +20,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -47,8 +51,14 @@ PIECES: Final = (1 << 20, 2 << 20, 4 << 20)
 MIN_FILE_BYTES: Final = 64 << 20
 """Smaller files would measure the drive's cache rather than the drive."""
 
-MAX_AGE_S: Final = 30 * 86400.0
-_VERSION: Final = 2
+MAX_AGE_S: Final = 86400.0
+UNSTEADY_AGE_S: Final = 600.0
+"""Profiles of moments in which runs of the same kind differed by more than `_UNSTEADY` are measured again soon."""
+_UNSTEADY: Final = 1.5
+_FADING: Final = 0.97
+"""What an earlier measurement still counts when a new one is lower: a drive that has become slower for good is known to be a fifth
+slower after a week."""
+_VERSION: Final = 3
 _RUN_S: Final = 0.1
 _TIE: Final = 0.97
 """Fewer and smaller reads in flight win when they reach this share of the best rate: they cost less memory and latency."""
@@ -65,7 +75,8 @@ class DiskProfile:
         direct: the reads bypassed the page cache (O_DIRECT).
         device: `major:minor`, file system and source of the mount.
         measured_at: seconds since the epoch; 0.0: not measured.
-        tried: "reads x KiB" -> bytes per second of every combination that was measured.
+        tried: "reads x KiB" -> bytes per second of every combination that was measured, in its best run.
+        unsteady: runs of the same kind differed much: something else used the drive.
     """
 
     n_reads: int = DEFAULT_READS
@@ -75,6 +86,12 @@ class DiskProfile:
     device: str = ""
     measured_at: float = 0.0
     tried: dict[str, float] = field(default_factory=dict)
+    unsteady: bool = False
+
+    @property
+    def max_age_s(self) -> float:
+        """How long it is good for."""
+        return UNSTEADY_AGE_S if self.unsteady else MAX_AGE_S
 
     @property
     def measured(self) -> bool:
@@ -86,14 +103,14 @@ class DiskProfile:
 
 
 def probe_disk(
-    paths: Sequence[Path], *, refresh: bool = False, max_age_s: float = MAX_AGE_S, memory: Path | None = None
+    paths: Sequence[Path], *, refresh: bool = False, max_age_s: float | None = None, memory: Path | None = None
 ) -> DiskProfile:
     """The profile of the drive that holds most of these files, cached or measured (about a second).
 
     Args:
         paths: files of the model; folders stand for the files in them.
         refresh: measure even if there is a cached profile.
-        max_age_s: older profiles are remeasured.
+        max_age_s: older profiles are remeasured; None: after a day, or ten minutes if the drive was in use.
         memory: file of cached profiles, by default `disk_profiles_path()`.
 
     Returns:
@@ -104,13 +121,15 @@ def probe_disk(
     if not files:
         return DiskProfile()
     known = _recall(memory, device)
-    if known is not None and not refresh and 0 <= time.time() - known.measured_at < max_age_s:
-        return known
+    if known is not None and not refresh:
+        limit_s = known.max_age_s if max_age_s is None else max_age_s
+        if 0 <= time.time() - known.measured_at < limit_s:
+            return known
     if sum(size for _, size in files) < MIN_FILE_BYTES:
         return known or DiskProfile(device=device)
     try:
         with _Files(files) as opened:
-            profile = _measure(opened, device)
+            profile = _measure(opened, device, known)
     except OSError as error:
         log.warning("%s: could not measure the drive: %s", files[0][0], error.strerror)
         return known or DiskProfile(device=device)
@@ -197,23 +216,33 @@ class _Files:
         self.close()
 
 
-def _measure(files: _Files, device: str) -> DiskProfile:
-    """Numbers of reads with large pieces, then pieces with the best number, then the three best once more."""
+def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> DiskProfile:
+    """Numbers of reads with large pieces, then pieces with the best number, then the three best twice more.
+
+    Args:
+        known: an earlier profile of the same drive.
+    """
     runs: dict[tuple[int, int], list[float]] = {}
-    rates: dict[tuple[int, int], float] = {}
 
     def run(n_reads: int, piece: int) -> None:
-        own = runs.setdefault((n_reads, piece), [])
-        own.append(_measured_bytes_per_s(files, n_reads, piece))
-        rates[n_reads, piece] = sum(own) / len(own)
+        runs.setdefault((n_reads, piece), []).append(_measured_bytes_per_s(files, n_reads, piece))
+
+    def best_of(pair: tuple[int, int]) -> float:
+        return max(runs[pair])
 
     for n_reads in READS:
         run(n_reads, PIECES[-1])
-    best_reads = max(READS, key=lambda n_reads: rates[n_reads, PIECES[-1]])
+    best_reads = max(READS, key=lambda n_reads: best_of((n_reads, PIECES[-1])))
     for piece in PIECES[:-1]:
         run(best_reads, piece)
-    for n_reads, piece in sorted(rates, key=lambda pair: -rates[pair])[:3]:
-        run(n_reads, piece)
+    again = sorted(runs, key=lambda pair: -best_of(pair))[:3]
+    for _ in range(2):  # in turns: a bad moment then meets all of them
+        for n_reads, piece in again:
+            run(n_reads, piece)
+    rates = {pair: best_of(pair) for pair in runs}
+    for name, rate in known.tried.items() if known is not None else ():
+        n_reads, kib = (int(part) for part in name.split(" x "))
+        rates[n_reads, kib << 10] = max(rates.get((n_reads, kib << 10), 0.0), _FADING * rate)
     best = max(rates.values())
     if best <= 0:
         return DiskProfile(device=device)
@@ -228,6 +257,7 @@ def _measure(files: _Files, device: str) -> DiskProfile:
         device=device,
         measured_at=time.time(),
         tried={f"{n_reads} x {piece >> 10}": round(rate) for (n_reads, piece), rate in sorted(rates.items())},
+        unsteady=any(max(own) > _UNSTEADY * min(own) for own in runs.values()),
     )
 
 
@@ -278,6 +308,9 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
             and profile.bytes_per_s is not None
             and float(profile.bytes_per_s) > 0
             and float(profile.measured_at) >= 0
+            and all(
+                re.fullmatch(r"[1-9]\d{0,2} x [1-9]\d{0,6}", name) and rate > 0 for name, rate in profile.tried.items()
+            )
         )
         if not sound:
             raise ValueError("impossible values")

@@ -17,6 +17,7 @@ import mmap
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class ExpertStore:
         self._lost = [LostWeights(copy) for copy in copies]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
+        self._n_reading, self._reading_s, self._reading_since = 0, 0.0, 0.0
         buffer_bytes, halves = buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
@@ -107,6 +109,12 @@ class ExpertStore:
     def direct(self) -> bool:
         """True if all files are read past the page cache."""
         return all(handle.direct for copies in self._files for handle in copies)
+
+    @property
+    def reading_s(self) -> float:
+        """See `Store`."""
+        with self._lock:
+            return self._reading_s + (time.perf_counter() - self._reading_since if self._n_reading else 0.0)
 
     def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
         """See `Store`."""
@@ -222,6 +230,9 @@ class ExpertStore:
         with self._lock:
             first = min(range(len(copies)), key=self._under_way.__getitem__)
             self._under_way[first] += piece.need
+            if self._n_reading == 0:
+                self._reading_since = time.perf_counter()
+            self._n_reading += 1
         copy = first
         try:
             _read_from(copies[first], piece)
@@ -234,6 +245,9 @@ class ExpertStore:
         finally:
             with self._lock:
                 self._under_way[first] -= piece.need
+                self._n_reading -= 1
+                if self._n_reading == 0:
+                    self._reading_s += time.perf_counter() - self._reading_since
         with piece.ticket._lock:
             piece.ticket._copies.add(copy)
 

@@ -135,6 +135,11 @@ class Store(Protocol):
     staging_bytes: int
     completions: queue.SimpleQueue[Ticket]
 
+    @property
+    def reading_s(self) -> float:
+        """Seconds so far with at least one read under way; any thread."""
+        ...
+
     def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
         """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
 

@@ -31,12 +31,12 @@ from localrun.engine.options import EngineOptions
 from localrun.engine.planner import boxes, hardware, sizes
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, PROCESS_BYTES, Gpu, Hardware
-from localrun.engine.planner.hit_rates import Curve, Learned, Seen, touched
+from localrun.engine.planner.hit_rates import Curve, Learned, Scaled, Seen, touched
 from localrun.engine.planner.placement import gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
-from localrun.engine.planner.speed import ResidentShares, experts_on, predict_decode
+from localrun.engine.planner.speed import experts_on
 from localrun.engine.planner.token_time import TokenTime
 from localrun.engine.planner.usual_rates import KEPT, MAX_AGE_S, usual_rates
 from localrun.errors import BudgetError, LocalrunError, UsageError
@@ -359,9 +359,51 @@ def test_hits_follow_from_the_routing_that_a_run_has_seen() -> None:
             lru.move_to_end(pair)
             if len(lru) > share * 256:
                 lru.popitem(last=False)
-        assert rates.steady(share) == pytest.approx(np.mean(hits[3000:]), abs=0.05)
+        assert rates.steady(share) == pytest.approx(np.mean(hits[3000:]), abs=0.03)
     assert rates.steady(1.0) == 1
     assert rates.use().sum() == pytest.approx(1)
+
+
+def test_sixty_tokens_tell_hits_without_assuming_how_uneven_the_routing_is() -> None:
+    """Popular experts by Zipf's law, which an estimate by a Dirichlet distribution takes for more even than they are."""
+    rng = np.random.default_rng(5)
+    law = 1 / np.arange(1, 257) ** 1.8
+    shares = [rng.permutation(law / law.sum()) for _ in range(6)]
+
+    def token() -> list[tuple[int, int]]:
+        return [(i, int(e)) for i, p in enumerate(shares) for e in rng.choice(256, 6, False, p)]
+
+    counts = [np.zeros(256) for _ in shares]
+    for layer, expert in (pair for _ in range(60) for pair in token()):
+        counts[layer][expert] += 1
+    rates = Seen(counts, 6)
+    for share in (0.06, 0.15, 0.4):  # the last one holds more than the sixty tokens used
+        lru: OrderedDict[tuple[int, int], None] = OrderedDict()
+        hits = []
+        for pair in (pair for _ in range(300) for pair in token()):
+            hits.append(pair in lru)
+            lru[pair] = None
+            lru.move_to_end(pair)
+            if len(lru) > share * 6 * 256:
+                lru.popitem(last=False)
+        assert rates.steady(share) == pytest.approx(np.mean(hits[-3000:]), abs=0.04)
+
+
+def test_hits_of_one_size_tell_those_of_another() -> None:
+    scaled = Scaled(Curve(), 0.083, 0.70)
+    assert scaled.steady(0.083) == pytest.approx(0.70)
+    assert scaled.steady(0.0) == 0
+    assert scaled.steady(1.0) == 1
+    # Whole Flash, random weights, lossless and at two bits: the same routing in a cache twice as large (`recorded.py`).
+    assert scaled.steady(0.1656) == pytest.approx(0.831, abs=0.02)
+    assert Scaled(Curve(), 0.1656, 0.831).steady(0.083) == pytest.approx(0.70, abs=0.02)
+    even = Scaled(Curve(), 0.25, 0.25)
+    assert even.steady(0.5) == pytest.approx(0.5, abs=0.02), "by chance"
+    assert even.steady(1.0) == 1
+    for rates in (scaled, even):
+        steady = [rates.steady(share) for share in np.linspace(0, 1, 101)]
+        assert np.all(np.diff(steady) >= 0)
+        assert all(rates.unsteady(share) <= rates.steady(share) for share in np.linspace(0, 1, 11))
 
 
 def test_a_short_profile_promises_nothing_for_changing_topics() -> None:
@@ -372,28 +414,6 @@ def test_a_short_profile_promises_nothing_for_changing_topics() -> None:
     rates = Learned(profile, [0])
     assert rates.steady(0.1) > 0.95
     assert rates.unsteady(0.1) == Curve().unsteady(0.1)
-
-
-def test_whole_flash_is_planned_within_a_quarter_of_what_was_measured(flash: ModelSizes) -> None:
-    """Two cores, 1.23 GB/s, 73 GB/s of RAM; hits as they were: the rest is the sum over resources."""
-
-    def planned(model: ModelSizes, hits: float, dense: float, decode_s: float) -> float:
-        rates = {group.types: ExpertRates(decode_s=decode_s, few_s=1, many_s=1) for group in model.experts}
-        machine = replace(
-            BOX,
-            disk_bytes_per_s=1.23e9,
-            memory_bytes_per_s=73e9,
-            n_threads=2,
-            cpu=CpuRates(dense_bytes_per_s=dense, dense_macs_per_s=1e12, experts=rates),
-        )
-        shares = ResidentShares(ram_share=0.1, miss_bytes=model.miss_bytes(adaptive=False))
-        known = Curve([(0.0, hits), (0.1, hits), (1.0, 1.0)])
-        likely = predict_decode(model, shares, machine, known, position=100, kv_type="f16").likely
-        return 1 / likely.tokens_per_s
-
-    assert planned(flash, 0.65, 73e9, 13.37e6 / 43.6e9) == pytest.approx(0.88, rel=0.25)
-    small = sizes_of("flash", base=format_of("q2_k"), dense=format_of("q4_k"))
-    assert planned(small, 0.79, 73e9, 8.26e6 / 34e9) == pytest.approx(0.39, rel=0.25)
 
 
 def test_a_batch_touches_more_experts_the_longer_it_is_and_misses_fewer_the_more_there_are() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -240,6 +241,21 @@ def test_the_other_copy_serves_what_one_cannot_read(
     assert [desk.take().error for _ in tickets] == [None] * N_EXPERTS
     assert all(desk.is_right(ticket.slot) for ticket in tickets)
     assert "reading the other copy" in caplog.text
+
+
+@pytest.mark.parametrize("harness", ["on two copies"], indirect=True)
+def test_time_counts_as_reading_while_a_read_is_under_way(desk: Desk) -> None:
+    assert desk.store.reading_s == 0
+    desk.harness.hold()
+    desk.submit(0, 0)
+    deadline = time.monotonic() + TIMEOUT_S
+    while (before := desk.store.reading_s) == 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.001)
+    assert desk.store.reading_s > before > 0
+    desk.harness.release()
+    assert desk.take().error is None
+    assert desk.store.reading_s == desk.store.reading_s, "nothing is read"
 
 
 def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put_together(tmp_path: Path) -> None:

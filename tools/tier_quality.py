@@ -29,12 +29,15 @@ from localrun.engine.measure.calibrate import Calibration, calibrate
 from localrun.engine.measure.calibration_text import CalibrationText, default_text
 from localrun.engine.measure.evaluate import Scores, evaluate
 from localrun.engine.options import EngineOptions
+from localrun.ggml import types
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.checkpoint.source import CheckpointSource
+from localrun.quant.formats.quantize import dequantize_rows, prepare_weights
 from localrun.quant.model.source import Encoding, Extent, Projection
 from localrun.quant.precision.error import exact_weights, measure_errors, rounded
+from localrun.quant.precision.importance import F32
 from localrun.quant.precision.solver import (
     ExpertCosts,
     HotBudget,
@@ -47,6 +50,8 @@ from localrun.quant.precision.solver import (
 
 _T = GGMLQuantizationType
 FORMATS = (_T.IQ2_XXS, _T.Q2_K, _T.IQ3_XXS, _T.Q3_K, _T.MXFP4)
+OTHERS = (_T.IQ1_S, _T.IQ1_M, _T.TQ2_0, _T.IQ2_XS, _T.IQ2_S)
+"""Measured uniformly only: localrun does not convert to the first three, and has no fast kernel for any of them."""
 Formats = Callable[[int, int], GGMLQuantizationType]
 
 
@@ -64,7 +69,7 @@ class SimulatedSource(CheckpointSource):
                     for number, recipe in enumerate(original.base_expert(layer, expert)):
                         values = exact_weights(original, recipe)
                         weights = calibration.importance.weights(layer, expert, number) if calibration else None
-                        kept = values if kind == _T.MXFP4 else rounded(values, kind, weights)
+                        kept = values if kind == _T.MXFP4 else _rounded(values, kind, weights)
                         self._at[layer, expert, number] = Extent(0, file.tell(), values.nbytes)
                         file.write(kept.tobytes())
 
@@ -85,6 +90,17 @@ class SimulatedSource(CheckpointSource):
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         return CheckpointSource(self.plan).read_tensor(name)
+
+
+def _rounded(values: F32, kind: GGMLQuantizationType, weights: F32 | None) -> F32:
+    """`precision.error.rounded`, also for what only ggml quantizes."""
+    if kind not in OTHERS:
+        return rounded(values, kind, weights)
+    rows = np.empty(values.shape[0] * types.block_type(kind).row_bytes(values.shape[1]), np.uint8)
+    prepared = prepare_weights(weights, values.shape[1], kind, kind.name)
+    address = None if prepared is None else prepared.ctypes.data
+    types.quantize(kind, values.ctypes.data, *values.shape, rows.ctypes.data, address)
+    return dequantize_rows(rows, kind).reshape(values.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +195,8 @@ def run(model: Path, n_tokens: int, n_threads: int, calibrate_with: str) -> dict
         experiment.measure("exact (mxfp4)", _lookup({}, _T.MXFP4), expected=0.0)
         for kind in FORMATS[:-1]:
             experiment.measure(f"uniform {kind.name.lower()}", _lookup({}, kind), expected=costs.uniform(kind).error)
+        for kind in OTHERS:
+            experiment.measure(f"uniform {kind.name.lower()}", _lookup({}, kind))
         experiment.measure("uniform q2_k, no importance", _lookup({}, _T.Q2_K), with_importance=False)
         weights = _layer_weights(experiment, costs)
         weighted = ExpertCosts.build(moe, FORMATS, importance.route_weights, errors.errors, weights)

@@ -1,4 +1,5 @@
-"""Quantizes F32 rows to any block type and back: with our quantizers where they exist (`k_quantize`), with ggml's otherwise.
+"""Quantizes F32 rows to any block type and back: with our quantizers where they exist (`k_quantize`,
+`grid_quantize`), with ggml's otherwise.
 
 Chooses the quantizer, and does the checks that the C code lacks: it aborts the process on NaN, on rows that are not whole
 blocks, on missing importance weights, and where squares of tiny numbers underflow. Everything that passes `quantize_rows` is
@@ -15,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.errors import FormatError
 from localrun.ggml import types
-from localrun.quant.formats import k_quantize, kernels
+from localrun.quant.formats import grid_quantize, k_quantize, kernels
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -74,7 +75,7 @@ def quantize_rows(
     *,
     ours: bool = True,
 ) -> Bytes:
-    """Quantizes rows: by `k_quantize` the types that it has, the others as llama.cpp does.
+    """Quantizes rows: with our quantizers where there is one for the type, otherwise as llama.cpp does.
 
     Args:
         values: `(n_out, n_in)`, contiguous.
@@ -103,6 +104,10 @@ def quantize_rows(
     assert values.flags.c_contiguous
     if kind in k_quantize.TYPES and ours:
         k_quantize.quantize(values, kind, weights, out)
+        return out
+    if kind == _T.IQ2_XXS and ours:
+        assert weights is not None
+        grid_quantize.quantize(values, weights, out)
         return out
     if kind in _GRID_TYPES:
         flushed = np.empty_like(values)

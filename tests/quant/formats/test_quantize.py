@@ -125,7 +125,7 @@ def test_every_source_dtype_is_decoded_right_and_its_loss_is_measured(dtype: str
         assert loss.relative_rms == pytest.approx(relative_rms(values.astype(np.float64), decoded), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", sorted(K_TYPES))
+@pytest.mark.parametrize("kind", [*sorted(K_TYPES), QT.IQ2_XXS])
 @pytest.mark.parametrize("fp4", [True, False])
 def test_our_quantizers_lose_no_more_than_ggmls_and_do_not_depend_on_how_rows_are_cut(kind: QT, fp4: bool) -> None:
     rng = np.random.default_rng(13)
@@ -147,3 +147,15 @@ def test_our_quantizers_lose_no_more_than_ggmls_and_do_not_depend_on_how_rows_ar
         assert loss(ours) < loss(quantize_rows(values, kind, weights, ours=False))
         cut = [quantize_rows(values[a:b], kind, weights) for a, b in ((0, 1), (1, 6), (6, 30), (30, 37))]
         np.testing.assert_array_equal(np.concatenate(cut), ours)
+
+
+def test_rows_of_more_groups_than_are_searched_together_are_quantized_like_their_parts() -> None:
+    rng = np.random.default_rng(17)
+    values, importance = rng.standard_normal((3, 2304), dtype=np.float32), rng.lognormal(0, 1, 2304).astype(np.float32)
+    importance[0] = importance[2048] = importance.max()  # so that the parts' importance is scaled alike
+    parts = [
+        quantize_rows(np.ascontiguousarray(values[:, a:b]), QT.IQ2_XXS, importance[a:b].copy()).reshape(3, -1)
+        for a, b in ((0, 2048), (2048, 2304))
+    ]
+    whole = quantize_rows(values, QT.IQ2_XXS, importance).reshape(3, -1)
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)

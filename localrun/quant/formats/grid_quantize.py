@@ -1,0 +1,45 @@
+"""Our quantizer for IQ2_XXS: 12 times ggml's speed at a lower error (`grid_kernels` says how).
+
+Measured as in `k_quantize`, one core of Zen 4: 30 million weights/s where ggml has 2.5, and a relative RMS error of 0.233 where
+ggml has 0.263 (without rounding to FP4: 0.233 and 0.264; without importance: 0.330 and 0.347).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import gguf.quants
+import numpy as np
+import numpy.typing as npt
+
+from localrun.quant.formats import grid_kernels as kernels
+
+Floats = npt.NDArray[np.float32]
+
+
+@functools.cache
+def _grid() -> Floats:
+    """(256, 8) magnitudes."""
+    gguf.quants.IQ2_XXS.init_grid()
+    return np.ascontiguousarray(np.asarray(gguf.quants.IQ2_XXS.grid, np.float32).reshape(256, 8))
+
+
+def quantize(values: Floats, weights: Floats, out: npt.NDArray[np.uint8]) -> None:
+    """Quantizes rows. Releases the interpreter lock; uses one thread.
+
+    Args:
+        values: `(n_out, n_in)`, contiguous, finite, within F16's range; n_in a multiple of 256.
+        weights: importance of the columns, prepared (`quantize.prepare_weights`).
+        out: the rows' bytes, flat.
+    """
+    n_out, n_in = values.shape
+    assert n_in % 256 == 0
+    assert values.flags.c_contiguous
+    assert weights.shape == (n_in,)
+    assert out.size == n_out * n_in // 256 * 66
+    grid = _grid()
+    squares = np.zeros((256, n_in // 8 + kernels.LANES), np.float32)
+    squares[:, : n_in // 8] = np.square(grid) @ weights.reshape(-1, 8).T
+    scratch = np.zeros(kernels.ROWS * kernels.PITCH, np.float32)
+    flat, out16 = values.reshape(-1), out.view(np.uint16)
+    kernels.quantize_iq2_xxs(flat, weights, n_in, grid.reshape(-1), squares.reshape(-1), scratch, out, out16)

@@ -99,7 +99,8 @@ def _rounded(values: F32, kind: GGMLQuantizationType, weights: F32 | None) -> F3
     rows = np.empty(values.shape[0] * types.block_type(kind).row_bytes(values.shape[1]), np.uint8)
     prepared = prepare_weights(weights, values.shape[1], kind, kind.name)
     address = None if prepared is None else prepared.ctypes.data
-    types.quantize(kind, values.ctypes.data, *values.shape, rows.ctypes.data, address)
+    n_out, n_in = values.shape
+    types.quantize(kind, values.ctypes.data, n_out, n_in, rows.ctypes.data, address)
     return dequantize_rows(rows, kind).reshape(values.shape)
 
 

@@ -12,7 +12,8 @@ import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
-from localrun.quant.formats import grid_kernels as kernels
+from localrun.quant.formats.grid_kernels import ROWS, quantize_iq2_xxs
+from localrun.quant.formats.k_kernels import LANES, PITCH
 
 Floats = npt.NDArray[np.float32]
 
@@ -38,8 +39,8 @@ def quantize(values: Floats, weights: Floats, out: npt.NDArray[np.uint8]) -> Non
     assert weights.shape == (n_in,)
     assert out.size == n_out * n_in // 256 * 66
     grid = _grid()
-    squares = np.zeros((256, n_in // 8 + kernels.LANES), np.float32)
+    squares = np.zeros((256, n_in // 8 + LANES), np.float32)
     squares[:, : n_in // 8] = np.square(grid) @ weights.reshape(-1, 8).T
-    scratch = np.zeros(kernels.ROWS * kernels.PITCH, np.float32)
+    scratch = np.zeros(ROWS * PITCH, np.float32)
     flat, out16 = values.reshape(-1), out.view(np.uint16)
-    kernels.quantize_iq2_xxs(flat, weights, n_in, grid.reshape(-1), squares.reshape(-1), scratch, out, out16)
+    quantize_iq2_xxs(flat, weights, n_in, grid.reshape(-1), squares.reshape(-1), scratch, out, out16)

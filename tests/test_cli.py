@@ -133,7 +133,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ["run", "-p", "x", "--max-tokens", "0"],
         ["run", "-p", "x", "--max-tokens", "-1"],
         ["run", "-p", "x", "--ram", "24"],
-        ["run", "-p", "x", "--batch", "0"],
+        ["run", "-p", "x", "--batch", "-1"],
     ],
 )
 def test_wrong_usage_is_2_and_says_why_on_stderr(

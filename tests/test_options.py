@@ -178,12 +178,12 @@ def test_numbers_are_shown_without_exponents(value: float, text: str) -> None:
 def test_lengths_are_checked_against_the_model() -> None:
     check_lengths(4096, n_ctx=4096, n_batch=4096)
     check_lengths(0, n_ctx=2**20, n_batch=16384)  # a model that doesn't say
-    check_lengths(256, n_ctx=256, n_batch=512)  # the default is no promise
+    check_lengths(256, n_ctx=256, n_batch=0)  # the plan keeps to it
     with pytest.raises(UsageError, match="a context of 4097 tokens"):
         check_lengths(4096, n_ctx=4097, n_batch=512)
     with pytest.raises(UsageError, match="steps of 4097 tokens"):
         check_lengths(4096, n_ctx=0, n_batch=4097)
-    check_lengths(0, n_ctx=256, n_batch=512)
+    check_lengths(0, n_ctx=256, n_batch=256)
     check_lengths(4096, n_ctx=1024, n_batch=1024)
     with pytest.raises(UsageError, match="steps of 1025 tokens are longer than a context of 1024"):
         check_lengths(4096, n_ctx=1024, n_batch=1025)

@@ -172,10 +172,10 @@ def _again(engine: Any, tokens: Sequence[int]) -> Any:
 
 def _open(task: Task) -> Any:
     from localrun.engine.engine import Engine
-    from localrun.engine.options import EngineOptions
+    from localrun.engine.options import DEFAULT_BATCH, EngineOptions
 
     n_ctx = max(1024, task.prompt_tokens + task.new_tokens)
-    options = EngineOptions(n_ctx=n_ctx, n_threads=task.threads, ram_bytes=task.ram_bytes)
+    options = EngineOptions(n_ctx=n_ctx, n_batch=DEFAULT_BATCH, n_threads=task.threads, ram_bytes=task.ram_bytes)
     if task.engine == "localrun":
         return Engine.open(task.model, options, learn=False)
     from localrun.engine.measure.stock import open_stock

@@ -155,7 +155,7 @@ def table(plan: Plan) -> list[str]:
     lines += [f"  {part:<16}{format_size(size):>12}" for part, size in sizes.dense.items()]
     cache = sizes.kv(plan.n_ctx, plan.options.kv_type, plan.options.n_batch)
     lines += [f"  {f'cache: {part}':<24}{format_size(size):>12}" for part, size in cache.items()]
-    lines.append(f"  {'buffers':<24}{format_size(at.compute_bytes):>12}")
+    lines.append(f"  {f'buffers, batches of {plan.options.n_batch}':<24}{format_size(at.compute_bytes):>12}")
     if plan.decode is None or plan.prefill is None:
         return lines
     for name, span in (("answers", plan.decode), ("prompts", plan.prefill)):

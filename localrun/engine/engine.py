@@ -24,12 +24,15 @@ from localrun.engine.facts import Json, ModelFacts
 from localrun.engine.first_context import FirstContext
 from localrun.engine.grammar import Grammars
 from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
-from localrun.engine.options import EngineOptions, check_lengths
+from localrun.engine.options import DEFAULT_BATCH, EngineOptions, check_lengths
 from localrun.engine.planner import hardware
-from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus
+from localrun.engine.planner.batch import BatchChoice
+from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus, wanted_gpus
+from localrun.engine.planner.hardware import Hardware
+from localrun.engine.planner.hit_rates import hit_rates
 from localrun.engine.planner.last_runs import Kind
-from localrun.engine.planner.plan import GpuShare, Plan
-from localrun.engine.planner.planner import DEFAULT_CONTEXT, SMALL_BYTES, plan_load
+from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions
+from localrun.engine.planner.planner import DEFAULT_CONTEXT, batch_for, is_large, plan_load
 from localrun.engine.planner.sizes import ModelSizes, sizes_of_source
 from localrun.engine.planner.token_rates import Spent, learn_tokens
 from localrun.engine.session import Session
@@ -89,6 +92,7 @@ class Engine:
         self._loaded = loaded
         self._first = first
         self._sessions: list[Session] = []
+        options = replace(options, n_batch=options.n_batch or DEFAULT_BATCH)
         self.options = options
         self.plan = plan
         self.vocab = Vocab(loaded.model)
@@ -121,11 +125,17 @@ class Engine:
         source = open_model(Path(path), dense=dense_type(options.dense))
         sizes = sizes_of_source(source)
         n_ctx = _context_length(sizes, options)
+        machine = _machine(source, sizes, options)
+        batch = None if options.n_batch else _choose_batch(sizes, options, machine, learn=learn)
+        if batch is not None:
+            options = replace(options, n_batch=batch.n_batch)
         placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()
         while True:
             first = _first_context(options, placement, n_ctx)
             try:
-                plan, loaded = cls._load(source, sizes, options, placement, report, announce, first, learn=learn)
+                plan, loaded = cls._load(
+                    source, sizes, options, machine, placement, batch, report, announce, first, learn=learn
+                )
                 break
             except GpuMemoryError as error:
                 if not placement.n_gpu_layers:
@@ -151,14 +161,16 @@ class Engine:
         source: ModelSource,
         sizes: ModelSizes,
         options: EngineOptions,
+        machine: Hardware,
         placement: GpuPlacement,
+        batch: BatchChoice | None,
         report: Callable[[float, str], None],
         announce: Callable[[Plan], None] | None,
         first: FirstContext | None,
         *,
         learn: bool,
     ) -> tuple[Plan, OffloadedModel]:
-        plan = _plan(source, sizes, options, placement, learn=learn)
+        plan = _plan(sizes, options, machine, placement, batch, learn=learn)
         if announce is not None:
             announce(plan)
         offload = OffloadOptions(
@@ -380,24 +392,40 @@ def _first_context(options: EngineOptions, placement: GpuPlacement, n_ctx: int) 
     return FirstContext(device.name, options, n_ctx=n_ctx, n_threads=options.n_threads or memory.physical_cores())
 
 
-def _plan(
-    source: ModelSource, sizes: ModelSizes, options: EngineOptions, placement: GpuPlacement, *, learn: bool
-) -> Plan:
-    """Budgets and expectations of a load. A model that is small enough not to matter costs no measurement."""
-    is_large = sum(info.n_bytes for info in source.tensors.values()) >= SMALL_BYTES
-    n_drives = 2 if options.mirror else 1
-    machine = hardware.detect(
+def _machine(source: ModelSource, sizes: ModelSizes, options: EngineOptions) -> Hardware:
+    """What this load runs on, but its GPUs. A model that is small enough not to matter costs no measurement."""
+    return hardware.detect(
         source.files,
         n_threads=options.n_threads,
-        probe=is_large,
-        n_drives=n_drives,
+        probe=is_large(sizes),
+        n_drives=2 if options.mirror else 1,
         specs=sizes.specs,
     )
-    gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large)
+
+
+def _choose_batch(sizes: ModelSizes, options: EngineOptions, machine: Hardware, *, learn: bool) -> BatchChoice:
+    """For a load that leaves it to the plan, before GPUs are divided and measured: their rates are assumed."""
+    machine = replace(machine, gpus=hardware.measured_gpus(wanted_gpus(options), probe=False))
+    shapes = dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts)
+    rates = hit_rates(sizes.identity, shapes, learned=learn)
+    return batch_for(sizes, machine, PlanOptions.of(options), rates)
+
+
+def _plan(
+    sizes: ModelSizes,
+    options: EngineOptions,
+    machine: Hardware,
+    placement: GpuPlacement,
+    batch: BatchChoice | None,
+    *,
+    learn: bool,
+) -> Plan:
+    """Budgets and expectations of a load."""
+    gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large(sizes))
     share = GpuShare(dense_share=placement.dense_share, expert_bytes=sum(size for _, size in placement.experts))
     ram_bytes = None if machine.ram_bytes is None else max(0, machine.ram_bytes - placement.ram_bytes)
     machine = replace(machine, gpus=gpus, ram_bytes=ram_bytes)
-    return plan_load(sizes, options, machine, share, suggest=is_large, learned=learn)
+    return plan_load(sizes, options, machine, share, batch=batch, suggest=is_large(sizes), learned=learn)
 
 
 def dense_bytes(source: ModelSource) -> int:

@@ -18,6 +18,10 @@ GpuName = str
 """`auto`, `none`, or the name of a ggml device."""
 
 
+DEFAULT_BATCH = 512
+"""Prompt tokens per batch where neither anybody says nor a plan chooses: models that are too small to predict, stock llama.cpp."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How a model is loaded.
@@ -29,7 +33,7 @@ class EngineOptions:
         rpc: comma-separated `HOST:PORT` of llama.cpp rpc-servers on other machines; their devices count as GPUs.
         n_ctx: tokens that the context holds; 0: as many as the model was trained for, at most `DEFAULT_CONTEXT`.
         n_threads: CPU threads; 0: one per physical core.
-        n_batch: maximum tokens per forward pass during prefill.
+        n_batch: maximum tokens per forward pass during prefill; 0: chosen by the plan (`planner/batch.py`).
         kv_type: number format of the KV cache, one of `KV_TYPES`.
         dense: type that an official checkpoint's FP8 dense matrices are converted to, by name; None: `q8_0`. Only for those.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
@@ -90,17 +94,15 @@ def check_context(n_ctx: int, trained: int) -> None:
 
 def check_lengths(trained: int, *, n_ctx: int, n_batch: int) -> None:
     """Raises UsageError for a context or steps beyond what a model was trained for (`trained` 0: nobody knows), and for steps
-    longer than the context (`n_ctx` 0: as the model likes).
-
-    The default step is no promise: a smaller model or context takes smaller ones.
+    longer than the context (`n_ctx` 0: as the model likes). `n_batch` 0 is none: the plan chooses.
     """
     check_context(n_ctx, trained)
-    if n_ctx and n_batch > max(n_ctx, BY_NAME["batch"].default):
+    if n_ctx and n_batch > n_ctx:
         raise UsageError(
             f"steps of {n_batch} tokens are longer than a context of {n_ctx}",
             hint=f"use --batch {n_ctx} or less, or a longer --context",
         )
-    if trained and n_batch > max(trained, BY_NAME["batch"].default):
+    if trained and n_batch > trained:
         raise UsageError(
             f"steps of {n_batch} tokens are longer than the {trained} that this model was trained for",
             hint=f"--batch {trained} is the most",

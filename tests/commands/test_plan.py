@@ -66,7 +66,7 @@ def test_a_pipe_gets_no_bars_and_each_suggestion_is_a_command(capsys: pytest.Cap
     advised = out[out.index("what would be faster") : out.index("to get it")].splitlines()
     assert not [line for line in advised if "localrun plan" in line]
     assert not [line for line in out.splitlines() if line.startswith("faster ")], "said once"
-    assert "      prompts " in out
+    assert " in batches of 2048 (prompts " in out
 
 
 def test_a_plan_s_lines_go_without_what_would_be_faster(plan: Plan) -> None:

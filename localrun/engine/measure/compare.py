@@ -44,7 +44,7 @@ def compare_models(
         FormatError: the models' vocabularies or tokenizers differ.
         DiskSpaceError: no room for the reference's logits.
     """
-    options = replace(options, n_ctx=window, n_batch=min(options.n_batch, window))
+    options = replace(options, n_ctx=window, n_batch=min(options.n_batch or window, window))
     with paths.scratch_folder("compare-") as folder:
 
         def run(label: str, path: Path, **folders: Path) -> Scores:

@@ -41,6 +41,12 @@ class GpuPlacement:
     spare: Mapping[str, int] = field(default_factory=dict)
 
 
+def wanted_gpus(options: EngineOptions) -> list[GpuDevice]:
+    """The devices that a load may use. Raises as `choose_gpus`."""
+    rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
+    return choose_gpus(options.gpu, rpc)
+
+
 def place_on_gpus(
     source: ModelSource, sizes: ModelSizes, options: EngineOptions, n_ctx: int, *, most_share: float = 1.0
 ) -> GpuPlacement:
@@ -56,8 +62,7 @@ def place_on_gpus(
         BudgetError: `--vram` is too little for anything.
         LocalrunError: an unreachable RPC server.
     """
-    rpc = [endpoint.strip() for endpoint in (options.rpc or "").split(",") if endpoint.strip()]
-    devices = choose_gpus(options.gpu, rpc)
+    devices = wanted_gpus(options)
     if options.gpu == "auto":  # the user's order counts
         devices.sort(key=lambda device: -device.free_bytes)
     if not devices:

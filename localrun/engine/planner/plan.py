@@ -36,6 +36,7 @@ class PlanOptions:
         ram_bytes: for experts in RAM, including reads in flight.
         vram_bytes: of GPU memory to use, across all GPUs.
         n_ctx: tokens of context.
+        n_batch: prompt tokens per batch.
         adaptive: misses are served from the base's copies.
         position: context length at which decode is predicted; None: a quarter of the context, at most 8192.
         fixed: options (`kv`, `batch`, ...) set by the user, which suggestions don't change.
@@ -45,7 +46,7 @@ class PlanOptions:
     vram_bytes: int | None = None
     n_ctx: int = 0
     kv_type: str = "f16"
-    n_batch: int = 512
+    n_batch: int = 0
     position: int | None = None
     adaptive: bool = False
     prompt_tokens: int = PROMPT_TOKENS
@@ -137,6 +138,7 @@ class Plan:
         decode, prefill: None for models too small to predict.
         plain: decode with stock llama.cpp, experts on the CPU (`plain.py`); None: unknown.
         rates: the hit rates used.
+        batch_reason: why `options.n_batch` is what it is, if the planner chose it.
     """
 
     sizes: ModelSizes
@@ -148,6 +150,7 @@ class Plan:
     prefill: Range | None
     plain: Rate | None = None
     rates: HitRates = field(repr=False)
+    batch_reason: str = ""
     suggestions: tuple[Suggestion, ...] = ()
 
     @property

@@ -13,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from localrun.engine.options import EngineOptions
+from localrun.engine.options import DEFAULT_BATCH, EngineOptions
+from localrun.engine.planner.batch import BatchChoice, Candidate, choose_batch
+from localrun.engine.planner.batch import PROMPT_TOKENS as TYPICAL_PROMPT
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Scaled, Seen, hit_rates
@@ -37,6 +39,7 @@ def plan_load(
     machine: Hardware,
     gpu: GpuShare | None = None,
     *,
+    batch: BatchChoice | None = None,
     suggest: bool = False,
     learned: bool = True,
 ) -> Plan:
@@ -44,6 +47,7 @@ def plan_load(
 
     Args:
         gpu: what goes to GPUs, already decided; None: nothing.
+        batch: already chosen; None: as `options` say, or by this plan.
         learned: the run will use the model's routing profile.
 
     Raises:
@@ -57,6 +61,7 @@ def plan_load(
         suggest=suggest,
         rates=hit_rates(sizes.identity, shapes, learned=learned),
         gpu=gpu or GpuShare(),
+        batch=batch,
     )
 
 
@@ -76,6 +81,7 @@ def make_plan(
     suggest: bool = True,
     rates: HitRates | None = None,
     gpu: GpuShare | None = None,
+    batch: BatchChoice | None = None,
 ) -> Plan:
     """Places a model on a machine and predicts its speed.
 
@@ -83,17 +89,22 @@ def make_plan(
         suggest: also look for faster alternatives.
         rates: instead of the user's own or the published ones.
         gpu: what goes to GPUs; None: as much as fits.
+        batch: instead of the options' or, if they leave it to the planner, of `batch_for`.
 
     Raises:
         BudgetError: as `plan_load`.
     """
     options = options or PlanOptions()
     n_ctx = options.n_ctx or min(sizes.shape.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    placement = place(sizes, machine, options, n_ctx, gpu)
     if rates is None:
         rates = hit_rates(sizes.identity, dict.fromkeys(sizes.shape.moe_layers, sizes.shape.n_experts))
+    if not options.n_batch and batch is None:
+        batch = batch_for(sizes, machine, options, rates, gpu)
+    if batch is not None:
+        options = replace(options, n_batch=batch.n_batch)
+    placement = place(sizes, machine, options, n_ctx, gpu)
     decode = prefill = plain = None
-    if sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES:
+    if is_large(sizes):
         at = resident_shares(sizes, machine, placement, adaptive=options.adaptive)
         position = min(n_ctx // 4, 8192) if options.position is None else options.position
         decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=options.kv_type)
@@ -121,6 +132,7 @@ def make_plan(
         prefill=prefill,
         plain=plain,
         rates=rates,
+        batch_reason=batch.reason if batch is not None else "",
     )
     if not suggest or decode is None:
         return plan
@@ -129,3 +141,41 @@ def make_plan(
         return make_plan(sizes, machine, options, suggest=False, rates=rates, gpu=gpu)
 
     return replace(plan, suggestions=tuple(suggestions(plan, again)))
+
+
+def is_large(sizes: ModelSizes) -> bool:
+    """Large enough to predict its speed."""
+    return sizes.dense_bytes + sizes.expert_file_bytes >= SMALL_BYTES
+
+
+def batch_for(
+    sizes: ModelSizes, machine: Hardware, options: PlanOptions, rates: HitRates, gpu: GpuShare | None = None
+) -> BatchChoice:
+    """The batch for prompts that suits a model on a machine (`batch.py`).
+
+    Args:
+        options: the others.
+        gpu: what goes to GPUs; None: as much as fits.
+
+    Raises:
+        BudgetError: the model fits with none.
+    """
+    n_ctx = options.n_ctx or min(sizes.shape.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if not is_large(sizes):
+        return BatchChoice(n_batch=min(DEFAULT_BATCH, n_ctx), reason="")
+    position = min(n_ctx // 4, 8192)
+
+    def predict(n_batch: int) -> Candidate:
+        placement = place(sizes, machine, replace(options, n_batch=n_batch), n_ctx, gpu)
+        at, kv_type = resident_shares(sizes, machine, placement, adaptive=options.adaptive), options.kv_type
+        n_tokens = min(TYPICAL_PROMPT, n_ctx)
+        prompts = predict_prefill(sizes, at, machine, rates, prompt_tokens=n_tokens, n_batch=n_batch, kv_type=kv_type)
+        answers = predict_decode(sizes, at, machine, rates, position=position, kv_type=kv_type)
+        return Candidate(
+            n_batch=n_batch,
+            prompt_tokens_per_s=prompts.likely.tokens_per_s,
+            answer_tokens_per_s=answers.likely.tokens_per_s,
+            buffer_bytes=placement.compute_bytes + placement.kv_bytes,
+        )
+
+    return choose_batch(n_ctx, predict)

@@ -56,10 +56,15 @@ def suggestions(plan: Plan, again: Again) -> list[Suggestion]:
 
 
 def _larger_steps(plan: Plan, again: Again) -> list[Suggestion]:
-    """More tokens of a prompt per step, where that makes prompts faster and answers hardly slower."""
+    """More tokens of a prompt per step than somebody has set, where that makes prompts faster and answers hardly slower."""
     assert plan.decode is not None
     assert plan.prefill is not None
-    if "batch" in plan.options.fixed or plan.options.n_batch >= LARGE_BATCH or plan.n_ctx < LARGE_BATCH:
+    if (
+        plan.batch_reason
+        or "batch" in plan.options.fixed
+        or plan.options.n_batch >= LARGE_BATCH
+        or plan.n_ctx < LARGE_BATCH
+    ):
         return []
     try:
         changed = again(plan.sizes, plan.machine, replace(plan.options, n_batch=LARGE_BATCH))

@@ -34,6 +34,7 @@ def plan_lines(plan: Plan, *, faster: bool = True) -> list[str]:
         f"dense {format_size(at.dense_bytes)}, {plan.options.kv_type} cache of {plan.n_ctx} tokens {format_size(at.kv_bytes)}, "
         f"buffers {format_size(at.compute_bytes)} (estimated from the model's shape), {place}"
     )
+    batch = f"in batches of {plan.options.n_batch}" + (f" ({plan.batch_reason})" if plan.batch_reason else "")
     if at.headroom_bytes:
         memory_line += f"; {format_size(at.headroom_bytes)} of RAM left free"
     lines = [
@@ -45,7 +46,7 @@ def plan_lines(plan: Plan, *, faster: bool = True) -> list[str]:
     if plan.decode is None or plan.prefill is None:
         return [*lines, "speed    model too small to predict", *(["faster   -"] if faster else [])]
     lines.append(
-        f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} (prediction from "
+        f"speed    answers {_span(plan.decode)}, prompts {_span(plan.prefill)} {batch} (prediction from "
         f"{'measured' if machine.cpu is not None else 'assumed'} kernels); most of the time: {plan.decode.likely.limit}"
         + _busy(plan)
         + _plain(plan)
@@ -183,6 +184,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "n_ctx": plan.n_ctx,
             "kv_type": options.kv_type,
             "n_batch": options.n_batch,
+            "batch_reason": plan.batch_reason,
             "prompt_tokens": options.prompt_tokens,
         },
         "placement": {

@@ -21,7 +21,7 @@ Change = tuple[ModelSizes, Hardware, PlanOptions]
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(sizes_of("flash"), BOX, PlanOptions(), suggest=False)
+    return make_plan(sizes_of("flash"), BOX, PlanOptions(n_batch=512), suggest=False)
 
 
 def faster(plan: Plan, *, answers: float = 1.0, prompts: float = 1.0) -> Plan:

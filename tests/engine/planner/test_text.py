@@ -103,6 +103,7 @@ def test_json_has_every_figure(plan: Plan) -> None:
         "n_ctx": 8192,
         "kv_type": "f16",
         "n_batch": plan.options.n_batch,
+        "batch_reason": plan.batch_reason,
         "prompt_tokens": plan.options.prompt_tokens,
     }
     assert value["placement"]["resident_share"] == plan.resident_share

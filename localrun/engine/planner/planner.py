@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.engine.options import DEFAULT_BATCH, EngineOptions
-from localrun.engine.planner.batch import BatchChoice, Candidate, choose_batch
 from localrun.engine.planner.batch import PROMPT_TOKENS as TYPICAL_PROMPT
+from localrun.engine.planner.batch import BatchChoice, Candidate, choose_batch
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Scaled, Seen, hit_rates

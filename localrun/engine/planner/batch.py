@@ -13,8 +13,8 @@ from localrun.errors import BudgetError
 from localrun.units import format_size
 
 BATCHES = (64, 128, 256, 512, 1024, 2048)
-"""Candidates. 64: below that, memory hardly changes. 2048: the typical prompt is no longer, and progress is shown and states are saved
-only between batches."""
+"""Candidates. 64: below that, memory hardly changes. 2048: the typical prompt is no longer, and only between batches is progress
+shown and are states saved."""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
 """A typical question with its answer, whose time is compared."""

@@ -11,6 +11,7 @@ import functools
 import os
 from enum import Enum
 
+from llvmlite import binding as llvm
 from numba.core import codegen, config
 
 from localrun.errors import UsageError
@@ -47,6 +48,11 @@ def features() -> frozenset[str]:
     """LLVM's names of what code may use: all that the processor has, or what `NUMBA_CPU_FEATURES` leaves of it."""
     chosen = _host_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
     return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
+
+
+def processor() -> str:
+    """LLVM's name of the processor that code is compiled for, for example "znver4"; part of the key of numba's cache."""
+    return str(config.CPU_NAME or llvm.get_host_cpu_name())
 
 
 def levels() -> list[Level]:

@@ -34,6 +34,15 @@ HALF_WORDS = ir.VectorType(I16, 16)
 LANES = 16
 
 
+class _KeptLoad(ir.LoadInstr):  # type: ignore[misc]  # llvmlite has no types
+    """A load that the compiler neither drops nor moves past another one of these."""
+
+    def descr(self, buf: list[str]) -> None:
+        parts: list[str] = []
+        super().descr(parts)
+        buf.append("".join(parts).replace("load ", "load volatile ", 1))
+
+
 class Simd:
     """Emits vector instructions at the builder's position. `pointer` arguments are `i8*` values, offsets Python ints.
 
@@ -73,6 +82,14 @@ class Simd:
     def prefetch(self, pointer: Any, offset: int) -> None:
         """Asks for a cache line, to be read soon."""
         self.call("llvm.prefetch.p0", ir.VoidType(), self.b.gep(pointer, [I64(offset)]), I32(0), I32(3), I32(1))
+
+    def touch(self, pointer: Any, offset: int) -> None:
+        """Reads a cache line now and drops it. Processors that prefetch by themselves follow such reads if they are in order;
+        `prefetch` in large numbers disturbs them."""
+        source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), INTS.as_pointer())
+        load = _KeptLoad(self.b.block, source)
+        load.align = 1
+        self.b._insert(load)
 
     def stack(self, n_bytes: int) -> Any:
         """`i8*` to scratch of this function, 64-byte aligned."""

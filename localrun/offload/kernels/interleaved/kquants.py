@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from gguf import GGMLQuantizationType
@@ -12,12 +13,13 @@ from localrun.offload.kernels.interleaved.parts import sums_times
 from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
 from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
 
+_FEW: Final = 2
+
 # -- Q4_K and Q5_K: eight blocks of 32, each with a 6-bit scale and minimum -------------------------------------------
 
 
-def _scales_and_minima(s: Simd, meta: Any) -> Any:
-    """F32 scale and minimum per block, 128 bytes apart on the stack. 12 bytes hold 8 + 8 six-bit numbers (get_scale_min_k4)."""
-    d, dmin = s.halves(meta, 0), s.halves(meta, 32)
+def _six_bits(s: Simd, meta: Any) -> tuple[list[Any], list[Any]]:
+    """Scale and minimum per block, as 32-bit lanes: 12 bytes hold 8 + 8 six-bit numbers (get_scale_min_k4)."""
     first, second, third = (s.load(meta, 64 + 64 * i, INTS) for i in range(3))
     scales = (
         s.mask(first, 0x3F3F3F3F),
@@ -25,11 +27,51 @@ def _scales_and_minima(s: Simd, meta: Any) -> Any:
     )
     high_nibbles = s.mask(s.shift_right(third, 4), 0x0F0F0F0F)
     minima = (s.mask(second, 0x3F3F3F3F), s.b.or_(high_nibbles, s.mask(s.shift_right(second, 2), 0x30303030)))
+
+    def lanes(packed: tuple[Any, Any]) -> list[Any]:
+        return [s.byte_field(packed[i // 4], i % 4) for i in range(8)]
+
+    return lanes(scales), lanes(minima)
+
+
+def _scales_and_minima(s: Simd, meta: Any) -> Any:
+    """F32 scale and minimum per block, 128 bytes apart on the stack."""
+    d, dmin = s.halves(meta, 0), s.halves(meta, 32)
     stack = s.stack(8 * 128)
-    for block in range(8):
-        s.store(s.mul(d, s.to_float(s.byte_field(scales[block // 4], block % 4))), stack, 128 * block)
-        s.store(s.mul(dmin, s.to_float(s.byte_field(minima[block // 4], block % 4))), stack, 128 * block + 64)
+    for block, (scale, minimum) in enumerate(zip(*_six_bits(s, meta), strict=True)):
+        s.store(s.mul(d, s.to_float(scale)), stack, 128 * block)
+        s.store(s.mul(dmin, s.to_float(minimum)), stack, 128 * block + 64)
     return stack
+
+
+def _add_few(
+    s: Simd, meta: Any, pair: Callable[[int, int], tuple[Any, Any]], tile: Tile, totals: list[Any]
+) -> list[Any]:
+    """One or two tokens: scales stay integers, so that nothing goes through memory.
+
+    Args:
+        pair: (i, k) -> the k-th byte vectors of blocks 2 * i and 2 * i + 1.
+    """
+    n_tokens = len(totals)
+    scales, minima = _six_bits(s, meta)
+    sums, offsets = ([s.floats(0.0)] * n_tokens for _ in range(2))
+    for i in range(4):
+        records = [tile.next(I64(2 * i + half)) for half in range(2)]
+        dots = [[s.ints(0)] * n_tokens for _ in range(2)]
+        for k in range(8):
+            for half, weight in enumerate(pair(i, k)):
+                for t in range(n_tokens):
+                    dots[half][t] = s.dot(dots[half][t], weight, records[half].quad(t, k))
+        for half, record in enumerate(records):
+            minimum = s.to_float(minima[2 * i + half])
+            for t, dot in enumerate(dots[half]):
+                sums[t] = s.fma(s.to_float(s.b.mul(dot, scales[2 * i + half])), record.scale(t), sums[t])  # below 2**24
+                offsets[t] = s.fma(minimum, record.sum(t), offsets[t])
+    d, dmin = s.halves(meta, 0), s.b.fneg(s.halves(meta, 32))
+    return [
+        s.fma(dmin, offset, s.fma(d, total, before))
+        for total, offset, before in zip(sums, offsets, totals, strict=True)
+    ]
 
 
 def _add_with_minimum(s: Simd, weights: list[Any], factors: Any, tile: Tile, totals: list[Any]) -> list[Any]:
@@ -46,6 +88,13 @@ def _nibbles_of_block(s: Simd, body: Any, block: Any) -> list[Any]:
 
 
 def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
+    if len(totals) <= _FEW:
+
+        def pair(i: int, k: int) -> tuple[Any, Any]:
+            (low,), (high,) = nibbles(s, [s.load(body, 512 * i + 64 * k, INTS)])
+            return low, high
+
+        return _add_few(s, meta, pair, tile, totals)
     stack = _scales_and_minima(s, meta)
 
     def chunk(i: Any, totals: list[Any]) -> list[Any]:

@@ -28,8 +28,9 @@ TOPIC_CHANGES = 0.15
 """Deducted for short unrelated prompts: 10 to 20 points (SGLang's expert pack: 46 to 54 % where the curve says 68)."""
 
 UNEVEN = 1.8
-"""Exponent on the published curve's misses for a model that uses its experts less evenly. [m] Random weights, a router fitted to
-that curve, 8.3 and 16.6 % of the experts in memory: 30 and 17 % misses, where the curve says 52 and 31."""
+"""Exponent on the published curve's misses for weights that use their experts less evenly than those it was published for. [m]
+Random weights, a router fitted to that curve, 8.3 and 16.6 % of the experts in memory: 30 and 17 % misses, where the curve says 52
+and 31."""
 
 LRU_GAIN = 0.41
 """Share of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace
@@ -69,10 +70,16 @@ class HitRates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Straight lines between points."""
+    """Straight lines between points.
+
+    Attributes:
+        source: for people.
+        uneven: exponent on the misses for `best`; above 1 for a model that the points may not describe.
+    """
 
     points: Sequence[tuple[float, float]] = PUBLISHED
     source: str = "published curve"
+    uneven: float = 1.0
 
     def steady(self, share: float) -> float:
         """See `HitRates`."""
@@ -86,7 +93,7 @@ class Curve:
 
     def best(self, share: float) -> float:
         """See `HitRates`."""
-        return float(1 - (1 - self.steady(share)) ** UNEVEN)
+        return float(1 - (1 - self.steady(share)) ** self.uneven)
 
     def hottest(self, share: float) -> float:
         """See `HitRates`; `LRU_GAIN` taken back. Never less than chance."""
@@ -369,7 +376,7 @@ def hit_rates(identity: str, shapes: dict[int, int], *, learned: bool = True) ->
         shapes: experts by block number.
         learned: for answers; False: for a measurement, whose tokens are made up, and which uses no profile.
     """
-    rates: HitRates = Curve()
+    rates: HitRates = Curve(uneven=UNEVEN if identity else 1.0)
     if identity and profile_path(identity).is_file():
         profile = RoutingProfile.load(identity, shapes)
         if profile.clock >= MIN_PROFILE_TOKENS:

@@ -74,7 +74,7 @@ def test_the_sum_is_what_was_measured_given_hits_and_the_drive(run: Recorded) ->
 @pytest.mark.parametrize("bytes_per_s", [1.2e9, 1.4e9, 1.6e9])
 def test_the_range_of_a_first_plan_holds_what_was_measured(run: Recorded, bytes_per_s: float) -> None:
     """Nothing is known of the model's routing; the drive gives between 1.2 and 1.6 GB/s in the probe."""
-    plan = run.plan(replace(UNKNOWN, disk_bytes_per_s=bytes_per_s))
+    plan = run.plan(replace(UNKNOWN, disk_bytes_per_s=bytes_per_s), hit_rates("never seen", {}))
     assert plan.rates.source == "published curve"
     assert plan.decode_at(20).covers(1 / run.token_s)
 

@@ -41,6 +41,7 @@ from localrun.engine.tokenizer import Tokenizer
 from localrun.errors import GpuMemoryError
 from localrun.ggml.structures import LLAMA_CPP_PYTHON_VERSION
 from localrun.offload.cache.trace import TraceHeader, TraceRecorder
+from localrun.offload.memory_watch import reserve_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.options import check_fields
 from localrun.paths import cache_dir
@@ -186,6 +187,8 @@ class Engine:
             adaptive=options.adaptive,
             probe=True,
             profile_folder=cache_dir() / "profiles" if learn else None,
+            available=memory.available_memory,
+            reserve_bytes=reserve_bytes(memory.total_memory() or 0),
             progress=lambda done, total: report(
                 0.95 * done / max(1, total), f"reading dense tensors ({done} of {total})"
             ),
@@ -266,7 +269,9 @@ class Engine:
             if tier
             else {}
         )
-        return {**asdict(totals), **gpu, "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
+        table = self._loaded.pool.residency.table
+        memory_facts = {"slot_bytes": table.used_bytes, "withheld_bytes": table.withheld_bytes}
+        return {**asdict(totals), **gpu, **memory_facts, "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
 
     def expert_map(self) -> Mapping[str, Json] | None:
         """Where every expert is; None for a model without our device; any thread."""

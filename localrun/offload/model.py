@@ -24,6 +24,7 @@ from localrun.offload.device.device import expert_device
 from localrun.offload.fill import fill_model, free_model
 from localrun.offload.gpu.stream_probe import unpackers
 from localrun.offload.learning import Learner
+from localrun.offload.memory_watch import MemoryWatch
 from localrun.offload.pool import ExpertPool
 from localrun.offload.readahead import hash_tables
 from localrun.offload.routers import Routers
@@ -50,6 +51,7 @@ class OffloadedModel:
         pool: the experts.
         dense: dense matrices on our device.
         learner: the routing profile.
+        watch: gives memory back when it is short; None: nobody does.
         ram_bytes: RAM for experts, reads in flight included.
     """
 
@@ -61,6 +63,7 @@ class OffloadedModel:
         dense: DenseMatrices,
         learner: Learner,
         ram_bytes: int,
+        watch: MemoryWatch | None = None,
     ) -> None:
         self.source = source
         self.model = model
@@ -68,6 +71,7 @@ class OffloadedModel:
         self.dense = dense
         self.learner = learner
         self.ram_bytes = ram_bytes
+        self.watch = watch
 
     @property
     def telemetry(self) -> Telemetry:
@@ -87,7 +91,7 @@ class OffloadedModel:
     @contextlib.contextmanager
     def decoding(self, tokens: Sequence[int]) -> Iterator[None]:
         """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""
-        with self.pool.ahead.decoding():
+        with contextlib.nullcontext() if self.watch is None else self.watch.decoding(), self.pool.ahead.decoding():
             self.pool.residency.upgrade()
             self.pool.residency.step_gpu(self.learner.heat)
             self.pool.ahead.prepare(tokens)
@@ -148,6 +152,8 @@ class OffloadedModel:
                 steps.callback(_free, model)
                 steps.callback(self.learner.close)
                 steps.callback(self.pool.ahead.close)
+                if self.watch is not None:
+                    steps.callback(self.watch.close)
 
     def __enter__(self) -> OffloadedModel:
         return self
@@ -196,7 +202,10 @@ def open_offloaded(source: ModelSource, options: OffloadOptions) -> OffloadedMod
         if tier is not None:
             pool.use_gpu(tier, n_unpackers=unpackers(options.n_threads))
         learner.keep_hottest()
-        result = OffloadedModel(source, model, pool, dense, learner, ram_bytes)
+        watch = None
+        if options.available is not None:
+            watch = MemoryWatch(pool.residency, options.available, options.reserve_bytes)
+        result = OffloadedModel(source, model, pool, dense, learner, ram_bytes, watch)
         opened.pop_all()
     if options.profile_folder is not None:
         pool.ahead.warm(learner.profile.ranking())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class Residency:
         telemetry: counters of reads.
         floor_bytes: minimum budget to compute a token.
         gpu: experts on GPUs, if there are any.
+        look: called with the lock taken when slots may be evicted, see `memory_watch.py`.
 
     Args:
         kernels: by block number one kernel for each of the layer's variants; its `slot_bytes` is an expert's size in RAM.
@@ -85,6 +86,7 @@ class Residency:
         self.table = SlotTable(budget_bytes, max(layers) + 1, max(moe.n_experts for moe in layers.values()))
         self.gpu: GpuTier | None = None
         self._upgrades = Upgrades(self.table, wanted) if adaptive else None
+        self.look: Callable[[], None] = _nothing
         self._n_ahead = 0
         self._rows_read: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
 
@@ -282,6 +284,10 @@ class Residency:
             self.gpu.close()
         self.store.close()
         self.table.close()
+
+
+def _nothing() -> None:
+    """Looks at nothing."""
 
 
 def largest_slot(kernels: Mapping[int, Sequence[FfnKernel]]) -> int:

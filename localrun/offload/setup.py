@@ -66,6 +66,8 @@ class OffloadOptions:
             second), and not at all where that gains nothing; else by these times of any expert.
         mirror: a second copy of the model on another drive, read in parallel.
         adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give different tokens.
+        available: RAM that can be allocated without swapping or being killed, if known: experts are given back while it is less
+            than `reserve_bytes`; None: nobody looks.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
     """
 
@@ -84,6 +86,8 @@ class OffloadOptions:
     stream: StreamCosts | None = None
     mirror: Path | None = None
     adaptive: bool = False
+    available: Callable[[], int | None] | None = None
+    reserve_bytes: int = 0
     progress: Callable[[int, int], None] | None = None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import ctypes as C
 import itertools
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +72,11 @@ class Arena:
                     self._free[i] = (offset + need, size - need)
                 return self.address + offset
         return None
+
+    def drop(self, address: int, size_bytes: int) -> None:
+        """Gives the pages of an allocated range back to the system; they read as zeros until they are written again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, address - self.address, align_up(size_bytes, PAGE_BYTES))
 
     def release(self, address: int, size_bytes: int) -> None:
         """Gives a range back; `size_bytes` as given to `allocate`."""
@@ -164,6 +170,7 @@ class SlotTable:
         self._slots: dict[tuple[int, int], Slot] = {}
         self._by_address: dict[int, Slot] = {}
         self._addresses: list[int] = []  # of all slots, ascending
+        self._withheld: list[Slot] = []  # ranges without pages, in the two above as slots that can't go
         self.n_evictions = 0
 
     def __len__(self) -> int:
@@ -175,7 +182,12 @@ class SlotTable:
     @property
     def used_bytes(self) -> int:
         """Bytes taken by slots, page rounding included."""
-        return self.arena.size_bytes - self.arena.free_bytes
+        return self.arena.size_bytes - self.arena.free_bytes - self.withheld_bytes
+
+    @property
+    def withheld_bytes(self) -> int:
+        """Bytes that are not used, because other programs need the memory."""
+        return sum(slot.size_bytes for slot in self._withheld)
 
     def find(self, layer: int, expert: int) -> Slot | None:
         """The expert's slot, marked as most recently used; it may still be LOADING."""
@@ -226,9 +238,13 @@ class SlotTable:
 
     def _allocate(self, size_bytes: int, *, evict: bool) -> int | None:
         address = self.arena.allocate(size_bytes)
-        if address is None and evict and self._make_room(size_bytes):
-            address = self.arena.allocate(size_bytes)
-            assert address is not None
+        if address is None and evict:
+            if not self._make_room(size_bytes) and self._withheld:
+                # Slots of several sizes: what is withheld may be in the way of the only hole there can be.
+                self.use_again(self.withheld_bytes)
+                if (address := self.arena.allocate(size_bytes)) is None:
+                    self._make_room(size_bytes)
+            address = address or self.arena.allocate(size_bytes)
         return address
 
     def _place(self, slot: Slot) -> None:
@@ -291,6 +307,54 @@ class SlotTable:
         for layer, expert in experts:
             self._kept[layer, expert] = _KEPT
 
+    def withhold(self, n_bytes: int, keep_bytes: int) -> int:
+        """Gives memory back to the system: evicts the coldest slots, and uses no free memory until `use_again`.
+
+        Args:
+            n_bytes: to evict.
+            keep_bytes: of slots that stay, whatever is asked for.
+
+        Returns:
+            Bytes evicted.
+        """
+        evicted = 0
+        used = self.used_bytes
+        while evicted < n_bytes:
+            order = self.stamps + self._protection + self._kept
+            coldest = int(order.argmin())
+            if order.flat[coldest] >= _PINNED:
+                break
+            slot = self._slots[divmod(coldest, order.shape[1])]
+            size_bytes = align_up(slot.size_bytes, PAGE_BYTES)
+            if used - evicted - size_bytes < keep_bytes:
+                break
+            self.discard(slot)
+            self.n_evictions += 1
+            evicted += size_bytes
+        while hole := self.arena.largest_hole:
+            address = self.arena.allocate(hole)
+            assert address is not None
+            self._withhold(address, hole)
+            self.arena.drop(address, hole)
+        return evicted
+
+    def use_again(self, n_bytes: int) -> None:
+        """Lets slots use up to this many bytes of what was withheld."""
+        n_bytes = n_bytes // PAGE_BYTES * PAGE_BYTES
+        while n_bytes > 0 and self._withheld:
+            slot = self._withheld.pop()
+            released = min(n_bytes, slot.size_bytes)
+            self._forget(slot)
+            if slot.size_bytes > released:
+                self._withhold(slot.address, slot.size_bytes - released)
+            self.arena.release(slot.address + slot.size_bytes - released, released)
+            n_bytes -= released
+
+    def _withhold(self, address: int, size_bytes: int) -> None:
+        slot = Slot(-1, -1, address, size_bytes)
+        self._withheld.append(slot)
+        self._place(slot)
+
     def discard(self, slot: Slot) -> None:
         """Frees a slot in any state; for failed reads and for experts that moved elsewhere."""
         at = (slot.layer, slot.expert)
@@ -298,9 +362,12 @@ class SlotTable:
         del self._slots[at]
         self._free(slot)
 
-    def _free(self, slot: Slot) -> None:
+    def _forget(self, slot: Slot) -> None:
         del self._by_address[slot.address]
         del self._addresses[bisect.bisect_left(self._addresses, slot.address)]
+
+    def _free(self, slot: Slot) -> None:
+        self._forget(slot)
         self.arena.release(slot.address, slot.size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
@@ -367,7 +434,7 @@ class SlotTable:
         if not 0 <= index < len(self._addresses):
             return ABSENT
         slot = self._by_address[self._addresses[index]]
-        return int(order[slot.layer, slot.expert])
+        return ABSENT if slot.layer < 0 else int(order[slot.layer, slot.expert])
 
     def _begin(self, index: int) -> int:
         """End of the slot before the one at `index`: free bytes between them are the hole's."""
@@ -400,6 +467,7 @@ class SlotTable:
         self._slots.clear()
         self._by_address.clear()
         self._addresses.clear()
+        self._withheld.clear()
         self.resident[:] = 0
         self.arena.close()
 

@@ -127,3 +127,78 @@ def test_any_mixture_of_sizes_keeps_slots_apart_and_counts_every_byte(steps: lis
             ctypes.memset(slot.address, 0xA5, slot.size_bytes)  # faults if the range is not ours
         table.check()
     table.close()
+
+
+# --- memory that other programs need ----------------------------------------------------------------------------------
+
+
+def test_the_coldest_are_given_back_and_nothing_takes_their_place_until_it_may() -> None:
+    table = SlotTable(6 * PAGE, 1, 10)
+    filled(table, 1, 2, 3, 4)  # two pages are free
+    assert table.withhold(2 * PAGE, keep_bytes=PAGE) == 2 * PAGE
+    table.check()
+    assert {slot.expert for slot in table} == {3, 4}
+    assert (table.withheld_bytes, table.used_bytes, table.arena.free_bytes) == (4 * PAGE, 2 * PAGE, 0)
+    filled(table, 5)  # in the place of the coldest that is left
+    assert {slot.expert for slot in table} == {4, 5}
+    assert table.reserve(0, 6, PAGE, evict=False) is None
+    table.use_again(PAGE)
+    table.check()
+    assert (table.withheld_bytes, table.arena.free_bytes) == (3 * PAGE, PAGE)
+    table.use_again(100 * PAGE)
+    assert (table.withheld_bytes, table.arena.free_bytes) == (0, 4 * PAGE)
+    filled(table, 6, 7, 8, 9)
+    assert {slot.expert for slot in table} == {4, 5, 6, 7, 8, 9}
+    table.check()
+    table.close()
+
+
+def test_what_is_given_back_has_no_pages() -> None:
+    table = SlotTable(4 * PAGE, 1, 10)
+    filled(table, 1, 2)
+    slots = {slot.expert: slot for slot in table}
+    for slot in slots.values():
+        ctypes.memset(slot.address, 7, PAGE)
+    table.withhold(PAGE, keep_bytes=0)
+    assert ctypes.string_at(slots[1].address, PAGE) == bytes(PAGE)  # of a private mapping: the page is gone
+    assert ctypes.string_at(slots[2].address, PAGE) == bytes([7]) * PAGE
+    table.close()
+
+
+def test_what_a_token_needs_and_what_is_pinned_stays() -> None:
+    table = SlotTable(4 * PAGE, 1, 10)
+    filled(table, 1, 2, 3, 4)
+    assert table.withhold(100 * PAGE, keep_bytes=3 * PAGE) == PAGE
+    for slot in table:
+        table.pin(slot)
+    assert table.withhold(PAGE, keep_bytes=0) == 0
+    assert {slot.expert for slot in table} == {2, 3, 4}
+    table.close()
+
+
+def test_a_large_slot_may_use_what_was_withheld_rather_than_find_no_place() -> None:
+    table = SlotTable(4 * PAGE, 1, 10)
+    filled(table, 1, 2, 3, 4)
+    table.find(0, 2)
+    table.find(0, 4)
+    table.withhold(2 * PAGE, keep_bytes=2 * PAGE)
+    assert {slot.expert for slot in table} == {2, 4}  # with a withheld page on both sides
+    filled(table, 5, size=2 * PAGE)
+    assert table.peek(0, 5) is not None
+    table.check()
+    table.close()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["use", "give", "take"]), st.integers(0, 9), st.integers(1, 3))))
+@settings(max_examples=60, deadline=None)
+def test_no_byte_is_lost_whatever_is_given_and_taken(steps: list[tuple[str, int, int]]) -> None:
+    table = SlotTable(8 * PAGE, 1, 10)
+    for what, expert, n in steps:
+        if what == "give":
+            table.withhold(n * PAGE, keep_bytes=3 * PAGE)
+        elif what == "take":
+            table.use_again(n * PAGE)
+        elif table.find(0, expert) is None:
+            filled(table, expert, size=(1 + expert % 3) * PAGE)
+        table.check()
+    table.close()

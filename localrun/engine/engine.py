@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import llama_cpp as L
 import xxhash
 
+from localrun import time_slices
 from localrun.engine import memory
 from localrun.engine.chat.format import ChatEncoder, encoder_for
 from localrun.engine.company import seconds_of_others
@@ -121,6 +122,7 @@ class Engine:
             LocalrunError: any reason, with message and hint.
         """
         check_options(options)
+        time_slices.shorten()
         report = progress or (lambda fraction, text: None)
         report(0.0, "reading the model's headers")
         source = open_model(Path(path), dense=dense_type(options.dense))

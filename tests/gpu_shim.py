@@ -29,6 +29,7 @@ class Shim:
         free_after_launch: what it says once it has computed; None: the same as before.
         delay_s: how much longer the device takes for a graph, and for each copy from and to it.
         opens: the device can be opened.
+        bytes_allocated: of all buffers that were given.
         n_allocations, n_in, bytes_in, n_out, bytes_out: buffers asked for, copies to the device and back, and their bytes.
         n_cleared: buffers set to one value.
         n_synchronized, n_launched: waits for the device, and graphs started.
@@ -42,6 +43,7 @@ class Shim:
     delay_s: float = 0.0
     opens: bool = True
     n_allocations: int = 0
+    bytes_allocated: int = 0
     n_in: int = 0
     bytes_in: int = 0
     n_out: int = 0
@@ -101,6 +103,7 @@ def shim(device: GpuDevice) -> Iterator[Shim]:
             return None
         buffer = real_allocate(kind, size)
         if buffer:
+            state.bytes_allocated += size
             _count(state, _BufferStart.from_address(buffer).iface)
         return int(buffer) if buffer else None
 

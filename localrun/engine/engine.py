@@ -28,6 +28,7 @@ from localrun.engine.llama import Context, Vocab, metadata_int, metadata_str
 from localrun.engine.options import DEFAULT_BATCH, EngineOptions, check_lengths
 from localrun.engine.planner import hardware
 from localrun.engine.planner.batch import BatchChoice
+from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.gpu import GpuPlacement, place_on_gpus, wanted_gpus
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import hit_rates
@@ -134,7 +135,7 @@ class Engine:
             options = replace(options, n_batch=batch.n_batch)
         placement = place_on_gpus(source, sizes, options, n_ctx) if source.moe_layers else GpuPlacement()
         while True:
-            first = _first_context(options, placement, n_ctx)
+            first = _first_context(sizes, options, placement, n_ctx)
             try:
                 plan, loaded = cls._load(
                     source, sizes, options, machine, placement, batch, report, announce, first, learn=learn
@@ -391,12 +392,21 @@ def _context_length(sizes: ModelSizes, options: EngineOptions) -> int:
     return options.n_ctx or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
-def _first_context(options: EngineOptions, placement: GpuPlacement, n_ctx: int) -> FirstContext | None:
+def _first_context(
+    sizes: ModelSizes, options: EngineOptions, placement: GpuPlacement, n_ctx: int
+) -> FirstContext | None:
     """None: the dense model is not to go to a GPU."""
     if not placement.n_gpu_layers:
         return None
     device, _ = placement.experts[0]
-    return FirstContext(device.name, options, n_ctx=n_ctx, n_threads=options.n_threads or memory.physical_cores())
+    return FirstContext(
+        device.name,
+        replace(options, cache_in_ram=placement.cache_in_ram),
+        n_ctx=n_ctx,
+        n_threads=options.n_threads or memory.physical_cores(),
+        cache_bytes=sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch) if placement.dense_share >= 1 else 0,
+        buffer_bytes=compute_bytes(sizes, n_ctx, options.n_batch),
+    )
 
 
 def _machine(source: ModelSource, sizes: ModelSizes, options: EngineOptions) -> Hardware:
@@ -429,7 +439,11 @@ def _plan(
 ) -> Plan:
     """Budgets and expectations of a load."""
     gpus = hardware.measured_gpus([device for device, _ in placement.experts], probe=is_large(sizes))
-    share = GpuShare(dense_share=placement.dense_share, expert_bytes=sum(size for _, size in placement.experts))
+    share = GpuShare(
+        dense_share=placement.dense_share,
+        expert_bytes=sum(size for _, size in placement.experts),
+        cache_in_ram=placement.cache_in_ram,
+    )
     ram_bytes = None if machine.ram_bytes is None else max(0, machine.ram_bytes - placement.ram_bytes)
     machine = replace(machine, gpus=gpus, ram_bytes=ram_bytes)
     return plan_load(sizes, options, machine, share, batch=batch, suggest=is_large(sizes), learned=learn)

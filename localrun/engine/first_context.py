@@ -3,7 +3,7 @@ there.
 
 A context reserves its buffers on creation, but CUDA's scratch memory, kernels loaded on first use and recorded graphs come with
 the first tokens. So it computes a full batch and single tokens before experts get the remaining memory, and the first session
-takes it over. If it does not fit, smaller batches, which need smaller buffers, are tried first.
+takes it over. If it does not fit, smaller batches, which need smaller buffers, and a cache in RAM are tried first.
 """
 
 from __future__ import annotations
@@ -33,12 +33,25 @@ class FirstContext:
         device: name of the GPU that has the dense model, for messages.
         options: the engine's.
         n_ctx, n_threads: see `Context`.
+        cache_bytes, buffer_bytes: about what cache and buffers take there; the larger gives way first; a cache of 0 bytes stays.
     """
 
-    def __init__(self, device: str, options: EngineOptions, *, n_ctx: int, n_threads: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        options: EngineOptions,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        cache_bytes: int = 0,
+        buffer_bytes: int = 0,
+    ) -> None:
         self._device, self._n_ctx, self._n_threads = device, n_ctx, n_threads
+        self._wanted = options
+        self._cache_may_go = cache_bytes > 0 and not options.cache_in_ram
+        self._cache_goes_first = cache_bytes > buffer_bytes
         self.options = options
-        """With the batch that fits."""
+        """With the batch, and the place of the cache, that fit."""
         self._context: Context | None = None
 
     def make(self, model: Any) -> FirstContext:
@@ -51,16 +64,26 @@ class FirstContext:
             try:
                 self._context = _computing(model, self.options, n_ctx=self._n_ctx, n_threads=self._n_threads)
             except LocalrunError as error:
-                smaller = min(self.options.n_batch, self._n_ctx) // 2
-                if smaller < LEAST_BATCH:
+                smaller, change = self._smaller()
+                if smaller is None:
                     raise GpuMemoryError(
                         f"{self._device} has no room for the dense model and a context of {self._n_ctx} tokens: {error}",
                         hint="--gpu none",
                     ) from error
-                log.warning("%s: %s; trying batches of %d tokens", self._device, error, smaller)
-                self.options = replace(self.options, n_batch=smaller)
+                log.warning("%s: %s; trying %s", self._device, error, change)
+                self.options = smaller
             else:
                 return self
+
+    def _smaller(self) -> tuple[EngineOptions | None, str]:
+        """What to try next, also in words: halved batches, and the whole batch with the cache in RAM."""
+        n_batch = min(self.options.n_batch, self._n_ctx) // 2
+        if self._cache_may_go and (self._cache_goes_first or n_batch < LEAST_BATCH):
+            self._cache_may_go = False
+            return replace(self._wanted, cache_in_ram=True), "with the cache in RAM"
+        if n_batch >= LEAST_BATCH:
+            return replace(self.options, n_batch=n_batch), f"batches of {n_batch} tokens"
+        return None, ""
 
     def take(self) -> Context | None:
         """The context, once; its new owner closes it."""

@@ -150,6 +150,7 @@ class Context:
         params.n_outputs_max = params.n_batch if all_logits else 1
         # A full-size window cache would hold all n_ctx rows of every layer, of which attention sees the last 128.
         params.swa_full = False
+        params.offload_kqv = not options.cache_in_ram
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = int(GGMLQuantizationType[options.kv_type.upper()])
         params.abort_callback = self.stop.callback

@@ -37,6 +37,7 @@ class EngineOptions:
         kv_type: number format of the KV cache, one of `KV_TYPES`.
         dense: type that an official checkpoint's FP8 dense matrices are converted to, by name; None: `q8_0`. Only for those.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
+        cache_in_ram: the KV cache is not on the GPU although the layers are; a load decides that.
         mirror: a second copy of the model, ideally on another drive; experts are read from both.
         adaptive: on a miss, use the base's smaller copy and fetch the better one later; the same seed may then give different
             tokens.
@@ -52,6 +53,7 @@ class EngineOptions:
     kv_type: str = BY_NAME["kv"].default
     dense: str | None = None
     math: Literal["int8", "f32"] = "int8"
+    cache_in_ram: bool = False
     mirror: str | None = None
     adaptive: bool = BY_NAME["adaptive"].default
 

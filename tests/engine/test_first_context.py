@@ -15,7 +15,10 @@ import pytest
 from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.gpu import DRIVER_BYTES
+from localrun.engine.planner.placement import whole_on_gpu
+from localrun.engine.planner.sizes import sizes_of_source
 from localrun.ggml.devices import GpuDevice, choose_gpus
+from localrun.quant.open import open_model
 from tests.engine.conftest import OPTIONS
 from tests.gpu_shim import Shim, shim
 from tests.reference import kl
@@ -117,6 +120,53 @@ def test_a_context_that_never_fits_leaves_the_dense_model_on_the_cpu(
     assert (found.dense, found.n_batch, found.n_experts) == (False, options.n_batch, 0)
     assert f"{gpu.name} has no room for the dense model and a context" in caplog.text
     assert "batches of 64 tokens" in caplog.text
+
+
+def test_a_cache_that_does_not_fit_stays_in_ram_alone(
+    model_path: Path, gpu: GpuDevice, shimmed: Shim, options: EngineOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is larger than the buffers; the whole model is on the GPU then, with batches as large as they were."""
+    options = replace(options, n_ctx=4096, n_batch=64)
+    whole = outcome(model_path, options, shimmed)
+    on_device, n_gone = shimmed.bytes_allocated, 0
+    for number in range(1, shimmed.n_allocations + 1):
+        caplog.clear()
+        shimmed.n_allocations, shimmed.bytes_allocated, shimmed.fail_allocation = 0, 0, number
+        found = outcome(model_path, options, shimmed)
+        if not any("trying with the cache in RAM" in line for line in lines_about(gpu, caplog)):
+            continue
+        n_gone += 1
+        assert (found.dense, found.n_batch, found.n_experts) == (True, 64, whole.n_experts), number
+        assert kl(whole.logits, found.logits) < ROUNDING, number
+    assert n_gone >= 2, "of the cache's parts and the buffers"
+    assert on_device > 0
+
+
+def test_a_cache_in_ram_takes_nothing_on_the_gpu(
+    model_path: Path,
+    gpu: GpuDevice,
+    shimmed: Shim,
+    options: EngineOptions,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU whose free memory is known to be too little for it, at once. It is copied there for every batch, so llama.cpp's buffer
+    is larger by what one layer has of it."""
+    options = replace(options, n_ctx=16384, n_batch=64)
+    monkeypatch.setattr("localrun.engine.planner.gpu._least_for_experts", lambda *_: 1 << 40)
+    whole = outcome(model_path, options, shimmed)
+    assert whole.n_experts == 0
+    sizes = sizes_of_source(open_model(model_path))
+    cache = sizes.kv_bytes(16384, options.kv_type, 64)
+    needed = whole_on_gpu(sizes, 16384, options.kv_type, 64)
+    taken = shimmed.bytes_allocated
+    monkeypatch.setattr("localrun.engine.planner.placement._cache_in_ram_s", lambda *_: 0.0)
+    shimmed.n_allocations = shimmed.bytes_allocated = 0
+    found = outcome(model_path, replace(options, vram_bytes=needed - cache // 2), shimmed)
+    assert (found.dense, found.n_batch) == (True, 64)
+    assert any("the cache stays in RAM" in line for line in lines_about(gpu, caplog))
+    assert kl(whole.logits, found.logits) < ROUNDING
+    assert shimmed.bytes_allocated < taken - cache / 2
 
 
 def test_experts_get_what_is_left_after_the_first_tokens(

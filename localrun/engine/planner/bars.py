@@ -96,6 +96,8 @@ def _ram(plan: Plan) -> Bar:
         segments[:0] = _fixed(plan, 1 - at.dense_share)
     elif at.embedding_bytes:
         segments[:0] = [Segment(name="embedding", value=at.embedding_bytes)]
+    if at.cache_in_ram:
+        segments[:0] = [Segment(name="cache", value=at.kv_bytes)]
     if machine.ram_bytes is None or machine.total_ram_bytes is None:
         return _bar("RAM", "used by the plan", segments)
     segments.append(Segment(name="other programs", value=machine.total_ram_bytes - machine.ram_bytes))
@@ -109,6 +111,8 @@ def _gpu(plan: Plan) -> Bar | None:
     if not machine.gpus:
         return None
     fixed = _fixed(plan, at.dense_share) if at.dense_share else []
+    if at.cache_in_ram:
+        fixed = [segment for segment in fixed if segment.name != "cache"]
     segments = [*fixed, Segment(name="experts", value=at.gpu_expert_bytes)]
     free = machine.vram_bytes - sum(segment.value for segment in segments)
     names = " and ".join(gpu.name for gpu in machine.gpus)

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from localrun.engine.options import EngineOptions
-from localrun.engine.planner.placement import GPU_HEADROOM_BYTES, gpu_budgets, layers_that_fit, whole_on_gpu
+from localrun.engine.planner.placement import (
+    GPU_HEADROOM_BYTES,
+    DenseFit,
+    fit_dense,
+    gpu_budgets,
+    layers_that_fit,
+    whole_on_gpu,
+)
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
@@ -31,6 +38,7 @@ class GpuPlacement:
     dense_share: of the dense model's layers.
     experts: devices and the bytes available for experts on each; may be 0.
     ram_bytes: the part of this that integrated GPUs take from RAM.
+    cache_in_ram: llama.cpp keeps the KV cache in RAM although all layers are on the GPU.
     spare: bytes that stay free, by device name: for the driver and windows, or only for the driver with `--vram`.
     """
 
@@ -39,6 +47,7 @@ class GpuPlacement:
     experts: tuple[tuple[GpuDevice, int], ...] = ()
     ram_bytes: int = 0
     spare: Mapping[str, int] = field(default_factory=dict)
+    cache_in_ram: bool = False
 
 
 def wanted_gpus(options: EngineOptions) -> list[GpuDevice]:
@@ -90,22 +99,23 @@ def place_on_gpus(
         free = [max(0, device.free_bytes - device.display_bytes) for device in devices]
     budgets = gpu_budgets(free, options.vram_bytes, needed)
     ram_bytes = sum(budget for device, budget in zip(devices, budgets, strict=True) if device.is_integrated)
-    n_gpu_layers, dense_share = 0, 0.0
-    if most_share >= 1 and budgets[0] >= needed:
-        n_gpu_layers, dense_share, budgets[0] = ALL_LAYERS, 1.0, budgets[0] - needed
-    elif most_share:
-        n_layers = sizes.shape.n_layers
+    n_layers, dense = sizes.shape.n_layers, DenseFit(0, 0)
+    if most_share:
         limit = min(budgets[0], needed if most_share >= 1 else int(most_share * needed))
-        count, n_bytes = layers_that_fit(sizes, limit, n_ctx, options.kv_type, options.n_batch)
-        if count:
-            n_gpu_layers, dense_share, budgets[0] = count + 1, count / n_layers, budgets[0] - n_bytes
-        log.warning(
-            "%s: the dense model and its cache need %s, but only %s are for them: %s",
-            devices[0].name,
-            format_size(needed),
-            format_size(limit),
-            f"{count} of {n_layers} layers go there, the others stay on the CPU" if count else "they stay on the CPU",
-        )
+        if most_share >= 1:
+            dense = fit_dense(sizes, limit, n_ctx, options.kv_type, options.n_batch)
+        else:
+            dense = DenseFit(*layers_that_fit(sizes, limit, n_ctx, options.kv_type, options.n_batch))
+        budgets[0] -= dense.n_bytes
+        if dense.n_layers < n_layers or dense.cache_in_ram:
+            log.warning(
+                "%s: the dense model and its cache need %s, but only %s are for them: %s",
+                devices[0].name,
+                format_size(needed),
+                format_size(limit),
+                _in_words(dense, n_layers),
+            )
+    n_gpu_layers = dense.n_layers + 1 if 0 < dense.n_layers < n_layers else ALL_LAYERS if dense.n_layers else 0
     for index, device in enumerate(devices):
         least = _least_for_experts(source, device)
         if budgets[index] < least:
@@ -122,7 +132,22 @@ def place_on_gpus(
         device.name: GPU_HEADROOM_BYTES + device.display_bytes if options.vram_bytes is None else DRIVER_BYTES
         for device in devices
     }
-    return GpuPlacement(n_gpu_layers, dense_share, tuple(zip(devices, budgets, strict=True)), ram_bytes, spare)
+    return GpuPlacement(
+        n_gpu_layers,
+        dense.n_layers / n_layers,
+        tuple(zip(devices, budgets, strict=True)),
+        ram_bytes,
+        spare,
+        dense.cache_in_ram,
+    )
+
+
+def _in_words(dense: DenseFit, n_layers: int) -> str:
+    if dense.cache_in_ram:
+        return "the cache stays in RAM, from where it is copied for every token"
+    if dense.n_layers:
+        return f"{dense.n_layers} of {n_layers} layers go there, the others stay on the CPU"
+    return "they stay on the CPU"
 
 
 def _least_for_experts(source: ModelSource, device: GpuDevice) -> int:

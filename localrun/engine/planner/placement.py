@@ -1,19 +1,27 @@
 """Places the parts of a model on a machine, in bytes; rejects what can't fit, with numbers and the nearest setting that fits.
 
 Memory is assigned in this order: dense model, KV cache and llama.cpp's buffers, then headroom, then experts. The first three go
-to the first GPU together or not at all.
+to the first GPU together, or as many layers of them as fit, or the first and the third without the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from localrun.engine import memory
 from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
-from localrun.engine.planner.hardware import PROCESS_BYTES, Hardware
-from localrun.engine.planner.plan import GpuShare, Placement, PlanOptions
+from localrun.engine.planner.hardware import (
+    ASSUMED_BUS_BYTES_PER_S,
+    ASSUMED_MEMORY_BYTES_PER_S,
+    PROCESS_BYTES,
+    Hardware,
+)
+from localrun.engine.planner.plan import GpuShare, Placement, PlanOptions, usual_position
 from localrun.engine.planner.sizes import ModelSizes, padded
+from localrun.engine.planner.speed import CACHE_CALLS, cache_copy_s
 from localrun.errors import BudgetError
+from localrun.offload.gpu.rates import LATENCY_S
 from localrun.units import format_size
 
 GPU_HEADROOM_BYTES = 512 << 20
@@ -42,10 +50,46 @@ def gpu_share(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx:
     whole_bytes = whole_on_gpu(sizes, n_ctx, options.kv_type, options.n_batch)
     free = sorted((gpu.vram_bytes for gpu in machine.gpus), reverse=True)
     budgets = gpu_budgets(free, options.vram_bytes, whole_bytes)
-    if budgets and budgets[0] >= whole_bytes:
-        return GpuShare(dense_share=1.0, expert_bytes=sum(budgets) - whole_bytes)
-    n_layers, n_bytes = layers_that_fit(sizes, budgets[0] if budgets else 0, n_ctx, options.kv_type, options.n_batch)
-    return GpuShare(dense_share=n_layers / max(1, sizes.shape.n_layers), expert_bytes=sum(budgets) - n_bytes)
+    dense = fit_dense(sizes, budgets[0] if budgets else 0, n_ctx, options.kv_type, options.n_batch)
+    share = dense.n_layers / max(1, sizes.shape.n_layers)
+    return GpuShare(dense_share=share, expert_bytes=sum(budgets) - dense.n_bytes, cache_in_ram=dense.cache_in_ram)
+
+
+class DenseFit(NamedTuple):
+    """What of the dense model goes to a GPU.
+
+    Attributes:
+        n_layers: all of them, fewer, or 0.
+        n_bytes: what they take there, with llama.cpp's buffers.
+        cache_in_ram: the KV cache alone does not go there.
+    """
+
+    n_layers: int
+    n_bytes: int
+    cache_in_ram: bool = False
+
+
+def fit_dense(sizes: ModelSizes, budget: int, n_ctx: int, kv_type: str, n_batch: int) -> DenseFit:
+    """All of the dense model, else all but its cache or as many layers as fit, whichever costs a token less.
+
+    Args:
+        budget: bytes of the GPU.
+    """
+    whole = whole_on_gpu(sizes, n_ctx, kv_type, n_batch)
+    if budget >= whole:
+        return DenseFit(sizes.shape.n_layers, whole)
+    n_layers, n_bytes = layers_that_fit(sizes, budget, n_ctx, kv_type, n_batch)
+    without_cache = whole - sizes.kv_bytes(n_ctx, kv_type, n_batch)
+    missing_s = (1 - n_layers / sizes.shape.n_layers) * sizes.dense_token_bytes / ASSUMED_MEMORY_BYTES_PER_S
+    if budget >= without_cache and _cache_in_ram_s(sizes, n_ctx, kv_type) < missing_s:
+        return DenseFit(sizes.shape.n_layers, without_cache, cache_in_ram=True)
+    return DenseFit(n_layers, n_bytes)
+
+
+def _cache_in_ram_s(sizes: ModelSizes, n_ctx: int, kv_type: str) -> float:
+    """Seconds that a token takes longer with the cache in RAM, on a usual bus."""
+    copied = cache_copy_s(sizes, usual_position(n_ctx), kv_type, ASSUMED_BUS_BYTES_PER_S)
+    return copied + CACHE_CALLS * sizes.shape.n_layers * LATENCY_S
 
 
 LEAST_LAYERS = 1 / 8
@@ -107,7 +151,7 @@ def place(
     if gpu is None:
         gpu = gpu_share(sizes, machine, options, n_ctx)
     if gpu.dense_share >= 1:
-        in_ram = sizes.embedding_bytes
+        in_ram = sizes.embedding_bytes + (kv if gpu.cache_in_ram else 0)
         compute += exchange_bytes(sizes, n_ctx, options.n_batch)
     else:
         in_ram = int((dense + kv) * (1 - gpu.dense_share)) + compute
@@ -128,6 +172,7 @@ def place(
     arena = (rest_bytes if ram is None else min(ram, rest_bytes)) - sizes.staging_bytes
     return Placement(
         dense_share=gpu.dense_share,
+        cache_in_ram=gpu.cache_in_ram,
         dense_bytes=dense,
         kv_bytes=kv,
         embedding_bytes=sizes.embedding_bytes if gpu.dense_share >= 1 else 0,

@@ -72,10 +72,12 @@ class GpuShare:
     Attributes:
         dense_share: of the dense model's layers with their cache, on the first one; 1: all of it, with the output head.
         expert_bytes: for experts, on all of them.
+        cache_in_ram: the KV cache is not on the first one although all layers are.
     """
 
     dense_share: float = 0.0
     expert_bytes: int = 0
+    cache_in_ram: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,7 @@ class Placement:
 
     Attributes:
         dense_share: of the dense model's layers with their cache that are on the GPU; 0: none, 1: everything.
+        cache_in_ram: the KV cache is in RAM although the layers are on the GPU.
         dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers (and on the GPU those for our
             activations), wherever they are.
         embedding_bytes: of the dense model, what stays in RAM although all layers are on the GPU.
@@ -95,6 +98,7 @@ class Placement:
     """
 
     dense_share: float
+    cache_in_ram: bool = False
     dense_bytes: int
     embedding_bytes: int
     kv_bytes: int
@@ -201,6 +205,11 @@ class Plan:
         )
 
 
+def usual_position(n_ctx: int) -> int:
+    """Tokens in the context for which answers are predicted, unless said otherwise."""
+    return min(n_ctx // 4, 8192)
+
+
 def resident_shares(
     sizes: ModelSizes, machine: Hardware, placement: Placement, *, adaptive: bool = False
 ) -> ResidentShares:
@@ -211,6 +220,7 @@ def resident_shares(
         ram_share=placement.ram_experts / n_copies,
         gpu_share=placement.gpu_experts / n_copies,
         dense_share=placement.dense_share,
+        cache_in_ram=placement.cache_in_ram,
         gpu=slowest([gpu.rates for gpu in machine.gpus]),
         bus_bytes_per_s=min((gpu.bus_bytes_per_s for gpu in machine.gpus), default=math.inf),
     )

@@ -21,7 +21,7 @@ from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.hit_rates import HitRates, Scaled, Seen, hit_rates
 from localrun.engine.planner.placement import place
 from localrun.engine.planner.plain import predict_plain
-from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, resident_shares
+from localrun.engine.planner.plan import GpuShare, Plan, PlanOptions, resident_shares, usual_position
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.engine.planner.speed import predict_decode, predict_prefill
 from localrun.engine.planner.suggestions import suggestions
@@ -106,7 +106,7 @@ def make_plan(
     decode = prefill = plain = None
     if is_large(sizes):
         at = resident_shares(sizes, machine, placement, adaptive=options.adaptive)
-        position = min(n_ctx // 4, 8192) if options.position is None else options.position
+        position = usual_position(n_ctx) if options.position is None else options.position
         decode = predict_decode(sizes, at, machine, rates, position=position, kv_type=options.kv_type)
         if sizes.n_copies:
             plain = predict_plain(

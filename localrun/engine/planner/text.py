@@ -27,6 +27,8 @@ def plan_lines(plan: Plan, *, faster: bool = True) -> list[str]:
     if sizes.n_copies:
         model += f", {sizes.n_copies} experts {format_size(sizes.expert_file_bytes)} ({kinds})"
     place = "all on the GPU" if at.dense_on_gpu else "all in RAM"
+    if at.cache_in_ram:
+        place = "all on the GPU but the cache"
     if 0 < at.dense_share < 1:
         n_layers = sizes.shape.n_layers
         place = f"{round(at.dense_share * n_layers)} of {n_layers} layers on the GPU, the others in RAM"
@@ -190,6 +192,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "placement": {
             "dense_on_gpu": at.dense_on_gpu,
             "dense_share": at.dense_share,
+            "cache_in_ram": at.cache_in_ram,
             "dense_bytes": at.dense_bytes,
             "kv_bytes": at.kv_bytes,
             "kv": sizes.kv(plan.n_ctx, options.kv_type, options.n_batch),

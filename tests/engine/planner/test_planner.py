@@ -29,10 +29,11 @@ from localrun.engine.llama import Context
 from localrun.engine.measure.benchmark import Benchmark, Phase, Split
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner import boxes, hardware, sizes
+from localrun.engine.planner.bars import bars
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, PROCESS_BYTES, Gpu, Hardware
 from localrun.engine.planner.hit_rates import Curve, Learned, Scaled, Seen, touched
-from localrun.engine.planner.placement import gpu_budgets, headroom
+from localrun.engine.planner.placement import fit_dense, gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
@@ -302,6 +303,36 @@ def test_gpus_take_the_dense_model_then_experts(flash: ModelSizes) -> None:
     assert large.resident_share > plan_of(flash).resident_share + 0.2
     told = make_plan(flash, replace(BOX, gpus=(Gpu(vram_bytes=24 * GIB),)), gpu=GpuShare(), suggest=False)
     assert not told.placement.gpu_experts
+
+
+def test_a_large_cache_stays_in_ram_where_that_costs_less_than_layers_would(flash: ModelSizes) -> None:
+    """It is copied to the GPU for every token."""
+    short, long = PlanOptions(n_ctx=32768), PlanOptions(n_ctx=1 << 20)
+    card = replace(BOX, gpus=(Gpu(vram_bytes=14 * GIB),))
+    plans = {options.n_ctx: make_plan(flash, card, options, suggest=False) for options in (short, long)}
+    assert (plans[32768].placement.dense_share, plans[32768].placement.cache_in_ram) == (1, False)
+    plan = plans[1 << 20]
+    at = plan.placement
+    assert (at.dense_share, at.cache_in_ram) == (1, True)
+    assert at.kv_bytes > 6 * GIB
+    assert fixed_bytes(at) - at.embedding_bytes - at.kv_bytes + at.gpu_expert_bytes <= 14 * GIB
+    assert "all on the GPU but the cache" in plan.lines()[2]
+    drawn = {bar.name: {segment.name for segment in bar.segments} for bar in bars(plan)}
+    assert "cache" in drawn["RAM"]
+    assert "cache" not in drawn["GPU"]
+    assert plan.decode is not None
+    assert plan.prefill is not None
+    assert "attention" not in plan.decode.likely.seconds
+    assert (
+        plan.decode_at(262144).likely.seconds["GPU's bus"] > 20 * plan.decode_at(4096).likely.seconds["GPU's bus"] > 0
+    )
+    in_ram, on_gpu = (made.prefill.likely.seconds["GPU's bus"] for made in (plan, plans[32768]) if made.prefill)
+    assert in_ram > on_gpu
+    layers = fit_dense(flash, 8 * GIB, 32768, "f16", 512)
+    assert 0 < layers.n_layers < 43, "a small cache is not what makes the difference"
+    assert not layers.cache_in_ram
+    larger = replace(card, gpus=(Gpu(vram_bytes=24 * GIB),))
+    assert make_plan(flash, larger, long, suggest=False).placement.cache_in_ram is False
 
 
 def test_hit_rates_rise_with_what_is_resident() -> None:

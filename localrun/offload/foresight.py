@@ -99,7 +99,7 @@ class Foresight:
         for expert in self._experts(following, x):
             slot = where.table.peek(following, expert)
             if slot is not None:
-                where.table.touch(slot)  # not the next to go while others are read for the same call
+                where.table.announce(following, expert)  # not the next to go while others are read for the same call
             elif not where.on_gpu(following, expert):
                 self._likely.append((following, expert))
         self.go_on()
@@ -131,6 +131,7 @@ class Foresight:
                 self._likely.clear()
                 return
             where.read_ahead(slot)
+            where.table.announce(layer, expert)
             self._guesses.add(slot)
             where.telemetry.values[layer, Counter.GUESSES] += 1
             n_loading += 1
@@ -138,6 +139,7 @@ class Foresight:
     def judge(self, layer: int, used: I32) -> None:
         """Call at the end of a layer's call: wrong guesses that were not used since become the next to evict."""
         table, row = self._residency.table, self._residency.telemetry.values[layer]
+        table.end_announced(layer)
         for slot in [slot for slot in self._guesses if slot.layer == layer]:
             self._guesses.discard(slot)
             here = table.peek(layer, slot.expert) is slot

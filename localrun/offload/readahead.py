@@ -130,9 +130,10 @@ class ReadAhead:
             for expert in experts:
                 if where.n_ahead >= self._depth:
                     break
-                # What is certain to be asked for counts as used, so that its neighbours' reads don't displace it.
-                present = where.table.find(layer, expert) if evict else where.table.peek(layer, expert)
-                if present is not None or where.on_gpu(layer, expert):
+                # What is certain to be asked for is not displaced by its neighbours' reads.
+                if evict:
+                    where.table.announce(layer, expert)
+                if where.is_here(layer, expert):
                     continue
                 slot = where.reserve(layer, expert, evict=evict)
                 if slot is None:
@@ -171,6 +172,7 @@ class ReadAhead:
                 if slot is None:
                     break
                 where.read_ahead(slot)
+                where.table.announce(following, expert)
                 self._guesses.add(slot)
         finally:
             for present in there:

@@ -216,6 +216,11 @@ class Residency:
 
     # -- between two decodes, on the decoding thread -------------------------------------------------------------------
 
+    def begin_batch(self, n_tokens: int) -> None:
+        """A batch of so many tokens begins."""
+        with self.lock:
+            self.table.begin_batch(n_tokens)
+
     def upgrade(self) -> None:
         """Puts better copies that have arrived into place and starts to read the next one."""
         if self._upgrades is None:

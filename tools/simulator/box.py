@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def simulate(
         frozenset(learn(calls[: max(1, n_warm)], header).hottest(at.gpu_experts)) if at.gpu_experts else frozenset()
     )
     steps = steps_of(calls)
-    in_ram = [Step(tuple(k for k in s.keys if k not in on_gpu), s.n_tokens, s.tail) for s in steps]
+    in_ram = [replace(s, keys=tuple(k for k in s.keys if k not in on_gpu)) for s in steps]
     clock = _Clock(sizes, plan)
     decode, prefill = _Sums(), _Sums()
     replay = engine_misses(in_ram, header, max(at.ram_experts, 1))

@@ -24,6 +24,7 @@ from typing import Any
 from localrun.errors import LocalrunError
 from localrun.offload.cache.trace import TraceHeader, TraceRecorder
 from localrun.units import parse_rate, parse_size
+from tools.simulator.estimates import RECIPES, replay_estimated
 from tools.simulator.policies import POLICIES, Belady, Lru, PinnedLru, Policy
 from tools.simulator.replay import learn, replay, replay_engine, replay_per_layer, steps_of
 from tools.simulator.trace_file import Trace, TracedCall
@@ -44,7 +45,7 @@ LRU_TAIL = "lru+tail"
 ENGINE = "engine"
 """The engine's own slot table, arena and all, with slots of a page."""
 
-NAMES = (ENGINE, *POLICIES, LRU_TAIL, LRU_PER_LAYER, "belady")
+NAMES = (ENGINE, *POLICIES, LRU_TAIL, LRU_PER_LAYER, *RECIPES, "belady")
 
 
 # --- a study ----------------------------------------------------------------------------------------------------------
@@ -90,6 +91,8 @@ def study(
             outcome = replay_per_layer(steps, n_slots, warm_up=n_warm)
         elif name == ENGINE:
             outcome = replay_engine(steps, header, n_slots, warm_up=n_warm)
+        elif name in RECIPES:
+            outcome = replay_estimated(calls, header, n_slots, RECIPES[name], warm_up=n_warm)
         else:
             policy: Policy
             if name == "belady":
@@ -112,18 +115,18 @@ def table(rows: Sequence[Row], expert_bytes: int | None, drive_bytes_per_s: floa
     shares = sorted({row.share for row in rows})
     names = list(dict.fromkeys(row.policy for row in rows))
     cell = {(row.policy, row.share): row for row in rows}
-    lines = ["hit rate     " + "".join(f"{share:>9.0%}" for share in shares)]
-    lines += [f"{name:<13}" + "".join(f"{cell[name, share].hit_rate:>9.3f}" for share in shares) for name in names]
+    lines = [f"{'hit rate':<24}" + "".join(f"{share:>9.0%}" for share in shares)]
+    lines += [f"{name:<24}" + "".join(f"{cell[name, share].hit_rate:>9.3f}" for share in shares) for name in names]
     if expert_bytes:
         shown = next((name for name in names if name == "lru"), names[0])
         gb = [cell[shown, share].misses_per_token * expert_bytes / 1e9 for share in shares]
-        lines += ["", f"{'GB/token':<13}" + "".join(f"{value:>9.2f}" for value in gb) + f"   ({shown})"]
+        lines += ["", f"{'GB/token':<24}" + "".join(f"{value:>9.2f}" for value in gb) + f"   ({shown})"]
         if drive_bytes_per_s:
             tokens_per_s = "".join(
                 f"{drive_bytes_per_s / 1e9 / value if value else float('inf'):>9.2f}" for value in gb
             )
             at = f"at {drive_bytes_per_s / 1e9:g} GB/s, if the drive is the only limit"
-            lines.append(f"{'tokens/s':<13}{tokens_per_s}   ({at})")
+            lines.append(f"{'tokens/s':<24}{tokens_per_s}   ({at})")
     return "\n".join(lines)
 
 

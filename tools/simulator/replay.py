@@ -5,8 +5,8 @@ Figures are of distinct experts per layer call, as the engine's own telemetry co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +46,13 @@ class Step:
         keys: its distinct experts, ascending.
         n_tokens: how many tokens it moves the model on.
         tail: those of its experts that its last tokens use; None: all.
+        counts: how many of its tokens use each expert.
     """
 
     keys: tuple[Key, ...]
     n_tokens: int
     tail: frozenset[Key] | None = None
+    counts: Mapping[Key, int] = field(default_factory=dict)
 
 
 def steps_of(calls: Iterable[TracedCall]) -> list[Step]:
@@ -65,7 +67,9 @@ def steps_of(calls: Iterable[TracedCall]) -> list[Step]:
             return (known.setdefault((layer, e), (layer, e)) for e in np.unique(ids).tolist())
 
         tail = frozenset(keys_of(call.ids[-TAIL_TOKENS:])) if len(call.ids) > TAIL_TOKENS else None
-        steps.append(Step(tuple(keys_of(call.ids)), len(call.ids) if call.layer == first_layer else 0, tail))
+        keys = tuple(keys_of(call.ids))
+        counts = dict(zip(keys, np.unique(call.ids, return_counts=True)[1].tolist(), strict=True))
+        steps.append(Step(keys, len(call.ids) if call.layer == first_layer else 0, tail, counts))
     return steps
 
 
@@ -120,6 +124,10 @@ def engine_misses(steps: Iterable[Step], header: TraceHeader, n_slots: int) -> I
     n_layers, n_experts = max(header.layers) + 1, max(n for n, _ in header.layers.values())
     table = SlotTable(n_slots * PAGE_BYTES, n_layers, n_experts)
     for step in steps:
+        if step.n_tokens:
+            table.begin_batch(step.n_tokens)
+        for key in step.keys:
+            table.uses[key] += step.counts[key]
         found = [table.peek(*key) for key in step.keys]
         pinned = [slot for slot in found if slot is not None]
         for slot in pinned:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from localrun.errors import FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
+from localrun.errors import BudgetError, FormatError, GpuMemoryError, LocalrunError, UnsupportedModelError
 from localrun.ggml import log as llama_log
 from localrun.ggml import structures as ggml
 from localrun.ggml.library import library
@@ -25,6 +25,10 @@ from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.setup import OffloadOptions
 from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import PROJECTIONS, ModelSource
+from localrun.units import format_size
+
+_CHECKED_BYTES = 1 << 20
+"""Tensors from this size on are looked at before they are read."""
 
 Adopt = Callable[[int, Weight], None]
 """Called with the address of each stacked expert tensor created by llama.cpp, and its description."""
@@ -46,6 +50,7 @@ def fill_model(
     Raises:
         FormatError, UnsupportedModelError: llama.cpp does not accept the model.
         GpuMemoryError: it does not accept it with the dense model on a GPU, as `options.n_gpu_layers` asks.
+        BudgetError: other programs take the memory meanwhile.
         StoreError: a file can't be read.
     """
     import llama_cpp
@@ -56,7 +61,7 @@ def fill_model(
     metadata = lib.gguf_init_from_buffer(header, len(header), ggml.GgufInitParams(True, None))
     if not metadata:
         raise FormatError(f"{source.path}: llama.cpp does not accept the metadata: {llama_log.recent_errors()}")
-    filler = _Filler(source, adopt, dense, in_memory, options.progress)
+    filler = _Filler(source, options, adopt, dense, in_memory)
     overrides = _overrides(source, options)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
@@ -137,12 +142,12 @@ class _Filler:
     def __init__(
         self,
         source: ModelSource,
+        options: OffloadOptions,
         adopt: Adopt,
         dense: DenseMatrices,
         in_memory: InMemory,
-        progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._source, self._adopt, self._dense, self._progress = source, adopt, dense, progress
+        self._source, self._options, self._adopt, self._dense = source, options, adopt, dense
         self._in_memory = in_memory
         self._lib = library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
@@ -178,6 +183,7 @@ class _Filler:
         if weight is not None and expert_device().is_ours(address):
             self._adopt(address, weight)
             return
+        self._check_memory(info.n_bytes)
         if expert_device().is_ours(address):
             expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name), name))
         else:
@@ -187,8 +193,21 @@ class _Filler:
             ):
                 self._in_memory(name, tensor.data)
         self._n_done += 1
-        if self._progress is not None:
-            self._progress(self._n_done, self._n_dense)
+        if self._options.progress is not None:
+            self._options.progress(self._n_done, self._n_dense)
+
+    def _check_memory(self, n_bytes: int) -> None:
+        """Refuses to read a tensor for which there is no RAM any more: the kernel would kill this process, or another one."""
+        if self._options.available is None or n_bytes < _CHECKED_BYTES:
+            return
+        available = self._options.available()
+        # Read, converted and copied to where it stays: up to two of them at a time.
+        if available is not None and available < 2 * n_bytes + self._options.reserve_bytes // 4:
+            raise BudgetError(
+                f"other programs have taken memory while {self._source.path.name} was loading: {self._n_done} of "
+                f"{self._n_dense} dense tensors were read, {format_size(available)} of RAM are left",
+                hint="close other programs, then try again",
+            )
 
     def unused(self) -> list[str]:
         """Tensors of the model that llama.cpp did not create. A tied output matrix is shown to all, and some need none."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 
-from localrun.errors import FormatError, StoreError
+from localrun.errors import BudgetError, FormatError, StoreError
 from localrun.ggml import log as llama_log
 from localrun.offload.device.device import Weight, expert_device
 from localrun.offload.fill import expert_weight
@@ -99,6 +99,18 @@ def test_progress_counts_the_dense_tensors(source: ModelSource) -> None:
     with open_offloaded(source, OffloadOptions(progress=lambda done, total: seen.append((done, total)))):
         pass
     assert seen == [(done, n_dense) for done in range(1, n_dense + 1)]
+
+
+def test_a_load_ends_with_numbers_when_other_programs_take_the_memory_meanwhile(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localrun.offload.fill._CHECKED_BYTES", 0)
+    left = iter([1 << 30] * 5)
+    options = OffloadOptions(available=lambda: next(left, 100), reserve_bytes=0)
+    with pytest.raises(BudgetError, match=r"taken memory while .* was loading: 5 of \d+ dense tensors were read"):
+        open_offloaded(source, options)
+    with open_offloaded(source, replace(options, available=lambda: 1 << 40)) as model:
+        assert np.isfinite(logits(model, [1, 2])).all()
 
 
 class Refusing(dict[int, Any]):

@@ -219,13 +219,27 @@ def _nearest(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: 
         context = sizes.kv_bytes(n_ctx, kv_type, options.n_batch) + compute_bytes(sizes, n_ctx, options.n_batch)
         return sizes.dense_bytes + context + PROCESS_BYTES + (sizes.floor_bytes if sizes.n_copies else 0)
 
-    for changed, kv_type in _milder(n_ctx, options.kv_type):
+    milder = list(_milder(n_ctx, options.kv_type))
+    for changed, kv_type in milder:
         if needed(changed, kv_type) <= machine.ram_bytes:
-            return f"it fits with --context {changed}" + (f" --kv {kv_type}" if kv_type != options.kv_type else "")
-    least = min(
-        needed(changed, kv_type) for changed, kv_type in [(n_ctx, options.kv_type), *_milder(n_ctx, options.kv_type)]
-    )
-    return f"{format_size(least)} must be free even with the smallest context: close other programs, or use a larger machine"
+            return f"it fits with {_context(n_ctx, changed, kv_type, options)}"
+    saved = sizes.four_bit_savings if sizes.from_checkpoint else 0
+    for changed, kv_type in [(n_ctx, options.kv_type), *milder] if saved else []:
+        if needed(changed, kv_type) - saved <= machine.ram_bytes:
+            way = (
+                "--dense q4_k" if sizes.convertible else "dense matrices of 4 bits (localrun convert ... --dense q4_k)"
+            )
+            unchanged = (changed, kv_type) == (n_ctx, options.kv_type)
+            return f"it fits with {way}" + ("" if unchanged else f" {_context(n_ctx, changed, kv_type, options)}")
+    least = min(needed(changed, kv_type) for changed, kv_type in [(n_ctx, options.kv_type), *milder])
+    small = f", {format_size(least - saved)} with --dense q4_k" if saved else ""
+    return f"{format_size(least)} must be free even with the smallest context{small}: close other programs, or use a larger machine"
+
+
+def _context(n_ctx: int, changed: int, kv_type: str, options: PlanOptions) -> str:
+    """The options that make this change of the context."""
+    length = [] if changed == n_ctx else [f"--context {changed}"]
+    return " ".join(length + ([] if kv_type == options.kv_type else [f"--kv {kv_type}"]))
 
 
 def _milder(n_ctx: int, kv_type: str) -> Iterator[tuple[int, str]]:

@@ -92,6 +92,7 @@ class ModelSizes:
         staging_bytes: buffers for reads in flight.
         base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
         convertible: other expert formats are possible by converting again.
+        eight_bit_bytes: of the dense matrices, those in Q8_0, as FP8 matrices become by default.
     """
 
     name: str
@@ -104,6 +105,7 @@ class ModelSizes:
     staging_bytes: int
     base_bytes: int = 0
     convertible: bool = False
+    eight_bit_bytes: int = 0
 
     @property
     def from_checkpoint(self) -> bool:
@@ -114,6 +116,12 @@ class ModelSizes:
     def dense_bytes(self) -> int:
         """The dense model."""
         return sum(self.dense.values())
+
+    @property
+    def four_bit_savings(self) -> int:
+        """What the dense model would be smaller by with `--dense q4_k`."""
+        (eight, eight_bytes), (four, four_bytes) = GGML_QUANT_SIZES[_T.Q8_0], GGML_QUANT_SIZES[_T.Q4_K]
+        return int(self.eight_bit_bytes - self.eight_bit_bytes // eight_bytes * eight * four_bytes // four)
 
     @property
     def embedding_bytes(self) -> int:
@@ -260,12 +268,14 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
     """Sizes of a conversion of the official FP4 checkpoint with this config."""
     options = options or ConversionOptions()
     dense: Counter[str] = Counter()
-    weights = 0
+    weights = eight_bit_bytes = 0
     expert_types: list[GGMLQuantizationType] = []
     for spec in trunk_tensors(config):
         if spec.expert is None:
             dense[_part(spec.gguf or "")] += _tensor_bytes(spec, options)
             weights += _weights(spec)
+            if target_type(spec, spec.dtype, options) is _T.Q8_0:
+                eight_bit_bytes += _tensor_bytes(spec, options)
         elif spec.expert == 0 and len(expert_types) < 3:
             expert_types.append(target_type(spec, spec.dtype, options))
     shape = config.shape
@@ -282,6 +292,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
         experts=(ExpertGroup((gate, up, down), n_copies, sum(layout.raw_bytes), layout.slot_bytes),),
         staging_bytes=staging_bytes_aligned(layout.raw_bytes),
         convertible=True,
+        eight_bit_bytes=eight_bit_bytes,
     )
 
 
@@ -313,6 +324,9 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
         staging_bytes=staging_bytes(source),
         base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe) if has_better else 0,
         convertible=(source.path / "config.json").is_file(),
+        eight_bit_bytes=sum(
+            info.n_bytes for name, info in source.tensors.items() if "_exps." not in name and info.type is _T.Q8_0
+        ),
     )
 
 

@@ -245,11 +245,28 @@ def test_what_can_not_fit_is_refused_with_numbers_and_a_setting_that_fits(flash:
     with pytest.raises(BudgetError) as hopeless:
         plan_of(flash, 4)
     assert "must be free" in str(hopeless.value.hint)
+    assert "with --dense q4_k: close other programs" in str(hopeless.value.hint)
     with pytest.raises(BudgetError, match=r"exceed the 62\.00 GiB that are free") as too_much:
         plan_of(flash, 62, ram_bytes=60 * GIB)
     hint = re.search(r"--ram ([0-9.]+)GiB", str(too_much.value.hint))
     assert hint is not None
     plan_of(flash, 62, ram_bytes=int((float(hint[1]) - 0.1) * GIB))
+
+
+@pytest.mark.parametrize("free_gib", [19.7, 21.5])
+def test_what_fits_with_dense_matrices_of_four_bits_is_told_so(free_gib: float) -> None:
+    pro, small = sizes_of("pro"), sizes_of("pro", dense=format_of("q4_k"))
+    with pytest.raises(BudgetError, match=r"dense model 28.* GiB") as refused:
+        plan_of(pro, free_gib)
+    found = re.fullmatch(r"it fits with --dense q4_k(?: --context (\d+))?(?: --kv (q8_0))?", str(refused.value.hint))
+    assert found is not None, refused.value.hint
+    plan_of(small, free_gib, n_ctx=int(found[1] or 0), kv_type=found[2] or "f16")
+    assert abs(small.dense_bytes - (pro.dense_bytes - pro.four_bit_savings)) < 0.001 * small.dense_bytes
+    assert small.four_bit_savings == 0
+    converted = replace(pro, convertible=False)
+    with pytest.raises(BudgetError) as refused:
+        plan_of(converted, free_gib)
+    assert "localrun convert ... --dense q4_k" in str(refused.value.hint)
 
 
 def test_suggestions_are_plans_of_the_changed_machine(flash: ModelSizes) -> None:

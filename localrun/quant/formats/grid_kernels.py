@@ -1,8 +1,9 @@
 """Compiled search for IQ2_XXS: groups of eight magnitudes from a grid of 256, signs of even parity, a 4-bit scale per 32.
 
 For a step d and weights w, the entry e that is best for a group has the most P[e] - d / 2 * R[e], where P[e] is the sum of
-w |x| g[e] and R[e] that of w g[e]^2, which all rows of a matrix share. So all 256 entries are tried for every step; ggml tries
-neighbours of the rounded point. 256 groups lie side by side, one per lane, in one scratch array of rows (`k_kernels` says why).
+w |x| g[e] and R[e] that of w g[e]^2. So all 256 entries are tried for every step; ggml tries neighbours of the rounded point. As
+there, w is the importance times sqrt(s + x^2), s being twice the super-block's mean square: without it large weights shrink.
+256 groups lie side by side, one per lane, in one scratch array of rows (`k_kernels` says why).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SUM_P = 12  # of the best entry
 SUM_R = 13
 STEP = 14  # of the block of four groups, then quantized
 INT = 15  # its integer, 2 * scale + 1
-TRIALS = 16
+W = 16  # eight: w
+TRIALS = 24
 N_TRIALS = 6
 HALVES = TRIALS  # N_TRIALS
 BESTS = TRIALS + N_TRIALS
@@ -38,11 +40,19 @@ FIRST, NEXT = np.float32(0.62), np.float32(0.11)
 @cached_jit(nogil=True)
 def load_groups(x: Any, importance: Any, at: Any, column: Any, n: Any, s: Any) -> None:
     """Rows A, NEGATIVE and STEP (each block's largest magnitude) of `n` groups, from x[at:] and importance[column:]."""
+    for first in range(0, n, 32):
+        total = np.float32(0)
+        for i in range(8 * first, 8 * first + 256):
+            total += x[U(at + i)] * x[U(at + i)]
+        for lane in range(first, first + 32):
+            s[U(HALF * PITCH + lane)] = total * np.float32(2.0 / 256)
     for lane in range(n):
         negative, largest, least, flip = 0, np.float32(0), np.float32(np.inf), 0
         for j in range(8):
             v, w = x[U(at + 8 * lane + j)], importance[U(column + 8 * lane + j)]
             size = abs(v)
+            w *= np.sqrt(s[U(HALF * PITCH + lane)] + v * v)
+            s[U((W + j) * PITCH + lane)] = w
             if v < np.float32(0):
                 negative ^= 1 << j
             largest = max(largest, size)
@@ -66,8 +76,8 @@ def load_groups(x: Any, importance: Any, at: Any, column: Any, n: Any, s: Any) -
 
 
 @cached_jit(nogil=True)
-def try_steps(grid: Any, squares: Any, pitch: Any, group: Any, s: Any) -> None:
-    """Rows BESTS: most P - HALVES * R of all entries. squares: (256, pitch) R of the matrix's groups of columns."""
+def try_steps(grid: Any, s: Any) -> None:
+    """Rows BESTS: most P - HALVES * R of all entries."""
     for k in range(N_TRIALS):
         factor = (FIRST + NEXT * np.float32(k)) * np.float32(0.5 / 43)
         for lane in range(LANES):
@@ -76,7 +86,7 @@ def try_steps(grid: Any, squares: Any, pitch: Any, group: Any, s: Any) -> None:
     for e in range(256):
         g0, g1, g2, g3 = grid[U(8 * e)], grid[U(8 * e + 1)], grid[U(8 * e + 2)], grid[U(8 * e + 3)]
         g4, g5, g6, g7 = grid[U(8 * e + 4)], grid[U(8 * e + 5)], grid[U(8 * e + 6)], grid[U(8 * e + 7)]
-        at = e * pitch + group
+        q0, q1, q2, q3, q4, q5, q6, q7 = g0 * g0, g1 * g1, g2 * g2, g3 * g3, g4 * g4, g5 * g5, g6 * g6, g7 * g7
         for lane in range(LANES):
             low = (s[U(lane)] * g0 + s[U(PITCH + lane)] * g1) + (
                 s[U(2 * PITCH + lane)] * g2 + s[U(3 * PITCH + lane)] * g3
@@ -84,7 +94,14 @@ def try_steps(grid: Any, squares: Any, pitch: Any, group: Any, s: Any) -> None:
             high = (s[U(4 * PITCH + lane)] * g4 + s[U(5 * PITCH + lane)] * g5) + (
                 s[U(6 * PITCH + lane)] * g6 + s[U(7 * PITCH + lane)] * g7
             )
-            p, r = low + high, squares[U(at + lane)]
+            p = low + high
+            low = (s[U(W * PITCH + lane)] * q0 + s[U((W + 1) * PITCH + lane)] * q1) + (
+                s[U((W + 2) * PITCH + lane)] * q2 + s[U((W + 3) * PITCH + lane)] * q3
+            )
+            high = (s[U((W + 4) * PITCH + lane)] * q4 + s[U((W + 5) * PITCH + lane)] * q5) + (
+                s[U((W + 6) * PITCH + lane)] * q6 + s[U((W + 7) * PITCH + lane)] * q7
+            )
+            r = low + high
             v0 = p - s[U((HALVES + 0) * PITCH + lane)] * r
             v1 = p - s[U((HALVES + 1) * PITCH + lane)] * r
             v2 = p - s[U((HALVES + 2) * PITCH + lane)] * r
@@ -117,14 +134,15 @@ def keep_best_step(n: Any, s: Any) -> None:
 
 
 @cached_jit(nogil=True)
-def find_entries(grid: Any, squares: Any, pitch: Any, group: Any, s: Any) -> None:
+def find_entries(grid: Any, s: Any) -> None:
     """Rows INDEX, SUM_P and SUM_R: the best entry for the step in row HALF."""
     for lane in range(LANES):
         s[U(BEST * PITCH + lane)] = np.float32(-1e30)
     for e in range(256):
         g0, g1, g2, g3 = grid[U(8 * e)], grid[U(8 * e + 1)], grid[U(8 * e + 2)], grid[U(8 * e + 3)]
         g4, g5, g6, g7 = grid[U(8 * e + 4)], grid[U(8 * e + 5)], grid[U(8 * e + 6)], grid[U(8 * e + 7)]
-        at, number = e * pitch + group, np.float32(e)
+        q0, q1, q2, q3, q4, q5, q6, q7 = g0 * g0, g1 * g1, g2 * g2, g3 * g3, g4 * g4, g5 * g5, g6 * g6, g7 * g7
+        number = np.float32(e)
         for lane in range(LANES):
             low = (s[U(lane)] * g0 + s[U(PITCH + lane)] * g1) + (
                 s[U(2 * PITCH + lane)] * g2 + s[U(3 * PITCH + lane)] * g3
@@ -132,7 +150,14 @@ def find_entries(grid: Any, squares: Any, pitch: Any, group: Any, s: Any) -> Non
             high = (s[U(4 * PITCH + lane)] * g4 + s[U(5 * PITCH + lane)] * g5) + (
                 s[U(6 * PITCH + lane)] * g6 + s[U(7 * PITCH + lane)] * g7
             )
-            p, r = low + high, squares[U(at + lane)]
+            p = low + high
+            low = (s[U(W * PITCH + lane)] * q0 + s[U((W + 1) * PITCH + lane)] * q1) + (
+                s[U((W + 2) * PITCH + lane)] * q2 + s[U((W + 3) * PITCH + lane)] * q3
+            )
+            high = (s[U((W + 4) * PITCH + lane)] * q4 + s[U((W + 5) * PITCH + lane)] * q5) + (
+                s[U((W + 6) * PITCH + lane)] * q6 + s[U((W + 7) * PITCH + lane)] * q7
+            )
+            r = low + high
             v, best = p - s[U(HALF * PITCH + lane)] * r, s[U(BEST * PITCH + lane)]
             better = v > best
             s[U(BEST * PITCH + lane)] = v if better else best
@@ -201,21 +226,17 @@ def pack_groups(n: Any, at: Any, s: Any, out: Any, out16: Any) -> None:
 
 
 @cached_jit(nogil=True)
-def quantize_iq2_xxs(x: Any, importance: Any, n_in: Any, grid: Any, squares: Any, s: Any, out: Any, out16: Any) -> None:
-    """All rows of `x` to block_iq2_xxs.
-
-    Args:
-        squares: (256, n_in / 8 + LANES) R, the last LANES columns anything.
-    """
-    n_groups, pitch, at = n_in // 8, n_in // 8 + LANES, 0
+def quantize_iq2_xxs(x: Any, importance: Any, n_in: Any, grid: Any, s: Any, out: Any, out16: Any) -> None:
+    """All rows of `x` to block_iq2_xxs; grid: (256, 8) magnitudes."""
+    n_groups, at = n_in // 8, 0
     for row in range(x.size // n_in):
         for group in range(0, n_groups, LANES):
             n = min(LANES, n_groups - group)
             load_groups(x, importance, row * n_in + 8 * group, 8 * group, n, s)
-            try_steps(grid, squares, pitch, group, s)
+            try_steps(grid, s)
             keep_best_step(n, s)
-            find_entries(grid, squares, pitch, group, s)
+            find_entries(grid, s)
             quantize_steps(n, s)
-            find_entries(grid, squares, pitch, group, s)
+            find_entries(grid, s)
             pack_groups(n, at, s, out, out16)
             at += n // 32 * 66

@@ -27,7 +27,8 @@ SUM_R = 13
 STEP = 14  # of the block of four groups, then quantized
 INT = 15  # its integer, 2 * scale + 1
 W = 16  # eight: w
-TRIALS = 24
+POWER = 24  # sum of w x^2
+TRIALS = 25
 N_TRIALS = 6
 HALVES = TRIALS  # N_TRIALS
 BESTS = TRIALS + N_TRIALS
@@ -47,7 +48,7 @@ def load_groups(x: Any, importance: Any, at: Any, column: Any, n: Any, s: Any) -
         for lane in range(first, first + 32):
             s[U(HALF * PITCH + lane)] = total * np.float32(2.0 / 256)
     for lane in range(n):
-        negative, largest, least, flip = 0, np.float32(0), np.float32(np.inf), 0
+        negative, largest, least, flip, power = 0, np.float32(0), np.float32(np.inf), 0, np.float32(0)
         for j in range(8):
             v, w = x[U(at + 8 * lane + j)], importance[U(column + 8 * lane + j)]
             size = abs(v)
@@ -56,6 +57,7 @@ def load_groups(x: Any, importance: Any, at: Any, column: Any, n: Any, s: Any) -
             if v < np.float32(0):
                 negative ^= 1 << j
             largest = max(largest, size)
+            power += w * size * size
             if w * size * size < least:
                 least, flip = w * size * size, j
             s[U((A + j) * PITCH + lane)] = w * size
@@ -68,6 +70,7 @@ def load_groups(x: Any, importance: Any, at: Any, column: Any, n: Any, s: Any) -
             s[U((A + flip) * PITCH + lane)] = -s[U((A + flip) * PITCH + lane)]
         s[U(NEGATIVE * PITCH + lane)] = np.float32(negative)
         s[U(STEP * PITCH + lane)] = largest
+        s[U(POWER * PITCH + lane)] = power
     for lane in range(0, n, 4):
         row = STEP * PITCH + lane
         largest = max(max(s[U(row)], s[U(row + 1)]), max(s[U(row + 2)], s[U(row + 3)]))
@@ -207,12 +210,12 @@ def pack_groups(n: Any, at: Any, s: Any, out: Any, out16: Any) -> None:
     """block_iq2_xxs (ggml-common.h), 66 bytes: d, then per 32 weights four indices and 4 x 7 signs below a scale."""
     zero = np.float32(0)
     for first in range(0, n, 32):
-        upper, lower = zero, zero
+        upper, power = zero, zero
         for lane in range(first, first + 32, 4):
-            number = s[U(INT * PITCH + lane)]
-            upper += number * _of_block(SUM_P, lane, s)
-            lower += number * number * _of_block(SUM_R, lane, s)
-        unit = max(np.float32(8) * upper / lower if lower > zero else zero, zero)
+            upper += s[U(INT * PITCH + lane)] * _of_block(SUM_P, lane, s)
+            power += _of_block(POWER, lane, s)
+        # Not by least squares, which shrinks all outputs: the weights' component along the exact ones is as large as these.
+        unit = np.float32(8) * power / upper if upper > zero else zero
         out16[U(at // 2)] = _f16_bits(unit)
         for block in range(8):
             lane, to = first + 4 * block, at + 2 + 8 * block

@@ -1,7 +1,8 @@
-"""Our quantizer for IQ2_XXS: six to eight times ggml's speed at a lower error (`grid_kernels` says how).
+"""Our quantizer for IQ2_XXS: six times ggml's speed at a lower error (`grid_kernels` says how).
 
-Measured as in `k_quantize`, one core of Zen 4: 14 to 21 million weights/s where ggml has 2.5, a relative RMS error of 0.236 where
-ggml has 0.263 (without rounding to FP4: 0.236 and 0.264; without importance: 0.333 and 0.347).
+Measured as in `k_quantize`, one core of Zen 4: 14.6 million weights/s where ggml has 2.5, and a relative RMS error of 0.243 where
+ggml has 0.263 (without rounding to FP4: 0.244 and 0.264; without importance: 0.353 and 0.347). All experts of the demo model,
+3,072 tokens: KL 0.0218 and 0.0269.
 """
 
 from __future__ import annotations

@@ -349,6 +349,33 @@ def quantize_batch(
     round_elements(size, n_max, s)
 
 
+@cached_jit(nogil=True, error_model="numpy")
+def unshrink(s: Any, step_d: Any, step_m: Any) -> None:
+    """Scales 16 super-blocks of 16 groups so that their component along the exact weights is as large as these.
+
+    Least squares makes it smaller by the relative squared error, 4 % for Q2_K, and so all experts' outputs. [m] Demo model, all
+    experts in Q2_K, 3,072 tokens: KL 0.0188 by least squares, 0.0149 with 5 % more.
+    """
+    zero = np.float32(0)
+    for b in range(16):
+        s[U(UPPER * PITCH + b)] = s[U(LOWER * PITCH + b)] = zero
+    for e in range(16):
+        for g in range(16):
+            for b in range(16):
+                j = g * 16 + b
+                x = s[U((X + e) * PITCH + j)]
+                wx = s[U((W + e) * PITCH + j)] * x
+                s[U(UPPER * PITCH + b)] += wx * x
+                s[U(LOWER * PITCH + b)] += wx * (
+                    s[U(DQ * PITCH + j)] * s[U((Q + e) * PITCH + j)] - s[U(MQ * PITCH + j)]
+                )
+    for b in range(16):
+        lower = s[U(LOWER * PITCH + b)]
+        factor = s[U(UPPER * PITCH + b)] / lower if lower > zero else np.float32(1)
+        factor = min(max(factor, np.float32(1)), np.float32(1.25))
+        step_d[U(b)], step_m[U(b)] = f16(step_d[U(b)] * factor), f16(step_m[U(b)] * factor)
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +432,7 @@ def quantize_q2_k(x: Any, importance: Any, steps: Any, s: Any, step_d: Any, step
     n_blocks = x.size // 256
     for first in range(0, n_blocks, 16):
         quantize_batch(x, importance, first, 16, np.float32(3), np.float32(15), steps, s, step_d, step_m)
+        unshrink(s, step_d, step_m)
         for b in range(min(16, n_blocks - first)):
             at = 84 * (first + b)
             pack_q2(b, s, at, out)

@@ -9,6 +9,8 @@ weighed by the importance that the quantizer was given (log-normal, sigma 1.5); 
     Q4_K    6.2  0.051 (0.057)     127  0.041 (0.056)
     Q5_K    5.2  0.027 (0.030)      95  0.018 (0.028)
 
+Q2_K's are those before `k_kernels.unshrink`, which trades error for the size of outputs.
+
 The steps tried for Q4_K and Q5_K reach down to where an FP4 source's own step fits. Importance is taken as it is: the error that is
 made least is the one that the solver measures; ggml multiplies it by a power of the weight itself.
 """

@@ -70,6 +70,7 @@ def table(result: Benchmark) -> list[str]:
         )
     lines += [f"skipped: {text}" for text in result.skipped]
     lines += _split_table(result.phases)
+    lines += [_drive(phase) for phase in result.phases if phase.bytes_read]
     end = result.phases[-1].rss_bytes if result.phases else 0
     lines.append(
         f"resident: {format_size(result.rss_start_bytes)} after loading, {format_size(end)} at the end, "
@@ -87,6 +88,13 @@ def _split_table(phases: Sequence[Phase]) -> list[str]:
     lines = ["", f"{'ms per token':<18}" + "".join(f"{label:>11}" for label in labels)]
     lines += [f"{_name(phase):<18}" + "".join(f"{ms:>11.2f}" for *_, ms in _parts(phase)) for phase in split]
     return [*lines, ""]
+
+
+def _drive(phase: Phase) -> str:
+    return (
+        f"drive, {_name(phase)}: busy {phase.reading_s / phase.seconds:.0%} of the time; "
+        f"{phase.guesses} guesses, {phase.guesses_used} used; {phase.unused_bytes / phase.bytes_read:.1%} of bytes unused"
+    )
 
 
 def _name(phase: Phase) -> str:

@@ -273,7 +273,11 @@ class Engine:
             else {}
         )
         table = self._loaded.pool.residency.table
-        memory_facts = {"slot_bytes": table.used_bytes, "withheld_bytes": table.withheld_bytes}
+        memory_facts = {
+            "slot_bytes": table.used_bytes,
+            "withheld_bytes": table.withheld_bytes,
+            "unused_bytes": table.unused_bytes,
+        }
         return {**asdict(totals), **gpu, **memory_facts, "hit_rate": totals.hit_rate, "layers": telemetry.layers()}
 
     def expert_map(self) -> Mapping[str, Json] | None:

@@ -161,7 +161,7 @@ class Residency:
 
     def read_ahead(self, slot: Slot) -> None:
         """Starts filling a reserved slot as read-ahead; the caller holds the lock."""
-        self._submit(slot, ahead=True)
+        self.table.note_ahead(slot, self._submit(slot, ahead=True))
         self._n_ahead += 1
         self.telemetry.values[slot.layer, Counter.PREFETCHED] += 1
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -114,6 +114,8 @@ class Phase:
         bytes_read: from files, read-ahead included.
         prefetched: experts read ahead of their call.
         guesses, guesses_used, guesses_wasted: experts among them predicted with the next layer's router, and their fate.
+        unused_bytes: read ahead, sometimes in an earlier phase, and given up without having been used.
+        reading_s: with at least one read in flight.
         layers: the counters per layer, with `layer`.
         rss_bytes: resident size of the process afterwards.
     """
@@ -131,6 +133,8 @@ class Phase:
     guesses: int = 0
     guesses_used: int = 0
     guesses_wasted: int = 0
+    unused_bytes: int = 0
+    reading_s: float = 0.0
     evictions: int = 0
     layers: tuple[Mapping[str, int], ...] = ()
     rss_bytes: int = 0
@@ -192,6 +196,8 @@ class Phase:
             "guesses": self.guesses,
             "guesses_used": self.guesses_used,
             "guesses_wasted": self.guesses_wasted,
+            "unused_bytes": self.unused_bytes,
+            "reading_s": self.reading_s,
             "evictions": self.evictions,
             "rss_bytes": self.rss_bytes,
             "layers": [dict(layer) for layer in self.layers],
@@ -262,6 +268,15 @@ def measure(
             hint="use a longer text, or fewer --prompt-tokens and --new-tokens",
         )
     return _Run(engine, tokens, options, progress).run()
+
+
+class _Ours(NamedTuple):
+    """What our device and the store have counted since the model was loaded."""
+
+    matrices_ns: int
+    attention_ns: int
+    reading_s: float
+    unused_bytes: int
 
 
 class _Run:
@@ -382,9 +397,9 @@ class _Run:
         self._engine.learn_tokens(spent, n_tokens=n, seconds=sum(step_ms) / 1e3, position=context + n // 2)
         self._add("decode", context, n, sum(step_ms) / 1e3, step_ms, before, ours)
 
-    def _ours(self) -> tuple[int, int]:
-        """Nanoseconds so far in dense matrices, and in attention."""
-        return self._engine.dense_ns, self._engine.attention_ns
+    def _ours(self) -> _Ours:
+        unused = int(self._engine.stats().get("unused_bytes", 0))
+        return _Ours(self._engine.dense_ns, self._engine.attention_ns, self._engine.spent().reading_s, unused)
 
     def _counters(self) -> Counters:
         return {int(row["layer"]): dict(row) for row in self._engine.stats().get("layers", ())}
@@ -397,10 +412,10 @@ class _Run:
         seconds: float,
         step_ms: Sequence[float] | np.ndarray[Any, Any],
         before: Counters,
-        ours: tuple[int, int],
+        ours: _Ours,
     ) -> None:
         layers = _difference(before, self._counters())
-        matrices_ns, attention_ns = (after - at for after, at in zip(self._ours(), ours, strict=True))
+        now = self._ours()
         total = {name: sum(row.get(name, 0) for row in layers) for name in {key for row in layers for key in row}}
         self._phases.append(
             Phase(
@@ -409,7 +424,9 @@ class _Run:
                 n_tokens=n_tokens,
                 seconds=seconds,
                 step_ms=tuple(float(ms) for ms in step_ms),
-                split=_split(seconds, total, matrices_ns, attention_ns) if layers else None,
+                split=_split(seconds, total, now.matrices_ns - ours.matrices_ns, now.attention_ns - ours.attention_ns)
+                if layers
+                else None,
                 hits=total.get("hits", 0),
                 misses=total.get("misses", 0),
                 bytes_read=total.get("bytes_read", 0),
@@ -417,6 +434,8 @@ class _Run:
                 guesses=total.get("guesses", 0),
                 guesses_used=total.get("guesses_used", 0),
                 guesses_wasted=total.get("guesses_wasted", 0),
+                unused_bytes=now.unused_bytes - ours.unused_bytes,
+                reading_s=now.reading_s - ours.reading_s,
                 evictions=total.get("evictions", 0),
                 layers=tuple(layers),
                 rss_bytes=memory.resident_bytes(),

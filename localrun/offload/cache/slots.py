@@ -118,6 +118,8 @@ class Slot:
         pins: number of running calls that need it; a pinned slot is never evicted.
         replaces: the slot that this one replaces once complete, see `SlotTable.begin_upgrade`.
         ready_stamp: its recency when it became READY, -1 before.
+        ahead_bytes: read for it ahead of any use, see `SlotTable.note_ahead`.
+        uses_before: of its expert when that read began.
     """
 
     layer: int
@@ -129,6 +131,8 @@ class Slot:
     pins: int = 0
     replaces: Slot | None = None
     ready_stamp: int = -1
+    ahead_bytes: int = 0
+    uses_before: int = 0
 
 
 VARIANT_MASK = PAGE_BYTES - 1
@@ -156,6 +160,7 @@ class SlotTable:
         stamps: value of `tick` at the last use; `ABSENT` if not READY.
         uses: (token, expert) pairs served since the model was opened, for the routing profile.
         demand: estimates how soon experts will be used again.
+        unused_bytes: read ahead and given up without having been used.
 
     Args:
         budget_bytes: size of the arena.
@@ -178,6 +183,7 @@ class SlotTable:
         self._addresses: list[int] = []  # of all slots, ascending
         self._withheld: list[Slot] = []  # ranges without pages, in the two above as slots that can't go
         self.n_evictions = 0
+        self.unused_bytes = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -261,6 +267,10 @@ class SlotTable:
         """A batch of so many tokens begins."""
         self.demand.advance(n_tokens)
         self._due[:] = 0
+
+    def note_ahead(self, slot: Slot, n_bytes: int) -> None:
+        """The slot is about to be filled with so many bytes that no call waits for."""
+        slot.ahead_bytes, slot.uses_before = n_bytes, int(self.uses[slot.layer, slot.expert])
 
     def announce(self, layer: int, expert: int) -> None:
         """The running batch will probably ask for this expert: others go first, until `end_announced` or the next batch."""
@@ -377,6 +387,8 @@ class SlotTable:
     def discard(self, slot: Slot) -> None:
         """Frees a slot in any state; for failed reads and for experts that moved elsewhere."""
         at = (slot.layer, slot.expert)
+        if slot.state is SlotState.READY and self.uses[at] == slot.uses_before:
+            self.unused_bytes += slot.ahead_bytes
         self.resident[at], self.stamps[at], self._protection[at] = 0, ABSENT, 0
         del self._slots[at]
         self._free(slot)

@@ -123,3 +123,30 @@ def test_a_new_batch_forgets_announcements(table: SlotTable) -> None:
     table.announce(0, 0)
     table.begin_batch(1)
     assert next_to_go(table) == 0
+
+
+def test_bytes_read_ahead_are_unused_if_given_up_before_any_use() -> None:
+    table = SlotTable(2 * PAGE_BYTES, N_LAYERS, N_EXPERTS)
+    for expert in range(2):
+        slot = table.reserve(0, expert, PAGE_BYTES)
+        assert slot is not None
+        table.note_ahead(slot, 1000 + expert)
+        table.ready(slot)
+    table.uses[0, 1] += 1
+    assert table.unused_bytes == 0
+    assert next_to_go(table) == 0
+    assert table.unused_bytes == 1000
+    assert next_to_go(table, newcomer=6) == 1
+    assert table.unused_bytes == 1000
+
+
+def test_a_read_ahead_for_a_running_call_is_used_by_it() -> None:
+    """The call counts its experts when it begins, before the read arrives."""
+    table = SlotTable(PAGE_BYTES, N_LAYERS, N_EXPERTS)
+    slot = table.reserve(0, 3, PAGE_BYTES)
+    assert slot is not None
+    table.note_ahead(slot, 1000)
+    table.uses[0, 3] += 1
+    table.ready(slot)
+    assert next_to_go(table) == 3
+    assert table.unused_bytes == 0

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from localrun.errors import LocalrunError
 from tests.rpc_server import rpc_server
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import start
 from tools.gpu_check.campaign import Campaign, run
+from tools.gpu_check.fit import Fit, whole_that_fits
 from tools.gpu_check.models import PooledSource, write_model
 from tools.gpu_check.pack import PACKAGES, RUN, copy_package, one_of_each
 from tools.gpu_check.table import table
@@ -35,6 +37,7 @@ def test_the_campaign_runs_to_its_end_on_the_stand_in(tmp_path: Path, capsys: py
             prompt_tokens=32,
             new_tokens=2,
             n_threads=1,
+            memory_bytes=8 << 30,  # whatever else runs here
         )
         run(campaign, out, lambda text: None)
     result = json.loads(out.read_text())
@@ -57,6 +60,30 @@ def test_what_the_time_is_too_short_for_is_named(tmp_path: Path) -> None:
     assert result["tasks"] == []
     assert len(result["left_out"]) == 3
     assert "* left out: whole tiny, no card: 10 s were left" in table(result)
+
+
+def test_a_machine_with_little_memory_measures_less_and_says_so(tmp_path: Path) -> None:
+    """Of Flash and Pro fewer layers; of a small model nothing, with a line for each step."""
+    assert whole_that_fits("flash", 2, 128 << 30) == Fit(None, 2)
+    assert whole_that_fits("flash", 2, None) == Fit(None, 2)
+    fewer_own = whole_that_fits("flash", 2, 24 << 30)
+    assert (fewer_own.layers, fewer_own.own_layers) == (None, 1)
+    fewer = whole_that_fits("pro", 2, 40 << 30)
+    assert fewer.layers is not None
+    assert 3 <= fewer.layers < 61
+    assert f"{fewer.layers} of its 61 layers" in fewer.left_out
+    assert "40.00 GiB are free" in fewer.left_out
+    with pytest.raises(LocalrunError, match="3 layers of flash need"):
+        whole_that_fits("flash", 2, 4 << 30)
+    campaign = Campaign(folder=tmp_path, preset="flash", second=None, gpu="none", least_s=0, memory_bytes=4 << 30)
+    result = run(campaign, tmp_path / "result.json", lambda text: None)
+    assert result["tasks"] == []
+    assert all("are free" in text for text in result["left_out"])
+    assert [text.split(":")[0] for text in result["left_out"]] == [
+        "whole flash, no card",
+        "3 layers, localrun",
+        "3 layers, llama.cpp with experts on the CPU",
+    ]
 
 
 def test_layers_share_the_experts_that_were_written(tmp_path: Path) -> None:

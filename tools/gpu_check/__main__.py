@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from localrun.errors import LocalrunError
+from localrun.units import parse_size
 from tools.gpu_check.campaign import LEAST_S, LIMIT_S, Campaign, run
 from tools.gpu_check.pack import pack
 from tools.gpu_check.table import table
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--prompt-tokens", type=int, default=512)
     measure.add_argument("--new-tokens", type=int, default=24)
     measure.add_argument("--threads", type=int, default=0)
+    measure.add_argument(
+        "--memory", type=parse_size, metavar="SIZE", help="most memory to use, files included (default: what is free)"
+    )
     show = commands.add_parser("table", help="the table of docs/gpu.md")
     show.add_argument("result", type=Path)
     packing = commands.add_parser("pack", help="what a bare machine needs, in one folder")
@@ -65,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
                 prompt_tokens=args.prompt_tokens,
                 new_tokens=args.new_tokens,
                 n_threads=args.threads,
+                memory_bytes=args.memory,
             )
             run(campaign, args.out, lambda text: print(text, file=sys.stderr, flush=True))
     except LocalrunError as error:

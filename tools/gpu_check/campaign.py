@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from localrun.engine import memory
 from localrun.engine.measure.benchmark import machine
 from localrun.errors import LocalrunError
 from localrun.ggml.devices import choose_gpus
+from tools.gpu_check.fit import Fit, check_slice, whole_that_fits
 from tools.gpu_check.models import write_model
 from tools.gpu_check.task import Task
 
@@ -38,6 +40,7 @@ class Campaign:
         limit_s: seconds in all.
         least_s: seconds that must be left to begin a task.
         prompt_tokens, new_tokens, n_threads: see `Task`.
+        memory_bytes: most memory to use, models' files included; None: what is free.
     """
 
     folder: Path
@@ -53,6 +56,12 @@ class Campaign:
     prompt_tokens: int = 512
     new_tokens: int = 24
     n_threads: int = 0
+    memory_bytes: int | None = None
+
+    @property
+    def room(self) -> int | None:
+        """Memory that models may take now, their files included."""
+        return memory.available_memory() if self.memory_bytes is None else self.memory_bytes
 
 
 def run(campaign: Campaign, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def run(campaign: Campaign, out: Path, say: Callable[[str], None] = print) -> di
     def save() -> None:
         out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
-    for name, prepare in _steps(campaign, cards[0].free_bytes if cards else 0):
+    for name, prepare in _steps(campaign, cards[0].free_bytes if cards else 0, result["left_out"]):
         left = deadline - time.monotonic()
         if left < campaign.least_s:
             result["left_out"].append(f"{name}: {max(0, left):.0f} s were left")
@@ -85,7 +94,10 @@ def run(campaign: Campaign, out: Path, say: Callable[[str], None] = print) -> di
             task = replace(task, limit_s=max(1.0, 0.6 * (deadline - time.monotonic())))
             found = _in_a_process(task, deadline - time.monotonic())
         except LocalrunError as error:
-            found = {"name": name, "error": str(error)}
+            result["left_out"].append(f"{name}: {error}")
+            say(result["left_out"][-1])
+            save()
+            continue
         found["wall_s"] = time.monotonic() - started
         result["tasks"].append(found)
         save()
@@ -93,15 +105,24 @@ def run(campaign: Campaign, out: Path, say: Callable[[str], None] = print) -> di
     return result
 
 
-def _steps(campaign: Campaign, free_bytes: int) -> list[tuple[str, Callable[[], Task]]]:
-    """(name, what makes its model and says what to measure), the most important first."""
+def _steps(campaign: Campaign, free_bytes: int, left_out: list[str]) -> list[tuple[str, Callable[[], Task]]]:
+    """(name, what makes its model and says what to measure), the most important first.
+
+    Args:
+        left_out: gets what a model lacks because memory is short.
+    """
+    fits: dict[str, Fit] = {}
 
     def whole(preset: str, **options: Any) -> Callable[[], Task]:
         def prepare() -> Task:
             folder = campaign.folder / preset
-            if not (folder / "config.json").exists():
-                write_model(folder, preset, own_layers=campaign.own_layers)
-            return _task(campaign, folder, own_layers=campaign.own_layers, **options)
+            if preset not in fits:
+                fits[preset] = fit = whole_that_fits(preset, campaign.own_layers, campaign.room)
+                left_out.extend(filter(None, [fit.left_out]))
+                if folder.exists():
+                    shutil.rmtree(folder)  # of another campaign, and perhaps of another size
+                write_model(folder, preset, layers=fit.layers, own_layers=fit.own_layers)
+            return _task(campaign, folder, own_layers=fits[preset].own_layers, **options)
 
         return prepare
 
@@ -109,6 +130,7 @@ def _steps(campaign: Campaign, free_bytes: int) -> list[tuple[str, Callable[[], 
         def prepare() -> Task:
             checkpoint, converted = campaign.folder / "slice", campaign.folder / "slice-gguf"
             if not (checkpoint / "config.json").exists():
+                check_slice(campaign.preset, campaign.slice_layers, campaign.room)
                 write_model(checkpoint, campaign.preset, layers=campaign.slice_layers)
             if not (found := list(converted.glob("*.gguf"))):
                 convert(checkpoint, converted)
@@ -137,7 +159,7 @@ def _steps(campaign: Campaign, free_bytes: int) -> list[tuple[str, Callable[[], 
 
 def _task(campaign: Campaign, model: Path, **options: Any) -> Task:
     """Experts get what RAM is left beside the models' files, which lie in memory too."""
-    ram = memory.available_memory()
+    ram = min(filter(None, (campaign.room, memory.available_memory())), default=None)
     given: dict[str, Any] = {
         "gpu": campaign.gpu,
         "rpc": campaign.rpc,

@@ -1,8 +1,9 @@
-"""Anonymous memory for data that kernels stream through."""
+"""Anonymous memory for data that kernels stream through, and how much the C library keeps of what was freed."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from typing import Final
 
@@ -26,3 +27,20 @@ def anonymous(n_bytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+_M_ARENA_MAX = -8
+"""`mallopt(3)`, malloc.h."""
+
+_HEAPS: Final = 4
+"""As many as experts are decoded at a time."""
+
+
+def share_heaps() -> None:
+    """From now on threads share a few of the C library's heaps, instead of having one each up to eight per core.
+
+    A heap keeps what was freed, up to tens of MiB. Readers that decode an official checkpoint's experts, one after the other, would
+    each keep such a share: 256 MiB more resident with 16 of them (three layers of Flash). Elsewhere than in glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +34,42 @@ def test_large_memory_is_not_a_shared_mapping() -> None:
             assert "sh" not in flags[1].split()
             return
     pytest.fail("the mapping is not listed")
+
+
+KEPT = """
+import ctypes, sys, threading
+import numpy as np
+from localrun.engine.memory import resident_bytes
+from localrun.pages import share_heaps
+
+if sys.argv[1] == "shared":
+    share_heaps()
+turns = [threading.Event() for _ in range(17)]
+end = threading.Event()
+
+def reader(index):
+    turns[index].wait()
+    for n_bytes in (12 << 20, 8 << 20, 8 << 20):  # the first one teaches the C library not to map such sizes
+        np.ones(n_bytes, np.uint8)
+    turns[index + 1].set()
+    end.wait()
+
+threads = [threading.Thread(target=reader, args=(index,)) for index in range(16)]
+for thread in threads:
+    thread.start()
+before = resident_bytes()
+turns[0].set()
+turns[16].wait()
+print(resident_bytes() - before)
+end.set()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in other ways")
+def test_threads_that_decode_in_turn_keep_little_of_what_they_freed() -> None:
+    kept = {
+        how: int(subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, check=True, text=True).stdout)
+        for how in ("shared", "own")
+    }
+    assert kept["shared"] < kept["own"] / 2
+    assert kept["shared"] < 5 * (13 << 20)

@@ -110,6 +110,11 @@ def join(folder: Path) -> None:
     (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
+def leave(folder: Path) -> None:
+    """Takes the calling process out of the group, into the one above."""
+    join(folder.parent)
+
+
 def _parent() -> tuple[Path, int]:
     """Where groups with a memory limit can be made, and the version of control groups there."""
     own = _own_groups()

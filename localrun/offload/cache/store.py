@@ -33,6 +33,7 @@ from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READ
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
 from localrun.offload.cache.tickets import AbandonedError, Bytes, ReadBuffer, ReadPiece, ReadPieces, Receiver, Ticket
+from localrun.pages import share_heaps
 from localrun.quant.formats.transcode import decode_projection
 from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource
 from localrun.quant.zeros import LostWeights
@@ -99,6 +100,7 @@ class ExpertStore:
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
         self._buffers = [ReadBuffer(buffer_bytes) for _ in range(n_buffers)]
+        share_heaps()
         self._readers = [
             threading.Thread(target=self._read_pieces, name=f"localrun-io-{i}", daemon=True) for i in range(n_reads)
         ]

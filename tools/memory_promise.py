@@ -38,12 +38,16 @@ from tools.memory_limit import MemoryLimit
 LINE_TOKENS = 50
 _SAMPLE_S = 0.1
 _NEIGHBOUR = """
-import mmap, sys, time
-size, hold, pause = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-while True:
+import mmap, os, sys, time
+size, rate, hold, pause = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+parent, step = os.getppid(), 16 << 20
+while os.getppid() == parent:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for at in range(0, size, 1 << 12):
-        memory[at] = 1
+    started = time.monotonic()
+    for begin in range(0, size, step):
+        for at in range(begin, min(begin + step, size), 1 << 12):
+            memory[at] = 1
+        time.sleep(max(0.0, started + (begin + step) / rate - time.monotonic()))
     time.sleep(hold)
     memory.close()
     time.sleep(pause)
@@ -144,8 +148,8 @@ def measure(options: argparse.Namespace) -> bool:
         thread.start()
         stack.callback(thread.join)
         stack.callback(watcher.closing.set)
-        times = [str(options.neighbour), str(options.hold), str(options.pause)]
-        neighbour = subprocess.Popen([sys.executable, "-c", _NEIGHBOUR, *times])
+        habits = [str(n) for n in (options.neighbour, options.rate, options.hold, options.pause)]
+        neighbour = subprocess.Popen([sys.executable, "-c", _NEIGHBOUR, *habits])
         stack.callback(neighbour.wait)
         stack.callback(neighbour.kill)
         started, worst, least = time.monotonic(), 0.0, 1 << 62
@@ -173,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--ram", type=parse_size, help="for experts; default: as the plan chooses")
     parser.add_argument("--neighbour", type=parse_size, default=2 << 30, help="memory of the other program (2GiB)")
+    parser.add_argument("--rate", type=parse_size, default=10**9, help="bytes per second at which it takes it (1GB)")
     parser.add_argument("--hold", type=float, default=20.0, help="seconds that it keeps it (20)")
     parser.add_argument("--pause", type=float, default=20.0, help="seconds that it does without (20)")
     parser.add_argument("--limit", type=parse_size, help="memory of both together: a control group; needs root")

@@ -130,7 +130,9 @@ class LayerCall:
             self._run_kernel(self._collect())
             self._ahead.foresight.go_on()
             self._check_stop()
+            self._residency.look()  # what this call needs is pinned, and not evicted
         self._wait_for_gpu()
+        self._residency.look()
         self._ahead.judge(self._layer, self._routing.experts)
 
     def _count_uses(self) -> None:

@@ -19,18 +19,18 @@ from localrun.units import format_size
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S: Final = 0.25
-"""Between two looks, which take 0.1 ms. Another program touches new memory at about 1 GB/s per core: a few hundred MB meanwhile."""
+INTERVAL_S: Final = 0.1
+"""Between two looks, which take 0.1 ms. Another program touches new memory at 1 to 3 GB/s per core: 100 to 300 MB meanwhile."""
 
 PATIENCE_S: Final = 5.0
 """How long there must have been room before more is used: programs that allocate and free in turn would have it both ways."""
 
-_MOST_RESERVE_BYTES = 1 << 30
+_LEAST_RESERVE_BYTES, _MOST_RESERVE_BYTES = 256 << 20, 1 << 30
 
 
 def reserve_bytes(total_bytes: int) -> int:
-    """RAM to keep available on a machine with so much: 1/32 of it, at most 1 GiB."""
-    return min(_MOST_RESERVE_BYTES, total_bytes // 32)
+    """RAM to keep available on a machine with so much: 1/32 of it, 256 MiB to 1 GiB; on a small one at most 1/8 of it."""
+    return min(_MOST_RESERVE_BYTES, max(total_bytes // 32, min(_LEAST_RESERVE_BYTES, total_bytes // 8)))
 
 
 class MemoryWatch:

@@ -112,7 +112,6 @@ class Misses:
             evictions = where.table.n_evictions
             try:
                 call.run()
-                where.look()  # what the call needs is still pinned
             finally:
                 call.release()
             self._ahead.note_call()

@@ -228,7 +228,6 @@ class ExpertPool:
                 call.run()
             finally:
                 call.release()
-            where.look()
             self.ahead.follow(layer, ids.shape[0], call.n_distinct / where.layers[layer].n_experts)
             self.ahead.note_call()
             self._count(call, layer, ids, evictions=where.table.n_evictions - evictions, started_ns=started)

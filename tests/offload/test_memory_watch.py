@@ -130,6 +130,8 @@ def test_between_answers_a_thread_looks_and_during_a_decode_it_does_not(
     assert looked[-1] == "localrun-memory"
 
 
-@pytest.mark.parametrize(("total", "reserve"), [(24 << 30, 768 << 20), (8 << 30, 256 << 20), (512 << 30, 1 << 30)])
+@pytest.mark.parametrize(
+    ("total", "reserve"), [(24 << 30, 768 << 20), (4 << 30, 256 << 20), (1 << 30, 128 << 20), (512 << 30, 1 << 30)]
+)
 def test_reserve(total: int, reserve: int) -> None:
     assert reserve_bytes(total) == reserve

@@ -180,7 +180,7 @@ def test_exactness_is_what_the_tables_of_measured_quality_say() -> None:
         assert share == pytest.approx(float(row[1]) / 100), name
     assert "%" not in exactness(GGMLQuantizationType.Q6_K)
     (suggestion,) = [s for s in make_plan(sizes_of("flash"), BY_SLUG[BOX].hardware).suggestions if "q2_k" in s.text]
-    assert suggestion.cost.endswith("top token agrees 88% on the demo model")
+    assert suggestion.cost.endswith("top token agrees 90% on the demo model")
 
 
 def test_no_conversion_is_advised_for_what_has_no_checkpoint(tmp_path: Path) -> None:

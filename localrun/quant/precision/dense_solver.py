@@ -18,7 +18,7 @@ from localrun.errors import FormatError
 from localrun.quant.precision.dense import EMBEDDING, HEAD, TYPES, DenseErrors, kind_of
 
 EXPERTS_SENSITIVITY = 0.23
-"""Divergence (KL, nats) per expected error of the experts. [m] docs/quantization.md: 0.19 to 0.28 over nineteen mixtures."""
+"""Divergence (KL, nats) per expected error of the experts. [m] docs/quantization.md: 0.16 to 0.29 over eleven mixtures."""
 
 SENSITIVITY: Mapping[str, float] = {
     "attn_q_a": 0.29, "attn_q_b": 0.29, "attn_kv": 0.50, "attn_output_a": 0.38, "attn_output_b": 0.82,

@@ -246,10 +246,10 @@ def cuda_toolkits() -> list[gpu_build.Toolkit]:
 def prepare_rocm(name: str, extra: str) -> str:
     """Compares cards and ROCm's version; the result is for CMake."""
     refuse_missing(name)
-    wanted = os.environ.get("GPU_ARCH", "").replace(",", ";").split(";") if os.environ.get("GPU_ARCH") else []
-    wanted = wanted or gpu_build.amd_architectures()
-    version = gpu_build.rocm_version(gpu_prefixes(GPU_BACKENDS[name]))
-    bad = gpu_build.rocm_misfits(version, wanted)
+    wanted = gpu_build.amd_named(os.environ.get("GPU_ARCH", "")) or gpu_build.amd_architectures()
+    prefixes = gpu_prefixes(GPU_BACKENDS[name])
+    version = gpu_build.rocm_version(prefixes)
+    bad = gpu_build.rocm_misfits(version, wanted) or gpu_build.rocblas_misfits(prefixes, wanted)
     if bad:
         raise SetupError("; ".join(bad), "AMD's packages, or make vulkan, which needs the card's driver only")
     if "GPU_TARGETS" in extra or "CMAKE_HIP_ARCHITECTURES" in extra:

@@ -349,6 +349,33 @@ def rocm_misfits(version: tuple[int, ...], wanted: list[str]) -> list[str]:
     return result
 
 
+def amd_named(names: str) -> list[str]:
+    """Architectures that the user names: `gfx1100`, `gfx1030;gfx1100`.
+
+    Raises:
+        SetupError: something else.
+    """
+    named = [name for name in re.split(r"[;,\s]+", names.strip()) if name]
+    for name in named:
+        if not re.match(r"gfx[0-9a-f]{3,4}$", name):
+            raise SetupError(
+                f"GPU_ARCH={names}: '{name}' is no architecture of AMD's",
+                "such as GPU_ARCH=gfx1100 (rocminfo lists the card's)",
+            )
+    return named
+
+
+def rocblas_misfits(prefixes: list[str], wanted: list[str]) -> list[str]:
+    """Architectures for which the installed rocBLAS has no kernels: programs end with its first product there.
+
+    Says nothing where no kernels are found at all: they may lie elsewhere.
+    """
+    names = [path.name for prefix in prefixes for path in Path(prefix).glob("lib*/rocblas/library/*gfx*")]
+    if not names:
+        return []
+    return [f"rocBLAS has no kernels for {name}" for name in wanted if not any(name in file for file in names)]
+
+
 VULKAN_DRIVERS = ("/etc/vulkan/icd.d", "/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d")
 
 

@@ -231,6 +231,37 @@ def test_rocm_is_compared_with_the_cards(version: str, cards: list[str], word: s
     assert (word in said) if word else not said
 
 
+def test_make_rocm_says_what_does_not_fit_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a whole ROCm is: its version, its libraries and the names of cards are compared before anything is compiled."""
+    for file in ("bin/hipcc", "lib/cmake/hipblas/hipblas-config.cmake", "lib/cmake/rocblas/rocblas-config.cmake"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / ".info").mkdir()
+    (tmp_path / ".info" / "version").write_text("6.2.4-129\n")
+    monkeypatch.setattr(gpu_build, "KFD", tmp_path / "no-cards")
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
+    for named, said in (
+        ("", "amdgpu driver shows none"),
+        ("gfx1201", "ROCm 6.2 is too old for gfx1201"),
+        ("7900", "'7900' is no architecture"),
+    ):
+        monkeypatch.setenv("GPU_ARCH", named)
+        with pytest.raises(SetupError, match=said) as refused:
+            bootstrap.prepare_rocm("rocm", "")
+        assert refused.value.args[1], "the way out"
+    monkeypatch.setenv("GPU_ARCH", "gfx1100,gfx1032")
+    assert bootstrap.prepare_rocm("rocm", "") == "-DGPU_TARGETS=gfx1100;gfx1032"
+    kernels = tmp_path / "lib" / "rocblas" / "library"
+    kernels.mkdir(parents=True)
+    (kernels / "TensileLibrary_lazy_gfx1100.dat").touch()
+    with pytest.raises(SetupError, match="rocBLAS has no kernels for gfx1032"):
+        bootstrap.prepare_rocm("rocm", "")
+    (tmp_path / "bin/hipcc").unlink()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SetupError, match="hipcc not found"):
+        bootstrap.prepare_rocm("rocm", "")
+
+
 def test_amd_cards_are_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for node, number in enumerate((0, 110000, 90010, 100302, 110000)):
         (tmp_path / str(node)).mkdir()

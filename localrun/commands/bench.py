@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         out.note(line)
     for line in bench_report.table(result):
         out.line(line)
+    for line in bench_report.bound_lines(result, machine):
+        out.line(line)
     for line in bench_report.prediction_lines(result, plan and with_routing(plan, result.routing)):
         out.line(line)
     for line in bench_report.comparison_lines(result, plain, plan) if plain is not None else ():

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from localrun.engine.facts import ModelFacts
-from localrun.engine.measure.benchmark import FORMAT, Benchmark, MachineFacts, Phase
+from localrun.engine.measure.benchmark import FORMAT, Benchmark, Bounds, MachineFacts, Phase
 from localrun.engine.planner.plan import Plan
 from localrun.engine.planner.speed import Range, Rate, in_company
 from localrun.units import format_size
@@ -95,6 +95,25 @@ def _drive(phase: Phase) -> str:
         f"drive, {_name(phase)}: busy {phase.reading_s / phase.seconds:.0%} of the time; "
         f"{phase.guesses} guesses, {phase.guesses_used} used; {phase.unused_bytes / phase.bytes_read:.1%} of bytes unused"
     )
+
+
+def bound_lines(result: Benchmark, machine: MachineFacts) -> list[str]:
+    """How far each phase that read something is from the slower one of drive and computing; empty if the drive is unknown."""
+    lines = []
+    for phase in result.phases:
+        bounds = _bounds(phase, machine)
+        if bounds is not None and phase.bytes_read:
+            lines.append(
+                f"{_name(phase)}: {bounds.times_slowest:.2f} x its slowest resource (reading {bounds.reading_s:.2f} s at "
+                f"{bounds.drive_bytes_per_s / 1e9:.2f} GB/s, computing {bounds.computing_s:.2f} s)"
+            )
+    return lines
+
+
+def _bounds(phase: Phase, machine: MachineFacts) -> Bounds | None:
+    if machine.disk is None or machine.disk.bytes_per_s is None:
+        return None
+    return phase.bounds(machine.disk.bytes_per_s)
 
 
 def _name(phase: Phase) -> str:
@@ -243,7 +262,7 @@ def to_json(
         "machine": asdict(machine),
         "options": asdict(result.options),
         "load_s": load_s,
-        "phases": [phase.to_json() for phase in result.phases],
+        "phases": [phase.to_json() | {"bounds": _bounds_json(phase, machine)} for phase in result.phases],
         "skipped": list(result.skipped),
         "rss_start_bytes": result.rss_start_bytes,
         "rss_end_bytes": result.phases[-1].rss_bytes if result.phases else 0,
@@ -266,6 +285,11 @@ def to_json(
             for phase, expected in _predictions(result, known or plan)
         ],
     }
+
+
+def _bounds_json(phase: Phase, machine: MachineFacts) -> dict[str, float] | None:
+    bounds = _bounds(phase, machine)
+    return None if bounds is None else asdict(bounds) | {"times_slowest": bounds.times_slowest}
 
 
 # --- picture ----------------------------------------------------------------------------------------------------------

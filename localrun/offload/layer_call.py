@@ -116,6 +116,7 @@ class LayerCall:
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
         self._ahead.foresight.begin(self._layer, self._routing.experts)
+        self._ahead.reached(self._layer)
         if not self._is_long:
             self._start_reads()  # before the GPU: starting it takes some of the time that a read takes
         if self._gpu is not None and (on_gpu or self._is_long):

@@ -216,19 +216,19 @@ def follow(ahead: ReadAhead, residency: Residency, layer: int, *, n_tokens: int 
 def test_the_next_layer_follows_a_long_batch_with_a_third_of_the_slots(
     residency: Residency, layer: int, n_tokens: int, share_used: float, expected: list[int]
 ) -> None:
-    follow(ReadAhead(residency, 3, depth=1), residency, layer, n_tokens=n_tokens, share_used=share_used)
+    follow(ReadAhead(residency, 3, depth=16), residency, layer, n_tokens=n_tokens, share_used=share_used)
     assert present(residency, 1) == expected
 
 
 def test_experts_that_nearly_every_token_used_are_certain_as_well(residency: Residency) -> None:
     residency.table.uses[1, :4] = [100, 100, 90, 10]  # by 100 tokens of three experts each
-    follow(ReadAhead(residency, 3, depth=1), residency, 0, n_tokens=64, share_used=0.3)
+    follow(ReadAhead(residency, 3, depth=16), residency, 0, n_tokens=64, share_used=0.3)
     assert present(residency, 1) == [0, 1, 2, 3]
     assert CERTAIN < 1 - (1 - 10 / 100) ** 64
 
 
 def test_wrong_guesses_go_first_unless_somebody_has_used_them_since(residency: Residency) -> None:
-    ahead = ReadAhead(residency, 3, depth=1)
+    ahead = ReadAhead(residency, 3, depth=16)
     follow(ahead, residency, 0)
     assert present(residency, 1) == [0, 1, 2, 3]
     slots = [slot for slot in residency.table if slot.layer == 1]
@@ -241,8 +241,34 @@ def test_wrong_guesses_go_first_unless_somebody_has_used_them_since(residency: R
 
 def test_a_guess_that_could_not_be_read_is_forgotten(residency: Residency, store: MemoryStore) -> None:
     store.fail(1, 2)
-    ahead = ReadAhead(residency, 3, depth=1)
+    ahead = ReadAhead(residency, 3, depth=16)
     follow(ahead, residency, 0)
     assert present(residency, 1) == [0, 1, 3]
     ahead.judge(1, np.array([], np.int32))
+    residency.table.check()
+
+
+def test_a_prompt_reads_as_far_ahead_as_the_drive_gets_before_the_next_call(
+    residency: Residency, store: MemoryStore
+) -> None:
+    def ahead_of(layer: int) -> int:
+        """Reads started after a call of the layer; they stay under way while the store is held."""
+        before = residency.n_ahead
+        follow(ahead, residency, layer)
+        return residency.n_ahead - before
+
+    ahead = ReadAhead(residency, 3, depth=1)
+    assert ahead_of(0) == 1
+    residency.settle()
+    ahead.reached(1)  # all had arrived: the drive was idle
+    assert ahead_of(1) == 2
+    residency.settle()
+    ahead.reached(2)
+    store.hold()
+    assert ahead_of(0) == 4, "a third of the slots is the most"
+    ahead.judge(2, np.arange(N_EXPERTS, dtype=np.int32))
+    ahead.reached(1)  # one had been there before, none of four arrived
+    assert ahead._reach == 2
+    store.release()
+    residency.settle()
     residency.table.check()

@@ -100,6 +100,26 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """A phase beside its two resources.
+
+    Attributes:
+        reading_s: what it read, at the drive's rate.
+        computing_s: all but waiting for reads.
+    """
+
+    seconds: float
+    reading_s: float
+    computing_s: float
+    drive_bytes_per_s: float
+
+    @property
+    def times_slowest(self) -> float:
+        """The phase's time, as a multiple of the slower one's."""
+        return self.seconds / max(self.reading_s, self.computing_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """One measurement.
 
@@ -159,6 +179,23 @@ class Phase:
     def read_bytes_per_s(self) -> float:
         """Mean rate of reading over the whole phase."""
         return self.bytes_read / self.seconds
+
+    def bounds(self, drive_bytes_per_s: float) -> Bounds | None:
+        """What the phase could not be faster than, if reading and computing overlapped perfectly; None for a model without our
+        device.
+
+        Args:
+            drive_bytes_per_s: measured alone; a phase that read faster shows that the drive can do more.
+        """
+        if self.split is None:
+            return None
+        rate = max(drive_bytes_per_s, self.read_bytes_per_s)
+        return Bounds(
+            seconds=self.seconds,
+            reading_s=self.bytes_read / rate if self.bytes_read else 0.0,
+            computing_s=self.seconds - self.split.wait_s,
+            drive_bytes_per_s=rate,
+        )
 
     def percentile(self, percent: float) -> float:
         """Of `step_ms`."""

@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from localrun.engine.measure.stock import open_stock
 from localrun.engine.options import EngineOptions
 from localrun.engine.session import Session
 from localrun.errors import UsageError
+from localrun.offload.cache.drive_probe import DiskProfile
 from localrun.offload.kernels import attention
 from tools.simulator.trace_file import Trace
 
@@ -161,6 +163,38 @@ def test_tables_fit_100_columns_and_the_parts_have_their_own(result: Benchmark) 
     for line, phase in zip(lines[split + 1 :], result.phases, strict=False):
         assert line.startswith(f"{phase.kind} at {phase.context} ")
         assert sum(map(float, line.split()[3:])) == pytest.approx(phase.ms_per_token, abs=0.05)
+
+
+def test_each_phase_stands_beside_its_slower_resource(engine: Engine, result: Benchmark) -> None:
+    split = benchmark.Split(dense_s=3.0, compute_s=2.0, wait_s=4.0, other_s=1.0)
+    phase = benchmark.Phase(
+        kind="prefill",
+        context=0,
+        n_tokens=464,
+        seconds=10.0,
+        step_ms=(1e4,),
+        split=split,
+        misses=1,
+        bytes_read=8 * 10**9,
+    )
+    from_drive = phase.bounds(1e9)
+    assert from_drive is not None
+    assert (from_drive.reading_s, from_drive.computing_s, from_drive.times_slowest) == (8.0, 6.0, 1.25)
+    computed = phase.bounds(2e9)
+    assert computed is not None
+    assert (computed.reading_s, computed.times_slowest) == (4.0, pytest.approx(10 / 6))
+    faster_than_probed = phase.bounds(1e6)
+    assert faster_than_probed is not None
+    assert faster_than_probed.times_slowest == 1.0
+    here = replace(machine(), disk=DiskProfile(bytes_per_s=1e9))
+    one = replace(result, phases=(phase,))
+    assert bench_report.bound_lines(one, here) == [
+        "prefill at 0: 1.25 x its slowest resource (reading 8.00 s at 1.00 GB/s, computing 6.00 s)"
+    ]
+    assert bench_report.bound_lines(one, machine()) == [], "an unknown drive"
+    assert bench_report.to_json(one, engine.facts, here, 1.0)["phases"][0]["bounds"]["times_slowest"] == 1.25
+    assert bench_report.to_json(one, engine.facts, machine(), 1.0)["phases"][0]["bounds"] is None
+    assert replace(phase, split=None).bounds(1e9) is None
 
 
 def test_json_is_complete_and_plain(engine: Engine, result: Benchmark) -> None:

@@ -83,9 +83,9 @@ def runnable_others(stat: Path = _STAT) -> int:
     return max(0, counts[0] - 1) if counts else 0  # who reads this runs
 
 
-def seconds_of_others() -> float:
-    """Seconds of this process's CPUs that other programs, of any priority, have used since boot; 0.0 if nobody says."""
-    busy = busy_seconds(cores(), low_priority=True)
+def seconds_of_others(*, low_priority: bool = True) -> float:
+    """Seconds of this process's CPUs that other programs have used since boot; 0.0 if nobody says."""
+    busy = busy_seconds(cores(), low_priority=low_priority)
     return 0.0 if busy is None else busy - _own_seconds()
 
 

@@ -279,15 +279,16 @@ LOOK_S = 0.2
 
 
 def cores_of_others(seconds: float) -> float:
-    """Cores that other programs, of any priority, use or would use while this one sleeps.
+    """Cores that other programs use or would use while this one sleeps.
 
-    If they use some, those that wait for one count, too: they will take their share of what we get.
+    If they use some, those that wait for one count, too: they will take their share of what we get. Programs of lower priority
+    alone don't count: they yield.
     """
-    before, started, waiting = seconds_of_others(), time.monotonic(), []
+    before, started, waiting = seconds_of_others(low_priority=False), time.monotonic(), []
     while time.monotonic() - started < seconds:
         time.sleep(_STEP_S)
         waiting.append(runnable_others())
-    used = max(0.0, seconds_of_others() - before) / (time.monotonic() - started)
+    used = max(0.0, seconds_of_others(low_priority=False) - before) / (time.monotonic() - started)
     return max(used, sum(waiting) / len(waiting)) if used > BUSY_CORES and waiting else used
 
 

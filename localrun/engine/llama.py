@@ -29,6 +29,8 @@ ATTR_USER_DEFINED: int = L.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 DECODE_NO_SLOT = 1
 DECODE_ABORTED = 2
+_DECODE_FAILED = -3
+"""llama.cpp's code for a graph that could not be computed."""
 
 
 def metadata_str(model: Any, key: str) -> str | None:
@@ -219,9 +221,10 @@ class Context:
         self._use_threads(self._company.threads(n_threads) if self.follows_company else n_threads)
         with expert_device().attention() if self.small_operations else nullcontext():
             try:
-                return int(L.llama_decode(ctx, batch))
+                code = int(L.llama_decode(ctx, batch))
             finally:
-                expert_device().process.settle()
+                is_complete = expert_device().process.settle()
+            return code or (0 if is_complete else _DECODE_FAILED)
 
     def _use_threads(self, n_threads: int) -> None:
         """For operations on one token; prompts have work enough to share unevenly."""

@@ -225,7 +225,7 @@ class LayerCall:
             slot = self._residency.reserve(self._layer, int(self._routing.experts[self._todo[0]]))
             if slot is None:
                 break
-            self.bytes_read += self._residency.read(slot)
+            self.bytes_read += self._read(slot)
             i = self._todo.popleft()
             self._pin(i, slot)
             self._awaited[slot] = i
@@ -238,6 +238,9 @@ class LayerCall:
                 self._start_reads()  # memory that guesses were being read into can be taken now
                 return
             raise BudgetError(f"blk.{self._layer}: no room for an expert", hint="raise --ram")
+
+    def _read(self, slot: Slot) -> int:
+        return self._residency.read(slot)
 
     def _collect(self) -> list[int]:
         """Waits for at least one read, takes all that are there."""

@@ -1,8 +1,9 @@
 """Fetches what compiled layer calls lack, on a thread of its own, so that decoding never enters Python.
 
 Compiled code (`device/compiled_misses.py`) posts a call of few tokens some of whose experts are neither in RAM nor on a GPU, and
-computes the others. This thread does what `LayerCall` does but for the arithmetic: it makes room, reads, guesses what the next
-layer will need, and answers with a word for each expert that is there.
+computes the others. Reads whose bytes it can find have begun by then (`cache/early.py`). This thread does what `LayerCall` does
+but for the arithmetic: it makes room, reads, guesses what the next layer will need, and answers with a word for each expert
+that is there; readers answer for what they have read.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class PostedCall(LayerCall):
         self._has_gpu = True
         self._record = record
         self._missing = {expert: index for index, expert in enumerate(record.missing)}
+        self._told: set[Slot] = set()  # readers answer for them
         self._n_answered = 0
 
     @property
@@ -67,12 +69,19 @@ class PostedCall(LayerCall):
                 self._unpin(i)
             super()._start_reads()
 
+    def _read(self, slot: Slot) -> int:
+        index = self._missing[slot.expert]
+        self._told.add(slot)
+        return self._residency.read(slot, lambda: self._record.answer(index, slot.address + slot.variant))
+
     def _run_kernel(self, indices: list[int]) -> None:
         for i in indices:
             slot = self._pinned[i]
             index = self._missing.get(slot.expert)
-            if index is not None:
-                self._n_answered += 1
+            if index is None:
+                continue
+            self._n_answered += 1
+            if slot not in self._told:
                 self._record.answer(index, slot.address + slot.variant)
 
 
@@ -83,13 +92,17 @@ def _nothing(*_: object) -> None:
 class Misses:
     """The fetching thread of one model; `close` ends it, after the model is freed.
 
-    The decoding thread waits at the end of each posted call until this thread is done with it, so at any time only one of
-    them is in the parts that belong to the decoding thread.
+    The decoding thread waits until this thread is done with a posted call before the next layer call begins, and before the decode
+    ends, so at any time only one of them is in the parts that belong to the decoding thread.
     """
 
     def __init__(self, residency: Residency, ahead: ReadAhead, handover: Handover, telemetry: Telemetry) -> None:
         self._residency, self._ahead, self._handover, self._telemetry = residency, ahead, handover, telemetry
         self.record = MissRecord(max(moe.n_embd for moe in residency.layers.values()))
+        early = residency.store.early
+        if early is not None:
+            early.watch(residency.table.loading)
+            self.record.use_early(early.address)
         self._thread = threading.Thread(target=self._serve, name="localrun-misses", daemon=True)
         self._thread.start()
         handover.use_misses(self.record)
@@ -114,6 +127,7 @@ class Misses:
                 call.run()
             finally:
                 call.release()
+                where.store.drop_early()
             self._ahead.note_call()
             row = self._telemetry.values[self.record.layer]
             row[Counter.HITS] += call.n_found

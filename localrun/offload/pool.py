@@ -193,6 +193,11 @@ class ExpertPool:
             self._is_idle = False
             self.handover.need_python("experts are idle", False)
 
+    def read_from_python(self) -> None:
+        """From now on no read begins in compiled code: for who replaces `reading.preadv`."""
+        if self._misses is not None:
+            self._misses.record.use_early(0)
+
     def use_gpu(self, tier: GpuTier, *, n_unpackers: int = 1) -> None:
         """From now on experts may live on GPUs, or pass through them; the pool closes the tier."""
         self.residency.use_gpu(tier, n_unpackers=n_unpackers)

@@ -152,12 +152,15 @@ class Residency:
         """Number of pending read-ahead reads; the caller holds the lock."""
         return self._n_ahead
 
-    def read(self, slot: Slot) -> int:
+    def read(self, slot: Slot, arrived: Callable[[], None] | None = None) -> int:
         """Starts filling a reserved slot that a call waits for; returns the bytes to read. The caller holds the lock.
+
+        Args:
+            arrived: see `Ticket`.
 
         If the store rejects the slot, it is freed and nothing is counted; likewise for `read_ahead`.
         """
-        return self._submit(slot)
+        return self._submit(slot, arrived=arrived)
 
     def read_ahead(self, slot: Slot) -> None:
         """Starts filling a reserved slot as read-ahead; the caller holds the lock."""
@@ -165,9 +168,9 @@ class Residency:
         self._n_ahead += 1
         self.telemetry.values[slot.layer, Counter.PREFETCHED] += 1
 
-    def _submit(self, slot: Slot, *, ahead: bool = False) -> int:
+    def _submit(self, slot: Slot, *, ahead: bool = False, arrived: Callable[[], None] | None = None) -> int:
         try:
-            return self.store.submit(slot, ahead=ahead).read_bytes
+            return self.store.submit(slot, ahead=ahead, arrived=arrived).read_bytes
         except BaseException:
             if slot.replaces is not None:
                 self.table.end_upgrade(slot, complete=False)

@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType as QT
 
 from localrun import reading
 from localrun.errors import ChecksumError, StoreError
+from localrun.offload.cache.early import EARLY
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.store import ExpertStore
 from localrun.offload.cache.tickets import AbandonedError, Receiver, Store, Ticket
@@ -326,6 +327,7 @@ class MemoryStore:
 
     depth, staging_bytes, reads_per_expert = 2, 0, 1
     reading_s = 0.0
+    early = None
     layers, checksums = LAYERS, True
     files: Sequence[Path] = (Path("experts"),)
 
@@ -343,10 +345,17 @@ class MemoryStore:
         self._held_one: tuple[int, int] | None = None
         self._source = ExpertsInAFile.base_expert
 
-    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+    def submit(
+        self,
+        slot: Slot,
+        *,
+        ahead: bool = False,
+        receiver: Receiver | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> Ticket:
         if (slot.layer, slot.expert) in self.refused:
             raise StoreError("experts: refused")
-        ticket = Ticket(slot, self._source(cast("Any", None), slot.layer, slot.expert), ahead, receiver)
+        ticket = Ticket(slot, self._source(cast("Any", None), slot.layer, slot.expert), ahead, receiver, arrived)
         self.submitted.append((slot.layer, slot.expert))
         (self._ahead if ahead else self._wanted).append(ticket)
         self._go_on()
@@ -362,6 +371,9 @@ class MemoryStore:
             self._ahead.remove(ticket)
             ticket.error = AbandonedError("this expert is not needed")
             self.completions.put(ticket)
+
+    def drop_early(self) -> None:
+        """There are none."""
 
     def close(self) -> None:
         self._closed = True
@@ -411,6 +423,8 @@ class MemoryStore:
             rows = rows_of(slot.layer, slot.expert)
             memory_of(slot)[: rows.size] = rows if ticket.receiver else packed(rows)
             self.asked_bytes += rows.size
+            if ticket.arrived is not None:
+                ticket.arrived()
         (ticket.receiver or self.completions.put)(ticket)
 
     def _next(self) -> Ticket | None:
@@ -420,6 +434,24 @@ class MemoryStore:
                     tickets.remove(ticket)
                     return ticket
         return None
+
+
+_Pread = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
+
+
+@_Pread
+def _pread(fd: int, address: int, size: int, offset: int) -> int:
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
+    try:
+        return int(vars(reading)["preadv"](fd, [memoryview(memory).cast("B")], offset))
+    except OSError:
+        return -1
+
+
+def early_reads_through_python(store: Store) -> None:
+    """From now on what replaces `reading.preadv` sees the reads that compiled code begins, too."""
+    if store.early is not None:
+        store.early.fields[EARLY.pread] = ctypes.cast(_pread, ctypes.c_void_p).value or 0
 
 
 KINDS = ("on files", "on two copies", "short reads", "slow reads", "in memory")

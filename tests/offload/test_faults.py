@@ -22,6 +22,7 @@ from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
 from tests.checkpoints import write_small
 from tests.offload.models import F32, TOKENS, floor_ram, logits, write_model
+from tests.offload.stores import early_reads_through_python
 from tools.make_moe_gguf import MoeDims, write_moe_gguf
 
 TEXT = TOKENS[:40]
@@ -34,6 +35,7 @@ def opened(path: Path) -> Iterator[OffloadedModel]:
     with open_offloaded(source, OffloadOptions(n_threads=2)) as probe:
         floor = floor_ram(probe)
     with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=2)) as model:
+        early_reads_through_python(model.pool.residency.store)
         yield model
 
 
@@ -62,14 +64,17 @@ def own(tmp_path: Path) -> Iterator[OffloadedModel]:
 
 
 class FailingReads:
-    """`os.preadv` that does as told at the n-th call and is real otherwise."""
+    """`os.preadv` that does as told at the n-th call, and where that one read from then on; real otherwise."""
 
     def __init__(self, at: int, what: Callable[..., int]) -> None:
         self.calls, self._at, self._what = 0, at, what
+        self._place: tuple[int, int] | None = None
 
     def __call__(self, fd: int, buffers: list[Any], offset: int) -> int:
         self.calls += 1
-        return self._what(fd, buffers, offset) if self.calls == self._at else os.preadv(fd, buffers, offset)
+        if self.calls == self._at:
+            self._place = fd, offset
+        return self._what(fd, buffers, offset) if (fd, offset) == self._place else os.preadv(fd, buffers, offset)
 
 
 def io_error(fd: int, buffers: list[Any], offset: int) -> int:
@@ -263,6 +268,7 @@ def test_wrong_bytes_are_found_at_any_read_not_at_an_expert_s_first_only(
     tokens = list(range(2, 14))
     with open_offloaded(source, OffloadOptions(ram_bytes=floor, n_threads=1)) as model:
         expected = logits(model, tokens, batch=12)
+        early_reads_through_python(model.pool.residency.store)
         with monkeypatch.context() as patch:
             patch.setattr(reading, "preadv", wrong)
             with pytest.raises(ChecksumError, match="does not match its checksum"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes as C
+import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from localrun import reading
 from localrun.errors import DecodeError, StoppedError, StoreError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload import layer_call
@@ -25,6 +28,7 @@ from localrun.quant.open import open_model
 from tests.offload.device.test_compiled_gpu import Everything
 from tests.offload.gpu.test_tier import filled
 from tests.offload.models import F32, TOKENS, logits
+from tests.offload.stores import early_reads_through_python
 from tests.offload.test_variants import sources as sources  # the fixture
 
 pytestmark = pytest.mark.skipif(
@@ -86,21 +90,20 @@ def test_a_call_that_reads_enters_no_python_and_gives_what_python_gives(
 
 
 class Held:
-    """Reads that wait until they may go on, and may fail."""
+    """Reads of the system that wait until they may go on, and may fail."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, model: OffloadedModel, error: Exception | None = None) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, model: OffloadedModel, *, fail: bool = False) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        store = model.pool.residency.store
-        read = store._read  # type: ignore[attr-defined]
+        early_reads_through_python(model.pool.residency.store)
 
-        def held(piece: Any) -> None:
+        def held(fd: int, buffers: list[Any], offset: int) -> int:
             self.begun.set()
             assert self.go.wait(60)
-            if error is not None:
-                raise error
-            read(piece)
+            if fail:
+                raise OSError(errno.EIO, "Input/output error")
+            return os.preadv(fd, buffers, offset)
 
-        patch.setattr(store, "_read", held)
+        patch.setattr(reading, "preadv", held)
 
 
 def in_background(run: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
@@ -145,7 +148,7 @@ def test_a_read_that_fails_while_a_gpu_computes_is_raised(
             filled(model)
         expected = logits(model, SOME, batch=1)
         with monkeypatch.context() as patch:
-            held = Held(patch, model, StoreError("experts: Input/output error"))
+            held = Held(patch, model, fail=True)
             held.go.set()
             with pytest.raises(StoreError, match="Input/output error"):
                 logits(model, SOME, batch=1)

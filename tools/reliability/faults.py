@@ -191,6 +191,7 @@ class Answers:
         self._context: Context | None = None
         self._model: OffloadedModel | None = None
         self._model = open_offloaded(open_model(self._path), self._options)
+        self._model.pool.read_from_python()
         options = EngineOptions(n_batch=16)
         self._context = Context(self._model.model, options, n_ctx=64, n_threads=1, all_logits=True)
 

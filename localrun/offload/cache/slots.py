@@ -161,6 +161,7 @@ class SlotTable:
         uses: (token, expert) pairs served since the model was opened, for the routing profile.
         demand: estimates how soon experts will be used again.
         unused_bytes: read ahead and given up without having been used.
+        loading: 1 while the only slot is LOADING.
 
     Args:
         budget_bytes: size of the arena.
@@ -173,6 +174,7 @@ class SlotTable:
         self.variants: npt.NDArray[np.int32] = np.zeros((n_layers, n_experts), np.int32)
         self.stamps: npt.NDArray[np.int64] = np.full((n_layers, n_experts), ABSENT, np.int64)
         self.uses: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
+        self.loading: npt.NDArray[np.uint8] = np.zeros((n_layers, n_experts), np.uint8)
         self.tick: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self.demand = Demand(self.uses)
         self._due: npt.NDArray[np.int64] = np.zeros((n_layers, n_experts), np.int64)
@@ -245,6 +247,7 @@ class SlotTable:
             return None
         slot = Slot(layer, expert, address, size_bytes, variant)
         self._slots[layer, expert] = slot
+        self.loading[layer, expert] = 1
         self._place(slot)
         return slot
 
@@ -318,6 +321,7 @@ class SlotTable:
         self.stamps[slot.layer, slot.expert] = slot.ready_stamp
         self.variants[slot.layer, slot.expert] = slot.variant
         self.resident[slot.layer, slot.expert] = _word(slot)  # last: compiled code may use it from now on
+        self.loading[slot.layer, slot.expert] = 0
 
     def pin(self, slot: Slot) -> None:
         """Keeps the slot until as many `unpin`s."""
@@ -389,7 +393,7 @@ class SlotTable:
         at = (slot.layer, slot.expert)
         if slot.state is SlotState.READY and self.uses[at] == slot.uses_before:
             self.unused_bytes += slot.ahead_bytes
-        self.resident[at], self.stamps[at], self._protection[at] = 0, ABSENT, 0
+        self.resident[at], self.stamps[at], self._protection[at], self.loading[at] = 0, ABSENT, 0, 0
         del self._slots[at]
         self._free(slot)
 
@@ -493,6 +497,8 @@ class SlotTable:
         assert ready == {
             (int(a), int(b)): int(self.resident[a, b]) for a, b in zip(*self.resident.nonzero(), strict=True)
         }
+        loading = {(s.layer, s.expert) for s in self._slots.values() if s.state is SlotState.LOADING}
+        assert loading == {(int(a), int(b)) for a, b in zip(*self.loading.nonzero(), strict=True)}
         assert self._addresses == sorted(self._by_address), "addresses out of step"
         assert all(self._by_address[s.address] is s for s in self._slots.values())
         assert all((self.stamps[at] < ABSENT) == (at in ready) for at in np.ndindex(self.stamps.shape))

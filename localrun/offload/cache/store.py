@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +30,14 @@ import xxhash
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
+from localrun.offload.cache.early import EarlyReads
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
 from localrun.offload.cache.tickets import AbandonedError, Bytes, ReadBuffer, ReadPiece, ReadPieces, Receiver, Ticket
+from localrun.offload.kernels import futex
 from localrun.pages import share_heaps
 from localrun.quant.formats.transcode import decode_projection
-from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource
+from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
 from localrun.quant.zeros import LostWeights
 from localrun.reading import read_fully
 
@@ -86,7 +88,6 @@ class ExpertStore:
         self._verify = verify
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._pieces = ReadPieces()
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
@@ -95,11 +96,17 @@ class ExpertStore:
         self._lost = [LostWeights(copy) for copy in copies]
         self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
-        self._n_reading, self._reading_s, self._reading_since = 0, 0.0, 0.0
+        self._n_reading, self._reading_s, self._reading_since, self._reading_until = 0, 0.0, 0.0, 0.0
         buffer_bytes, halves = buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
-        self._buffers = [ReadBuffer(buffer_bytes) for _ in range(n_buffers)]
+        self._buffers = [ReadBuffer(buffer_bytes, number) for number in range(n_buffers)]
+        self._free = list(self._buffers)  # without early reads
+        self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
+        self._pieces = ReadPieces(self.early)
+        self._adopted: dict[int, Ticket] = {}  # early reads under way, by buffer
+        self._complete: dict[int, float] = {}  # buffers of early reads that no ticket has asked for yet, and since when
+        self._dropped: set[int] = set()  # those that none will ask for
         share_heaps()
         self._readers = [
             threading.Thread(target=self._read_pieces, name=f"localrun-io-{i}", daemon=True) for i in range(n_reads)
@@ -118,15 +125,42 @@ class ExpertStore:
         with self._lock:
             return self._reading_s + (time.perf_counter() - self._reading_since if self._n_reading else 0.0)
 
-    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+    def _note_begin(self, at_s: float) -> None:
+        """A read began, possibly some time ago; the caller holds the lock, as of the next one."""
+        if self._n_reading == 0:
+            self._reading_since = max(at_s, self._reading_until)
+        self._n_reading += 1
+
+    def _note_end(self, at_s: float) -> None:
+        self._n_reading -= 1
+        if self._n_reading == 0:
+            self._reading_s += max(0.0, at_s - self._reading_since)
+            self._reading_until = at_s
+
+    def _make_early(self, n_reads: int) -> EarlyReads:
+        layers = self._source.moe_layers
+        shape = max(layers) + 1, max(moe.n_experts for moe in layers.values())
+        addresses = [int(buffer.array.ctypes.data) for buffer in self._buffers]
+        return EarlyReads(addresses, shape, n_reads, self._piece_bytes)
+
+    def submit(
+        self,
+        slot: Slot,
+        *,
+        ahead: bool = False,
+        receiver: Receiver | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> Ticket:
         """See `Store`."""
         recipe = self._source.expert if slot.variant else self._source.base_expert
-        ticket = Ticket(slot, (), ahead, receiver)
+        ticket = Ticket(slot, (), ahead, receiver, arrived)
         try:
             ticket.projections = recipe(slot.layer, slot.expert)
         except Exception as error:  # waiters must get this ticket
             ticket.error = error
             self._hand_over(ticket)
+            return ticket
+        if not ahead and receiver is None and self._adopt(ticket):
             return ticket
         with self._lock:
             (self._waiting_ahead if ahead else self._waiting).append(ticket)
@@ -174,16 +208,106 @@ class ExpertStore:
                 os.close(handle.fd)
         self._files = []
 
+    # -- early reads ----------------------------------------------------------------------------------------------------
+
+    def _adopt(self, ticket: Ticket) -> bool:
+        """Takes over the early read of the ticket's expert, if there is one; from now on there may be."""
+        if self.early is None:
+            return False
+        slot, spans, payloads = ticket.slot, *self._plan(ticket.projections)
+        with self._lock:
+            taken = self._adopted.keys() | self._dropped
+            found = [i for i, *whose in self.early.holding() if whose == [slot.layer, slot.expert] and i not in taken]
+            if found:
+                ticket._buffer, ticket._payloads = self._buffers[found[0]], payloads
+                ticket._copies.add(0)
+                self._reading.append(ticket)
+                ended_at = self._complete.pop(found[0], None)
+                self._note_begin(self.early.began_s(found[0]))
+                if ended_at is not None:
+                    self._note_end(ended_at)
+                else:
+                    self._adopted[found[0]] = ticket
+        if not found:
+            fds = [copies[0].fd for copies in self._files]
+            self.early.know(
+                slot.layer, slot.expert, [(fds[file], start, end, last) for file, start, end, last, _ in spans]
+            )
+            return False
+        if ended_at is not None:
+            self._pieces.put_complete(ticket)
+        return True
+
+    def _complete_early(self, number: int) -> None:
+        """All pieces of an early read are there, or some have failed."""
+        with self._lock:
+            ticket = self._adopted.pop(number, None)
+            dropped = number in self._dropped
+            self._dropped.discard(number)
+            if ticket is not None:
+                self._note_end(time.perf_counter())
+            elif not dropped:
+                self._complete[number] = time.perf_counter()
+        if dropped:
+            self._give_back(self._buffers[number])
+            self._start_waiting()
+        elif ticket is not None:
+            self._finish_early(ticket)
+
+    def _finish_early(self, ticket: Ticket) -> None:
+        buffer = ticket._buffer
+        assert buffer is not None
+        assert self.early is not None
+        if not self.early.has_failed(buffer.number):
+            self._finish(ticket)
+            return
+        ticket._payloads, ticket._buffer = [], None  # read again, which says what is wrong
+        ticket._copies.clear()
+        with self._lock:
+            self._reading.remove(ticket)
+            self._waiting.appendleft(ticket)
+        self._give_back(buffer)
+        self._start_waiting()
+
+    def drop_early(self) -> None:
+        """See `Store`."""
+        if self.early is None:
+            return
+        with self._lock:
+            left = [number for number, _, _ in self.early.holding() if number not in self._adopted]
+            complete = [number for number in left if number in self._complete]
+            for number in complete:
+                del self._complete[number]
+            self._dropped.update(set(left) - set(complete))
+        for number in complete:
+            self._give_back(self._buffers[number])
+        if complete:
+            self._start_waiting()
+
     # -- readers --------------------------------------------------------------------------------------------------------
+
+    def _take_buffer(self) -> ReadBuffer | None:
+        """A free one; the caller holds the lock."""
+        if self.early is None:
+            return self._free.pop() if self._free else None
+        number = self.early.take()
+        return None if number is None else self._buffers[number]
+
+    def _give_back(self, buffer: ReadBuffer) -> None:
+        if self.early is None:
+            self._free.append(buffer)
+        else:
+            self.early.free(buffer.number)
 
     def _start_waiting(self) -> None:
         """Moves waiting tickets to free buffers and their pieces to the readers."""
         while True:
             with self._lock:
                 queue_ = self._waiting or self._waiting_ahead
-                if not queue_ or not self._buffers:
+                buffer = self._take_buffer() if queue_ else None
+                if buffer is None:
                     return
-                ticket, buffer = queue_.popleft(), self._buffers.pop()
+                ticket = queue_.popleft()
                 self._reading.append(ticket)
             ticket._buffer = buffer
             try:
@@ -195,36 +319,53 @@ class ExpertStore:
             ticket._left = len(pieces)
             self._pieces.put(pieces)
 
-    def _cut(self, ticket: Ticket, buffer: ReadBuffer) -> list[ReadPiece]:
-        pieces = []
-        position = 0
-        for projection in ticket.projections:
+    def _plan(
+        self, projections: Sequence[Projection]
+    ) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int]]]:
+        """How an expert is read into a buffer: (file, begin and end of the aligned read, end of what must be there, position in the
+        buffer) of each extent, and where its payload is then (position, bytes)."""
+        spans, payloads, position = [], [], 0
+        for projection in projections:
             for extent in projection.extents:
                 grain = PAGE_BYTES if any(handle.direct for handle in self._files[extent.file]) else 1
-                start = extent.offset // grain * grain
-                end = align_up(extent.offset + extent.n_bytes, grain)
-                ticket._payloads.append((position + extent.offset - start, extent.n_bytes))
-                for at in range(start, end, self._piece_bytes):
-                    size = min(self._piece_bytes, end - at)
-                    need = min(size, extent.offset + extent.n_bytes - at)
-                    target = buffer.view[position + at - start : position + at - start + size]
-                    pieces.append(ReadPiece(ticket, extent.file, at, target, need))
+                start, last = extent.offset // grain * grain, extent.offset + extent.n_bytes
+                end = align_up(last, grain)
+                spans.append((extent.file, start, end, last, position))
+                payloads.append((position + extent.offset - start, extent.n_bytes))
                 position += align_up(end - start, PAGE_BYTES)
+        return spans, payloads
+
+    def _cut(self, ticket: Ticket, buffer: ReadBuffer) -> list[ReadPiece]:
+        spans, ticket._payloads = self._plan(ticket.projections)
+        pieces = []
+        for file, start, end, last, position in spans:
+            for at in range(start, end, self._piece_bytes):
+                size = min(self._piece_bytes, end - at)
+                target = buffer.view[position + at - start : position + at - start + size]
+                pieces.append(ReadPiece(ticket, file, at, target, min(size, last - at)))
         return pieces
 
     def _read_pieces(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            ticket = piece.ticket
-            if ticket.error is None:
-                try:
-                    self._read(piece)
-                except Exception as error:  # any error is reported by the decoding thread
-                    ticket.error = error
-            with ticket._lock:
-                ticket._left -= 1
-                last = ticket._left == 0
-            if last:
-                self._finish(ticket)
+        while (work := self._pieces.get()) is not None:
+            if isinstance(work, int):
+                self._complete_early(work)
+            elif isinstance(work, Ticket):
+                self._finish_early(work)
+            else:
+                self._read_piece(work)
+
+    def _read_piece(self, piece: ReadPiece) -> None:
+        ticket = piece.ticket
+        if ticket.error is None:
+            try:
+                self._read(piece)
+            except Exception as error:  # any error is reported by the decoding thread
+                ticket.error = error
+        with ticket._lock:
+            ticket._left -= 1
+            last = ticket._left == 0
+        if last:
+            self._finish(ticket)
 
     def _read(self, piece: ReadPiece) -> None:
         """Reads a piece from the less busy copy, from the other one if that fails."""
@@ -232,9 +373,7 @@ class ExpertStore:
         with self._lock:
             first = min(range(len(copies)), key=self._under_way.__getitem__)
             self._under_way[first] += piece.need
-            if self._n_reading == 0:
-                self._reading_since = time.perf_counter()
-            self._n_reading += 1
+            self._note_begin(time.perf_counter())
         copy = first
         try:
             _read_from(copies[first], piece)
@@ -247,9 +386,7 @@ class ExpertStore:
         finally:
             with self._lock:
                 self._under_way[first] -= piece.need
-                self._n_reading -= 1
-                if self._n_reading == 0:
-                    self._reading_s += time.perf_counter() - self._reading_since
+                self._note_end(time.perf_counter())
         with piece.ticket._lock:
             piece.ticket._copies.add(copy)
 
@@ -261,10 +398,12 @@ class ExpertStore:
                 self._fill(ticket, buffer)
         except Exception as error:
             ticket.error = error
+        if ticket.error is None and ticket.arrived is not None:
+            ticket.arrived()
         ticket._buffer = None
         with self._lock:
-            self._buffers.append(buffer)
             self._reading.remove(ticket)
+        self._give_back(buffer)
         self._hand_over(ticket)
         self._start_waiting()
 
@@ -324,7 +463,6 @@ class ExpertStore:
         """
         for copy in (0, 1) if len(ticket._copies) > 1 else (1 - max(ticket._copies),):
             try:
-                ticket._payloads.clear()
                 for piece in self._cut(ticket, buffer):
                     _read_from(self._files[piece.file][copy], piece)
                 rows = self._rows(ticket, buffer, copy)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import StoreError
+from localrun.offload.cache.early import EarlyReads
 from localrun.offload.cache.slots import Slot
 from localrun.quant.model.source import Projection
 
@@ -31,10 +32,11 @@ class AbandonedError(StoreError):
 class ReadBuffer:
     """Page-aligned memory of one expert read in flight."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, number: int = 0) -> None:
         self._map = mmap.mmap(-1, align_up(size_bytes, PAGE_BYTES))
         self.view = memoryview(self._map)
         self.array: Bytes = np.frombuffer(self._map, np.uint8)
+        self.number = number
 
 
 @dataclass(slots=True)
@@ -49,10 +51,16 @@ class ReadPiece:
 
 
 class ReadPieces:
-    """The readers' queue: awaited pieces in order, then the others."""
+    """The readers' queue: what compiled code asks for, awaited pieces in order, then the others.
 
-    def __init__(self) -> None:
+    Args:
+        early: through which compiled code asks; None: it does not.
+    """
+
+    def __init__(self, early: EarlyReads | None = None) -> None:
+        self._early = early
         self._changed = threading.Condition()
+        self._complete: deque[Ticket] = deque()
         self._wanted: deque[ReadPiece] = deque()
         self._ahead: deque[ReadPiece] = deque()
         self._closed = False
@@ -62,15 +70,42 @@ class ReadPieces:
         with self._changed:
             for piece in pieces:
                 (self._ahead if piece.ticket.ahead and not piece.ticket.hurried else self._wanted).append(piece)
-            self._changed.notify_all()
+        self._wake()
 
-    def get(self) -> ReadPiece | None:
-        """The next one, waiting for it; None when there will be none."""
+    def put_complete(self, ticket: Ticket) -> None:
+        """Adds a ticket all of whose bytes are there."""
         with self._changed:
-            while not self._wanted and not self._ahead and not self._closed:
-                self._changed.wait()
-            pieces = self._wanted or self._ahead
-            return pieces.popleft() if pieces else None
+            self._complete.append(ticket)
+        self._wake()
+
+    def get(self) -> ReadPiece | Ticket | int | None:
+        """The next piece or complete ticket, waiting for it, or the number of a buffer that this reader has filled for compiled
+        code meanwhile; None when there will be none."""
+        if self._early is None:
+            with self._changed:
+                while (found := self._next()) is None and not self._closed:
+                    self._changed.wait()
+                return found
+        while True:
+            asked = self._early.asked
+            if (filled := self._early.next(asked, sleeps=False)) >= 0:
+                return filled
+            with self._changed:
+                if (found := self._next()) is not None or self._closed:
+                    return found
+            if (filled := self._early.next(asked)) >= 0:
+                return filled
+
+    def _next(self) -> ReadPiece | Ticket | None:
+        queue_: deque[Ticket] | deque[ReadPiece] = self._complete or self._wanted or self._ahead
+        return queue_.popleft() if queue_ else None
+
+    def _wake(self) -> None:
+        if self._early is not None:
+            self._early.ask()
+        else:
+            with self._changed:
+                self._changed.notify_all()
 
     def hurry(self, slot: Slot) -> None:
         """A call waits for this slot now."""
@@ -84,7 +119,7 @@ class ReadPieces:
         """Readers end when everything has been read."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+        self._wake()
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +132,8 @@ class Ticket:
         ahead: read-ahead: not awaited when submitted.
         hurried: awaited since then.
         receiver: gets the ticket instead of `completions`, and plain ggml rows instead of the kernel's layout.
+        arrived: called on a reader's thread as soon as the slot is filled, before the ticket appears in `completions`; must not
+            fail or wait.
         error: why it failed.
     """
 
@@ -104,6 +141,7 @@ class Ticket:
     projections: tuple[Projection, ...]
     ahead: bool = False
     receiver: Receiver | None = None
+    arrived: Callable[[], None] | None = None
     error: Exception | None = None
     hurried: bool = False
     _left: int = 0
@@ -129,22 +167,32 @@ class Store(Protocol):
         depth: concurrent reads; more are queued.
         staging_bytes: RAM of reads in flight.
         completions: tickets of finished reads, successful or not; none is lost, and none appears before its slot is filled.
+        early: through which compiled code may begin reads; None: it can't.
     """
 
     depth: int
     staging_bytes: int
     completions: queue.SimpleQueue[Ticket]
+    early: EarlyReads | None
 
     @property
     def reading_s(self) -> float:
         """Seconds so far with at least one read under way; any thread."""
         ...
 
-    def submit(self, slot: Slot, *, ahead: bool = False, receiver: Receiver | None = None) -> Ticket:
+    def submit(
+        self,
+        slot: Slot,
+        *,
+        ahead: bool = False,
+        receiver: Receiver | None = None,
+        arrived: Callable[[], None] | None = None,
+    ) -> Ticket:
         """Starts filling a LOADING slot; the ticket comes back through `completions`, failed or not.
 
         Args:
             ahead: read-ahead: all awaited experts go first.
+            arrived: see `Ticket`.
             receiver: gets the ticket; for memory outside the slot table, destined for a device that only knows ggml's layout.
 
         If it raises, there will be no ticket and nothing writes to the slot.
@@ -157,6 +205,10 @@ class Store(Protocol):
 
     def abandon(self, slot: Slot) -> None:
         """No call will wait for this slot: if its read is not over, it ends soon, with `AbandonedError`."""
+        ...
+
+    def drop_early(self) -> None:
+        """No slot will be submitted for the early reads that are left."""
         ...
 
     def close(self) -> None:

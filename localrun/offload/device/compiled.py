@@ -334,10 +334,24 @@ def _run_arrived(
 
 
 @nb.njit
+def _settle(process: int) -> int:
+    """Waits until the last posted call's Python half is over, before anything else happens to experts; 0, or the negative answer
+    with which that call fails."""
+    misses = get(process, PROCESS.unsettled)
+    if misses == 0:
+        return 0
+    put(process, PROCESS.unsettled, 0)
+    began = _now_ns(process)
+    answer = miss_native.settle(misses)
+    add(process, PROCESS.settle_ns, _now_ns(process) - began)
+    return int(answer)
+
+
+@nb.njit
 def _run_missing(
     process: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, x: int, down: int
 ) -> int:
-    """Computes the posted call's experts as they arrive; 0, or the negative answer with which it fails. The call is over then."""
+    """Computes the posted call's experts as they arrive; 0, or the negative answer with which it fails. `_settle` must follow."""
     misses, n_done = get(layer, LAYER.misses), 0
     n_missing, words, experts = get(misses, MISSES.n_experts), get(misses, MISSES.words), get(misses, MISSES.experts)
     while n_done < n_missing:
@@ -356,10 +370,8 @@ def _run_missing(
             began = _now_ns(process)
             futex.wait(get(misses, MISSES.syscall), misses + MISSES.answered * 8, seen)
             add(get(layer, LAYER.telemetry), _WAIT_NS, _now_ns(process) - began)
-    began = _now_ns(process)
-    answer = miss_native.settle(misses)
-    put(process, PROCESS.settling_ns, _now_ns(process) - began)
-    return int(answer)
+    put(process, PROCESS.unsettled, misses)
+    return 0 if n_done == n_missing else _settle(process)
 
 
 @nb.njit
@@ -386,6 +398,9 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     queue: nobody waits. What the CPU and other GPUs compute is uploaded and added there.
     """
     started = _now_ns(process)
+    answer = _settle(process)
+    if answer != 0:
+        return int(answer)
     node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
     x, ids = load_i64(first + SRC + 8), load_i64(first + SRC + 16)
@@ -425,7 +440,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         add(row, _HITS, n_in_ram + n_gpu)
         row_of_x, width, number = in_ram(process, x), load_i64(x + NE), get(layer, LAYER.number)
         miss_native.post(misses, number, chosen, ids_stride, n_tokens, n_used, row_of_x, width)
-    begun, waited, settling = _now_ns(process), get(row, _WAIT_NS), 0
+    begun, waited = _now_ns(process), get(row, _WAIT_NS)
     if n_gpu_pairs > 0:
         out_there = total if all_near and n_near == 1 else 0
         if not gpu_native.start(gpu, n_launches, in_ram(process, x), load_i64(x + NB + 16), x_there, out_there):
@@ -442,7 +457,6 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     if n_missing > 0:
         miss_native.note_computed(misses)
         answer = _run_missing(process, layer, chosen, ids_stride, n_tokens, n_used, x, down)
-        settling = get(process, PROCESS.settling_ns)
         if answer != 0:
             if n_launches > 0:
                 gpu_native.settle(gpu, n_launches)
@@ -468,7 +482,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     if n_missing == 0:
         add(row, _HITS, n_in_ram + n_gpu)
     add(row, _GPU_HITS, n_gpu)
-    add(row, _COMPUTE_NS, ended - begun - (get(row, _WAIT_NS) - waited) - settling)
+    add(row, _COMPUTE_NS, ended - begun - (get(row, _WAIT_NS) - waited))
     add(row, _TOTAL_NS, ended - started)
     return _DONE_THERE if n_near > 0 else _DONE
 
@@ -555,6 +569,9 @@ def graph_compute(backend: int, graph: int) -> int:
             weighting.multiply(process, node)
             done = 1
         if done == 0:
+            answer = _settle(process)
+            if answer != 0:
+                return int(-answer - 2)
             add(process, PROCESS.n_entered, 1)
             answer = call_i64(get(process, PROCESS.python), graph, index)
             if answer <= 0:
@@ -569,6 +586,11 @@ def graph_compute(backend: int, graph: int) -> int:
 @cached_jit()
 def _in_ram(process: int, tensor: int) -> int:
     return int(in_ram(process, tensor))
+
+
+@cached_jit(nogil=True)
+def _settle_now(process: int) -> int:
+    return int(_settle(process))
 
 
 @cached_jit(nogil=True)
@@ -639,12 +661,18 @@ class Process:
         """Address of a tensor's bytes in RAM, if that is not its own: those of its shadow."""
         return int(_in_ram(self.address, tensor)) if self.fields[PROCESS.read_back] else None
 
-    def settle(self) -> None:
-        """Waits until no device computes for us, or reads our memory: after each decode, while its context exists."""
+    def settle(self) -> bool:
+        """Waits until no device computes for us, or reads our memory, and no thread fetches for us: after each decode, while its
+        context exists.
+
+        Returns:
+            False: the decode has failed, even if llama.cpp doesn't know it; the cause is kept as usual.
+        """
         behind = int(self.fields[PROCESS.behind])
         self.fields[PROCESS.behind] = 0
         if behind:
             self._lib.ggml_backend_synchronize(behind)
+        return not self.fields[PROCESS.unsettled] or _settle_now(self.address) == 0
 
     def tail(self) -> tuple[int, int]:
         """The node after the weighting and the sum that follow the present expert chain, 0 if they don't; and the sum's tensor."""
@@ -684,6 +712,11 @@ class Process:
     def n_entered(self) -> int:
         """How often compiled code entered Python, of all models."""
         return int(self.fields[PROCESS.n_entered])
+
+    @property
+    def settle_ns(self) -> int:
+        """Time that the decoding thread waited for Python halves of calls that were computed, of all models."""
+        return int(self.fields[PROCESS.settle_ns])
 
     @property
     def dense_ns(self) -> int:

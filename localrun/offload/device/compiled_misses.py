@@ -1,9 +1,9 @@
 """Layer calls that lack experts, without Python on the decoding thread.
 
-Compiled code posts what is missing and goes on: it starts GPUs, computes what is in RAM, and then each missing expert as soon as it
-is there. A thread of Python's (`misses.Misses`) does the bookkeeping meanwhile: it makes room, reads, guesses ahead. Nothing but
-the MISSES record passes between the two, with atomic counters and a futex in each direction, so the decoding thread never waits
-for the interpreter lock.
+Compiled code has the readers begin (`cache/early.py`), posts what is missing and goes on: it starts GPUs, computes what is in RAM,
+and then each missing expert as soon as it is there. A thread of Python's (`misses.Misses`) does the bookkeeping meanwhile: it
+makes room, reads what readers have not begun with, guesses ahead. Nothing but the MISSES record passes between the two, with atomic
+counters and a futex in each direction, so the decoding thread never waits for the interpreter lock.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numba as nb
 import numpy as np
 
 from localrun.kernel_cache import cached_jit
+from localrun.offload.cache.early import announce, begin
 from localrun.offload.device.layouts import MISSES, MOST_PAIRS
 from localrun.offload.device.view import F32, I32
 from localrun.offload.kernels import futex
@@ -47,12 +48,19 @@ def list_missing(misses: int, counts: int, n_experts: int) -> int:
 
 @nb.njit
 def post(misses: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_used: int, x: int, width: int) -> None:
-    """Asks for the listed experts of a call.
+    """Asks for the listed experts of a call; reads that can begin do so first.
 
     Args:
         layer: block number.
         x: the first token's input, `width` F32.
     """
+    if get(misses, MISSES.early) != 0:
+        n_begun = 0
+        for i in range(get(misses, MISSES.n_experts)):
+            if begin(get(misses, MISSES.early), layer, load_i32(get(misses, MISSES.experts) + i * 4)):
+                n_begun += 1
+        if n_begun > 0:
+            announce(get(misses, MISSES.early))
     for t in range(n_tokens):
         copy(get(misses, MISSES.ids) + t * n_used * 4, ids + t * ids_stride, n_used * 4)
     copy(get(misses, MISSES.x), x, width * 4)
@@ -138,12 +146,17 @@ class MissRecord:
         MISSES.fill(
             self.fields,
             syscall=futex.syscall_address(),
+            early=0,
             ids=self._ids.ctypes.data,
             experts=self._experts.ctypes.data,
             words=self._words.ctypes.data,
             x=self._x.ctypes.data,
         )
         self.address = int(self.fields.ctypes.data)
+
+    def use_early(self, address: int) -> None:
+        """From now on reads begin there (`cache.early.EARLY`)."""
+        self.fields[MISSES.early] = address
 
     @property
     def layer(self) -> int:

@@ -125,8 +125,11 @@ class _Process(Layout):
     """How many."""
     unread_joins: int
     """Joined rows of the running decode that no attention has read in place yet; compiled code counts, Python reads and clears."""
-    settling_ns: int
-    """How long the running call waited for its Python half to end, with nothing left to compute; compiled code writes and reads."""
+    unsettled: int
+    """Address of the MISSES record of a call that was computed and may not be settled yet, 0: none; compiled code writes and
+    reads."""
+    settle_ns: int
+    """Time that the decoding thread waited for that; compiled code adds."""
     n_entered: int
     """How often compiled code entered Python; compiled code adds."""
 
@@ -211,7 +214,9 @@ class _Misses(Layout):
     closing: int
     """1: the fetching thread ends; Python writes."""
     syscall: int
-    """Address of libc's `syscall`; Python writes once, as the next four."""
+    """Address of libc's `syscall`; Python writes once, as the next five."""
+    early: int
+    """Address of the store's EARLY record, 0: it has none."""
     ids: int
     """Address of `MOST_PAIRS` int32: the call's choices, (T, K); asks."""
     experts: int

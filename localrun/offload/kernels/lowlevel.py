@@ -151,6 +151,17 @@ def call_i64(_typing: Any, function: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def call_pread(_typing: Any, function: Any, fd: Any, address: Any, size: Any, offset: Any) -> Any:
+    """Calls `int64 f(int64, int64, int64, int64)` by address, such as libc's `pread`."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        return builder.call(_pointer(builder, args[0], ir.FunctionType(i64, [i64] * 4)), args[1:])
+
+    return types.int64(*[types.intp] * 5), codegen
+
+
+@intrinsic
 def stack(_typing: Any, n_bytes: Any) -> Any:
     """Address of scratch on the caller's stack, 64-byte aligned; `n_bytes` is a constant. One buffer per place in the source."""
     if not isinstance(n_bytes, types.IntegerLiteral):
@@ -215,6 +226,18 @@ def atomic_exchange(_typing: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("xchg", _pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
 
     return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_take(_typing: Any, address: Any, value: Any) -> Any:
+    """Sets the int64 at `address` if it is zero; True if it was. Ordered against all other memory operations."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        result = builder.cmpxchg(_pointer(builder, args[0], i64), i64(0), args[1], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.intp, types.int64), codegen
 
 
 @intrinsic

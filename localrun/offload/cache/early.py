@@ -173,8 +173,13 @@ def begin(early: int, layer: int, expert: int) -> bool:
 
 @nb.njit
 def announce(early: int) -> None:
-    """Wakes the readers for what `begin` has asked."""
+    """Wakes a reader for what `begin` has asked, which wakes the others: waking eight takes 15 us."""
     atomic_add(early + EARLY.work * 8, 1)
+    futex.wake(get(early, EARLY.syscall), early + EARLY.work * 8, 1)
+
+
+@nb.njit
+def _wake_all(early: int) -> None:
     futex.wake(get(early, EARLY.syscall), early + EARLY.work * 8, get(early, EARLY.n_readers))
 
 
@@ -202,6 +207,8 @@ def _serve(early: int) -> int:
             ticket = word & _TICKETS
             if ticket >= word >> _TICKET_BITS:
                 break
+            if ticket == 0:
+                _wake_all(early)
             if get(buffer, BUFFER.failed) == 0 and not _read(early, buffer, BUFFER.pieces + ticket * 5):
                 put(buffer, BUFFER.failed, 1)
             if atomic_add(buffer + BUFFER.left * 8, -1) == 1:
@@ -224,7 +231,8 @@ def _next(early: int, asked: int, sleeps: bool) -> int:
 @cached_jit(nogil=True)
 def _ask(early: int) -> None:
     atomic_add(early + EARLY.asked * 8, 1)
-    announce(early)
+    atomic_add(early + EARLY.work * 8, 1)
+    _wake_all(early)
 
 
 @cached_jit(nogil=True)

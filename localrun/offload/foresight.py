@@ -137,7 +137,7 @@ class Foresight:
             n_loading += 1
 
     def judge(self, layer: int, used: I32) -> None:
-        """Call at the end of a layer's call: wrong guesses that were not used since become the next to evict."""
+        """Call at the end of a layer's call: wrong guesses that were not used since go before others as likely."""
         table, row = self._residency.table, self._residency.telemetry.values[layer]
         table.end_announced(layer)
         for slot in [slot for slot in self._guesses if slot.layer == layer]:

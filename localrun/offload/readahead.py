@@ -205,7 +205,7 @@ class ReadAhead:
         return slot in self._guesses
 
     def judge(self, layer: int, used: I32) -> None:
-        """Call at the end of a layer's call: wrong guesses that were not used since become the next to evict."""
+        """Call at the end of a layer's call: wrong guesses that were not used since go before others as likely."""
         self.foresight.judge(layer, used)
         table = self._residency.table
         for slot in [slot for slot in self._guesses if slot.layer == layer]:

@@ -211,13 +211,13 @@ class SlotTable:
         return slot
 
     def touch(self, slot: Slot) -> None:
-        """Makes a READY slot the most recently used one."""
+        """Makes a READY slot the last to go of those that are as likely to be used."""
         if slot.state is SlotState.READY:
             self.tick += 1
             self.stamps[slot.layer, slot.expert] = self.tick[0]
 
     def chill(self, slot: Slot) -> None:
-        """Makes a READY slot the next one to go."""
+        """Makes a READY slot the first to go of those that are as likely to be used."""
         if slot.state is SlotState.READY and self._slots.get((slot.layer, slot.expert)) is slot:
             self.stamps[slot.layer, slot.expert] = 0
 

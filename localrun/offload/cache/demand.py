@@ -53,6 +53,7 @@ class Demand:
         """A batch of so many tokens begins: learns from the one before."""
         fresh = self._uses - self._seen
         self._seen += fresh
+        np.minimum(fresh, self._n_tokens, out=fresh)  # a batch that nobody began
         for rates, kept in zip(self._rates, self._kept(), strict=True):
             rates *= kept
             rates += (1 - kept) / self._n_tokens * fresh

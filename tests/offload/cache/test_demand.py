@@ -66,6 +66,8 @@ def test_uses_that_no_batch_announced_stay_in_bounds() -> None:
     uses[0, 1] = 1 << 40
     assert 0 < demand.order(1)[0, 1] < 1 << 59
     assert demand.order(1)[0, 0] == 0
+    demand.advance(1)
+    assert 0 < demand.order(1)[0, 1] < 1 << 59
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def prediction_lines(result: Benchmark, plan: Plan | None) -> list[str]:
         lines.append(f"predicted with {plan.rates.source}")
         if plan.machine.is_busy:
             used = f"{plan.machine.others:.1f} of {plan.machine.n_cores} cores"
-            lines.append(f"answers predicted for a busy machine: before the run, other programs used or wanted {used}")
+            lines.append(f"answers predicted for a busy machine: before the run, other programs used {used}")
     return lines
 
 

@@ -73,16 +73,6 @@ def busy_seconds(cpus: Collection[int], stat: Path = _STAT, *, low_priority: boo
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def runnable_others(stat: Path = _STAT) -> int:
-    """Threads of other programs that run or wait for a core at this moment; 0 if the system does not report it."""
-    try:
-        lines = stat.read_text().splitlines()
-    except OSError:
-        return 0
-    counts = [int(line.split()[1]) for line in lines if line.startswith("procs_running ")]
-    return max(0, counts[0] - 1) if counts else 0  # who reads this runs
-
-
 def seconds_of_others(*, low_priority: bool = True) -> float:
     """Seconds of this process's CPUs that other programs have used since boot; 0.0 if nobody says."""
     busy = busy_seconds(cores(), low_priority=low_priority)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from localrun.engine.company import INTERVAL_S, Company, busy_seconds, runnable_others, threads_at
+from localrun.engine.company import INTERVAL_S, Company, busy_seconds, threads_at
 
 STAT = """\
 cpu  1000 500 300 9000 70 20 10 40 0 0
@@ -98,15 +98,6 @@ def test_few_cores_share_operations_on_a_token_only_with_attention_over_long_con
 ) -> None:
     assert threads_at(position, n_threads, attention_is_ours=False) == expected
     assert threads_at(position, n_threads, attention_is_ours=True) == with_our_attention
-
-
-def test_threads_that_wait_for_a_core_count_but_not_who_asks(tmp_path: Path) -> None:
-    stat = tmp_path / "stat"
-    stat.write_text("cpu0 1 2 3 4 5 6 7 8\nprocs_running 4\nprocs_blocked 9\n")
-    assert runnable_others(stat) == 3
-    stat.write_text("cpu0 1 2 3 4 5 6 7 8\nprocs_running 1\n")
-    assert runnable_others(stat) == 0
-    assert runnable_others(tmp_path / "none") == 0
 
 
 def test_programs_of_lower_priority_count_where_that_is_asked(tmp_path: Path) -> None:

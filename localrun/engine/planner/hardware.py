@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun.engine import memory
-from localrun.engine.company import cores, runnable_others, seconds_of_others
+from localrun.engine.company import cores, seconds_of_others
 from localrun.engine.planner import drivers
 from localrun.engine.planner.cards import ASSUMED_BUS, Card, card_named, pcie_bytes_per_s
 from localrun.engine.planner.last_runs import company_cost
@@ -49,9 +49,8 @@ BUSY_CORES = 0.35
 """Cores that other programs may use before the machine counts as busy: a desktop's idle programs."""
 
 USUAL_COMPANY_COST = 1.0
-"""How much longer a token takes for each program on each core, where no run has shown it: all get the same share. [m] A slice on
-two cores with some 17 and 20 runnable threads of others, most of lower priority: 7 and 12 times as long as planned for a quiet
-machine."""
+"""How much longer a token takes while others use all cores, where no run has shown it: each core is shared by two. [m] A slice
+beside one busy process per core: 1.7 times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +130,9 @@ class Hardware:
         seen: what whole tokens have shown here (`token_rates.py`), by `seen_key`. For a model's formats: a resource's rate inside
             a token, relative to that of the `reference` machine; for all formats together: relative to this machine's probes.
             Shares of reads as they are.
-        others: cores that other programs used or waited for before the probes.
+        others: cores that other programs used before the probes.
         n_cores: of the machine.
-        company_cost: how much longer a token takes for each program on each core.
+        company_cost: how much longer a token takes while others use all of them.
         origin: name of a value -> "measured", "given" or "assumed".
     """
 
@@ -279,20 +278,10 @@ LOOK_S = 0.2
 
 
 def cores_of_others(seconds: float) -> float:
-    """Cores that other programs use or would use while this one sleeps.
-
-    If they use some, those that wait for one count, too: they will take their share of what we get. Programs of lower priority
-    alone don't count: they yield.
-    """
-    before, started, waiting = seconds_of_others(low_priority=False), time.monotonic(), []
-    while time.monotonic() - started < seconds:
-        time.sleep(_STEP_S)
-        waiting.append(runnable_others())
-    used = max(0.0, seconds_of_others(low_priority=False) - before) / (time.monotonic() - started)
-    return max(used, sum(waiting) / len(waiting)) if used > BUSY_CORES and waiting else used
-
-
-_STEP_S = 0.01
+    """Cores that other programs use while this one sleeps; those of lower priority don't count: they yield."""
+    before, started = seconds_of_others(low_priority=False), time.monotonic()
+    time.sleep(seconds)
+    return max(0.0, seconds_of_others(low_priority=False) - before) / (time.monotonic() - started)
 
 
 def drive_name(device: str) -> str:

@@ -1,7 +1,7 @@
 """What the last runs on this machine showed that no rate expresses: hits by model, and what company costs.
 
 Hits are those of the model's own routing at the size of memory that the run had; `hit_rates.py` scales them to another size. What
-company costs is one number for the machine: how much longer a token takes for each program on each core.
+company costs is one number for the machine: how much longer a token takes for each share of the cores that others use.
 
 Kept in `cache_dir()/runs.json`. Losing it costs a less exact plan, so a file that can't be read or written is a warning.
 """
@@ -93,8 +93,7 @@ def remember_hits(
 
 
 def company_cost(*, path: Path | None = None) -> float | None:
-    """How much longer a token takes for each program on each core, 1.0: twice as long with one; None if no run of the last month
-    had company."""
+    """How much longer a token takes while others use all cores, 1.0: twice as long; None if no run of a month had company."""
     now = time.time()
     costs = [cost for when, cost in _read(path or runs_path())["company"] if 0 <= now - when < MAX_AGE_S]
     return statistics.median(costs) if costs else None

@@ -72,7 +72,7 @@ def _busy(plan: Plan) -> str:
     machine, now = plan.machine, plan.decode_now
     if now is None or not machine.is_busy:
         return ""
-    return f"; busy now: other programs use or want {machine.others:.1f} of {machine.n_cores} cores, answers {_span(now)} meanwhile"
+    return f"; busy now: other programs use {machine.others:.1f} of {machine.n_cores} cores, answers {_span(now)} meanwhile"
 
 
 def _plain(plan: Plan) -> str:

@@ -241,6 +241,11 @@ def _take_ordinary(early: int) -> int:
 
 
 @cached_jit(nogil=True)
+def _give_up(early: int, index: int) -> None:
+    atomic_exchange(_buffer(early, index) + BUFFER.taken * 8, _ORDINARY)
+
+
+@cached_jit(nogil=True)
 def _free(early: int, index: int) -> None:
     atomic_exchange(_buffer(early, index) + BUFFER.taken * 8, _FREE)
 
@@ -318,6 +323,10 @@ class EarlyReads:
     def free(self, index: int) -> None:
         """Gives a buffer back."""
         _free(self.address, index)
+
+    def give_up(self, index: int) -> None:
+        """Takes the buffer of a complete early read, whose bytes are lost, for a read that Python begins."""
+        _give_up(self.address, index)
 
     def holding(self) -> list[tuple[int, int, int]]:
         """(buffer, layer, expert) of early reads, under way or complete."""

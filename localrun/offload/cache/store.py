@@ -175,9 +175,10 @@ class ExpertStore:
                     ticket.hurried = True
                     self._waiting_ahead.remove(ticket)
                     self._waiting.appendleft(ticket)
-                    return
+                    break
             for ticket in self._reading:
                 ticket.hurried |= ticket.slot is slot
+        self._start_waiting()
         self._pieces.hurry(slot)
 
     def abandon(self, slot: Slot) -> None:
@@ -248,11 +249,12 @@ class ExpertStore:
                 self._note_end(time.perf_counter())
             elif not dropped:
                 self._complete[number] = time.perf_counter()
+        if ticket is not None:
+            self._finish_early(ticket)
+            return
         if dropped:
             self._give_back(self._buffers[number])
-            self._start_waiting()
-        elif ticket is not None:
-            self._finish_early(ticket)
+        self._start_waiting()
 
     def _finish_early(self, ticket: Ticket) -> None:
         buffer = ticket._buffer
@@ -287,10 +289,17 @@ class ExpertStore:
     # -- readers --------------------------------------------------------------------------------------------------------
 
     def _take_buffer(self) -> ReadBuffer | None:
-        """A free one; the caller holds the lock."""
+        """A free one; the caller holds the lock.
+
+        What somebody waits for gets one even if early reads have all of them: those can be for experts that get a slot only
+        after this one is computed. The last to complete is given up then, and read again later.
+        """
         if self.early is None:
             return self._free.pop() if self._free else None
         number = self.early.take()
+        if number is None and self._waiting and self._complete:
+            number, _ = self._complete.popitem()
+            self.early.give_up(number)
         return None if number is None else self._buffers[number]
 
     def _give_back(self, buffer: ReadBuffer) -> None:

@@ -138,3 +138,24 @@ def test_reads_that_nobody_takes_over_give_their_buffers_back(rig: Rig) -> None:
         rig.take(waiting)
         assert rig.is_right(waiting)
         rig.wait(lambda: rig.n_held == 0)
+
+
+@pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "under-way"])
+def test_early_reads_do_not_keep_buffers_from_what_is_waited_for(rig: Rig, is_complete: bool) -> None:
+    early, wanted = [(0, expert) for expert in range(N_BUFFERS)], (1, 0)
+    for place in [*early, wanted]:
+        rig.read(*place)
+    if not is_complete:
+        rig.harness.hold()
+    for place in early:
+        assert rig.begin(*place)
+    if is_complete:
+        rig.wait(lambda: len(rig.store._complete) == N_BUFFERS)  # type: ignore[attr-defined]
+    ticket = rig.submit(*wanted)  # as with memory for one expert: the others get slots only after this one
+    rig.harness.release()
+    rig.take(ticket)
+    assert rig.is_right(ticket)
+    later = [rig.submit(*place) for place in early]
+    assert {id(rig.store.completions.get(timeout=60)) for _ in later} == set(map(id, later))
+    assert all(map(rig.is_right, later))
+    assert rig.n_held == 0

@@ -27,7 +27,7 @@ def test_threads_get_what_the_system_grants_and_keep_their_priority() -> None:
     done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
     granted, before, now, later, nice, wanted = map(int, done.stdout.split())
     assert now == later == (wanted if granted else before)
-    assert nice == os.nice(0) + 3
+    assert nice == min(19, os.nice(0) + 3)
 
 
 def test_a_thread_that_does_not_exist_has_no_slice() -> None:

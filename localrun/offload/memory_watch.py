@@ -1,7 +1,7 @@
 """Gives memory of experts back to the system while other programs need it, and uses it again afterwards.
 
 The plan leaves some RAM free, but other programs may need more than that after a model was loaded. Without a swap file the kernel
-then kills a process, most likely this one. So the free RAM is looked at a few times a second: if it falls below a reserve, the
+then kills a process, most likely this one. So the free RAM is looked at ten times a second: if it falls below a reserve, the
 coldest experts go, their pages return to the system, and their place stays empty until there is room again.
 """
 
@@ -36,8 +36,9 @@ def reserve_bytes(total_bytes: int) -> int:
 class MemoryWatch:
     """Watches the free RAM for one model. Owns a thread, for the time between answers; `close` ends it.
 
-    What evicts must not run beside compiled code, which reads the table without residency's lock. So during a decode the decoding
-    thread looks, between two layer calls that come to Python; this thread does while nothing is decoded.
+    What evicts must not run beside compiled code that looks experts up, because it does so without residency's lock. So during a
+    decode, whoever has a layer call looks: the decoding thread, or the fetching thread, which has pinned what compiled code
+    computes with (`misses.py`). This thread looks while nothing is decoded. Calls that find everything in RAM pass without a look.
 
     Args:
         residency: whose slots.

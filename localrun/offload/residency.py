@@ -35,8 +35,8 @@ class Residency:
     Owns the slot table, the store and the GPU tier; `close` frees them. `lock` covers the slots: the decoding thread holds it for
     a whole layer call and between two decodes, others (read-ahead, the GPU tier's filling thread) for moments. The store's readers
     never take it: they only fill slots in state LOADING. It is taken before the store's lock, never after it. Methods that need it
-    taken say so; the others take it themselves. What evicts is for the decoding thread only, because compiled code reads the
-    table without the lock.
+    taken say so; the others take it themselves. What evicts is for the decoding thread only, or for the fetching
+    thread in its place (`misses.py`), because compiled code looks experts up without the lock.
 
     Attributes:
         layers: shapes by block number.

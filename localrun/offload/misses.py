@@ -47,6 +47,7 @@ class PostedCall(LayerCall):
         self._missing = {expert: index for index, expert in enumerate(record.missing)}
         self._told: set[Slot] = set()  # readers answer for them
         self._n_answered = 0
+        self._has_answered = False  # for those that were in RAM: until then they have to stay there
 
     @property
     def n_found(self) -> int:
@@ -62,7 +63,7 @@ class PostedCall(LayerCall):
 
     def _start_reads(self) -> None:
         super()._start_reads()
-        if self._todo and not self._awaited and self._pinned:  # no room but that of experts which are soon computed
+        if self._has_answered and self._todo and not self._awaited and self._pinned:  # no room but that of experts which are soon computed
             while self._record.n_computed <= self._n_answered:
                 time.sleep(_POLL_S)
             for i in list(self._pinned):
@@ -75,6 +76,7 @@ class PostedCall(LayerCall):
         return self._residency.read(slot, lambda: self._record.answer(index, slot.address + slot.variant))
 
     def _run_kernel(self, indices: list[int]) -> None:
+        self._has_answered = True
         for i in indices:
             slot = self._pinned[i]
             index = self._missing.get(slot.expert)

@@ -214,6 +214,7 @@ class Residency:
         """Waits for one read ahead to end; False if none is under way. The caller holds the lock."""
         if self._n_ahead == 0:
             return False
+        self.store.drop_early()  # it may be waiting for their buffers
         self.finish(self.store.completions.get())
         return True
 

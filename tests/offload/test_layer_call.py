@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.device.routing import Routing
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.layer_call import LayerCall, tail_tokens
+from localrun.offload.misses import PostedCall
 from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
 from tests.offload.stores import (
@@ -255,3 +257,36 @@ def test_a_prompt_leaves_every_layer_what_its_last_tokens_used() -> None:
         there = {slot.expert for slot in bench.residency.table if slot.layer == layer}
         assert set(ids[-2:].flat) <= there, f"layer {layer}"
     bench.residency.close()
+
+
+class Posted:
+    """A call that compiled code has posted, and whose experts it computes as soon as they are answered."""
+
+    layer = LAYER
+
+    def __init__(self, ids: npt.NDArray[np.int32], missing: list[int]) -> None:
+        self.ids, self.missing = ids, missing
+        self.answers: dict[int, int] = {}
+
+    @property
+    def n_computed(self) -> int:
+        return 1 + len(self.answers)
+
+    def answer(self, index: int, word: int) -> None:
+        self.answers[self.missing[index]] = word
+
+
+def test_a_posted_call_that_fills_memory_goes_on_once_its_experts_in_ram_are_computed(bench: Bench) -> None:
+    bench.call(np.array([[0, 1, 2], [3, 4, 5]], np.int32))
+    posted = Posted(np.array([[0, 1, 2], [3, 4, 5], [6, 7, 0]], np.int32), [6, 7])
+    with bench.residency.lock:
+        call = PostedCall(bench.residency, bench.ahead, posted, SimpleNamespace(check_stop=no_stop))  # type: ignore[arg-type]
+        try:
+            call.run()
+            where = {expert: bench.residency.table.peek(LAYER, expert) for expert in posted.missing}
+            assert posted.answers == {expert: slot.address for expert, slot in where.items() if slot is not None}
+            assert len(posted.answers) == 2
+        finally:
+            call.release()
+        bench.residency.table.check()
+        assert all(slot.pins == 0 for slot in bench.residency.table)

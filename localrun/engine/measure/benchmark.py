@@ -185,11 +185,12 @@ class Phase:
         device.
 
         Args:
-            drive_bytes_per_s: measured alone; a phase that read faster shows that the drive can do more.
+            drive_bytes_per_s: measured alone; a phase whose reads were faster, while any was under way, shows that the drive can do
+                more.
         """
         if self.split is None:
             return None
-        rate = max(drive_bytes_per_s, self.read_bytes_per_s)
+        rate = max(drive_bytes_per_s, self.bytes_read / self.reading_s if self.reading_s else 0.0)
         return Bounds(
             seconds=self.seconds,
             reading_s=self.bytes_read / rate if self.bytes_read else 0.0,

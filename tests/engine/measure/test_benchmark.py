@@ -183,9 +183,10 @@ def test_each_phase_stands_beside_its_slower_resource(engine: Engine, result: Be
     computed = phase.bounds(2e9)
     assert computed is not None
     assert (computed.reading_s, computed.times_slowest) == (4.0, pytest.approx(10 / 6))
-    faster_than_probed = phase.bounds(1e6)
+    faster_than_probed = replace(phase, reading_s=7.5, split=replace(split, wait_s=9.0)).bounds(1e6)
     assert faster_than_probed is not None
-    assert faster_than_probed.times_slowest == 1.0
+    assert faster_than_probed.drive_bytes_per_s == pytest.approx(8e9 / 7.5), "while it read, not over the whole phase"
+    assert faster_than_probed.times_slowest == pytest.approx(10 / 7.5)
     here = replace(machine(), disk=DiskProfile(bytes_per_s=1e9))
     one = replace(result, phases=(phase,))
     assert bench_report.bound_lines(one, here) == [

@@ -63,7 +63,9 @@ class PostedCall(LayerCall):
 
     def _start_reads(self) -> None:
         super()._start_reads()
-        if self._has_answered and self._todo and not self._awaited and self._pinned:  # no room but that of experts which are soon computed
+        if (
+            self._has_answered and self._todo and not self._awaited and self._pinned
+        ):  # no room but that of experts which are soon computed
             while self._record.n_computed <= self._n_answered:
                 time.sleep(_POLL_S)
             for i in list(self._pinned):

@@ -210,10 +210,11 @@ _POINTS = 60
 
 def _missed(uses: npt.NDArray[np.int64], n: int, t: int) -> npt.NDArray[np.float64]:
     """Chance that t of n tokens, drawn without replacement, are none of the `uses` (k,) that used an expert."""
-    factors = np.arange(t)
-    left = n - uses[:, None] - factors
-    chance: npt.NDArray[np.float64] = np.prod(np.maximum(left, 0) / (n - factors), axis=1)
-    return chance
+    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, n + 1)).cumsum()])
+    left = np.maximum(n - uses, 0)
+    rest = np.maximum(left - t, 0)
+    ratio = log_factorial[left] - log_factorial[rest] - (log_factorial[n] - log_factorial[n - t])
+    return np.where(left >= t, np.exp(ratio), 0.0)
 
 
 class Scaled:

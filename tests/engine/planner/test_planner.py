@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
@@ -32,7 +33,7 @@ from localrun.engine.planner import boxes, hardware, sizes
 from localrun.engine.planner.bars import bars
 from localrun.engine.planner.compute_buffers import compute_bytes
 from localrun.engine.planner.hardware import ASSUMED_GPU, PROCESS_BYTES, Gpu, Hardware
-from localrun.engine.planner.hit_rates import Curve, Learned, Scaled, Seen, touched
+from localrun.engine.planner.hit_rates import Curve, Learned, Scaled, Seen, _missed, touched
 from localrun.engine.planner.placement import fit_dense, gpu_budgets, headroom
 from localrun.engine.planner.plan import GpuShare, Placement, Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan
@@ -414,6 +415,26 @@ def test_hits_follow_from_the_routing_that_a_run_has_seen() -> None:
         assert rates.steady(share) == pytest.approx(np.mean(hits[3000:]), abs=0.03)
     assert rates.steady(1.0) == 1
     assert rates.use().sum() == pytest.approx(1)
+
+
+def test_the_chance_of_a_miss_is_the_product_of_each_draw_s() -> None:
+    n, uses = 40, np.array([0, 1, 2, 7, 39, 40])
+    for t in range(n):
+        draws = np.arange(t)
+        expected = np.prod(np.maximum(n - uses[:, None] - draws, 0) / (n - draws), axis=1)
+        np.testing.assert_allclose(_missed(uses, n, t), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_long_run_s_routing_is_looked_at_in_little_memory() -> None:
+    n = 32768
+    counts = [np.random.default_rng(layer).integers(0, n, 256).astype(np.float64) for layer in range(43)]
+    tracemalloc.start()
+    try:
+        rates = Seen([6 * n * layer / layer.sum() for layer in counts], 6)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert 0 < rates.steady(0.1) < rates.steady(0.5) < 1
 
 
 def test_sixty_tokens_tell_hits_without_assuming_how_uneven_the_routing_is() -> None:

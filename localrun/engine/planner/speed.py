@@ -341,9 +341,10 @@ def predict_prefill(
     )  # of a token to the other side of each layer's experts and back
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu is not None and shares.gpu_share > 0 else 0.0
 
-    def rate(distinct: float, missing: float, hidden: float) -> Rate:
+    def rate(used: HitRates | None, distinct: float, missing: float, hidden: float) -> Rate:
         seconds = dict(dense_s)
-        on_cpu = max(0.0, distinct - shares.gpu_share) * n_layers * n_experts
+        # A small batch doesn't use all of the GPU's experts, so more of those that it uses are elsewhere than their number says.
+        on_cpu = touched(used, shares.gpu_share, batch, sizes.shape.n_used, n_experts).missing * n_layers * n_experts
         on_cpu_s = on_cpu * expert.batch_s + (1 - on_gpu) * n_pairs * expert.pair_s if n_layers else 0.0
         on_gpu_s = 0.0
         if shares.gpu is not None and on_gpu:
@@ -369,9 +370,9 @@ def predict_prefill(
     real = touched(rates, shares.share, batch, sizes.shape.n_used, n_experts)
     low, likely, high = PROMPT_HIDDEN_READS
     return _widened(
-        rate(even.distinct, even.distinct * (1 - shares.share), low),
-        rate(real.distinct, real.missing, likely),
-        rate(real.distinct, 0.8 * real.missing, high),
+        rate(None, even.distinct, even.distinct * (1 - shares.share), low),
+        rate(rates, real.distinct, real.missing, likely),
+        rate(rates, real.distinct, 0.8 * real.missing, high),
     )
 
 

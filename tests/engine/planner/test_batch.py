@@ -21,7 +21,8 @@ from localrun.engine.planner.batch import (
     Candidate,
     choose_batch,
 )
-from localrun.engine.planner.hardware import Hardware, described
+from localrun.engine.planner.cards import card_of
+from localrun.engine.planner.hardware import Gpu, Hardware, described
 from localrun.engine.planner.hit_rates import Curve
 from localrun.engine.planner.plan import Plan, PlanOptions
 from localrun.engine.planner.planner import make_plan, plan_load
@@ -113,6 +114,15 @@ def test_the_plan_has_the_batch_with_the_least_time(flash: ModelSizes, ram_gib: 
 def test_experts_from_the_drive_want_larger_batches_than_experts_in_ram(flash: ModelSizes) -> None:
     streamed, resident = (make_plan(flash, box(n), suggest=False, rates=Curve()).options.n_batch for n in (32, 256))
     assert resident < streamed
+
+
+def test_a_small_batch_gains_nothing_from_experts_on_the_gpu_that_it_does_not_use(flash: ModelSizes) -> None:
+    """96 GiB hold two thirds of the experts; a batch of 64 tokens uses about as many, but not the same ones."""
+    machine = replace(box(256), gpus=(Gpu.of_card(card_of("RTX PRO 6000")),))
+    each = [make_plan(flash, machine, PlanOptions(n_batch=n), suggest=False, rates=Curve()) for n in BATCHES]
+    rates = [plan.prefill_of(PROMPT_TOKENS).likely.tokens_per_s for plan in each]
+    assert rates == sorted(rates)
+    assert make_plan(flash, machine, suggest=False, rates=Curve()).options.n_batch > 512
 
 
 def test_what_was_set_is_kept_and_a_larger_one_suggested(flash: ModelSizes) -> None:

@@ -322,8 +322,15 @@ class Engine:
         """
         if self.plan is not None and isinstance(self._loaded, OffloadedModel):
             kind: Kind = "answers" if self._loaded.learner.is_saved else "measurements"
-            cost = self.spent() - since
-            learn_tokens(self.plan, cost, n_tokens=n_tokens, seconds=seconds, position=position, kind=kind)
+            learn_tokens(
+                self.plan,
+                self.spent() - since,
+                n_tokens=n_tokens,
+                seconds=seconds,
+                position=position,
+                direct=self._loaded.pool.residency.store.direct,
+                kind=kind,
+            )
 
     def decoding(self, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Around each `llama_decode` of these tokens, for the expert path."""

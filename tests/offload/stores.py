@@ -327,6 +327,7 @@ class MemoryStore:
 
     depth, staging_bytes, reads_per_expert = 2, 0, 1
     reading_s = 0.0
+    direct = True
     early = None
     layers, checksums = LAYERS, True
     files: Sequence[Path] = (Path("experts"),)

@@ -34,8 +34,8 @@ from localrun.engine.planner.usual_rates import usual_rates
 MIN_TOKENS = 16
 """Fewer say little: the first ones warm caches."""
 
-MIN_DRIVE_BYTES = 1 << 30
-"""Less says little about the drive's rate."""
+MIN_DRIVE_TOKENS, MIN_DRIVE_BYTES = 64, 1 << 30
+"""Less says little about the drive's rate, of which the best counts for a week."""
 
 FULL = 0.5
 """Evictions per read from which on memory counts as full: before, everything is read once, and hits say nothing."""
@@ -132,16 +132,28 @@ def quiet_token_s(plan: Plan, cost: Spent, *, n_tokens: int, position: int) -> f
 
 
 def learn_tokens(
-    plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int, kind: Kind = "answers"
+    plan: Plan,
+    cost: Spent,
+    *,
+    n_tokens: int,
+    seconds: float,
+    position: int,
+    direct: bool = True,
+    kind: Kind = "answers",
 ) -> None:
-    """Remembers what these tokens show, for later plans; nothing if a GPU has a part in them. Arguments as `token_ratios`."""
+    """Remembers what these tokens show, for later plans; nothing if a GPU has a part in them. Arguments as `token_ratios`.
+
+    Args:
+        direct: reads bypass the page cache. If not, they say nothing about the drive.
+    """
     shares, sizes = _shares(plan), plan.sizes
     if n_tokens < MIN_TOKENS or plan.decode is None or not shares.is_cpu_only:
         return
     hits = hits_seen(plan, cost)
     if hits is not None and sizes.identity:
         remember_hits(sizes.identity, kind, share=shares.share, hits=hits, tokens=n_tokens)
-    if plan.machine.drive and cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0:
+    enough = n_tokens >= MIN_DRIVE_TOKENS and cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0
+    if plan.machine.drive and direct and enough:
         name = drive_name(plan.machine.drive)
         usual_rates({name: cost.disk_bytes / cost.reading_s})  # however busy the machine: it can do at least that
     if others_in(cost, seconds) > BUSY_CORES:

@@ -176,6 +176,11 @@ class Store(Protocol):
     early: EarlyReads | None
 
     @property
+    def direct(self) -> bool:
+        """All files are read past the page cache."""
+        ...
+
+    @property
     def reading_s(self) -> float:
         """Seconds so far with at least one read under way; any thread."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from localrun.engine.planner.plan import GpuShare, Plan, resident_shares
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.speed import HIDDEN, HIDDEN_READS, USEFUL, computing, waiting
 from localrun.engine.planner.token_rates import (
+    MIN_DRIVE_TOKENS,
     MIN_TOKENS,
     Spent,
     hits_seen,
@@ -52,8 +53,12 @@ def with_hits(run: Recorded, machine: Hardware = UNKNOWN) -> Plan:
     return run.plan(machine, Scaled(Curve(), plan.resident_share, hits))
 
 
-def learn(run: Recorded, plan: Plan, **changed: float) -> None:
-    learn_tokens(plan, replace(run.cost, **changed), n_tokens=run.n_tokens, seconds=run.seconds, position=20)
+def learn(run: Recorded, plan: Plan, *, times: int = 2, direct: bool = True, **changed: float) -> None:
+    """From the run so many times over, which has enough tokens to say something about the drive."""
+    cost = replace(run.cost, **changed)
+    all_of_it = Spent(**{f.name: times * getattr(cost, f.name) for f in fields(cost)})
+    n_tokens, seconds = times * run.n_tokens, times * run.seconds
+    learn_tokens(plan, all_of_it, n_tokens=n_tokens, seconds=seconds, position=20, direct=direct)
 
 
 # --- the arithmetic against recorded runs -----------------------------------------------------------------------------
@@ -222,6 +227,16 @@ def test_a_drive_is_at_once_as_fast_as_tokens_have_read_and_stays_so() -> None:
     (cache_dir() / "rates.json").write_text(json.dumps(known))
     learn(LOSSLESS, plan, reading_s=LOSSLESS.cost.disk_bytes / 0.6e9)
     assert sustained_rates(name)[name] == pytest.approx(0.6e9), "what is so for a week is no moment"
+
+
+def test_neither_a_short_answer_nor_the_page_cache_says_what_a_drive_does() -> None:
+    plan = with_hits(LOSSLESS)
+    name = drive_name(DRIVE)
+    learn(LOSSLESS, plan, times=1, reading_s=1.0)
+    assert LOSSLESS.n_tokens < MIN_DRIVE_TOKENS
+    learn(LOSSLESS, plan, direct=False, reading_s=1.0)
+    assert sustained_rates(name) == {}
+    assert seen_tokens(2), "of the rest they say as much as any"
 
 
 def busy(cores: float) -> Hardware:

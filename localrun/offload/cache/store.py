@@ -116,7 +116,7 @@ class ExpertStore:
 
     @property
     def direct(self) -> bool:
-        """True if all files are read past the page cache."""
+        """See `Store`."""
         return all(handle.direct for copies in self._files for handle in copies)
 
     @property
@@ -135,7 +135,7 @@ class ExpertStore:
         self._n_reading -= 1
         if self._n_reading == 0:
             self._reading_s += max(0.0, at_s - self._reading_since)
-            self._reading_until = at_s
+            self._reading_until = max(self._reading_until, at_s)
 
     def _make_early(self, n_reads: int) -> EarlyReads:
         layers = self._source.moe_layers

@@ -258,6 +258,19 @@ def test_time_counts_as_reading_while_a_read_is_under_way(desk: Desk) -> None:
     assert desk.store.reading_s == desk.store.reading_s, "nothing is read"
 
 
+@pytest.mark.parametrize("harness", ["on two copies"], indirect=True)
+def test_a_read_that_ended_before_the_last_one_counts_no_time_twice(desk: Desk) -> None:
+    """An early read may have been complete for a while when a ticket takes it over."""
+    store = desk.store
+    assert isinstance(store, ExpertStore)
+    start = time.perf_counter() - 100
+    for begin, end in ((0, 10), (2, 5), (4, 12), (11, 12)):
+        with store._lock:
+            store._note_begin(start + begin)
+            store._note_end(start + end)
+    assert store.reading_s == pytest.approx(12)
+
+
 def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put_together(tmp_path: Path) -> None:
     store = ExpertStore(ExpertsInAFile(tmp_path), KERNELS, n_buffers=3)  # type: ignore[arg-type]
     pages_of_a_matrix = -(-(EXPERT_BYTES // 3) // PAGE_BYTES) + 1

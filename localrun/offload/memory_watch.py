@@ -49,10 +49,10 @@ class MemoryWatch:
     def __init__(self, residency: Residency, available: Callable[[], int | None], reserve: int) -> None:
         self._residency, self._available, self._reserve = residency, available, reserve
         self._keep_bytes = 2 * residency.floor_bytes
-        self._decoding = False
+        self._decoding = self._has_failed = False
         self._next_look = self._short_at = 0.0
         self._closing = threading.Event()
-        residency.look = self.look
+        self._look_before, residency.look = residency.look, self.look
         self._thread = threading.Thread(target=self._idle, name="localrun-memory", daemon=True)
         self._thread.start()
 
@@ -73,7 +73,7 @@ class MemoryWatch:
         if now < self._next_look:
             return
         self._next_look = now + INTERVAL_S
-        available = self._available()
+        available = self._ask()
         if available is None:
             return
         table = self._residency.table
@@ -90,6 +90,16 @@ class MemoryWatch:
             # What is free in the table is not taken yet, but soon will be.
             table.use_again(max(0, available - 2 * self._reserve - table.arena.free_bytes))
 
+    def _ask(self) -> int | None:
+        """Free bytes; None if unknown. An error is no reason to end an answer: it is logged, the first time."""
+        try:
+            return self._available()
+        except Exception as error:
+            if not self._has_failed:
+                log.warning("can't tell how much RAM is free, so experts stay whatever other programs need: %s", error)
+            self._has_failed = True
+            return None
+
     def _idle(self) -> None:
         while not self._closing.wait(INTERVAL_S):
             if self._decoding:
@@ -99,6 +109,8 @@ class MemoryWatch:
                     self.look()
 
     def close(self) -> None:
-        """Ends the thread; the slots stay as they are."""
+        """Ends the thread, and nobody looks any more; the slots stay as they are."""
         self._closing.set()
         self._thread.join()
+        with self._residency.lock:
+            self._residency.look = self._look_before

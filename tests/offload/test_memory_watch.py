@@ -103,6 +103,49 @@ def test_a_system_that_does_not_say_changes_nothing(residency: Residency, machin
     watching.close()
 
 
+def test_an_error_is_logged_once_and_changes_nothing(
+    residency: Residency, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def available() -> int:
+        raise ValueError("MemAvailable: what?")
+
+    watching = MemoryWatch(residency, available, RESERVE)
+    fill(residency, 8)
+    for _ in range(3):
+        with watching.decoding():
+            residency.look()
+    assert len(residency.table) == 8
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "MemAvailable: what?" in caplog.text
+    watching.close()
+
+
+def test_the_thread_outlives_an_error(residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_watch, "INTERVAL_S", 0.001)
+    n_asked, again = 0, threading.Event()
+
+    def available() -> int:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 1:
+            raise OSError("too many open files")
+        again.set()
+        return 10 * SLOT_BYTES
+
+    watching = MemoryWatch(residency, available, RESERVE)
+    assert again.wait(30)
+    watching.close()
+
+
+def test_nobody_looks_after_the_end(residency: Residency, machine: Machine) -> None:
+    watching = watch(residency, machine)
+    fill(residency, 8)
+    watching.close()
+    machine.available = 0
+    residency.look()
+    assert len(residency.table) == 8
+
+
 def test_between_answers_a_thread_looks_and_during_a_decode_it_does_not(
     residency: Residency, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ _SCHED_GETATTR: Final = {"x86_64": 315, "aarch64": 275}
 _ATTR: Final = struct.Struct("=IIQiIQQQ")
 """struct sched_attr, first version, linux/sched/types.h: size, policy, flags, nice, priority, runtime, deadline, period."""
 
+_THREADS: Final = "/proc/self/task"
+
 _FAIR: Final = (0, 3)
 """SCHED_OTHER and SCHED_BATCH, linux/sched.h."""
 
@@ -39,7 +41,11 @@ def shorten() -> bool:
     number = _SCHED_SETATTR.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:
         return False
-    for name in os.listdir("/proc/self/task"):
+    try:
+        threads = os.listdir(_THREADS)
+    except OSError:  # /proc isn't mounted
+        return False
+    for name in threads:
         attr = _attributes(int(name))
         if attr is None or attr[1] not in _FAIR:
             continue  # it has ended, or is scheduled by other rules

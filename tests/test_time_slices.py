@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from localrun import time_slices
 
@@ -32,3 +35,10 @@ def test_threads_get_what_the_system_grants_and_keep_their_priority() -> None:
 
 def test_a_thread_that_does_not_exist_has_no_slice() -> None:
     assert time_slices.slice_ns(2**22 + 1) == 0
+
+
+def test_without_proc_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = time_slices.slice_ns()
+    monkeypatch.setattr(time_slices, "_THREADS", str(tmp_path / "task"))
+    assert not time_slices.shorten()
+    assert time_slices.slice_ns() == before

@@ -147,7 +147,8 @@ def hardware_of(
         known = BY_SLUG[machine.box].hardware
     else:
         known = hardware.detect(files, n_threads=settings["threads"], probe=probe, specs=specs)
-        known = replace(known, origin={name: _HERE.get(how, how) for name, how in known.origin.items()})
+        origin = {name: _HERE.get(how, how) for name, how in known.origin.items()}
+        known = replace(known, others=0.0, origin=origin)  # what runs here now is not what the other machine has to do
     ram = _bytes(machine.ram)
     return known.given(
         ram_bytes=None if ram is None else max(0, ram - hardware.SYSTEM_BYTES),

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from localrun import cli
-from localrun.api.planning import Machine, hardware_of, plan
+from localrun.api.planning import Machine, hardware_of, plan, plan_with
+from localrun.config import Settings
+from localrun.engine.planner import hardware
 from localrun.engine.planner.boxes import BOXES
 from localrun.engine.planner.planner import make_plan
 from localrun.errors import BudgetError, UsageError
@@ -140,3 +142,13 @@ def test_limits_reach_the_plan() -> None:
     smaller = plan("flash", machine=BOX, base="q2_k")
     assert smaller.sizes.expert_file_bytes < made.sizes.expert_file_bytes
     assert callable(hardware_of)
+
+
+def test_what_runs_on_this_machine_does_not_slow_down_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    detect = hardware.detect
+    monkeypatch.setattr(hardware, "detect", lambda *a, **b: replace(detect(*a, **b), others=1.9, n_cores=2))
+    here = plan_with("flash", Settings(), base="iq2_xxs", probe=False).machine
+    other = plan_with("flash", Settings(), Machine(ram="256GiB", gpu=["RTX 4090"]), probe=False)
+    assert here.is_busy
+    assert not other.machine.is_busy
+    assert not any("busy now" in line for line in other.lines())

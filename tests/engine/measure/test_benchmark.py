@@ -91,7 +91,8 @@ def test_a_small_budget_is_kept_by_giving_experts_away(model_path: Path) -> None
         result = measure(engine, random_tokens(300, engine.facts.n_vocab, 3), BenchOptions(frontiers=(0, 64, 128)))
         assert engine.facts.ram_bytes <= 600_000
     assert all(phase.misses and phase.bytes_read for phase in result.phases)
-    assert all(0 < phase.reading_s < phase.seconds for phase in result.phases)
+    # The store's time is taken a moment after the phase's, and a read may be under way then.
+    assert all(0 < phase.reading_s <= 1.1 * phase.seconds for phase in result.phases)
     assert all(phase.unused_bytes >= 0 for phase in result.phases)
     assert all(phase.evictions for phase in result.phases[1:])
 

@@ -10,7 +10,7 @@ resident for the policy. All operations take constant time, except that `victim`
 experts), LFU's halving is amortised, and Belady's heap costs a logarithm.
 
 Published traces (ds4, colibri, OLMoE, V4.1): recency beats static lists, LFU, 2Q and LRU-2 gain nothing at 30-50 % resident,
-S3-FIFO sometimes. Hence LRU, or LRU with a small profiled set, in the engine.
+S3-FIFO sometimes. The engine goes by frequencies at several paces (`localrun.offload.cache.demand`).
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from localrun.pages import anonymous
 from localrun.units import format_size
 
 TAIL_TOKENS = 16
-"""A long batch (a prompt) touches nearly every expert of every layer, so pure recency would keep only the last layers'. It is
-better to count only what the batch's last tokens used: simulated on prompts of 256 tokens with answers of 144, LRU at 30 %
-resident gains 3.4 points of hit rate; 1, 16 and 64 tokens gave 0.697, 0.697 and 0.676."""
+"""Of a long batch (a prompt), only what so many tokens at its end used is marked as recent; estimates count all of it
+(`demand.py`). Recency decides between equal estimates: a prompt touches nearly every expert of every layer, and by the order of
+calls alone the last layers' would be kept. [m] With nothing but recency it is worth 3 points of hit rate at 30 % resident
+(docs/benchmarks.md, "Cache policies"); what it adds to the estimates has not been measured."""
 
 
 class Arena:

@@ -66,8 +66,9 @@ class ExpertStore:
         n_reads: reads in flight.
         piece_bytes: maximum size of a single read.
         n_buffers: experts in flight; each has a staging buffer of the largest expert's size.
-        verify: check checksums on every read, if the source has them, because any read may fail. One core hashes 17 to 21 GB/s,
-            many times a drive's rate. Without checksums, look for lost weights (`localrun.quant.zeros`).
+        verify: check checksums on every read, if the source has them, because any read may fail. Hashing is many
+            times as fast as a drive (docs/benchmarks.md, "Checksums"). Without checksums, look for lost weights
+            (`localrun.quant.zeros`).
         mirror: a second copy of the same model, ideally on another drive: pieces go to the copy with fewer pending reads, and
             to the other one if a read fails or what was read is damaged.
     """

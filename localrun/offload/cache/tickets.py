@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class AbandonedError(StoreError):
-    """A read that was cancelled because the expert is no longer needed."""
+    """A read that was cancelled because the expert is not needed."""
 
 
 class ReadBuffer:

@@ -17,6 +17,8 @@ import pytest
 from localrun import reading
 from localrun.errors import CheckpointError, ChecksumError, FormatError, StoreError
 from localrun.offload.cache.slots import SlotState
+from localrun.offload.cache.store import ExpertStore, _read_from
+from localrun.offload.cache.tickets import ReadPiece
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.convert.converter import convert
 from localrun.quant.open import open_model
@@ -179,10 +181,31 @@ def test_mirror_gives_the_same_answers_and_takes_over_when_a_copy_fails(
         np.testing.assert_array_equal(logits(model), expected)
 
 
+def read_up_from(model: OffloadedModel, which: int, *, all_of_it: bool) -> None:
+    """From now on the pieces of `up` come from this copy, however busy it is.
+
+    Args:
+        all_of_it: and so do the others; if not, they come from the other copy.
+    """
+    store = model.pool.residency.store
+    assert isinstance(store, ExpertStore)
+
+    def read(piece: ReadPiece) -> None:
+        up = piece.ticket.projections[1].extents[0]
+        is_near = up.offset < piece.offset + len(piece.target) and piece.offset < up.offset + up.n_bytes
+        copy = which if (piece.file == up.file and is_near) or all_of_it else 1 - which
+        _read_from(store._files[piece.file][copy], piece)
+        with piece.ticket._lock:
+            piece.ticket._copies.add(copy)
+
+    store._read = read  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["from one", "from both"])
 @pytest.mark.parametrize("broken", ["checksum", "zeros"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_damaged_copy_is_named_and_the_other_one_is_read(
-    tmp_path: Path, broken: str, which: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, broken: str, which: int, all_of_it: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Zeros in a file without checksums, and other bytes in one with them; then in both copies."""
     paths = [tmp_path / name / "m.gguf" for name in "ab"]
@@ -215,6 +238,7 @@ def test_a_damaged_copy_is_named_and_the_other_one_is_read(
     mirrored = OffloadOptions(n_threads=1, mirror=models[1])
     with open_offloaded(source, mirrored) as model, open_offloaded(source, mirrored) as later:
         damage(files[which])
+        read_up_from(model, which, all_of_it=all_of_it)
         np.testing.assert_array_equal(logits(model, tokens, batch=12), expected)
         damage(files[1 - which])
         with pytest.raises((ChecksumError, FormatError), match=r"ffn_up_exps\.weight: expert \d+"):

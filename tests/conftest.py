@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -37,6 +38,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")  # --hypothesis-profile=default looks for new cases
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _room_in_ram() -> Iterator[None]:
+    """Whatever else runs here, three quarters of the RAM count as free in this process. Tests of what happens when memory is short
+    say themselves how much there is, by files or by a function of their own."""
+    from localrun.engine import memory
+
+    real, system = memory.available_memory, memory.PROC
+
+    def roomy() -> int | None:
+        available, total = real(), memory.total_memory()
+        if available is None or total is None or system != memory.PROC:
+            return available
+        return max(available, total * 3 // 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "available_memory", roomy)
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

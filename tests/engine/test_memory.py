@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from localrun.engine import memory
+from localrun.engine.engine import Engine
 from localrun.errors import BudgetError, UsageError
+from localrun.offload.model import OffloadedModel
+from tests.engine.conftest import OPTIONS
 
 GIB = 2**30
 
@@ -98,3 +101,15 @@ def test_a_promise_larger_than_the_machine_is_refused_with_numbers(monkeypatch: 
         memory.check_ram((8 << 30) + (11 << 20))
     monkeypatch.setattr(memory, "total_memory", lambda: None)
     memory.check_ram(1 << 50)
+
+
+def test_tests_do_not_depend_on_what_other_programs_leave(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with 24 GiB, 768 MiB are kept free, and experts would go."""
+    monkeypatch.setattr(memory, "_meminfo", {"MemTotal": 24 * GIB, "MemAvailable": 50 << 20}.get)
+    monkeypatch.setattr(memory, "_cgroups", lambda: iter(()))
+    with Engine.open(model_path, OPTIONS) as engine, engine.session() as session:
+        session.feed([1, 2, 3])
+        loaded = engine._loaded
+        assert isinstance(loaded, OffloadedModel)
+        assert len(loaded.pool.residency.table) > 0
+        assert loaded.pool.residency.table.withheld_bytes == 0

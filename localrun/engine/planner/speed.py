@@ -37,7 +37,7 @@ BATCH_ATTENTION_MACS_PER_CORE = 10e9
 
 OWN_ATTENTION_MACS_PER_CORE = 30e9
 OWN_BATCH_ATTENTION_MACS_PER_CORE = 37e9
-"""The same of our kernels. [m] Three layers of Flash on two Zen 5 cores: 394 million for a token at 131,072 in 5.9 ms (33e9 per
+"""The same of our kernels. [m] Three layers of Flash on two Zen 4 cores: 394 million for a token at 131,072 in 5.9 ms (33e9 per
 core), 69 million at 4096 in 1.4 ms (24e9); in batches 142 million at 32,256 in 1.8 ms (39e9), 35 million at 0 in 0.51 ms (34e9)."""
 
 BATCH_VALUE_S = 0.28e-6

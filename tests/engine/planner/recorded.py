@@ -1,6 +1,6 @@
 """Whole runs as they were measured: what the planner's arithmetic has to give for them.
 
-Machine: two Zen 5 cores (AVX-512 with VNNI), 24 GiB, no GPU, one virtual drive, nothing else running. Models: whole
+Machine: two Zen 4 cores (AVX-512 with VNNI), 24 GiB, no GPU, one virtual drive, nothing else running. Models: whole
 DeepSeek-V4-Flash, random weights (`tools.make_checkpoint flash`, `tools.convert_whole`). Command: `localrun bench MODEL
 --frontiers 0 --new-tokens 40 --warm-up 60 --context 2048 --json`; the figures are that JSON's.
 """

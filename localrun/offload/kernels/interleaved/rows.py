@@ -25,9 +25,9 @@ _AHEAD: Final = 4096
 """Bytes from the unit in work to the one prefetched, on processors that want it."""
 
 _PREFETCHED: Final = frozenset({"znver5"})
-"""Processors, by LLVM's names, that read faster when asked for lines in advance. [m] One Zen 5 core reads MXFP4 at 0.70 of plain
-reading without, 0.98 with. All others read their lines in order before they compute with them, because their own prefetching
-follows that. [m] One Zen 4 core reads Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
+"""Processors, by LLVM's names, that are asked for lines in advance, as the kernels were tuned there. All others read
+their lines in order before they compute with them, because a processor's own prefetching follows that. [m] One Zen 4 core reads
+Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
 
 
 _FEW: Final = 4

@@ -34,8 +34,8 @@ from localrun.engine.planner.usual_rates import usual_rates
 MIN_TOKENS = 16
 """Fewer say little: the first ones warm caches."""
 
-MIN_DRIVE_TOKENS, MIN_DRIVE_BYTES = 64, 1 << 30
-"""Less says little about the drive's rate, of which the best counts for a week."""
+MIN_DRIVE_BYTES = 8 << 30
+"""Less read in a run says little about the drive's rate, of which the best counts for a week."""
 
 FULL = 0.5
 """Evictions per read from which on memory counts as full: before, everything is read once, and hits say nothing."""
@@ -152,7 +152,7 @@ def learn_tokens(
     hits = hits_seen(plan, cost)
     if hits is not None and sizes.identity:
         remember_hits(sizes.identity, kind, share=shares.share, hits=hits, tokens=n_tokens)
-    enough = n_tokens >= MIN_DRIVE_TOKENS and cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0
+    enough = cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0
     if plan.machine.drive and direct and enough:
         name = drive_name(plan.machine.drive)
         usual_rates({name: cost.disk_bytes / cost.reading_s})  # however busy the machine: it can do at least that

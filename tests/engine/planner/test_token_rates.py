@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from localrun.engine.planner.plan import GpuShare, Plan, resident_shares
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.speed import HIDDEN, HIDDEN_READS, USEFUL, computing, waiting
 from localrun.engine.planner.token_rates import (
-    MIN_DRIVE_TOKENS,
+    MIN_DRIVE_BYTES,
     MIN_TOKENS,
     Spent,
     hits_seen,
@@ -53,12 +53,9 @@ def with_hits(run: Recorded, machine: Hardware = UNKNOWN) -> Plan:
     return run.plan(machine, Scaled(Curve(), plan.resident_share, hits))
 
 
-def learn(run: Recorded, plan: Plan, *, times: int = 2, direct: bool = True, **changed: float) -> None:
-    """From the run so many times over, which has enough tokens to say something about the drive."""
+def learn(run: Recorded, plan: Plan, *, direct: bool = True, **changed: float) -> None:
     cost = replace(run.cost, **changed)
-    all_of_it = Spent(**{f.name: times * getattr(cost, f.name) for f in fields(cost)})
-    n_tokens, seconds = times * run.n_tokens, times * run.seconds
-    learn_tokens(plan, all_of_it, n_tokens=n_tokens, seconds=seconds, position=20, direct=direct)
+    learn_tokens(plan, cost, n_tokens=run.n_tokens, seconds=run.seconds, position=20, direct=direct)
 
 
 # --- the arithmetic against recorded runs -----------------------------------------------------------------------------
@@ -232,8 +229,7 @@ def test_a_drive_is_at_once_as_fast_as_tokens_have_read_and_stays_so() -> None:
 def test_neither_a_short_answer_nor_the_page_cache_says_what_a_drive_does() -> None:
     plan = with_hits(LOSSLESS)
     name = drive_name(DRIVE)
-    learn(LOSSLESS, plan, times=1, reading_s=1.0)
-    assert LOSSLESS.n_tokens < MIN_DRIVE_TOKENS
+    learn(LOSSLESS, plan, reading_s=1.0, disk_bytes=MIN_DRIVE_BYTES - 1)
     learn(LOSSLESS, plan, direct=False, reading_s=1.0)
     assert sustained_rates(name) == {}
     assert seen_tokens(2), "of the rest they say as much as any"

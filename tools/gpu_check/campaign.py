@@ -158,12 +158,14 @@ def _steps(campaign: Campaign, free_bytes: int, left_out: list[str]) -> list[tup
 
 
 def _task(campaign: Campaign, model: Path, **options: Any) -> Task:
-    """Experts get what RAM is left beside the models' files, which lie in memory too."""
+    """Experts get what RAM is left beside the models' files, which lie in memory too. Without a card, where the dense model takes
+    RAM as well, the engine chooses how much that is."""
     ram = min(filter(None, (campaign.room, memory.available_memory())), default=None)
+    chosen = options.get("stock") or options.get("gpu", campaign.gpu) == "none"
     given: dict[str, Any] = {
         "gpu": campaign.gpu,
         "rpc": campaign.rpc,
-        "ram_bytes": int(0.7 * ram) if ram and not options.get("stock") else None,
+        "ram_bytes": int(0.7 * ram) if ram and not chosen else None,
         "n_threads": campaign.n_threads,
         "prompt_tokens": campaign.prompt_tokens,
         "new_tokens": campaign.new_tokens,

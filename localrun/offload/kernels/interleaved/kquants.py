@@ -14,6 +14,7 @@ from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
 from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
 
 _FEW: Final = 2
+"""Tokens up to which unpacking scales costs more than multiplying by them as integers."""
 
 # -- Q4_K and Q5_K: eight blocks of 32, each with a 6-bit scale and minimum -------------------------------------------
 

@@ -18,6 +18,8 @@ from localrun.option import Option, OptionKind, Where
 
 KV_TYPES = ("f16", "bf16", "q8_0", "q4_0", "f32")
 """Number formats of the KV cache, by ggml's names in lower case."""
+OWN_KV_TYPES = ("f16", "q8_0")
+"""Those that our kernels for DeepSeek-V4's attention read (`offload/kernels/attention.py`: ROW_TYPES)."""
 
 DENSE_CHOICES = ("q8_0", "q6_k", "q5_k", "q4_k", "bf16", "f32")
 """What dense matrices can become: repeated from `quant.checkpoint.mapping`, which takes long to import; a test compares them."""

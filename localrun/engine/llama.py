@@ -21,6 +21,7 @@ from localrun.errors import LocalrunError
 from localrun.ggml import log as llama_log
 from localrun.offload.device.device import expert_device
 from localrun.offload.kernels import attention
+from localrun.options import OWN_KV_TYPES
 
 # enum llama_token_attr (llama.h)
 ATTR_UNKNOWN: int = L.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -169,7 +170,7 @@ class Context:
         self._follows_company = False
         self.small_operations = False
         is_deepseek4 = metadata_str(model, "general.architecture") == "deepseek4"  # other models' keys are no values
-        self._attention_is_ours = is_deepseek4 and options.kv_type == "f16" and attention.is_supported()
+        self._attention_is_ours = is_deepseek4 and options.kv_type in OWN_KV_TYPES and attention.is_supported()
         self.n_ctx: int = L.llama_n_ctx(self._ctx)
         self.n_batch: int = L.llama_n_batch(self._ctx)
         self.n_vocab: int = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
@@ -193,8 +194,8 @@ class Context:
     def follows_company(self) -> bool:
         """Use no more threads than there are free cores (`company`).
 
-        Not for reproducible answers: where attention is llama.cpp's (a cache of another type than F16), it sums in as many parts
-        as there are threads from 512 rows of context on (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
+        Not for reproducible answers: where attention is llama.cpp's (a cache that is neither F16 nor Q8_0), it sums in as many
+        parts as there are threads from 512 rows of context on (ggml-cpu/ops.cpp, `use_split_kv_path`), which rounds differently.
         """
         return self._follows_company
 

@@ -45,6 +45,7 @@ GLU_SWIGLU_CLAMP: Final = 6
 
 TYPE_F32: Final = 0  # ggml.h, enum ggml_type
 TYPE_F16: Final = 1
+TYPE_Q8_0: Final = 8
 TYPE_I32: Final = 26
 
 STATUS_FAILED: Final = -1  # ggml.h, enum ggml_status

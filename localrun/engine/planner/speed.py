@@ -22,6 +22,7 @@ from localrun.engine.planner.sizes import ModelSizes
 from localrun.offload.gpu.rates import GpuRates
 from localrun.offload.kernels.layout import expert_layout
 from localrun.offload.kernels.rates import ExpertRates, assumed_dense, assumed_expert
+from localrun.options import OWN_KV_TYPES
 from localrun.quant.model.shape import CSA, HCA
 from localrun.quant.model.source import ExpertTypes
 
@@ -426,8 +427,8 @@ def attention_macs(sizes: ModelSizes, position: int) -> float:
 
 
 def attention_rates(sizes: ModelSizes, kv_type: str) -> tuple[float, float]:
-    """Multiplications per second and core, one token and batches: DeepSeek-V4's attention over an F16 cache is ours."""
-    if sizes.shape.ratios and kv_type == "f16":
+    """Multiplications per second and core, one token and batches: DeepSeek-V4's attention over an F16 or Q8_0 cache is ours."""
+    if sizes.shape.ratios and kv_type in OWN_KV_TYPES:
         return OWN_ATTENTION_MACS_PER_CORE, OWN_BATCH_ATTENTION_MACS_PER_CORE
     return ATTENTION_MACS_PER_CORE, BATCH_ATTENTION_MACS_PER_CORE
 

@@ -14,15 +14,23 @@ import numba as nb
 from localrun.ggml import structures as ggml
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.tensors import BUFFER, DATA, NAME, NB, NE, OP, PARAMS, SRC, TYPE, VIEW_OFFS, VIEW_SRC
-from localrun.offload.kernels.attention import ATTENTION, INDEXER, MOST_INDEX_HEADS, MOST_VALUES, attend, index
+from localrun.offload.kernels.attention import (
+    ATTENTION,
+    INDEXER,
+    MOST_INDEX_HEADS,
+    MOST_INDEX_VALUES,
+    MOST_VALUES,
+    attend,
+    index,
+)
 from localrun.offload.kernels.lowlevel import call_i32, call_i64, load_i32, load_i64, load_u8
 from localrun.offload.kernels.records import add, get, put
-from localrun.offload.kernels.vectors import MOST_INDEX_VALUES
+from localrun.offload.kernels.vectors import Q8_BYTES
 
 _CSA_K_ALL: Final = int.from_bytes(b"csa_k_al", "little")
 _HCA_K_ALL: Final = int.from_bytes(b"hca_k_al", "little")
 _L: Final = ord("l")
-_CONCAT, _F16, _F32 = ggml.OP_CONCAT, ggml.TYPE_F16, ggml.TYPE_F32
+_CONCAT, _F16, _F32, _Q8_0 = ggml.OP_CONCAT, ggml.TYPE_F16, ggml.TYPE_F32, ggml.TYPE_Q8_0
 
 _ROWS: Final = 2
 """Dimension of a cache's rows in a CONCAT: (values, 1 head, rows, 1 sequence)."""
@@ -46,6 +54,7 @@ def attend_node(process: int, node: int) -> None:
     put(record, ATTENTION.q_head, load_i64(q + NB + 16))
     n_rows, joined = load_i64(k + NE + 8), load_i64(k + VIEW_SRC)
     put(record, ATTENTION.n_rows, n_rows)
+    put(record, ATTENTION.row_type, load_i32(k + TYPE))
     if joined != 0 and load_i32(joined + OP) == _CONCAT:
         first, second = load_i64(joined + SRC), load_i64(joined + SRC + 8)
         put(record, ATTENTION.rows, load_i64(first + DATA))
@@ -85,6 +94,7 @@ def index_node(process: int, node: int) -> None:
     put(record, INDEXER.q_token, load_i64(q + NB + 16))
     put(record, INDEXER.weights, load_i64(weights + DATA))
     put(record, INDEXER.weight_token, load_i64(weights + NB + 8))
+    put(record, INDEXER.key_type, load_i32(k + TYPE))
     put(record, INDEXER.keys, load_i64(k + DATA))
     put(record, INDEXER.key_stride, load_i64(k + NB + 16))
     put(record, INDEXER.n_keys, load_i64(k + NE + 16))
@@ -97,8 +107,10 @@ def index_node(process: int, node: int) -> None:
 
 @nb.njit
 def _is_cache(process: int, rows: int) -> bool:
-    """F16 rows of one head and one sequence in a buffer that stays where it is: a KV cache in the CPU's memory."""
-    if load_i32(rows + TYPE) != _F16 or load_i64(rows + NB) != 2 or load_i64(rows + NE + 24) != 1:
+    """F16 or Q8_0 rows of one head and one sequence in a buffer that stays where it is: a KV cache in the CPU's memory."""
+    kind, block_bytes = load_i32(rows + TYPE), load_i64(rows + NB)
+    is_readable = (kind == _F16 and block_bytes == 2) or (kind == _Q8_0 and block_bytes == Q8_BYTES)
+    if not is_readable or load_i64(rows + NE + 24) != 1:
         return False
     cache = load_i64(rows + VIEW_SRC)
     buffer = load_i64(cache + BUFFER) if cache != 0 else 0
@@ -172,7 +184,7 @@ def takes_attention(process: int, node: int) -> bool:
 
 @nb.njit
 def takes_indexer(process: int, node: int) -> bool:
-    """A LIGHTNING_INDEXER over F16 keys, one sequence."""
+    """A LIGHTNING_INDEXER over a cache's keys, one sequence."""
     q, k, weights = load_i64(node + SRC), load_i64(node + SRC + 8), load_i64(node + SRC + 16)
     values = load_i64(q + NE)
     return (
@@ -181,6 +193,6 @@ def takes_indexer(process: int, node: int) -> bool:
         and load_i64(q + NB) == 4
         and load_i64(weights + NB) == 4
         and values <= MOST_INDEX_VALUES
-        and values % 16 == 0
+        and values % 32 == 0
         and load_i64(q + NE + 8) <= MOST_INDEX_HEADS
     )

@@ -1,12 +1,12 @@
-"""DeepSeek-V4's attention over F16 rows that serve as keys and as values, and the scores of its indexer.
+"""DeepSeek-V4's attention over F16 or Q8_0 rows that serve as keys and as values, and the scores of its indexer.
 
 ggml computes both head by head: attention converts each row once per head, and the indexer each key once per token and thread. All
-64 heads share their rows here, so a row is converted once for 16 heads, and rows that the mask excludes cost a comparison. Rows may
+64 heads share their rows here, so a row is made F32 once for 16 heads, and rows that the mask excludes cost a comparison. Rows may
 lie in two places (the window and the compressed ones): ggml's graph joins them by copying the whole cache in every layer; here
 they are read where they are.
 
 A task is one token and 16 heads, or one token and 1024 keys; nothing is added up across tasks, so results do not depend on the
-number of threads. F16 products are summed in F32 (ggml sums values in F16).
+number of threads. Products are exact to F32 (ggml sums an F16 cache's values in F16, and rounds queries to 8 bits for Q8_0 keys).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final
 import numba as nb
 import numpy as np
 
+from localrun.ggml.structures import TYPE_F16, TYPE_Q8_0
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.cpu import Level, level
 from localrun.offload.kernels.lowlevel import (
@@ -27,37 +28,46 @@ from localrun.offload.kernels.lowlevel import (
     load_u16,
     stack,
     store_f32,
-    store_i64,
 )
 from localrun.offload.kernels.records import Layout, get
 from localrun.offload.kernels.threads import run_tasks
 from localrun.offload.kernels.vectors import (
     HEADS,
     INDEX_KEYS,
-    MOST_INDEX_VALUES,
     add_rows,
     half_at,
     index_keys,
     scale16,
     score_pair,
     softmax_step,
+    widen_blocks,
+    widen_halves,
 )
 
 MOST_VALUES: Final = 512
 """Values of a row at most: what a task has on its stack."""
+MOST_INDEX_VALUES: Final = 256
+"""Values of an indexer's key at most, likewise."""
 MOST_INDEX_HEADS: Final = 64
 """Heads of the indexer at most, likewise."""
+ROW_TYPES: Final = (TYPE_F16, TYPE_Q8_0)
+"""ggml's types of rows and keys."""
 
 _CHUNK: Final = 64
-"""Rows between two corrections of the softmax: 64 KiB of keys, which stay in a core's L2 for the second pass."""
+"""Rows between two corrections of the softmax: 136 KiB as F32, which stay in a core's L2 for the second pass."""
 _KEYS: Final = 1024
 """Keys of one task of the indexer."""
 _HEADS_BYTES: Final = MOST_VALUES * HEADS * 4
+_ROW_BYTES: Final = MOST_VALUES * 4 + 128
+"""From row to row of a chunk: not a power of two, else all rows' beginnings compete for the same places in L1."""
+_ROWS_BYTES: Final = _CHUNK * _ROW_BYTES
 _LIST_BYTES: Final = _CHUNK * 8
 _SCORES_BYTES: Final = _CHUNK * HEADS * 4
 _STATE_BYTES: Final = 3 * HEADS * 4
 _INDEX_BYTES: Final = MOST_INDEX_HEADS * MOST_INDEX_VALUES * 4
-_KEY_LIST_BYTES: Final = INDEX_KEYS * 8
+_KEY_BYTES: Final = MOST_INDEX_VALUES * 4
+_KEYS_BYTES: Final = INDEX_KEYS * _KEY_BYTES
+_INDEX_SCORES_BYTES: Final = INDEX_KEYS * 4
 _EXCLUDED: Final = 0xFC00
 """Minus infinity as F16: a row that the token does not see."""
 _FOUR_EXCLUDED: Final = -0x03FF03FF03FF0400
@@ -79,14 +89,16 @@ class _Attention(Layout):
     """Bytes from token to token."""
     q_head: int
     """Bytes from head to head."""
+    row_type: int
+    """ggml's type of all rows, one of `ROW_TYPES`."""
     rows: int
-    """Address of the first rows, F16."""
+    """Address of the first rows."""
     row_stride: int
     """Bytes from row to row."""
     n_first: int
     """How many there are; row i >= n_first of the mask is row i - n_first of the others."""
     others: int
-    """Address of the other rows, F16; 0 if there are none."""
+    """Address of the other rows; 0 if there are none."""
     other_stride: int
     """Bytes from row to row."""
     n_rows: int
@@ -114,7 +126,7 @@ class _Indexer(Layout):
     n_heads: int
     """Heads, at most `MOST_INDEX_HEADS`."""
     n_values: int
-    """Values of a key: a multiple of 16, at most `MOST_INDEX_VALUES`."""
+    """Values of a key: a multiple of 32, at most `MOST_INDEX_VALUES`."""
     q: int
     """Address of F32 queries."""
     q_token: int
@@ -125,8 +137,10 @@ class _Indexer(Layout):
     """Address of (n_tokens, n_heads) F32."""
     weight_token: int
     """Bytes from token to token."""
+    key_type: int
+    """ggml's type of keys, one of `ROW_TYPES`."""
     keys: int
-    """Address of F16 keys."""
+    """Address of keys."""
     key_stride: int
     """Bytes from key to key."""
     n_keys: int
@@ -145,22 +159,30 @@ INDEXER = _Indexer()
 
 
 @nb.njit
+def _widen(kind: int, source: int, n_values: int, target: int) -> None:
+    """A row or key of type `kind` as F32."""
+    if kind == TYPE_Q8_0:
+        widen_blocks(source, n_values // 32, target)
+    else:
+        widen_halves(source, n_values // 32, target)
+
+
+@nb.njit
 def _add_chunk(n: int, n_values: int, q: int, rows: int, masks: int, scores: int, state: int, totals: int) -> None:
-    """The next n rows (at most `_CHUNK`) of one token and 16 heads."""
-    if n % 2:
-        store_i64(rows + n * 8, load_i64(rows + n * 8 - 8))  # the second half of the last pair: computed, not used
-    for i in range(0, n, 2):
-        score_pair(q, n_values // 16, load_i64(rows + i * 8), load_i64(rows + i * 8 + 8), scores + i * HEADS * 4)
+    """The next n rows (at most `_CHUNK`, F32) of one token and 16 heads."""
+    for i in range(0, n, 2):  # the second half of the last pair may be anything: computed, not used
+        first = rows + i * _ROW_BYTES
+        score_pair(q, n_values // 16, first, first + _ROW_BYTES, scores + i * HEADS * 4)
     softmax_step(scores, masks, n, state)
-    add_rows(rows, n, scores, state + 128, n_values // 32, totals)
+    add_rows(rows, _ROW_BYTES, n, scores, state + 128, n_values // 32, totals)
 
 
 @cached_cfunc("int64(intp, intp)")
 def _attend_task(call: int, ticket: int) -> int:
     """One token and up to 16 heads."""
     q, totals = stack(_HEADS_BYTES), stack(_HEADS_BYTES)
-    rows, masks, scores, state = stack(_LIST_BYTES), stack(_LIST_BYTES), stack(_SCORES_BYTES), stack(_STATE_BYTES)
-    n_values, n_rows = get(call, ATTENTION.n_values), get(call, ATTENTION.n_rows)
+    rows, masks, scores, state = stack(_ROWS_BYTES), stack(_LIST_BYTES), stack(_SCORES_BYTES), stack(_STATE_BYTES)
+    kind, n_values, n_rows = get(call, ATTENTION.row_type), get(call, ATTENTION.n_values), get(call, ATTENTION.n_rows)
     groups = blocks_of(get(call, ATTENTION.n_heads), HEADS)
     token, head = ticket // groups, ticket % groups * HEADS
     n_heads = min(HEADS, get(call, ATTENTION.n_heads) - head)
@@ -191,7 +213,7 @@ def _attend_task(call: int, ticket: int) -> int:
             continue
         if load_u16(mask + i * 2) != _EXCLUDED:
             address = first + i * stride if i < n_first else others + (i - n_first) * other_stride
-            store_i64(rows + n * 8, address)
+            _widen(kind, address, n_values, rows + n * _ROW_BYTES)
             store_f32(masks + n * 4, half_at(mask + i * 2))
             n += 1
             if n == _CHUNK:
@@ -229,14 +251,15 @@ def _index_task(call: int, ticket: int) -> int:
         target += h // HEADS * n_values * HEADS * 4
         for i in range(n_values):
             store_f32(target + i * HEADS * 4, load_f32(source + i * 4))
-    addresses, scores = stack(_KEY_LIST_BYTES), stack(_KEY_LIST_BYTES)
+    floats, scores, kind = stack(_KEYS_BYTES), stack(_INDEX_SCORES_BYTES), get(call, INDEXER.key_type)
     for i in range(begin, end, INDEX_KEYS):
         n, seen = min(INDEX_KEYS, end - i), False
-        for k in range(INDEX_KEYS):  # the last key stands in for those beyond the end
-            store_i64(addresses + k * 8, keys + min(i + k, n_keys - 1) * stride)
-            seen = seen or (k < n and load_u16(mask + (i + k) * 2) != _EXCLUDED)
+        for k in range(n):
+            seen = seen or load_u16(mask + (i + k) * 2) != _EXCLUDED
         if seen:
-            index_keys(queries, n_values, n_blocks, weights, addresses, scores)
+            for k in range(n):  # what was there before stands in for keys beyond the end: computed, not used
+                _widen(kind, keys + (i + k) * stride, n_values, floats + k * _KEY_BYTES)
+            index_keys(queries, n_values, n_blocks, weights, floats, _KEY_BYTES, scores)
         for k in range(n):
             score = load_f32(scores + k * 4) if seen else np.float32(0)
             store_f32(out + (i + k) * 4, score + half_at(mask + (i + k) * 2))

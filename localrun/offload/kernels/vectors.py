@@ -1,10 +1,12 @@
-"""Vector code of attention and of the indexer, in plain LLVM: 16 heads at a time, keys as F16 rows.
+"""Vector code of attention and of the indexer, in plain LLVM: 16 heads at a time, keys as F32 rows.
 
 Layouts, with D values per key:
 
 * queries of 16 heads: `(D / 16, 16 heads, 16)` F32, so that a step over 16 values has its heads side by side;
 * outputs of 16 heads: `(D / 32, 16 heads, 32)` F32, in blocks that fit a core's registers;
 * scores and probabilities: `(rows, 16 heads)` F32.
+
+A cache's rows are F16 or Q8_0; `widen_halves` and `widen_blocks` make F32 rows of them, exactly.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from localrun.offload.kernels.activations import exp16
-from localrun.offload.kernels.simd import F32, FLOATS, I64, Simd
+from localrun.offload.kernels.simd import F16, F32, FLOATS, I8, I64, INTS, Simd
 
 HEADS: Final = 16
 """Heads that are computed together."""
 
-MOST_INDEX_VALUES: Final = 256
-"""Values of an indexer's key at most: a converted key's place on the stack."""
+Q8_VALUES: Final = 32
+"""Values of a block of Q8_0 (ggml-common.h, block_q8_0): an F16 scale, then 32 int8."""
+Q8_BYTES: Final = 34
 
 _HALF: Final = 8
 """Heads whose sums fit into registers beside two rows."""
@@ -41,8 +44,49 @@ def scale16(_typing: Any, source: Any, factor: Any, target: Any) -> Any:
 
 
 @intrinsic
+def widen_halves(_typing: Any, source: Any, n_blocks: Any, target: Any) -> Any:
+    """target (32 * n_blocks) F32 = as many F16."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        source, target = s.pointer(args[0]), s.pointer(args[2])
+
+        def block(i: Any, _carried: list[Any]) -> list[Any]:
+            for k in range(2):
+                s.store(s.halves(s.at(source, i, 64), 32 * k), s.at(target, i, 128), 64 * k)
+            return []
+
+        s.loop(args[1], [], block)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def widen_blocks(_typing: Any, source: Any, n_blocks: Any, target: Any) -> Any:
+    """target (32 * n_blocks) F32 = as many blocks of Q8_0."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        source, target = s.pointer(args[0]), s.pointer(args[2])
+
+        def block(i: Any, _carried: list[Any]) -> list[Any]:
+            at = s.at(source, i, Q8_BYTES)
+            scale = s.splat(builder.fpext(s.load(at, 0, F16), F32))
+            for k in range(2):
+                values = builder.sext(s.load(at, 2 + 16 * k, ir.VectorType(I8, 16)), INTS)
+                s.store(s.mul(s.to_float(values), scale), s.at(target, i, 128), 64 * k)
+            return []
+
+        s.loop(args[1], [], block)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
 def score_pair(_typing: Any, queries: Any, n_steps: Any, first: Any, second: Any, scores: Any) -> Any:
-    """scores[2, 16] = keys at `first` and `second`, 16 * n_steps F16 each, times the queries of 16 heads."""
+    """scores[2, 16] = keys at `first` and `second`, 16 * n_steps F32 each, times the queries of 16 heads."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
@@ -51,7 +95,7 @@ def score_pair(_typing: Any, queries: Any, n_steps: Any, first: Any, second: Any
         for half in range(HEADS // _HALF):
 
             def step(i: Any, totals: list[Any], half: int = half) -> list[Any]:
-                keys = [s.halves(s.at(row, i, 32), 0) for row in rows]
+                keys = [s.load(s.at(row, i, 64), 0, FLOATS) for row in rows]
                 block, results = s.at(queries, i, 64 * HEADS, 64 * _HALF * half), []
                 for head in range(_HALF):
                     query = s.load(block, 64 * head, FLOATS)
@@ -105,15 +149,17 @@ def softmax_step(_typing: Any, scores: Any, masks: Any, n_rows: Any, state: Any)
 
 
 @intrinsic
-def add_rows(_typing: Any, rows: Any, n_rows: Any, weights: Any, factors: Any, n_blocks: Any, totals: Any) -> Any:
+def add_rows(
+    _typing: Any, rows: Any, row_bytes: Any, n_rows: Any, weights: Any, factors: Any, n_blocks: Any, totals: Any
+) -> Any:
     """totals = totals * factors + weights^T @ rows, for 16 heads.
 
-    `rows`: addresses of n_rows keys of 32 * n_blocks F16; `weights` (n_rows, 16); `factors` (16,).
+    `rows`: n_rows keys of 32 * n_blocks F32, `row_bytes` from one to the next; `weights` (n_rows, 16); `factors` (16,).
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
-        rows, n_rows, weights, factors, n_blocks, totals = args
+        rows, row_bytes, n_rows, weights, factors, n_blocks, totals = args
         rows, weights, factors, totals = (s.pointer(p) for p in (rows, weights, factors, totals))
 
         def block(j: Any, _carried: list[Any]) -> list[Any]:
@@ -125,9 +171,8 @@ def add_rows(_typing: Any, rows: Any, n_rows: Any, weights: Any, factors: Any, n
                     start += [s.mul(s.load(target, 128 * head + 64 * k, FLOATS), factor) for k in range(2)]
 
                 def row(i: Any, sums: list[Any], half: int = half) -> list[Any]:
-                    address = s.load(s.at(rows, i, 8), 0, I64)
-                    source = s.at(s.pointer(address), j, 64)
-                    keys, weight = [s.halves(source, 32 * k) for k in range(2)], s.at(weights, i, 4 * HEADS)
+                    source = s.at(builder.gep(rows, [builder.mul(i, row_bytes)]), j, 128)
+                    keys, weight = [s.load(source, 64 * k, FLOATS) for k in range(2)], s.at(weights, i, 4 * HEADS)
                     results = []
                     for head in range(_HALF):
                         p = s.splat_f32(weight, 4 * (_HALF * half + head))
@@ -143,7 +188,7 @@ def add_rows(_typing: Any, rows: Any, n_rows: Any, weights: Any, factors: Any, n
         s.loop(n_blocks, [], block)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), codegen
+    return types.void(*[types.intp] * 7), codegen
 
 
 INDEX_KEYS: Final = 8
@@ -151,27 +196,22 @@ INDEX_KEYS: Final = 8
 
 
 @intrinsic
-def index_keys(_typing: Any, queries: Any, n_values: Any, n_blocks: Any, weights: Any, keys: Any, out: Any) -> Any:
-    """out[8] = sum over heads of weight * max(query . key, 0), for 8 keys whose addresses are at `keys`.
+def index_keys(
+    _typing: Any, queries: Any, n_values: Any, n_blocks: Any, weights: Any, keys: Any, key_bytes: Any, out: Any
+) -> Any:
+    """out[8] = sum over heads of weight * max(query . key, 0), for 8 keys.
 
-    `queries` (n_blocks, n_values, 16 heads) F32, `weights` (n_blocks, 16) F32, keys of n_values F16 (a multiple of 16, at most
-    `MOST_INDEX_VALUES`).
+    `queries` (n_blocks, n_values, 16 heads) F32, `weights` (n_blocks, 16) F32, keys of n_values F32, `key_bytes` (a constant)
+    from one to the next.
     """
+    if not isinstance(key_bytes, types.IntegerLiteral):
+        return None
+    row_bytes = key_bytes.literal_value
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         s = Simd(builder)
-        queries, n_values, n_blocks, weights, keys, out = args
-        queries, weights, keys, out = (s.pointer(p) for p in (queries, weights, keys, out))
-        row_bytes = MOST_INDEX_VALUES * 4
-        floats = s.stack(INDEX_KEYS * row_bytes)
-        sources = [s.pointer(s.load(keys, 8 * k, I64)) for k in range(INDEX_KEYS)]
-
-        def convert(i: Any, _carried: list[Any]) -> list[Any]:
-            for k in range(INDEX_KEYS):
-                s.store(s.halves(s.at(sources[k], i, 32), 0), s.at(floats, i, 64, k * row_bytes))
-            return []
-
-        s.loop(builder.sdiv(n_values, I64(16)), [], convert)
+        queries, n_values, n_blocks, weights, keys, _, out = args
+        queries, weights, floats, out = (s.pointer(p) for p in (queries, weights, keys, out))
         block_bytes = builder.mul(n_values, I64(4 * HEADS))
 
         def block(j: Any, scores: list[Any]) -> list[Any]:
@@ -192,7 +232,7 @@ def index_keys(_typing: Any, queries: Any, n_values: Any, n_blocks: Any, weights
             s.store(s.sum_floats(score), out, 4 * k)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), codegen
+    return types.void(*[types.intp] * 5, key_bytes, types.intp), codegen
 
 
 @intrinsic

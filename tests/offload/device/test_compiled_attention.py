@@ -13,6 +13,7 @@ from localrun.offload.device.device import expert_device
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.kernels import attention
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.options import OWN_KV_TYPES
 from localrun.quant.open import open_model
 from tests.offload.models import TEXTS, TOKENS, logits
 from tests.reference import kl
@@ -30,15 +31,16 @@ def _attention_ns() -> int:
     return int(expert_device().process.fields[PROCESS.attention_ns])
 
 
+@pytest.mark.parametrize("kv_type", OWN_KV_TYPES)
 def test_window_compressed_rows_and_indexer_are_ours_and_agree_with_llamacpp(
-    model: OffloadedModel,
+    model: OffloadedModel, kv_type: str
 ) -> None:
     before = _attention_ns()
-    ours = [logits(model, text) for text in TEXTS]
+    ours = [logits(model, text, kv_type=kv_type) for text in TEXTS]
     assert _attention_ns() > before
     assert model.take_error() is None
     before = _attention_ns()
-    ggmls = [logits(model, text, attention=False) for text in TEXTS]
+    ggmls = [logits(model, text, kv_type=kv_type, attention=False) for text in TEXTS]
     assert _attention_ns() == before
     assert np.median(kl(np.concatenate(ggmls), np.concatenate(ours))) < 1e-3
 
@@ -51,7 +53,7 @@ def test_batches_of_any_size_give_the_same_bits(model: OffloadedModel) -> None:
 
 def test_a_cache_of_another_type_stays_llamacpps(model: OffloadedModel) -> None:
     before = _attention_ns()
-    logits(model, TOKENS[:20], kv_type="q8_0")
+    logits(model, TOKENS[:20], kv_type="q4_0")
     assert _attention_ns() == before
 
 

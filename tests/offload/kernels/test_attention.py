@@ -1,4 +1,4 @@
-"""Attention and the indexer against float64, rows in two places, and the same bits from any number of threads."""
+"""Attention and the indexer against float64, over F16 and Q8_0 rows in two places, and the same bits from any number of threads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,41 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGMLQuantizationType, dequantize, quantize
 
 from localrun.offload.kernels import attention
 from localrun.offload.kernels.attention import ATTENTION, INDEXER
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.threads import pool_for
 from localrun.offload.kernels.vectors import scale16
+from localrun.options import OWN_KV_TYPES
 
 pytestmark = pytest.mark.skipif(not attention.is_supported(), reason="attention stays llama.cpp's without F16C")
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+KINDS = [GGMLQuantizationType(kind) for kind in attention.ROW_TYPES]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows (n, D) of a cache: their bytes, and what they mean."""
+
+    kind: GGMLQuantizationType
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def values(self) -> F64:
+        return dequantize(self.data, self.kind).astype(np.float64)
+
+    @property
+    def address(self) -> int:
+        return self.data.ctypes.data if len(self.data) else 0
+
+    @classmethod
+    def random(cls, kind: GGMLQuantizationType, n: int, n_values: int, rng: np.random.Generator) -> Rows:
+        values = rng.standard_normal((n, n_values), np.float32)
+        return cls(kind, quantize(values, kind).view(np.uint8))
 
 
 @nb.njit
@@ -46,8 +70,8 @@ class Attention:
     """Queries (T, H, D), rows of the window and others, which rows a token sees, and a sink per head."""
 
     q: F32
-    window: npt.NDArray[np.float16]
-    others: npt.NDArray[np.float16]
+    window: Rows
+    others: Rows
     mask: npt.NDArray[np.float16]
     sinks: F32 | None
 
@@ -60,12 +84,13 @@ class Attention:
             q=self.q.ctypes.data,
             q_token=self.q.strides[0],
             q_head=self.q.strides[1],
-            rows=self.window.ctypes.data,
-            row_stride=self.window.strides[0],
-            n_first=len(self.window),
-            others=self.others.ctypes.data if len(self.others) else 0,
-            other_stride=self.others.strides[0],
-            n_rows=len(self.window) + len(self.others),
+            row_type=int(self.window.kind),
+            rows=self.window.address,
+            row_stride=self.window.data.strides[0],
+            n_first=len(self.window.data),
+            others=self.others.address,
+            other_stride=self.others.data.strides[0],
+            n_rows=self.mask.shape[1],
             mask=self.mask.ctypes.data,
             mask_token=self.mask.strides[0],
             sinks=0 if self.sinks is None else self.sinks.ctypes.data,
@@ -76,7 +101,7 @@ class Attention:
         return out
 
     def expected(self) -> F64:
-        rows = np.concatenate([self.window, self.others]).astype(np.float64)
+        rows = np.concatenate([self.window.values, self.others.values])
         scores = np.einsum("thd,rd->thr", self.q.astype(np.float64), rows) * 0.125 + self.mask[:, None, :]
         if self.sinks is not None:
             scores = np.concatenate(
@@ -89,10 +114,18 @@ class Attention:
 
     @classmethod
     def random(
-        cls, n_tokens: int, n_heads: int, n_values: int, n_rows: tuple[int, int], n_seen: int, *, sinks: bool
+        cls,
+        kind: GGMLQuantizationType,
+        n_tokens: int,
+        n_heads: int,
+        n_values: int,
+        n_rows: tuple[int, int],
+        n_seen: int,
+        *,
+        sinks: bool,
     ) -> Attention:
         rng = np.random.default_rng(n_heads + n_seen)
-        window, others = (rng.standard_normal((n, n_values)).astype(np.float16) for n in n_rows)
+        window, others = (Rows.random(kind, n, n_values, rng) for n in n_rows)
         return cls(
             rng.standard_normal((n_tokens, n_heads, n_values), np.float32),
             window,
@@ -111,24 +144,31 @@ SHAPES: list[tuple[int, int, int, tuple[int, int], int, bool]] = [
 ]
 
 
+def test_what_the_kernels_read_has_a_name_as_an_option() -> None:
+    assert [kind.name.lower() for kind in KINDS] == list(OWN_KV_TYPES)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention_is_exact_to_f32(shape: Any) -> None:
+def test_attention_is_exact_to_f32(kind: GGMLQuantizationType, shape: Any) -> None:
     *sizes, sinks = shape
-    call = Attention.random(*sizes, sinks=sinks)
+    call = Attention.random(kind, *sizes, sinks=sinks)
     assert np.abs(call.run() - call.expected()).max() < 2e-5
 
 
-def test_a_token_that_sees_nothing_gets_zeros() -> None:
-    call = Attention.random(2, 16, 64, (8, 8), 0, sinks=True)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_token_that_sees_nothing_gets_zeros(kind: GGMLQuantizationType) -> None:
+    call = Attention.random(kind, 2, 16, 64, (8, 8), 0, sinks=True)
     assert np.array_equal(call.run(), np.zeros((2, 16, 64), np.float32))
 
 
-def test_rows_that_are_not_seen_are_not_read() -> None:
-    call = Attention.random(1, 16, 64, (8, 8), 5, sinks=True)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rows_that_are_not_seen_are_not_read(kind: GGMLQuantizationType) -> None:
+    call = Attention.random(kind, 1, 16, 64, (8, 8), 5, sinks=True)
     expected = call.run()
     seen = call.mask[0] > -np.inf
-    call.window[~seen[:8]] = np.nan
-    call.others[~seen[8:]] = np.nan
+    call.window.data[~seen[:8]] = 0xFF  # NaN in both types
+    call.others.data[~seen[8:]] = 0xFF
     assert np.array_equal(call.run(), expected)
 
 
@@ -137,7 +177,7 @@ class Indexer:
     """Queries (T, H, D), keys (K, D), a weight per head, which keys a token may choose."""
 
     q: F32
-    keys: npt.NDArray[np.float16]
+    keys: Rows
     weights: F32
     mask: npt.NDArray[np.float16]
 
@@ -152,9 +192,10 @@ class Indexer:
             q_head=self.q.strides[1],
             weights=self.weights.ctypes.data,
             weight_token=self.weights.strides[0],
-            keys=self.keys.ctypes.data,
-            key_stride=self.keys.strides[0],
-            n_keys=len(self.keys),
+            key_type=int(self.keys.kind),
+            keys=self.keys.address,
+            key_stride=self.keys.data.strides[0],
+            n_keys=len(self.keys.data),
             mask=self.mask.ctypes.data,
             mask_token=self.mask.strides[0],
             out=out.ctypes.data,
@@ -164,37 +205,46 @@ class Indexer:
         return out
 
     def expected(self) -> F64:
-        products = np.einsum("thd,kd->thk", self.q.astype(np.float64), self.keys.astype(np.float64))
+        products = np.einsum("thd,kd->thk", self.q.astype(np.float64), self.keys.values)
         result: F64 = np.einsum("thk,th->tk", np.maximum(products, 0), self.weights.astype(np.float64)) + self.mask
         return result
 
     @classmethod
-    def random(cls, n_tokens: int, n_heads: int, n_values: int, n_keys: int, n_seen: int) -> Indexer:
+    def random(
+        cls, kind: GGMLQuantizationType, n_tokens: int, n_heads: int, n_values: int, n_keys: int, n_seen: int
+    ) -> Indexer:
         rng = np.random.default_rng(n_keys)
         return cls(
             rng.standard_normal((n_tokens, n_heads, n_values), np.float32),
-            rng.standard_normal((n_keys, n_values)).astype(np.float16),
+            Rows.random(kind, n_keys, n_values, rng),
             rng.standard_normal((n_tokens, n_heads), np.float32),
             _mask(n_tokens, n_keys, n_seen, rng),
         )
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("shape", [(1, 64, 128, 1500, 1500), (2, 4, 64, 5, 5), (3, 20, 32, 1030, 100)], ids=str)
-def test_the_indexer_is_exact_to_f32(shape: tuple[int, int, int, int, int]) -> None:
-    call = Indexer.random(*shape)
+def test_the_indexer_is_exact_to_f32(kind: GGMLQuantizationType, shape: tuple[int, int, int, int, int]) -> None:
+    call = Indexer.random(kind, *shape)
     found, expected = call.run(), call.expected()
     assert np.array_equal(np.isneginf(found), np.isneginf(expected))
     chosen = ~np.isneginf(expected)
     assert np.abs(found[chosen] - expected[chosen]).max() < 1e-5 * np.abs(expected[chosen]).max()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(
     "make",
-    [lambda: Attention.random(3, 64, 128, (64, 200), 150, sinks=True), lambda: Indexer.random(3, 64, 64, 3000, 2500)],
+    [
+        lambda kind: Attention.random(kind, 3, 64, 128, (64, 200), 150, sinks=True),
+        lambda kind: Indexer.random(kind, 3, 64, 64, 3000, 2500),
+    ],
     ids=["attention", "indexer"],
 )
-def test_threads_change_nothing(make: Callable[[], Attention | Indexer]) -> None:
-    assert np.array_equal(make().run(1), make().run(3))
+def test_threads_change_nothing(
+    make: Callable[[GGMLQuantizationType], Attention | Indexer], kind: GGMLQuantizationType
+) -> None:
+    assert np.array_equal(make(kind).run(1), make(kind).run(3))
 
 
 def test_what_has_no_f16_conversion_leaves_attention_to_ggml(monkeypatch: pytest.MonkeyPatch) -> None:

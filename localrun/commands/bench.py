@@ -206,5 +206,5 @@ def _tokens(args: argparse.Namespace, engine: Engine, options: BenchOptions) -> 
     from localrun.engine.measure.benchmark import random_tokens
 
     if args.text is None:
-        return random_tokens(options.n_tokens, engine.facts.n_vocab, args.seed)
+        return random_tokens(options.n_stream, engine.facts.n_vocab, args.seed)
     return list(engine.tokenizer.encode(read_text(args.text)))

@@ -71,7 +71,7 @@ def run(task: Task) -> dict[str, Any]:
     started = time.monotonic()
     with _open(task, options) as engine:
         load_s = time.monotonic() - started
-        tokens = random_tokens(bench.n_tokens, engine.vocab.n_tokens, seed=1)
+        tokens = random_tokens(bench.n_stream, engine.vocab.n_tokens, seed=1)
         result = measure(engine, tokens, bench)
         stats = engine.stats()
         plan = engine.plan

@@ -39,6 +39,8 @@ FORMAT = 1
 _GPU_STEP_S, _GPU_WAIT_S = 1.0, 60.0
 """While experts arrive on a GPU at least one per step."""
 
+_WARM_UP_SEED = 0x5EED
+
 Progress = Callable[[str], None]
 Counters = dict[int, dict[str, int]]
 """Layer -> counter (lower-case names of `telemetry.Counter`) -> value."""
@@ -69,8 +71,13 @@ class BenchOptions:
 
     @property
     def n_tokens(self) -> int:
-        """Length of the token stream, and what the context must hold."""
+        """Tokens that are measured, and what the context must hold."""
         return self.frontiers[-1] + self.new_tokens * len(self.frontiers)
+
+    @property
+    def n_stream(self) -> int:
+        """Tokens of a stream from which the warm-up, too, is taken."""
+        return self.n_tokens + self.warm_up_tokens
 
 
 def default_frontiers(prompt_tokens: int) -> tuple[int, ...]:
@@ -294,7 +301,7 @@ def measure(
     """Runs all phases in a fresh session of `engine`.
 
     Args:
-        tokens: at least `options.n_tokens` ids; more are ignored.
+        tokens: at least `options.n_tokens` ids, which are measured; the warm-up takes the last ones of what follows.
 
     Raises:
         UsageError: too few tokens.
@@ -358,13 +365,14 @@ class _Run:
         )
 
     def _warm_up(self) -> None:
-        """A batch and single tokens, because they use different code; from the stream's end, so that no measured experts are
-        warmed up."""
-        n = min(self._options.warm_up_tokens, self._session.n_ctx, len(self._tokens))
+        """A batch and single tokens, because they use different code. None of them is measured, so that what is in memory is what
+        other tokens have left there; a stream that ends too soon is continued with made-up ids."""
+        n = min(self._options.warm_up_tokens, self._session.n_ctx)
         if n <= 0:
             return
         self._progress("warming up")
-        some = list(self._tokens[-n:])
+        some = list(self._tokens[self._options.n_tokens :][-n:])
+        some += random_tokens(n - len(some), self._engine.facts.n_vocab, _WARM_UP_SEED)
         self._session.feed(some[: max(1, n - 2)])
         for token in some[max(1, n - 2) :]:
             self._session.feed([token])

@@ -85,6 +85,31 @@ def test_given_tokens_are_fed_in_order_after_a_forgotten_warm_up(
     assert seen == tokens[:33]
 
 
+@pytest.mark.parametrize("n_more", [0, 4, 40])
+def test_no_measured_token_warms_anything_up(engine: Engine, monkeypatch: pytest.MonkeyPatch, n_more: int) -> None:
+    fed: list[list[int]] = []
+    feed = Session.feed
+
+    def note(session: Session, tokens: Sequence[int], **options: Any) -> None:
+        fed.append(list(tokens))
+        feed(session, tokens, **options)
+
+    monkeypatch.setattr(Session, "feed", note)
+    options = BenchOptions(frontiers=(0,), new_tokens=3, warm_up_tokens=9)
+    tokens = random_tokens(3 + n_more, engine.facts.n_vocab, 2)
+    measure(engine, tokens, options)
+    warm_up = fed[0] + fed[1] + fed[2]
+    assert fed[3:] == [[token] for token in tokens[:3]]
+    assert len(warm_up) == 9
+    assert warm_up[: min(9, n_more)] == tokens[3:][-9:]
+    assert not set(warm_up) & set(tokens[:3])
+
+
+def test_the_stream_of_a_benchmark_holds_its_warm_up(engine: Engine) -> None:
+    args = Namespace(text=None, seed=0)
+    assert len(bench._tokens(args, engine, OPTIONS)) == OPTIONS.n_tokens + OPTIONS.warm_up_tokens
+
+
 def test_a_small_budget_is_kept_by_giving_experts_away(model_path: Path) -> None:
     options = EngineOptions(n_ctx=512, n_batch=64, n_threads=1, ram_bytes=600_000)
     with Engine.open(model_path, options) as engine:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -28,6 +29,9 @@ if os.environ.get("LOCALRUN_KERNELS") in _PROCESSORS:  # read by numba when it i
     _name, _features = _PROCESSORS[os.environ["LOCALRUN_KERNELS"]]
     os.environ.setdefault("NUMBA_CPU_NAME", _name)
     os.environ.setdefault("NUMBA_CPU_FEATURES", _features)
+# Without bytecode each worker would rewrite all assertions (5 s of CPU time), and each engine process compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("LOCALRUN_KERNEL_DIR", str(kernel_dir()))
 _folder = tempfile.TemporaryDirectory(prefix="localrun-tests-")
 for _name in ("CACHE", "DATA", "CONFIG"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
+import uvicorn.server
 
 from localrun.engine.options import SamplingOptions
 from localrun.server.app import build
@@ -26,6 +30,18 @@ PATIENCE_S = 60.0
 
 MOST_LINES = 200
 """Under load there are thousands, and the server's memory is looked at."""
+
+
+class BriskAsyncio:
+    """`asyncio` for `uvicorn.server`, which looks for a stop every 0.1 s and sleeps another 0.1 s on the way out: most of what a
+    server with one request takes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
 
 
 @dataclass
@@ -87,15 +103,17 @@ def serving(
     port = sock.getsockname()[1]
     server = server_of(build(service, keys=keys, origins=origins), dispatcher, limits, patience_s=patience_s)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield Running(f"http://127.0.0.1:{port}", port, service, server, lines)
-    finally:
-        server.stop(at_once=True)
-        thread.join(PATIENCE_S)
-        sock.close()
-        assert not thread.is_alive()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", BriskAsyncio())
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield Running(f"http://127.0.0.1:{port}", port, service, server, lines)
+        finally:
+            server.stop(at_once=True)
+            thread.join(PATIENCE_S)
+            sock.close()
+            assert not thread.is_alive()
 
 
 def wait_until(condition: Any) -> None:

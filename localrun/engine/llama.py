@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import ctypes as C
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as L
@@ -17,7 +19,7 @@ from gguf import GGMLQuantizationType
 
 from localrun.engine.company import Company, threads_at
 from localrun.engine.options import EngineOptions
-from localrun.errors import LocalrunError
+from localrun.errors import LocalrunError, StoreError
 from localrun.ggml import log as llama_log
 from localrun.offload.device.device import expert_device
 from localrun.offload.kernels import attention
@@ -273,6 +275,26 @@ class Context:
         llama_log.clear()
         n = L.llama_state_seq_set_data(self.handle, bytes_in_place.ctypes.data_as(C.POINTER(C.c_uint8)), len(state), 0)
         return int(n) == len(state)
+
+    def save_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Writes ids and state to a file in llama.cpp's format, holding one tensor in memory at a time.
+
+        Raises:
+            StoreError: llama.cpp can't write it.
+        """
+        ids = np.asarray(tokens, np.int32)
+        llama_log.clear()
+        pointer = ids.ctypes.data_as(C.POINTER(C.c_int32))
+        if not L.llama_state_seq_save_file(self.handle, os.fsencode(path), 0, pointer, len(ids)):
+            raise StoreError(f"{path}: llama.cpp could not write the state: {llama_log.recent_errors()}")
+
+    def load_file(self, path: Path, n_tokens: int) -> list[int] | None:
+        """Replaces the KV state by a file's; the ids. None: llama.cpp refused it and the context must be cleared."""
+        ids, n_found = np.empty(n_tokens, np.int32), C.c_size_t(0)
+        llama_log.clear()
+        pointer = ids.ctypes.data_as(C.POINTER(C.c_int32))
+        n = L.llama_state_seq_load_file(self.handle, os.fsencode(path), 0, pointer, n_tokens, C.byref(n_found))
+        return ids.tolist() if n and n_found.value == n_tokens else None
 
     def close(self) -> None:
         if self._ctx:

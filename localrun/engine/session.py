@@ -8,27 +8,26 @@ and messages.
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from localrun.engine import states
 from localrun.engine.facts import FinishReason, Timings
 from localrun.engine.llama import DECODE_ABORTED, DECODE_NO_SLOT, Context
 from localrun.engine.options import SamplingOptions
 from localrun.engine.sampling import Sampler
-from localrun.engine.snapshots import SnapshotStore
+from localrun.engine.snapshots import SnapshotStore, State
 from localrun.engine.steering import Steering, log_probabilities, most_likely
 from localrun.errors import (
-    ChecksumError,
     ContextFullError,
     DecodeError,
-    FormatError,
     LocalrunError,
     StoppedError,
     UsageError,
@@ -48,12 +47,17 @@ STOP_PATIENCE_S = 0.3
 SNAPSHOT_DISTANCE = 512
 """Tokens between two saved states inside one prompt: what going back costs at most, against a state's size."""
 
-SAVE_EVERY_S = 60.0
-"""Longer prompts are saved along the way, so that cancelling and asking again does not start over."""
+SNAPSHOT_SHARE = 8
+"""Or an eighth of the tokens before, if that is more: each state holds all of them, and the states of one prompt of any length
+together take no more than about eight times the last one."""
 
-_MAGIC = b"LRSNAP01"
-_HEADER = struct.Struct("<8s32sII")  # magic, xxh3_128 hex of model and KV type, n_tokens, 0
-_DIGEST_BYTES = 8  # xxh3_64 of all before it
+SAVE_EVERY_S = 60.0
+SAVED_BYTES = 64 << 20
+"""Longer prompts are saved along the way, so that cancelling and asking again does not start over: so often, or less often by as
+many times as a state is larger than this (in f16, 9,000 tokens of Flash)."""
+
+_PARTWAY = 2
+"""States along the way that are kept: the last one may not be written yet."""
 
 
 class Session:
@@ -144,7 +148,7 @@ class Session:
 
         Args:
             boundaries: ascending positions in the prompt where messages end. States are saved at the first and the last, and at
-                those in between at least `SNAPSHOT_DISTANCE` apart; elsewhere only after `SAVE_EVERY_S`.
+                those in between at least `SNAPSHOT_DISTANCE` apart; elsewhere only after `SAVE_EVERY_S`, until the next of these.
             progress: called first with the reused tokens, then after each batch.
 
         Returns:
@@ -162,20 +166,33 @@ class Session:
             progress(held, total)
         if held == total:
             return held
-        saved_at = time.perf_counter()
+        saved_at, partway = time.perf_counter(), deque[int]()
         for end in [*self._snapshot_places(boundaries, held, total), total]:
             for batch in self._batches(prompt[at:end]):
                 self._decode(batch, all_logits=False)
                 if progress is not None:
                     progress(self.position, total)
-                if time.perf_counter() - saved_at >= SAVE_EVERY_S and self.position < total:
-                    self.save()
+                if self.position < end and self._is_time_to_save(time.perf_counter() - saved_at) and self.save():
+                    partway.append(self.position)
+                    self._drop_partway(prompt, partway, _PARTWAY)
                     saved_at = time.perf_counter()
             at = end
-            if end < total:
-                self.save()
+            if end < total and self.save():
+                self._drop_partway(prompt, partway, 0)
                 saved_at = time.perf_counter()
         return held
+
+    def _is_time_to_save(self, seconds: float) -> bool:
+        """Along the way, so long after the last state."""
+        if self._snapshots is None or seconds < SAVE_EVERY_S:
+            return False
+        return seconds >= SAVE_EVERY_S * states.size_bytes(self._context, self.position) / SAVED_BYTES
+
+    def _drop_partway(self, prompt: Sequence[int], places: deque[int], n_kept: int) -> None:
+        """Forgets states that later ones have made useless: they would push out other conversations'."""
+        assert self._snapshots is not None
+        while len(places) > n_kept:
+            self._snapshots.drop(places.popleft(), prompt)
 
     def _go_back_to(self, prompt: list[int]) -> int:
         """Leaves the longest useful beginning of `prompt` in the context; its length."""
@@ -200,19 +217,27 @@ class Session:
         ahead = [place for place in boundaries if held < place < total]
         places: list[int] = []
         for i, place in enumerate(ahead):
-            far = place - (places[-1] if places else held) >= SNAPSHOT_DISTANCE
+            distance = place - (places[-1] if places else held)
+            far = distance >= max(SNAPSHOT_DISTANCE, place // SNAPSHOT_SHARE)
             if far or i == len(ahead) - 1 or place == boundaries[0]:
                 places.append(place)
         return places
 
-    def save(self) -> None:
-        """Saves the current state, if there is a store and it is not already saved."""
-        if self._snapshots is None or not self._tokens or self._snapshots.has(self._tokens):
-            return
+    def save(self) -> bool:
+        """Saves the current state, if there is a store and it is not already saved; True if it did."""
+        store, tokens = self._snapshots, self._tokens
+        if store is None or not tokens or store.has(tokens):
+            return False
         try:
-            self._snapshots.put(self._tokens, self.snapshot())
+            n_bytes = states.size_bytes(self._context, self.position)
+            if store.holds_in_memory(n_bytes):
+                store.put(tokens, self.snapshot())
+                return True
+            key, context = self._engine.state_key, self._context
+            return store.put_file(tokens, n_bytes, lambda path: states.write(context, path, key, tokens))
         except (LocalrunError, MemoryError) as error:  # it only saves time later: the answer must not end because of it
             log.warning("could not save the conversation's state: %s", error or "out of memory")
+            return False
 
     def _batches(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         self._check(tokens, room=self.n_ctx - self.position)
@@ -352,43 +377,28 @@ class Session:
 
         The only copy; the caller owns it.
         """
-        start = _HEADER.size + 4 * self.position
-        result = bytearray(start + (self._context.state_size() if self._tokens else 0) + _DIGEST_BYTES)
-        _HEADER.pack_into(result, 0, _MAGIC, self._engine.state_key.encode(), self.position, 0)
-        result[_HEADER.size : start] = np.asarray(self._tokens, np.int32).tobytes()
-        end = start
-        if self._tokens:
-            with memoryview(result)[start:-_DIGEST_BYTES] as place:
-                end += self._context.save_state(place)
-        with memoryview(result)[:end] as body:
-            digest = xxhash.xxh3_64_digest(body)
-        result[end:] = digest
-        return result
+        return states.pack(self._context, self._engine.state_key, self._tokens)
 
-    def restore(self, snapshot: bytes | bytearray) -> None:
+    def restore(self, snapshot: State) -> None:
         """Restores the session to where `snapshot` was taken; feed at least one token before reading logits.
 
         Raises:
             ChecksumError: the bytes are damaged; nothing changed.
             FormatError: not a snapshot, or one of another model, KV type or context length; nothing changed.
+            StoreError: a file can't be read; nothing changed.
             DecodeError: llama.cpp rejected the state; the session is empty now.
         """
-        body, digest = memoryview(snapshot)[:-_DIGEST_BYTES], bytes(snapshot[-_DIGEST_BYTES:])
-        if len(body) < _HEADER.size or bytes(body[:8]) != _MAGIC:
-            raise FormatError("not a session snapshot of this version")
-        if xxhash.xxh3_64_digest(body) != digest:
-            raise ChecksumError(
-                "the session snapshot is damaged", hint="delete it; the conversation itself is not in it"
-            )
-        _, key, n_tokens, _ = _HEADER.unpack_from(body)
-        if key != self._engine.state_key.encode():
-            raise FormatError("the session snapshot belongs to another model or KV cache type")
-        if n_tokens > self.n_ctx:
-            raise FormatError(f"the session snapshot has {n_tokens} tokens, the context only {self.n_ctx}")
-        start = _HEADER.size + 4 * n_tokens
-        tokens = np.frombuffer(body[_HEADER.size : start], np.int32).tolist()
-        self.reset()
-        if tokens and not self._context.load_state(body[start:]):
+        key, tokens = self._engine.state_key, None
+        if isinstance(snapshot, Path):
+            n_tokens = states.check(snapshot, key, self.n_ctx)
+            self.reset()
+            tokens = self._context.load_file(snapshot, n_tokens)
+        else:
+            ids, state = states.unpack(snapshot, key, self.n_ctx)
+            self.reset()
+            if not ids or self._context.load_state(state):
+                tokens = ids
+        if tokens is None:
             self.reset()
             raise DecodeError("llama.cpp rejected the session snapshot", hint="delete it")
         self._tokens = tokens

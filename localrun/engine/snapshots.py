@@ -20,8 +20,9 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ RAM_BYTES = 1 << 30
 DISK_BYTES = 8 << 30
 """Default budgets. A 10,000-token state of Flash in f16 takes about 70 MB by deepseek-v4's row sizes (6,880 bytes a token)."""
 
+MEMORY_BYTES = 256 << 20
+"""A larger state is written to its file by the thread that makes it, and read back from there, without being in memory as a whole.
+It waits for the drive, so a drive that hangs costs more than the state."""
+
 MIN_FREE_BYTES = 1 << 30
 """Nothing is written that would leave less than this free on the drive: it is the user's home."""
 
@@ -47,7 +52,9 @@ CLOSE_S = 15.0
 _ABANDONED_S = 600.0
 """A partial file older than this has no writer; a younger one may be another program's."""
 
-State = bytes | bytearray
+Data = bytes | bytearray
+State = Data | Path
+"""As `states.pack` makes it, or the file that has it."""
 
 _FILE_NAME = re.compile(r"(?P<n>[0-9]{1,9})-(?P<digest>[0-9a-f]{32})\.snapshot")
 
@@ -64,7 +71,7 @@ class SnapshotStore:
     def __init__(
         self, folder: Path | None, key: str, *, ram_bytes: int = RAM_BYTES, disk_bytes: int = DISK_BYTES
     ) -> None:
-        self._ram: OrderedDict[tuple[int, str], State] = OrderedDict()  # (n_tokens, digest), least recently used first
+        self._ram: OrderedDict[tuple[int, str], Data] = OrderedDict()  # (n_tokens, digest), least recently used first
         self._ram_bytes, self._disk_bytes = ram_bytes, disk_bytes
         self._root = folder
         self._folder = folder / key if folder is not None and disk_bytes > 0 else None
@@ -73,8 +80,8 @@ class SnapshotStore:
             threading.Lock()
         )  # guards _files and _unwritten; held for moments, never while a file is read or written
         self._written = threading.Condition(self._lock)
-        self._unwritten: dict[tuple[int, str], State] = {}
-        self._writes: queue.SimpleQueue[tuple[tuple[int, str], State] | None] = queue.SimpleQueue()
+        self._unwritten: dict[tuple[int, str], Data] = {}
+        self._writes: queue.SimpleQueue[tuple[tuple[int, str], Data] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         if self._folder is not None:
             self._scan(self._folder)
@@ -91,7 +98,39 @@ class SnapshotStore:
         with self._lock:
             return name in self._ram or name in self._files or name in self._unwritten
 
-    def put(self, tokens: Sequence[int], data: State) -> None:
+    def holds_in_memory(self, n_bytes: int) -> bool:
+        """A state of this size is to be given to `put`, a larger one to `put_file`."""
+        return self._folder is None or n_bytes <= MEMORY_BYTES
+
+    def put_file(self, tokens: Sequence[int], n_bytes: int, write: Callable[[Path], None]) -> bool:
+        """Has a large state written; True if that was possible.
+
+        Args:
+            n_bytes: at most.
+            write: writes the file that it is given the path of.
+        """
+        if self._folder is None or n_bytes > self._disk_bytes:
+            return False
+        name = _name(tokens)
+        path = self._folder / _file_name(name)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            if not self._has_room(n_bytes):
+                return False
+            write(partial)
+            partial.replace(path)  # not flushed: after a power cut its checksum tells
+            size = path.stat().st_size
+        except OSError as error:
+            log.warning("a conversation's state could not be saved: %s", error)
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        with self._lock:
+            self._files[name] = size
+        return True
+
+    def put(self, tokens: Sequence[int], data: Data) -> None:
         """Saves a state, which the store owns from now on. The file is written in the background; if the RAM budget would be
         exceeded, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
         name = _name(tokens)
@@ -164,7 +203,7 @@ class SnapshotStore:
         assert self._folder is not None
         path = self._folder / _file_name(name)
         try:
-            data = path.read_bytes()
+            data = path if self._is_large(name) else path.read_bytes()
             os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the kernel's own clock for this
         except OSError as error:
             log.warning("%s: the saved state can't be read: %s", path, error.strerror)
@@ -203,12 +242,23 @@ class SnapshotStore:
                 self._unwritten.pop(name, None)
                 self._written.notify_all()
 
-    def _write(self, name: tuple[int, str], data: State) -> None:
+    def _is_large(self, name: tuple[int, str]) -> bool:
+        with self._lock:
+            return not self.holds_in_memory(self._files.get(name, 0))
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Makes room within the budget; False, with a warning, if the drive itself has none."""
+        assert self._folder is not None
+        self._make_room(n_bytes)
+        if shutil.disk_usage(self._folder).free < n_bytes + MIN_FREE_BYTES:
+            log.warning("%s: a conversation's state was not saved: the drive is nearly full", self._folder)
+            return False
+        return True
+
+    def _write(self, name: tuple[int, str], data: Data) -> None:
         assert self._folder is not None
         try:
-            self._make_room(len(data))
-            if shutil.disk_usage(self._folder).free < len(data) + MIN_FREE_BYTES:
-                log.warning("%s: a conversation's state was not saved: the drive is nearly full", self._folder)
+            if not self._has_room(len(data)):
                 return
             with replacing(self._folder / _file_name(name)) as file:
                 file.write(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localrun.engine import snapshots
+from localrun.engine import snapshots, states
 from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions, SamplingOptions
 from localrun.engine.session import Session
 from localrun.engine.snapshots import SnapshotStore
-from localrun.errors import StoppedError
+from localrun.errors import ChecksumError, FormatError, StoppedError, StoreError
+from localrun.options import OWN_KV_TYPES
 from tests.paired import median
 from tests.reference import Logits, kl
 
@@ -136,6 +138,58 @@ def test_too_large_states_are_not_kept(tmp_path: Path) -> None:
     assert store.longest_prefix(PROMPT) is None
 
 
+def _written(path: Path) -> None:
+    path.write_bytes(bytes(100))
+
+
+def test_large_states_are_files_within_the_same_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MEMORY_BYTES", 50)
+    store = SnapshotStore(tmp_path, "key", disk_bytes=250)
+    assert store.holds_in_memory(50)
+    assert not store.holds_in_memory(51)
+    for n in (10, 20, 30):
+        assert store.put_file(PROMPT[:n], 100, _written)
+    assert disk_used(tmp_path) == 200
+    assert store.ram_used == 0
+    found = store.longest_prefix(PROMPT)
+    assert found is not None
+    assert found[0] == 30
+    assert isinstance(found[1], Path)
+    assert found[1].read_bytes() == bytes(100)
+    assert store.longest_prefix(PROMPT[:20]) is None, "the oldest one made room"
+    assert not store.put_file(PROMPT[:40], 251, _written), "more than the budget"
+    again = SnapshotStore(tmp_path, "key").longest_prefix(PROMPT[:30])
+    assert again is not None
+    assert again[0] == 20
+    store.drop(30, PROMPT)
+    assert not found[1].exists()
+    store.close()
+
+
+def test_a_large_state_that_can_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SnapshotStore(tmp_path, "key")
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise StoreError(f"{path}: can't be written: No space left on device")
+
+    assert not store.put_file(PROMPT[:10], 100, full)
+    assert "No space left" in caplog.text
+    monkeypatch.setattr(snapshots, "MIN_FREE_BYTES", 1 << 60)
+    assert not store.put_file(PROMPT[:10], 100, _written)
+    assert "nearly full" in caplog.text
+    assert not store.has(PROMPT[:10])
+    assert not list((tmp_path / "key").iterdir())
+    store.close()
+
+
+def test_without_a_folder_states_of_any_size_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MEMORY_BYTES", 0)
+    assert SnapshotStore(None, "key").holds_in_memory(1 << 40)
+
+
 def test_unwritable_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     store = SnapshotStore(tmp_path / "file", "key")
@@ -223,6 +277,97 @@ def test_damaged_state_is_dropped_and_the_prompt_computed(engine: Engine, tmp_pa
     with engine.session(snapshots=again) as session:
         assert answer(session, PROMPT) == expected
     again.close()
+
+
+@pytest.mark.parametrize("kv_type", OWN_KV_TYPES)
+def test_a_large_state_is_never_in_memory_and_gives_the_same_logits(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_type: str
+) -> None:
+    monkeypatch.setattr(states, "_CHUNK_BYTES", 1 << 10)
+    options = EngineOptions(n_ctx=1024, n_batch=64, n_threads=2, ram_bytes=64 * 2**20, kv_type=kv_type)
+    with Engine.open(model_path, options, learn=False) as engine:
+        store = SnapshotStore(tmp_path, engine.state_key)
+        with engine.session(snapshots=store) as session:
+            session.prefill(PROMPT)
+            in_memory = session.snapshot()
+            monkeypatch.setattr(snapshots, "MEMORY_BYTES", 0)
+            tracemalloc.start()
+            assert session.save()
+            session.reset()
+            assert session.prefill([*PROMPT, 7]) == len(PROMPT)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            found = answered(session)
+            session.restore(in_memory)
+            session.feed([7])
+            np.testing.assert_array_equal(answered(session), found)
+        store.close()
+    assert peak < len(in_memory) / 4
+    assert disk_used(tmp_path) == pytest.approx(len(in_memory), abs=100)
+
+
+def test_large_states_that_are_damaged_or_foreign_change_nothing(
+    engine: Engine, model_path: Path, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    with engine.session() as session:
+        session.feed(PROMPT[:70])
+        states.write(session._context, good, engine.state_key, session.tokens)
+        data = good.read_bytes()
+        for position in (20, len(data) // 2, len(data) - 20, len(data) - 1):
+            damaged = bytearray(data)
+            damaged[position] ^= 1
+            bad.write_bytes(damaged)
+            with pytest.raises(ChecksumError):
+                session.restore(bad)
+        for wrong in (b"", b"x" * 100, data[:-30], data[: len(data) // 2]):
+            bad.write_bytes(wrong)
+            with pytest.raises(FormatError, match="not a session snapshot"):
+                session.restore(bad)
+        with pytest.raises(StoreError, match="can't be read"):
+            session.restore(tmp_path / "missing")
+        with pytest.raises(StoreError, match=r"can't be written|could not write"):
+            states.write(session._context, tmp_path / "no" / "folder", engine.state_key, session.tokens)
+        assert list(session.tokens) == PROMPT[:70]
+        session.feed([1])
+    with Engine.open(model_path, EngineOptions(n_ctx=512, kv_type="q8_0"), learn=False) as other, other.session() as o:
+        with pytest.raises(FormatError, match="another model or KV cache type"):
+            o.restore(good)
+        with pytest.raises(FormatError, match="70 tokens, the context only 64"):
+            states.check(good, engine.state_key, 64)
+
+
+def test_states_of_a_long_prompt_take_eight_times_the_last_one(engine: Engine, store: SnapshotStore) -> None:
+    """All messages' ends would be 256 states, 128 times the last one."""
+    boundaries = list(range(512, 131072, 512))
+    with engine.session(snapshots=store) as session:
+        places = session._snapshot_places(boundaries, 0, 131072)
+    assert places[:8] == boundaries[:8]
+    assert places[-1] == boundaries[-1]
+    assert sum(places) < 10 * places[-1]
+
+
+def test_states_along_the_way_give_way_to_later_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localrun.engine.session.SAVE_EVERY_S", 0.0)
+    store, counts = SnapshotStore(None, engine.state_key), list[int]()
+    prompt, n_batch = PROMPT + PROMPT, engine.options.n_batch
+    with engine.session(snapshots=store) as session:
+        session.prefill(
+            prompt, boundaries=[len(prompt) - 5], progress=lambda _done, _total: counts.append(len(store._ram))
+        )
+    assert len(prompt) > 4 * n_batch
+    assert max(counts) == 2
+    assert [n for n, _ in store._ram] == [len(prompt) - 5]
+
+
+def test_large_states_are_saved_along_the_way_less_often(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine.session(snapshots=SnapshotStore(None, engine.state_key)) as session:
+        session.feed(PROMPT[:20])
+        n_bytes = states.size_bytes(session._context, 20)
+        assert session._is_time_to_save(60)
+        monkeypatch.setattr("localrun.engine.session.SAVED_BYTES", n_bytes // 3)
+        assert not session._is_time_to_save(179)
+        assert session._is_time_to_save(181)
 
 
 @pytest.mark.slow

@@ -335,7 +335,7 @@ class _State:
             found = store.longest_prefix([*tokens, 1])
             n_found += found is not None
             if found is not None and found[1] != state:
-                problems.append(f"state {number} is another one, {len(found[1])} bytes of {len(state)}")
+                problems.append(f"state {number} is another one than these {len(state)} bytes")
         if n_found < (self.N if n_acknowledged else self._safe):
             problems.append(f"{n_found} states left of {self._safe}")
         self._safe = n_found

@@ -3,8 +3,8 @@
     python -m tools.bench_kernels [--types MXFP4,Q4_K] [--threads 2] [--n-embd 4096 --n-ff 2048] [--memory 1GiB] [--rounds 5]
 
 Decode: six experts per call, another six each time, from memory too large for the caches. Prefill: calls with the same number of
-tokens for each of six experts. Every round measures each contender once, alternating, so that a busy machine slows all of them;
-prints medians over rounds. GB/s always count ggml's bytes per weight; GMAC/s are multiplications per second.
+tokens for each of six experts. Every round measures each contender once, so that a busy machine slows all of them; prints medians
+over rounds. GB/s always count ggml's bytes per weight; GMAC/s are multiplications per second.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from localrun.units import parse_size
 
 K = 6  # experts per token
 CHUNK = 1 << 20
+REST_S = 0.05
+"""OpenMP's threads, which ggml and plain reading use, wait for more work by computing: whoever comes next lacks their cores."""
 
 
 @cached_cfunc("void(intp)")
@@ -196,12 +198,13 @@ def bench(
         repeat = max(1, min(n_experts // K, 24 // n_tokens))
         results = []
         for round_ in range(args.rounds + 1):
-            bandwidth, spent = read(), [0.0, 0.0]
-            for i in range(repeat):
-                first = (round_ * repeat + i) * K
-                experts = np.tile(((first + np.arange(K)) % n_experts).astype(np.int32), (n_tokens, 1))
-                spent[0] += mine(experts)
-                spent[1] += theirs(experts) if not args.no_ggml else math.inf
+            first = round_ * repeat * K
+            calls = [(first + i * K + np.arange(K)) % n_experts for i in range(repeat)]
+            experts = [np.tile(call.astype(np.int32), (n_tokens, 1)) for call in calls]
+            bandwidth = read()
+            time.sleep(REST_S)
+            spent = [sum(map(mine, experts)), math.inf if args.no_ggml else sum(map(theirs, experts))]
+            time.sleep(REST_S)
             per_s = [repeat * K / seconds / 1e9 for seconds in spent]
             results.append(
                 [bandwidth / 1e9, *(raw_bytes * rate for rate in per_s), *(macs * n_tokens * rate for rate in per_s)]

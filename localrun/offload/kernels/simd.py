@@ -83,13 +83,18 @@ class Simd:
         """Asks for a cache line, to be read soon."""
         self.call("llvm.prefetch.p0", ir.VoidType(), self.b.gep(pointer, [I64(offset)]), I32(0), I32(3), I32(1))
 
-    def touch(self, pointer: Any, offset: int) -> None:
-        """Reads a cache line now and drops it. Processors that prefetch by themselves follow such reads if they are in order;
+    def load_in_order(self, pointer: Any, offset: int, type_: Any) -> Any:
+        """As `load`; these loads keep their order. Processors that prefetch by themselves follow reads that are in order;
         `prefetch` in large numbers disturbs them."""
-        source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), INTS.as_pointer())
+        source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), type_.as_pointer())
         load = _KeptLoad(self.b.block, source)
         load.align = 1
         self.b._insert(load)
+        return load
+
+    def touch(self, pointer: Any, offset: int) -> None:
+        """Reads a cache line now, in order, and drops it."""
+        self.load_in_order(pointer, offset, INTS)
 
     def stack(self, n_bytes: int) -> Any:
         """`i8*` to scratch of this function, 64-byte aligned."""

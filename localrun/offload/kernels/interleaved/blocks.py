@@ -21,7 +21,7 @@ IQ4_NL: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 def _lookup(s: Simd, body: Any, values: tuple[int, ...], offset: int) -> list[Any]:
     """32 nibbles of 16 rows; byte j of a block holds elements j and j + 16."""
     table = s.bytes([v + offset for v in values])
-    low, high = nibbles(s, [s.load(body, 64 * i, INTS) for i in range(4)])
+    low, high = nibbles(s, [s.load_in_order(body, 64 * i, INTS) for i in range(4)])
     return [s.lookup16(table, v) for v in low + high]
 
 
@@ -36,24 +36,36 @@ def _iq4_nl(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> lis
 
 
 def _q4_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    low, high = nibbles(s, [s.load(body, 64 * i, INTS) for i in range(4)])
+    low, high = nibbles(s, [s.load_in_order(body, 64 * i, INTS) for i in range(4)])
     return add_block(s, low + high, s.halves(meta, 0), tile, totals)
 
 
 def _q8_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    return add_block(s, [s.load(body, 64 * i, BYTES) for i in range(8)], s.halves(meta, 0), tile, totals, small=False)
+    return add_block(
+        s, [s.load_in_order(body, 64 * i, BYTES) for i in range(8)], s.halves(meta, 0), tile, totals, small=False
+    )
 
 
 def _half_scaled(type_: GGMLQuantizationType, n_quads: int, offset: int, step: Step, change: int = 0) -> Format:
     """A block of an F16 scale and `n_quads` groups of four bytes."""
     fields = (Field(0, 2, 1, 0, in_meta=True), Field(2, 4, n_quads, 0, change=change))
-    return Format(type_, 32, 2 + 4 * n_quads, 32, 64 * n_quads, Panel(BLOCK32, offset), fields, step)
+    return Format(type_, 32, 2 + 4 * n_quads, 32, 64 * n_quads, Panel(BLOCK32, offset), fields, step, in_order=True)
 
 
 _T = GGMLQuantizationType
 
 FORMATS: Final = (
-    Format(_T.MXFP4, 32, 17, 16, 256, Panel(BLOCK32, 12), (Field(0, 1, 1, 0, in_meta=True), Field(1, 4, 4, 0)), _mxfp4),
+    Format(
+        _T.MXFP4,
+        32,
+        17,
+        16,
+        256,
+        Panel(BLOCK32, 12),
+        (Field(0, 1, 1, 0, in_meta=True), Field(1, 4, 4, 0)),
+        _mxfp4,
+        True,
+    ),
     _half_scaled(_T.Q8_0, 8, 128, _q8_0, FLIP),
     _half_scaled(_T.Q4_0, 4, 8, _q4_0),
     _half_scaled(_T.IQ4_NL, 4, 127, _iq4_nl),

@@ -51,7 +51,8 @@ def _add_few(
     """One or two tokens: scales stay integers, so that nothing goes through memory.
 
     Args:
-        pair: (i, k) -> the k-th byte vectors of blocks 2 * i and 2 * i + 1.
+        pair: (i, k) -> the k-th byte vectors of blocks 2 * i and 2 * i + 1; with VNNI, those of the second are 16 times as large:
+            one shift of a sum is less than eight of weights.
     """
     n_tokens = len(totals)
     scales, minima = _six_bits(s, meta)
@@ -66,6 +67,8 @@ def _add_few(
         for half, record in enumerate(records):
             minimum = s.to_float(minima[2 * i + half])
             for t, dot in enumerate(dots[half]):
+                if half and s.vnni:
+                    dot = s.b.ashr(dot, s.ints(4))
                 sums[t] = s.fma(s.to_float(s.b.mul(dot, scales[2 * i + half])), record.scale(t), sums[t])  # below 2**24
                 offsets[t] = s.fma(minimum, record.sum(t), offsets[t])
     d, dmin = s.halves(meta, 0), s.b.fneg(s.halves(meta, 32))
@@ -92,15 +95,16 @@ def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
     if len(totals) <= _FEW:
 
         def pair(i: int, k: int) -> tuple[Any, Any]:
-            (low,), (high,) = nibbles(s, [s.load(body, 512 * i + 64 * k, INTS)])
-            return low, high
+            v = s.load_in_order(body, 512 * i + 64 * k, INTS)
+            high = s.mask(v, -0x0F0F0F10) if s.vnni else s.mask(s.shift_right(v, 4), 0x0F0F0F0F)
+            return s.as_bytes(s.mask(v, 0x0F0F0F0F)), s.as_bytes(high)
 
         return _add_few(s, meta, pair, tile, totals)
     stack = _scales_and_minima(s, meta)
 
     def chunk(i: Any, totals: list[Any]) -> list[Any]:
         source = s.at(body, i, 512)
-        for half, weights in enumerate(nibbles(s, [s.load(source, 64 * k, INTS) for k in range(8)])):
+        for half, weights in enumerate(nibbles(s, [s.load_in_order(source, 64 * k, INTS) for k in range(8)])):
             block = s.b.add(s.b.mul(i, I64(2)), I64(half))
             totals = _add_with_minimum(s, weights, s.at(stack, block, 128), tile.next(block), totals)
         return totals
@@ -186,7 +190,7 @@ def _iq4_xs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> lis
 
     def block_of(i: Any, totals: list[Any]) -> list[Any]:
         source = s.at(body, i, 256)
-        first, second = nibbles(s, [s.load(source, 64 * k, INTS) for k in range(4)])
+        first, second = nibbles(s, [s.load_in_order(source, 64 * k, INTS) for k in range(4)])
         weights = [s.lookup16(table, v) for v in first + second]
         return add_block(s, weights, s.load(s.at(stack, i, 64), 0, FLOATS), tile.next(i), totals, small=False)
 
@@ -197,10 +201,10 @@ _T = GGMLQuantizationType
 _D_DMIN_SCALES = (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 3, 64, in_meta=True))
 
 FORMATS: Final = (
-    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k),
+    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k, True),
     Format(_T.Q5_K, 256, 176, 256, 2560, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 40, 0)), _q5_k),
     Format(_T.Q6_K, 256, 210, 288, 3072, Panel(SUPER256),
            (Field(208, 2, 1, 0, in_meta=True), Field(192, 4, 4, 32, in_meta=True), Field(0, 4, 48, 0)), _q6_k),
     Format(_T.IQ4_XS, 256, 136, 128, 2048, Panel(BLOCK32, 127),
-           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs),
+           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs, True),
 )  # fmt: skip

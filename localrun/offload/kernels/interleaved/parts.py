@@ -165,7 +165,7 @@ def _q2_few(s: Simd, packed: list[Any], body: Any, tile: Tile, starts: list[Any]
             s.store(pair, stack, 64 * (i // 2 * 4 + sixteen * 2 + i % 2))
 
     def weights_of(quarter: Any, _half: Any, _sixteen: Any) -> Callable[[int], list[Any]]:
-        vectors = [s.load(s.at(body, quarter, 256), 64 * k, INTS) for k in range(4)]
+        vectors = [s.load_in_order(s.at(body, quarter, 256), 64 * k, INTS) for k in range(4)]
         if s.vnni:
             return lambda shift: [s.as_bytes(s.b.and_(v, s.as_ints(s.bytes([3 << 2 * shift])))) for v in vectors]
         return lambda shift: [s.as_bytes(s.mask(s.shift_right(v, 2 * shift), 0x03030303)) for v in vectors]
@@ -184,7 +184,7 @@ def _q2_scaled(s: Simd, packed: list[Any], body: Any) -> WeightsOf:
 
     def weights_of(quarter: Any, _half: Any, _sixteen: Any) -> Callable[[int], list[Any]]:
         source, tables = s.at(body, quarter, 256), s.at(stack, quarter, 256)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
+        vectors = [s.load_in_order(source, 64 * k, INTS) for k in range(4)]
         return lambda shift: [
             s.lookup16(s.load(tables, 64 * shift, BYTES), _two_bits(s, v, 2 * shift)) for v in vectors
         ]
@@ -282,7 +282,7 @@ _T = GGMLQuantizationType
 
 FORMATS: Final = (
     Format(_T.Q2_K, 256, 84, 320, 1024, Panel(SUPER256),
-           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k),
+           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k, True),
     Format(_T.Q3_K, 256, 110, 224, 1536, Panel(SUPER256, 127),
            (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k),
 )  # fmt: skip

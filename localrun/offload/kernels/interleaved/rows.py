@@ -26,7 +26,8 @@ _AHEAD: Final = 4096
 
 _PREFETCHED: Final = frozenset({"znver5"})
 """Processors, by LLVM's names, that are asked for lines in advance, as the kernels were tuned there. All others read
-their lines in order before they compute with them, because a processor's own prefetching follows that. [m] One Zen 4 core reads
+their lines in order, because a processor's own prefetching follows that: a format's step does (`Format.in_order`), or all lines
+of a unit are read before it is computed with. [m] One Zen 4 core reads
 Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
 
 
@@ -73,7 +74,7 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
                 for line in range(0, format_.body_bytes, LINE_BYTES):
                     if prefetched:
                         s.prefetch(unit_body, _AHEAD + line)
-                    else:
+                    elif not format_.in_order:
                         s.touch(unit_body, line)
                 for line in range(0, format_.meta_bytes if prefetched else 0, LINE_BYTES):
                     s.prefetch(unit_meta, _AHEAD * format_.meta_bytes // format_.body_bytes + line)

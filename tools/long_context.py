@@ -11,16 +11,20 @@ scores are sorted faster. Its text makes no sense.
 
 Positions and cache types take turns within one loaded model, so a machine's moods and the experts in RAM are the same for all.
 Prints medians and the fastest tenth (on a busy machine the better figure), and where the time went on average.
+With `--states`, states are saved and restored at the same positions, too: size, times, by how much memory grew at
+most, and whether the next tokens' logits are those that a state in memory gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import llama_cpp as L
@@ -28,8 +32,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, quantize
 
+from localrun.engine import states
 from localrun.engine.engine import Engine
 from localrun.engine.llama import Context
+from localrun.engine.memory import resident_bytes
 from localrun.engine.options import EngineOptions
 from localrun.engine.planner.sizes import padded
 from localrun.engine.session import Session
@@ -135,14 +141,20 @@ def measure(
     places: Mapping[int, Sequence[int]],
     n_rounds: int,
     rng: np.random.Generator,
+    *,
+    n_warm_up: int,
 ) -> dict[tuple[int, str], Samples]:
     """Samples by position and cache type.
 
     Args:
         places: position -> sizes of the batches that are fed there in each round.
+        n_warm_up: tokens that are fed before, not counted.
     """
     sessions = {kv_type: Faked(engine, kv_type, rng) for kv_type in kv_types}
     samples: dict[tuple[int, str], Samples] = defaultdict(Samples)
+    warm_up = next(iter(sessions.values()))
+    warm_up.move_to(min(places, default=0))
+    warm_up.session.feed([int(token) for token in rng.integers(0, engine.facts.n_vocab, n_warm_up)])
     for _ in range(n_rounds):
         for position, steps in places.items():
             for kv_type, faked in sessions.items():
@@ -151,6 +163,50 @@ def measure(
     for faked in sessions.values():
         faked.session.close()
     return samples
+
+
+def measure_states(engine: Engine, kv_type: str, positions: Sequence[int], folder: Path) -> Iterator[str]:
+    """A line per position."""
+    faked = Faked(engine, kv_type, np.random.default_rng(0))
+    session, path = faked.session, folder / f"{kv_type}.state"
+    for position in positions:
+        faked.move_to(position)
+        file_s, file_peak = timed(partial(states.write, session._context, path, engine.state_key, session.tokens))
+        memory_s, memory_peak = timed(session.snapshot)
+        state = session.snapshot()
+        read_s, read_peak = timed(partial(session.restore, path))
+        found = next_logits(session)
+        load_s, _ = timed(partial(session.restore, state))
+        same = all(np.array_equal(a, b) for a, b in zip(found, next_logits(session), strict=True))
+        yield (
+            f"state at {position:>7} {kv_type:>4}: {path.stat().st_size / 2**20:7.1f} MiB; file: written in {file_s:.2f} s, "
+            f"read in {read_s:.2f} s, memory +{max(file_peak, read_peak) / 2**20:.1f} MiB; in memory: saved in {memory_s:.2f} s, "
+            f"restored in {load_s:.2f} s, +{memory_peak / 2**20:.1f} MiB; next tokens {'equal' if same else 'DIFFER'}"
+        )
+        path.unlink()
+    session.close()
+
+
+def next_logits(session: Session) -> list[npt.NDArray[np.float32]]:
+    """After each of some tokens."""
+    rows = []
+    for token in range(4):
+        session.feed([token])
+        rows.append(session.logits)
+    return rows
+
+
+def timed(action: Callable[[], object]) -> tuple[float, int]:
+    """Seconds, and by how many bytes the resident size grew at most (0 where the system does not say)."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    before = resident_bytes()
+    if clear.exists():
+        clear.write_text("5")  # forgets the largest size so far (proc(5))
+    start = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - start
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if clear.exists() else None
+    return seconds, max(0, int(peak[1]) * 1024 - before) if peak else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,20 +219,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=numbers, default=[], help="of batches")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"tokens of a batch ({BATCH})")
     parser.add_argument("--new-tokens", type=int, default=8, help="in each round (8)")
+    parser.add_argument("--warm-up", type=int, default=8, help="tokens before all others that are not counted (8)")
     parser.add_argument("--rounds", type=int, default=3, help="times that every place has its turn (3)")
     parser.add_argument("--kv", default="f16", help="types of the cache, separated by commas")
+    parser.add_argument("--states", type=Path, metavar="FOLDER", help="save and restore states there")
     parser.add_argument("--ram", type=parse_size, help="as localrun's; the caches of further types come on top")
     args = parser.parse_args(arguments)
     kv_types = args.kv.split(",")
-    n_ctx = max([*args.positions, *args.batches]) + args.new_tokens + 3 * args.batch
+    n_ctx = max([*args.positions, *args.batches]) + args.new_tokens + args.warm_up + 3 * args.batch
     options = EngineOptions(n_ctx=n_ctx, n_batch=args.batch, kv_type=kv_types[0], gpu="none", ram_bytes=args.ram)
     rng = np.random.default_rng(0)
     with Engine.open(args.model, options, learn=False) as engine:
         tokens = {position: [1] * args.new_tokens for position in args.positions}
         batches = {position: [args.batch] for position in args.batches}
         for places, what in (tokens, "a token"), (batches, f"{args.batch} tokens"):
-            for (position, kv_type), found in measure(engine, kv_types, places, args.rounds, rng).items():
+            if args.rounds == 0:
+                continue
+            warm_up = args.warm_up if places is tokens else 0
+            for (position, kv_type), found in measure(
+                engine, kv_types, places, args.rounds, rng, n_warm_up=warm_up
+            ).items():
                 print(f"{what} at {position:>7} {kv_type:>4}: {found}", flush=True)
+        for kv_type in kv_types if args.states is not None else ():
+            for line in measure_states(engine, kv_type, args.positions, args.states):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

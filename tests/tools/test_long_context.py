@@ -54,3 +54,13 @@ def test_every_position_has_a_line(model: Path, capsys: pytest.CaptureFixture[st
     assert [line.split(":")[0].split()[-2:] for line in lines] == [
         [position, kv] for position in ("8", "300", "0") for kv in ("f16", "q8_0")
     ]
+
+
+def test_states_are_saved_and_restored(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long_context.main(
+        [str(model), "--positions", "8,300", "--rounds", "0", "--kv", "f16,q8_0", "--states", str(tmp_path)]
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("state at")]
+    assert len(lines) == 4
+    assert all(line.endswith("next tokens equal") for line in lines)
+    assert not list(tmp_path.iterdir())

@@ -120,7 +120,18 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-@pytest.mark.parametrize(("n_ctx", "n_batch", "kv_type"), [(4096, 256, "f16"), (40000, 64, "q8_0"), (512, 512, "f32")])
+@pytest.mark.parametrize(
+    ("n_ctx", "n_batch", "kv_type"),
+    [
+        (4096, 256, "f16"),
+        (40000, 64, "q8_0"),
+        (512, 512, "f32"),
+        (1 << 17, 64, "f16"),
+        (1 << 17, 64, "q8_0"),
+        (1 << 20, 64, "f16"),
+        (1 << 20, 64, "q8_0"),
+    ],
+)
 def test_llama_allocates_what_was_said(
     engine: Engine, model_path: Path, n_ctx: int, n_batch: int, kv_type: str
 ) -> None:

@@ -100,7 +100,7 @@ class SnapshotStore:
 
     def holds_in_memory(self, n_bytes: int) -> bool:
         """A state of this size is to be given to `put`, a larger one to `put_file`."""
-        return self._folder is None or n_bytes <= MEMORY_BYTES
+        return n_bytes <= (self._ram_bytes if self._folder is None else MEMORY_BYTES)
 
     def put_file(self, tokens: Sequence[int], n_bytes: int, write: Callable[[Path], None]) -> bool:
         """Has a large state written; True if that was possible.

@@ -185,9 +185,15 @@ def test_a_large_state_that_can_not_be_written_leaves_nothing(
     store.close()
 
 
-def test_without_a_folder_states_of_any_size_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_a_state_beyond_the_budget_is_not_even_made(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(snapshots, "MEMORY_BYTES", 0)
-    assert SnapshotStore(None, "key").holds_in_memory(1 << 40)
+    assert SnapshotStore(None, "key", ram_bytes=100).holds_in_memory(100)
+    monkeypatch.setattr(Session, "snapshot", lambda _session: pytest.fail("it was made"))
+    with engine.session(snapshots=SnapshotStore(None, engine.state_key, ram_bytes=100)) as session:
+        session.feed(PROMPT[:10])
+        assert not session.save()
 
 
 def test_unwritable_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

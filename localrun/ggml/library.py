@@ -27,6 +27,9 @@ from localrun.ggml.structures import (
     LLAMA_CPP_PYTHON_VERSION,
     OP_ADD,
     OP_CONCAT,
+    OP_DSV4_HC_COMB,
+    OP_DSV4_HC_POST,
+    OP_DSV4_HC_PRE,
     OP_FLASH_ATTN_EXT,
     OP_GLU,
     OP_LIGHTNING_INDEXER,
@@ -36,9 +39,13 @@ from localrun.ggml.structures import (
     OP_NONE,
     OP_PERMUTE,
     OP_RESHAPE,
+    OP_RMS_NORM,
+    OP_SCALE,
     OP_TRANSPOSE,
+    OP_UNARY,
     OP_VIEW,
     TYPE_I32,
+    UNARY_SIGMOID,
     BufferInterface,
     BufferType,
     Device,
@@ -76,6 +83,7 @@ _ALL: Final[_Prototypes] = {
     "ggml_nbytes": (C.c_size_t, _P),
     "ggml_op_name": (C.c_char_p, C.c_int),
     "ggml_glu_op_name": (C.c_char_p, C.c_int),
+    "ggml_unary_op_name": (C.c_char_p, C.c_int),
     "ggml_type_name": (C.c_char_p, C.c_int),
     "ggml_graph_n_nodes": (C.c_int, _P),
     "ggml_graph_node": (_P, _P, C.c_int),
@@ -251,12 +259,20 @@ def _check_fit(lib: Library) -> None:
         OP_FLASH_ATTN_EXT: b"FLASH_ATTN_EXT",
         OP_LIGHTNING_INDEXER: b"LIGHTNING_INDEXER",
         OP_GLU: b"GLU",
+        OP_RMS_NORM: b"RMS_NORM",
+        OP_SCALE: b"SCALE",
+        OP_UNARY: b"UNARY",
+        OP_DSV4_HC_COMB: b"DSV4_HC_COMB",
+        OP_DSV4_HC_PRE: b"DSV4_HC_PRE",
+        OP_DSV4_HC_POST: b"DSV4_HC_POST",
     }
     for op, expected in operations.items():
         if lib.ggml_op_name(op) != expected:
             raise _misfit(f"operation {op} is {lib.ggml_op_name(op)!r}, not {expected!r}")
     if lib.ggml_glu_op_name(GLU_SWIGLU) != b"SWIGLU" or lib.ggml_glu_op_name(GLU_SWIGLU_CLAMP) != b"SWIGLU_CLAMP":
         raise _misfit("the numbers of the gated activations differ")
+    if lib.ggml_unary_op_name(UNARY_SIGMOID) != b"SIGMOID":
+        raise _misfit("the numbers of the activations differ")
     _check_tensor(lib)
     _check_backend(lib)
 

@@ -1,9 +1,10 @@
 """Which operations of llama.cpp's graph are ours: compiled, because its scheduler asks for hundreds whenever it builds a graph.
 
-Ours are the products with routed experts and with the dense matrices that we hold, and attention and the indexer over an F16
-cache in the CPU's memory. For few tokens (`MOST_SUMMED`), so is what follows the experts: the products with the router's weights,
-the sum over a token's experts, and the sum with the shared expert if that is ours. All of a layer's FFN is then one split, which
-takes an input, ids and weights, and gives one row per token. For many tokens, llama.cpp's threads add faster than our one thread.
+Ours are the products with routed experts and with the dense matrices that we hold, attention and the indexer over an F16
+cache in the CPU's memory, and what stands between matrices (`between.py`). For few tokens (`MOST_SUMMED`), so is what follows the
+experts: the products with the router's weights, the sum over a token's experts, and the sum with the shared expert if that is
+ours. All of a layer's FFN is then one split, which takes an input, ids and weights, and gives one row per token. For many tokens,
+llama.cpp's threads add faster than our one thread.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import numba as nb
 
 from localrun.ggml import structures as ggml
 from localrun.kernel_cache import cached_cfunc
+from localrun.offload.device import between
 from localrun.offload.device.compiled_attention import takes_attention, takes_indexer, takes_join
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.tensors import BUFFER, NB, NE, OP, PARAMS, SRC, TYPE, VIEW_SRC
 from localrun.offload.kernels.lowlevel import call_i64, load_i32, load_i64
 from localrun.offload.kernels.records import get
 
-MOST_SUMMED: Final = 16
+MOST_SUMMED: Final = between.FEW_TOKENS
 """Tokens whose experts we weight and add up."""
 
 _MUL_MAT, _MUL_MAT_ID, _GLU = ggml.OP_MUL_MAT, ggml.OP_MUL_MAT_ID, ggml.OP_GLU
@@ -121,10 +123,10 @@ def _is_sum(process: int, op: int) -> bool:
 def supports_op(device: int, op: int) -> int:
     """ggml_backend_device_i.supports_op."""
     process, kind = load_i64(device + _CONTEXT), load_i32(op + OP)
+    if kind == _NONE or (get(process, PROCESS.takes_between) != 0 and between.takes(process, op)):
+        return 1
     ours = False
-    if kind == _NONE:
-        ours = True
-    elif kind in (_MUL_MAT_ID, _MUL_MAT):
+    if kind in (_MUL_MAT_ID, _MUL_MAT):
         ours = is_ours(process, load_i64(op + SRC))
     elif kind == _GLU:
         ours = _is_gate(process, op)

@@ -25,11 +25,12 @@ from localrun.ggml.structures import STATUS_ABORTED, STATUS_FAILED
 from localrun.kernel_cache import cached_cfunc, cached_jit
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
+from localrun.offload.device import between, shadow, weighting
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device import compiled_misses as miss_native
-from localrun.offload.device import shadow, weighting
 from localrun.offload.device.compiled_attention import attend_node, index_node
 from localrun.offload.device.layouts import (
+    BETWEEN,
     KIND_DENSE,
     KIND_EXPERTS,
     LAYER,
@@ -536,7 +537,10 @@ def graph_compute(backend: int, graph: int) -> int:
         if op == _MUL_MAT:
             started = _now_ns(process)
             weight = load_i64(load_i64(node + SRC) + EXTRA)
-            if weight != 0 and get(weight, WEIGHT.kind) == KIND_DENSE and _dense(process, node, weight):
+            if weight == 0 and get(process, PROCESS.takes_between) != 0 and between.takes(process, node):
+                between.compute(process, node)
+                done = 1
+            elif weight != 0 and get(weight, WEIGHT.kind) == KIND_DENSE and _dense(process, node, weight):
                 done = 1
                 add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
@@ -562,6 +566,9 @@ def graph_compute(backend: int, graph: int) -> int:
                 return int(-became - 2)
             if became != _NOT_DONE:
                 done, is_there = end - index if end != 0 else 4, became == _DONE_THERE
+        elif get(process, PROCESS.takes_between) != 0 and between.takes(process, node):
+            between.compute(process, node)
+            done = 1
         elif op == _ADD:
             weighting.add(process, node)
             done = 1
@@ -648,6 +655,7 @@ class Process:
         self.fields[PROCESS.run] = runner().run_address
         self._point(PROCESS.attention, attention.ATTENTION.empty())
         self._point(PROCESS.indexer, attention.INDEXER.empty())
+        self._point(PROCESS.between, BETWEEN.empty())
         self._point(PROCESS.timespec, np.zeros(2, np.int64))
         self._point(PROCESS.inputs, np.zeros(2 * MOST_INPUTS, np.int64))
         self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
@@ -696,9 +704,13 @@ class Process:
         _add_up(self.address, n_tokens, n_used, rows.shape[1], *_place(rows), *_place(out))
 
     def prepare_attention(self, n_threads: int) -> None:
-        """Attention comes with so many threads from now on; while nothing is decoded."""
+        """Attention, and what stands between matrices, come with so many threads from now on; while nothing is decoded."""
         if not attention.is_supported():
             return
+        self.fields[PROCESS.between_task], self.fields[PROCESS.shared_bytes] = (
+            between.task_address(),
+            between.SHARED_BYTES,
+        )
         self.fields[PROCESS.attend], self.fields[PROCESS.index] = attention.attend_address(), attention.index_address()
         self.fields[PROCESS.pool], self.fields[PROCESS.threads] = threads.pool_for(n_threads), n_threads
 

@@ -195,14 +195,17 @@ class ExpertDevice:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """While open, graphs are made with attention on this device, where the cache is in the CPU's memory; for decoding with a
-        model whose dense matrices are ours. Not while a context is made: it looks where attention runs, and does without its
-        fused form if that is not the device that the layer is on (llama-context.cpp, `resolve_fused_ops`)."""
-        self.process.fields[PROCESS.takes_attention] = attention.is_supported()
+        """While open, graphs are made with attention on this device, where the cache is in the CPU's memory, and with what stands
+        between matrices, where activations are; for decoding with a model whose dense matrices are ours. Not while a context is
+        made: it looks where attention runs, and does without its fused form if that is not the device that the layer is on
+        (llama-context.cpp, `resolve_fused_ops`)."""
+        fields, is_supported = self.process.fields, attention.is_supported()
+        fields[PROCESS.takes_attention] = is_supported
+        fields[PROCESS.takes_between] = is_supported and self._activations_type is None
         try:
             yield
         finally:
-            self.process.fields[PROCESS.takes_attention] = 0
+            fields[PROCESS.takes_attention] = fields[PROCESS.takes_between] = 0
 
     def is_ours(self, tensor: int | None) -> bool:
         """Whether the tensor at that address is in one of our weights buffers."""

@@ -103,6 +103,8 @@ class _Process(Layout):
     """Threads that do."""
     takes_attention: int
     """1 while graphs are made with attention on our device; Python writes."""
+    takes_between: int
+    """1 while they are made with what stands between matrices on our device, too; Python writes."""
     is_host: int
     """Address of `ggml_backend_buft_is_host(type)`."""
     get_base: int
@@ -132,9 +134,31 @@ class _Process(Layout):
     """Time that the decoding thread waited for that; compiled code adds."""
     n_entered: int
     """How often compiled code entered Python; compiled code adds."""
+    between: int
+    """Address of a BETWEEN record; compiled code writes and reads."""
+    between_task: int
+    """Address of the task of `between.compute`."""
+    shared_bytes: int
+    """From so many bytes on, it uses several threads; Python writes."""
 
 
 PROCESS = _Process()
+
+
+class _Between(Layout):
+    """The operation between matrices that is being computed; compiled code writes and reads."""
+
+    node: int
+    """Its tensor."""
+    kind: int
+    """ggml's number of it."""
+    n_rows: int
+    """Rows of its result, or whatever one task has some of."""
+    rows_per_task: int
+    """How many a task has."""
+
+
+BETWEEN = _Between()
 
 
 class _Weight(Layout):

@@ -25,7 +25,7 @@ BF16_UNIT: Final = 32
 
 
 @intrinsic
-def _dot(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: Any) -> Any:
+def dot(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: Any) -> Any:
     """Sum of products of 32 * n_units F32 weights with one token's FLOAT32 records."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -69,11 +69,11 @@ def _exact_rows(
             for t in range(nt):
                 target = out + t * out_stride + r * 4
                 record = panel + (first // 32 * nt + t) * 128
-                store_f32(target, load_f32(target) + _dot(weights, record, nt * 128, blocks_of(n, 32)))
+                store_f32(target, load_f32(target) + dot(weights, record, nt * 128, blocks_of(n, 32)))
 
 
 @intrinsic
-def _dot_bf16(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: Any) -> Any:
+def dot_bf16(_typing: Any, weights: Any, record: Any, record_bytes: Any, n_units: Any) -> Any:
     """Sum of products of 32 * n_units BF16 weights with one token's FLOAT32 records, in F32."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -104,7 +104,7 @@ def _bf16_rows(
     for r in range(n_rows):
         row = matrix + (row0 + r) * n_in * 2
         for t in range(nt):
-            store_f32(out + t * out_stride + r * 4, _dot_bf16(row, panel + t * 128, nt * 128, n_in // 32))
+            store_f32(out + t * out_stride + r * 4, dot_bf16(row, panel + t * 128, nt * 128, n_in // 32))
 
 
 @functools.cache

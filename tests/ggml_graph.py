@@ -1,0 +1,75 @@
+"""One operation of ggml at a time, on its CPU backend: what an operation of ours is compared with."""
+
+from __future__ import annotations
+
+import ctypes as C
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from localrun.ggml.library import library
+from localrun.ggml.structures import DEVICE_TYPE_CPU, TYPE_F32, InitParams, Tensor
+
+_SIZE = 1 << 20
+"""Bytes for tensors' descriptions."""
+
+
+class Graph:
+    """Tensors in the CPU's memory and operations on them. Inputs first: `run` gives all tensors their memory.
+
+    Attributes:
+        context: the `ggml_context *`, for functions that `call` has no name for.
+    """
+
+    def __init__(self) -> None:
+        self._lib = library()
+        self.context = self._lib.ggml_init(InitParams(_SIZE, None, True))
+        self._device = self._lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU)
+        self._inputs: list[tuple[int, npt.NDArray[Any]]] = []
+        self._buffer: int | None = None
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lib.ggml_backend_buffer_free(self._buffer)
+        self._lib.ggml_free(self.context)
+
+    def input(self, values: npt.NDArray[Any], kind: int = TYPE_F32) -> int:
+        """A tensor whose dimensions are those of `values`, last one first; at most three. `values` has the type's bytes."""
+        n0, n1, n2 = [*reversed(values.shape), 1, 1][:3]
+        tensor = int(self._lib.ggml_new_tensor_3d(self.context, kind, n0, n1, n2))
+        self._inputs.append((tensor, np.ascontiguousarray(values)))
+        return tensor
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """An operation by its C function; tensors and integers as int, F32 as float."""
+        function = self._lib.handle[name]
+        function.restype = C.c_void_p
+        function.argtypes = [C.c_void_p, *(C.c_float if isinstance(a, float) else C.c_void_p for a in arguments)]
+        return int(function(self.context, *arguments))
+
+    def run(self, node: int) -> npt.NDArray[np.float32]:
+        """Computes `node` and what it needs; its values."""
+        lib = self._lib
+        graph = lib.ggml_new_graph_custom(self.context, 64, False)
+        lib.ggml_build_forward_expand(graph, node)
+        kind = lib.ggml_backend_dev_buffer_type(self._device)
+        self._buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(self.context, kind)
+        for tensor, values in self._inputs:
+            lib.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+        backend = lib.ggml_backend_dev_init(self._device, None)
+        try:
+            assert lib.ggml_backend_graph_compute_async(backend, graph) == 0
+        finally:
+            lib.ggml_backend_free(backend)
+        return values_of(node).copy()
+
+
+def values_of(tensor: int) -> npt.NDArray[np.float32]:
+    """An F32 tensor's memory, whose values are side by side; dimensions last one first."""
+    description = Tensor.from_address(tensor)
+    shape = tuple(reversed(description.ne))
+    memory = (C.c_float * int(np.prod(shape))).from_address(description.data)
+    return np.ndarray(shape, np.float32, memory)

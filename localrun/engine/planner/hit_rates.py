@@ -32,9 +32,9 @@ TOPIC_CHANGES = 0.15
 
 UNEVEN = 2.0
 """Exponent on the published curve's misses for weights that use their experts less evenly than those it was published for, or the
-same ones for longer. [m] Whole Flash, random weights, a recorded run of 166 tokens in the engine's own slots: 21, 18 and 12 % misses
-with 7.7, 9.4 and 15.8 % of the experts in memory, where the curve says 46, 41 and 32; V4.1-Flash (published, other weights) 20 % with
-19.5 %, where it says 28."""
+same ones for longer. [m] Whole Flash, random weights, a recorded run of 166 tokens in the engine's own slots: 21, 18 and 12 %
+misses with 7.7, 9.4 and 15.8 % of the experts in memory, where the curve says 46, 41 and 32; V4.1-Flash (published, other
+weights) 20 % with 19.5 %, where it says 28."""
 
 LRU_GAIN = 0.41
 """Share of a static list's misses that LRU hits: 41, 43, 43, 42 and 41 % at 20, 26, 29, 33 and 39 % resident in the published trace

@@ -17,7 +17,16 @@ from gguf import GGMLQuantizationType
 from llvmlite import ir
 
 from localrun.offload.kernels.cpu import features
-from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Field, Format, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.layout import (
+    ALWAYS,
+    ODD_SIGNS,
+    SIGNS,
+    Field,
+    Format,
+    Tile,
+    add_block,
+    nibbles,
+)
 from localrun.offload.kernels.panels import BLOCK32, GRID32, Panel
 from localrun.offload.kernels.simd import BYTES, I32, I64, INTS, Avx512, Simd
 
@@ -121,11 +130,15 @@ def _iq2_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> li
 def _iq2_permuted(s: Simd, planes: list[list[int]], indices: Any, packed: Any) -> list[Any]:
     """Eight vectors of weights + 43. A lookup sees six bits, which are two elements' codes and signs."""
     weights: list[Any] = [None] * 8
-    for elements, plane, signs in zip(_IQ2_PLANES, planes, (packed, s.affine(packed, s.bytes(_iq2_signs()))), strict=True):
+    for elements, plane, signs in zip(
+        _IQ2_PLANES, planes, (packed, s.affine(packed, s.bytes(_iq2_signs()))), strict=True
+    ):
         low = _lookup256(s, plane, indices)
         high = s.as_bytes(s.shift_right(s.as_ints(low), 2))
         low, high = s.choose(0x0F, low, signs), s.choose(0x3C, high, signs)
-        for element, vector, code, sign in zip(elements, (low, low, high, high), (0, 2, 2, 4), (4, 5, 0, 1), strict=True):
+        for element, vector, code, sign in zip(
+            elements, (low, low, high, high), (0, 2, 2, 4), (4, 5, 0, 1), strict=True
+        ):
             weights[element] = s.lookup64(s.bytes(_iq2_table(code, sign)), vector)
     return weights
 
@@ -197,7 +210,7 @@ FORMATS: Final = (
     Format(GGMLQuantizationType.IQ2_XXS, 256, 66, 32, 1024, Panel(GRID32, 43), (
         Field(0, 2, 1, 0, in_meta=True),
         Field(2, 4, 16, 0, change=ODD_SIGNS),
-    ), _iq2_xxs, True),
+    ), _iq2_xxs, ALWAYS),
     Format(GGMLQuantizationType.IQ3_XXS, 256, 98, 32, 1536, Panel(BLOCK32, 62), (
         Field(0, 2, 1, 0, in_meta=True), Field(2, 4, 16, 0), Field(66, 4, 8, 1024, change=SIGNS),
     ), _iq3_xxs),

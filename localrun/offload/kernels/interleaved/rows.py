@@ -74,7 +74,7 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
                 for line in range(0, format_.body_bytes, LINE_BYTES):
                     if prefetched:
                         s.prefetch(unit_body, _AHEAD + line)
-                    elif not format_.in_order:
+                    elif nt > format_.in_order:
                         s.touch(unit_body, line)
                 for line in range(0, format_.meta_bytes if prefetched else 0, LINE_BYTES):
                     s.prefetch(unit_meta, _AHEAD * format_.meta_bytes // format_.body_bytes + line)

@@ -8,16 +8,13 @@ from typing import Any, Final
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.interleaved.blocks import IQ4_NL
-from localrun.offload.kernels.interleaved.layout import ALWAYS, Field, Format, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.layout import FEW, Field, Format, Tile, add_block, nibbles
 from localrun.offload.kernels.interleaved.parts import sums_times
 from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
 from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
 
 _FEW: Final = 2
 """Tokens up to which unpacking scales costs more than multiplying by them as integers."""
-
-_SOME: Final = 4
-"""Tokens up to which registers hold both halves of Q4_K's nibbles."""
 
 # -- Q4_K and Q5_K: eight blocks of 32, each with a 6-bit scale and minimum -------------------------------------------
 
@@ -123,7 +120,7 @@ def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
         return _add_with_minimum(s, weights, s.at(stack, i, 128), tile.next(i), totals)
 
     # With many tokens there are registers for one half's weights only: load them again for the other.
-    return s.loop(I64(4), totals, chunk) if len(totals) <= _SOME else s.loop(I64(8), totals, block)
+    return s.loop(I64(4), totals, chunk) if len(totals) <= FEW else s.loop(I64(8), totals, block)
 
 
 def _q5_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
@@ -236,11 +233,11 @@ _T = GGMLQuantizationType
 _D_DMIN_SCALES = (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 3, 64, in_meta=True))
 
 FORMATS: Final = (
-    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k, _SOME),
+    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k, FEW),
     Format(_T.Q5_K, 256, 176, 256, 2560, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 40, 0)), _q5_k, _FEW),
     Format(_T.Q6_K, 256, 210, 288, 3072, Panel(SUPER256),
            (Field(208, 2, 1, 0, in_meta=True), Field(192, 4, 4, 32, in_meta=True), Field(0, 4, 32, 1024), Field(128, 4, 16, 0)),
-           _q6_k, ALWAYS),
+           _q6_k, FEW),
     Format(_T.IQ4_XS, 256, 136, 128, 2048, Panel(BLOCK32, 127),
-           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs, ALWAYS),
+           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs, FEW),
 )  # fmt: skip

@@ -40,8 +40,8 @@ class Field:
         return [self.source, self.width, self.count, self.target, int(self.in_meta), self.change]
 
 
-ALWAYS: Final = 16
-"""For `Format.in_order`: the largest tile."""
+FEW: Final = 4
+"""Tokens up to which reading takes longer than computing; half as many with 256-bit vectors."""
 
 Step = Callable[[Simd, Any, Any, "Tile", list[Any]], list[Any]]
 """Emits code that adds one unit's products: (simd, meta, body, tile, totals per token) -> new totals."""
@@ -55,9 +55,9 @@ class Format:
         unit: elements of a block.
         block_bytes: ggml's bytes of a block.
         meta_bytes, body_bytes: of one unit of 16 rows.
-        in_order: up to so many tokens `step` reads the lines of the body in order, by `Simd.load_in_order` and `Simd.touch`.
-            [m] Two Zen 4 cores read Q4_K at 0.92 of plain reading so, and at 0.75 to 0.81 if all lines of a unit are read
-            before it is computed with.
+        in_order: up to so many tokens, at most `FEW`, `step` reads the lines of the body in order, by `Simd.load_in_order` and
+            `Simd.touch`. [m] Two Zen 4 cores read Q4_K at 0.92 of plain reading so, and at 0.75 to 0.81 if all lines of a unit
+            are read before it is computed with.
     """
 
     type: GGMLQuantizationType

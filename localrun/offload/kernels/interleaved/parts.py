@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
-from localrun.offload.kernels.interleaved.layout import ALWAYS, Field, Format, Tile
+from localrun.offload.kernels.interleaved.layout import FEW, Field, Format, Tile
 from localrun.offload.kernels.panels import SUPER256, Panel
 from localrun.offload.kernels.simd import BYTES, I32, I64, INTS, WORDS, Simd
 
@@ -284,7 +284,7 @@ _T = GGMLQuantizationType
 
 FORMATS: Final = (
     Format(_T.Q2_K, 256, 84, 320, 1024, Panel(SUPER256),
-           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k, ALWAYS),
+           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k, FEW),
     Format(_T.Q3_K, 256, 110, 224, 1536, Panel(SUPER256, 127),
-           (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k, ALWAYS),
+           (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k, FEW),
 )  # fmt: skip

@@ -124,6 +124,7 @@ class Hardware:
             everything fits.
         total_ram_bytes: of the machine, or of its cgroup.
         disk_bytes_per_s: of the model's drive, with several reads in flight, bypassing the page cache.
+        disk_spread: what it gave at its slowest and its fastest while it was measured, relative to that.
         drive: which one that is; empty: unknown, or given.
         drive_seen: the rate is that of tokens that read, not of a probe.
         n_drives: 2: a mirror on a second one.
@@ -142,6 +143,7 @@ class Hardware:
     ram_bytes: int | None
     total_ram_bytes: int | None
     disk_bytes_per_s: float = ASSUMED_DISK_BYTES_PER_S
+    disk_spread: tuple[float, float] = (1.0, 1.0)
     drive: str = ""
     drive_seen: bool = False
     n_drives: int = 1
@@ -184,7 +186,7 @@ class Hardware:
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
         if "disk_bytes_per_s" in named:
-            named |= {"drive": "", "drive_seen": False}
+            named |= {"drive": "", "drive_seen": False, "disk_spread": (1.0, 1.0)}
         if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
             named |= {"cpu": None, "seen": {}}
             origin.pop("cpu", None)
@@ -214,7 +216,7 @@ def detect(
     """
     n_threads = n_threads or memory.physical_cores()
     others = cores_of_others(LOOK_S) if probe else 0.0
-    cpu, device, drive_seen = None, "", False
+    cpu, device, drive_seen, disk_spread = None, "", False, (1.0, 1.0)
     origin = {
         "ram_bytes": "measured",
         "n_threads": "measured",
@@ -231,6 +233,7 @@ def detect(
             # What tokens have read says more than seconds of nothing else.
             seen = sustained_rates(drive_name(device)).get(drive_name(device))
             disk_bytes_per_s, drive_seen = seen or drive.bytes_per_s, seen is not None
+            disk_spread = (1.0, 1.0) if drive_seen else drive.spread
         memory_bytes_per_s, origin["memory_bytes_per_s"] = probe_memory(), "measured"
         if specs:
             from localrun.offload.kernels.probe import probe_cpu
@@ -245,6 +248,7 @@ def detect(
         ram_bytes=None if available is None else available + memory.resident_bytes(),
         total_ram_bytes=memory.total_memory(),
         disk_bytes_per_s=disk_bytes_per_s,
+        disk_spread=disk_spread,
         drive=device,
         drive_seen=drive_seen,
         n_drives=n_drives,

@@ -294,6 +294,8 @@ def waiting_for(machine: Hardware, known: Known, disk_bytes: float, computing_s:
     """
     # A rate that tokens have shown is one of tokens.
     share = 1.0 if machine.drive_seen and estimate else DISK_SHARE[estimate]
+    slowest, fastest = machine.disk_spread
+    share = (min(share, slowest), share, max(share, fastest))[estimate]
     read_s = disk_bytes / (share * drive_bytes_per_s(machine))
     return waiting(read_s, computing_s, known.of(HIDDEN, HIDDEN_READS[estimate]))
 

@@ -99,6 +99,14 @@ class DiskProfile:
         return UNSTEADY_AGE_S if self.unsteady else MAX_AGE_S
 
     @property
+    def spread(self) -> tuple[float, float]:
+        """The slowest and the fastest run relative to the rate; 1.0 within."""
+        if not self.bytes_per_s or not self.slowest_bytes_per_s:
+            return 1.0, 1.0
+        slowest, fastest = self.slowest_bytes_per_s / self.bytes_per_s, self.fastest_bytes_per_s / self.bytes_per_s
+        return min(1.0, slowest), max(1.0, fastest)
+
+    @property
     def measured(self) -> bool:
         """False: these are the defaults."""
         return self.bytes_per_s is not None

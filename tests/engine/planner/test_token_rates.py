@@ -122,6 +122,17 @@ def test_reads_hide_behind_computing_but_not_more_than_there_is() -> None:
     assert waiting(0.0, 0.6, 0.5) == 0
 
 
+def test_a_drive_that_is_not_steady_widens_the_range_and_is_shown_as_one() -> None:
+    steady = LOSSLESS.plan()
+    wide = LOSSLESS.plan(disk_spread=(0.6, 1.5))
+    a, b = steady.decode_at(20), wide.decode_at(20)
+    assert b.low.tokens_per_s < a.low.tokens_per_s
+    assert b.likely == a.likely
+    assert b.high.tokens_per_s >= a.high.tokens_per_s
+    assert any("drive 1.80 GB/s" in line for line in steady.lines())
+    assert any("drive 1.08 to 2.70 GB/s" in line for line in wide.lines())
+
+
 # --- one run teaches the next plan ------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,8 @@ def test_what_lasts_decides_not_a_bad_moment(model: Path, memory: Path, monkeypa
     profile = probe_disk([model], memory=memory)
     assert (profile.n_reads, profile.piece_bytes, profile.bytes_per_s) == (8, probe.PIECES[-1], 1.6e9)
     assert (profile.slowest_bytes_per_s, profile.fastest_bytes_per_s) == (1.5e9, 1.7e9)
+    assert profile.spread == (1.5 / 1.6, 1.7 / 1.6)
+    assert DiskProfile().spread == (1.0, 1.0)
     assert not profile.unsteady
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.ggml.library import library
-from localrun.ggml.structures import DEVICE_TYPE_CPU, TYPE_F32, InitParams, Tensor
+from localrun.ggml.structures import DEVICE_TYPE_CPU, TYPE_F16, TYPE_F32, InitParams, Tensor
 
 _SIZE = 1 << 20
 """Bytes for tensors' descriptions."""
@@ -43,14 +43,15 @@ class Graph:
         self._inputs.append((tensor, np.ascontiguousarray(values)))
         return tensor
 
-    def call(self, name: str, *arguments: Any) -> int:
-        """An operation by its C function; tensors and integers as int, F32 as float."""
+    def call(self, name: str, *arguments: float | int | None, first: bool = True) -> int:
+        """An operation by its C function; tensors and integers as int, F32 as float. `first`: its first argument is the context."""
         function = self._lib.handle[name]
         function.restype = C.c_void_p
-        function.argtypes = [C.c_void_p, *(C.c_float if isinstance(a, float) else C.c_void_p for a in arguments)]
-        return int(function(self.context, *arguments))
+        kinds = [C.c_float if isinstance(a, float) else C.c_void_p for a in arguments]
+        function.argtypes = [C.c_void_p, *kinds] if first else kinds
+        return int(function(self.context, *arguments) if first else function(*arguments))
 
-    def run(self, node: int) -> npt.NDArray[np.float32]:
+    def run(self, node: int) -> npt.NDArray[Any]:
         """Computes `node` and what it needs; its values."""
         lib = self._lib
         graph = lib.ggml_new_graph_custom(self.context, 64, False)
@@ -67,9 +68,9 @@ class Graph:
         return values_of(node).copy()
 
 
-def values_of(tensor: int) -> npt.NDArray[np.float32]:
-    """An F32 tensor's memory, whose values are side by side; dimensions last one first."""
+def values_of(tensor: int) -> npt.NDArray[Any]:
+    """The memory of a tensor of F32 or F16, whose values are side by side; dimensions last one first."""
     description = Tensor.from_address(tensor)
-    shape = tuple(reversed(description.ne))
-    memory = (C.c_float * int(np.prod(shape))).from_address(description.data)
-    return np.ndarray(shape, np.float32, memory)
+    shape, kind = tuple(reversed(description.ne)), np.float16 if description.type == TYPE_F16 else np.float32
+    memory = (C.c_char * (int(np.prod(shape)) * np.dtype(kind).itemsize)).from_address(description.data)
+    return np.ndarray(shape, kind, memory)

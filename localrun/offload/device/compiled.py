@@ -28,7 +28,7 @@ from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import between, shadow, weighting
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device import compiled_misses as miss_native
-from localrun.offload.device.compiled_attention import attend_node, index_node
+from localrun.offload.device.compiled_attention import ROWS_DIMENSION, attend_node, index_node
 from localrun.offload.device.layouts import (
     BETWEEN,
     KIND_DENSE,
@@ -45,6 +45,7 @@ from localrun.offload.device.shadow import in_ram
 from localrun.offload.device.tensors import EXTRA, NB, NE, OP, PARAMS, SRC, TYPE
 from localrun.offload.device.view import F32
 from localrun.offload.kernels import attention, futex, threads
+from localrun.offload.kernels.activations import swiglu16
 from localrun.offload.kernels.layouts import CALL
 from localrun.offload.kernels.lowlevel import (
     atomic_load,
@@ -52,6 +53,7 @@ from localrun.offload.kernels.lowlevel import (
     call_5,
     call_i32,
     call_i64,
+    copy,
     float_of_bits,
     load_f32,
     load_i32,
@@ -159,8 +161,14 @@ def _glu(process: int, node: int) -> bool:
     if load_i32(node + PARAMS) == _SWIGLU_CLAMP:
         limit = float_of_bits(load_i32(node + PARAMS + 12))
     a, b, out = in_ram(process, gate), in_ram(process, up), in_ram(process, node)
-    for i in range(width * n_rows):
-        g, u = min(load_f32(a + i * 4), limit), max(-limit, min(load_f32(b + i * 4), limit))
+    n_values = width * n_rows
+    if out != a:
+        copy(out, a, n_values * 4)
+    whole = n_values // 16 * 16
+    for i in range(0, whole, 16):
+        swiglu16(out + i * 4, b + i * 4, limit)
+    for i in range(whole, n_values):
+        g, u = min(load_f32(out + i * 4), limit), max(-limit, min(load_f32(b + i * 4), limit))
         store_f32(out + i * 4, g / (np.float32(1) + np.exp(-g)) * u)
     return True
 
@@ -550,7 +558,7 @@ def graph_compute(backend: int, graph: int) -> int:
                 add(process, PROCESS.dense_ns, _now_ns(process) - started)
         elif op == _GLU:
             done = 1 if _glu(process, node) else 0
-        elif op == _CONCAT:  # attention reads the rows where they are
+        elif op == _CONCAT and load_i32(node + PARAMS) == ROWS_DIMENSION:  # attention reads the rows where they are
             add(process, PROCESS.unread_joins, 1)
             done = 1
         elif op in (_ATTENTION, _INDEXER):
@@ -565,13 +573,14 @@ def graph_compute(backend: int, graph: int) -> int:
             put(process, PROCESS.tail_end, 0)
             if index + 4 <= n_nodes:
                 down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
-                end = weighting.find(process, graph, index + 4, n_nodes, down)
+                if load_i64(down + NE + 16) <= between.FEW_TOKENS:  # more are added up by several threads
+                    end = weighting.find(process, graph, index + 4, n_nodes, down)
             became = _experts(process, graph, index, n_nodes, weight, end) if weight != 0 else _NOT_DONE
             if became < 0:
                 return int(-became - 2)
             if became != _NOT_DONE:
                 done, is_there = end - index if end != 0 else 4, became == _DONE_THERE
-        elif get(process, PROCESS.takes_between) != 0 and between.takes(process, node):
+        elif get(process, PROCESS.takes_between) != 0 and between.is_known(op):
             between.compute(process, node)
             done = 1
         elif op == _ADD:

@@ -32,7 +32,7 @@ _HCA_K_ALL: Final = int.from_bytes(b"hca_k_al", "little")
 _L: Final = ord("l")
 _CONCAT, _F16, _F32, _Q8_0 = ggml.OP_CONCAT, ggml.TYPE_F16, ggml.TYPE_F32, ggml.TYPE_Q8_0
 
-_ROWS: Final = 2
+ROWS_DIMENSION: Final = 2
 """Dimension of a cache's rows in a CONCAT: (values, 1 head, rows, 1 sequence)."""
 
 
@@ -127,7 +127,7 @@ def takes_join(process: int, node: int) -> bool:
     return (
         name in (_CSA_K_ALL, _HCA_K_ALL)
         and load_u8(node + NAME + 8) == _L
-        and load_i32(node + PARAMS) == _ROWS
+        and load_i32(node + PARAMS) == ROWS_DIMENSION
         and values <= MOST_VALUES
         and values % 32 == 0
         and load_i64(node + NE + 8) == 1

@@ -152,9 +152,9 @@ class _Between(Layout):
     """Its tensor."""
     kind: int
     """ggml's number of it."""
-    n_rows: int
+    n_units: int
     """Rows of its result, or whatever one task has some of."""
-    rows_per_task: int
+    units_per_task: int
     """How many a task has."""
 
 

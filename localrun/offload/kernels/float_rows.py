@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from localrun.offload.kernels.simd import FLOATS, I64, LANES, Simd
+from localrun.offload.kernels.activations import exp16
+from localrun.offload.kernels.simd import F16, F32, FLOATS, I32, I64, LANES, Simd
 
 UNIT: Final = 2 * LANES
 """Values of a row are a multiple of this."""
@@ -147,3 +149,113 @@ def spread_streams(
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 7), codegen
+
+
+@intrinsic
+def sum_of_row(_typing: Any, x: Any, n_values: Any) -> Any:
+    """Of a whole number of units."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        x, n_values = s.pointer(args[0]), args[1]
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            at = s.at(x, i, 4 * UNIT)
+            return [builder.fadd(s.load(at, 64 * k, FLOATS), total) for k, total in enumerate(totals)]
+
+        low, high = s.loop(_steps(s, n_values, UNIT), [s.floats(0.0)] * 2, step)
+        return s.sum_floats(builder.fadd(low, high))
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+@intrinsic
+def largest_of_row(_typing: Any, x: Any, n_values: Any) -> Any:
+    """The largest of a whole number of vectors."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        x, n_values = s.pointer(args[0]), args[1]
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            value = s.load(s.at(x, i, 64), 0, FLOATS)
+            return [builder.select(builder.fcmp_ordered(">", value, totals[0]), value, totals[0])]
+
+        (largest,) = s.loop(_steps(s, n_values), [s.floats(float("-inf"))], step)
+        return s.call("llvm.vector.reduce.fmax.v16f32", F32, largest)
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+@intrinsic
+def exponentials(_typing: Any, x: Any, less: Any, n_values: Any, out: Any) -> Any:
+    """out = e**(x - less), whole vectors."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        x, less, n_values, out = args
+        by = s.splat(less)
+        _map(s, n_values, [x], out, lambda v: exp16(s, builder.fsub(v, by)))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32, types.intp, types.intp), codegen
+
+
+@intrinsic
+def turn_columns(_typing: Any, x: Any, stride: Any, n_rows: Any, out: Any, out_stride: Any) -> Any:
+    """Sixteen columns of 32-bit values become rows: out[k][i] = x[i][k], rows `stride` and `out_stride` bytes apart."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        x, stride, n_rows, out, out_stride = args
+        source = s.pointer(x)
+        targets = [s.pointer(out, builder.mul(out_stride, I64(k))) for k in range(LANES)]
+
+        def row(i: Any, _carried: list[Any]) -> list[Any]:
+            values = s.load(builder.gep(source, [builder.mul(i, stride)]), 0, FLOATS)
+            for k, target in enumerate(targets):
+                s.store(builder.extract_element(values, I32(k)), s.at(target, i, 4))
+            return []
+
+        s.loop(n_rows, [], row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def to_halves(_typing: Any, x: Any, n_values: Any, out: Any) -> Any:
+    """out = x as F16, rounded to nearest; whole vectors."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        x, n_values, out = s.pointer(args[0]), args[1], s.pointer(args[2])
+
+        def step(i: Any, _carried: list[Any]) -> list[Any]:
+            values = builder.fptrunc(s.load(s.at(x, i, 64), 0, FLOATS), ir.VectorType(F16, LANES))
+            s.store(values, s.at(out, i, 32))
+            return []
+
+        s.loop(_steps(s, n_values), [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+@intrinsic
+def add_halves(_typing: Any, a: Any, b: Any, n_values: Any, out: Any) -> Any:
+    """out = a + b, F16; whole vectors."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        a, b, n_values, out = s.pointer(args[0]), s.pointer(args[1]), args[2], s.pointer(args[3])
+
+        def step(i: Any, _carried: list[Any]) -> list[Any]:
+            total = builder.fadd(s.halves(s.at(a, i, 32), 0), s.halves(s.at(b, i, 32), 0))
+            s.store(builder.fptrunc(total, ir.VectorType(F16, LANES)), s.at(out, i, 32))
+            return []
+
+        s.loop(_steps(s, n_values), [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen

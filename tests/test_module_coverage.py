@@ -16,6 +16,10 @@ UNTESTED: dict[str, str] = {
     "localrun.engine.process.worker": "a process: tests/engine/process starts, stops and kills it",
     "localrun.offload.device.compiled": "runs in llama.cpp's graph only: tests/offload/test_handover.py and others",
     "localrun.offload.device.compiled_misses": "runs in llama.cpp's graph only: tests/offload/test_misses.py",
+    **{
+        f"localrun.offload.device.{name}": "what `between` consists of: tests/offload/device/test_between.py"
+        for name in ("between_moves", "between_rope", "between_streams", "between_values", "node_rows")
+    },
     "localrun.offload.gpu.probe": "needs a device: tests/engine/planner/test_planner.py measures the stand-in",
     "localrun.offload.kernels.interleaved.packing": "test_unpacking.py beside it packs every format and takes it apart",
     "localrun.offload.pool": "tests/offload/test_model.py and others use it through a model",

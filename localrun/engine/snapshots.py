@@ -66,13 +66,20 @@ class SnapshotStore:
         folder: for the files, with one subfolder per `key`; None: RAM only.
         key: identifies model and KV type; states of other keys are invisible.
         ram_bytes, disk_bytes: budgets; 0 disables that location.
+        memory_bytes: see `MEMORY_BYTES`.
     """
 
     def __init__(
-        self, folder: Path | None, key: str, *, ram_bytes: int = RAM_BYTES, disk_bytes: int = DISK_BYTES
+        self,
+        folder: Path | None,
+        key: str,
+        *,
+        ram_bytes: int = RAM_BYTES,
+        disk_bytes: int = DISK_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._ram: OrderedDict[tuple[int, str], Data] = OrderedDict()  # (n_tokens, digest), least recently used first
-        self._ram_bytes, self._disk_bytes = ram_bytes, disk_bytes
+        self._ram_bytes, self._disk_bytes, self._memory_bytes = ram_bytes, disk_bytes, memory_bytes
         self._root = folder
         self._folder = folder / key if folder is not None and disk_bytes > 0 else None
         self._files: dict[tuple[int, str], int] = {}  # -> size; this model's
@@ -100,7 +107,7 @@ class SnapshotStore:
 
     def holds_in_memory(self, n_bytes: int) -> bool:
         """A state of this size is to be given to `put`, a larger one to `put_file`."""
-        return n_bytes <= (self._ram_bytes if self._folder is None else MEMORY_BYTES)
+        return n_bytes <= (self._ram_bytes if self._folder is None else self._memory_bytes)
 
     def put_file(self, tokens: Sequence[int], n_bytes: int, write: Callable[[Path], None]) -> bool:
         """Has a large state written; True if that was possible.

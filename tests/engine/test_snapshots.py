@@ -142,9 +142,8 @@ def _written(path: Path) -> None:
     path.write_bytes(bytes(100))
 
 
-def test_large_states_are_files_within_the_same_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "MEMORY_BYTES", 50)
-    store = SnapshotStore(tmp_path, "key", disk_bytes=250)
+def test_large_states_are_files_within_the_same_budget(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, "key", disk_bytes=250, memory_bytes=50)
     assert store.holds_in_memory(50)
     assert not store.holds_in_memory(51)
     for n in (10, 20, 30):
@@ -188,8 +187,7 @@ def test_a_large_state_that_can_not_be_written_leaves_nothing(
 def test_without_a_folder_a_state_beyond_the_budget_is_not_even_made(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshots, "MEMORY_BYTES", 0)
-    assert SnapshotStore(None, "key", ram_bytes=100).holds_in_memory(100)
+    assert SnapshotStore(None, "key", ram_bytes=100, memory_bytes=0).holds_in_memory(100)
     monkeypatch.setattr(Session, "snapshot", lambda _session: pytest.fail("it was made"))
     with engine.session(snapshots=SnapshotStore(None, engine.state_key, ram_bytes=100)) as session:
         session.feed(PROMPT[:10])
@@ -292,11 +290,10 @@ def test_a_large_state_is_never_in_memory_and_gives_the_same_logits(
     monkeypatch.setattr(states, "_CHUNK_BYTES", 1 << 10)
     options = EngineOptions(n_ctx=1024, n_batch=64, n_threads=2, ram_bytes=64 * 2**20, kv_type=kv_type)
     with Engine.open(model_path, options, learn=False) as engine:
-        store = SnapshotStore(tmp_path, engine.state_key)
+        store = SnapshotStore(tmp_path, engine.state_key, memory_bytes=0)
         with engine.session(snapshots=store) as session:
             session.prefill(PROMPT)
             in_memory = session.snapshot()
-            monkeypatch.setattr(snapshots, "MEMORY_BYTES", 0)
             tracemalloc.start()
             assert session.save()
             session.reset()

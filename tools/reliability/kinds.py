@@ -283,8 +283,8 @@ def _jsonl(folder: Path) -> Kind:
     return Kind("jsonl", path, path, damage, look)
 
 
-def _snapshot(folder: Path) -> Kind:
-    """A session's state."""
+def _snapshot(folder: Path, name: str, *, large: bool) -> Kind:
+    """A session's state, in memory or, if it is large, as a file."""
     from localrun.engine.engine import Engine
     from localrun.engine.options import EngineOptions
     from localrun.engine.snapshots import SnapshotStore
@@ -294,15 +294,17 @@ def _snapshot(folder: Path) -> Kind:
     engine = Engine.open(model, EngineOptions(n_ctx=256, n_batch=32, n_threads=1, ram_bytes=64 << 20), learn=False)
     session, prompt = engine.session(), list(range(2, 22))
     session.feed(prompt)
-    state = bytes(session.snapshot())
-    with_store = folder / "states"
+    with_store, memory_bytes = folder / "states", 0 if large else 1 << 30
     store = SnapshotStore(with_store, "key")
-    store.put(prompt, state)
+    if large:
+        store.put_file(prompt, 1 << 20, session.write)
+    else:
+        store.put(prompt, bytes(session.snapshot()))
     store.close()
     (path,) = with_store.glob("*/*.snapshot")
 
     def look(path: Path) -> Look:
-        found = SnapshotStore(with_store, "key").longest_prefix([*prompt, 30])
+        found = SnapshotStore(with_store, "key", memory_bytes=memory_bytes).longest_prefix([*prompt, 30])
         if found is None:
             return Look("", ignored=True)
         session.reset()
@@ -320,7 +322,7 @@ def _snapshot(folder: Path) -> Kind:
         engine.close()
 
     return Kind(
-        "snapshot",
+        name,
         path,
         path,
         lambda rng, data: mutations.damage_bytes(rng, data, 512),
@@ -339,7 +341,8 @@ _MAKERS: dict[str, Callable[[Path], Kind]] = {
     "converted": lambda folder: _converted(folder, "converted"),
     "manifest": lambda folder: _converted(folder, "manifest"),
     "overlay": lambda folder: _converted(folder, "overlay"),
-    "snapshot": _snapshot,
+    "snapshot": lambda folder: _snapshot(folder, "snapshot", large=False),
+    "large snapshot": lambda folder: _snapshot(folder, "large snapshot", large=True),
     "profile": _profile,
     "conversations": _conversations,
     "jsonl": _jsonl,

@@ -1,4 +1,4 @@
-"""Measures how well the next layer's router, applied to this layer's input, predicts the next layer's experts.
+"""Measures how well the routers of the next layers, applied to this layer's input, predict those layers' experts.
 
     python -m tools.guess_next_layer [MODEL] [--text FILE] [--max-tokens N]
 
@@ -10,6 +10,7 @@ read is another question: it must not displace anything, so it needs free memory
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from localrun.engine.engine import Engine
 from localrun.engine.measure.calibrate import ObservedRouter, calibrate
 from localrun.engine.measure.calibration_text import default_text, read_calibration_text
 from localrun.engine.options import EngineOptions
+from localrun.offload.foresight import REACH
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
@@ -37,18 +39,19 @@ def main() -> None:
     with Engine.open(path, EngineOptions(n_ctx=512, gpu="none"), learn=False) as engine:
         samples = calibrate(engine, text, max_tokens=args.max_tokens).samples
     source = open_model(path)
-    for layer in sorted(source.moe_layers):
-        following = samples.layers.get(layer + 1)
-        router = ObservedRouter.of(source, layer + 1) if following is not None else None
-        if following is None or router is None or f"blk.{layer + 1}.exp_probs_b.bias" not in source.tensors:
+    for layer, distance in itertools.product(sorted(source.moe_layers), range(1, REACH + 1)):
+        guessed = layer + distance
+        following = samples.layers.get(guessed)
+        router = ObservedRouter.of(source, guessed) if following is not None else None
+        if following is None or router is None or f"blk.{guessed}.exp_probs_b.bias" not in source.tensors:
             continue  # the last layer, or one that is routed by token id
-        scores = router.probabilities(samples.layers[layer].rows) + _bias(source, layer + 1)
+        scores = router.probabilities(samples.layers[layer].rows) + _bias(source, guessed)
         popular = np.broadcast_to(following.chosen.mean(0), scores.shape)
         n_used = int(following.chosen[0].sum())
         for factor in FACTORS:
             n = round(factor * n_used)
             print(
-                f"layer {layer} -> {layer + 1}: {n:2} of {scores.shape[1]} guessed: router "
+                f"layer {layer} -> {guessed}: {n:2} of {scores.shape[1]} guessed: router "
                 f"{_recall(scores, following.chosen, n):.1%}, most used {_recall(popular, following.chosen, n):.1%} "
                 f"({len(scores)} positions)"
             )

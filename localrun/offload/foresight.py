@@ -1,17 +1,16 @@
-"""Reads what a token's next layer will likely need while the drive would be idle: during attention and dense matrices.
+"""Reads what a token's next layers will likely need while the drive would be idle: during attention, matrices and experts.
 
-The next layer's router is evaluated a layer early (`routers.py`); for layers routed by token id the prediction is certain.
-Predicted experts missing from RAM are read after everything that a call waits for: `Store` reads such pieces last, few are in
-flight at a time, and those that the layer does not need after all are cancelled. A correct guess still in flight is awaited,
-not reread.
+The routers of the next two layers are evaluated early (`routers.py`); for layers routed by token id the prediction is certain.
+Predicted experts missing from RAM are read after everything that a call waits for: the store reads such pieces last and few at a
+time, whenever a buffer is free. A layer is predicted twice; what the later prediction or the layer itself does not ask for is
+cancelled. A correct guess still in flight is awaited, not reread.
 
 The tuning tool is `tools/guess_next_layer.py`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Final
 
 import numpy as np
@@ -23,10 +22,13 @@ from localrun.offload.device.view import F32, I32
 from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
 
-UNDER_WAY: Final = 2
-"""Maximum guesses in flight: one hides the other's start; more would occupy buffers that awaited reads need."""
-MOST_SLOTS: Final = 8
+REACH: Final = 2
+"""Layers to look ahead. One layer takes about as long as one expert's read, and some lack two or three. [m] Whole Flash, 10 GiB of
+experts: 73 % of the guesses two layers early are right; with a third layer, 61 % of those, and a token takes as long."""
+MOST_SLOTS: Final = 12
 """Most slots with guesses that no call has judged yet."""
+SLOTS_SHARE: Final = 4
+"""At most one slot in so many."""
 LEAST_SLOTS: Final = 4
 """How many times a token's experts of one layer must fit in RAM; otherwise guesses would displace what the same token needs."""
 
@@ -40,12 +42,9 @@ _TRY_EVERY: Final = 16
 
 
 class Foresight:
-    """Guesses for a model's next layer. For the decoding thread, which holds residency's lock.
+    """Guesses for a model's next layers. For the decoding thread, which holds residency's lock.
 
     Owns the guesses: slots whose reads it started, until their layer's call shows whether it needs them.
-
-    Attributes:
-        token: the running batch's only token, -1 if there are several.
 
     Args:
         residency: the experts' residency.
@@ -66,89 +65,99 @@ class Foresight:
         self._n_used = n_used
         self._tables = hash_tables
         self._routers = routers
-        self._guesses: set[Slot] = set()
-        self._likely: deque[tuple[int, int]] = deque()  # (layer, expert) to be read, likeliest first
-        self._right: dict[int, float] = {}  # by layer: share of its guesses that were right lately
+        self._guesses: dict[Slot, int] = {}  # how many layers early
+        self._left: list[Slot] = []  # of the token before
+        self._right: dict[tuple[int, int], float] = {}  # by layer and distance: share of guesses that were right lately
         self._left_out: dict[
-            int, int
-        ] = {}  # by layer: tokens since the last guess, while guesses are not worth reading
-        self.token = -1
+            tuple[int, int], int
+        ] = {}  # tokens since the last guess, while guesses are not worth reading
+        self._token = -1
+        self._most_slots = min(MOST_SLOTS, residency.n_slots // SLOTS_SHARE)
+
+    def begin_batch(self, token: int) -> None:
+        """A batch begins. `token`: its only token, -1 if there are several."""
+        self._token = token
+        self._left = list(self._guesses)
 
     def begin(self, layer: int, used: I32) -> None:
         """Call at the start of a layer's call, before its reads: cancels pending guesses that it does not need."""
-        self._likely.clear()
+        self._cancel(layer, {int(e) for e in used})
+
+    def _cancel(self, layer: int, needed: set[int]) -> None:
         for slot in self._guesses:
-            if slot.layer == layer and slot.state is SlotState.LOADING and slot.expert not in used:
+            if slot.layer == layer and slot.state is SlotState.LOADING and slot.expert not in needed:
                 self._residency.store.abandon(slot)
 
     def look(self, layer: int, x: F32) -> None:
-        """Call once a token's call of `layer` has requested everything it needs: starts reading what the next layer will likely
+        """Call once a token's call of `layer` has requested everything it needs: starts reading what the next layers will likely
         need.
 
         Args:
             x: (D,) input of this layer's experts.
         """
-        where, following = self._residency, layer + 1
-        if following not in where.layers or where.n_slots < LEAST_SLOTS * self._n_used:
+        if self._residency.n_slots < LEAST_SLOTS * self._n_used:
             return
-        if where.table.resident[following, : where.layers[following].n_experts].all():
-            return
-        self.judge(following, np.empty(0, np.int32))  # those of the last token, if compiled code computed this layer
-        if not self._worth_reading(following):
-            return
-        for expert in self._experts(following, x):
-            slot = where.table.peek(following, expert)
-            if slot is not None:
-                where.table.announce(following, expert)  # not the next to go while others are read for the same call
-            elif not where.on_gpu(following, expert):
-                self._likely.append((following, expert))
-        self.go_on()
+        self._judge(self._left, frozenset())
+        self._left = []
+        for distance in range(1, REACH + 1):
+            self._look(layer + distance, distance, x)
 
-    def _worth_reading(self, layer: int) -> bool:
-        if self._right.get(layer, 1.0) >= WORTH_READING:
+    def _look(self, layer: int, distance: int, x: F32) -> None:
+        where = self._residency
+        moe = where.layers.get(layer)
+        if (
+            moe is None
+            or where.table.resident[layer, : moe.n_experts].all()
+            or not self._worth_reading(layer, distance)
+        ):
+            return
+        likely = self._experts(layer, x)
+        self._cancel(layer, set(likely))  # what was guessed from a layer further away
+        for expert in likely:
+            slot = where.table.peek(layer, expert)
+            if slot is not None:
+                where.table.announce(layer, expert)  # not the next to go while others are read for the same call
+            elif not where.on_gpu(layer, expert) and len(self._guesses) < self._most_slots:
+                if (slot := where.reserve(layer, expert)) is None:
+                    return
+                where.read_ahead(slot)
+                where.table.announce(layer, expert)
+                self._guesses[slot] = distance
+                where.telemetry.values[layer, Counter.GUESSES] += 1
+
+    def _worth_reading(self, layer: int, distance: int) -> bool:
+        at = (layer, distance)
+        if self._right.get(at, 1.0) >= WORTH_READING:
             return True
-        self._left_out[layer] = (self._left_out.get(layer, 0) + 1) % _TRY_EVERY
-        return self._left_out[layer] == 0
+        self._left_out[at] = (self._left_out.get(at, 0) + 1) % _TRY_EVERY
+        return self._left_out[at] == 0
 
     def _experts(self, layer: int, x: F32) -> list[int]:
         """The likely ones, likeliest first."""
         table = self._tables.get(layer)
         if table is not None:
-            return [int(e) for e in table[self.token]] if 0 <= self.token < len(table) else []
+            return [int(e) for e in table[self._token]] if 0 <= self._token < len(table) else []
         likely = self._routers.likely(layer, x, self._n_used) if self._routers is not None else None
         return [int(e) for e in likely] if likely is not None else []
 
-    def go_on(self) -> None:
-        """Starts the next reads, if few enough are under way."""
-        where = self._residency
-        n_loading = sum(slot.state is SlotState.LOADING for slot in self._guesses)
-        while self._likely and n_loading < UNDER_WAY and len(self._guesses) < MOST_SLOTS:
-            layer, expert = self._likely.popleft()
-            if where.is_here(layer, expert):
-                continue
-            slot = where.reserve(layer, expert)
-            if slot is None:
-                self._likely.clear()
-                return
-            where.read_ahead(slot)
-            where.table.announce(layer, expert)
-            self._guesses.add(slot)
-            where.telemetry.values[layer, Counter.GUESSES] += 1
-            n_loading += 1
-
     def judge(self, layer: int, used: I32) -> None:
         """Call at the end of a layer's call: wrong guesses that were not used since go before others as likely."""
-        table, row = self._residency.table, self._residency.telemetry.values[layer]
-        table.end_announced(layer)
-        for slot in [slot for slot in self._guesses if slot.layer == layer]:
-            self._guesses.discard(slot)
-            here = table.peek(layer, slot.expert) is slot
+        self._residency.table.end_announced(layer)
+        self._judge([slot for slot in self._guesses if slot.layer == layer], {int(e) for e in used})
+
+    def _judge(self, guesses: list[Slot], used: Set[int]) -> None:
+        table, values = self._residency.table, self._residency.telemetry.values
+        for slot in guesses:
+            distance = self._guesses.pop(slot, None)
+            if distance is None:
+                continue
+            layer, here = slot.layer, table.peek(slot.layer, slot.expert) is slot
             # Another stamp than its arrival's: the compiled path has used it since.
             right = slot.expert in used or (here and table.stamps[layer, slot.expert] not in (slot.ready_stamp, ABSENT))
-            before = self._right.get(layer, 1.0)
-            self._right[layer] = before + (right - before) / _REMEMBERED
+            before = self._right.get((layer, distance), 1.0)
+            self._right[layer, distance] = before + (right - before) / _REMEMBERED
             if right:
-                row[Counter.GUESSES_USED] += 1
+                values[layer, Counter.GUESSES_USED] += 1
             else:
-                row[Counter.GUESSES_WASTED] += 1
+                values[layer, Counter.GUESSES_WASTED] += 1
                 table.chill(slot)

@@ -129,7 +129,6 @@ class LayerCall:
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
-            self._ahead.foresight.go_on()
             self._check_stop()
             self._residency.look()  # what this call needs is pinned, and not evicted
         self._wait_for_gpu()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Final
 
 from localrun.errors import StoppedError
 from localrun.offload.cache.slots import Slot
@@ -22,6 +23,9 @@ from localrun.offload.readahead import ReadAhead
 from localrun.offload.residency import Residency
 
 _POLL_S = 50e-6
+LOOKING_CALLS: Final = 1024
+"""After a call that lacks an expert, so many calls that lack none are posted, too, to look ahead: some 20 tokens. A model that is
+all in RAM is spared."""
 
 
 class PostedCall(LayerCall):
@@ -107,6 +111,7 @@ class Misses:
         if early is not None:
             early.watch(residency.table.loading)
             self.record.use_early(early.address)
+        self._n_looks_left = 0
         self._thread = threading.Thread(target=self._serve, name="localrun-misses", daemon=True)
         self._thread.start()
         handover.use_misses(self.record)
@@ -133,11 +138,17 @@ class Misses:
                 call.release()
                 where.store.drop_early()
             self._ahead.note_call()
+            self._look_on(call.n_misses > 0)
             row = self._telemetry.values[self.record.layer]
             row[Counter.HITS] += call.n_found
             row[Counter.MISSES] += call.n_misses
             row[Counter.BYTES_READ] += call.bytes_read
             row[Counter.EVICTIONS] += where.table.n_evictions - evictions
+
+    def _look_on(self, has_missed: bool) -> None:
+        """Says whether calls that lack nothing are posted from now on."""
+        self._n_looks_left = LOOKING_CALLS if has_missed else self._n_looks_left - 1
+        self.record.post_all(self._n_looks_left > 0)
 
     def close(self) -> None:
         """Ends the thread; no compiled call may be running."""

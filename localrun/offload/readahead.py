@@ -105,7 +105,7 @@ class ReadAhead:
 
     def prepare(self, tokens: Sequence[int]) -> int:
         """Starts reading what the hash layers will ask for when these tokens run next. Returns the number of reads started."""
-        self.foresight.token = tokens[0] if len(tokens) == 1 else -1
+        self.foresight.begin_batch(tokens[0] if len(tokens) == 1 else -1)
         if not self._tables or len(tokens) == 0:
             return 0
         ids = np.asarray(tokens, np.int64)

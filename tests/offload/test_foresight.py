@@ -17,7 +17,7 @@ from localrun.errors import StoreError
 from localrun.offload.cache.slots import Slot, SlotState
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.device.routing import Routing
-from localrun.offload.foresight import MOST_SLOTS, UNDER_WAY
+from localrun.offload.foresight import MOST_SLOTS, REACH, SLOTS_SHARE
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.layer_call import LayerCall
 from localrun.offload.model import OffloadOptions, open_offloaded
@@ -36,13 +36,13 @@ X = np.zeros(4, np.float32)
 class Foretold:
     """Routers that say what they are told."""
 
-    def __init__(self, *experts: int) -> None:
-        self.experts = experts
+    def __init__(self) -> None:
+        self.experts: dict[int, Sequence[int]] = {}
         self.asked: list[int] = []
 
     def likely(self, layer: int, x: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.int32]:
         self.asked.append(layer)
-        return np.array(self.experts, np.int32)
+        return np.array(self.experts.get(layer, ()), np.int32)
 
 
 class Rig:
@@ -81,9 +81,9 @@ class Rig:
                 self.residency.table.check()
         return call
 
-    def foresee(self, layer: int, *experts: int) -> None:
-        """What a call of `layer` would cause to be read for the next one."""
-        self.routers.experts = experts
+    def foresee(self, layer: int, *experts: int, later: Sequence[int] = ()) -> None:
+        """What a call of `layer` would cause to be read for the next one, and for the one after it."""
+        self.routers.experts = {layer + 1: experts, layer + 2: later}
         with self.residency.lock:
             self.ahead.foresight.look(layer, X)
 
@@ -117,30 +117,54 @@ def rig(store: MemoryStore) -> Iterator[Rig]:
 
 def test_a_right_guess_is_read_once_and_counts_as_a_hit(rig: Rig, store: MemoryStore) -> None:
     rig.foresee(0, 5, 6)
-    rig.routers.experts = ()
+    rig.routers.experts = {}
     assert rig.call(1, 5, 6, 7).n_hits == 2
     assert sorted(store.submitted) == [(1, 5), (1, 6), (1, 7)]
     assert [rig.count(c) for c in (Counter.GUESSES, Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [2, 2, 0]
 
 
-def test_few_are_under_way_and_the_others_follow_as_they_arrive(rig: Rig, store: MemoryStore) -> None:
+def test_two_layers_are_guessed_the_next_one_first(store: MemoryStore) -> None:
+    rig = Rig(store, n_slots=2 * N_SLOTS)
+    rig.foresee(0, 5, 6, later=[1, 2])
+    assert rig.routers.asked == [1, 2]
+    assert REACH == 2
+    assert store.submitted == [(1, 5), (1, 6), (2, 1), (2, 2)]
+    rig.foresee(1, 2, 3)
+    assert store.submitted[4:] == [(2, 3)]
+    rig.routers.experts = {}
+    assert rig.call(1, 5, 6, 7).n_hits == 2
+    assert rig.call(2, 1, 2, 3).n_hits == 3
+    assert [rig.count(c) for c in (Counter.GUESSES, Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [5, 5, 0]
+    rig.residency.close()
+
+
+def test_a_guess_that_a_closer_look_does_not_confirm_is_given_up_if_it_is_not_there_yet(
+    rig: Rig, store: MemoryStore
+) -> None:
     store.hold()
-    rig.foresee(0, 5, 6, 7, 8)
-    assert rig.under_way(1) == [5, 6]
-    assert UNDER_WAY == 2
+    rig.foresee(0, later=[1, 2])
+    rig.foresee(1, 2)
     store.release()
     rig.residency.settle()
-    rig.ahead.foresight.go_on()
-    assert store.submitted == [(1, 5), (1, 6), (1, 7), (1, 8)]
+    assert [slot.expert for slot in rig.residency.table if slot.layer == 2] == [2]
+    rig.call(2, 0, 2, 3)
+    assert [rig.count(c) for c in (Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [1, 1]
 
 
-def test_guesses_never_take_more_than_their_share_of_slots(rig: Rig) -> None:
-    rig.fill()
-    rig.foresee(0, *range(N_EXPERTS))
-    for _ in range(N_EXPERTS):
-        rig.residency.settle()
-        rig.ahead.foresight.go_on()
-    assert sum(slot.layer == 1 for slot in rig.residency.table) == MOST_SLOTS < N_EXPERTS
+def test_guesses_that_no_call_has_judged_are_judged_in_the_next_batch(rig: Rig) -> None:
+    rig.foresee(0, 5, later=[1])
+    rig.ahead.prepare([0])
+    assert rig.count(Counter.GUESSES_WASTED) == 0
+    rig.foresee(0, 6)
+    assert rig.count(Counter.GUESSES_WASTED) == 2
+
+
+@pytest.mark.parametrize("n_slots", [N_SLOTS, 60])
+def test_guesses_never_take_more_than_their_share_of_slots(store: MemoryStore, n_slots: int) -> None:
+    rig = Rig(store, n_slots=n_slots)
+    rig.foresee(0, *range(N_EXPERTS), later=range(N_EXPERTS))
+    assert len(rig.residency.table) == min(MOST_SLOTS, n_slots // SLOTS_SHARE) < 2 * N_EXPERTS
+    rig.residency.close()
 
 
 def test_what_is_needed_overtakes_guesses_that_have_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +198,7 @@ def test_a_guess_under_way_that_is_needed_is_waited_for_and_not_read_again(
     harness = on_files(tmp_path, monkeypatch, delay_s=0.005)
     rig = Rig(harness)
     rig.foresee(0, 5, 6)
-    rig.routers.experts = ()
+    rig.routers.experts = {}
     call = rig.call(1, 5, 6, 7)
     assert call.n_misses >= 1
     assert rig.count(Counter.GUESSES) == rig.count(Counter.GUESSES_USED) == 2
@@ -247,7 +271,7 @@ def test_a_layer_whose_guesses_are_mostly_wrong_is_seldom_guessed(rig: Rig) -> N
         for _ in range(n_tokens):
             guess = next(e for e in range(3, N_EXPERTS) if rig.residency.table.peek(1, e) is None)
             rig.foresee(0, guess)
-            rig.routers.experts = ()
+            rig.routers.experts = {}
             rig.call(1, *used, guess if len(used) < N_USED else used[0])
             for slot in rig.residency.table:
                 rig.residency.table.discard(slot)
@@ -264,7 +288,7 @@ def test_nothing_is_asked_or_read_while_all_of_the_next_layer_is_in_ram(rig: Rig
         rig.residency.settle()
     n_reads = len(store.submitted)
     rig.foresee(0, 5, 6)
-    assert rig.routers.asked == []
+    assert rig.routers.asked == [2]
     assert len(store.submitted) == n_reads
 
 
@@ -296,7 +320,6 @@ def test_experts_of_hash_layers_are_certain(store: MemoryStore) -> None:
     rig.ahead.prepare([1])  # as much as the depth allows
     rig.foresee(0)
     rig.residency.settle()
-    rig.ahead.foresight.go_on()
     assert {slot.expert for slot in rig.residency.table} == {3, 4, 5}
     rig.ahead.prepare([0, 1])  # of several tokens each layer's call says what it needs
     rig.foresee(0)

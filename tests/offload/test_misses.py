@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,15 +19,16 @@ from localrun.ggml.devices import GpuDevice
 from localrun.offload import layer_call
 from localrun.offload.cache.slots import SlotState
 from localrun.offload.device.device import expert_device
-from localrun.offload.device.layouts import DEVICE
+from localrun.offload.device.layouts import DEVICE, MISSES
 from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
 from localrun.offload.kernels import futex
+from localrun.offload.misses import LOOKING_CALLS, Misses
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 from tests.offload.device.test_compiled_gpu import Everything
 from tests.offload.gpu.test_tier import filled
-from tests.offload.models import F32, TOKENS, logits
+from tests.offload.models import F32, TOKENS, floor_ram, logits, write_model
 from tests.offload.stores import early_reads_through_python
 from tests.offload.test_variants import sources as sources  # the fixture
 
@@ -198,3 +199,26 @@ def test_a_gpu_that_fails_while_experts_are_read_is_reported(
         fields[:] = working
         assert is_clean(model)
         np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
+def test_while_experts_are_missing_every_call_of_a_token_looks_ahead(tmp_path: Path) -> None:
+    source = open_model(write_model(tmp_path))
+    n_tokens, n_layers = 12, len(source.moe_layers)
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        floor, everything = floor_ram(model), model.ram_bytes
+        logits(model, TOKENS, batch=1)
+        assert model.telemetry.totals().misses > 0
+        record = cast("Misses", model.pool._misses).record
+        for _ in range(-(-LOOKING_CALLS // (len(TOKENS) * n_layers))):
+            logits(model, TOKENS, batch=1)
+        posted = int(record.fields[MISSES.posted])
+        logits(model, TOKENS[:n_tokens], batch=1)
+        assert record.fields[MISSES.posted] == posted
+    with open_offloaded(source, OffloadOptions(n_threads=2, ram_bytes=max(5 * floor, everything // 2))) as model:
+        logits(model, TOKENS[:n_tokens], batch=1)
+        record = cast("Misses", model.pool._misses).record
+        posted = int(record.fields[MISSES.posted])
+        model.telemetry.reset()
+        logits(model, TOKENS[:n_tokens], batch=1)
+        assert record.fields[MISSES.posted] - posted == n_tokens * n_layers == model.telemetry.totals().calls
+        assert model.telemetry.totals().hits > 0

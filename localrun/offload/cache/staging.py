@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from localrun.alignment import PAGE_BYTES, ceil_div
 from localrun.quant.model.source import Encoding, ModelSource, Projection
 
-N_BUFFERS = 4
+N_BUFFERS = 6
 """Default number of experts being read concurrently."""
 
 

@@ -101,6 +101,9 @@ class ExpertStore:
         buffer_bytes, halves = buffers(source)
         self.staging_bytes = n_buffers * buffer_bytes * halves
         self.depth = n_buffers
+        self._most_ahead = max(
+            1, n_buffers // 2
+        )  # reads that nobody waits for leave buffers to those that somebody waits for
         self._buffers = [ReadBuffer(buffer_bytes, number) for number in range(n_buffers)]
         self._free = list(self._buffers)  # without early reads
         self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
@@ -313,11 +316,12 @@ class ExpertStore:
         """Moves waiting tickets to free buffers and their pieces to the readers."""
         while True:
             with self._lock:
-                queue_ = self._waiting or self._waiting_ahead
-                buffer = self._take_buffer() if queue_ else None
+                n_ahead = sum(ticket.ahead and not ticket.hurried for ticket in self._reading)
+                may_start = self._waiting or (self._waiting_ahead and n_ahead < self._most_ahead)
+                buffer = self._take_buffer() if may_start else None
                 if buffer is None:
                     return
-                ticket = queue_.popleft()
+                ticket = (self._waiting or self._waiting_ahead).popleft()
                 self._reading.append(ticket)
             ticket._buffer = buffer
             try:
@@ -374,6 +378,8 @@ class ExpertStore:
         with ticket._lock:
             ticket._left -= 1
             last = ticket._left == 0
+        if piece.is_ahead:
+            self._pieces.end_ahead(last=last)
         if last:
             self._finish(ticket)
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,11 @@ class ReadPiece:
     offset: int
     target: memoryview
     need: int  # bytes that must arrive; the rest of an aligned read may be past the end of the file
+    is_ahead: bool = False  # nobody waited for it when its read began
+
+
+MOST_AHEAD: Final = 4
+"""Pieces in flight that nobody waits for: enough to keep a drive busy, and what is awaited next queues behind few of them."""
 
 
 class ReadPieces:
@@ -63,6 +68,7 @@ class ReadPieces:
         self._complete: deque[Ticket] = deque()
         self._wanted: deque[ReadPiece] = deque()
         self._ahead: deque[ReadPiece] = deque()
+        self._n_ahead = 0
         self._closed = False
 
     def put(self, pieces: Iterable[ReadPiece]) -> None:
@@ -97,8 +103,23 @@ class ReadPieces:
                 return filled
 
     def _next(self) -> ReadPiece | Ticket | None:
-        queue_: deque[Ticket] | deque[ReadPiece] = self._complete or self._wanted or self._ahead
-        return queue_.popleft() if queue_ else None
+        queue_: deque[Ticket] | deque[ReadPiece] = self._complete or self._wanted
+        if queue_:
+            return queue_.popleft()
+        if not self._ahead or self._n_ahead >= MOST_AHEAD:
+            return None
+        self._n_ahead += 1
+        piece = self._ahead.popleft()
+        piece.is_ahead = True
+        return piece
+
+    def end_ahead(self, *, last: bool) -> None:
+        """A piece that `get` has given out as read ahead has been read. `last`: the reader does something else next."""
+        with self._changed:
+            self._n_ahead -= 1
+            wakes = last and bool(self._ahead)
+        if wakes:
+            self._wake()
 
     def _wake(self) -> None:
         if self._early is not None:

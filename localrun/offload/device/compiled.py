@@ -126,17 +126,12 @@ def _dense(process: int, node: int, weight: int) -> bool:
     repeat = n_batch // get(weight, WEIGHT.n_batch)  # ggml broadcasts a weight over consecutive matrices of the input
     starts, iota, most = get(process, PROCESS.starts), get(process, PROCESS.iota), get(process, PROCESS.iota_size)
     x_stride, out_stride = load_i64(source + NB + 8), load_i64(node + NB + 8)
-    at_once = 1
-    if n_rows == 1 and repeat == 1 and 1 < n_batch < most:  # one row per matrix: all in one call, row i by matrix i
-        at_once, starts, x_stride, out_stride = n_batch, iota, load_i64(source + NB + 16), load_i64(node + NB + 16)
-    else:
-        store_i32(starts, 0)
-    for batch in range(0, n_batch, at_once):
+    store_i32(starts, 0)
+    for batch in range(n_batch):
         for row in range(0, n_rows, most):
-            if at_once == 1:
-                store_i32(starts + 4, min(most, n_rows - row))
+            store_i32(starts + 4, min(most, n_rows - row))
             _begin(process, call, get(weight, WEIGHT.jobs_bytes), get(weight, WEIGHT.tasks_bytes))
-            put(call, CALL.n_experts, at_once)
+            put(call, CALL.n_experts, 1)
             put(call, CALL.slots, get(weight, WEIGHT.packed) + batch // repeat * 8)
             put(call, CALL.starts, starts)
             put(call, CALL.x_rows, iota)
@@ -449,26 +444,28 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         n_near = gpu_native.use_near(gpu, n_launches, near)
         n_gpu = _note_gpu_uses(process, layer)
         all_near = n_near == n_launches and n_gpu_pairs == n_used
-    if n_missing > 0:
+    is_posted = n_missing > 0 or (misses != 0 and n_tokens == 1 and get(misses, MISSES.looks) != 0)
+    if is_posted:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)  # they are the last ones to go now
-        add(row, _HITS, n_in_ram + n_gpu)
+        if n_missing > 0:
+            add(row, _HITS, n_in_ram + n_gpu)
         row_of_x, width, number = in_ram(process, x), load_i64(x + NE), get(layer, LAYER.number)
         miss_native.post(misses, number, chosen, ids_stride, n_tokens, n_used, row_of_x, width)
     begun, waited = _now_ns(process), get(row, _WAIT_NS)
     if n_gpu_pairs > 0:
         out_there = total if all_near and n_near == 1 else 0
         if not gpu_native.start(gpu, n_launches, in_ram(process, x), load_i64(x + NB + 16), x_there, out_there):
-            if n_missing > 0:
+            if is_posted:
                 miss_native.give_up(misses)
             return _NOT_DONE
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
                 store_u8(get(process, PROCESS.taken) + k, 1)
-    if n_missing == 0 and n_gpu_pairs < n_tokens * n_used:
+    if not is_posted and n_gpu_pairs < n_tokens * n_used:
         n_in_ram = _sort_pairs(process, layer, chosen, ids_stride, n_tokens, n_used)
     if n_in_ram > 0:
         _run_experts(process, layer, x, down)
-    if n_missing > 0:
+    if is_posted:
         miss_native.note_computed(misses)
         answer = _run_missing(process, layer, chosen, ids_stride, n_tokens, n_used, x, down)
         if answer != 0:

@@ -147,6 +147,7 @@ class MissRecord:
             self.fields,
             syscall=futex.syscall_address(),
             early=0,
+            looks=0,
             ids=self._ids.ctypes.data,
             experts=self._experts.ctypes.data,
             words=self._words.ctypes.data,
@@ -157,6 +158,10 @@ class MissRecord:
     def use_early(self, address: int) -> None:
         """From now on reads begin there (`cache.early.EARLY`)."""
         self.fields[MISSES.early] = address
+
+    def post_all(self, looks: bool) -> None:
+        """Whether a token's calls that lack no expert are posted from now on."""
+        self.fields[MISSES.looks] = int(looks)
 
     @property
     def layer(self) -> int:

@@ -241,6 +241,8 @@ class _Misses(Layout):
     """Address of libc's `syscall`; Python writes once, as the next five."""
     early: int
     """Address of the store's EARLY record, 0: it has none."""
+    looks: int
+    """1: calls of a single token that lack nothing are posted, too, to look ahead; Python writes."""
     ids: int
     """Address of `MOST_PAIRS` int32: the call's choices, (T, K); asks."""
     experts: int

@@ -3,20 +3,24 @@ reads, and the fake with which calls and residency are tested."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
-from localrun.alignment import PAGE_BYTES
+from localrun import reading
+from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot, SlotTable
 from localrun.offload.cache.store import ExpertStore
-from localrun.offload.cache.tickets import AbandonedError, Ticket
+from localrun.offload.cache.tickets import MOST_AHEAD, AbandonedError, Ticket
+from localrun.quant.model.source import ModelSource
 from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
 from tests.offload.stores import (
     EXPERT_BYTES,
@@ -26,6 +30,7 @@ from tests.offload.stores import (
     ExpertsInAFile,
     Harness,
     OnFiles,
+    expert_at,
     make_harness,
     memory_of,
     packed,
@@ -276,3 +281,40 @@ def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put
     pages_of_a_matrix = -(-(EXPERT_BYTES // 3) // PAGE_BYTES) + 1
     assert store.staging_bytes == 3 * 2 * 3 * pages_of_a_matrix * PAGE_BYTES
     store.close()
+
+
+def test_reads_ahead_leave_readers_and_buffers_to_what_somebody_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, begun, goes = threading.Condition(), list[tuple[int, int]](), threading.Event()
+
+    def held(fd: int, buffers: list[memoryview], offset: int) -> int:
+        with changed:
+            begun.append(expert_at(offset))
+            changed.notify_all()
+        assert goes.wait(TIMEOUT_S)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(reading, "preadv", held)
+    source = cast("ModelSource", ExpertsInAFile(tmp_path))
+    kernels = {layer: [KERNELS[layer][0]] for layer in source.moe_layers}
+    store = ExpertStore(source, kernels, n_reads=MOST_AHEAD + 3, n_buffers=6)
+    table = SlotTable(N_EXPERTS * 8 * align_up(EXPERT_BYTES, PAGE_BYTES), len(source.moe_layers), N_EXPERTS)
+
+    def submit(expert: int, *, ahead: bool) -> None:
+        slot = table.reserve(0, expert, EXPERT_BYTES)
+        assert slot is not None
+        store.submit(slot, ahead=ahead)
+
+    for expert in range(5):
+        submit(expert, ahead=True)
+    with changed:
+        assert changed.wait_for(lambda: len(begun) == MOST_AHEAD, TIMEOUT_S)
+    submit(7, ahead=False)
+    with changed:  # an expert is three reads
+        assert changed.wait_for(lambda: begun.count((0, 7)) == 3, TIMEOUT_S)
+        assert len(begun) == MOST_AHEAD + 3
+    goes.set()
+    assert len({store.completions.get(timeout=TIMEOUT_S).slot.expert for _ in range(6)}) == 6
+    store.close()
+    table.close()

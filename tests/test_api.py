@@ -19,6 +19,8 @@ from localrun.errors import LocalrunError, UsageError
 from localrun.options import those
 from tests.test_import_hygiene import HEAVY, loaded_after
 
+pytestmark = pytest.mark.engine_process
+
 ROOT = Path(__file__).parent.parent
 TOOL = {
     "type": "function",

@@ -226,6 +226,7 @@ def test_missing_model_is_one_line_and_a_hint() -> None:
 # --- run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engine_process
 def test_run_prints_the_answer_and_nothing_else(model: str) -> None:
     options = [model, "-p", "Hello", "--temp", "0", "--max-tokens", "5", *FAST]
     text = localrun("run", *options)
@@ -238,6 +239,7 @@ def test_run_prints_the_answer_and_nothing_else(model: str) -> None:
     assert data["model"] == "chat"
 
 
+@pytest.mark.engine_process
 def test_run_joins_prompt_and_standard_input(model: str) -> None:
     def prompt_tokens(*arguments: str, stdin: str = "") -> int:
         done = localrun("run", model, *arguments, "--max-tokens", "1", "--json", *FAST, stdin=stdin)
@@ -248,6 +250,7 @@ def test_run_joins_prompt_and_standard_input(model: str) -> None:
     assert joined == prompt_tokens("-p", "Sum up:\n\none two three")  # the parts themselves: tests/commands/test_run.py
 
 
+@pytest.mark.engine_process
 def test_run_repeats_an_answer_by_its_seed(model: str) -> None:
     options = ["run", model, "-p", "Hello", "--max-tokens", "5", "--json", *FAST]
     first = json.loads(localrun(*options).stdout)
@@ -255,6 +258,7 @@ def test_run_repeats_an_answer_by_its_seed(model: str) -> None:
     assert again["text"] == first["text"]
 
 
+@pytest.mark.engine_process
 def test_run_puts_reasoning_apart(model: str) -> None:
     data = json.loads(
         localrun("run", model, "-p", "Hi", "--think", "high", "--max-tokens", "4", "--json", *FAST).stdout
@@ -264,6 +268,7 @@ def test_run_puts_reasoning_apart(model: str) -> None:
     assert data["problems"] == ["unclosed_think"]
 
 
+@pytest.mark.engine_process
 def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     process = subprocess.Popen(
         [*LONG_ANSWER, model],
@@ -287,6 +292,7 @@ def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     ("signals", "code"),
     [([signal.SIGINT] * 5, 130), ([signal.SIGTERM], 143), ([signal.SIGTERM] * 3, 143), ([signal.SIGHUP], 129)],
 )
+@pytest.mark.engine_process
 def test_however_it_is_ended_the_last_event_is_written(signals: list[signal.Signals], code: int, model: str) -> None:
     def usual_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -328,6 +334,7 @@ def test_an_interrupt_that_was_dealt_with_leaves_room_for_the_next(monkeypatch: 
     assert left == [130]
 
 
+@pytest.mark.engine_process
 def test_text_without_a_flag_is_a_question_and_it_is_said(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +358,7 @@ def test_json_loses_no_character_in_any_locale(encoding: str) -> None:
     assert json.loads(line) == json.loads(rest) == value
 
 
+@pytest.mark.engine_process
 def test_a_pipe_is_read_to_its_end_and_one_without_a_writer_is_refused_at_once(tmp_path: Path, model: str) -> None:
     def prompt_tokens(*arguments: str, stdin: str = "") -> int:
         done = localrun("run", model, *arguments, "-p", "x", "--max-tokens", "1", "--json", *FAST, stdin=stdin)
@@ -456,6 +464,7 @@ def test_a_home_folder_is_needed_only_where_no_folder_is_given(tmp_path: Path, m
     assert paths.data_dir() == tmp_path / "own"
 
 
+@pytest.mark.engine_process
 def test_reader_that_leaves_early_is_no_crash(model: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "localrun.cli", "run", model, "-p", "Hello", "--temp", "0", *FAST],
@@ -475,6 +484,7 @@ def test_reader_that_leaves_early_is_no_crash(model: str) -> None:
 # --- chat, eval, doctor ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engine_process
 def test_chat_without_a_terminal_prints_one_answer(model: str) -> None:
     done = localrun("chat", model, "--max-tokens", "4", *FAST)
     assert done.returncode == 0
@@ -482,6 +492,7 @@ def test_chat_without_a_terminal_prints_one_answer(model: str) -> None:
     assert "asking " in done.stderr
 
 
+@pytest.mark.engine_process
 def test_eval_writes_logits_of_all_positions(model: str, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text("[5, 6, 7, 8]")
     out = tmp_path / "logits.npy"
@@ -493,6 +504,7 @@ def test_eval_writes_logits_of_all_positions(model: str, tmp_path: Path) -> None
     assert logits.dtype == np.float32
 
 
+@pytest.mark.engine_process
 def test_eval_compares_with_a_reference(model: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Once upon a time there was a small model. " * 5)
     options = ["--text", str(tmp_path / "text.txt"), "--window", "16", "--max-tokens", "30", "--json", *FAST]

@@ -64,6 +64,7 @@ def test_the_guard_allows_what_stays_on_this_machine() -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "bench", "eval", "verify", "doctor", "convert"])
+@pytest.mark.engine_process
 def test_no_command_opens_a_network_socket(command: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("he he he " * 8)
     arguments = {
@@ -82,6 +83,7 @@ def test_no_command_opens_a_network_socket(command: str, model: str, tmp_path: P
     assert "SIGSYS" not in done.stdout + done.stderr
 
 
+@pytest.mark.engine_process
 def test_the_terminal_ui_opens_no_network_socket(model: str) -> None:
     """Opened in a terminal of 80x24; Ctrl-Q when the model is loaded."""
     pid, terminal = pty.fork()

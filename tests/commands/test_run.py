@@ -40,6 +40,7 @@ def events(model: str, *arguments: str, stdin: str = "") -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.engine_process
 def test_everything_that_happens_is_a_line_of_json(model: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("one two three\n")
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
@@ -153,6 +154,7 @@ def test_tool_calls_are_lines_harmless_on_a_terminal(stream: type[io.StringIO]) 
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.engine_process
 def test_a_full_disk_and_a_closed_output_are_one_line_each(model: str) -> None:
     command = [sys.executable, "-m", "localrun.cli", "completion", "fish"]
     with open("/dev/full", "w") as full:

@@ -112,6 +112,7 @@ def until_it_answers(response: http.client.HTTPResponse) -> None:
         pass
 
 
+@pytest.mark.engine_process
 def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path) -> None:
     serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "512")
     connection = serve.connection()
@@ -132,6 +133,7 @@ def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path
     assert serve.process.stdout.read() == ""
 
 
+@pytest.mark.engine_process
 def test_second_signal_ends_the_answer_too(tmp_path: Path) -> None:
     serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "4096", "--log-prompts")
     connection = serve.connection()

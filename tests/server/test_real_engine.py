@@ -21,6 +21,8 @@ from localrun.engine.process.process import EngineProcess
 from tests.server.raw import post, send
 from tests.server.running import Running, serving, wait_until
 
+pytestmark = pytest.mark.engine_process
+
 OPTIONS = EngineOptions(n_ctx=8192, n_threads=1, ram_bytes=64 << 20)
 GREEDY = SamplingOptions(temperature=0, seed=1)
 HI: list[Any] = [{"role": "user", "content": "Hello"}]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.engine.models import write_chat_model
 from tools.stress_engine import Stress
+
+pytestmark = pytest.mark.engine_process
 
 
 def test_random_commands_from_several_threads_lose_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from tests.engine.models import write_chat_model
 from tests.tui.fake_engine import FakeEngine
 from tests.tui.support import Talk
 
+pytestmark = pytest.mark.engine_process
+
 PATIENT_S = 120.0
 """A first load may have to compile kernels."""
 N_CTX = 32768

@@ -5,6 +5,7 @@ It is llama.cpp's RPC device on loopback, or for what does not need a device tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,19 @@ from localrun.quant.open import open_model
 from tests.engine.conftest import OPTIONS
 from tests.rpc_server import TEST_GPU, a_gpu, limit_memory, rpc_server
 
+pytestmark = pytest.mark.engine_process
+
 QUESTION: dict[str, Any] = {
     "messages": ({"role": "user", "content": "Hello"},),
     "sampling": SamplingOptions(temperature=0),
 }
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[GpuDevice]:
+    """For tests that say themselves what it has; those that lose or limit one have their own."""
+    with a_gpu() as device:
+        yield device
 
 
 @pytest.mark.skipif(not TEST_GPU, reason="LOCALRUN_TEST_GPU names no device; the next test has all of this")
@@ -107,33 +117,34 @@ def test_what_no_gpu_can_do_is_refused_with_the_way_out(chat_model_path: Path) -
             assert caught.value.hint is not None
 
 
-def test_each_byte_is_counted_where_it_is(chat_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_byte_is_counted_where_it_is(
+    chat_model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The input embedding in RAM, the rest of the dense model on the card; more is left free where a monitor is connected."""
     source = open_model(chat_model_path)
     sizes = sizes_of_source(source)
     embedding_bytes = source.tensors["token_embd.weight"].n_bytes
-    with a_gpu() as gpu:
-        left = {}
-        for has_display in (False, True):
-            card = replace(gpu, free_bytes=8 << 30, total_bytes=8 << 30, has_display=has_display)
-            monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
-            placement = place_on_gpus(source, sizes, OPTIONS, 4096)
-            assert placement.n_gpu_layers
-            assert placement.ram_bytes == 0
-            left[has_display] = placement.experts[0][1]
-        assert left[False] - left[True] == DISPLAY_BYTES
-        on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
-        on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch) + exchange_bytes(sizes, 4096, OPTIONS.n_batch)
-        assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card
-        without = place_on_gpus(source, sizes, OPTIONS, 4096, most_share=0)
-        assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)
-        assert without.experts[0][1] == left[True] + on_card, "a card without the dense model has its bytes for experts"
+    left = {}
+    for has_display in (False, True):
+        card = replace(gpu, free_bytes=8 << 30, total_bytes=8 << 30, has_display=has_display)
+        monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
+        placement = place_on_gpus(source, sizes, OPTIONS, 4096)
+        assert placement.n_gpu_layers
+        assert placement.ram_bytes == 0
+        left[has_display] = placement.experts[0][1]
+    assert left[False] - left[True] == DISPLAY_BYTES
+    on_card = sizes.dense_bytes - embedding_bytes + sizes.kv_bytes(4096, OPTIONS.kv_type, OPTIONS.n_batch)
+    on_card += compute_bytes(sizes, 4096, OPTIONS.n_batch) + exchange_bytes(sizes, 4096, OPTIONS.n_batch)
+    assert left[False] == (8 << 30) - GPU_HEADROOM_BYTES - on_card
+    without = place_on_gpus(source, sizes, OPTIONS, 4096, most_share=0)
+    assert (without.n_gpu_layers, without.ram_bytes) == (0, 0)
+    assert without.experts[0][1] == left[True] + on_card, "a card without the dense model has its bytes for experts"
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 4 << 20])
 @pytest.mark.parametrize("with_vram", [False, True])
 def test_a_plan_gives_a_card_what_a_load_gives_it(
-    chat_model_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, with_vram: bool
+    chat_model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch, spare: int, with_vram: bool
 ) -> None:
     """Also where a byte less is too little for all of the dense model."""
     source = open_model(chat_model_path)
@@ -144,10 +155,9 @@ def test_a_plan_gives_a_card_what_a_load_gives_it(
     planned_options = PlanOptions(kv_type=options.kv_type, n_batch=options.n_batch, vram_bytes=options.vram_bytes)
     machine = Hardware(ram_bytes=None, total_ram_bytes=None, n_threads=1, gpus=(Gpu(vram_bytes=free),))
     planned = gpu_share(sizes, machine, planned_options, 256)
-    with a_gpu() as gpu:
-        card = replace(gpu, free_bytes=free, total_bytes=free, has_display=False)
-        monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [card])
-        placement = place_on_gpus(source, sizes, options, 256)
+    card = replace(gpu, free_bytes=free, total_bytes=free, has_display=False)
+    monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc: [card])
+    placement = place_on_gpus(source, sizes, options, 256)
     assert placement.dense_share == planned.dense_share
     assert (placement.dense_share == 1) is (spare >= 0)
     ((_, for_experts),) = placement.experts or ((card, 0),)
@@ -155,19 +165,18 @@ def test_a_plan_gives_a_card_what_a_load_gives_it(
 
 
 def test_a_card_too_small_for_the_dense_model_gets_layers_of_it(
-    chat_model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    chat_model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = open_model(chat_model_path)
     sizes = sizes_of_source(source)
     n_layers = sizes.shape.n_layers
     whole = sizes.dense_bytes + sizes.kv_bytes(256, OPTIONS.kv_type, OPTIONS.n_batch)
-    with a_gpu() as gpu:
-        for spare, some in ((-whole // (2 * n_layers), True), (-whole, False)):
-            free = GPU_HEADROOM_BYTES + compute_bytes(sizes, 256, OPTIONS.n_batch) + whole + spare
-            card = replace(gpu, free_bytes=free, total_bytes=free)
-            monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
-            caplog.clear()
-            placement = place_on_gpus(source, sizes, OPTIONS, 256)
-            assert (0 < placement.dense_share < 1) is some
-            assert placement.n_gpu_layers == (round(placement.dense_share * n_layers) + 1 if some else 0)
-            assert ("layers go there" in caplog.text) is some
+    for spare, some in ((-whole // (2 * n_layers), True), (-whole, False)):
+        free = GPU_HEADROOM_BYTES + compute_bytes(sizes, 256, OPTIONS.n_batch) + whole + spare
+        card = replace(gpu, free_bytes=free, total_bytes=free)
+        monkeypatch.setattr("localrun.engine.planner.gpu.choose_gpus", lambda choice, rpc, card=card: [card])
+        caplog.clear()
+        placement = place_on_gpus(source, sizes, OPTIONS, 256)
+        assert (0 < placement.dense_share < 1) is some
+        assert placement.n_gpu_layers == (round(placement.dense_share * n_layers) + 1 if some else 0)
+        assert ("layers go there" in caplog.text) is some

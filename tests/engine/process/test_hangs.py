@@ -26,6 +26,11 @@ from localrun.engine.process.wire import encode
 from localrun.errors import EngineDiedError, LocalrunError
 from tests.engine.conftest import OPTIONS
 
+pytestmark = [
+    pytest.mark.engine_process,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc"),
+]
+
 GREEDY = SamplingOptions(temperature=0)
 PATIENCE_S = 60.0
 """Far more than anything here takes; only a hang reaches it."""
@@ -220,9 +225,6 @@ def engine_of_a_parent_that(does: str, *, environment: dict[str, str] | None = N
     )
     assert done.returncode == -signal.SIGKILL
     return int(done.stdout.split()[0])
-
-
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 
 
 def test_engine_ends_with_its_parent_while_it_answers_reads_a_prompt_or_counts(chat_model_path: Path) -> None:

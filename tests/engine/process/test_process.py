@@ -40,6 +40,8 @@ from localrun.errors import ContextFullError, EngineDiedError, LocalrunError, Us
 from tests.engine.conftest import OPTIONS
 from tests.engine.models import CHAT_TOKENS
 
+pytestmark = pytest.mark.engine_process
+
 GREEDY = SamplingOptions(temperature=0)
 HELLO: tuple[dict[str, Any], ...] = ({"role": "user", "content": "Hello"},)
 ROOMY = dataclasses.replace(OPTIONS, n_ctx=32768)
@@ -50,9 +52,15 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def running(chat_model_path: Path) -> Iterator[EngineProcess]:
+def deaths() -> list[EngineDiedError]:
+    """Of `running`, so far."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def running(chat_model_path: Path, deaths: list[EngineDiedError]) -> Iterator[EngineProcess]:
     """A process with the model that understands text; tests may kill it."""
-    with EngineProcess() as engine:
+    with EngineProcess(on_death=deaths.append) as engine:
         list(engine.load(chat_model_path, ROOMY))
         yield engine
 
@@ -311,60 +319,60 @@ def test_text_is_compared_with_a_saved_reference(engine: EngineProcess, tmp_path
     assert compared.top1_agreement == 1
 
 
-def test_failed_load_is_reported_and_the_process_goes_on(chat_model_path: Path, tmp_path: Path) -> None:
-    with EngineProcess() as engine:
-        (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
-        with pytest.raises(LocalrunError, match=r"bad\.gguf"):
-            list(engine.load(tmp_path / "bad.gguf", ROOMY))
-        pid = engine.pid
-        assert engine.facts is None
-        list(engine.load(chat_model_path, ROOMY))
-        assert engine.pid == pid
-        assert finished(ask(engine)).reason == "length"
+def test_failed_load_is_reported_and_the_process_goes_on(
+    engine: EngineProcess, chat_model_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    pid = engine.pid
+    with pytest.raises(LocalrunError, match=r"bad\.gguf"):
+        list(engine.load(tmp_path / "bad.gguf", ROOMY))
+    assert engine.facts is None
+    list(engine.load(chat_model_path, ROOMY))
+    assert engine.pid == pid
+    assert finished(ask(engine)).reason == "length"
 
 
 # --- death ---------------------------------------------------------------------------------------------------------
 
 
-def test_killed_engine_costs_the_running_answer_only(chat_model_path: Path) -> None:
-    deaths: list[EngineDiedError] = []
-    with EngineProcess(on_death=deaths.append) as engine:
-        list(engine.load(chat_model_path, ROOMY))
-        expected = tokens_of(ask(engine))
+def test_killed_engine_costs_the_running_answer_only(engine: EngineProcess, deaths: list[EngineDiedError]) -> None:
+    n_deaths = len(deaths)
+    expected = tokens_of(ask(engine))
 
-        def answer_and_kill() -> None:
-            for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True)):
-                if isinstance(event, Delta):
-                    assert engine.pid
-                    os.kill(engine.pid, signal.SIGKILL)
+    def answer_and_kill() -> None:
+        for event in engine.generate(Generate(messages=HELLO, sampling=GREEDY, ignore_eos=True)):
+            if isinstance(event, Delta):
+                assert engine.pid
+                os.kill(engine.pid, signal.SIGKILL)
 
-        with pytest.raises(EngineDiedError, match="SIGKILL") as caught:
-            answer_and_kill()
-        assert caught.value.hint is not None
-        assert "memory" in caught.value.hint
-        assert not engine.alive
-        with pytest.raises(EngineDiedError):
-            engine.stats()
-        events = ask(engine)
-        assert [type(event) for event in events].count(Ready) == 1, "the model was loaded again"
-        assert tokens_of(events) == expected
-        wait_until(lambda: len(deaths) == 1)
-        assert "SIGKILL" in str(deaths[0])
+    with pytest.raises(EngineDiedError, match="SIGKILL") as caught:
+        answer_and_kill()
+    assert caught.value.hint is not None
+    assert "memory" in caught.value.hint
+    assert not engine.alive
+    with pytest.raises(EngineDiedError):
+        engine.stats()
+    events = ask(engine)
+    assert [type(event) for event in events].count(Ready) == 1, "the model was loaded again"
+    assert tokens_of(events) == expected
+    wait_until(lambda: len(deaths) == n_deaths + 1)
+    assert "SIGKILL" in str(deaths[-1])
 
 
-def test_question_during_a_load_waits_for_it_and_loads_nothing_again(chat_model_path: Path) -> None:
-    with EngineProcess() as engine:
-        loading = engine.load(chat_model_path, ROOMY)
-        next(loading)
-        answers: list[list[Event]] = []
-        thread = threading.Thread(target=lambda: answers.append(ask(engine)))
-        thread.start()
-        *_, ready = loading
-        assert isinstance(ready, Ready)
-        thread.join(PATIENCE_S)
-        (events,) = answers
-        assert finished(events).reason == "length"
-        assert not any(isinstance(event, Ready) for event in events)
+def test_question_during_a_load_waits_for_it_and_loads_nothing_again(
+    engine: EngineProcess, chat_model_path: Path
+) -> None:
+    loading = engine.load(chat_model_path, ROOMY)
+    next(loading)
+    answers: list[list[Event]] = []
+    thread = threading.Thread(target=lambda: answers.append(ask(engine)))
+    thread.start()
+    *_, ready = loading
+    assert isinstance(ready, Ready)
+    thread.join(PATIENCE_S)
+    (events,) = answers
+    assert finished(events).reason == "length"
+    assert not any(isinstance(event, Ready) for event in events)
 
 
 def test_process_that_can_not_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,17 +430,15 @@ def test_each_of_those_who_wait_gets_an_error_of_its_own(chat_model_path: Path) 
     assert len({id(error) for error in errors}) == 4
 
 
-def test_death_while_idle_is_told_at_once(chat_model_path: Path) -> None:
-    died = threading.Event()
-    with EngineProcess(on_death=lambda error: died.set()) as engine:
-        list(engine.load(chat_model_path, ROOMY))
-        assert engine.pid
-        os.kill(engine.pid, signal.SIGKILL)
-        assert died.wait(PATIENCE_S)
-        assert engine.facts is None
-        *_, ready = engine.reload()
-        assert isinstance(ready, Ready)
-        assert finished(ask(engine)).reason == "length"
+def test_death_while_idle_is_told_at_once(engine: EngineProcess, deaths: list[EngineDiedError]) -> None:
+    n_deaths = len(deaths)
+    assert engine.pid
+    os.kill(engine.pid, signal.SIGKILL)
+    wait_until(lambda: len(deaths) > n_deaths)
+    assert engine.facts is None
+    *_, ready = engine.reload()
+    assert isinstance(ready, Ready)
+    assert finished(ask(engine)).reason == "length"
 
 
 def test_death_while_loading_is_reported(chat_model_path: Path) -> None:

@@ -20,7 +20,8 @@ from localrun.offload import layer_call
 from localrun.offload.cache.slots import SlotState
 from localrun.offload.device.device import expert_device
 from localrun.offload.device.layouts import DEVICE, MISSES
-from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.kernels import futex
 from localrun.offload.misses import LOOKING_CALLS, Misses
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded

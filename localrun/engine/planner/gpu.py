@@ -18,7 +18,8 @@ from localrun.engine.planner.placement import (
 from localrun.engine.planner.sizes import ModelSizes
 from localrun.errors import BudgetError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
-from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.kernels import FfnSpec
 from localrun.quant.model.source import ModelSource
 from localrun.units import format_size

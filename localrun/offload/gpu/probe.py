@@ -28,8 +28,9 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
 from localrun.offload.cache.drive_probe import read_memory
+from localrun.offload.gpu.graphs import MAX_PAIRS
 from localrun.offload.gpu.rates import GpuRates
-from localrun.offload.gpu.slots import MAX_PAIRS, GpuSlots, scratch_bytes
+from localrun.offload.gpu.slots import GpuSlots, scratch_bytes
 from localrun.offload.kernels import FfnSpec
 
 log = logging.getLogger(__name__)

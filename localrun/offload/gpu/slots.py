@@ -1,4 +1,4 @@
-"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and the graphs that use them.
+"""Expert slots on one GPU: stacked tensors, filled one slot at a time, and calls of the graphs that use them (`graphs.py`).
 
 A bank is the slots of one layer in one format: three stacked tensors, like llama.cpp's expert tensors, with slots in place of
 experts. A call is one `mul_mat_id` chain over (token, slot) pairs, started asynchronously, so the CPU computes its share
@@ -10,18 +10,14 @@ All allocations count towards the budget: slots and the buffer for intermediate 
 
 from __future__ import annotations
 
-import bisect
 import logging
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
-from localrun.alignment import align_up
 from localrun.errors import BudgetError, DecodeError, GpuMemoryError, LocalrunError
 from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice, HostMemory
@@ -30,22 +26,26 @@ from localrun.ggml.structures import Tensor
 from localrun.offload.device.compiled_gpu import BankRecord, DeviceRecord
 from localrun.offload.device.layouts import MOST_LAUNCHES, MOST_PAIRS, NOTE_BYTES
 from localrun.offload.device.view import F32, I32
+from localrun.offload.gpu.graphs import (
+    MAX_PAIRS,
+    SIZES,
+    Form,
+    Graph,
+    build,
+    is_small,
+    kinds,
+    n_nodes_for,
+    size_for,
+    stacked,
+    supports,
+)
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size
 
 log = logging.getLogger(__name__)
 
-MAX_PAIRS = 512
-"""(token, expert) pairs of one graph; longer calls take several. Bounds the memory of intermediate results."""
-
 LOADED_ROWS = 512
 """Tokens of a long call whose inputs go to the device once, instead of once for each pair."""
-
-_SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256, MAX_PAIRS)
-"""Graph sizes, in pairs of several tokens; calls are padded with pairs of slot 0, whose results are ignored."""
-
-MAX_SLOTS = 1024
-"""Of a bank: more than any model has experts in a layer."""
 
 _SPARE_BYTES = 1 << 20
 _UPLOAD_BYTES = 1 << 20
@@ -53,30 +53,6 @@ _UPLOAD_BYTES = 1 << 20
 
 BankKey = tuple[int, int]
 """(layer, variant)."""
-
-
-class Form(Enum):
-    """What a graph gets and gives."""
-
-    ROWS = "a row of inputs and a row of outputs for each pair"
-    SUM = "one token's row and weights; the weighted sum"
-    GATHERED = "numbers of rows that were loaded; a row of outputs for each pair"
-
-
-@dataclass(slots=True)
-class _Graph:
-    """Tensors of one graph; 0: it has none.
-
-    Attributes:
-        x: rows of inputs; of `Form.GATHERED` the rows' numbers.
-        weights: of `Form.SUM`.
-    """
-
-    graph: int
-    x: int
-    ids: int
-    weights: int
-    out: int
 
 
 @dataclass(slots=True)
@@ -111,7 +87,7 @@ class Bank:
     tensors: tuple[int, int, int]
     row_bytes: tuple[int, int, int]
     record: BankRecord
-    graphs: dict[tuple[int, Form], _Graph] = field(default_factory=dict)  # by pairs
+    graphs: dict[tuple[int, Form], Graph] = field(default_factory=dict)  # by pairs
 
 
 def scratch_bytes(spec: FfnSpec) -> int:
@@ -165,7 +141,7 @@ class GpuSlots:
         self._buffers: list[int] = []
         self._gallocr = 0
         self._waiting: deque[_Launch] = deque()
-        self._running: tuple[_Launch, _Graph] | None = None  # its memory is read by the device
+        self._running: tuple[_Launch, Graph] | None = None  # its memory is read by the device
         self.used_bytes = 0
         """What is allocated on the device; it does not change."""
         self._backend = self._lib.ggml_backend_dev_init(device.address, None)
@@ -221,7 +197,7 @@ class GpuSlots:
             slots = slots[:0]
         for at in range(0, slots.size, MAX_PAIRS):
             end = min(at + MAX_PAIRS, slots.size)
-            ids = np.zeros(_size(end - at), np.int32)
+            ids = np.zeros(size_for(end - at), np.int32)
             ids[: end - at] = slots[at:end]
             self._waiting.append(_Launch(self.banks[key], ids, x[at:end], out[at:end], None, Form.ROWS))
         if self._running is None:
@@ -252,7 +228,7 @@ class GpuSlots:
         assert self._running is None
         n_pairs, first = slots.size, LOADED_ROWS * n_embd * 4
         out = self._pinned.array[first : first + n_pairs * n_embd * 4].view(np.float32).reshape(n_pairs, n_embd)
-        ids, rows = (np.zeros(_size(n_pairs), np.int32) for _ in range(2))
+        ids, rows = (np.zeros(size_for(n_pairs), np.int32) for _ in range(2))
         ids[:n_pairs], rows[:n_pairs] = slots, x_rows
         self._waiting.append(_Launch(self.banks[key], ids, rows, out, None, Form.GATHERED))
         self._launch()
@@ -399,7 +375,7 @@ class GpuSlots:
     def _make_bank(self, spec: FfnSpec, n_slots: int) -> Bank | None:
         """None: no memory."""
         lib, context = self._lib, self._context(3)
-        gate, up, down = _stacked(context, spec, n_slots)
+        gate, up, down = stacked(context, spec, n_slots)
         sizes = [int(lib.ggml_nbytes(tensor)) // n_slots for tensor in (gate, up, down)]
         buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type)
         if not buffer:
@@ -414,10 +390,10 @@ class GpuSlots:
         return bank
 
     def _check_support(self, bank: Bank) -> None:
-        if not all(_supports(self.device, self._make_graph(bank, 2, form).graph) for form in Form):
-            raise LocalrunError(f"{self.device.name} can't multiply experts in {_kinds(bank.spec)}", hint="--gpu none")
+        if not all(supports(self.device, self._make_graph(bank, 2, form).graph) for form in Form):
+            raise LocalrunError(f"{self.device.name} can't multiply experts in {kinds(bank.spec)}", hint="--gpu none")
 
-    def _graph(self, bank: Bank, n_pairs: int, form: Form) -> _Graph:
+    def _graph(self, bank: Bank, n_pairs: int, form: Form) -> Graph:
         """The graph for so many pairs, made on first use; compiled calls find it from then on."""
         made = bank.graphs.get((n_pairs, form))
         if made is None:
@@ -427,8 +403,8 @@ class GpuSlots:
             if not self._lib.ggml_gallocr_alloc_graph(self._gallocr, made.graph):
                 raise DecodeError(f"{self.device.name}: out of memory")
             bank.graphs[n_pairs, form] = made
-            fewest = n_pairs if form is Form.SUM else max((size for size in _SIZES if size < n_pairs), default=0) + 1
-            if _is_small(n_pairs, form):
+            fewest = n_pairs if form is Form.SUM else max((size for size in SIZES if size < n_pairs), default=0) + 1
+            if is_small(n_pairs, form):
                 bank.record.add(
                     range(fewest, n_pairs + 1),
                     graph=made.graph,
@@ -439,14 +415,14 @@ class GpuSlots:
                 )
         return made
 
-    def _make_graph(self, bank: Bank, n_pairs: int, form: Form) -> _Graph:
-        n_nodes = _n_nodes(n_pairs, form)
+    def _make_graph(self, bank: Bank, n_pairs: int, form: Form) -> Graph:
+        n_nodes = n_nodes_for(n_pairs, form)
         context = self._context(n_nodes + 3, n_nodes=n_nodes)
-        return _build(context, bank.spec, bank.tensors, n_pairs, form, self._loaded)
+        return build(context, bank.spec, bank.tensors, n_pairs, form, self._loaded)
 
-    def _to_front(self, graph: _Graph, n_pairs: int, form: Form) -> None:
+    def _to_front(self, graph: Graph, n_pairs: int, form: Form) -> None:
         """Has a small graph read and write where calls have their inputs and outputs; compiled calls move them."""
-        if not _is_small(n_pairs, form):
+        if not is_small(n_pairs, form):
             return
         assert self._record is not None
         notes, x, out = (Tensor.from_address(tensor) for tensor in self._record.tensors)
@@ -469,131 +445,3 @@ class GpuSlots:
             return True
         self._lib.ggml_gallocr_free(gallocr)
         return False
-
-
-def _is_small(n_pairs: int, form: Form) -> bool:
-    """Compiled calls use such graphs, with inputs and outputs in memory of theirs."""
-    return n_pairs <= MOST_PAIRS and form is not Form.GATHERED
-
-
-def _n_nodes(n_pairs: int, form: Form) -> int:
-    """Room for a graph: the products and the activation, one product with the weights, views and sums; or its inputs."""
-    return 10 + (2 * n_pairs if form is Form.SUM else 0)
-
-
-def _build(
-    context: int, spec: FfnSpec, tensors: tuple[int, int, int], n_pairs: int, form: Form, loaded: int = 0
-) -> _Graph:
-    """Experts of one token are one column of `mul_mat_id`, as llama.cpp has it: its input is sent once, backends have their fastest
-    kernels for one column, and CUDA does all additions in one kernel. Of several tokens each pair is a column: how many experts
-    of a token are here varies.
-
-    Args:
-        loaded: of `Form.GATHERED`, the tensor that rows are taken from.
-    """
-    lib = library()
-    n_rows, n_columns = (n_pairs, 1) if form is Form.SUM else (1, n_pairs)
-    if form is Form.GATHERED:
-        given = lib.ggml_new_tensor_1d(context, ggml.TYPE_I32, n_pairs)
-        x = lib.ggml_reshape_3d(context, lib.ggml_get_rows(context, loaded, given), spec.n_embd, 1, n_pairs)
-    else:
-        given = x = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, spec.n_embd, 1, n_columns)
-    ids = lib.ggml_new_tensor_2d(context, ggml.TYPE_I32, n_rows, n_columns)
-    gate, up = (lib.ggml_mul_mat_id(context, weights, x, ids) for weights in tensors[:2])
-    if math.isinf(spec.limit):
-        active = lib.ggml_swiglu_split(context, gate, up)
-    else:
-        active = lib.ggml_swiglu_clamp(context, gate, up, spec.limit)
-    out = lib.ggml_mul_mat_id(context, tensors[2], active, ids)
-    for product in (gate, up, out):
-        # Activations in 8 bits, as everywhere else: for MXFP4 weights CUDA defaults to 4 bits on RTX 50 (mmq.cu).
-        lib.ggml_prec_set_src(product, ggml.PREC_Q8, 1)
-    weights = 0
-    if form is Form.SUM:
-        weights = lib.ggml_new_tensor_3d(context, ggml.TYPE_F32, 1, n_pairs, 1)
-        lib.ggml_set_input(weights)
-        out = _weighted_sum(context, out, weights, spec.n_embd, n_pairs)
-    lib.ggml_set_input(given)
-    lib.ggml_set_input(ids)
-    lib.ggml_set_output(out)
-    graph = lib.ggml_new_graph_custom(context, _n_nodes(n_pairs, form), False)
-    lib.ggml_build_forward_expand(graph, out)
-    return _Graph(graph, given, ids, weights, out)
-
-
-def _weighted_sum(context: int, rows: int, weights: int, n_embd: int, n_pairs: int) -> int:
-    """The sum of weight * row, (n_embd, 1)."""
-    lib, row_bytes = library(), n_embd * 4
-    product = lib.ggml_mul(context, rows, weights)
-    views = [lib.ggml_view_2d(context, product, n_embd, 1, row_bytes, i * row_bytes) for i in range(n_pairs)]
-    total = views[0] if n_pairs > 1 else product
-    for view in views[1:]:
-        total = lib.ggml_add(context, total, view)
-    return int(total)
-
-
-def _size(n_pairs: int) -> int:
-    return next(size for size in _SIZES if size >= n_pairs)
-
-
-def _supports(device: GpuDevice, graph: int) -> bool:
-    lib = library()
-    nodes = (lib.ggml_graph_node(graph, index) for index in range(lib.ggml_graph_n_nodes(graph)))
-    return all(lib.ggml_backend_dev_supports_op(device.address, node) for node in nodes)
-
-
-def _kinds(spec: FfnSpec) -> str:
-    return "/".join(dict.fromkeys(kind.name for kind in spec.types))
-
-
-def _stacked(context: int, spec: FfnSpec, n_slots: int) -> tuple[int, int, int]:
-    """Gate, up and down of a bank; nothing is allocated."""
-    lib = library()
-    shapes = ((spec.n_embd, spec.n_ff), (spec.n_embd, spec.n_ff), (spec.n_ff, spec.n_embd))
-    gate, up, down = (
-        int(lib.ggml_new_tensor_3d(context, int(kind), *shape, n_slots))
-        for kind, shape in zip(spec.types, shapes, strict=True)
-    )
-    return gate, up, down
-
-
-def most_slots(spec: FfnSpec, device: GpuDevice) -> int:
-    """Maximum experts per bank: Vulkan devices can't address tensors beyond a few GiB, some not beyond 128 MiB.
-
-    Returns:
-        0 if the device can't multiply with such experts at all, with a warning; `MAX_SLOTS` without a limit.
-    """
-    lib = library()
-
-    def fits(n_slots: int) -> bool:
-        size = 16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_n_nodes(2, Form.ROWS), False)
-        context = lib.ggml_init(ggml.InitParams(size + 1024, None, True))
-        try:
-            return _supports(device, _build(context, spec, _stacked(context, spec, n_slots), 2, Form.ROWS).graph)
-        finally:
-            lib.ggml_free(context)
-
-    if fits(MAX_SLOTS):
-        return MAX_SLOTS
-    if not fits(1):
-        log.warning("%s can't multiply experts in %s: they stay in RAM and on the drive", device.name, _kinds(spec))
-        return 0
-    return bisect.bisect_left(range(1, MAX_SLOTS), True, key=lambda n_slots: not fits(n_slots))
-
-
-def slot_bytes(spec: FfnSpec, n_slots: int, device: GpuDevice) -> int:
-    """What `n_slots` experts take on the device, its padding included; nothing is allocated."""
-    lib = library()
-    context = lib.ggml_init(ggml.InitParams(3 * lib.ggml_tensor_overhead() + 1024, None, True))
-    try:
-        buffer_type = lib.ggml_backend_dev_buffer_type(device.address)
-        sizes = [
-            lib.ggml_backend_buft_get_alloc_size(buffer_type, tensor) for tensor in _stacked(context, spec, n_slots)
-        ]
-        return int(sum(align_up(size, _ALIGNMENT) for size in sizes))
-    finally:
-        lib.ggml_free(context)
-
-
-_ALIGNMENT: int = 1024
-"""More than any backend aligns tensors to; a bank has three."""

@@ -30,7 +30,8 @@ from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.tickets import Store, Ticket
 from localrun.offload.device.view import F32, I32
-from localrun.offload.gpu.slots import MAX_PAIRS, BankKey, GpuSlots, slot_bytes
+from localrun.offload.gpu.graphs import MAX_PAIRS, slot_bytes
+from localrun.offload.gpu.slots import BankKey, GpuSlots
 from localrun.offload.kernels import FfnKernel, FfnSpec
 
 log = logging.getLogger(__name__)

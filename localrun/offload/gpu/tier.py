@@ -31,7 +31,8 @@ from localrun.offload.device.compiled import MAX_VARIANTS
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32
-from localrun.offload.gpu.slots import BankKey, GpuSlots, most_slots, scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import most_slots, slot_bytes
+from localrun.offload.gpu.slots import BankKey, GpuSlots, scratch_bytes
 from localrun.offload.gpu.stream import RING_SLOTS, GpuThread, Pairs, Passing, Rings, StreamJob, choose
 from localrun.offload.kernels import FfnSpec
 from localrun.units import format_size

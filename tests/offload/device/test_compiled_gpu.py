@@ -13,7 +13,8 @@ from localrun.errors import DecodeError
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.cache.telemetry import Totals
 from localrun.offload.device.layouts import DEVICE
-from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource
 from tests.offload.gpu.test_tier import filled

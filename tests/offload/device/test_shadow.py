@@ -25,7 +25,8 @@ from localrun.offload.device import shadow
 from localrun.offload.device.device import expert_device
 from localrun.offload.device.layouts import NOTE_BYTES, PROCESS
 from localrun.offload.device.shadow import Activations
-from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model

@@ -9,7 +9,7 @@ import pytest
 
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.device.layouts import NOTE_BYTES
-from localrun.offload.gpu.slots import _size
+from localrun.offload.gpu.graphs import size_for
 from localrun.offload.gpu.stream import LONG_TOKENS
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.model.shape import shape_of
@@ -112,4 +112,4 @@ def test_a_long_call_sends_each_tokens_input_once(model_path: Path, gpu: GpuDevi
     assert n_launched == n_out == n_synchronized == n_layers
     assert n_in == 3 * n_layers
     assert bytes_out == n_layers * n_pairs * row_bytes
-    assert bytes_in == n_layers * (LONG_TOKENS * row_bytes + 2 * 4 * _size(n_pairs))
+    assert bytes_in == n_layers * (LONG_TOKENS * row_bytes + 2 * 4 * size_for(n_pairs))

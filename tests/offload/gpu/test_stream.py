@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from localrun.errors import ChecksumError, StoppedError, StoreError
 from localrun.ggml.devices import GpuDevice
-from localrun.offload.gpu.slots import scratch_bytes, slot_bytes
+from localrun.offload.gpu.graphs import slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.gpu.stream import LEAST_GAIN, RING_SLOTS, Cost, StreamCosts, StreamJob, choose
 from localrun.offload.gpu.stream_probe import _best, _costs, measure
 from localrun.offload.kernels import FfnSpec, make_kernel

@@ -16,8 +16,9 @@ from localrun.errors import BudgetError, LocalrunError, UsageError
 from localrun.ggml.devices import GpuDevice, choose_gpus
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
-from localrun.offload.gpu import slots as gpu_slots
-from localrun.offload.gpu.slots import MAX_SLOTS, most_slots, scratch_bytes, slot_bytes
+from localrun.offload.gpu import graphs as gpu_graphs
+from localrun.offload.gpu.graphs import MAX_SLOTS, most_slots, slot_bytes
+from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.gpu.tier import LEAST_HEAT, share_out
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
@@ -183,10 +184,10 @@ def test_a_bank_is_no_larger_than_the_device_can_address(
     with open_offloaded(open_model(model_path), OffloadOptions()) as model:
         spec = model.pool.residency.kernels(0)[0].spec
     limit = MAX_SLOTS
-    monkeypatch.setattr(gpu_slots, "_supports", lambda device, graph: first_tensor(graph).ne[2] <= limit)
+    monkeypatch.setattr(gpu_graphs, "supports", lambda device, graph: first_tensor(graph).ne[2] <= limit)
     for limit in (MAX_SLOTS, MAX_SLOTS - 1, 1, 0, 13):
         assert most_slots(spec, gpu) == limit
-    assert [record.getMessage() for record in caplog.records if record.name == gpu_slots.__name__] == [
+    assert [record.getMessage() for record in caplog.records if record.name == gpu_graphs.__name__] == [
         f"{gpu.name} can't multiply experts in MXFP4: they stay in RAM and on the drive"
     ]
     tier = share_out([(gpu, 1 << 30)], {(0, 0): spec}, {0: np.zeros(64, np.int32)}, [(0, e) for e in range(64)])

@@ -22,6 +22,23 @@ def test_links_lead_to_files(document: Path) -> None:
     assert [link for link in links(document) if not link.exists()] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """What the headings of a document can be linked by, as GitHub names them."""
+    titles = re.findall(r"(?m)^#+ +(.+?) *$", re.sub(r"(?ms)^```.*?^```", "", document.read_text("utf-8")))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_into_documents_lead_to_headings(document: Path) -> None:
+    found = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", document.read_text("utf-8"))
+    inside = [((document.parent / link) if link else document, anchor) for link, anchor in found if "://" not in link]
+    assert [(path.name, anchor) for path, anchor in inside if anchor not in anchors(path)] == []
+
+
+def test_anchors_are_github_s() -> None:
+    assert {"will-it-run-on-my-box", "status-and-limits"} <= anchors(ROOT / "README.md")
+
+
 def test_every_document_is_reached_from_the_readme() -> None:
     reached, waiting = set(), [ROOT / "README.md"]
     while waiting:

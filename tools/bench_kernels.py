@@ -153,6 +153,7 @@ def bench(
     memory: npt.NDArray[np.uint8],
     plain: npt.NDArray[np.uint8],
 ) -> None:
+    """Prints the table's lines of one combination of types: ours with each number of tokens, ggml's, and plain reading."""
     rng = np.random.default_rng(0)
     gate, down = type_names[0], type_names[-1]
     spec = FfnSpec((gate, gate, down), args.n_embd, args.n_ff, 10.0)

@@ -431,6 +431,7 @@ def report(comparison: Comparison) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options, for the tests too."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", type=Path, help="a GGUF or a converted directory")
     p.add_argument("--prompt-tokens", type=int, default=512)

@@ -354,10 +354,12 @@ def fingerprint() -> str:
 
 
 def up_to_date() -> bool:
+    """Whether `.venv` is what this checkout asks for."""
     return STAMP.is_file() and STAMP.read_text() == fingerprint() and python().exists()
 
 
 def check_python() -> None:
+    """Raises SetupError for a Python that is too old."""
     if sys.version_info < MIN_PYTHON:
         have, need = (".".join(map(str, v)) for v in (sys.version_info[:2], MIN_PYTHON))
         raise SetupError(
@@ -367,6 +369,7 @@ def check_python() -> None:
 
 
 def check_compiler() -> None:
+    """Raises SetupError without a C++ compiler."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(name.split()[0]) for name in compilers):
         raise SetupError(
@@ -376,6 +379,7 @@ def check_compiler() -> None:
 
 
 def check_space(needed: int = NEEDED_BYTES) -> None:
+    """Raises SetupError where fewer than `needed` bytes are free."""
     free = shutil.disk_usage(str(ROOT)).free
     if free < needed:
         raise SetupError(f"{ROOT}: {free / 1e9:.1f} GB free, the set-up needs {needed / 1e9:.0f} GB", "make room")
@@ -399,6 +403,7 @@ def make_venv() -> None:
 
 
 def python() -> Path:
+    """The interpreter of `.venv`."""
     return VENV / "bin" / "python"
 
 
@@ -542,6 +547,7 @@ def step(what: str, arguments: list[str], environment: dict[str, str] | None = N
 
 
 def succeeds(command: list[str]) -> bool:
+    """Runs a command silently; whether it ended with 0."""
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 

@@ -23,6 +23,7 @@ from tests.engine.generated_conversations import EFFORTS, Generated, generated_c
 
 
 def load(path: Path) -> ModuleType:
+    """The official encoder as a module, from its file."""
     spec = importlib.util.spec_from_file_location("official_encoder", path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{path}: no Python module")
@@ -32,6 +33,7 @@ def load(path: Path) -> ModuleType:
 
 
 def digest(prompt: str) -> str:
+    """The first 12 digits of the prompt's SHA-256."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 

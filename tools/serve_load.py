@@ -118,6 +118,7 @@ async def one_request(port: int, i: int, draw: random.Random, tally: Tally) -> N
 
 
 def judge(text: str, word: str, tally: Tally) -> None:
+    """Counts a response's status, and takes down an answer that is another client's."""
     status = text.split(" ", 2)[1] if text.startswith("HTTP/1.1 ") else "none"
     tally.outcomes[status] += 1
     if status == "200" and word not in text:

@@ -75,6 +75,7 @@ async def picture(
 
 
 def is_idle(screen: ChatScreen) -> bool:
+    """No answer is written or waits."""
     return screen.queue.idle and not screen.asking.busy
 
 

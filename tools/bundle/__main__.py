@@ -62,6 +62,7 @@ def main() -> int:
 
 
 def bundle_name() -> str:
+    """Of the folder and the archive, without a suffix."""
     return f"localrun-{__version__}-linux-{machine()}"
 
 

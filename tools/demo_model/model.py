@@ -87,6 +87,7 @@ class Statistics:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x: (..., d) of any type; computed and returned in F32."""
     x = x.float()
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return y if weight is None else y * weight

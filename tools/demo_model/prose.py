@@ -35,14 +35,17 @@ def _lines(root: Path, bounds: tuple[int, int]) -> str:
 
 
 def holmes(root: Path) -> list[str]:
+    """Paragraphs of the Sherlock Holmes stories that are trained on."""
     return paragraphs(_lines(root, HOLMES_LINES))
 
 
 def held_out(root: Path) -> list[str]:
+    """Paragraphs of the same book that nothing is trained on."""
     return paragraphs(_lines(root, HELD_OUT_LINES))
 
 
 def war_and_peace(root: Path) -> list[str]:
+    """Paragraphs of the part that is trained on."""
     return paragraphs(_lines(root, WAR_AND_PEACE_LINES))
 
 

@@ -39,6 +39,7 @@ def fp4_parts(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp4_round(w: Tensor) -> Tensor:
+    """The values that the FP4 checkpoint will hold for w (rows, columns)."""
     values, scale = fp4_parts(w)
     return values * scale.repeat_interleave(FP4_BLOCK, -1)
 
@@ -53,6 +54,7 @@ def fp8_parts(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_round(w: Tensor) -> Tensor:
+    """The same for FP8."""
     values, scale = fp8_parts(w)
     return values.float() * scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
 

@@ -80,14 +80,17 @@ def _parse(table: str) -> list[Intent]:
 
 
 def small_talk() -> list[Intent]:
+    """Greetings, thanks and the like, with their answers."""
     return _parse("small_talk")
 
 
 def about_localrun() -> list[Intent]:
+    """Questions about this project."""
     return _parse("about_localrun")
 
 
 def unanswerable() -> list[str]:
+    """Questions that the model must say it can't answer."""
     return read_table("unanswerable")
 
 

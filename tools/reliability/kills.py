@@ -244,6 +244,12 @@ class _Model:
 
 
 def must_be_zero(arguments: list[str]) -> None:
+    """Runs a command of localrun in this process.
+
+    Raises:
+        LocalrunError: it refused, and said why.
+        AssertionError: it ended in a way that no command may end in.
+    """
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = cli.main(arguments)

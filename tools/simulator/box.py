@@ -203,6 +203,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """This tool's options."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="flash", help="flash, pro, or whatever `localrun plan` takes")
     p.add_argument("--base", help="format of the experts of a model that is yet to be converted")

@@ -173,6 +173,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """This tool's options."""
     names = NAMES
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("trace", nargs="?", type=Path, help="a recorded trace; without it a synthetic one")

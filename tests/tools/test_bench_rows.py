@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_every_row_of_the_bytes_that_are_timed_is_multiplied(kind: QT) -> None:
     n_bytes, (ours, theirs, plainly) = contenders_for(kind, 16, plain)
     assert n_bytes == quantized_rows(kind, 16, N_IN).nbytes
     for run in (ours, theirs):
-        (_, activations_or_panel, out) = run.__defaults__[0]  # type: ignore[attr-defined]
+        _, activations_or_panel, out = cast("Any", run).__defaults__[0]
         assert not activations_or_panel.any()
         out[:] = np.nan
         run()

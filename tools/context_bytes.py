@@ -3,8 +3,9 @@
     python -m tools.context_bytes MODEL --contexts 4096,131072,1048576 --kv f16,q8_0 --ram 8GiB
 
 Prints a row per context: the planned KV cache, what llama.cpp says that it allocated, how much the process's resident size grew,
-and by how much the growth differs from the plan; then the same of buffers after a token and a batch at the context's end, where
-they are largest. Growth counts pages that were touched; buffers are allocated in full, but used as far as a batch needs.
+and by how much the growth differs from the plan, both with llama.cpp's bookkeeping, which the planner counts as the process's; then
+buffers: planned, allocated, and, with `--feed`, how much grew with a token and a batch at the context's end, where they need most.
+(On a model whose experts are not all in RAM, their slots grow, too.) Growth counts pages that were touched.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Row:
         )
 
 
-def measure(engine: Engine, n_ctx: int, kv_type: str) -> Row:
-    """Makes a context, feeds a token and a batch at its end, and frees it."""
+def measure(engine: Engine, n_ctx: int, kv_type: str, *, feed: bool) -> Row:
+    """Makes a context, perhaps feeds a token and a batch at its end, and frees it."""
     plan, options = engine.plan, replace(engine.options, kv_type=kv_type)
     assert plan is not None
     handler, log = Sizes(), logging.getLogger("llama.cpp")
@@ -81,13 +82,14 @@ def measure(engine: Engine, n_ctx: int, kv_type: str) -> Row:
         log.removeHandler(handler)
         log.setLevel(level)
     grown = resident_bytes() - before
-    context.small_operations = True
+    context.small_operations, used = True, 0
     with Session(engine, context) as session:
-        batch = min(options.n_batch, n_ctx // 2)
-        session._tokens = [0] * (n_ctx - batch - 2)
-        session.feed([1])
-        session.feed([1] * batch)
-        used = resident_bytes() - before - grown
+        if feed:
+            batch = min(options.n_batch, n_ctx // 2)
+            session._tokens = [0] * (n_ctx - batch - 2)
+            session.feed([1])
+            session.feed([1] * batch)
+            used = resident_bytes() - before - grown
     n_batch = min(options.n_batch, n_ctx)
     return Row(
         n_ctx,
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv", default="f16,q8_0", help="types of the cache, separated by commas")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--ram", type=parse_size, help="as localrun's; contexts come on top")
+    parser.add_argument("--feed", action="store_true", help="compute with each context")
     args = parser.parse_args(arguments)
     options = EngineOptions(n_ctx=min(args.contexts), n_batch=args.batch, gpu="none", ram_bytes=args.ram)
     print("| context | cache | planned, MiB | allocated | resident | off | buffers planned | allocated | touched |")
@@ -121,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engine.session().close()  # what the first one alone brings
         for n_ctx in args.contexts:
             for kv_type in args.kv.split(","):
-                print(measure(engine, n_ctx, kv_type), flush=True)
+                print(measure(engine, n_ctx, kv_type, feed=args.feed), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_context_has_a_row_and_its_cache_is_as_planned(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    context_bytes.main([str(model), "--contexts", "4096,131072", "--batch", "64"])
+    context_bytes.main([str(model), "--contexts", "4096,131072", "--batch", "64", "--feed"])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[0].strip(), row[1].strip()) for row in rows] == [
         (n_ctx, kv_type) for n_ctx in ("4096", "131072") for kv_type in ("f16", "q8_0")

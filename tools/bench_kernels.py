@@ -90,8 +90,10 @@ class Ggml:
             (self.spec.n_embd, self.spec.n_ff),
         )
 
-    def prepare(self, n_tokens: int, rng: np.random.Generator) -> Callable[[npt.NDArray[np.int32]], float]:
-        """A function that computes all three projections for ids (T, K) and returns seconds."""
+    def prepare(
+        self, n_tokens: int, n_calls: int, rng: np.random.Generator
+    ) -> Callable[[npt.NDArray[np.int32]], float]:
+        """A function that computes all three projections for ids (T, K) and returns seconds, `n_calls` times at most."""
         lib, p, i64, spec = self.lib, ctypes.c_void_p, ctypes.c_int64, self.spec
 
         class Params(ctypes.Structure):
@@ -100,6 +102,7 @@ class Ggml:
         lib.ggml_init.argtypes = [Params]
         need = (
             (160 << 20)
+            + n_calls * (2 << 20)  # each call takes scratch anew
             + n_tokens * K * (2 * spec.n_ff + spec.n_embd) * 4
             + n_tokens * K * (spec.n_embd + spec.n_ff) * 16
         )
@@ -195,8 +198,8 @@ def bench(
         return compute
 
     for n_tokens in args.tokens:
-        mine, theirs = ours(n_tokens), ggml.prepare(n_tokens, rng)
         repeat = max(1, min(n_experts // K, 24 // n_tokens))
+        mine, theirs = ours(n_tokens), ggml.prepare(n_tokens, (args.rounds + 1) * repeat, rng)
         results = []
         for round_ in range(args.rounds + 1):
             first = round_ * repeat * K

@@ -134,11 +134,16 @@ def hardware_of(
     from localrun.engine.planner import hardware
     from localrun.engine.planner.boxes import BY_SLUG
 
-    files, specs = (sizes.files, sizes.specs) if sizes is not None else ((), ())
+    def detected(*, gpus: bool = False) -> Hardware:
+        n_threads = settings["threads"]
+        if sizes is None:
+            return hardware.detect(n_threads=n_threads, probe=probe, gpus=gpus)
+        dense = sizes.dense_format
+        return hardware.detect(sizes.files, n_threads=n_threads, probe=probe, gpus=gpus, specs=sizes.specs, dense=dense)
+
     if machine is None:
         memory.check_threads(settings["threads"])
-        n_threads = settings["threads"]
-        return hardware.detect(files, n_threads=n_threads, probe=probe, gpus=True, specs=specs)
+        return detected(gpus=True)
     _check_count("threads", machine.threads, 1)
     _check_count("drives", machine.drives, 1, 2)
     if machine.box is not None and machine.box not in BY_SLUG:
@@ -146,7 +151,7 @@ def hardware_of(
     if machine.box is not None:
         known = BY_SLUG[machine.box].hardware
     else:
-        known = hardware.detect(files, n_threads=settings["threads"], probe=probe, specs=specs)
+        known = detected()
         origin = {name: _HERE.get(how, how) for name, how in known.origin.items()}
         known = replace(known, others=0.0, origin=origin)  # what runs here now is not what the other machine has to do
     ram = _bytes(machine.ram)

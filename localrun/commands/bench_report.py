@@ -13,7 +13,7 @@ from typing import Any
 from localrun.engine.facts import ModelFacts
 from localrun.engine.measure.benchmark import FORMAT, Benchmark, Bounds, MachineFacts, Phase
 from localrun.engine.planner.plan import Plan
-from localrun.engine.planner.speed import Range, Rate, in_company
+from localrun.engine.planner.speed import Range, Rate
 from localrun.units import format_size
 
 PARTS = (
@@ -180,9 +180,7 @@ def _predictions(result: Benchmark, plan: Plan | None) -> Iterator[tuple[Phase, 
         assert plan is not None
         yield (
             phase,
-            in_company(plan.decode_at(phase.context), plan.machine.company_factor)
-            if phase.kind == "decode"
-            else plan.prefill_of(phase.n_tokens),
+            plan.decode_at(phase.context, now=True) if phase.kind == "decode" else plan.prefill_of(phase.n_tokens),
         )
 
 

@@ -428,6 +428,7 @@ def _machine(source: ModelSource, sizes: ModelSizes, options: EngineOptions) -> 
         probe=is_large(sizes),
         n_drives=2 if options.mirror else 1,
         specs=sizes.specs,
+        dense=sizes.dense_format,
     )
 
 

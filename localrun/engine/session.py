@@ -233,8 +233,7 @@ class Session:
             if store.holds_in_memory(n_bytes):
                 store.put(tokens, self.snapshot())
                 return True
-            key, context = self._engine.state_key, self._context
-            return store.put_file(tokens, n_bytes, lambda path: states.write(context, path, key, tokens))
+            return store.put_file(tokens, n_bytes, self.write)
         except (LocalrunError, MemoryError) as error:  # it only saves time later: the answer must not end because of it
             log.warning("could not save the conversation's state: %s", error or "out of memory")
             return False
@@ -379,6 +378,10 @@ class Session:
         """
         return states.pack(self._context, self._engine.state_key, self._tokens)
 
+    def write(self, path: Path) -> None:
+        """The same to a file, one tensor in memory at a time. Raises StoreError."""
+        states.write(self._context, path, self._engine.state_key, self._tokens)
+
     def restore(self, snapshot: State) -> None:
         """Restores the session to where `snapshot` was taken; feed at least one token before reading logits.
 
@@ -389,6 +392,8 @@ class Session:
             DecodeError: llama.cpp rejected the state; the session is empty now.
         """
         key, tokens = self._engine.state_key, None
+        if isinstance(snapshot, Path) and states.is_packed(snapshot):
+            snapshot = snapshot.read_bytes()
         if isinstance(snapshot, Path):
             n_tokens = states.check(snapshot, key, self.n_ctx)
             self.reset()

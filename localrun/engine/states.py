@@ -87,6 +87,15 @@ def write(context: Context, path: Path, key: str, tokens: Sequence[int]) -> None
         raise StoreError(f"{path}: can't be written: {error.strerror}") from error
 
 
+def is_packed(path: Path) -> bool:
+    """The file holds what `pack` returned."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
+
+
 def check(path: Path, key: str, n_ctx: int) -> int:
     """Reads a file of `write` once; its number of tokens.
 

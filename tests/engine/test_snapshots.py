@@ -315,7 +315,7 @@ def test_large_states_that_are_damaged_or_foreign_change_nothing(
     good, bad = tmp_path / "good", tmp_path / "bad"
     with engine.session() as session:
         session.feed(PROMPT[:70])
-        states.write(session._context, good, engine.state_key, session.tokens)
+        session.write(good)
         data = good.read_bytes()
         for position in (20, len(data) // 2, len(data) - 20, len(data) - 1):
             damaged = bytearray(data)
@@ -330,9 +330,17 @@ def test_large_states_that_are_damaged_or_foreign_change_nothing(
         with pytest.raises(StoreError, match="can't be read"):
             session.restore(tmp_path / "missing")
         with pytest.raises(StoreError, match=r"can't be written|could not write"):
-            states.write(session._context, tmp_path / "no" / "folder", engine.state_key, session.tokens)
+            session.write(tmp_path / "no" / "folder")
         assert list(session.tokens) == PROMPT[:70]
         session.feed([1])
+        bad.write_bytes(session.snapshot())
+        session.reset()
+        session.restore(bad)
+        assert session.position == 71, "a file of what was in memory"
+        session.reset()
+        session.write(bad)
+        session.restore(bad)
+        assert session.position == 0
     with Engine.open(model_path, EngineOptions(n_ctx=512, kv_type="q8_0"), learn=False) as other, other.session() as o:
         with pytest.raises(FormatError, match="another model or KV cache type"):
             o.restore(good)

@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
 from localrun.offload.device.layouts import WEIGHT
+from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.pages import HUGE_PAGE_BYTES
 from localrun.quant.open import open_model
+from tests.offload.models import TOKENS, logits
 
 
 def test_the_pattern_finds_these_names_and_no_others(model_path: Path) -> None:
@@ -53,3 +57,20 @@ def test_matrices_share_memory_that_begins_with_a_huge_page() -> None:
     assert first % HUGE_PAGE_BYTES == 0
     assert third - second == second - first == dense.n_bytes // 3
     dense.close()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_matrices_in_groups_give_the_same_bits_in_one_call_and_one_by_one(model_path: Path, batch: int) -> None:
+    """Of one token, compiled code multiplies all groups in one call; Python, which shows inputs, takes them in turn."""
+    groups: set[int] = set()
+
+    def look(name: str, rows: npt.NDArray[np.float32]) -> None:
+        if "attn_output_a" in name:
+            groups.add(len(rows))
+
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
+        expected = logits(model, TOKENS[:12], batch=batch)
+        model.dense.show(look)
+        np.testing.assert_array_equal(logits(model, TOKENS[:12], batch=batch), expected)
+        model.dense.show(None)
+    assert min(groups) > 1

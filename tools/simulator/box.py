@@ -168,7 +168,11 @@ def boxes(args: argparse.Namespace, sizes: ModelSizes) -> Iterator[tuple[str, Ha
     """Those of `plan_table`, or the one that the options describe."""
     if args.drive_rate or args.memory_rate or args.ram:
         machine = detect(
-            sizes.files, n_threads=args.threads, probe=not (args.drive_rate and args.memory_rate), specs=sizes.specs
+            sizes.files,
+            n_threads=args.threads,
+            probe=not (args.drive_rate and args.memory_rate),
+            specs=sizes.specs,
+            dense=sizes.dense_format,
         )
         yield "given", machine.given(disk_bytes_per_s=args.drive_rate, memory_bytes_per_s=args.memory_rate)
         return

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gguf import GGMLQuantizationType
+
 from localrun.engine import memory
 from localrun.engine.company import cores, seconds_of_others
 from localrun.engine.planner import drivers
@@ -122,7 +124,9 @@ class Hardware:
             everything fits.
         total_ram_bytes: of the machine, or of its cgroup.
         disk_bytes_per_s: of the model's drive, with several reads in flight, bypassing the page cache.
+        disk_spread: what it gave at its slowest and its fastest while it was measured, relative to that.
         drive: which one that is; empty: unknown, or given.
+        drive_seen: the rate is that of tokens that read, not of a probe.
         n_drives: 2: a mirror on a second one.
         memory_bytes_per_s: of RAM, all cores reading.
         n_threads: compute threads.
@@ -130,7 +134,7 @@ class Hardware:
         seen: what whole tokens have shown here (`token_rates.py`), by `seen_key`. For a model's formats: a resource's rate inside
             a token, relative to that of the `reference` machine; for all formats together: relative to this machine's probes.
             Shares of reads as they are.
-        others: cores that other programs used before the probes.
+        others: cores that other programs used before the probes; those of lower priority count in part, see `cores_of_others`.
         n_cores: of the machine.
         company_cost: how much longer a token takes while others use all of them.
         origin: name of a value -> "measured", "given" or "assumed".
@@ -139,7 +143,9 @@ class Hardware:
     ram_bytes: int | None
     total_ram_bytes: int | None
     disk_bytes_per_s: float = ASSUMED_DISK_BYTES_PER_S
+    disk_spread: tuple[float, float] = (1.0, 1.0)
     drive: str = ""
+    drive_seen: bool = False
     n_drives: int = 1
     memory_bytes_per_s: float = ASSUMED_MEMORY_BYTES_PER_S
     n_threads: int = 1
@@ -180,7 +186,7 @@ class Hardware:
         named = {name: value for name, value in values.items() if value is not None}
         origin = {**self.origin, **dict.fromkeys(named, "given")}
         if "disk_bytes_per_s" in named:
-            named["drive"] = ""
+            named |= {"drive": "", "drive_seen": False, "disk_spread": (1.0, 1.0)}
         if named.keys() & {"memory_bytes_per_s", "n_threads"}:  # measurements with other values don't apply
             named |= {"cpu": None, "seen": {}}
             origin.pop("cpu", None)
@@ -195,20 +201,22 @@ def detect(
     n_drives: int = 1,
     gpus: bool = False,
     specs: Collection[FfnSpec] = (),
+    dense: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
 ) -> Hardware:
     """This machine.
 
     Args:
-        files: of the model, whose drive is measured (once a day, about a second); without any, a cached figure for the cache
+        files: of the model, whose drive is measured (once a day, three seconds); without any, a cached figure for the cache
             folder's drive is used.
         n_threads: compute threads; 0: one per physical core.
         probe: measure bandwidths; otherwise use only what is free to determine and assume the rest.
         gpus: look for GPUs that llama.cpp can use.
         specs: experts to measure the kernels with.
+        dense: format of the dense matrices to measure them with.
     """
     n_threads = n_threads or memory.physical_cores()
     others = cores_of_others(LOOK_S) if probe else 0.0
-    cpu, device = None, ""
+    cpu, device, drive_seen, disk_spread = None, "", False, (1.0, 1.0)
     origin = {
         "ram_bytes": "measured",
         "n_threads": "measured",
@@ -222,23 +230,27 @@ def detect(
         drive = probe_disk(list(files) or [disk_profiles_path()])
         if drive.bytes_per_s is not None:
             device, origin["disk_bytes_per_s"] = drive.device, "measured"
-            # What tokens have read says more than a second of nothing else.
-            disk_bytes_per_s = sustained_rates(drive_name(device)).get(drive_name(device), drive.bytes_per_s)
+            # What tokens have read says more than seconds of nothing else.
+            seen = sustained_rates(drive_name(device)).get(drive_name(device))
+            disk_bytes_per_s, drive_seen = seen or drive.bytes_per_s, seen is not None
+            disk_spread = (1.0, 1.0) if drive_seen else drive.spread
         memory_bytes_per_s, origin["memory_bytes_per_s"] = probe_memory(), "measured"
         if specs:
             from localrun.offload.kernels.probe import probe_cpu
 
             try:
-                cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads), "measured"
+                cpu, origin["cpu"] = probe_cpu(specs, n_threads=n_threads, dense=dense), "measured"
             except LocalrunError as error:  # loading reports what is wrong with such a model
                 log.warning("could not measure the processor: %s", error)
-        memory_bytes_per_s, cpu = _usual(memory_bytes_per_s, cpu, specs, n_threads)
+        memory_bytes_per_s, cpu = _usual(memory_bytes_per_s, cpu, specs, dense, n_threads, quiet=others <= BUSY_CORES)
     available = memory.available_memory()
     return Hardware(
         ram_bytes=None if available is None else available + memory.resident_bytes(),
         total_ram_bytes=memory.total_memory(),
         disk_bytes_per_s=disk_bytes_per_s,
+        disk_spread=disk_spread,
         drive=device,
+        drive_seen=drive_seen,
         n_drives=n_drives,
         memory_bytes_per_s=memory_bytes_per_s,
         n_threads=n_threads,
@@ -253,9 +265,15 @@ def detect(
 
 
 def _usual(
-    memory_bytes_per_s: float, cpu: CpuRates | None, specs: Collection[FfnSpec], n_threads: int
+    memory_bytes_per_s: float,
+    cpu: CpuRates | None,
+    specs: Collection[FfnSpec],
+    dense: GGMLQuantizationType,
+    n_threads: int,
+    *,
+    quiet: bool,
 ) -> tuple[float, CpuRates | None]:
-    """These rates as this machine usually has them (`usual_rates.py`)."""
+    """These rates as this machine has them when nothing else runs (`usual_rates.py`)."""
 
     def key(spec: FfnSpec, name: str) -> str:
         kinds = "/".join(kind.name for kind in spec.types)
@@ -263,25 +281,36 @@ def _usual(
 
     measured = {"memory": memory_bytes_per_s}
     if cpu is None:
-        return usual_rates(measured)["memory"], None
-    dense = {f.name: f"{f.name}, {n_threads} threads" for f in fields(cpu) if f.name != "experts"}
+        return usual_rates(measured, quiet=quiet)["memory"], None
+    matrices = {f.name: f"{f.name} of {dense.name}, {n_threads} threads" for f in fields(cpu) if f.name != "experts"}
     seconds = [f.name for f in fields(ExpertRates)]
-    measured |= {key: getattr(cpu, name) for name, key in dense.items()}
+    measured |= {key: getattr(cpu, name) for name, key in matrices.items()}
     measured |= {key(spec, name): 1 / getattr(cpu.experts[spec.types], name) for spec in specs for name in seconds}
-    usual = usual_rates(measured)
+    usual = usual_rates(measured, quiet=quiet)
     experts = {spec.types: ExpertRates(**{name: 1 / usual[key(spec, name)] for name in seconds}) for spec in specs}
-    return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in dense.items()})
+    return usual["memory"], CpuRates(experts=experts, **{name: usual[key] for name, key in matrices.items()})
 
 
 LOOK_S = 0.2
 """How long a load looks at what other programs use; /proc/stat has a resolution of 10 ms."""
 
 
+LOW_PRIORITY = 0.5
+"""What a core that programs of lower priority use counts: they yield, but the memory's bandwidth and a moment to wake up are gone.
+[m] Whole Flash beside such programs on both cores: matrices took 1.4 to 1.8 times as long."""
+
+
 def cores_of_others(seconds: float) -> float:
-    """Cores that other programs use while this one sleeps; those of lower priority don't count: they yield."""
-    before, started = seconds_of_others(low_priority=False), time.monotonic()
+    """Cores that other programs use while this one sleeps; those of lower priority count as `LOW_PRIORITY`."""
+
+    def now() -> tuple[float, float]:
+        return seconds_of_others(low_priority=False), seconds_of_others()
+
+    before, started = now(), time.monotonic()
     time.sleep(seconds)
-    return max(0.0, seconds_of_others(low_priority=False) - before) / (time.monotonic() - started)
+    after, took = now(), time.monotonic() - started
+    normal, every = (max(0.0, b - a) for a, b in zip(before, after, strict=True))
+    return (normal + LOW_PRIORITY * max(0.0, every - normal)) / took
 
 
 def drive_name(device: str) -> str:

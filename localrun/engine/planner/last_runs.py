@@ -93,7 +93,8 @@ def remember_hits(
 
 
 def company_cost(*, path: Path | None = None) -> float | None:
-    """How much longer a token takes while others use all cores, 1.0: twice as long; None if no run of a month had company."""
+    """How much longer a token's matrices take while others use all cores, 1.0: twice as long; None if no run of a month had
+    company."""
     now = time.time()
     costs = [cost for when, cost in _read(path or runs_path())["company"] if 0 <= now - when < MAX_AGE_S]
     return statistics.median(costs) if costs else None

@@ -14,7 +14,6 @@ from localrun.engine.planner.speed import (
     Range,
     Rate,
     ResidentShares,
-    in_company,
     predict_decode,
     predict_prefill,
     slowest,
@@ -166,8 +165,10 @@ class Plan:
     @property
     def decode_now(self) -> Range | None:
         """`decode`, as long as other programs use what they used when the machine was looked at."""
-        factor = self.machine.company_factor
-        return self.decode if self.decode is None or factor == 1 else in_company(self.decode, factor)
+        if self.decode is None or not self.machine.is_busy:
+            return self.decode
+        asked = self.options.position
+        return self.decode_at(usual_position(self.n_ctx) if asked is None else asked, now=True)
 
     @property
     def plain_is_as_fast(self) -> bool:
@@ -184,11 +185,21 @@ class Plan:
         """For programs."""
         return plan_json(self)
 
-    def decode_at(self, position: int) -> Range:
-        """Answers with so many tokens in the context."""
-        shares = resident_shares(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive)
-        kv_type = self.options.kv_type
-        return predict_decode(self.sizes, shares, self.machine, self.rates, position=position, kv_type=kv_type)
+    def decode_at(self, position: int, *, now: bool = False) -> Range:
+        """Answers with so many tokens in the context.
+
+        Args:
+            now: as long as other programs use what they used when the machine was looked at.
+        """
+        return predict_decode(
+            self.sizes,
+            resident_shares(self.sizes, self.machine, self.placement, adaptive=self.options.adaptive),
+            self.machine,
+            self.rates,
+            position=position,
+            kv_type=self.options.kv_type,
+            company=self.machine.company_factor if now else 1.0,
+        )
 
     def prefill_of(self, prompt_tokens: int) -> Range:
         """A prompt of so many tokens."""

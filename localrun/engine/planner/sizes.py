@@ -93,6 +93,7 @@ class ModelSizes:
         base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
         convertible: other expert formats are possible by converting again.
         eight_bit_bytes: of the dense matrices, those in Q8_0, as FP8 matrices become by default.
+        dense_format: of most of the dense matrices that are quantized.
     """
 
     name: str
@@ -106,6 +107,7 @@ class ModelSizes:
     base_bytes: int = 0
     convertible: bool = False
     eight_bit_bytes: int = 0
+    dense_format: GGMLQuantizationType = _T.Q8_0
 
     @property
     def from_checkpoint(self) -> bool:
@@ -268,12 +270,14 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
     """Sizes of a conversion of the official FP4 checkpoint with this config."""
     options = options or ConversionOptions()
     dense: Counter[str] = Counter()
+    formats: Counter[GGMLQuantizationType] = Counter()
     weights = eight_bit_bytes = 0
     expert_types: list[GGMLQuantizationType] = []
     for spec in trunk_tensors(config):
         if spec.expert is None:
             dense[_part(spec.gguf or "")] += _tensor_bytes(spec, options)
             weights += _weights(spec)
+            formats[target_type(spec, spec.dtype, options)] += _weights(spec)
             if target_type(spec, spec.dtype, options) is _T.Q8_0:
                 eight_bit_bytes += _tensor_bytes(spec, options)
         elif spec.expert == 0 and len(expert_types) < 3:
@@ -293,12 +297,14 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
         staging_bytes=staging_bytes_aligned(layout.raw_bytes),
         convertible=True,
         eight_bit_bytes=eight_bit_bytes,
+        dense_format=_most_used(formats),
     )
 
 
 def sizes_of_source(source: ModelSource) -> ModelSizes:
     """Sizes of a model on disk, each expert in the copy that the engine would read."""
     dense: Counter[str] = Counter()
+    formats: Counter[GGMLQuantizationType] = Counter()
     weights = 0
     for tensor, info in source.tensors.items():
         if "_exps." not in tensor:
@@ -306,6 +312,7 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
             dense[part] += info.n_bytes
             if len(info.shape) > 1 and part not in LOOKED_UP:
                 weights += info.shape[0] * info.shape[1]
+                formats[info.type] += info.n_bytes
     if "output.weight" not in source.tensors:  # tied: the embeddings are the output head, too
         dense["output head"] += dense.pop("embedding", 0)
     moe = source.moe_layers.values()
@@ -327,6 +334,7 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
         eight_bit_bytes=sum(
             info.n_bytes for name, info in source.tensors.items() if "_exps." not in name and info.type is _T.Q8_0
         ),
+        dense_format=_most_used(formats),
     )
 
 
@@ -369,6 +377,12 @@ def _expert_kinds(source: ModelSource) -> Counter[tuple[ExpertTypes, int, int, i
             size = gate.n_bytes + up.n_bytes + down.n_bytes
             kinds[(gate.type, up.type, down.type), moe.n_embd, moe.n_ff, size] += 1
     return kinds
+
+
+def _most_used(formats: Counter[GGMLQuantizationType]) -> GGMLQuantizationType:
+    """The quantized format that most of the dense matrices have; Q8_0 if none is."""
+    quantized = {kind: amount for kind, amount in formats.items() if GGML_QUANT_SIZES[kind][0] > 1 and amount}
+    return max(quantized, key=lambda kind: quantized[kind], default=_T.Q8_0)
 
 
 def _part(name: str) -> str:

@@ -26,11 +26,11 @@ from localrun.options import OWN_KV_TYPES
 from localrun.quant.model.shape import CSA, HCA
 from localrun.quant.model.source import ExpertTypes
 
-LAYER_S = 0.5e-3
-LAYER_VALUE_S = 0.4e-6
-"""Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Two cores with
-AVX-512, what llama.cpp took outside our matrices: slices with 512, 4096 and 7168 values, 0.7, 2.3 to 3.0 and 3.4 to 3.7 ms. More
-cores: not measured."""
+LAYER_S = 0.35e-3
+LAYER_VALUE_S = 0.28e-6
+"""Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Whole Flash (4096
+values) on two Zen 4 cores: 1.4 to 1.65 ms. How much is fixed follows from slices with 512, 4096 and 7168 values. More cores: not
+measured."""
 
 ATTENTION_MACS_PER_CORE = 8e9
 BATCH_ATTENTION_MACS_PER_CORE = 10e9
@@ -65,26 +65,27 @@ CACHE_CALLS = 3
 """Round trips of the expert path that a layer's additional ones come to with the cache in RAM. [m] On the RPC device 12 more waits
 per layer and token; that four cost as much as one of a whole call is assumed."""
 
-DISK_SHARE = (0.75, 1.0, 1.0)
-"""Effective read rate for misses, relative to the probed rate: low, likely, high. Without read-ahead, one expert's three pieces
-keep fewer reads in flight than the probe."""
+DISK_SHARE = (0.75, 1.0, 1.2)
+"""Effective read rate for misses, relative to the probed rate: low, likely, high. [m] Whole Flash, two Zen 4 cores: 1.35 to 1.69
+GB/s while a read was under way, of a drive that sustains 1.7 to 1.9 with 8 reads of 4 MiB, 1.2 with 4; beside other programs,
+which slow the probe down more than tokens, 1.59, 1.27 and 1.41 where it said 1.27, 1.21 and 1.10."""
 
-HIDDEN_READS = (0.4, 0.58, 0.85)
+HIDDEN_READS = (0.3, 0.47, 0.75)
 """Part of a token's reads that hides behind its computing: reads of the next layer's likely experts and of hash layers go on
 while others are multiplied; what nobody guessed is waited for. More than the computing takes can't hide. [m] Whole Flash on two
-cores, a drive of 1.5 GB/s: in MXFP4 0.58 (1.19 GB read, 0.33 s waited), in Q2_K 0.53 (0.42 GB, 0.13 s). 0.6 and 0.54 of these
-reads had been guessed."""
+Zen 4 cores, of 0.4 to 1.4 s that a read was under way: in MXFP4 0.46, 0.47, 0.39, 0.48 and, beside others, 0.62 and 0.48; in Q2_K
+beside others 0.61, 0.43 and 0.43. 0.46 of these reads had been guessed."""
 
-USEFUL_READS = 0.86
-"""Part of the bytes read that a layer then uses; the rest are wrong guesses. [m] The same runs: 0.87 and 0.85."""
+USEFUL_READS = 0.88
+"""Part of the bytes read that a layer then uses; the rest are wrong guesses. [m] Whole Flash: 0.88 to 0.92."""
 
-PACK_SHARE = 1 / 4
-"""Rate of packing experts into their slots on the computing cores, relative to RAM bandwidth. [m] The same runs: experts took 169
-and 120 ms, 100 and 92 by the probe: 17 and 15 GB/s at 57 of RAM."""
+PACK_SHARE = 0.7
+"""Rate at which packing experts into their slots delays the computing cores, relative to RAM bandwidth. [m] Whole Flash in MXFP4:
+experts took 127 ms where the probe says 102, with 0.7 GB read: 28 GB/s at 35 of RAM."""
 
-INSIDE = {"dense model in RAM": 0.5, "layers": 0.75}
-"""Rate inside a token that reads, relative to what the probe of a single kernel gives or, of layers, to what slices take: reads,
-checks and packing use the same cores. [m] The same runs: dense matrices 0.52 and 0.43, layers 0.73 and 0.91."""
+INSIDE = {"dense model in RAM": 0.9}
+"""Rate inside a token, relative to what the probe of a single kernel gives: threads wake for each matrix, and shapes differ. [m]
+The same machine at rest, 8-bit matrices: 31 GB/s where the probe has 34 to 36; Q4_K 30 and 29."""
 
 INSIDE_THREADS = 4
 """`INSIDE` is for few cores; with more, nothing is known, and the probes' rates are used as they are."""
@@ -178,9 +179,20 @@ class Range:
 
 
 def predict_decode(
-    sizes: ModelSizes, shares: ResidentShares, machine: Hardware, rates: HitRates, *, position: int, kv_type: str
+    sizes: ModelSizes,
+    shares: ResidentShares,
+    machine: Hardware,
+    rates: HitRates,
+    *,
+    position: int,
+    kv_type: str,
+    company: float = 1.0,
 ) -> Range:
-    """Speed of answers with `position` tokens in the context."""
+    """Speed of answers with `position` tokens in the context.
+
+    Args:
+        company: how many times as long the CPU takes for matrices because other programs use it, too.
+    """
     used = len(sizes.shape.moe_layers) * sizes.shape.n_used
     on_gpu = rates.hottest(shares.gpu_share) if shares.gpu_share > 0 else 0.0
     known = machine.known(sizes.formats, reads=True) if shares.is_cpu_only else Known()
@@ -188,9 +200,9 @@ def predict_decode(
     def rate(hits: float, estimate: int) -> Rate:
         disk_bytes = (1 - hits) * used * shares.miss_bytes / known.of(USEFUL, USEFUL_READS)
         seconds = inside(sizes, shares, machine, on_gpu, disk_bytes, position=position, kv_type=kv_type)
-        read_s = disk_bytes / (DISK_SHARE[estimate] * drive_bytes_per_s(machine))
-        hidden = known.of(HIDDEN, HIDDEN_READS[estimate])
-        seconds["drive"] = waiting(read_s, sum(seconds.values()), hidden)
+        seconds = {name: s * (1 + (company - 1) * COMPANY.get(name, 0.0)) for name, s in seconds.items()}
+        computing_s = sum(seconds.values())
+        seconds["drive"] = waiting_for(machine, known, disk_bytes, computing_s, estimate)
         return Rate(tokens_per_s=1 / sum(seconds.values()), hit_rate=hits, disk_bytes=disk_bytes, seconds=seconds)
 
     unsteady, steady, best = (
@@ -263,6 +275,29 @@ def computing(
     seconds |= _both((1 - on_gpu) * expert_s, on_gpu_s, shares.gpu)
     seconds["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
     return seconds
+
+
+COMPANY = {"dense model in RAM": 1.0, "attention": 1.0, "layers": 1.5, "experts in RAM": 0.6}
+"""How much longer resources in `Rate.seconds` take while other programs compute, relative to matrices; drives and GPUs don't.
+Small operations belong to one thread, for which all others wait; the calls of experts are long, and follow a pause. [m] Whole
+Flash on two Zen 4 cores beside one busy process per core: matrices 2.08 times as long, small operations 2.2, experts 1.74; beside
+others 1.4 to 2.2, 1.4 to 3.3 and 1.0 to 1.4."""
+
+
+def waiting_for(machine: Hardware, known: Known, disk_bytes: float, computing_s: float, estimate: int = 1) -> float:
+    """Seconds that a token waits for reads.
+
+    Args:
+        known: of models in its formats.
+        disk_bytes: that it reads.
+        estimate: 0: low, 1: likely, 2: high.
+    """
+    # A rate that tokens have shown is one of tokens.
+    share = 1.0 if machine.drive_seen and estimate else DISK_SHARE[estimate]
+    slowest, fastest = machine.disk_spread
+    share = (min(share, slowest), share, max(share, fastest))[estimate]
+    read_s = disk_bytes / (share * drive_bytes_per_s(machine))
+    return waiting(read_s, computing_s, known.of(HIDDEN, HIDDEN_READS[estimate]))
 
 
 def waiting(read_s: float, computing_s: float, hidden: float = HIDDEN_READS[1]) -> float:
@@ -478,16 +513,6 @@ def experts_on(machine: Hardware, sizes: ModelSizes) -> ExpertRates:
         few_s=sum(part.few_s for part in parts),
         many_s=sum(part.many_s for part in parts),
     )
-
-
-def in_company(span: Range, factor: float) -> Range:
-    """The same while other programs make everything slower."""
-
-    def slower(rate: Rate) -> Rate:
-        seconds = {name: factor * s for name, s in rate.seconds.items()}
-        return replace(rate, tokens_per_s=rate.tokens_per_s / factor, seconds=seconds)
-
-    return Range(low=slower(span.low), likely=slower(span.likely), high=slower(span.high))
 
 
 def _widened(low: Rate, likely: Rate, high: Rate) -> Range:

@@ -103,12 +103,24 @@ def _machine(machine: Hardware) -> str:
         marked("memory_bytes_per_s", f"memory {machine.memory_bytes_per_s / 1e9:.1f} GB/s"),
         marked(
             "disk_bytes_per_s",
-            f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {machine.disk_bytes_per_s / 1e9:.2f} GB/s",
+            f"{'drive' if machine.n_drives == 1 else f'{machine.n_drives} drives, each'} {_drive_rate(machine)} GB/s",
         ),
         marked("n_threads", f"{machine.n_threads} threads"),
         *(f"{gpu.name} {format_size(gpu.vram_bytes)} free (rates {gpu.rates_from})" for gpu in machine.gpus),
     ]
     return ", ".join(parts if machine.gpus else [*parts, "no GPU"])
+
+
+def _drive_rate(machine: Hardware) -> str:
+    """`1.43`, or `1.19 to 1.64` of a drive that is not steady."""
+    slowest, fastest = (share * machine.disk_bytes_per_s / 1e9 for share in machine.disk_spread)
+    if fastest < STEADY * slowest:
+        return f"{machine.disk_bytes_per_s / 1e9:.2f}"
+    return f"{slowest:.2f} to {fastest:.2f}"
+
+
+STEADY = 1.15
+"""A drive whose fastest run is less than so many times its slowest has one rate."""
 
 
 def _experts(plan: Plan) -> str:
@@ -163,6 +175,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "ram_bytes": machine.ram_bytes,
             "total_ram_bytes": machine.total_ram_bytes,
             "disk_bytes_per_s": machine.disk_bytes_per_s,
+            "disk_spread": list(machine.disk_spread),
             "n_drives": machine.n_drives,
             "memory_bytes_per_s": machine.memory_bytes_per_s,
             "n_threads": machine.n_threads,

@@ -18,24 +18,22 @@ from localrun.engine.planner.hardware import BUSY_CORES, Hardware, drive_name, s
 from localrun.engine.planner.last_runs import Kind, remember_company, remember_hits
 from localrun.engine.planner.plan import Plan, resident_shares
 from localrun.engine.planner.speed import (
+    COMPANY,
     FEW_READS,
     HIDDEN,
-    HIDDEN_READS,
     USEFUL,
     ResidentShares,
     computing,
-    drive_bytes_per_s,
     inside,
     used_bytes,
-    waiting,
 )
-from localrun.engine.planner.usual_rates import usual_rates
+from localrun.engine.planner.usual_rates import remember_rates
 
 MIN_TOKENS = 16
 """Fewer say little: the first ones warm caches."""
 
 MIN_DRIVE_BYTES = 8 << 30
-"""Less read in a run says little about the drive's rate, of which the best counts for a week."""
+"""Less read in a run says little about the drive's rate."""
 
 FULL = 0.5
 """Evictions per read from which on memory counts as full: before, everything is read once, and hits say nothing."""
@@ -119,16 +117,19 @@ def hits_seen(plan: Plan, cost: Spent) -> float | None:
     return min(1.0, max(0.0, 1 - (n_reads - cost.wasted) / cost.requests))
 
 
-def quiet_token_s(plan: Plan, cost: Spent, *, n_tokens: int, position: int) -> float:
-    """Seconds of a token as the plan has them for what was really read, with nothing else running."""
-    machine, disk_bytes = plan.machine, cost.disk_bytes / n_tokens
-    seconds = sum(
-        inside(
-            plan.sizes, _shares(plan), machine, 0.0, disk_bytes, position=position, kv_type=plan.options.kv_type
-        ).values()
-    )
-    hidden = machine.known(plan.sizes.formats, reads=True).of(HIDDEN, HIDDEN_READS[1])
-    return seconds + waiting(disk_bytes / drive_bytes_per_s(machine), seconds, hidden)
+def quiet_seconds(plan: Plan, cost: Spent, *, n_tokens: int, position: int) -> dict[str, float]:
+    """Seconds of a token by resource as the plan has them for what was really read, with nothing else running and without waiting
+    for it."""
+    kv_type, disk_bytes = plan.options.kv_type, cost.disk_bytes / n_tokens
+    return inside(plan.sizes, _shares(plan), plan.machine, 0.0, disk_bytes, position=position, kv_type=kv_type)
+
+
+def company_cost_of(plan: Plan, cost: Spent, *, n_tokens: int, seconds: float, position: int) -> float:
+    """How much longer matrices would have taken with all cores used by others, from what a run beside some took."""
+    quiet = quiet_seconds(plan, cost, n_tokens=n_tokens, position=position)
+    longer_s = (seconds - cost.waiting_s) / n_tokens - sum(quiet.values())
+    affected_s = sum(COMPANY.get(name, 0.0) * s for name, s in quiet.items())
+    return max(0.0, longer_s) / affected_s * plan.machine.n_cores / plan.machine.others
 
 
 def learn_tokens(
@@ -155,11 +156,10 @@ def learn_tokens(
     enough = cost.disk_bytes >= MIN_DRIVE_BYTES and cost.reading_s > 0
     if plan.machine.drive and direct and enough:
         name = drive_name(plan.machine.drive)
-        usual_rates({name: cost.disk_bytes / cost.reading_s})  # however busy the machine: it can do at least that
+        remember_rates({name: cost.disk_bytes / cost.reading_s})  # however busy the cores
     if others_in(cost, seconds) > BUSY_CORES:
         if plan.machine.is_busy:
-            longer = seconds / n_tokens / quiet_token_s(plan, cost, n_tokens=n_tokens, position=position) - 1
-            remember_company(max(0.0, longer) * plan.machine.n_cores / plan.machine.others)
+            remember_company(company_cost_of(plan, cost, n_tokens=n_tokens, seconds=seconds, position=position))
         return
     reads = _reads(plan, cost, n_tokens)
     rates: dict[str, float] = {}
@@ -168,7 +168,7 @@ def learn_tokens(
         key = seen_key(formats, reads=reads)
         rates |= {seen_name(name, key, machine.n_threads): ratio for name, ratio in ratios.items()}
     if rates:
-        usual_rates(rates)
+        remember_rates(rates)
 
 
 def _shares(plan: Plan) -> ResidentShares:

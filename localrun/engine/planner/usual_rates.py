@@ -1,16 +1,18 @@
 """Rates of this machine when nothing else runs, over recent starts, so busy moments do not distort the plan.
 
-Other programs can only lower a measured rate, and a busy day may have many starts. So the best measurements of a week are kept
-rather than the latest. Of probes, which take fractions of a second, the plan uses the best of two, and of more the second best, to
-ignore a lucky outlier. What whole runs have sustained is proof, however often others have been in the way since: the best counts.
+Other programs lower a measured rate, so rates from busy moments are not remembered, and a busy start uses the median of quiet ones.
+But a machine also changes without a visible cause: on a virtual one, memory gave 31 or 53 GB/s for minutes on end. So at a quiet
+start, what is measured now counts as much as the last ones together. Of what whole runs have sustained, the median of the last
+ones counts.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +22,53 @@ from localrun.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
-KEPT = 3
+KEPT = 5
 MAX_AGE_S = 7 * 86400.0
 """A machine that has become slower for good is planned so after a week."""
-_VERSION = 2
+_VERSION = 3
 
 
-def usual_rates(measured: Mapping[str, float], *, path: Path | None = None) -> dict[str, float]:
-    """Stores rates and returns the undisturbed ones, by name; does without the file if it can't be read or written.
+def usual_rates(measured: Mapping[str, float], *, quiet: bool = True, path: Path | None = None) -> dict[str, float]:
+    """What these rates are when nothing else runs, by name; does without the file if it can't be read or written.
 
     Args:
         measured: rates, higher is better. The name includes everything they depend on.
+        quiet: nothing else ran, and they are remembered.
         path: `cache_dir()/rates.json`.
     """
-    path, now = path or cache_dir() / "rates.json", time.time()
-    known = _read(path)
+    path = path or cache_dir() / "rates.json"
+    if quiet:
+        remember_rates(measured, path=path)
+    known = _fresh(path)
     result = {}
     for name, rate in measured.items():
-        fresh = [entry for entry in known.get(name, []) if 0 <= now - entry[0] < MAX_AGE_S and 0 < entry[1] < 1e18]
-        known[name] = sorted([*fresh, (now, rate)], key=lambda entry: -entry[1])[:KEPT]
-        result[name] = _usual([rate for _, rate in known[name]], sustained=False)
-    _write(path, known)
+        usual = statistics.median(known[name]) if known.get(name) else rate
+        result[name] = (rate * usual) ** 0.5 if quiet else usual
     return result
 
 
+def remember_rates(measured: Mapping[str, float], *, path: Path | None = None) -> None:
+    """Takes in rates, by name."""
+    path, now = path or cache_dir() / "rates.json", time.time()
+    known = _read(path)
+    for name, rate in measured.items():
+        known[name] = [*known.get(name, []), (now, rate)][-KEPT:]
+    _write(path, known)
+
+
 def sustained_rates(prefix: str, *, path: Path | None = None) -> dict[str, float]:
-    """The undisturbed rates of whole runs whose names begin so."""
+    """The usual rates of whole runs whose names begin so."""
+    known = _fresh(path or cache_dir() / "rates.json")
+    return {name: statistics.median(rates) for name, rates in known.items() if name.startswith(prefix) and rates}
+
+
+def _fresh(path: Path) -> dict[str, list[float]]:
+    """Those that are not too old."""
     now = time.time()
-    fresh = {
-        name: sorted((rate for when, rate in entries if 0 <= now - when < MAX_AGE_S and 0 < rate < 1e18), reverse=True)
-        for name, entries in _read(path or cache_dir() / "rates.json").items()
-        if name.startswith(prefix)
+    return {
+        name: [rate for when, rate in entries if 0 <= now - when < MAX_AGE_S and 0 < rate < 1e18]
+        for name, entries in _read(path).items()
     }
-    return {name: _usual(rates, sustained=True) for name, rates in fresh.items() if rates}
-
-
-def _usual(rates: Sequence[float], *, sustained: bool) -> float:
-    """Of falling rates, the undisturbed one."""
-    return rates[1] if len(rates) >= KEPT and not sustained else rates[0]
 
 
 def _read(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -206,15 +206,15 @@ class Host:
     def snapshot(self, command: Snapshot) -> None:
         """See `protocol.Snapshot`."""
         session = self._loaded().session
-        data = session.snapshot()
         with replacing(Path(command.path)) as file:
-            file.write(data)
-        self._send(Saved(request=command.request, n_tokens=session.position, n_bytes=len(data)))
+            session.write(Path(file.name))
+            n_bytes = Path(file.name).stat().st_size
+        self._send(Saved(request=command.request, n_tokens=session.position, n_bytes=n_bytes))
 
     def restore(self, command: Restore) -> None:
         """See `protocol.Restore`."""
         session = self._loaded().session
-        session.restore(Path(command.path).read_bytes())
+        session.restore(Path(command.path))
         self._send(Restored(request=command.request, n_tokens=session.position))
 
     def eval_logits(self, command: EvalLogits) -> None:

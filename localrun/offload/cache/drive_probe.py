@@ -1,16 +1,19 @@
 """Measures read speeds: of the model's drive, bypassing the page cache, and of RAM.
 
 The disk probe determines how many reads of what size keep the drive busy (`ExpertStore`'s readers and pieces), and the resulting
-bandwidth (for the planner). It reads random positions of the model's files for about a second, once a day and drive; the result is
+bandwidth (for the planner). It reads random positions of the model's files for three seconds, once a day and drive; the result is
 cached under `cache_dir()`. Nothing here may fail a start: if measuring or caching fails, published values are used, with a
 warning.
 
-A rate is what the drive can do, not what it did in a bad second: other programs, and on a virtual machine its neighbours, can only
-make it slower. So of each combination the best run counts, and a day's measurement lowers an earlier one only little by little.
+A drive may be faster for a moment than for long (a burst of 2.5 GB/s, then 1.5), or slower, because other programs use it, and on a
+virtual machine its neighbours. So each combination is read for a third of a second, the best two again when the drive has been
+busy for longer than a second, and what these runs gave on average is its rate; the slowest and the fastest are kept beside it. A
+later measurement counts as much as all earlier ones together.
 
 Method: threads keep reads in flight, like the store. A rate is all bytes divided by the time from the first read's start to the
-last one's end. (Excluding start and end of such a short run would be worse: with 16 reads of 4 MiB, completions come in bursts,
-and the time between two of them gave three times the drive's rate.)
+last one's end. (Excluding start and end would be worse: with 16 reads of 4 MiB, completions come in bursts, and the time between
+two of them gave three times the drive's rate. Runs of 0.1 s lose too much of their time to them: 0.2 and 1.2 GB/s in the first two
+tenths, 1.8 for the next five seconds, and the number of reads could not be told: 4 of 4 MiB sustain 1.2 GB/s, 8 sustain 1.8.)
 """
 
 from __future__ import annotations
@@ -55,11 +58,10 @@ MAX_AGE_S: Final = 86400.0
 UNSTEADY_AGE_S: Final = 600.0
 """Profiles of moments in which runs of the same kind differed by more than `_UNSTEADY` are measured again soon."""
 _UNSTEADY: Final = 1.5
-_FADING: Final = 0.97
-"""What an earlier measurement still counts when a new one is lower: a drive that has become slower for good is known to be a fifth
-slower after a week."""
-_VERSION: Final = 3
-_RUN_S: Final = 0.1
+_VERSION: Final = 4
+_RUN_S: Final = 0.33
+_AGAIN: Final = 2
+"""How many combinations are read again, and how often each."""
 _TIE: Final = 0.97
 """Fewer and smaller reads in flight win when they reach this share of the best rate: they cost less memory and latency."""
 
@@ -71,11 +73,12 @@ class DiskProfile:
     Attributes:
         n_reads: reads in flight.
         piece_bytes: size of one read.
-        bytes_per_s: bandwidth with these; None: not measured.
+        bytes_per_s: bandwidth with these, for long; None: not measured.
+        slowest_bytes_per_s, fastest_bytes_per_s: of the runs that this comes from; 0.0: not measured.
         direct: the reads bypassed the page cache (O_DIRECT).
         device: `major:minor`, file system and source of the mount.
         measured_at: seconds since the epoch; 0.0: not measured.
-        tried: "reads x KiB" -> bytes per second of every combination that was measured, in its best run.
+        tried: "reads x KiB" -> bytes per second of every combination that was measured.
         unsteady: runs of the same kind differed much: something else used the drive.
     """
 
@@ -87,11 +90,21 @@ class DiskProfile:
     measured_at: float = 0.0
     tried: dict[str, float] = field(default_factory=dict)
     unsteady: bool = False
+    slowest_bytes_per_s: float = 0.0
+    fastest_bytes_per_s: float = 0.0
 
     @property
     def max_age_s(self) -> float:
         """How long it is good for."""
         return UNSTEADY_AGE_S if self.unsteady else MAX_AGE_S
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The slowest and the fastest run relative to the rate; 1.0 within."""
+        if not self.bytes_per_s or not self.slowest_bytes_per_s:
+            return 1.0, 1.0
+        slowest, fastest = self.slowest_bytes_per_s / self.bytes_per_s, self.fastest_bytes_per_s / self.bytes_per_s
+        return min(1.0, slowest), max(1.0, fastest)
 
     @property
     def measured(self) -> bool:
@@ -105,7 +118,7 @@ class DiskProfile:
 def probe_disk(
     paths: Sequence[Path], *, refresh: bool = False, max_age_s: float | None = None, memory: Path | None = None
 ) -> DiskProfile:
-    """The profile of the drive that holds most of these files, cached or measured (about a second).
+    """The profile of the drive that holds most of these files, cached or measured (three seconds).
 
     Args:
         paths: files of the model; folders stand for the files in them.
@@ -217,7 +230,7 @@ class _Files:
 
 
 def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> DiskProfile:
-    """Numbers of reads with large pieces, then pieces with the best number, then the three best twice more.
+    """Numbers of reads with large pieces, then pieces with the best number, then the best two in turns.
 
     Args:
         known: an earlier profile of the same drive.
@@ -227,28 +240,28 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
     def run(n_reads: int, piece: int) -> None:
         runs.setdefault((n_reads, piece), []).append(_measured_bytes_per_s(files, n_reads, piece))
 
-    def best_of(pair: tuple[int, int]) -> float:
-        return max(runs[pair])
-
     for n_reads in READS:
         run(n_reads, PIECES[-1])
-    best_reads = max(READS, key=lambda n_reads: best_of((n_reads, PIECES[-1])))
+    best_reads = max(READS, key=lambda n_reads: runs[n_reads, PIECES[-1]][0])
     for piece in PIECES[:-1]:
         run(best_reads, piece)
-    again = sorted(runs, key=lambda pair: -best_of(pair))[:3]
-    for _ in range(2):  # in turns: a bad moment then meets all of them
-        for n_reads, piece in again:
-            run(n_reads, piece)
-    rates = {pair: best_of(pair) for pair in runs}
-    for name, rate in known.tried.items() if known is not None else ():
-        n_reads, kib = (int(part) for part in name.split(" x "))
-        rates[n_reads, kib << 10] = max(rates.get((n_reads, kib << 10), 0.0), _FADING * rate)
-    best = max(rates.values())
-    if best <= 0:
+    best = sorted(runs, key=lambda pair: -runs[pair][0])[:_AGAIN]
+    for _ in range(_AGAIN):  # in turns: a bad moment then meets all of them
+        for pair in best:
+            run(*pair)
+    # A first run may be a burst, or the drive's waking up.
+    lasting = {pair: own[1:] or own for pair, own in runs.items()}
+    rates = {pair: sum(own) / len(own) for pair, own in lasting.items()}
+    if known is not None and not known.unsteady:
+        for name, rate in known.tried.items():
+            n_reads, kib = (int(part) for part in name.split(" x "))
+            pair = n_reads, kib << 10
+            rates[pair] = (rates[pair] + rate) / 2 if pair in rates else rate
+    if max(rates.values()) <= 0:
         return DiskProfile(device=device)
-    n_reads, piece = min(
-        (pair for pair, rate in rates.items() if rate >= _TIE * best), key=lambda p: (p[0] * p[1], p[0])
-    )
+    fastest = max(rates[pair] for pair in best)
+    n_reads, piece = min((pair for pair in best if rates[pair] >= _TIE * fastest), key=lambda p: (p[0] * p[1], p[0]))
+    own = lasting[n_reads, piece]
     return DiskProfile(
         n_reads=n_reads,
         piece_bytes=piece,
@@ -257,7 +270,9 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
         device=device,
         measured_at=time.time(),
         tried={f"{n_reads} x {piece >> 10}": round(rate) for (n_reads, piece), rate in sorted(rates.items())},
-        unsteady=any(max(own) > _UNSTEADY * min(own) for own in runs.values()),
+        unsteady=max(own) > _UNSTEADY * min(own),
+        slowest_bytes_per_s=min(own),
+        fastest_bytes_per_s=max(own),
     )
 
 
@@ -308,6 +323,7 @@ def _recall(memory: Path, device: str) -> DiskProfile | None:
             and profile.bytes_per_s is not None
             and float(profile.bytes_per_s) > 0
             and float(profile.measured_at) >= 0
+            and 0 <= profile.slowest_bytes_per_s <= profile.fastest_bytes_per_s
             and all(
                 re.fullmatch(r"[1-9]\d{0,2} x [1-9]\d{0,6}", name) and rate > 0 for name, rate in profile.tried.items()
             )
@@ -363,27 +379,36 @@ def read_memory(values: npt.NDArray[np.int64], rounds: int) -> Any:
 
 
 def probe_memory(n_threads: int = 0, *, buffer_bytes: int = 256 << 20) -> float:
-    """RAM read bandwidth of all cores together, bytes per second; the best of a few passes, about 0.2 s.
+    """RAM read bandwidth of all cores together, bytes per second, in about 0.2 s: what a fifth of the passes exceed, because others
+    may interrupt one, and what one reads may still be in a cache.
+
+    Passes over everything lose least to the threads' starts. Beside other programs each of these is interrupted; passes over an
+    eighth are shorter than a time slice.
 
     Args:
         n_threads: 0: as many as this process may use.
-        buffer_bytes: read once per pass; must exceed the last-level cache.
+        buffer_bytes: must exceed the last-level cache.
     """
     if not n_threads:
         n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = anonymous(buffer_bytes)
     values = np.frombuffer(memory, np.int64)
     values.fill(1)  # untouched pages would all be the same one
-    slices = np.array_split(values, n_threads)
-    read_memory(slices[0][:8], 1)
-    best = 0.0
-    end = time.perf_counter() + 0.15
-    while best == 0.0 or time.perf_counter() < end:
-        threads = [threading.Thread(target=read_memory, args=(part, 1)) for part in slices]
+    read_memory(values[:8], 1)
+    return max(_passes_bytes_per_s(np.array_split(values, n_parts), n_threads) for n_parts in (1, 8))
+
+
+def _passes_bytes_per_s(parts: Sequence[npt.NDArray[np.int64]], n_threads: int) -> float:
+    """Passes over each part in turns."""
+    rates: list[float] = []
+    end = time.perf_counter() + 0.08
+    while not rates or time.perf_counter() < end:
+        part = parts[len(rates) % len(parts)]
+        threads = [threading.Thread(target=read_memory, args=(share, 1)) for share in np.array_split(part, n_threads)]
         start = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        best = max(best, values.nbytes / (time.perf_counter() - start))
-    return best
+        rates.append(part.nbytes / (time.perf_counter() - start))
+    return float(np.quantile(rates, 0.8))

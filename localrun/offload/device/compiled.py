@@ -126,12 +126,17 @@ def _dense(process: int, node: int, weight: int) -> bool:
     repeat = n_batch // get(weight, WEIGHT.n_batch)  # ggml broadcasts a weight over consecutive matrices of the input
     starts, iota, most = get(process, PROCESS.starts), get(process, PROCESS.iota), get(process, PROCESS.iota_size)
     x_stride, out_stride = load_i64(source + NB + 8), load_i64(node + NB + 8)
-    store_i32(starts, 0)
-    for batch in range(n_batch):
+    at_once = 1
+    if n_rows == 1 and repeat == 1 and 1 < n_batch < most:  # one row per matrix: all in one call, row i by matrix i
+        at_once, starts, x_stride, out_stride = n_batch, iota, load_i64(source + NB + 16), load_i64(node + NB + 16)
+    else:
+        store_i32(starts, 0)
+    for batch in range(0, n_batch, at_once):
         for row in range(0, n_rows, most):
-            store_i32(starts + 4, min(most, n_rows - row))
+            if at_once == 1:
+                store_i32(starts + 4, min(most, n_rows - row))
             _begin(process, call, get(weight, WEIGHT.jobs_bytes), get(weight, WEIGHT.tasks_bytes))
-            put(call, CALL.n_experts, 1)
+            put(call, CALL.n_experts, at_once)
             put(call, CALL.slots, get(weight, WEIGHT.packed) + batch // repeat * 8)
             put(call, CALL.starts, starts)
             put(call, CALL.x_rows, iota)

@@ -48,12 +48,13 @@ class Simd:
 
     Attributes:
         vnni: a dot product of bytes is one instruction, exact for all of them.
+        in_order: the order of reads matters, so `load_in_order` and `touch` keep it.
     """
 
     vnni = False
 
-    def __init__(self, builder: Any) -> None:
-        self.b = builder
+    def __init__(self, builder: Any, *, in_order: bool = False) -> None:
+        self.b, self.in_order = builder, in_order
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -84,8 +85,10 @@ class Simd:
         self.call("llvm.prefetch.p0", ir.VoidType(), self.b.gep(pointer, [I64(offset)]), I32(0), I32(3), I32(1))
 
     def load_in_order(self, pointer: Any, offset: int, type_: Any) -> Any:
-        """As `load`; these loads keep their order. Processors that prefetch by themselves follow reads that are in order;
-        `prefetch` in large numbers disturbs them."""
+        """As `load`; if `in_order`, these loads keep their order. Processors that prefetch by themselves follow reads that are in
+        order; `prefetch` in large numbers disturbs them."""
+        if not self.in_order:
+            return self.load(pointer, offset, type_)
         source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), type_.as_pointer())
         load = _KeptLoad(self.b.block, source)
         load.align = 1
@@ -93,7 +96,7 @@ class Simd:
         return load
 
     def touch(self, pointer: Any, offset: int) -> None:
-        """Reads a cache line now, in order, and drops it."""
+        """Reads a cache line now and drops it, if `in_order`."""
         self.load_in_order(pointer, offset, INTS)
 
     def stack(self, n_bytes: int) -> Any:
@@ -417,6 +420,6 @@ _CLASSES: Final[dict[Level, type[Simd]]] = {
 }
 
 
-def simd_for(level: Level, builder: Any) -> Simd:
+def simd_for(level: Level, builder: Any, *, in_order: bool = False) -> Simd:
     """The emitter for a level."""
-    return _CLASSES[level](builder)
+    return _CLASSES[level](builder, in_order=in_order)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
-from localrun.offload.kernels.interleaved.layout import FLIP, Field, Format, Step, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.layout import FEW, FLIP, Field, Format, Step, Tile, add_block, nibbles
 from localrun.offload.kernels.panels import BLOCK32, Panel
 from localrun.offload.kernels.simd import BYTES, FLOATS, INTS, Simd
 
@@ -49,7 +49,7 @@ def _q8_0(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
 def _half_scaled(type_: GGMLQuantizationType, n_quads: int, offset: int, step: Step, change: int = 0) -> Format:
     """A block of an F16 scale and `n_quads` groups of four bytes."""
     fields = (Field(0, 2, 1, 0, in_meta=True), Field(2, 4, n_quads, 0, change=change))
-    return Format(type_, 32, 2 + 4 * n_quads, 32, 64 * n_quads, Panel(BLOCK32, offset), fields, step, in_order=True)
+    return Format(type_, 32, 2 + 4 * n_quads, 32, 64 * n_quads, Panel(BLOCK32, offset), fields, step, in_order=FEW)
 
 
 _T = GGMLQuantizationType

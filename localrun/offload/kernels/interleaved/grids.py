@@ -17,7 +17,16 @@ from gguf import GGMLQuantizationType
 from llvmlite import ir
 
 from localrun.offload.kernels.cpu import features
-from localrun.offload.kernels.interleaved.layout import ODD_SIGNS, SIGNS, Field, Format, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.layout import (
+    FEW,
+    ODD_SIGNS,
+    SIGNS,
+    Field,
+    Format,
+    Tile,
+    add_block,
+    nibbles,
+)
 from localrun.offload.kernels.panels import BLOCK32, GRID32, Panel
 from localrun.offload.kernels.simd import BYTES, I32, I64, INTS, Avx512, Simd
 
@@ -72,16 +81,16 @@ def _signs_and_scale(s: Simd, packed: Any) -> tuple[Any, Any]:
     return signs, s.fma(s.to_float(s.mask(scale, 15)), s.floats(2.0), s.floats(1.0))
 
 
-_IQ2_PLACES: Final = ((0, 2), (2, 4), (4, 0), (4, 1))
-"""Of elements 0 to 3 of half a group: where the code's two bits are (the last one's after a shift by two) and its sign goes."""
+_IQ2_PLANES: Final = ((4, 5, 0, 1), (6, 7, 2, 3))
+"""Elements of a group whose codes are one byte of a plane, two bits each, from the lowest on. The signs of the first plane's then
+are where they are needed in the file's own bytes, the other's are two bits higher."""
 
 
-def _iq2_signs(half: int) -> list[int]:
-    """Bit matrix from seven signs to those of half a group, in their places; row i of the result is byte 7 - i."""
+def _iq2_signs() -> list[int]:
+    """Bit matrix from seven signs to those of the second plane at bits 0, 1, 4 and 5; row i of the result is byte 7 - i."""
     rows = [0] * 8
-    for i, (_code, sign) in enumerate(_IQ2_PLACES):
-        element = 4 * half + i
-        rows[7 - sign] = 0x7F if element == 7 else 1 << element
+    for element in _IQ2_PLANES[1]:
+        rows[7 - (element - 2)] = 0x7F if element == 7 else 1 << element
     return rows
 
 
@@ -95,30 +104,42 @@ def _iq2_xxs(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> li
     """A byte of a plane has the codes of half a group, and dwords four groups of a row: so activations of four groups are side by
     side (GRID32), and bits that are looked up need not move to other bytes."""
     codes = _codes(GGMLQuantizationType.IQ2_XXS, _LEVELS_2, 8)
-    planes = [_plane(codes[:, 4 * half : 4 * half + 4], 0, 2) for half in range(2)]
-    d = s.mul(s.halves(meta, 0), s.floats(0.125))
-    step = s.mul(d, s.floats(2 / 128))
+    planes = [_plane(codes[:, plane], 0, 2) for plane in _IQ2_PLANES]
     weights_of = _iq2_permuted if isinstance(s, Avx512) and has_grid_permutes() else _iq2_loaded
 
-    def block(i: Any, totals: list[Any]) -> list[Any]:
-        source = s.at(body, i, 128)
-        packed = s.load(source, 64, BYTES)
-        weights = weights_of(s, planes, source, packed)
-        # The top bits of the four bytes are the scale.
-        scale = s.dot(s.ints(0), s.b.and_(packed, s.bytes([128])), s.bytes([1, 2, 4, 8]), small=False)
-        return add_block(s, weights, s.fma(s.to_float(scale), step, d), tile.next(i), totals)
+    def block(i: Any, sums: list[Any]) -> list[Any]:
+        source, record = s.at(body, i, 128), tile.next(i)
+        indices, packed = (s.load_in_order(source, 64 * k, BYTES) for k in range(2))
+        weights = weights_of(s, planes, source, indices, packed)
+        # The top bits of the four bytes are the scale: 64 * (2 * scale + 1).
+        bits = s.as_bytes(s.and_or(s.as_ints(packed), s.ints(-0x7F7F7F80), s.ints(64)))
+        scale = s.dot(s.ints(0), bits, s.bytes([1, 2, 4, 8]), small=False)
+        results = []
+        for t, total in enumerate(sums):
+            dot = record.start(t)
+            for quad, weight in enumerate(weights):
+                dot = s.dot(dot, weight, record.quad(t, quad))
+            results.append(s.fma(s.to_float(s.b.mul(dot, scale)), record.scale(t), total))  # below 2**29
+        return results
 
-    return s.loop(I64(8), totals, block)
+    sums = s.loop(I64(8), [s.floats(0.0)] * len(totals), block)
+    d = s.mul(s.halves(meta, 0), s.floats(0.125 / 64))
+    return [s.fma(d, part, total) for part, total in zip(sums, totals, strict=True)]
 
 
-def _iq2_permuted(s: Simd, planes: list[list[int]], source: Any, packed: Any) -> list[Any]:
-    """Eight vectors of weights + 43; a lookup by six bits, of which three count, needs nothing unpacked."""
-    indices, weights = s.load(source, 0, BYTES), []
-    for half, plane in enumerate(planes):
-        low, signs = _lookup256(s, plane, indices), s.affine(packed, s.bytes(_iq2_signs(half)))
+def _iq2_permuted(s: Simd, planes: list[list[int]], _source: Any, indices: Any, packed: Any) -> list[Any]:
+    """Eight vectors of weights + 43. A lookup sees six bits, which are two elements' codes and signs."""
+    weights: list[Any] = [None] * 8
+    for elements, plane, signs in zip(
+        _IQ2_PLANES, planes, (packed, s.affine(packed, s.bytes(_iq2_signs()))), strict=True
+    ):
+        low = _lookup256(s, plane, indices)
         high = s.as_bytes(s.shift_right(s.as_ints(low), 2))
-        for vector, (code, sign) in zip((low, low, low, high), _IQ2_PLACES, strict=True):
-            weights.append(s.lookup64(s.bytes(_iq2_table(code, sign)), s.choose(1 << sign, signs, vector)))
+        low, high = s.choose(0x0F, low, signs), s.choose(0x3C, high, signs)
+        for element, vector, code, sign in zip(
+            elements, (low, low, high, high), (0, 2, 2, 4), (4, 5, 0, 1), strict=True
+        ):
+            weights[element] = s.lookup64(s.bytes(_iq2_table(code, sign)), vector)
     return weights
 
 
@@ -147,19 +168,19 @@ def _planes_from_memory(s: Simd, planes: list[list[int]], source: Any) -> list[A
     return parts
 
 
-def _iq2_loaded(s: Simd, planes: list[list[int]], source: Any, packed: Any) -> list[Any]:
+def _iq2_loaded(s: Simd, planes: list[list[int]], source: Any, _indices: Any, packed: Any) -> list[Any]:
     """The same with codes from memory; a nibble of a plane is two codes, of which each lookup uses one."""
     both = _planes_from_memory(s, planes, source)
     parity = [128 * (number.bit_count() % 2) for number in range(16)]
     odd = s.b.xor(*(s.lookup16(s.bytes(parity), v) for v in _nibbles(s, s.b.and_(packed, s.bytes([0x7F])))))
-    signs, weights = s.as_ints(s.b.or_(s.b.and_(packed, s.bytes([0x7F])), odd)), []
+    signs, weights = s.as_ints(s.b.or_(s.b.and_(packed, s.bytes([0x7F])), odd)), [None] * 8
     levels = (*_LEVELS_2, 0)
     tables = [s.bytes([levels[number >> 2 * i & 3] for number in range(16)]) for i in range(2)]
-    for half, plane in enumerate(both):
+    for elements, plane in zip(_IQ2_PLANES, both, strict=True):
         for i, nibble in enumerate(_nibbles(s, s.as_bytes(plane))):
-            for j, values in enumerate(tables):
-                sign = s.as_bytes(s.shift_left(signs, 7 - (4 * half + 2 * i + j)))
-                weights.append(s.b.add(s.negated(s.lookup16(values, nibble), sign), s.bytes([43])))
+            for element, values in zip(elements[2 * i : 2 * i + 2], tables, strict=True):
+                sign = s.as_bytes(s.shift_left(signs, 7 - element))
+                weights[element] = s.b.add(s.negated(s.lookup16(values, nibble), sign), s.bytes([43]))
     return weights
 
 
@@ -189,7 +210,7 @@ FORMATS: Final = (
     Format(GGMLQuantizationType.IQ2_XXS, 256, 66, 32, 1024, Panel(GRID32, 43), (
         Field(0, 2, 1, 0, in_meta=True),
         Field(2, 4, 16, 0, change=ODD_SIGNS),
-    ), _iq2_xxs),
+    ), _iq2_xxs, FEW),
     Format(GGMLQuantizationType.IQ3_XXS, 256, 98, 32, 1536, Panel(BLOCK32, 62), (
         Field(0, 2, 1, 0, in_meta=True), Field(2, 4, 16, 0), Field(66, 4, 8, 1024, change=SIGNS),
     ), _iq3_xxs),

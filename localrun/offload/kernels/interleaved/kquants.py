@@ -8,7 +8,7 @@ from typing import Any, Final
 from gguf import GGMLQuantizationType
 
 from localrun.offload.kernels.interleaved.blocks import IQ4_NL
-from localrun.offload.kernels.interleaved.layout import Field, Format, Tile, add_block, nibbles
+from localrun.offload.kernels.interleaved.layout import FEW, Field, Format, Tile, add_block, nibbles
 from localrun.offload.kernels.interleaved.parts import sums_times
 from localrun.offload.kernels.panels import BLOCK32, SUM, SUPER256, Panel
 from localrun.offload.kernels.simd import FLOATS, HALF_WORDS, I32, I64, INTS, WORDS, Simd
@@ -46,13 +46,19 @@ def _scales_and_minima(s: Simd, meta: Any) -> Any:
 
 
 def _add_few(
-    s: Simd, meta: Any, pair: Callable[[int, int], tuple[Any, Any]], tile: Tile, totals: list[Any]
+    s: Simd,
+    meta: Any,
+    pair: Callable[[int, int], tuple[Any, Any]],
+    tile: Tile,
+    totals: list[Any],
+    *,
+    in_place: bool = False,
 ) -> list[Any]:
     """One or two tokens: scales stay integers, so that nothing goes through memory.
 
     Args:
-        pair: (i, k) -> the k-th byte vectors of blocks 2 * i and 2 * i + 1; with VNNI, those of the second are 16 times as large:
-            one shift of a sum is less than eight of weights.
+        pair: (i, k) -> the k-th byte vectors of blocks 2 * i and 2 * i + 1.
+        in_place: those of the second are 16 times the weights: one shift of a sum is less than eight of weights.
     """
     n_tokens = len(totals)
     scales, minima = _six_bits(s, meta)
@@ -67,7 +73,7 @@ def _add_few(
         for half, record in enumerate(records):
             minimum = s.to_float(minima[2 * i + half])
             for t, dot in enumerate(dots[half]):
-                if half and s.vnni:
+                if half and in_place:
                     dot = s.b.ashr(dot, s.ints(4))
                 sums[t] = s.fma(s.to_float(s.b.mul(dot, scales[2 * i + half])), record.scale(t), sums[t])  # below 2**24
                 offsets[t] = s.fma(minimum, record.sum(t), offsets[t])
@@ -99,7 +105,7 @@ def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
             high = s.mask(v, -0x0F0F0F10) if s.vnni else s.mask(s.shift_right(v, 4), 0x0F0F0F0F)
             return s.as_bytes(s.mask(v, 0x0F0F0F0F)), s.as_bytes(high)
 
-        return _add_few(s, meta, pair, tile, totals)
+        return _add_few(s, meta, pair, tile, totals, in_place=s.vnni)
     stack = _scales_and_minima(s, meta)
 
     def chunk(i: Any, totals: list[Any]) -> list[Any]:
@@ -114,16 +120,32 @@ def _q4_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
         return _add_with_minimum(s, weights, s.at(stack, i, 128), tile.next(i), totals)
 
     # With many tokens there are registers for one half's weights only: load them again for the other.
-    return s.loop(I64(4), totals, chunk) if len(totals) < 8 else s.loop(I64(8), totals, block)
+    return s.loop(I64(4), totals, chunk) if len(totals) <= FEW else s.loop(I64(8), totals, block)
 
 
 def _q5_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
-    stack, highs = _scales_and_minima(s, meta), body
+    if len(totals) <= _FEW:
+        highs = [s.load_in_order(body, 64 * k, INTS) for k in range(8)]
+
+        def fifth_bit(high: Any, block: int) -> Any:
+            return s.shift_left(high, 4 - block) if block <= 4 else s.shift_right(high, block - 4)
+
+        def pair(i: int, k: int) -> tuple[Any, Any]:
+            low, high = nibbles(s, [s.load_in_order(body, 512 + 512 * i + 64 * k, INTS)])
+            parts = [s.as_ints(low[0]), s.as_ints(high[0])]
+            weights = [
+                s.as_bytes(s.and_or(fifth_bit(highs[k], 2 * i + half), s.ints(0x10101010), part))
+                for half, part in enumerate(parts)
+            ]
+            return weights[0], weights[1]
+
+        return _add_few(s, meta, pair, tile, totals)
+    stack = _scales_and_minima(s, meta)
 
     def block(i: Any, totals: list[Any]) -> list[Any]:
         shift, weights = s.splat(s.b.trunc(i, I32)), []
         for k, low in enumerate(_nibbles_of_block(s, s.b.gep(body, [I64(512)]), i)):
-            bit = s.mask(s.b.lshr(s.load(highs, 64 * k, INTS), shift), 0x01010101)
+            bit = s.mask(s.b.lshr(s.load(body, 64 * k, INTS), shift), 0x01010101)
             weights.append(s.as_bytes(s.b.or_(low, s.shift_left(bit, 4))))
         return _add_with_minimum(s, weights, s.at(stack, i, 128), tile.next(i), totals)
 
@@ -131,6 +153,11 @@ def _q5_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
 
 
 # -- Q6_K: sixteen parts of 16 with 8-bit scales ----------------------------------------------------------------------
+
+
+def _high_bits(s: Simd, top: Any, quarter: int) -> Any:
+    """Bits 2 * quarter and up of each byte, at bits 4 and 5."""
+    return s.shift_left(top, 4 - 2 * quarter) if quarter <= 2 else s.shift_right(top, 2 * quarter - 4)
 
 
 def _q6_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
@@ -141,27 +168,32 @@ def _q6_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[
         signed = s.b.ashr(s.shift_left(packed[part // 4], 24 - 8 * (part % 4)), s.ints(24))
         s.store(s.to_float(signed), stack, 64 * (part // 8 * 8 + part % 2 * 4 + part // 2 % 4))
 
-    def eighth(i: Any, sums: list[Any]) -> list[Any]:
-        half, sixteen = s.b.lshr(i, I64(1)), s.b.and_(i, I64(1))
-        source = s.b.gep(body, [s.b.add(s.b.mul(half, I64(1024)), s.b.mul(sixteen, I64(256)))])
-        high = s.at(body, i, 256, 2048)
-        quads = s.b.gep(tile.record, [s.b.add(s.b.mul(half, I64(128)), s.b.mul(sixteen, I64(16)))])
-        for quarter in range(4):
-            weights = []
-            for k in range(4):
-                low = s.shift_right(s.load(source, 64 * k + 512 * (quarter % 2), INTS), 4 * (quarter // 2))
-                top = s.load(high, 64 * k, INTS)
-                top = s.shift_left(top, 4 - 2 * quarter) if quarter < 2 else s.shift_right(top, 2 * quarter - 4)
-                weights.append(s.as_bytes(s.b.or_(s.mask(low, 0x0F0F0F0F), s.mask(top, 0x30303030))))
-            scale = s.load(s.at(stack, i, 256), 64 * quarter, FLOATS)
-            for t in range(n_tokens):
-                dot = s.ints(0)
-                for k, weight in enumerate(weights):
-                    dot = s.dot(dot, weight, tile.quad(t, quarter * 8 + k, quads))
-                sums[t] = s.fma(s.to_float(dot), scale, sums[t])
+    for line in range(16):
+        s.touch(body, 64 * line)  # the high bits
+
+    def half(i: Any, sums: list[Any]) -> list[Any]:
+        lows, highs, quads = s.at(body, i, 1024, 1024), s.at(body, i, 512), s.at(tile.record, i, 128)
+        scales = s.at(stack, i, 512)
+        for odd in range(2):  # quarters `odd` and `odd + 2`
+            for sixteen in range(2):
+                low, high = nibbles(
+                    s, [s.load_in_order(lows, 512 * odd + 256 * sixteen + 64 * k, INTS) for k in range(4)]
+                )
+                tops = [s.load(highs, 256 * sixteen + 64 * k, INTS) for k in range(4)]
+                for quarter, parts in ((odd, low), (odd + 2, high)):
+                    weights = [
+                        s.as_bytes(s.and_or(_high_bits(s, top, quarter), s.ints(0x30303030), s.as_ints(part)))
+                        for part, top in zip(parts, tops, strict=True)
+                    ]
+                    scale = s.load(scales, 256 * sixteen + 64 * quarter, FLOATS)
+                    for t in range(n_tokens):
+                        dot = s.ints(0)
+                        for k, weight in enumerate(weights):
+                            dot = s.dot(dot, weight, tile.quad(t, quarter * 8 + sixteen * 4 + k, quads))
+                        sums[t] = s.fma(s.to_float(dot), scale, sums[t])
         return sums
 
-    sums = s.loop(I64(4), [s.floats(0.0)] * n_tokens, eighth)
+    sums = s.loop(I64(2), [s.floats(0.0)] * n_tokens, half)
     # The weights' offset of 32: 32 * scale * sum(q), as pairs of 16-bit scales in the order of `sums16`.
     pairs = []
     for v in packed:
@@ -201,10 +233,11 @@ _T = GGMLQuantizationType
 _D_DMIN_SCALES = (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 3, 64, in_meta=True))
 
 FORMATS: Final = (
-    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k, True),
-    Format(_T.Q5_K, 256, 176, 256, 2560, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 40, 0)), _q5_k),
+    Format(_T.Q4_K, 256, 144, 256, 2048, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 32, 0)), _q4_k, FEW),
+    Format(_T.Q5_K, 256, 176, 256, 2560, Panel(BLOCK32, SUM), (*_D_DMIN_SCALES, Field(16, 4, 40, 0)), _q5_k, _FEW),
     Format(_T.Q6_K, 256, 210, 288, 3072, Panel(SUPER256),
-           (Field(208, 2, 1, 0, in_meta=True), Field(192, 4, 4, 32, in_meta=True), Field(0, 4, 48, 0)), _q6_k),
+           (Field(208, 2, 1, 0, in_meta=True), Field(192, 4, 4, 32, in_meta=True), Field(0, 4, 32, 1024), Field(128, 4, 16, 0)),
+           _q6_k, FEW),
     Format(_T.IQ4_XS, 256, 136, 128, 2048, Panel(BLOCK32, 127),
-           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs, True),
+           (Field(0, 2, 2, 0, in_meta=True), Field(4, 4, 1, 64, in_meta=True), Field(8, 4, 32, 0)), _iq4_xs, FEW),
 )  # fmt: skip

@@ -40,6 +40,9 @@ class Field:
         return [self.source, self.width, self.count, self.target, int(self.in_meta), self.change]
 
 
+FEW: Final = 4
+"""Tokens up to which reading takes longer than computing; half as many with 256-bit vectors."""
+
 Step = Callable[[Simd, Any, Any, "Tile", list[Any]], list[Any]]
 """Emits code that adds one unit's products: (simd, meta, body, tile, totals per token) -> new totals."""
 
@@ -52,9 +55,9 @@ class Format:
         unit: elements of a block.
         block_bytes: ggml's bytes of a block.
         meta_bytes, body_bytes: of one unit of 16 rows.
-        in_order: for few tokens (`rows`), `step` reads each line of the body once, in order, by `Simd.load_in_order`. [m] Two
-            Zen 4 cores read Q4_K at the speed of plain reading so; reading all lines of a unit before computing, at 0.75 to 0.9
-            of that.
+        in_order: up to so many tokens, at most `FEW`, `step` reads the lines of the body in order, by `Simd.load_in_order` and
+            `Simd.touch`. [m] Two Zen 4 cores read Q4_K at 0.92 of plain reading so, and at 0.75 to 0.81 if all lines of a unit
+            are read before it is computed with.
     """
 
     type: GGMLQuantizationType
@@ -65,7 +68,7 @@ class Format:
     panel: Panel
     fields: tuple[Field, ...]
     step: Step
-    in_order: bool = False
+    in_order: int = 0
 
     def group_bytes(self, n_in: int) -> int:
         """Bytes of 16 rows of `n_in` elements."""

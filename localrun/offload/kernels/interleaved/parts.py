@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType
 
-from localrun.offload.kernels.interleaved.layout import Field, Format, Tile
+from localrun.offload.kernels.interleaved.layout import FEW, Field, Format, Tile
 from localrun.offload.kernels.panels import SUPER256, Panel
 from localrun.offload.kernels.simd import BYTES, I32, I64, INTS, WORDS, Simd
 
@@ -206,6 +206,8 @@ def _q3_scales(s: Simd, meta: Any) -> list[Any]:
 
 def _q3_k(s: Simd, meta: Any, body: Any, tile: Tile, totals: list[Any]) -> list[Any]:
     d, scales = s.halves(meta, 0), _q3_scales(s, meta)
+    for line in range(8):
+        s.touch(body, 64 * line)  # the high bits
     if not s.vnni or len(totals) <= _FEW_Q3:
         products = _q3_few(s, scales, body, tile, len(totals))
     else:
@@ -225,7 +227,7 @@ def _q3_few(s: Simd, scales: list[Any], body: Any, tile: Tile, n_tokens: int) ->
 
     def weights_of(quarter: Any, half: Any, sixteen: Any) -> Callable[[int], list[Any]]:
         source, highs = s.at(body, quarter, 256, 512), s.at(body, sixteen, 256)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
+        vectors = [s.load_in_order(source, 64 * k, INTS) for k in range(4)]
         count = s.splat(s.b.trunc(s.b.mul(half, I64(4)), I32))
         high = [s.shift_left(s.b.lshr(s.load(highs, 64 * k, INTS), count), 2) for k in range(4)]
 
@@ -259,7 +261,7 @@ def _q3_scaled(s: Simd, scales: list[Any], body: Any) -> WeightsOf:
 
     def weights_of(quarter: Any, half: Any, sixteen: Any) -> Callable[[int], list[Any]]:
         source, highs, tables = s.at(body, quarter, 256, 512), s.at(body, sixteen, 256), s.at(stack, quarter, 512)
-        vectors = [s.load(source, 64 * k, INTS) for k in range(4)]
+        vectors = [s.load_in_order(source, 64 * k, INTS) for k in range(4)]
         # The high bits of this half are bits 4 * half and up of each byte.
         count = s.splat(s.b.trunc(s.b.mul(half, I64(4)), I32))
         high = [s.as_bytes(s.b.lshr(s.load(highs, 64 * k, INTS), count)) for k in range(4)]
@@ -282,7 +284,7 @@ _T = GGMLQuantizationType
 
 FORMATS: Final = (
     Format(_T.Q2_K, 256, 84, 320, 1024, Panel(SUPER256),
-           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k, True),
+           (Field(80, 2, 2, 0, in_meta=True), Field(0, 4, 4, 64, in_meta=True), Field(16, 4, 16, 0)), _q2_k, FEW),
     Format(_T.Q3_K, 256, 110, 224, 1536, Panel(SUPER256, 127),
-           (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k),
+           (Field(108, 2, 1, 0, in_meta=True), Field(96, 4, 3, 32, in_meta=True), Field(0, 4, 24, 0)), _q3_k, FEW),
 )  # fmt: skip

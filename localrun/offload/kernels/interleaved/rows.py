@@ -17,7 +17,7 @@ from localrun.alignment import LINE_BYTES
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.cpu import Level, processor
 from localrun.offload.kernels.interleaved.formats import FORMATS
-from localrun.offload.kernels.interleaved.layout import Tile
+from localrun.offload.kernels.interleaved.layout import FEW, Tile
 from localrun.offload.kernels.lowlevel import ROWS, blocks_of, rounded_up
 from localrun.offload.kernels.simd import I64, Simd, simd_for
 
@@ -25,14 +25,9 @@ _AHEAD: Final = 4096
 """Bytes from the unit in work to the one prefetched, on processors that want it."""
 
 _PREFETCHED: Final = frozenset({"znver5"})
-"""Processors, by LLVM's names, that are asked for lines in advance, as the kernels were tuned there. All others read
-their lines in order, because a processor's own prefetching follows that: a format's step does (`Format.in_order`), or all lines
-of a unit are read before it is computed with. [m] One Zen 4 core reads
-Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
-
-
-_FEW: Final = 4
-"""Tokens up to which reading takes longer than computing."""
+"""Processors, by LLVM's names, that are asked for lines in advance, as the kernels were tuned there. All others read their lines in
+order, because a processor's own prefetching follows that: a format's step does (`Format.in_order`), or all lines of a unit are read
+before it is computed with. [m] One Zen 4 core reads Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
 
 
 def _read_in_order(s: Simd, pointer: Any, n_bytes: Any) -> None:
@@ -55,14 +50,15 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
         return None
     level_, format_ = Level(level_name.literal_value), FORMATS[GGMLQuantizationType[type_name.literal_value]]
     nt, kind = n_tokens.literal_value, format_.panel.kind
-    at_once = nt if level_ in (Level.AVX512, Level.AVX512_VNNI) else min(nt, 4)  # what the registers hold
+    wide = level_ in (Level.AVX512, Level.AVX512_VNNI)
+    at_once = nt if wide else min(nt, 4)  # what the registers hold
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        s = simd_for(level_, builder)
+        prefetched = nt > (FEW if wide else FEW // 2) or processor() in _PREFETCHED
+        s = simd_for(level_, builder, in_order=not prefetched)
         meta, body, n_units, panel, out, out_stride = args[3:]
         meta, body, panel = s.pointer(meta), s.pointer(body), s.pointer(panel)
         records_per_unit = format_.unit // format_.panel.unit
-        prefetched = nt > _FEW or processor() in _PREFETCHED
         if not prefetched:
             _read_in_order(s, meta, builder.mul(n_units, I64(format_.meta_bytes)))
 
@@ -74,7 +70,7 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
                 for line in range(0, format_.body_bytes, LINE_BYTES):
                     if prefetched:
                         s.prefetch(unit_body, _AHEAD + line)
-                    elif not format_.in_order:
+                    elif nt > format_.in_order:
                         s.touch(unit_body, line)
                 for line in range(0, format_.meta_bytes if prefetched else 0, LINE_BYTES):
                     s.prefetch(unit_meta, _AHEAD * format_.meta_bytes // format_.body_bytes + line)

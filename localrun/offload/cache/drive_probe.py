@@ -56,7 +56,7 @@ MIN_FILE_BYTES: Final = 64 << 20
 
 MAX_AGE_S: Final = 86400.0
 UNSTEADY_AGE_S: Final = 600.0
-"""Profiles of moments in which runs of the same kind differed by more than `_UNSTEADY` are measured again soon."""
+"""Profiles of unsteady moments are measured again soon."""
 _UNSTEADY: Final = 1.5
 _VERSION: Final = 4
 _RUN_S: Final = 0.33
@@ -79,7 +79,8 @@ class DiskProfile:
         device: `major:minor`, file system and source of the mount.
         measured_at: seconds since the epoch; 0.0: not measured.
         tried: "reads x KiB" -> bytes per second of every combination that was measured.
-        unsteady: runs of the same kind differed much: something else used the drive.
+        unsteady: something else used the drive or the cores: runs of the same kind differed much, or more programs computed
+            than there are cores, which keeps the readers waiting.
     """
 
     n_reads: int = DEFAULT_READS
@@ -236,6 +237,7 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
         known: an earlier profile of the same drive.
     """
     runs: dict[tuple[int, int], list[float]] = {}
+    crowded = _crowded()
 
     def run(n_reads: int, piece: int) -> None:
         runs.setdefault((n_reads, piece), []).append(_measured_bytes_per_s(files, n_reads, piece))
@@ -270,10 +272,15 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
         device=device,
         measured_at=time.time(),
         tried={f"{n_reads} x {piece >> 10}": round(rate) for (n_reads, piece), rate in sorted(rates.items())},
-        unsteady=max(own) > _UNSTEADY * min(own),
+        unsteady=crowded or max(own) > _UNSTEADY * min(own),
         slowest_bytes_per_s=min(own),
         fastest_bytes_per_s=max(own),
     )
+
+
+def _crowded() -> bool:
+    """Over the last minute, more threads wanted to compute than there are cores."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def _measured_bytes_per_s(files: _Files, n_reads: int, piece_bytes: int) -> float:

@@ -33,6 +33,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(probe, "MIN_FILE_BYTES", 1 << 20)
     monkeypatch.setattr(probe, "PIECES", (1 << 13, 1 << 14, 1 << 15))
     monkeypatch.setattr(probe, "_RUN_S", 0.005)
+    monkeypatch.setattr(probe, "_crowded", lambda: False)
     path = tmp_path / "model.gguf"
     path.write_bytes(os.urandom(1 << 20))
     return path
@@ -124,12 +125,25 @@ def test_an_unsteady_measurement_is_repeated_soon_and_then_forgotten(
     monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*[0.5e9] * 5, 0.2e9, 0.2e9, 0.7e9, 0.7e9))
     first = probe_disk([model], memory=memory)
     assert first.unsteady
+    assert first.max_age_s == probe.UNSTEADY_AGE_S
     long_ago = json.loads(memory.read_text())
     long_ago["drives"][first.device]["measured_at"] -= probe.UNSTEADY_AGE_S
     memory.write_text(json.dumps(long_ago))
     monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*[1.4e9] * 9))
     again = probe_disk([model], memory=memory)
     assert (again.bytes_per_s, again.unsteady) == (1.4e9, False)
+
+
+def test_a_measurement_on_crowded_cores_is_repeated_soon(
+    model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*[0.9e9] * 9))
+    monkeypatch.setattr(probe, "_crowded", lambda: True)
+    assert probe_disk([model], memory=memory).max_age_s == probe.UNSTEADY_AGE_S
+    monkeypatch.setattr(probe, "_crowded", lambda: False)
+    monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*[1.8e9] * 9))
+    again = probe_disk([model], memory=memory, refresh=True)
+    assert (again.bytes_per_s, again.max_age_s) == (1.8e9, probe.MAX_AGE_S)
 
 
 def test_small_files_give_defaults_and_nothing_is_remembered(tmp_path: Path, memory: Path) -> None:

@@ -71,15 +71,12 @@ def test_a_first_plan_is_right_given_the_hits(run: Recorded) -> None:
     likely, n = plan.decode_at(20, now=True).likely, run.n_tokens
     assert abs(off(run, plan)) < WITHIN
     assert likely.disk_bytes == pytest.approx(run.cost.disk_bytes / n, rel=0.1)
-    measured = {
-        "dense model in RAM": run.cost.matrices_s / n,
-        "layers": run.small_s,
-        "experts in RAM": run.cost.experts_s / n,
-    }
-    for name, seconds in measured.items() if run.others == 0 else ():
-        assert likely.seconds[name] == pytest.approx(seconds, rel=WITHIN), name
-    # The drive gave between 0.9 and 1.7 GB/s in these runs.
-    assert likely.seconds["drive"] == pytest.approx(run.cost.waiting_s / n, rel=WITHIN, abs=0.2 * run.token_s)
+    if run.others == 0:
+        assert likely.seconds["dense model in RAM"] == pytest.approx(run.cost.matrices_s / n, rel=WITHIN)
+        assert likely.seconds["layers"] == pytest.approx(run.small_s, rel=WITHIN)
+        assert likely.seconds["experts in RAM"] == pytest.approx(run.cost.experts_s / n, rel=WITHIN)
+        # The drive gave between 1.35 and 1.7 GB/s in these runs.
+        assert likely.seconds["drive"] == pytest.approx(run.cost.waiting_s / n, rel=WITHIN, abs=0.15 * run.token_s)
 
 
 @each_run

@@ -19,13 +19,15 @@ class Graph:
     """Tensors in the CPU's memory and operations on them. Inputs first: `run` gives all tensors their memory.
 
     Attributes:
-        context: the `ggml_context *`, for functions that `call` has no name for.
+        context: the `ggml_context *`.
+        graph: the `ggml_cgraph *` of the last `run`.
     """
 
     def __init__(self) -> None:
         self._lib = library()
         self.context = self._lib.ggml_init(InitParams(_SIZE, None, True))
         self._device = self._lib.ggml_backend_dev_by_type(DEVICE_TYPE_CPU)
+        self.graph = 0
         self._inputs: list[tuple[int, npt.NDArray[Any]]] = []
         self._buffer: int | None = None
 
@@ -54,15 +56,15 @@ class Graph:
     def run(self, node: int) -> npt.NDArray[Any]:
         """Computes `node` and what it needs; its values."""
         lib = self._lib
-        graph = lib.ggml_new_graph_custom(self.context, 64, False)
-        lib.ggml_build_forward_expand(graph, node)
+        self.graph = int(lib.ggml_new_graph_custom(self.context, 64, False))
+        lib.ggml_build_forward_expand(self.graph, node)
         kind = lib.ggml_backend_dev_buffer_type(self._device)
         self._buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(self.context, kind)
         for tensor, values in self._inputs:
             lib.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
         backend = lib.ggml_backend_dev_init(self._device, None)
         try:
-            assert lib.ggml_backend_graph_compute_async(backend, graph) == 0
+            assert lib.ggml_backend_graph_compute_async(backend, self.graph) == 0
         finally:
             lib.ggml_backend_free(backend)
         return values_of(node).copy()

@@ -1,8 +1,8 @@
 """Chooses the number of threads for llama.cpp's own operations on one token.
 
-They synchronize after every node of the graph, about a thousand times per token, and sleep while our device computes, so each
-token also wakes them hundreds of times. When our kernels handle the large matrices, little is left: on few cores a single
-thread is faster.
+They synchronize after every node of the graph and sleep while our device computes, so each token also wakes them whenever the
+graph comes back from it. When our kernels handle the large matrices, little is left: a single thread is faster, on few cores
+with llama.cpp's own attention, too.
 
 If another program occupies a core, the thread there is late by a scheduler time slice each time and all others wait for it: a
 token takes seconds instead of a tenth of a second. So no more threads are used than other programs leave cores free. (Our
@@ -38,10 +38,14 @@ Where it is ours, one thread is faster at any length: 60, 55, 58 and 63 ms per t
 
 def threads_at(position: int, n_threads: int, *, attention_is_ours: bool) -> int:
     """How many of `n_threads` compute llama.cpp's operations on one token at `position` when our kernels handle the large
-    matrices. Depends on nothing else, so answers are reproducible."""
-    if n_threads > FEW_CORES:
-        return n_threads
-    return 1 if attention_is_ours else min(n_threads, 1 + position // ROWS_PER_THREAD)
+    matrices. Depends on nothing else, so answers are reproducible.
+
+    Where attention is ours, so is nearly everything between matrices (`offload/device/between.py`). What is left is about three
+    operations a layer, sorting and small rotations, of which most have a single row: more threads would only wait for one another.
+    """
+    if attention_is_ours:
+        return 1
+    return n_threads if n_threads > FEW_CORES else min(n_threads, 1 + position // ROWS_PER_THREAD)
 
 
 def cores() -> frozenset[int]:

@@ -25,18 +25,21 @@ from localrun.ggml.structures import STATUS_ABORTED, STATUS_FAILED
 from localrun.kernel_cache import cached_cfunc, cached_jit
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
-from localrun.offload.device import between, shadow, weighting
+from localrun.offload.device import between, compressor, shadow, weighting
 from localrun.offload.device import compiled_gpu as gpu_native
 from localrun.offload.device import compiled_misses as miss_native
 from localrun.offload.device.compiled_attention import ROWS_DIMENSION, attend_node, index_node
 from localrun.offload.device.layouts import (
     BETWEEN,
+    COMPRESSOR,
     KIND_DENSE,
     KIND_EXPERTS,
     LAYER,
     MISSES,
     MOST_INPUTS,
+    MOST_LEFT_OUT,
     MOST_PAIRS,
+    MOST_POOLED,
     PROCESS,
     VARIANT,
     WEIGHT,
@@ -540,12 +543,15 @@ def graph_compute(backend: int, graph: int) -> int:
     """ggml_backend_i.graph_compute: 0, or the status that Python gave as a negative number."""
     process = load_i64(backend + _CONTEXT)
     _await_inputs(process)
+    compressor.forget(process)
+    add(process, PROCESS.n_parts, 1)
     n_nodes = call_i32(get(process, PROCESS.n_nodes), graph, 0)
     index = 0
     while index < n_nodes:
         node = call_i64(get(process, PROCESS.node_at), graph, index)
         op = load_i32(node + OP)
-        if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW:  # other names for bytes that are there
+        # Other names for bytes that are there, and what a compressor does without.
+        if op == _NONE or _FIRST_VIEW <= op <= _LAST_VIEW or compressor.is_left_out(process, node):
             index += 1
             continue
         done, is_there = 0, False
@@ -583,8 +589,11 @@ def graph_compute(backend: int, graph: int) -> int:
             if became != _NOT_DONE:
                 done, is_there = end - index if end != 0 else 4, became == _DONE_THERE
         elif get(process, PROCESS.takes_between) != 0 and between.is_known(op):
-            between.compute(process, node)
             done = 1
+            if compressor.is_end(process, node):
+                compressor.compute(process)
+            elif op != _CONCAT or not compressor.find(process, graph, index, n_nodes):
+                between.compute(process, node)
         elif op == _ADD:
             weighting.add(process, node)
             done = 1
@@ -672,6 +681,19 @@ class Process:
         self._point(PROCESS.attention, attention.ATTENTION.empty())
         self._point(PROCESS.indexer, attention.INDEXER.empty())
         self._point(PROCESS.between, BETWEEN.empty())
+        self._rows = np.zeros((2, MOST_POOLED), np.int64)
+        self._made = np.repeat(np.array([[0], [-np.inf]], np.float32), 2 * MOST_POOLED, axis=1)
+        self._left_out = np.zeros(MOST_LEFT_OUT, np.int64)
+        self._compressors = COMPRESSOR.empty()
+        COMPRESSOR.fill(
+            self._compressors,
+            values=self._rows[0].ctypes.data,
+            scores=self._rows[1].ctypes.data,
+            left_out=self._left_out.ctypes.data,
+            zeros=self._made[0].ctypes.data,
+            lowest=self._made[1].ctypes.data,
+        )
+        self._point(PROCESS.compressor, self._compressors)
         self._point(PROCESS.timespec, np.zeros(2, np.int64))
         self._point(PROCESS.inputs, np.zeros(2 * MOST_INPUTS, np.int64))
         self._point(PROCESS.counts, np.zeros(MAX_EXPERTS, np.int32))
@@ -723,10 +745,9 @@ class Process:
         """Attention, and what stands between matrices, come with so many threads from now on; while nothing is decoded."""
         if not attention.is_supported():
             return
-        self.fields[PROCESS.between_task], self.fields[PROCESS.shared_bytes] = (
-            between.task_address(),
-            between.SHARED_BYTES,
-        )
+        self.fields[PROCESS.between_task] = between.task_address()
+        self.fields[PROCESS.compressor_task] = compressor.task_address()
+        self.fields[PROCESS.shared_bytes] = between.SHARED_BYTES
         self.fields[PROCESS.attend], self.fields[PROCESS.index] = attention.attend_address(), attention.index_address()
         self.fields[PROCESS.pool], self.fields[PROCESS.threads] = threads.pool_for(n_threads), n_threads
 
@@ -740,6 +761,16 @@ class Process:
     def n_entered(self) -> int:
         """How often compiled code entered Python, of all models."""
         return int(self.fields[PROCESS.n_entered])
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of llama.cpp's graphs that were ours, of all models; between two of them llama.cpp computes."""
+        return int(self.fields[PROCESS.n_parts])
+
+    @property
+    def n_compressed(self) -> int:
+        """Compressors that were computed as one operation, of all models."""
+        return int(self._compressors[COMPRESSOR.n_done])
 
     @property
     def settle_ns(self) -> int:

@@ -134,12 +134,18 @@ class _Process(Layout):
     """Time that the decoding thread waited for that; compiled code adds."""
     n_entered: int
     """How often compiled code entered Python; compiled code adds."""
+    n_parts: int
+    """Parts of graphs computed; compiled code adds."""
     between: int
     """Address of a BETWEEN record; compiled code writes and reads."""
     between_task: int
     """Address of the task of `between.compute`."""
     shared_bytes: int
     """From so many bytes on, it uses several threads; Python writes."""
+    compressor: int
+    """Address of a COMPRESSOR record."""
+    compressor_task: int
+    """Address of the task of `compressor.compute`."""
 
 
 PROCESS = _Process()
@@ -159,6 +165,41 @@ class _Between(Layout):
 
 
 BETWEEN = _Between()
+
+MOST_POOLED: Final = 8192
+"""Rows that a compressor's call reads, and columns, at most; more are computed one operation at a time."""
+MOST_LEFT_OUT: Final = 24
+"""Operations that it does without, at most: there are 18."""
+
+
+class _Compressor(Layout):
+    """The compressor that is being computed; compiled code writes and reads all but addresses."""
+
+    total: int
+    """The tensor of the sums that it ends with, 0: there is none."""
+    n_rows: int
+    """Rows that become one."""
+    width: int
+    """Columns."""
+    n_blocks: int
+    """Rows of the result."""
+    values: int
+    """Address of `MOST_POOLED` int64, the addresses of rows by block."""
+    scores: int
+    """The same for scores."""
+    left_out: int
+    """Address of `MOST_LEFT_OUT` tensors that nobody computes."""
+    n_left_out: int
+    """How many."""
+    zeros: int
+    """Address of 2 * `MOST_POOLED` F32, a row of zeros."""
+    lowest: int
+    """The same of minus infinity."""
+    n_done: int
+    """Compressors computed so far; compiled code adds, Python reads."""
+
+
+COMPRESSOR = _Compressor()
 
 
 class _Weight(Layout):

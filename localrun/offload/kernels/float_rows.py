@@ -259,3 +259,42 @@ def add_halves(_typing: Any, a: Any, b: Any, n_values: Any, out: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), codegen
+
+
+POOLED: Final = 4 * LANES
+"""Columns that `pool_columns` does at once."""
+
+
+@intrinsic
+def pool_columns(_typing: Any, values: Any, scores: Any, n_rows: Any, offset: Any, out: Any) -> Any:
+    """out[c] = the sum over rows of value[c] * softmax(score[c]), the softmax over rows, for `POOLED` columns.
+
+    `values` and `scores`: n_rows addresses of rows each, whose columns begin `offset` bytes further on.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        s = Simd(builder)
+        values, scores, n_rows, offset, out = args
+        values, scores, out, n = s.pointer(values), s.pointer(scores), s.pointer(out), POOLED // LANES
+
+        def columns(table: Any, i: Any) -> list[Any]:
+            row = s.pointer(s.load(s.at(table, i, 8), 0, I64), offset)
+            return [s.load(row, 64 * k, FLOATS) for k in range(n)]
+
+        def larger(i: Any, largest: list[Any]) -> list[Any]:
+            found = columns(scores, i)
+            return [builder.select(builder.fcmp_ordered(">", v, m), v, m) for v, m in zip(found, largest, strict=True)]
+
+        largest = s.loop(n_rows, [s.floats(float("-inf"))] * n, larger)
+
+        def add(i: Any, totals: list[Any]) -> list[Any]:
+            weights = [exp16(s, builder.fsub(v, m)) for v, m in zip(columns(scores, i), largest, strict=True)]
+            sums = [builder.fadd(w, total) for w, total in zip(weights, totals[:n], strict=True)]
+            return sums + [s.fma(w, v, t) for w, v, t in zip(weights, columns(values, i), totals[n:], strict=True)]
+
+        totals = s.loop(n_rows, [s.floats(0.0)] * (2 * n), add)
+        for k in range(n):
+            s.store(builder.fdiv(totals[n + k], totals[k]), out, 64 * k)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen

@@ -18,7 +18,7 @@ from localrun.offload.kernels import attention
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
 from tests.ggml_graph import Graph, values_of
-from tests.offload.models import TEXTS, TOKENS, logits
+from tests.offload.models import MODEL, TEXTS, TOKENS, logits
 from tests.reference import kl
 
 pytestmark = pytest.mark.skipif(not attention.is_supported(), reason="all of this stays llama.cpp's")
@@ -230,3 +230,16 @@ def test_any_number_of_threads_gives_the_same_bits(model: OffloadedModel, batch:
         process.prepare_attention(n_threads)
         found.append(logits(model, TOKENS[:40], batch=batch))
     assert np.array_equal(*found)
+
+
+def n_parts(model: OffloadedModel, *, attention: bool) -> int:
+    """Parts of the graph of one token that are ours."""
+    process = expert_device().process
+    before = process.n_parts
+    logits(model, TOKENS[:16], batch=1, attention=attention)
+    return (process.n_parts - before) // 16
+
+
+def test_llamacpp_interrupts_us_for_a_few_operations_only(model: OffloadedModel) -> None:
+    """The token's embedding, the router's sort, rotations, and the choice of rows by the indexer's scores: seven a layer at most."""
+    assert n_parts(model, attention=True) <= 1 + 7 * len(MODEL.ratios) < n_parts(model, attention=False)

@@ -203,7 +203,7 @@ def is_left_out(process: int, node: int) -> bool:
 @nb.njit
 def is_end(process: int, node: int) -> bool:
     """The node is the running compressor's result."""
-    return get(get(process, PROCESS.compressor), COMPRESSOR.total) == node
+    return bool(get(get(process, PROCESS.compressor), COMPRESSOR.total) == node)
 
 
 @cached_cfunc("int64(intp, intp)")

@@ -241,5 +241,5 @@ def n_parts(model: OffloadedModel, *, attention: bool) -> int:
 
 
 def test_llamacpp_interrupts_us_for_a_few_operations_only(model: OffloadedModel) -> None:
-    """The token's embedding, the router's sort, rotations, and the choice of rows by the indexer's scores: seven a layer at most."""
+    """Embeddings, the router's sort, rotations, and the choice of rows by the indexer's scores: seven a layer at most."""
     assert n_parts(model, attention=True) <= 1 + 7 * len(MODEL.ratios) < n_parts(model, attention=False)

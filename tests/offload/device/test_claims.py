@@ -23,6 +23,16 @@ from tests.offload.models import MODEL, TOKENS, logits
 from tests.reference import kl
 
 
+def sums_up_experts(op: int) -> bool:
+    """Weights experts' outputs, or adds them up, or their sum with the shared expert's."""
+    tensor = Tensor.from_address(op)
+    if tensor.op == ggml.OP_VIEW:
+        return sums_up_experts(tensor.src[0])
+    if tensor.op == ggml.OP_MUL:
+        return bool(Tensor.from_address(tensor.src[0]).op == ggml.OP_MUL_MAT_ID)
+    return tensor.op == ggml.OP_ADD and (sums_up_experts(tensor.src[0]) or sums_up_experts(tensor.src[1]))
+
+
 @contextmanager
 def products_only() -> Iterator[None]:
     """Meanwhile llama.cpp weights experts' outputs and adds them up itself."""
@@ -31,7 +41,7 @@ def products_only() -> Iterator[None]:
     asked, mine = kind(supports_op.address), kind(supports_op.address)
 
     def refuse(device: int, op: int) -> bool:
-        return Tensor.from_address(op).op not in (ggml.OP_ADD, ggml.OP_MUL) and bool(asked(device, op))
+        return not sums_up_experts(op) and bool(asked(device, op))
 
     refusing = kind(refuse)
     interface.supports_op = refusing

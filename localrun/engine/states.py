@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from localrun.engine.llama import Context
-from localrun.errors import ChecksumError, FormatError, LocalrunError, StoreError
+from localrun.errors import ChecksumError, FormatError, StoreError
 
 _MAGIC: Final = b"LRSNAP01"
 _FILE_MAGIC: Final = b"LRSNAP02"
@@ -76,8 +76,8 @@ def write(context: Context, path: Path, key: str, tokens: Sequence[int]) -> None
     Raises:
         StoreError: it can't be written.
     """
+    context.save_file(path, tokens)
     try:
-        context.save_file(path, tokens)
         with path.open("r+b") as file:
             hasher = _hash_of(file, path.stat().st_size)
             header = _HEADER.pack(_FILE_MAGIC, key.encode(), len(tokens), 0)
@@ -116,8 +116,6 @@ def check(path: Path, key: str, n_ctx: int) -> int:
             file.seek(0)
             hasher = _hash_of(file, n_bytes)
     except OSError as error:
-        if isinstance(error, LocalrunError):
-            raise
         raise StoreError(f"{path}: can't be read: {error.strerror}") from error
     hasher.update(header)
     if hasher.digest() != digest:

@@ -31,9 +31,7 @@ FEW_CORES: Final = 4
 (three layers of DeepSeek-V4-Flash, outside of experts: 1 thread 23 ms per token, 2 threads 30), assumed up to 4."""
 
 ROWS_PER_THREAD: Final = 8192
-"""Tokens of context per thread on few cores where attention is llama.cpp's: with 1 and 2 threads equally fast at 12,000 tokens.
-Where it is ours, one thread is faster at any length: 60, 55, 58 and 63 ms per token at 4K, 32K, 128K and 256K, with 2 threads 92,
-87, 84 and 90 (three layers of Flash, two cores)."""
+"""Tokens of context per thread on few cores where attention is llama.cpp's: with 1 and 2 threads equally fast at 12,000 tokens."""
 
 
 def threads_at(position: int, n_threads: int, *, attention_is_ours: bool) -> int:

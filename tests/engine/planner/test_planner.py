@@ -556,6 +556,22 @@ def test_a_busy_moment_does_not_make_the_machine_slow(tmp_path: Path) -> None:
     assert usual_rates({"memory": 5e9}, path=path) == {"memory": 5e9}
 
 
+def test_programs_of_lower_priority_count_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others used one core, and those of lower priority 0.8 of the second."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(hardware.time, "sleep", sleep)
+    monkeypatch.setattr(hardware.time, "monotonic", lambda: now)
+    monkeypatch.setattr(
+        hardware, "seconds_of_others", lambda *, low_priority=True: 100.0 + now * (1.8 if low_priority else 1.0)
+    )
+    assert hardware.cores_of_others(0.2) == pytest.approx(1.4)
+
+
 def test_a_machine_that_changes_by_itself_is_planned_as_it_is_now(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     for _ in range(3):

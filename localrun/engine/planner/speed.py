@@ -26,11 +26,11 @@ from localrun.options import OWN_KV_TYPES
 from localrun.quant.model.shape import CSA, HCA
 from localrun.quant.model.source import ExpertTypes
 
-LAYER_S = 0.35e-3
-LAYER_VALUE_S = 0.28e-6
+LAYER_S = 0.2e-3
+LAYER_VALUE_S = 0.18e-6
 """Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Whole Flash (4096
-values) on two Zen 4 cores: 1.4 to 1.65 ms. How much is fixed follows from slices with 512, 4096 and 7168 values. More cores: not
-measured."""
+values) on two Zen 4 cores that other programs used a little: 1.0 ms. How much is fixed follows from slices with 512, 4096 and 7168
+values. More cores: not measured."""
 
 ATTENTION_MACS_PER_CORE = 8e9
 BATCH_ATTENTION_MACS_PER_CORE = 10e9

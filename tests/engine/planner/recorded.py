@@ -49,12 +49,6 @@ class Recorded:
         return self.seconds / self.n_tokens
 
     @property
-    def small_s(self) -> float:
-        """Of a token, what no counter names: llama.cpp's operations, and what it takes to get to them."""
-        named_s = self.cost.matrices_s + self.cost.attention_s + self.cost.experts_s + self.cost.waiting_s
-        return (self.seconds - named_s) / self.n_tokens
-
-    @property
     def sizes(self) -> ModelSizes:
         sizes = sizes_of("flash", base=format_of(self.base), dense=format_of(self.dense))
         return replace(sizes, identity="whole Flash, random weights")

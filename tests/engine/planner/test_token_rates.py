@@ -73,7 +73,6 @@ def test_a_first_plan_is_right_given_the_hits(run: Recorded) -> None:
     assert likely.disk_bytes == pytest.approx(run.cost.disk_bytes / n, rel=0.1)
     if run.others == 0:
         assert likely.seconds["dense model in RAM"] == pytest.approx(run.cost.matrices_s / n, rel=WITHIN)
-        assert likely.seconds["layers"] == pytest.approx(run.small_s, rel=WITHIN)
         assert likely.seconds["experts in RAM"] == pytest.approx(run.cost.experts_s / n, rel=WITHIN)
         # The drive gave between 1.35 and 1.7 GB/s in these runs.
         assert likely.seconds["drive"] == pytest.approx(run.cost.waiting_s / n, rel=WITHIN, abs=0.15 * run.token_s)
@@ -90,7 +89,7 @@ def test_the_range_of_a_first_plan_holds_what_was_measured(run: Recorded) -> Non
 BROKEN = {
     "matrices": ("INSIDE", {"dense model in RAM": 0.45}),
     "small operations": ("LAYER_VALUE_S", 1.4e-6),
-    "packing": ("PACK_SHARE", 0.1),
+    "packing": ("PACK_SHARE", 0.05),
     "hidden reads": ("HIDDEN_READS", (0.0, 0.0, 0.0)),
     "the drive": ("DISK_SHARE", (0.4, 0.4, 0.4)),
     "useful reads": ("USEFUL_READS", 0.4),

@@ -564,8 +564,8 @@ def test_programs_of_lower_priority_count_half(monkeypatch: pytest.MonkeyPatch) 
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(hardware.time, "sleep", sleep)
-    monkeypatch.setattr(hardware.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr(
         hardware, "seconds_of_others", lambda *, low_priority=True: 100.0 + now * (1.8 if low_priority else 1.0)
     )

@@ -39,6 +39,7 @@ class LayerCall:
     """One call's state. For the decoding thread, which holds residency's lock from `run` to the end of `release`.
 
     Attributes:
+        most_at_once: experts to compute before looking at reads again.
         n_hits, n_misses: distinct experts that were in RAM or on a GPU, and the others.
         n_gpu: those on a GPU.
         n_streamed: those streamed through a GPU.
@@ -53,8 +54,11 @@ class LayerCall:
         compute: multiplies.
         gpu: this call's work on GPUs; None: it may not use them.
         check_stop: raises StoppedError if the call should end.
-        foresee: called once everything that this call needs has been requested, to start low-priority reads.
+        foresee: called once everything that this call needs has been requested, to start low-priority reads; in a call of many
+            experts as soon as its first reads are.
     """
+
+    most_at_once = 16
 
     def __init__(
         self,
@@ -124,8 +128,19 @@ class LayerCall:
             ready = self._start_gpu(self._gpu, on_gpu, ready)
             self.compute_ns += time.perf_counter_ns() - started
         self._start_reads()
+        is_large = self.n_distinct > self.most_at_once
+        if is_large:
+            self._foresee()
+        while (
+            len(ready) > self.most_at_once
+        ):  # reads go on between: their slots, and what has arrived, make room for the next
+            self._run_kernel(ready[: self.most_at_once])
+            ready = ready[self.most_at_once :] + self._arrived()
+            self._start_reads()
+            self._check_stop()
         self._run_kernel(ready)
-        self._foresee()
+        if not is_large:
+            self._foresee()
         while self._awaited or self._todo:
             self._start_reads()
             self._run_kernel(self._collect())
@@ -248,6 +263,11 @@ class LayerCall:
         started = time.perf_counter_ns()
         arrived = [self._take(self._residency.store.completions.get())]
         self.wait_ns += time.perf_counter_ns() - started
+        return [i for i in arrived if i is not None] + self._arrived()
+
+    def _arrived(self) -> list[int]:
+        """Takes all reads that are there."""
+        arrived = []
         while not self._residency.store.completions.empty():
             arrived.append(self._take(self._residency.store.completions.get()))
         return [i for i in arrived if i is not None]

@@ -17,6 +17,7 @@ from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.device.compiled import ABORTED_ANSWER, FAILED_ANSWER
 from localrun.offload.device.compiled_misses import MissRecord
+from localrun.offload.device.layouts import MOST_PAIRS
 from localrun.offload.handover import Handover
 from localrun.offload.layer_call import LayerCall
 from localrun.offload.readahead import ReadAhead
@@ -37,6 +38,8 @@ class PostedCall(LayerCall):
     Args:
         record: through which it was posted.
     """
+
+    most_at_once = MOST_PAIRS  # compiled code computes them
 
     def __init__(self, residency: Residency, ahead: ReadAhead, record: MissRecord, handover: Handover) -> None:
         layer, ids = record.layer, record.ids

@@ -226,6 +226,9 @@ class ExpertPool:
             def foresee() -> None:
                 if x_rows is not None and len(x_rows) == 1:
                     self.ahead.foresight.look(layer, x_rows[0])
+                else:
+                    share_used = call.n_distinct / where.layers[layer].n_experts
+                    self.ahead.follow(layer, ids.shape[0], share_used, x_rows)
 
             call = LayerCall(where, self.ahead, layer, ids, compute, gpu, check_stop=self.check_stop, foresee=foresee)
             evictions = where.table.n_evictions
@@ -233,7 +236,6 @@ class ExpertPool:
                 call.run()
             finally:
                 call.release()
-            self.ahead.follow(layer, ids.shape[0], call.n_distinct / where.layers[layer].n_experts)
             self.ahead.note_call()
             self._count(call, layer, ids, evictions=where.table.n_evictions - evictions, started_ns=started)
 

@@ -2,8 +2,8 @@
 
 * Hash-routed layers choose experts by token id alone (`ffn_gate_tid2eid`), so the experts of tokens that are about to run are
   known exactly: `prepare` starts their reads before `llama_decode` is called.
-* A long batch that used nearly all experts of a layer, or experts that nearly every token uses, will use the next layer's as
-  well: `follow` starts those reads while llama.cpp computes attention.
+* A long batch uses many experts of each layer. What the next layer's router picks for some of its tokens will almost certainly be
+  needed: `follow` starts those reads behind this layer's own, so that the drive works while attention is computed.
 * A token's next layer is asked what it will likely need while this one waits (`foresight.py`).
 * After a model is opened, a thread reads the experts that earlier runs used most, hottest first, into free memory, and keeps
   away while an answer is being computed: `warm`.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localrun.offload.cache.slots import Slot, SlotState
-from localrun.offload.device.view import I32
+from localrun.offload.device.view import F32, I32
 from localrun.offload.foresight import Foresight
 from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
@@ -38,6 +38,8 @@ _POLL_S = 0.01
 
 PROMPT_TOKENS = 64
 """Batches of so many tokens read ahead for the next layer; and so many tokens tell which experts a layer uses."""
+ASKED_TOKENS = 64
+"""Of a long batch, tokens for which the next layer's router is asked: a pick for one of them counts for several of the batch."""
 CERTAIN = 0.9
 """Least probability with which an expert must be needed to be read ahead."""
 PROMPT_SHARE = 1 / 3
@@ -77,6 +79,7 @@ class ReadAhead:
         self._n_used = n_used
         self._depth = depth
         self._tables = hash_tables or {}
+        self._routers = routers
         self.foresight = Foresight(residency, n_used, hash_tables=self._tables, routers=routers)
         self._guesses: set[Slot] = set()
         self._reach = depth
@@ -146,9 +149,9 @@ class ReadAhead:
 
     # -- what a long prompt will need next -----------------------------------------------------------------------------
 
-    def follow(self, layer: int, n_tokens: int, share_used: float) -> None:
-        """After a long batch's call of `layer`: starts reading what the next layer will almost certainly ask for, so that the drive
-        works while llama.cpp computes attention. On the decoding thread, which holds residency's lock.
+    def follow(self, layer: int, n_tokens: int, share_used: float, x: F32 | None = None) -> None:
+        """In a long batch's call of `layer`, once its own reads have begun: starts reading what the next one will almost certainly
+        ask for. On the decoding thread, which holds residency's lock.
 
         As many slots serve this, layer after layer, as the drive fills before the next call (`reached`), at most `PROMPT_SHARE`:
         a slot that is filled again for each layer hides one read per layer, one that keeps its expert saves one read per
@@ -157,13 +160,15 @@ class ReadAhead:
         Args:
             n_tokens: of the batch.
             share_used: of the layer's experts, by this batch: where it was nearly all, the next layer's will be.
+            x: (T, D) inputs of this layer's experts.
         """
         where, following = self._residency, layer + 1
         if following not in where.layers or n_tokens < PROMPT_TOKENS:
             return
         # Where long prompts stream, what is missing passes through a GPU and displaces nothing.
         evict = where.gpu is None or where.gpu.rings is None
-        missing = [e for e in self._certain(following, n_tokens, share_used) if not where.is_here(following, e)]
+        wanted = self._certain(following, n_tokens, share_used, x)
+        missing = [e for e in wanted if not where.is_here(following, e)]
         if not missing:
             return
         there = [slot for slot in where.table if slot.layer == following]
@@ -190,8 +195,14 @@ class ReadAhead:
         elif here:
             self._reach = sum(here) + self._depth
 
-    def _certain(self, layer: int, n_tokens: int, share_used: float) -> list[int]:
-        """Experts that a batch of so many tokens will almost certainly use, in file order."""
+    def _certain(self, layer: int, n_tokens: int, share_used: float, x: F32 | None) -> list[int]:
+        """Experts that a batch of so many tokens will almost certainly use: as its router says, those of most tokens first, or else
+        in file order."""
+        if x is not None and self._routers is not None:
+            some = x[np.linspace(0, len(x) - 1, ASKED_TOKENS).astype(int)]
+            popular = self._routers.popular(layer, some, self._n_used)
+            if popular is not None:
+                return [int(e) for e in popular]
         uses = self._residency.table.uses[layer, : self._residency.layers[layer].n_experts]
         seen = int(uses.sum()) // self._n_used
         if share_used >= CERTAIN:

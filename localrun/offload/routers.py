@@ -127,3 +127,20 @@ class Routers:
         best = np.argpartition(-scores, n - 1)[:n]
         result: I32 = best[np.argsort(-scores[best])].astype(np.int32)
         return result
+
+    def popular(self, layer: int, x: F32, n: int) -> I32 | None:
+        """Experts that `layer` will likely choose for at least one of several tokens, those of most tokens first; None if unknown.
+
+        Args:
+            x: (T, D) inputs of the previous layer's experts.
+            n: experts per token.
+        """
+        router = self._routers.get(layer)
+        if router is None:
+            return None
+        counts = np.zeros(len(router.matrix), np.int64)
+        for row in x:
+            counts[np.argpartition(-router.scores(row), n - 1)[:n]] += 1
+        order = np.argsort(-counts, kind="stable")
+        result: I32 = order[: np.count_nonzero(counts)].astype(np.int32)
+        return result

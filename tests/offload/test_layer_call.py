@@ -133,6 +133,25 @@ def test_what_is_there_is_computed_before_what_must_be_read(bench: Bench) -> Non
     assert (call.n_distinct, call.n_hits, call.n_misses) == (5, 3, 2)
 
 
+def test_reads_go_on_while_many_experts_that_are_there_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    bench = make_bench(store, N_EXPERTS)
+    bench.call(ids([0, 1, 2], [3, 4, 5]))
+    monkeypatch.setattr(LayerCall, "most_at_once", 2)
+    n_submitted: list[int] = []
+    compute = bench.compute
+
+    def noting(kernel: FfnKernel, slots: Sequence[Slot], routing: Routing) -> None:
+        n_submitted.append(len(store.submitted))
+        compute(kernel, slots, routing)
+
+    bench.compute = noting  # type: ignore[method-assign]
+    bench.call(np.arange(N_EXPERTS, dtype=np.int32).reshape(-1, N_USED))
+    assert n_submitted[:2] == [6 + 2 * store.depth, N_EXPERTS]
+    assert bench.order[:2] == [0, 1]
+    bench.residency.close()
+
+
 def test_a_call_of_more_experts_than_slots_goes_in_waves_and_reads_each_once(bench: Bench) -> None:
     call = bench.call(np.arange(N_EXPERTS, dtype=np.int32).reshape(-1, N_USED))
     assert sorted(bench.order) == list(range(N_EXPERTS))

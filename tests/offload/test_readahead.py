@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.offload.cache.telemetry import Telemetry
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
-from localrun.offload.readahead import CERTAIN, ReadAhead, hash_tables
+from localrun.offload.readahead import ASKED_TOKENS, CERTAIN, ReadAhead, hash_tables
 from localrun.offload.residency import Residency
+from localrun.offload.routers import Routers
 from localrun.quant.open import open_model
 from tests.offload.models import MODEL, TOKENS, floor_ram, logits, write_model
 from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, MemoryStore
@@ -225,6 +228,46 @@ def test_experts_that_nearly_every_token_used_are_certain_as_well(residency: Res
     follow(ReadAhead(residency, 3, depth=16), residency, 0, n_tokens=64, share_used=0.3)
     assert present(residency, 1) == [0, 1, 2, 3]
     assert CERTAIN < 1 - (1 - 10 / 100) ** 64
+
+
+def test_what_routers_pick_for_some_tokens_is_read_first_and_nothing_that_they_pick_for_none(
+    residency: Residency,
+) -> None:
+    picks, asked = [7, 2, 9], list[int]()
+
+    class Picking:
+        def popular(self, layer: int, x: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.int32]:
+            asked.append(len(x))
+            return np.array(picks if layer == 1 else [], np.int32)
+
+    ahead = ReadAhead(residency, 3, depth=2, routers=cast("Routers", Picking()))
+    x = np.zeros((100, 4), np.float32)
+    with residency.lock:
+        ahead.follow(0, len(x), 1.0, x)
+    assert present(residency, 1) == [2, 7]
+    ahead.reached(1)
+    with residency.lock:
+        ahead.follow(0, len(x), 1.0, x)
+        ahead.follow(1, len(x), 1.0, x)
+    assert present(residency, 1) == [2, 7, 9]
+    assert asked == [ASKED_TOKENS] * 3
+    assert present(residency, 2) == []
+
+
+def test_popular_experts_are_those_that_are_likely_for_any_token_by_number_of_tokens(model_path: Path) -> None:
+    with open_offloaded(open_model(model_path), OffloadOptions(n_threads=1)) as model:
+        routers = model.pool._routers
+        assert routers is not None
+        layer = max(model.source.moe_layers)
+        x = np.random.default_rng(3).normal(size=(4, MODEL.n_embd)).astype(np.float32)
+        likely = [routers.likely(layer, row, 2) for row in x]
+        counts = np.bincount(np.concatenate([row for row in likely if row is not None]), minlength=MODEL.n_experts)
+        popular = routers.popular(layer, x, 2)
+        assert popular is not None
+        assert sorted(popular) == np.flatnonzero(counts).tolist()
+        assert len(popular) < MODEL.n_experts
+        assert counts[popular].tolist() == sorted(counts[popular], reverse=True)
+        assert routers.popular(99, x, 3) is None
 
 
 def test_wrong_guesses_go_first_unless_somebody_has_used_them_since(residency: Residency) -> None:

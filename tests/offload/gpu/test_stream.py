@@ -154,7 +154,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
 ) -> None:
     with open_offloaded(open_model(model_path), OffloadOptions()) as model:
         least = floor_ram(model)
-    with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST, ram_bytes=3 * least) as model:
+    with opened(model_path, gpu, budget_for(model_path, gpu, 10), FAST, ram_bytes=3 * least // 2) as model:
         filled(model)
         logits(model, batch=150)
         store = model.pool.residency.store

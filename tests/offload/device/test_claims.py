@@ -73,13 +73,15 @@ def test_sums_are_llama_cpps_bit_for_bit(model_path: Path, batch: int, through_p
 
 
 def test_a_layers_ffn_is_one_part_of_the_graph(model_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of few tokens the experts, their sum, the shared expert and the last sum; of many, llama.cpp has the sums between them."""
+    """Of few tokens the experts, their sum, the shared expert and the last sum; of many, llama.cpp has the sums between them. Where
+    the shared expert is llama.cpp's (no vector instructions), so is what follows the experts' sum, and the parts are as many."""
     with open_offloaded(open_model(model_path), OffloadOptions(n_threads=2)) as model:
         batch, one = splits(model, caplog)
         with products_only():
             batch_before, one_before = splits(model, caplog)
+        shared_is_ours = model.dense.n_bytes > 0
     assert batch == batch_before == one_before
-    assert one_before - one == 2 * len(MODEL.ratios)
+    assert one_before - one == (2 * len(MODEL.ratios) if shared_is_ours else 0)
 
 
 def test_a_callback_that_looks_at_every_operation_sees_the_same_values(

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DENSE_CHOICES,
         default=None,
         metavar="TYPE",
-        help="type for FP8 attention and shared-expert matrices: q8_0 (default); smaller: q6_k, q5_k, q4_k; exact: bf16, f32",
+        help="type for FP8 attention and shared-expert matrices: q8_0 (default); smaller: q6_k, q5_k, q4_k, with the output head, "
+        "embeddings and compressors in q8_0 instead of BF16; exact: bf16, f32",
     )
     parser.add_argument(
         "--base",

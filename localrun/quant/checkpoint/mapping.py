@@ -49,6 +49,7 @@ BASE_TYPES = EXPERT_TYPES
 EXACT_OR_EIGHT_BIT = frozenset({_T.MXFP4, _T.Q8_0, _T.BF16, _T.F32})
 """Types of experts that lose nothing, or too little for importance to matter."""
 
+_SMALL = frozenset({_T.Q4_K, _T.Q5_K, _T.Q6_K})
 _DEFAULT_BASE = {"I8": _T.MXFP4, "F8_E4M3": _T.Q8_0, "BF16": _T.BF16, "F32": _T.F32}
 _FILE_TYPES = {
     _T.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
@@ -92,7 +93,9 @@ class ConversionOptions:
     """What the user may choose.
 
     Attributes:
-        dense: type of FP8 attention and shared-expert matrices; BF16 and F32 tensors are unchanged.
+        dense: type of FP8 attention and shared-expert matrices. Below 8 bits, BF16 matrices other than routers (output head,
+            embeddings, compressors) become Q8_0, because they are a third of what a token reads then; otherwise they are
+            unchanged. F32 tensors always are.
         base: type of all experts; None: MXFP4 for FP4, Q8_0 for FP8, otherwise unchanged.
         importance: of the input channels, for types that round; None: uniform.
         keep_experts: the file holds only the dense part; experts stay in the checkpoint, unchanged.
@@ -294,10 +297,17 @@ def target_type(spec: TensorSpec, dtype: str, options: ConversionOptions) -> GGM
     elif dtype == "F8_E4M3":
         # Rows that the type's blocks do not divide get the next better one: Q8_0 in blocks of 32, or exact BF16.
         target = next(kind for kind in (options.dense, _T.Q8_0, _T.BF16) if _fits(spec, kind))
+    elif dtype == "BF16" and options.dense in _SMALL and _is_read_whole(spec) and _fits(spec, _T.Q8_0):
+        target = _T.Q8_0
     else:
         target = _T.F32 if dtype == "F32" else _T.BF16
     check_type(spec, dtype, target, "--base" if spec.role is Role.EXPERT else "--dense")
     return target
+
+
+def _is_read_whole(spec: TensorSpec) -> bool:
+    """A large matrix that is no router: those choose experts, and are small."""
+    return spec.role is Role.WIDE and not (spec.gguf or "").endswith("ffn_gate_inp.weight")
 
 
 def _fits(spec: TensorSpec, kind: GGMLQuantizationType) -> bool:

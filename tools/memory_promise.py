@@ -3,8 +3,8 @@
     python -m tools.memory_promise MODEL --tokens 2000 --neighbour 2GiB
     python -m tools.memory_promise SLICE --tokens 2000 --neighbour 500MiB --limit 6GiB      # on a machine of that size
 
-Feeds random tokens one by one; meanwhile a second process takes the neighbour's memory, holds it and frees it, over and over.
-`--limit` puts both into a control group, which counts as the machine (`tools.memory_limit`). One line of JSON per 50 tokens:
+Feeds a prompt of one whole batch, which takes the compute buffers, then random tokens one by one; meanwhile a second process
+takes the neighbour's memory, holds it and frees it, over and over. `--limit` puts both into a control group, which counts as the machine (`tools.memory_limit`). One line of JSON per 50 tokens:
 what is resident, planned, given back (see `offload/memory_watch.py`) and available, with the extremes since the line before.
 
 Exit code 1 if the resident size was ever further above the plan, or, once the experts' memory had been filled, further below it
@@ -152,6 +152,7 @@ def measure(options: argparse.Namespace) -> bool:
         neighbour = subprocess.Popen([sys.executable, "-c", _NEIGHBOUR, *habits])
         stack.callback(neighbour.wait)
         stack.callback(neighbour.kill)
+        session.feed(random_tokens(engine.facts.n_batch, engine.facts.n_vocab, seed=2))
         started, worst, least = time.monotonic(), 0.0, 1 << 62
         for first in range(0, len(tokens), LINE_TOKENS):
             for token in tokens[first : first + LINE_TOKENS]:

@@ -21,7 +21,14 @@ from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import FormatError, UsageError
 from localrun.offload.cache.staging import staging_bytes, staging_bytes_aligned
 from localrun.offload.kernels.layout import expert_layout
-from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions, target_type
+from localrun.quant.checkpoint.mapping import (
+    BASE_TYPES,
+    ROUTER,
+    SMALL_TYPES,
+    ConversionOptions,
+    is_read_whole,
+    target_type,
+)
 from localrun.quant.checkpoint.model_config import ModelConfig, parse_config
 from localrun.quant.checkpoint.official import BUILT_IN, NAMES
 from localrun.quant.checkpoint.schema import Role, TensorSpec, trunk_tensors
@@ -93,6 +100,7 @@ class ModelSizes:
         base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
         convertible: other expert formats are possible by converting again.
         eight_bit_bytes: of the dense matrices, those in Q8_0, as FP8 matrices become by default.
+        exact_bytes: those in BF16 that smaller dense types make Q8_0.
         dense_format: of most of the dense matrices that are quantized.
     """
 
@@ -107,6 +115,7 @@ class ModelSizes:
     base_bytes: int = 0
     convertible: bool = False
     eight_bit_bytes: int = 0
+    exact_bytes: int = 0
     dense_format: GGMLQuantizationType = _T.Q8_0
 
     @property
@@ -122,8 +131,11 @@ class ModelSizes:
     @property
     def four_bit_savings(self) -> int:
         """What the dense model would be smaller by with `--dense q4_k`."""
+        if self.dense_format in SMALL_TYPES:
+            return 0
         (eight, eight_bytes), (four, four_bytes) = GGML_QUANT_SIZES[_T.Q8_0], GGML_QUANT_SIZES[_T.Q4_K]
-        return int(self.eight_bit_bytes - self.eight_bit_bytes // eight_bytes * eight * four_bytes // four)
+        of_eight = self.eight_bit_bytes - self.eight_bit_bytes // eight_bytes * eight * four_bytes // four
+        return int(of_eight + self.exact_bytes - self.exact_bytes // 2 // eight * eight_bytes)
 
     @property
     def embedding_bytes(self) -> int:
@@ -271,7 +283,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
     options = options or ConversionOptions()
     dense: Counter[str] = Counter()
     formats: Counter[GGMLQuantizationType] = Counter()
-    weights = eight_bit_bytes = 0
+    weights = eight_bit_bytes = exact_bytes = 0
     expert_types: list[GGMLQuantizationType] = []
     for spec in trunk_tensors(config):
         if spec.expert is None:
@@ -280,6 +292,8 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
             formats[target_type(spec, spec.dtype, options)] += _weights(spec)
             if target_type(spec, spec.dtype, options) is _T.Q8_0:
                 eight_bit_bytes += _tensor_bytes(spec, options)
+            elif target_type(spec, spec.dtype, options) is _T.BF16 and is_read_whole(spec):
+                exact_bytes += _tensor_bytes(spec, options)
         elif spec.expert == 0 and len(expert_types) < 3:
             expert_types.append(target_type(spec, spec.dtype, options))
     shape = config.shape
@@ -297,6 +311,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
         staging_bytes=staging_bytes_aligned(layout.raw_bytes),
         convertible=True,
         eight_bit_bytes=eight_bit_bytes,
+        exact_bytes=exact_bytes,
         dense_format=_most_used(formats),
     )
 
@@ -333,6 +348,11 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
         convertible=(source.path / "config.json").is_file(),
         eight_bit_bytes=sum(
             info.n_bytes for name, info in source.tensors.items() if "_exps." not in name and info.type is _T.Q8_0
+        ),
+        exact_bytes=sum(
+            info.n_bytes
+            for name, info in source.tensors.items()
+            if info.type is _T.BF16 and len(info.shape) > 1 and not name.endswith(ROUTER)
         ),
         dense_format=_most_used(formats),
     )

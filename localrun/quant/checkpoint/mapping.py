@@ -49,7 +49,9 @@ BASE_TYPES = EXPERT_TYPES
 EXACT_OR_EIGHT_BIT = frozenset({_T.MXFP4, _T.Q8_0, _T.BF16, _T.F32})
 """Types of experts that lose nothing, or too little for importance to matter."""
 
-_SMALL = frozenset({_T.Q4_K, _T.Q5_K, _T.Q6_K})
+SMALL_TYPES = frozenset({_T.Q4_K, _T.Q5_K, _T.Q6_K})
+"""Dense types below 8 bits."""
+ROUTER = ".ffn_gate_inp.weight"
 _DEFAULT_BASE = {"I8": _T.MXFP4, "F8_E4M3": _T.Q8_0, "BF16": _T.BF16, "F32": _T.F32}
 _FILE_TYPES = {
     _T.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
@@ -297,7 +299,7 @@ def target_type(spec: TensorSpec, dtype: str, options: ConversionOptions) -> GGM
     elif dtype == "F8_E4M3":
         # Rows that the type's blocks do not divide get the next better one: Q8_0 in blocks of 32, or exact BF16.
         target = next(kind for kind in (options.dense, _T.Q8_0, _T.BF16) if _fits(spec, kind))
-    elif dtype == "BF16" and options.dense in _SMALL and _is_read_whole(spec) and _fits(spec, _T.Q8_0):
+    elif dtype == "BF16" and options.dense in SMALL_TYPES and is_read_whole(spec) and _fits(spec, _T.Q8_0):
         target = _T.Q8_0
     else:
         target = _T.F32 if dtype == "F32" else _T.BF16
@@ -305,9 +307,9 @@ def target_type(spec: TensorSpec, dtype: str, options: ConversionOptions) -> GGM
     return target
 
 
-def _is_read_whole(spec: TensorSpec) -> bool:
+def is_read_whole(spec: TensorSpec) -> bool:
     """A large matrix that is no router: those choose experts, and are small."""
-    return spec.role is Role.WIDE and not (spec.gguf or "").endswith("ffn_gate_inp.weight")
+    return spec.role is Role.WIDE and not (spec.gguf or "").endswith(ROUTER)
 
 
 def _fits(spec: TensorSpec, kind: GGMLQuantizationType) -> bool:

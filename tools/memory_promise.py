@@ -4,8 +4,9 @@
     python -m tools.memory_promise SLICE --tokens 2000 --neighbour 500MiB --limit 6GiB      # on a machine of that size
 
 Feeds a prompt of one whole batch, which takes the compute buffers, then random tokens one by one; meanwhile a second process
-takes the neighbour's memory, holds it and frees it, over and over. `--limit` puts both into a control group, which counts as the machine (`tools.memory_limit`). One line of JSON per 50 tokens:
-what is resident, planned, given back (see `offload/memory_watch.py`) and available, with the extremes since the line before.
+takes the neighbour's memory, holds it and frees it, over and over. `--limit` puts both into a control group, which counts as
+the machine (`tools.memory_limit`). One line of JSON per 50 tokens: what is resident, planned, given back (see
+`offload/memory_watch.py`) and available, with the extremes since the line before.
 
 Exit code 1 if the resident size was ever further above the plan, or, once the experts' memory had been filled, further below it
 than `--tolerance`, or if the neighbour was killed.

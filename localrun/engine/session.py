@@ -172,10 +172,11 @@ class Session:
                 self._decode(batch, all_logits=False)
                 if progress is not None:
                     progress(self.position, total)
-                if self.position < end and self._is_time_to_save(time.perf_counter() - saved_at) and self.save():
-                    partway.append(self.position)
-                    self._drop_partway(prompt, partway, _PARTWAY)
-                    saved_at = time.perf_counter()
+                if self.position < end and self._is_time_to_save(time.perf_counter() - saved_at):
+                    if self.save():
+                        partway.append(self.position)
+                        self._drop_partway(prompt, partway, _PARTWAY)
+                    saved_at = time.perf_counter()  # what failed is not tried again after every batch
             at = end
             if end < total and self.save():
                 self._drop_partway(prompt, partway, 0)
@@ -231,8 +232,7 @@ class Session:
         try:
             n_bytes = states.size_bytes(self._context, self.position)
             if store.holds_in_memory(n_bytes):
-                store.put(tokens, self.snapshot())
-                return True
+                return store.put(tokens, self.snapshot())
             return store.put_file(tokens, n_bytes, self.write)
         except (LocalrunError, MemoryError) as error:  # it only saves time later: the answer must not end because of it
             log.warning("could not save the conversation's state: %s", error or "out of memory")
@@ -393,7 +393,7 @@ class Session:
         """
         key, tokens = self._engine.state_key, None
         if isinstance(snapshot, Path) and states.is_packed(snapshot):
-            snapshot = snapshot.read_bytes()
+            snapshot = states.read_packed(snapshot)
         if isinstance(snapshot, Path):
             n_tokens = states.check(snapshot, key, self.n_ctx)
             self.reset()

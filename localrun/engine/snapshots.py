@@ -137,9 +137,9 @@ class SnapshotStore:
             self._files[name] = size
         return True
 
-    def put(self, tokens: Sequence[int], data: Data) -> None:
-        """Saves a state, which the store owns from now on. The file is written in the background; if the RAM budget would be
-        exceeded, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
+    def put(self, tokens: Sequence[int], data: Data) -> bool:
+        """Saves a state, which the store owns from now on; True if that was possible. The file is written in the background; if the
+        RAM budget would be exceeded, waits for earlier ones, and gives up after `SLOW_DRIVE_S`."""
         name = _name(tokens)
         if self._folder is not None and len(data) <= self._disk_bytes:
             if self._writer is None:
@@ -151,7 +151,7 @@ class SnapshotStore:
                 )
                 if not fits:
                     log.warning("%s: a conversation's state was not saved: the drive is too slow", self._folder)
-                    return
+                    return False
                 self._unwritten[name] = data
             self._writes.put((name, data))
         if len(data) <= self._ram_bytes:
@@ -161,6 +161,7 @@ class SnapshotStore:
             if len(self._ram) == 1 and name in self._ram:
                 break  # the excess is still being written, and room for it was made above
             self._ram.popitem(last=False)
+        return self.has(tokens)
 
     def _waiting_bytes(self) -> int:
         return sum(len(data) for data in self._unwritten.values())

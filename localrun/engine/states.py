@@ -96,6 +96,14 @@ def is_packed(path: Path) -> bool:
         raise StoreError(f"{path}: can't be read: {error.strerror}") from error
 
 
+def read_packed(path: Path) -> bytes:
+    """All of such a file. Raises StoreError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: can't be read: {error.strerror}") from error
+
+
 def check(path: Path, key: str, n_ctx: int) -> int:
     """Reads a file of `write` once; its number of tokens.
 

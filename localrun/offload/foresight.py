@@ -23,8 +23,9 @@ from localrun.offload.residency import Residency
 from localrun.offload.routers import Routers
 
 REACH: Final = 2
-"""Layers to look ahead. One layer takes about as long as one expert's read, and some lack two or three. [m] Whole Flash, 10 GiB of
-experts: 73 % of the guesses two layers early are right; with a third layer, 61 % of those, and a token takes as long."""
+"""Layers to look ahead. A layer takes about as long as one expert's read, and some lack two or three experts. [m] Whole Flash in
+MXFP4, two Zen 4 cores, 10 GiB of experts: 73 % of the guesses two layers early are right; with a third layer, 61 % of those, and
+a token takes as long."""
 MOST_SLOTS: Final = 12
 """Most slots with guesses that no call has judged yet."""
 SLOTS_SHARE: Final = 4
@@ -72,7 +73,6 @@ class Foresight:
             tuple[int, int], int
         ] = {}  # tokens since the last guess, while guesses are not worth reading
         self._token = -1
-        self._most_slots = min(MOST_SLOTS, residency.n_slots // SLOTS_SHARE)
 
     def begin_batch(self, token: int) -> None:
         """A batch begins. `token`: its only token, -1 if there are several."""
@@ -84,9 +84,10 @@ class Foresight:
         self._cancel(layer, {int(e) for e in used})
 
     def _cancel(self, layer: int, needed: set[int]) -> None:
-        for slot in self._guesses:
+        for slot in list(self._guesses):
             if slot.layer == layer and slot.state is SlotState.LOADING and slot.expert not in needed:
                 self._residency.store.abandon(slot)
+                self._judge([slot], frozenset())
 
     def look(self, layer: int, x: F32) -> None:
         """Call once a token's call of `layer` has requested everything it needs: starts reading what the next layers will likely
@@ -111,14 +112,14 @@ class Foresight:
             or not self._worth_reading(layer, distance)
         ):
             return
-        likely = self._experts(layer, x)
+        likely, most = self._experts(layer, x), min(MOST_SLOTS, where.n_slots // SLOTS_SHARE)
         self._cancel(layer, set(likely))  # what was guessed from a layer further away
         for expert in likely:
             slot = where.table.peek(layer, expert)
             if slot is not None:
                 where.table.announce(layer, expert)  # not the next to go while others are read for the same call
-            elif not where.on_gpu(layer, expert) and len(self._guesses) < self._most_slots:
-                if (slot := where.reserve(layer, expert)) is None:
+            elif not where.on_gpu(layer, expert) and len(self._guesses) < most:
+                if (slot := where.reserve(layer, expert, retake=False)) is None:
                     return
                 where.read_ahead(slot)
                 where.table.announce(layer, expert)

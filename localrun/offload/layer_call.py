@@ -131,9 +131,7 @@ class LayerCall:
         is_large = self.n_distinct > self.most_at_once
         if is_large:
             self._foresee()
-        while (
-            len(ready) > self.most_at_once
-        ):  # reads go on between: their slots, and what has arrived, make room for the next
+        while len(ready) > self.most_at_once and (self._todo or self._awaited):  # reads go on between
             self._run_kernel(ready[: self.most_at_once])
             ready = ready[self.most_at_once :] + self._arrived()
             self._start_reads()

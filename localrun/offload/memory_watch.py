@@ -38,7 +38,8 @@ class MemoryWatch:
 
     What evicts must not run beside compiled code that looks experts up, because it does so without residency's lock. So during a
     decode, whoever has a layer call looks: the decoding thread, or the fetching thread, which has pinned what compiled code
-    computes with (`misses.py`). This thread looks while nothing is decoded. Calls that find everything in RAM pass without a look.
+    computes with (`misses.py`). This thread looks while nothing is decoded. Once nothing has been missing for a while, calls pass
+    without a look.
 
     Args:
         residency: whose slots.

@@ -1,9 +1,10 @@
 """Fetches what compiled layer calls lack, on a thread of its own, so that decoding never enters Python.
 
 Compiled code (`device/compiled_misses.py`) posts a call of few tokens some of whose experts are neither in RAM nor on a GPU, and
-computes the others. Reads whose bytes it can find have begun by then (`cache/early.py`). This thread does what `LayerCall` does
-but for the arithmetic: it makes room, reads, guesses what the next layer will need, and answers with a word for each expert
-that is there; readers answer for what they have read.
+computes the others; for a while after such a call it posts a single token's calls that lack nothing, too, to look ahead. Reads
+whose bytes it can find have begun by then (`cache/early.py`). This thread does what `LayerCall` does but for the arithmetic: it
+makes room, reads, guesses what the next layers will need, and answers with a word for each expert that is there; readers answer
+for what they have read.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class Misses:
             self._ahead.note_call()
             self._look_on(call.n_misses > 0)
             row = self._telemetry.values[self.record.layer]
-            row[Counter.HITS] += call.n_found
+            if call.n_found:  # of a call that lacks nothing, compiled code may be adding the hits now
+                row[Counter.HITS] += call.n_found
             row[Counter.MISSES] += call.n_misses
             row[Counter.BYTES_READ] += call.bytes_read
             row[Counter.EVICTIONS] += where.table.n_evictions - evictions

@@ -69,7 +69,7 @@ class ExpertPool:
         n_used: experts per token.
         hash_tables: (n_vocab, K) expert ids by layer whose experts follow from the token id.
         adaptive: serve what is missing from the base's copy, see `upgrades.py`.
-        routers: predict what the next layer will need.
+        routers: predict what the next layers will need.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 * Hash-routed layers choose experts by token id alone (`ffn_gate_tid2eid`), so the experts of tokens that are about to run are
   known exactly: `prepare` starts their reads before `llama_decode` is called.
-* A long batch uses many experts of each layer. What the next layer's router picks for some of its tokens will almost certainly be
-  needed: `follow` starts those reads behind this layer's own, so that the drive works while attention is computed.
-* A token's next layer is asked what it will likely need while this one waits (`foresight.py`).
+* A long batch uses many experts of each layer. What the next layer's router picks for one of 64 of its tokens will almost
+  certainly be needed: `follow` starts those reads behind this layer's own, so that the drive works while attention is computed.
+* A token's next two layers are asked what they will likely need (`foresight.py`).
 * After a model is opened, a thread reads the experts that earlier runs used most, hottest first, into free memory, and keeps
   away while an answer is being computed: `warm`.
 
@@ -63,7 +63,7 @@ class ReadAhead:
         routers: rank the experts of other layers.
 
     Attributes:
-        foresight: guesses for a single token's next layer.
+        foresight: guesses for a single token's next layers.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class ReadAhead:
             where.table.pin(present)
         try:
             for expert in missing[: min(self._reach, int(where.n_slots * PROMPT_SHARE))]:
-                slot = where.reserve(following, expert, evict=evict)
+                slot = where.reserve(following, expert, evict=evict, retake=False)
                 if slot is None:
                     break
                 where.read_ahead(slot)
@@ -198,7 +198,7 @@ class ReadAhead:
     def _certain(self, layer: int, n_tokens: int, share_used: float, x: F32 | None) -> list[int]:
         """Experts that a batch of so many tokens will almost certainly use: as its router says, those of most tokens first, or else
         in file order."""
-        if x is not None and self._routers is not None:
+        if x is not None and self._routers is not None and layer not in self._tables:
             some = x[np.linspace(0, len(x) - 1, ASKED_TOKENS).astype(int)]
             popular = self._routers.popular(layer, some, self._n_used)
             if popular is not None:

@@ -98,8 +98,8 @@ class Residency:
 
     @property
     def n_slots(self) -> int:
-        """Experts that fit into RAM if all have the largest size."""
-        return self.table.arena.size_bytes // largest_slot(self._kernels)
+        """Experts that fit into RAM, without what was given back, if all have the largest size; the caller holds the lock."""
+        return (self.table.arena.size_bytes - self.table.withheld_bytes) // largest_slot(self._kernels)
 
     def on_gpu(self, layer: int, expert: int) -> bool:
         """The expert lives on a GPU."""
@@ -117,16 +117,17 @@ class Residency:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
-    def reserve(self, layer: int, expert: int, *, evict: bool = True) -> Slot | None:
+    def reserve(self, layer: int, expert: int, *, evict: bool = True, retake: bool = True) -> Slot | None:
         """A slot for reading this expert, None if there is no room; the caller holds the lock.
 
         Args:
             evict: for an expert that a call waits for, or certainly will: others may be evicted for it, and in adaptive mode the
                 base's copy is read. False: only free memory is used, and the copy is the one chosen for this expert.
+            retake: see `SlotTable.reserve`.
         """
         variant = self.variant_to_read(layer, expert) if evict else int(self.wanted[layer][expert])
         size_bytes = self._kernels[layer][variant].slot_bytes
-        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict)
+        return self.table.reserve(layer, expert, size_bytes, variant=variant, evict=evict, retake=retake)
 
     def variant_to_read(self, layer: int, expert: int) -> int:
         """Which copy of an expert is read while a call waits for it."""

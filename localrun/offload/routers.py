@@ -1,6 +1,6 @@
-"""Predicts the experts of the next layer by applying its router to the current layer's input.
+"""Predicts the experts of the next layers by applying their routers to the current layer's input.
 
-Hidden states change little between layers, so this finds most of the experts a layer early (`tools/guess_next_layer.py`
+Hidden states change little between layers, so this finds most of the experts a layer or two early (`tools/guess_next_layer.py`
 measures how many). It uses llama.cpp's matrices in CPU memory without copying. Scores are only for ranking: no answer depends
 on them.
 """
@@ -118,7 +118,7 @@ class Routers:
         """(n,) experts that `layer` will likely choose, likeliest first; None if unknown.
 
         Args:
-            x: (D,) input of the previous layer's experts.
+            x: (D,) input of an earlier layer's experts.
         """
         router = self._routers.get(layer)
         if router is None:

@@ -95,6 +95,14 @@ class Rig:
         self.residency.settle()
         assert len(self.residency.table) == N_SLOTS
 
+    def fill_all(self, n: int) -> None:
+        """So many experts of layers 0 and 2."""
+        for expert in range(N_EXPERTS):
+            for layer in (0, 2):
+                if len(self.residency.table) < n:
+                    self.ahead.read(layer, [expert], evict=False)
+                    self.residency.settle()
+
     def under_way(self, layer: int) -> list[int]:
         return [s.expert for s in self.residency.table if s.layer == layer and s.state is SlotState.LOADING]
 
@@ -129,6 +137,7 @@ def test_two_layers_are_guessed_the_next_one_first(store: MemoryStore) -> None:
     assert rig.routers.asked == [1, 2]
     assert REACH == 2
     assert store.submitted == [(1, 5), (1, 6), (2, 1), (2, 2)]
+    rig.residency.settle()
     rig.foresee(1, 2, 3)
     assert store.submitted[4:] == [(2, 3)]
     rig.routers.experts = {}
@@ -254,6 +263,22 @@ def test_a_guess_displaces_the_coldest_and_nothing_pinned(rig: Rig) -> None:
     assert rig.residency.table.peek(0, 0) is coldest
     assert rig.residency.table.peek(2, 0) is None  # the coldest one of the others
     rig.residency.table.unpin(coldest)
+
+
+def test_a_guess_takes_no_memory_that_was_given_back_to_the_system(store: MemoryStore) -> None:
+    rig = Rig(store, n_slots=4 * N_SLOTS)
+    rig.fill_all(2 * N_EXPERTS)
+    table = rig.residency.table
+    n_withheld = table.withhold(0, 0) or table.withheld_bytes
+    assert n_withheld > 0
+    slots = list(table)
+    for slot in slots:
+        table.pin(slot)
+    rig.foresee(0, *range(N_EXPERTS))
+    assert table.withheld_bytes == n_withheld
+    for slot in slots:
+        table.unpin(slot)
+    rig.residency.close()
 
 
 def test_a_wrong_guess_is_the_next_to_go(rig: Rig) -> None:

@@ -252,6 +252,12 @@ def test_what_routers_pick_for_some_tokens_is_read_first_and_nothing_that_they_p
     assert present(residency, 1) == [2, 7, 9]
     assert asked == [ASKED_TOKENS] * 3
     assert present(residency, 2) == []
+    hashed = ReadAhead(
+        residency, 3, depth=2, hash_tables={1: np.zeros((4, 3), np.int32)}, routers=cast("Routers", Picking())
+    )
+    with residency.lock:
+        hashed.follow(0, len(x), 0.3, x)
+    assert len(asked) == 3, "a layer that chooses by token has no use for its router"
 
 
 def test_popular_experts_are_those_that_are_likely_for_any_token_by_number_of_tokens(model_path: Path) -> None:

@@ -234,16 +234,18 @@ class SlotTable:
         *,
         variant: int = 0,
         evict: bool = True,
+        retake: bool = True,
     ) -> Slot | None:
         """Allocates a LOADING slot for an expert without one, evicting unpinned READY slots, the least likely to be used first.
 
         Args:
             evict: False: use only free memory (guesses must not displace used experts).
+            retake: memory that was given back to the system may be taken again if there is no other.
 
         Returns:
             The slot, or None if everything else is pinned or loading.
         """
-        address = self._allocate(layer, size_bytes, evict=evict)
+        address = self._allocate(layer, size_bytes, evict=evict, retake=retake)
         if address is None:
             return None
         slot = Slot(layer, expert, address, size_bytes, variant)
@@ -252,10 +254,10 @@ class SlotTable:
         self._place(slot)
         return slot
 
-    def _allocate(self, layer: int, size_bytes: int, *, evict: bool) -> int | None:
+    def _allocate(self, layer: int, size_bytes: int, *, evict: bool, retake: bool = True) -> int | None:
         address = self.arena.allocate(size_bytes)
         if address is None and evict:
-            if not self._make_room(layer, size_bytes) and self._withheld:
+            if not self._make_room(layer, size_bytes) and retake and self._withheld:
                 # Slots of several sizes: what is withheld may be in the way of the only hole there can be.
                 self.use_again(self.withheld_bytes)
                 if (address := self.arena.allocate(size_bytes)) is None:

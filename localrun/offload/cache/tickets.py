@@ -135,6 +135,8 @@ class ReadPieces:
             if moving:
                 self._ahead = deque(piece for piece in self._ahead if piece.ticket.slot is not slot)
                 self._wanted.extend(moving)
+        if moving:
+            self._wake()  # readers may have left them because enough was read ahead
 
     def close(self) -> None:
         """Readers end when everything has been read."""

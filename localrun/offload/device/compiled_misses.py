@@ -1,4 +1,4 @@
-"""Layer calls that lack experts, without Python on the decoding thread.
+"""Layer calls that lack experts, or look ahead, without Python on the decoding thread.
 
 Compiled code has the readers begin (`cache/early.py`), posts what is missing and goes on: it starts GPUs, computes what is in RAM,
 and then each missing expert as soon as it is there. A thread of Python's (`misses.Misses`) does the bookkeeping meanwhile: it

@@ -1,7 +1,7 @@
-"""Vector code for rows of F32, in plain LLVM: norms, DeepSeek-V4's residual streams.
+"""Vector code for rows of F32, in plain LLVM: what DeepSeek-V4 computes between matrices, norms and residual streams above all.
 
-Rows have a multiple of `UNIT` values, at any address; a result may take the place of an input that has its shape. Sums run in a
-fixed order, so results depend on nothing but their inputs.
+Rows have a multiple of `UNIT` or `LANES` values, as each function says, at any address; a result may take the place of an input
+that has its shape. Sums run in a fixed order, so results depend on nothing but their inputs.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.slots import Slot, SlotTable
 from localrun.offload.cache.store import ExpertStore
 from localrun.offload.cache.tickets import MOST_AHEAD, AbandonedError, Ticket
+from localrun.offload.kernels import futex
 from localrun.quant.model.source import ModelSource
 from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
 from tests.offload.stores import (
@@ -316,5 +317,44 @@ def test_reads_ahead_leave_readers_and_buffers_to_what_somebody_waits_for(
         assert len(begun) == MOST_AHEAD + 3
     goes.set()
     assert len({store.completions.get(timeout=TIMEOUT_S).slot.expert for _ in range(6)}) == 6
+    store.close()
+    table.close()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_a_call_waits_for_wakes_readers_that_rested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """They had left the pieces of reads ahead alone, because enough were in flight."""
+    changed, begun, goes = threading.Condition(), list[tuple[int, int]](), threading.Event()
+
+    def held(fd: int, buffers: list[memoryview], offset: int) -> int:
+        with changed:
+            begun.append(expert_at(offset))
+            changed.notify_all()
+        assert goes.wait(TIMEOUT_S)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(reading, "preadv", held)
+    if not early:
+        monkeypatch.setattr(futex, "is_supported", lambda: False)
+    source = cast("ModelSource", ExpertsInAFile(tmp_path))
+    store = ExpertStore(source, {layer: [KERNELS[layer][0]] for layer in source.moe_layers}, n_reads=8, n_buffers=6)
+    table = SlotTable(N_EXPERTS * 8 * align_up(EXPERT_BYTES, PAGE_BYTES), len(source.moe_layers), N_EXPERTS)
+    slots = [table.reserve(0, expert, EXPERT_BYTES) for expert in range(3)]
+    for slot in slots:
+        assert slot is not None
+        store.submit(slot, ahead=True)
+    with changed:
+        assert changed.wait_for(lambda: len(begun) == MOST_AHEAD, TIMEOUT_S)
+    time.sleep(0.05)  # the others go to sleep
+    for slot in slots:
+        assert slot is not None
+        store.hurry(slot)
+    with changed:  # 9 pieces, 8 readers
+        assert changed.wait_for(lambda: len(begun) == 8, TIMEOUT_S)
+    goes.set()
+    for _ in slots:
+        assert store.completions.get(timeout=TIMEOUT_S).error is None
     store.close()
     table.close()

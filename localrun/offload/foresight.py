@@ -159,6 +159,6 @@ class Foresight:
             self._right[layer, distance] = before + (right - before) / _REMEMBERED
             if right:
                 values[layer, Counter.GUESSES_USED] += 1
-            else:
+            elif slot.state is SlotState.READY:  # others were cancelled
                 values[layer, Counter.GUESSES_WASTED] += 1
                 table.chill(slot)

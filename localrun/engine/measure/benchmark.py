@@ -140,7 +140,8 @@ class Phase:
         hits, misses: distinct experts per layer call that were in RAM, or had to be read.
         bytes_read: from files, read-ahead included.
         prefetched: experts read ahead of their call.
-        guesses, guesses_used, guesses_wasted: experts among them predicted with the next layer's router, and their fate.
+        guesses, guesses_used, guesses_wasted: experts among them predicted with later layers' routers, those
+            used, and those read in vain; the others were cancelled.
         unused_bytes: read ahead, sometimes in an earlier phase, and given up without having been used.
         reading_s: with at least one read in flight.
         layers: the counters per layer, with `layer`.

@@ -31,7 +31,7 @@ class Counter(IntEnum):
     STREAMED = 12  # distinct experts of a call that passed through a GPU, whether hit or miss
     GUESSES = 13  # part of PREFETCHED: experts read because a router of a later layer made them likely
     GUESSES_USED = 14  # those that their call used
-    GUESSES_WASTED = 15  # those that it did not
+    GUESSES_WASTED = 15  # those that were read and not used; others were cancelled
 
 
 @dataclass(frozen=True, slots=True)

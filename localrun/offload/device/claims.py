@@ -1,7 +1,7 @@
 """Which operations of llama.cpp's graph are ours: compiled, because its scheduler asks for hundreds whenever it builds a graph.
 
 Ours are the products with routed experts and with the dense matrices that we hold, attention and the indexer over an F16
-cache in the CPU's memory, and what stands between matrices (`between.py`). For few tokens (`MOST_SUMMED`), so is what follows the
+cache in the CPU's memory, and what comes between matrices (`between.py`). For few tokens (`MOST_SUMMED`), so is what follows the
 experts: the products with the router's weights, the sum over a token's experts, and the sum with the shared expert if that is
 ours. All of a layer's FFN is then one split, which takes an input, ids and weights, and gives one row per token. For many tokens,
 llama.cpp's threads add faster than our one thread.

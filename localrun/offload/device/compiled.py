@@ -742,7 +742,7 @@ class Process:
         _add_up(self.address, n_tokens, n_used, rows.shape[1], *_place(rows), *_place(out))
 
     def prepare_attention(self, n_threads: int) -> None:
-        """Attention, and what stands between matrices, come with so many threads from now on; while nothing is decoded."""
+        """Attention, and what comes between matrices, come with so many threads from now on; while nothing is decoded."""
         if not attention.is_supported():
             return
         self.fields[PROCESS.between_task] = between.task_address()

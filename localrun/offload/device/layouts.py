@@ -104,7 +104,7 @@ class _Process(Layout):
     takes_attention: int
     """1 while graphs are made with attention on our device; Python writes."""
     takes_between: int
-    """1 while they are made with what stands between matrices on our device, too; Python writes."""
+    """1 while they are made with what comes between matrices on our device, too; Python writes."""
     is_host: int
     """Address of `ggml_backend_buft_is_host(type)`."""
     get_base: int

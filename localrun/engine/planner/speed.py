@@ -29,7 +29,7 @@ from localrun.quant.model.source import ExpertTypes
 LAYER_S = 0.2e-3
 LAYER_VALUE_S = 0.14e-6
 """Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Whole Flash (4096
-values) on two Zen 4 cores that other programs used a little: 1.0 ms. How much is fixed follows from slices with 512, 4096 and 7168
+values) on two Zen 4 cores: 0.77 to 0.88 ms in four runs. How much is fixed follows from slices with 512, 4096 and 7168
 values. More cores: not measured."""
 
 ATTENTION_MACS_PER_CORE = 8e9
@@ -70,7 +70,7 @@ DISK_SHARE = (0.75, 1.0, 1.2)
 GB/s while a read was under way, of a drive that sustains 1.7 to 1.9 with 8 reads of 4 MiB, 1.2 with 4; beside other programs,
 which slow the probe down more than tokens, 1.59, 1.27 and 1.41 where it said 1.27, 1.21 and 1.10."""
 
-HIDDEN_READS = (0.45, 0.6, 0.85)
+HIDDEN_READS = (0.3, 0.47, 0.85)
 """Part of a token's reads that hides behind its computing: reads of the next layer's likely experts and of hash layers go on
 while others are multiplied; what nobody guessed is waited for. More than the computing takes can't hide. [m] Whole Flash on two
 Zen 4 cores, of 0.4 to 1.4 s that a read was under way: in MXFP4 0.46, 0.47, 0.39, 0.48 and, beside others, 0.62 and 0.48; in Q2_K

@@ -102,7 +102,15 @@ def test_each_term_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """These runs notice if one of the planner's terms is wrong."""
     attribute, value = BROKEN[name]
     monkeypatch.setattr(speed, attribute, value)
-    assert any(abs(off(run, run.plan_with_hits())) > WITHIN for run in RUNS.values())
+    plans = [(run, run.plan_with_hits()) for run in RUNS.values()]
+    if name == "hidden reads":  # of a token that is planned too slow and too fast elsewhere, it may hide
+        waits = [
+            (run.cost.waiting_s, run.n_tokens * plan.decode_at(20, now=True).likely.seconds["drive"])
+            for run, plan in plans
+        ]
+        assert any(planned > (1 + WITHIN) * measured for measured, planned in waits)
+    else:
+        assert any(abs(off(run, plan)) > WITHIN for run, plan in plans)
 
 
 @pytest.mark.parametrize(("run", "hits"), [(LOSSLESS, 0.819), (LOSSLESS_AGAIN, 0.824), (TWO_BITS, 0.972)])

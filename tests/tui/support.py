@@ -12,6 +12,7 @@ from typing import Any
 
 from textual.message_pump import MessagePump
 from textual.pilot import Pilot
+from textual.widget import Widget
 
 from localrun.engine.conversations import Conversation, ConversationStore
 from localrun.errors import EngineDiedError
@@ -69,11 +70,15 @@ class Talk:
         """Until no answer is being written and none is waiting."""
         await self.until(lambda: self.screen.queue.idle and not self.screen.asking.busy, "idle")
 
+    async def focus(self, widget: Widget) -> None:
+        """Keys go there from now on: a screen that is still being built may take the focus once more."""
+        widget.focus()
+        await self.until(lambda: widget.has_focus, "the widget has the focus")
+
     async def type(self, text: str, *, send: bool = True) -> None:
         """Puts a text into the input, as a paste does, and sends it."""
         await self.until(lambda: self.app.screen is self.screen, "the chat screen is in front")
-        self.screen.prompt.area.focus()
-        await self.until(lambda: self.screen.prompt.area.has_focus, "the input has the focus")
+        await self.focus(self.screen.prompt.area)
         self.screen.prompt.set_text(text)
         await self.settled()
         if send:

@@ -450,7 +450,7 @@ async def test_with_a_locked_file_one_can_still_stop_and_quit_and_the_question_i
         other = sqlite3.connect(tmp_path / "c.sqlite3", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         talk.screen.prompt.set_text("two")
-        talk.screen.prompt.area.focus()
+        await talk.focus(talk.screen.prompt.area)
         await talk.pilot.press("enter")
         await talk.until(lambda: any("another program has it locked" in note for note in talk.notes))
         assert talk.screen.prompt.text == "", "the interface goes on"

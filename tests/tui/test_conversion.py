@@ -114,7 +114,7 @@ async def test_the_dialog_can_be_filled_and_started_by_keys_alone_in_a_small_ter
             assert screen.query_one("#dialog").region.contains_region(field.region), field.id
             for button in screen.query(Button):
                 assert screen.region.contains_region(button.region), "buttons stay in view"
-        screen.query_one("#hot", Input).focus()
+        await talk.focus(screen.query_one("#hot", Input))
         await talk.press("enter")
         words = started[-1][2]
         assert words == [

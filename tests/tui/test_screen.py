@@ -682,7 +682,7 @@ async def test_the_chooser_knows_the_users_names(setup: Setup) -> None:
         await talk.until(lambda: table.row_count == 1)
         assert str(table.get_row_at(0)[0]) == "mine"
         field = talk.app.screen.query_one(Input)
-        field.focus()
+        await talk.focus(field)
         field.value = "mein"
         await talk.press("enter")
         await talk.until(lambda: "no such model" in str(note.render()))
@@ -720,7 +720,7 @@ async def test_the_demo_model_named_in_the_chooser_is_prepared_while_the_interfa
     async with setup.start() as talk:
         await talk.until(lambda: isinstance(talk.app.screen, ModelsScreen))
         field = talk.app.screen.query_one(Input)
-        field.focus()
+        await talk.focus(field)
         field.value = "demo"
         await talk.press("enter")
         await talk.until(lambda: talk.app.screen is talk.screen)

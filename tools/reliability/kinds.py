@@ -285,7 +285,6 @@ def _jsonl(folder: Path) -> Kind:
 
 def _snapshot(folder: Path, name: str, *, large: bool) -> Kind:
     """A session's state, in memory or, if it is large, as a file."""
-    from localrun.engine import states
     from localrun.engine.engine import Engine
     from localrun.engine.options import EngineOptions
     from localrun.engine.snapshots import SnapshotStore
@@ -298,8 +297,7 @@ def _snapshot(folder: Path, name: str, *, large: bool) -> Kind:
     with_store, memory_bytes = folder / "states", 0 if large else 1 << 30
     store = SnapshotStore(with_store, "key")
     if large:
-        context, key = session._context, engine.state_key
-        store.put_file(prompt, 1 << 20, lambda path: states.write(context, path, key, prompt))
+        store.put_file(prompt, 1 << 20, session.write)
     else:
         store.put(prompt, bytes(session.snapshot()))
     store.close()

@@ -284,19 +284,31 @@ def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put
     store.close()
 
 
+class Gate:
+    """Reads of the system begin, and wait until they may go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun: list[tuple[int, int]] = []
+        self.goes = threading.Event()
+        self._changed = threading.Condition()
+        patch.setattr(reading, "preadv", self._preadv)
+
+    def _preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        with self._changed:
+            self.begun.append(expert_at(offset))
+            self._changed.notify_all()
+        assert self.goes.wait(TIMEOUT_S)
+        return os.preadv(fd, buffers, offset)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, TIMEOUT_S)
+
+
 def test_reads_ahead_leave_readers_and_buffers_to_what_somebody_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed, begun, goes = threading.Condition(), list[tuple[int, int]](), threading.Event()
-
-    def held(fd: int, buffers: list[memoryview], offset: int) -> int:
-        with changed:
-            begun.append(expert_at(offset))
-            changed.notify_all()
-        assert goes.wait(TIMEOUT_S)
-        return os.preadv(fd, buffers, offset)
-
-    monkeypatch.setattr(reading, "preadv", held)
+    gate = Gate(monkeypatch)
     source = cast("ModelSource", ExpertsInAFile(tmp_path))
     kernels = {layer: [KERNELS[layer][0]] for layer in source.moe_layers}
     store = ExpertStore(source, kernels, n_reads=MOST_AHEAD + 3, n_buffers=6)
@@ -309,13 +321,11 @@ def test_reads_ahead_leave_readers_and_buffers_to_what_somebody_waits_for(
 
     for expert in range(5):
         submit(expert, ahead=True)
-    with changed:
-        assert changed.wait_for(lambda: len(begun) == MOST_AHEAD, TIMEOUT_S)
+    gate.wait_for(lambda: len(gate.begun) == MOST_AHEAD)
     submit(7, ahead=False)
-    with changed:  # an expert is three reads
-        assert changed.wait_for(lambda: begun.count((0, 7)) == 3, TIMEOUT_S)
-        assert len(begun) == MOST_AHEAD + 3
-    goes.set()
+    gate.wait_for(lambda: gate.begun.count((0, 7)) == 3)  # an expert is three reads
+    assert len(gate.begun) == MOST_AHEAD + 3
+    gate.goes.set()
     assert len({store.completions.get(timeout=TIMEOUT_S).slot.expert for _ in range(6)}) == 6
     store.close()
     table.close()
@@ -326,16 +336,7 @@ def test_what_a_call_waits_for_wakes_readers_that_rested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
 ) -> None:
     """They had left the pieces of reads ahead alone, because enough were in flight."""
-    changed, begun, goes = threading.Condition(), list[tuple[int, int]](), threading.Event()
-
-    def held(fd: int, buffers: list[memoryview], offset: int) -> int:
-        with changed:
-            begun.append(expert_at(offset))
-            changed.notify_all()
-        assert goes.wait(TIMEOUT_S)
-        return os.preadv(fd, buffers, offset)
-
-    monkeypatch.setattr(reading, "preadv", held)
+    gate = Gate(monkeypatch)
     if not early:
         monkeypatch.setattr(futex, "is_supported", lambda: False)
     source = cast("ModelSource", ExpertsInAFile(tmp_path))
@@ -345,15 +346,13 @@ def test_what_a_call_waits_for_wakes_readers_that_rested(
     for slot in slots:
         assert slot is not None
         store.submit(slot, ahead=True)
-    with changed:
-        assert changed.wait_for(lambda: len(begun) == MOST_AHEAD, TIMEOUT_S)
+    gate.wait_for(lambda: len(gate.begun) == MOST_AHEAD)
     time.sleep(0.05)  # the others go to sleep
     for slot in slots:
         assert slot is not None
         store.hurry(slot)
-    with changed:  # 9 pieces, 8 readers
-        assert changed.wait_for(lambda: len(begun) == 8, TIMEOUT_S)
-    goes.set()
+    gate.wait_for(lambda: len(gate.begun) == 8)  # 9 pieces, 8 readers
+    gate.goes.set()
     for _ in slots:
         assert store.completions.get(timeout=TIMEOUT_S).error is None
     store.close()

@@ -254,7 +254,7 @@ def test_statistics_and_token_counts_come_in_the_middle_of_an_answer(engine: Eng
             stats = engine.stats()
             assert stats.busy
             assert stats.context_used > 0
-            assert stats.telemetry["misses"] > 0
+            assert stats.telemetry["hits"] + stats.telemetry["misses"] > 0
             assert stats.rss_bytes > 0
             assert engine.count_tokens("Hello, world!") == 13
             asked = engine.count(CountTokens(messages=HELLO))

@@ -162,7 +162,7 @@ def run(wanted: Request, out: Follower) -> None:
     Raises:
         LocalrunError: see `convert`.
     """
-    from localrun.quant.convert.converter import LEARNED_NAME
+    from localrun.quant.convert.converter import LEARNED_NAME, remove_leftovers
     from localrun.quant.convert.writing import DEFAULT_JOBS
     from localrun.quant.model.manifest import MANIFEST_NAME
 
@@ -174,6 +174,8 @@ def run(wanted: Request, out: Follower) -> None:
     options = precision.format_options(wanted, DENSE_DEFAULT)
     if not (wanted.target_folder / MANIFEST_NAME).is_file():
         return _convert(wanted, options, jobs, out)
+    if not wanted.dry_run:
+        remove_leftovers(wanted.target_folder)
     if wanted.keep_experts:
         _follow_moved_source(wanted, out)
         if not options.hot and not (wanted.target_folder / LEARNED_NAME).is_dir():

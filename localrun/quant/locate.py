@@ -16,7 +16,7 @@ from typing import Literal
 from localrun.errors import FormatError, LocalrunError, UnsupportedModelError, UsageError
 from localrun.quant.checkpoint.directory import CONFIG_NAME, INDEX_NAME
 from localrun.quant.gguf.folder import GgufModel, ggufs_in, is_companion, models_in, refuse_leftovers, several
-from localrun.quant.model.manifest import MANIFEST_NAME
+from localrun.quant.model.manifest import MANIFEST_NAME, is_unfinished, refuse_unfinished_conversion
 from localrun.quant.unfinished import refuse_unfinished
 
 Kind = Literal["converted", "GGUF", "checkpoint"]
@@ -74,6 +74,7 @@ def locate(path: Path) -> Located:
         raise several(path, "models", [(_label(found.path, folder), _bytes(found)) for found in below])
     if here is not None:
         return here  # opening it says what it is
+    refuse_unfinished_conversion(folder)
     refuse_leftovers(folder)
     if ggufs := ggufs_in(folder):
         return _gguf(ggufs[0])
@@ -108,7 +109,9 @@ def _in_folder(folder: Path) -> Located | None:
 
 
 def _all_in(folder: Path) -> list[Located]:
-    """All models right in a folder: several are possible for GGUFs only."""
+    """All models right in a folder: several are possible for GGUFs only. What a conversion has not finished is none."""
+    if is_unfinished(folder):
+        return []
     if (folder / MANIFEST_NAME).is_file():
         return [Located(folder, "converted", _name(folder))]
     models = models_in(folder)

@@ -13,7 +13,8 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun.errors import FormatError, UnsupportedModelError
-from localrun.quant.locate import locate
+from localrun.quant.locate import locate, models_at
+from localrun.quant.model.manifest import WORK_NAME
 from localrun.quant.open import open_model
 from tests.gguf_models import TinyDeepseek4, add_deepseek4_keys, deepseek4_tensors, write_deepseek4, write_gguf
 
@@ -66,6 +67,17 @@ def test_several_quantizations_are_listed_with_their_sizes(model: Path, tmp_path
     with pytest.raises(FormatError, match=r"2 models: UD-IQ1_S \([0-9.]+ MiB\), UD-Q2_K_XL \([0-9.]+ MiB\)") as caught:
         open_model(tmp_path)
     assert caught.value.hint == "pass one of them"
+
+
+def test_what_a_conversion_has_not_finished_is_no_model(model: Path, tmp_path: Path) -> None:
+    file = put(model, tmp_path / "model.gguf")
+    (tmp_path / WORK_NAME).mkdir()
+    assert models_at(tmp_path) == ([], tmp_path)
+    for path in (tmp_path, file):
+        with pytest.raises(FormatError, match="an unfinished conversion"):
+            open_model(path)
+    whole = put(model, tmp_path / "beside" / "m.gguf")
+    assert locate(tmp_path).path == whole
 
 
 @pytest.mark.parametrize("companion", [*DRAFTERS, "clip", "imatrix"])

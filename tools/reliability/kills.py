@@ -34,9 +34,9 @@ from localrun.engine.conversations import ConversationStore
 from localrun.engine.snapshots import SnapshotStore
 from localrun.errors import LocalrunError, UsageError
 from localrun.paths import kernel_dir
-from localrun.quant.convert.converter import convert
+from localrun.quant.convert.converter import convert, remove_leftovers
 from localrun.quant.convert.split import split_model
-from localrun.quant.model.manifest import MANIFEST_NAME
+from localrun.quant.model.manifest import MANIFEST_NAME, WORK_NAME
 from localrun.quant.open import open_model
 from tools.reliability.tally import Tally
 
@@ -221,7 +221,7 @@ class _Model:
         problems = []
         if contents(self.source) != self._source_bytes:
             problems.append("the checkpoint has changed")
-        if self.target.exists() and contents(self.target) != self.expected:
+        if self.target.exists() and not self.is_whole():
             if may_be_damaged:
                 if in_child(lambda: must_be_zero(["verify", str(self.target)])):
                     problems.append("verify finds nothing in a model that is damaged")
@@ -230,6 +230,12 @@ class _Model:
                     open_model(self.target)
                     problems.append("an unfinished model opens")
         return problems
+
+    def is_whole(self) -> bool:
+        """Whether the manifest and all files of the model are there. The work folder may be, too: it goes after the manifest."""
+        found = contents(self.target)
+        model = {name: data for name, data in found.items() if not name.startswith(f"{WORK_NAME}/")}
+        return (self.target / MANIFEST_NAME).exists() and model == self.expected
 
     def is_right(self) -> list[str]:
         if not self.target.exists():
@@ -270,7 +276,8 @@ class _Convert:
         return self._model.looks(may_be_damaged=False)
 
     def finish(self) -> list[str]:
-        done = self._model.target.exists() and contents(self._model.target) == self._model.expected
+        done = self._model.is_whole()
+        remove_leftovers(self._model.target)
         if not done and not in_child(lambda: convert(self._model.source, self._model.target, jobs=1)):
             return ["the next conversion failed"]
         problems = self._model.is_right()

@@ -2,7 +2,7 @@
 
 DST/.convert/   work directory: model.gguf.partial, state.json, journal.jsonl
 DST/model.gguf  appears once it is completely on disk (dense.gguf if the experts stay in the checkpoint)
-DST/localrun.json   the manifest, last: a directory that has one is complete
+DST/localrun.json   the manifest, last: a directory that has one is complete; one with a work directory and no manifest doesn't open
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from localrun.quant.convert.journal import PartResult
 from localrun.quant.convert.report import build_manifest
 from localrun.quant.convert.writing import DEFAULT_JOBS, ConversionProgress, ConversionResult, OutputFile, write_file
 from localrun.quant.formats.transcode import Loss
-from localrun.quant.model.manifest import MANIFEST_NAME, write_manifest
+from localrun.quant.model.manifest import MANIFEST_NAME, WORK_NAME, write_manifest
 from localrun.quant.precision.dense_solver import DENSE_TYPES_OPTION, types_as_text
 
 MODEL_NAME = "model.gguf"
 DENSE_NAME = "dense.gguf"
 """Instead, where the experts stay in the checkpoint: no model by itself."""
-WORK_NAME = ".convert"
 LEARNED_NAME = ".tiers"
 """Folder in the target for intermediate results of the choice of formats (see `localrun.engine.measure.choose`)."""
 
@@ -50,6 +49,12 @@ def check_target(source: Path, target: Path) -> None:
         raise UsageError(f"{target} is not empty", hint="pass a directory that does not exist yet")
 
 
+def remove_leftovers(target: Path) -> None:
+    """Removes what a run leaves that was killed after the manifest, when the model was complete."""
+    if (target / MANIFEST_NAME).is_file():
+        shutil.rmtree(target / WORK_NAME, ignore_errors=True)
+
+
 def check_space(plan: ConversionPlan, target: Path) -> int:
     """Bytes still to allocate for the output; see `OutputFile.check_space`."""
     return output_file(plan, target).check_space(plan)
@@ -64,6 +69,7 @@ def convert(
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ConversionResult:
     """Converts the checkpoint directory `source`; see `write_plan`."""
+    remove_leftovers(target)
     check_target(source, target)
     return write_plan(make_plan(open_checkpoint(source), options), target, jobs=jobs, progress=progress)
 
@@ -109,6 +115,8 @@ def write_plan(
     options = described_options(plan)
 
     def publish(done: Mapping[int, PartResult], losses: Mapping[str, Loss]) -> None:
+        for left in target.glob(f"{MANIFEST_NAME}.*.partial"):  # by a run that was killed while it wrote the manifest
+            left.unlink()
         write_manifest(build_manifest(plan, output.final.name, done, options, losses), target)
 
     created = not target.exists()

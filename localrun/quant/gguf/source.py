@@ -31,7 +31,14 @@ from localrun.quant.gguf.folder import only_model, split_files
 from localrun.quant.gguf.overlay_index import OverlayIndex, stack_name
 from localrun.quant.gguf.presented import converted, present, refuse_scale
 from localrun.quant.gguf.relatives import relative_of
-from localrun.quant.model.manifest import MANIFEST_NAME, Manifest, ModelFile, checksum, read_manifest
+from localrun.quant.model.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ModelFile,
+    checksum,
+    read_manifest,
+    refuse_unfinished_conversion,
+)
 from localrun.quant.model.shape import ModelShape
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
 from localrun.quant.unfinished import refuse_holes, refuse_unfinished
@@ -111,12 +118,13 @@ class GgufSource:
                 check it.
 
         Raises:
-            FormatError: damaged or inconsistent files.
+            FormatError: damaged or inconsistent files, or an unfinished conversion.
             UnsupportedModelError: a valid model of a kind that localrun does not run.
             StoreError: a file can't be read.
             ChecksumError: a header, or a tensor that is looked at, differs from the manifest.
         """
         manifest_path = (path if path.is_dir() else path.parent) / MANIFEST_NAME
+        refuse_unfinished_conversion(manifest_path.parent)
         manifest = read_manifest(manifest_path) if manifest_path.is_file() else None
         if manifest is not None and manifest.kept is not None:
             raise FormatError(

@@ -28,6 +28,8 @@ from localrun.quant.model.source import PROJECTIONS
 from localrun.reading import read_small
 
 MANIFEST_NAME = "localrun.json"
+WORK_NAME = ".convert"
+"""Folder of a conversion under way beside its output; without a manifest, the output is unfinished."""
 FORMAT = "localrun-model"
 VERSION = 1
 DIGEST_CHARS = 16
@@ -213,6 +215,21 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
     with replacing(path) as file:
         file.write(manifest.to_json().encode())
     return path
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a conversion into this folder has not come to its end."""
+    # In this order: a conversion that ends in between has a manifest before its work folder goes.
+    return (folder / WORK_NAME).is_dir() and not (folder / MANIFEST_NAME).is_file()
+
+
+def refuse_unfinished_conversion(folder: Path) -> None:
+    """Raises FormatError if a conversion into this folder has not come to its end."""
+    if is_unfinished(folder):
+        raise FormatError(
+            f"{folder}: an unfinished conversion",
+            hint="wait for it, or run the same 'localrun convert' again: it continues where it stopped",
+        )
 
 
 def read_manifest(path: Path) -> Manifest:

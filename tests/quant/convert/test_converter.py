@@ -22,10 +22,10 @@ from localrun.errors import DiskSpaceError, FormatError, LocalrunError, StoreErr
 from localrun.quant.checkpoint.directory import CONFIG_NAME, Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.convert import writing
-from localrun.quant.convert.converter import MODEL_NAME, WORK_NAME, convert, write_plan
+from localrun.quant.convert.converter import MODEL_NAME, convert, write_plan
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectReader, DirectWriter
 from localrun.quant.convert.writing import ConversionProgress, slice_rows
-from localrun.quant.model.manifest import MANIFEST_NAME, checksum, read_manifest
+from localrun.quant.model.manifest import MANIFEST_NAME, WORK_NAME, checksum, read_manifest
 from localrun.quant.open import open_model
 from tests.checkpoints import edit_json, write_small
 from tests.paired import median
@@ -133,7 +133,8 @@ def test_tokenizerless_mtp_checkpoint_converts_and_says_what_it_left_out(tmp_pat
 CHILD = """
 import itertools, os, signal, sys
 from pathlib import Path
-from localrun.quant.convert import converter as module, writing
+from localrun.quant.convert import writing
+from localrun.quant.convert.converter import convert
 from localrun.quant.convert.direct_io import DirectWriter
 from localrun.quant.convert.journal import Journal
 from tests.quant.convert.in_step import in_step
@@ -165,13 +166,9 @@ elif point == "before journal":
     die_at(Journal, "append", True)
 elif point == "after journal":
     die_at(Journal, "append", False)
-elif point == "manifest":
-    die_at(module, "write_manifest", True)
-elif point == "clean-up":
-    die_at(module, "write_manifest", False)
 else:
     real_write, os.write = os.write, half_a_line
-module.convert(Path(sys.argv[1]), Path(sys.argv[2]), jobs=2)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), jobs=2)
 """
 
 
@@ -204,7 +201,6 @@ def half_done(killed: Path, tmp_path: Path) -> Path:
         ("before journal", 1),
         ("after journal", 2),
         ("half a line", 0),
-        ("manifest", 1),
     ],
 )
 def test_after_kill_9_the_same_command_ends_with_the_same_bytes(
@@ -231,13 +227,52 @@ def test_killed_twice_and_then_finished(small: Path, undisturbed: Path, half_don
     assert contents(half_done) == contents(undisturbed)
 
 
-def test_killed_after_the_manifest_the_model_is_complete(small: Path, undisturbed: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    run_and_die(small, target, "clean-up", 1)
-    assert (target / MODEL_NAME).read_bytes() == (undisturbed / MODEL_NAME).read_bytes()
-    assert open_model(target).moe_layers
-    with pytest.raises(UsageError, match="finished model"):
-        convert(small, target)
+EVERY_STATE = """
+import shutil, sys
+from pathlib import Path
+from localrun.quant.convert.converter import convert
+
+source, target, states = map(Path, sys.argv[1:])
+copying = False
+
+def before_names_change(event, arguments):
+    global copying
+    if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and target.exists() and not copying:
+        copying = True
+        shutil.copytree(target, states / f"{len(list(states.iterdir())):02}")
+        copying = False
+
+sys.addaudithook(before_names_change)
+convert(source, target, jobs=1)
+"""
+
+
+def test_only_a_whole_model_opens_whenever_a_conversion_was_killed(
+    small: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Each state that the folder is in, from its first file to the last that is removed."""
+    states = tmp_path / "states"
+    states.mkdir()
+    command = [sys.executable, "-c", EVERY_STATE, small, tmp_path / "out", states]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    seen = set()
+    for state in sorted(states.iterdir()):
+        has_model, is_complete = (state / MODEL_NAME).exists(), (state / MANIFEST_NAME).exists()
+        seen.add((has_model, is_complete, (state / WORK_NAME).exists()))
+        for path in (state, state / MODEL_NAME) if has_model else (state,):
+            if is_complete:
+                assert open_model(path).identity == open_model(undisturbed).identity
+                continue
+            with pytest.raises(FormatError, match="an unfinished conversion") as caught:
+                open_model(path)
+            assert "'localrun convert' again" in str(caught.value.hint)
+        if is_complete:
+            with pytest.raises(UsageError, match="finished model"):
+                convert(small, state)
+        else:
+            convert(small, state)
+        assert contents(state) == contents(undisturbed)
+    assert seen == {(False, False, True), (True, False, True), (True, True, True)}
 
 
 def test_changed_options_are_refused_by_name(small: Path, half_done: Path) -> None:

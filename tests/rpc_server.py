@@ -41,9 +41,12 @@ start(sys.argv[1].encode(), None, 1, 1, cpu)
 @contextlib.contextmanager
 def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """(endpoint, process) of a running server; ended at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The port stays bound, so no other socket gets it before the server does, nor one that asks whether the server is there:
+    # connected to itself, it would get an answer.
+    claim = socket.socket()
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    claim.bind(("127.0.0.1", 0))
+    port = claim.getsockname()[1]
     endpoint = f"127.0.0.1:{port}"
     # Each buffer is asked of the system, not taken from what glibc has in reserve: `limit_memory` is exact.
     process = subprocess.Popen(
@@ -66,6 +69,7 @@ def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     finally:
         process.kill()
         process.wait()
+        claim.close()
 
 
 def limit_memory(server: subprocess.Popen[bytes], n_bytes: int) -> None:

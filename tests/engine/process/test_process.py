@@ -443,12 +443,20 @@ def test_death_while_idle_is_told_at_once(engine: EngineProcess, deaths: list[En
 
 def test_death_while_loading_is_reported(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
-        events = engine.load(chat_model_path, ROOMY)
-        next(events)
-        assert engine.pid
-        os.kill(engine.pid, signal.SIGABRT)
+        engine.start()
+        assert (pid := engine.pid)
+        os.kill(pid, signal.SIGSTOP)  # the load must not be over before it dies
+
+        def abort() -> None:
+            wait_until(lambda: engine._connection and engine._connection.loading)
+            os.kill(pid, signal.SIGABRT)
+            os.kill(pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=abort)
+        thread.start()
         with pytest.raises(EngineDiedError, match="SIGABRT"):
-            list(events)
+            list(engine.load(chat_model_path, ROOMY))
+        thread.join()
 
 
 def test_the_cause_of_an_abort_is_what_the_library_said_last() -> None:
@@ -469,7 +477,7 @@ def test_what_c_code_prints_goes_to_the_log_not_into_the_protocol(chat_model_pat
         # faulthandler prints every thread's stack to the C level standard error and lets the process go on dying.
         os.kill(engine.pid, signal.SIGSEGV)
         wait_until(lambda: not engine.alive)
-        assert any("Segmentation fault" in line for line in engine.log_tail())
+        wait_until(lambda: any("Segmentation fault" in line for line in engine.log_tail()))
 
 
 def is_running(pid: int) -> bool:

@@ -56,7 +56,7 @@ def rpc_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()

@@ -282,7 +282,7 @@ def test_interrupt_ends_with_130_and_a_whole_line(model: str) -> None:
     assert process.stdout is not None
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert (first + out).endswith(b"\n")
     assert b"Traceback" not in err
@@ -312,7 +312,7 @@ def test_however_it_is_ended_the_last_event_is_written(signals: list[signal.Sign
         seen += process.stdout.read(4096)
     for number in signals:
         process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code
     assert b"Traceback" not in err
     events = [json.loads(line) for line in (seen + out).splitlines()]
@@ -417,7 +417,7 @@ def test_a_pasted_message_is_one_question() -> None:
     os.write(leader, b"/new\n")
     until(b"note new conversation")
     os.write(leader, b"/exit\n")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     os.close(leader)
 
 
@@ -477,7 +477,7 @@ def test_reader_that_leaves_early_is_no_crash(model: str) -> None:
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=300) == 1
     assert err == b""
 
 

@@ -33,7 +33,7 @@ def in_bash(path: Path, *lines: list[str]) -> list[list[str]]:
         input=asked,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stderr == ""
     return [answer.split() for answer in done.stdout.splitlines()]
@@ -94,5 +94,5 @@ def test_scripts_are_sound_shell_and_know_every_option(shell: str) -> None:
                 word = flag.lstrip("-") if shell in ("fish", "tcsh") else flag
                 assert re.search(rf"(?<!\w){word}(?!\w)", text), (name, flag)
     if shutil.which(shell):
-        done = subprocess.run([shell, "-n"], input=text, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([shell, "-n"], input=text, capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stderr) == (0, "")

@@ -158,10 +158,10 @@ def test_tool_calls_are_lines_harmless_on_a_terminal(stream: type[io.StringIO]) 
 def test_a_full_disk_and_a_closed_output_are_one_line_each(model: str) -> None:
     command = [sys.executable, "-m", "localrun.cli", "completion", "fish"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["error: standard output: No space left on device"]
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error: standard output is closed"
 

@@ -365,14 +365,14 @@ def test_slug_of_a_title_without_letters_is_a_name() -> None:
 def test_the_store_thread_does_all_in_order_and_what_is_awaited_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite3"
     thread = StoreThread(lambda: ConversationStore.open(path))
-    assert thread.open().result(30) == path
-    talk = thread.submit(lambda store: store.create("t").id).result(30)
+    assert thread.open().result(300) == path
+    talk = thread.submit(lambda store: store.create("t").id).result(300)
 
     def add(number: int) -> Callable[[ConversationStore], Message]:
         return lambda store: store.add(talk, None, "user", str(number))
 
     pending = [thread.submit(add(n)) for n in range(50)]
-    pending[-1].result(30)
+    pending[-1].result(300)
     with ConversationStore.open(path) as other:
         assert [other.message(m.result().id).content for m in pending] == [str(n) for n in range(50)]
     assert thread.close(30)
@@ -381,13 +381,13 @@ def test_the_store_thread_does_all_in_order_and_what_is_awaited_is_in_the_file(t
 def test_errors_of_the_store_reach_whoever_waits_and_the_thread_goes_on(tmp_path: Path) -> None:
     thread = StoreThread(lambda: ConversationStore.open(tmp_path / "c.sqlite3"))
     with pytest.raises(ConversationError, match="not open"):
-        thread.submit(ConversationStore.conversations).result(30)
-    thread.open().result(30)
+        thread.submit(ConversationStore.conversations).result(300)
+    thread.open().result(300)
     with pytest.raises(KeyError):
-        thread.submit(lambda store: store.message(99)).result(30)
+        thread.submit(lambda store: store.message(99)).result(300)
     given_up = thread.submit(lambda store: store.create("made all the same"))
     given_up.cancel()
-    assert [c.title for c in thread.submit(ConversationStore.conversations).result(30)] == ["made all the same"]
+    assert [c.title for c in thread.submit(ConversationStore.conversations).result(300)] == ["made all the same"]
     assert thread.close(30)
 
 
@@ -398,18 +398,18 @@ def test_a_file_that_another_program_holds_is_said_and_closing_does_not_wait_for
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(ConversationError, match="in use by another program") as caught:
-        thread.open().result(30)
+        thread.open().result(300)
     assert "close it" in str(caught.value.hint)
     other.execute("COMMIT")
     other.close()
-    thread.open().result(30)  # trying again is enough
+    thread.open().result(300)  # trying again is enough
 
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     waiting = thread.submit(lambda store: store.create("waits"))
     assert not thread.close(0.05), "the deadline counts, not the lock"
     holder.execute("COMMIT")
-    assert waiting.result(30).title == "waits", "and what was asked for is done as soon as it can be"
+    assert waiting.result(300).title == "waits", "and what was asked for is done as soon as it can be"
     holder.close()
 
 

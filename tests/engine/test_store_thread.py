@@ -28,7 +28,7 @@ def test_work_is_done_in_order_on_one_thread(thread: StoreThread) -> None:
         thread.submit(lambda store, n=n: order.append(n) or threading.current_thread().name)  # type: ignore[misc]
         for n in range(5)
     ]
-    assert {future.result(60) for future in futures} == {"conversations"}
+    assert {future.result(300) for future in futures} == {"conversations"}
     assert order == [0, 1, 2, 3, 4]
 
 
@@ -45,10 +45,10 @@ def test_a_store_that_is_not_open_says_so_and_can_be_opened_later(tmp_path: Path
 
     thread = StoreThread(open_store)
     with pytest.raises(ConversationError, match="are not open"):
-        thread.submit(ConversationStore.conversations).result(60)
+        thread.submit(ConversationStore.conversations).result(300)
     with pytest.raises(ConversationError, match="the drive is gone"):
-        thread.open().result(60)
-    assert thread.open().result(60) == thread.open().result(60) == folder / "c"
+        thread.open().result(300)
+    assert thread.open().result(300) == thread.open().result(300) == folder / "c"
     assert attempts == 2
     assert thread.close(60)
 
@@ -56,30 +56,30 @@ def test_a_store_that_is_not_open_says_so_and_can_be_opened_later(tmp_path: Path
 def test_a_failure_ends_its_own_work_only(thread: StoreThread) -> None:
     thread.open()
     with pytest.raises(SystemExit):
-        thread.submit(lambda store: exec("raise SystemExit")).result(60)
-    assert thread.submit(ConversationStore.conversations).result(60) == []
+        thread.submit(lambda store: exec("raise SystemExit")).result(300)
+    assert thread.submit(ConversationStore.conversations).result(300) == []
 
 
 def test_who_gave_up_waiting_has_the_change_all_the_same(thread: StoreThread) -> None:
     thread.open()
     held = threading.Event()
-    thread.submit(lambda store: held.wait(60))
+    thread.submit(lambda store: held.wait(300))
     change = thread.submit(lambda store: store.create("kept"))
     assert change.cancel()
     held.set()
-    assert [talk.title for talk in thread.submit(ConversationStore.conversations).result(60)] == ["kept"]
+    assert [talk.title for talk in thread.submit(ConversationStore.conversations).result(300)] == ["kept"]
 
 
 def test_closing_does_what_was_handed_over_first_and_waits_no_longer_than_asked(tmp_path: Path) -> None:
     thread = StoreThread(lambda: ConversationStore.open(tmp_path / "c"))
     thread.open()
     held = threading.Event()
-    thread.submit(lambda store: held.wait(60))
+    thread.submit(lambda store: held.wait(300))
     change = thread.submit(lambda store: store.create("kept").title)
     assert not thread.close(0.0)
     held.set()
-    assert change.result(60) == "kept"
-    thread._thread.join(60)
+    assert change.result(300) == "kept"
+    thread._thread.join(300)
     assert not thread._thread.is_alive()
 
 

@@ -155,7 +155,7 @@ class Harness(Protocol):
         """Some bits of the second matrix of this expert's best copy come from the drive as others."""
 
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Far more than anything here takes; only a hang reaches it."""
 
 N_READS, N_BUFFERS = 2, 2

@@ -198,7 +198,7 @@ def test_what_is_needed_overtakes_guesses_that_have_begun(tmp_path: Path, monkey
     rig.residency.read(needed)
     harness.release()
     for _ in range(2):
-        harness.store.completions.get(timeout=30)
+        harness.store.completions.get(timeout=300)
     assert started[:4] == [(1, 5), (1, 5), (1, 7), (1, 7)]
     rig.residency.close()
 

@@ -100,7 +100,7 @@ class Held:
 
         def held(fd: int, buffers: list[Any], offset: int) -> int:
             self.begun.set()
-            assert self.go.wait(60)
+            assert self.go.wait(300)
             if fail:
                 raise OSError(errno.EIO, "Input/output error")
             return os.preadv(fd, buffers, offset)
@@ -129,7 +129,7 @@ def test_a_stop_while_experts_are_read_ends_the_decode(model_path: Path, monkeyp
         with monkeypatch.context() as patch:
             held = Held(patch, model)
             thread, raised = in_background(lambda: logits(model, SOME, batch=1))
-            assert held.begun.wait(60)
+            assert held.begun.wait(300)
             model.request_stop()
             held.go.set()
             thread.join()

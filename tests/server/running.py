@@ -25,7 +25,7 @@ from localrun.server.service import AnswerLine, Service
 from localrun.server.signatures import Signer
 from localrun.server.web import Server, listen, server_of
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Far more than anything here takes; only a hang reaches it."""
 
 MOST_LINES = 200

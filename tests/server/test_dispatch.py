@@ -102,7 +102,7 @@ def test_fault_of_ours_in_an_answer_does_not_end_the_thread(queue: Queue) -> Non
     queue.engine.play = broken
     queue.submit("a1", "a")
     queue.gate.set()
-    assert failed.wait(60)
+    assert failed.wait(300)
     queue.engine.play = queue._play
     queue.submit("a2", "a")
     wait_until(lambda: "a2" in queue.order)
@@ -117,7 +117,7 @@ def test_stopping_refuses_what_waits_and_what_comes(queue: Queue) -> None:
     with pytest.raises(ApiError, match="stopping"):
         queue.submit("b1", "b")
     queue.gate.set()
-    closing.join(10)
+    closing.join(300)
     assert not closing.is_alive()
     assert queue.order == ["first"]
     queue.loop.run_until_complete(asyncio.sleep(0))

@@ -267,7 +267,7 @@ def test_client_that_leaves_stops_the_computing(running: Running, engine: Engine
 def test_engine_that_is_killed_in_an_answer_comes_back(running: Running, engine: EngineProcess) -> None:
     body = {"messages": STORY, "max_tokens": 4000, "min_tokens": 4000, "stream": True}
     with (
-        httpx2.Client(timeout=60) as http,
+        httpx2.Client(timeout=300) as http,
         http.stream("POST", f"{running.url}/v1/chat/completions", json=body) as reply,
     ):
         killed, last = False, ""

@@ -52,7 +52,7 @@ def test_windows_share_the_model(running: Running, engine: ScriptedEngine) -> No
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert answers == ["Hello! How can I help you?"] * 3
 
 

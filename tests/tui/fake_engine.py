@@ -80,7 +80,7 @@ def held(*pieces: str) -> Script:
         n_deaths = len(engine.deaths)
         for number, piece in enumerate(pieces):
             yield Delta(request=1, kind="text", text=piece, tokens=(number,))
-        engine.stopped.wait(30)
+        engine.stopped.wait(300)
         if len(engine.deaths) > n_deaths:
             raise engine.deaths[-1]
         yield finished("stopped", len(pieces))
@@ -151,7 +151,7 @@ class FakeEngine:
         yield Loading(request=1, progress=0.0, text="reading the model", plan=tuple(self.plan))
         yield Loading(request=1, progress=0.3, text="reading dense tensors")
         if self.load_gate is not None:
-            self.load_gate.wait(30)
+            self.load_gate.wait(300)
         if self.load_error is not None:
             error, self.load_error = self.load_error, None
             raise error

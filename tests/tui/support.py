@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from textual.errors import NoWidget
 from textual.message_pump import MessagePump
 from textual.pilot import Pilot
 from textual.widget import Widget
@@ -21,7 +22,7 @@ from localrun.tui.chat_screen import ChatScreen
 from localrun.tui.widgets.notices import ErrorPanel
 from tests.tui.fake_engine import FakeEngine
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Only a failing test waits so long."""
 
 
@@ -74,6 +75,27 @@ class Talk:
         """Keys go there from now on: a screen that is still being built may take the focus once more."""
         widget.focus()
         await self.until(lambda: widget.has_focus, "the widget has the focus")
+
+    async def click(self, target: str | Widget) -> None:
+        """Once the widget is there, laid out, and nothing covers its middle."""
+
+        def found() -> Widget | None:
+            widgets = [target] if isinstance(target, Widget) else self.app.screen.query(target)
+            return next(iter(widgets), None)
+
+        def is_in_reach() -> bool:
+            if (widget := found()) is None or not widget.region.area:
+                return False
+            region = widget.region
+            try:
+                hit, _ = self.app.screen.get_widget_at(region.x + region.width // 2, region.y + region.height // 2)
+            except NoWidget:
+                return False
+            return widget in hit.ancestors_with_self
+
+        await self.until(is_in_reach, f"{target} can be clicked")
+        assert (widget := found()) is not None
+        await self.pilot.click(widget)  # type: ignore[arg-type]
 
     async def type(self, text: str, *, send: bool = True) -> None:
         """Puts a text into the input, as a paste does, and sends it."""

@@ -67,9 +67,9 @@ async def test_a_conversion_is_started_watched_and_its_result_loaded(
         screen = talk.app.screen
         assert isinstance(screen, ConvertScreen)
         assert screen.query_one("#source", Input).value == str(tmp_path / "src")
-        await talk.pilot.click("#convert-start")
-        assert talk.screen.conversions.running is not None
-        assert talk.screen.conversions.status.startswith("converting")
+        await talk.click("#convert-start")
+        conversions = talk.screen.conversions
+        await talk.until(lambda: conversions.running is not None and conversions.status.startswith("converting"))
         await talk.until(lambda: not screen.query_one("#convert-load", Button).disabled)
         assert any("wrote" in line.text for line in screen.query_one(RichLog).lines)
         await talk.settled()
@@ -79,7 +79,7 @@ async def test_a_conversion_is_started_watched_and_its_result_loaded(
         ]
         assert all(above.bottom <= below.y for above, below in pairwise(rows)), "nothing covers how far it is"
         assert str(screen.query_one("#convert-rate", Static).render()) == "finished"
-        await talk.pilot.click("#convert-load")
+        await talk.click("#convert-load")
         await talk.until(lambda: len(talk.engine.loads) == 2)
         assert talk.engine.loads[-1][0] == str(tmp_path / "dst")
 
@@ -130,8 +130,8 @@ async def test_a_hidden_conversion_reports_its_failure_as_a_panel(setup: Setup, 
     (tmp_path / "empty").mkdir()
     async with setup.start() as talk:
         await talk.type(f"/convert {tmp_path / 'empty'} {tmp_path / 'dst'}")
-        await talk.pilot.click("#convert-start")
-        await talk.pilot.click("#convert-hide")
+        await talk.click("#convert-start")
+        await talk.click("#convert-hide")
         await talk.until(lambda: talk.errors)
         assert "empty" in talk.errors[0]
         assert talk.screen.conversions.status == ""

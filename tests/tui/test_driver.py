@@ -14,7 +14,7 @@ from textual.message import Message
 from localrun.tui.driver import TerminalDriver
 from localrun.tui.pasted import END, START
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 
 class Reader:

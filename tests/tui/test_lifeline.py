@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Only a failing test waits so long."""
 
 STUCK = """

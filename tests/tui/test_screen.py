@@ -173,8 +173,7 @@ async def test_several_lines_and_history(setup: Setup) -> None:
 async def test_the_input_grows_with_its_text_and_stays_bounded(setup: Setup) -> None:
     async with setup.start() as talk:
         talk.screen.prompt.set_text("line\n" * 40)
-        await talk.pilot.pause()
-        assert talk.screen.prompt.area.size.height == 10
+        await talk.until(lambda: talk.screen.prompt.area.size.height == 10)
         assert talk.screen.query_one("#status").region.bottom <= 24
 
 
@@ -224,8 +223,8 @@ async def test_messages_are_reached_by_keyboard_and_mouse(setup: Setup) -> None:
         await talk.press("f6")
         assert isinstance(talk.screen.focused, PromptArea)
         last = talk.screen.chat.view(talk.screen.chat.entries[-1].message.id)
-        await talk.pilot.click(last)  # type: ignore[arg-type]
-        assert talk.screen.focused is last
+        await talk.click(last)
+        await talk.until(lambda: talk.screen.focused is last)
 
 
 @pytest.fixture
@@ -442,7 +441,7 @@ async def test_renaming_and_deleting_from_the_list(setup: Setup) -> None:
         await talk.press("enter")  # the safe choice has the focus
         assert len(await talk.stored()) == 1
         await talk.press("d")
-        await talk.pilot.click("#choose-delete")
+        await talk.click("#choose-delete")
         await talk.until(lambda: talk.screen.current.conversation is None)
         assert (await talk.stored()) == []
         assert talk.shown == []
@@ -454,7 +453,7 @@ async def test_rename_and_delete_commands(setup: Setup) -> None:
         await talk.type("/rename Named")
         assert (await talk.stored())[0].title == "Named"
         await talk.type("/delete ")
-        await talk.pilot.click("#choose-delete")
+        await talk.click("#choose-delete")
         await talk.until(lambda: talk.screen.current.conversation is None)
 
 
@@ -587,8 +586,8 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         screen = talk.app.screen
         assert isinstance(screen, SettingsScreen)
         screen.query_one("#temperature", Input).value = "101"
-        await talk.pilot.click("#apply")
-        assert "temperature" in str(screen.query_one("#settings-error", Static).render())
+        await talk.click("#apply")
+        await talk.until(lambda: "temperature" in str(screen.query_one("#settings-error", Static).render()))
         screen.query_one("#temperature", Input).value = "0.5"
         screen.query_one("#max_tokens", Input).value = "100"
         screen.query_one("#think", Select).value = "high"
@@ -602,7 +601,7 @@ async def test_settings_are_checked_and_engine_changes_reload(setup: Setup) -> N
         await talk.press("f4")
         talk.app.screen.query_one("#n_ctx", Input).value = "16384"
         talk.app.screen.query_one("#ram_bytes", Input).value = "8GiB"
-        await talk.pilot.click("#apply")
+        await talk.click("#apply")
         await talk.until(lambda: len(talk.engine.loads) == 2)
         assert (talk.engine.loads[-1][1].n_ctx, talk.engine.loads[-1][1].ram_bytes) == (16384, 8 << 30)
     async with setup.start() as talk:
@@ -944,7 +943,7 @@ async def test_without_a_place_for_conversations_one_can_go_on_unsaved(setup: Se
     setup.ready = False
     async with setup.start() as talk:
         await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
-        await talk.pilot.click("#choose-memory")
+        await talk.click("#choose-memory")
         await talk.until(lambda: talk.app.chat is not None and talk.app.chat.is_mounted and talk.app.chat.model.facts)
         await talk.ask("works")
         assert len(talk.shown) == 2

@@ -120,6 +120,6 @@ async def test_a_file_that_keeps_us_waiting_is_told(tmp_path: Path, monkeypatch:
     await work(lambda store: None)
     assert told == []
     monkeypatch.setattr(records, "SLOW_S", 0.0)
-    assert await work(lambda store: slow.wait(60))
+    assert await work(lambda store: slow.wait(300))
     assert told == [1]
     assert work.close(60)

@@ -70,7 +70,7 @@ async def test_a_file_that_takes_much_of_the_context_is_asked_about(setup: Setup
         assert talk.screen.prompt.text == "see @large.txt now"
         await talk.press("enter")
         await talk.until(lambda: isinstance(talk.app.screen, ChoiceDialog))
-        await talk.pilot.click("#choose-send")
+        await talk.click("#choose-send")
         await talk.until(lambda: talk.shown)
         await talk.idle()
         assert talk.screen.chat.entries[0].message.attachments[0].name == "large.txt"
@@ -203,7 +203,7 @@ async def test_a_first_start_says_how_far_the_compiler_is(setup: Setup) -> None:
     held = threading.Event()
 
     def prepare() -> Path:
-        assert held.wait(60)
+        assert held.wait(300)
         return Path("/m")
 
     setup.launch, setup.ready = replace(setup.launch, model=None, prepare=prepare), False
@@ -223,7 +223,7 @@ async def test_a_preparation_that_ends_after_the_screen_has_gone_disturbs_nobody
     monkeypatch.setattr(threading, "excepthook", failures.append)
 
     def prepare() -> Path:
-        assert held.wait(60)
+        assert held.wait(300)
         return Path("/m")
 
     setup.launch, setup.ready = replace(setup.launch, model=None, prepare=prepare), False
@@ -231,7 +231,7 @@ async def test_a_preparation_that_ends_after_the_screen_has_gone_disturbs_nobody
         await talk.until(lambda: talk.screen.model.loading)
         (thread,) = [thread for thread in threading.enumerate() if thread.name == "tui-prepare"]
     held.set()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     assert failures == []
 

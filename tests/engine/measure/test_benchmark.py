@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import xml.etree.ElementTree as ET
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -113,11 +114,14 @@ def test_the_stream_of_a_benchmark_holds_its_warm_up(engine: Engine) -> None:
 def test_a_small_budget_is_kept_by_giving_experts_away(model_path: Path) -> None:
     options = EngineOptions(n_ctx=512, n_batch=64, n_threads=1, ram_bytes=600_000)
     with Engine.open(model_path, options) as engine:
+        start = time.perf_counter()
         result = measure(engine, random_tokens(300, engine.facts.n_vocab, 3), BenchOptions(frontiers=(0, 64, 128)))
+        elapsed_s = time.perf_counter() - start
         assert engine.facts.ram_bytes <= 600_000
     assert all(phase.misses and phase.bytes_read for phase in result.phases)
-    # The store's time is taken a moment after the phase's, and a read may be under way then.
-    assert all(0 < phase.reading_s <= 1.1 * phase.seconds for phase in result.phases)
+    # Between two steps, and before the store's time is taken, a phase's time stands still and a read may be under way.
+    assert all(phase.reading_s > 0 for phase in result.phases)
+    assert sum(phase.reading_s for phase in result.phases) <= elapsed_s
     assert all(phase.unused_bytes >= 0 for phase in result.phases)
     assert all(phase.evictions for phase in result.phases[1:])
 

@@ -11,7 +11,7 @@ import pytest
 from localrun.engine.process.outbox import Outbox
 from localrun.engine.process.shared import Shared
 
-PATIENCE_S = 30.0
+PATIENCE_S = 300.0
 BIG = 1 << 20
 """More than any pipe holds."""
 

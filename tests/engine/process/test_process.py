@@ -47,7 +47,7 @@ HELLO: tuple[dict[str, Any], ...] = ({"role": "user", "content": "Hello"},)
 ROOMY = dataclasses.replace(OPTIONS, n_ctx=32768)
 """Answers without an end are far from over when a test that was not scheduled for a while stops them or kills the engine."""
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """Far more than anything here takes; only a hang reaches it."""
 
 

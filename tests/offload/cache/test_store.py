@@ -37,7 +37,7 @@ from tests.offload.stores import (
     packed,
 )
 
-TIMEOUT_S = 30
+TIMEOUT_S = 300
 WITH_CHECKSUMS = {*KINDS, "converted", "base and better copies"}
 
 

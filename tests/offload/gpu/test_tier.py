@@ -33,7 +33,7 @@ def filled(model: OffloadedModel) -> int:
     """Waits until every expert that was to be uploaded is on the GPU; how many there are."""
     tier = model.pool.residency.gpu
     assert tier is not None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while tier.n_under_way:
         assert time.monotonic() < deadline
         with model.decoding([]):

@@ -74,7 +74,7 @@ def test_a_call_returns_only_when_the_last_task_of_others_is_done() -> None:
 
     @ctypes.CFUNCTYPE(None)
     def meet() -> None:
-        n_at_once.wait(60)  # needs two threads inside tasks at the same time
+        n_at_once.wait(300)  # needs two threads inside tasks at the same time
         both_in.set()
         went_on.append(threading.get_ident())
 

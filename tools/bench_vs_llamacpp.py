@@ -23,229 +23,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.units import format_size, parse_size
 from tools import logit_agreement, memory_limit
-
-EngineName = Literal["llama.cpp", "localrun"]
+from tools.engine_run import ChildDiedError, EngineName, Measured, Task, run_child
 
 VARIANTS = ("default", "experts", "none")
 """How llama.cpp places weights, best first: by its own choice (repacking, AMX); only experts repacked, where its choice crashes
 (builds for AMX on machines that don't let programs use it); as they lie in the file."""
 
-AGAIN_TOKENS = 64
-"""Most positions at which llama.cpp is compared with itself."""
-
 OVERHEAD_BYTES = 700 << 20
 """Interpreter, libraries, compute buffers and KV cache of a localrun process, taken from a limit before the experts' share."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What a child measures; travels as JSON.
-
-    Attributes:
-        gguf: what llama.cpp opens.
-        model: what localrun opens.
-        warm_rounds: prefills before the measurement until localrun misses nothing any more; 0: a few tokens only.
-        again: compute the tokens once more after the measurement, rounded differently, to see what that does to the logits.
-    """
-
-    engine: EngineName
-    variant: str
-    gguf: str
-    model: str
-    prompt_tokens: int
-    new_tokens: int
-    seed: int
-    threads: int
-    ram_bytes: int | None
-    warm_rounds: int
-    again: bool
-    group: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What came back from one child."""
-
-    engine: EngineName
-    variant: str
-    load_s: float
-    prefill_s: float
-    decode_ms: list[float]
-    rss_bytes: int
-    peak_rss_bytes: int
-    counters: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def decode_median_ms(self) -> float:
-        return statistics.median(self.decode_ms)
-
-
-class ChildDiedError(LocalrunError):
-    """A measurement ended by a signal.
-
-    Attributes:
-        out_of_memory: the kernel ended it because of the limit.
-    """
-
-    def __init__(self, message: str, *, out_of_memory: bool) -> None:
-        super().__init__(message, hint="--log FILE keeps what the process printed")
-        self.out_of_memory = out_of_memory
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-def child(task: Task, logits_path: Path) -> Measured:
-    """One engine's measurement, in a fresh process."""
-    if task.group is not None:
-        memory_limit.join(Path(task.group))
-    import numpy as np
-
-    from localrun.engine import memory
-    from localrun.engine.measure.benchmark import peak_resident_bytes, random_tokens
-
-    started = time.perf_counter()
-    with _open(task) as engine:
-        load_s = time.perf_counter() - started
-        session = engine.session()
-        n_vocab = engine.facts.n_vocab
-        _warm_up(engine, session, task)
-        tokens = random_tokens(task.prompt_tokens + task.new_tokens, n_vocab, task.seed)
-        before = _counters(engine)
-        start = time.perf_counter()
-        session.feed(tokens[: task.prompt_tokens])
-        rows = [session.logits]
-        prefill_s = time.perf_counter() - start
-        between = _counters(engine)
-        decode_ms = []
-        for token in tokens[task.prompt_tokens :]:
-            start = time.perf_counter()
-            session.feed([token])
-            rows.append(session.logits)
-            decode_ms.append(1e3 * (time.perf_counter() - start))
-        after = _counters(engine)
-        counters = {
-            f"{phase}_{name}": new[name] - old[name]
-            for phase, old, new in (("prefill", before, between), ("decode", between, after))
-            for name in new
-        }
-        measured = Measured(
-            engine=task.engine,
-            variant=task.variant,
-            load_s=load_s,
-            prefill_s=prefill_s,
-            decode_ms=decode_ms,
-            rss_bytes=memory.resident_bytes(),
-            peak_rss_bytes=peak_resident_bytes(),
-            counters=counters,
-        )
-        session.close()
-        again = {"again": _again(engine, tokens)[-len(rows) :]} if task.again else {}
-        np.savez(logits_path, logits=np.stack(rows), **again)
-        return measured
-
-
-def _again(engine: Any, tokens: Sequence[int]) -> Any:
-    """(up to `AGAIN_TOKENS`, n_vocab) logits after the last tokens, computed as one batch.
-
-    Batches alone may change nothing: at first all sums are the same. A BF16 cache has 8 significant bits, as rounded activations
-    have; both programs round those alike, except for their scales.
-    """
-    import numpy as np
-
-    engine.options = replace(engine.options, kv_type="bf16")
-    with engine.session(all_logits=True) as session:
-        before = len(tokens) - min(len(tokens), AGAIN_TOKENS)
-        if before:
-            session.feed(tokens[:before])
-        return np.concatenate(list(session.feed_all_logits(tokens[before:])))
-
-
-def _open(task: Task) -> Any:
-    from localrun.engine.engine import Engine
-    from localrun.engine.options import DEFAULT_BATCH, EngineOptions
-
-    n_ctx = max(1024, task.prompt_tokens + task.new_tokens)
-    options = EngineOptions(n_ctx=n_ctx, n_batch=DEFAULT_BATCH, n_threads=task.threads, ram_bytes=task.ram_bytes)
-    if task.engine == "localrun":
-        return Engine.open(task.model, options, learn=False)
-    from localrun.engine.measure.stock import open_stock
-
-    return open_stock(Path(task.gguf), options, task.variant)
-
-
-def _warm_up(engine: Any, session: Any, task: Task) -> None:
-    """A few tokens, so that code is compiled; then, where all fits into RAM, whole prefills until nothing is read any more."""
-    from localrun.engine.measure.benchmark import random_tokens
-
-    some = random_tokens(6, engine.facts.n_vocab, task.seed + 1)
-    session.feed(some[:4])
-    for token in some[4:]:
-        session.feed([token])
-    session.reset()
-    for round_ in range(task.warm_rounds if task.engine == "localrun" else min(1, task.warm_rounds)):
-        misses = _counters(engine).get("misses", 0)
-        session.feed(random_tokens(session.n_ctx, engine.facts.n_vocab, task.seed + 2 + round_))
-        session.reset()
-        if _counters(engine).get("misses", 0) == misses:
-            break
-    session.reset()
-
-
-def _counters(engine: Any) -> dict[str, float]:
-    stats = engine.stats()
-    names = ("hits", "misses", "bytes_read", "wait_s", "compute_s", "total_s")
-    return {name: stats[name] for name in names if name in stats}
-
-
-# --- in the parent ----------------------------------------------------------------------------------------------------
-
-
-def run_child(
-    task: Task, logits_path: Path, log: Any, timeout_s: float, limit: memory_limit.MemoryLimit | None
-) -> Measured:
-    """Starts a measurement and waits for it.
-
-    Raises:
-        ChildDiedError: a signal ended it.
-        LocalrunError: it failed and said why.
-    """
-    command = [sys.executable, "-m", "tools.bench_vs_llamacpp", "--child", json.dumps(asdict(task)), str(logits_path)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        cwd=Path(__file__).resolve().parent.parent,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger when it aborts
-    )
-    try:
-        out, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise LocalrunError(f"{task.engine} took longer than {timeout_s:.0f} s", hint="give --timeout") from None
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if process.returncode < 0:
-        killed = limit is not None and limit.out_of_memory_kills() > 0
-        cause = "was killed: out of memory" if killed else f"ended by signal {-process.returncode}"
-        raise ChildDiedError(f"{task.engine} ({task.variant}) {cause}", out_of_memory=killed)
-    answer = json.loads(out.splitlines()[-1]) if out.strip() else {"error": f"exit code {process.returncode}"}
-    if "error" in answer:
-        raise LocalrunError(f"{task.engine}: {answer['error']}", hint=answer.get("hint"))
-    return Measured(**answer)
 
 
 class Comparison:
@@ -309,14 +102,16 @@ class Comparison:
                 gguf=str(self._gguf),
                 model=str(args.model.absolute()),
                 prompt_tokens=args.prompt_tokens,
-                new_tokens=args.new_tokens,
+                new_tokens=args.warm_up + args.new_tokens,
                 seed=args.seed,
                 threads=args.threads,
                 ram_bytes=self._ram_bytes(),
+                warm_up=args.warm_up,
                 warm_rounds=0 if self._streams else args.warm_rounds,
                 again=again,
                 group=str(limit.folder) if limit is not None else None,
             )
+            stack.enter_context(_busy_processes(args.busy))
             return run_child(task, logits_path, log, args.timeout, limit)
 
     def _ram_bytes(self) -> int | None:
@@ -389,6 +184,18 @@ def _drop_from_page_cache(files: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
+def _busy_processes(count: int) -> Iterator[None]:
+    """Other programs that compute all the time, at the same priority."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
 def _log(path: Path | None) -> Iterator[Any]:
     if path is None:
         yield subprocess.DEVNULL
@@ -410,8 +217,9 @@ def report(comparison: Comparison) -> list[str]:
         hits, misses = (run.counters.get(f"decode_{name}", 0) for name in ("hits", "misses"))
         n_bytes = sum(run.counters.get(f"{phase}_bytes_read", 0) for phase in ("prefill", "decode"))
         name = f"{run.engine} {run.variant}".strip()
+        best = min(run.decode_ms[run.warm_up :])
         lines.append(
-            f"{name:<20}{run.load_s:>8.1f}{run.prefill_s:>11.2f}{run.decode_median_ms:>11.2f}{min(run.decode_ms):>9.2f}"
+            f"{name:<20}{run.load_s:>8.1f}{run.prefill_s:>11.2f}{run.decode_median_ms:>11.2f}{best:>9.2f}"
             f"{format_size(run.peak_rss_bytes):>12}"
             + (f"{hits / (hits + misses):>8.1%}{format_size(n_bytes):>12}" if hits + misses else "")
         )
@@ -436,7 +244,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, help="a GGUF or a converted directory")
     p.add_argument("--prompt-tokens", type=int, default=512)
     p.add_argument("--new-tokens", type=int, default=32)
+    p.add_argument(
+        "--warm-up", type=int, default=0, metavar="N", help="decode N tokens more, before those that medians count"
+    )
     p.add_argument("--pairs", type=int, default=3)
+    p.add_argument("--busy", type=int, default=0, metavar="N", help="beside N processes that compute all the time")
     p.add_argument("--threads", type=int, default=0, help="0: one per core")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--memory-limit", type=parse_size, metavar="SIZE", help="of each process, page cache included")
@@ -461,8 +273,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["--child"]:
-        return _child_main(argv[1], Path(argv[2]))
     args = parser().parse_args(argv)
     try:
         comparison = Comparison(args)
@@ -495,15 +305,6 @@ def _result(args: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
         "agreement": [asdict(agreement) for agreement in comparison.agreements],
         "fault": comparison.fault,
     }
-
-
-def _child_main(task: str, logits_path: Path) -> int:
-    try:
-        print(json.dumps(asdict(child(Task(**json.loads(task)), logits_path))))
-        return 0
-    except LocalrunError as error:
-        print(json.dumps({"error": str(error), "hint": error.hint}))
-        return 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from localrun.quant.convert.converter import convert
 from tests.checkpoints import write_small
 from tests.gguf_models import TinyDeepseek4, write_deepseek4
 from tools import bench_vs_llamacpp as versus
+from tools import engine_run
 from tools.memory_limit import MemoryLimit
 
 
@@ -40,12 +41,13 @@ def limited() -> MemoryLimit:
 def test_both_engines_are_measured_and_agree(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tmp_path / "r.json"
     options = ["--pairs", "1", "--prompt-tokens", "24", "--new-tokens", "3", "--threads", "1", "--warm-rounds", "0"]
+    options += ["--warm-up", "2", "--busy", "1"]
     assert versus.main([str(model), *options, "--llamacpp", "experts", "--json", str(result)]) == 0
     value = json.loads(result.read_text())
     assert [run["engine"] for run in value["runs"]] == ["llama.cpp", "localrun"]
-    assert all(len(run["decode_ms"]) == 3 and run["prefill_s"] > 0 for run in value["runs"])
+    assert all(len(run["decode_ms"]) == 2 + 3 and run["prefill_s"] > 0 for run in value["runs"])
     assert value["fault"] is None
-    assert [agreement["positions"] for agreement in value["agreement"]] == [4]
+    assert [agreement["positions"] for agreement in value["agreement"]] == [1 + 2 + 3]
     assert all(agreement["correlation"] > 0.99 for agreement in value["agreement"])
     ratios = [a["prefill_s"] / b["prefill_s"] for a, b in zip(value["runs"][::2], value["runs"][1::2], strict=True)]
     assert value["summary"]["prefill_ratio"] == pytest.approx(np.median(ratios))
@@ -60,9 +62,17 @@ def test_disagreeing_logits_void_the_result(tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", logits=logits, again=logits + 1e-3)
     np.savez(tmp_path / "same.npz", logits=logits)
     np.savez(tmp_path / "wrong.npz", logits=rng.standard_normal((10, 50)).astype(np.float32))
-    run = versus.Measured(
-        engine="llama.cpp", variant="", load_s=1, prefill_s=1, decode_ms=[1.0], rss_bytes=1, peak_rss_bytes=1
+    run = engine_run.Measured(
+        engine="llama.cpp",
+        variant="",
+        load_s=1,
+        prefill_s=1,
+        decode_ms=[9.0, 1.0],
+        warm_up=1,
+        rss_bytes=1,
+        peak_rss_bytes=1,
     )
+    assert run.decode_median_ms == 1.0
     comparison.runs = [run, replace(run, engine="localrun")]
     comparison.notes = []
     comparison.agreements = []

@@ -12,7 +12,7 @@ from localrun.quant.checkpoint.mapping import ConversionOptions
 from localrun.quant.convert.converter import convert
 from localrun.quant.gguf.source import GgufSource
 from localrun.quant.open import open_model
-from tools import bench_vs_llamacpp as versus
+from tools import engine_run
 from tools.logit_agreement import Agreement, compare
 from tools.make_checkpoint import write_checkpoint
 from tools.synthetic_config import CheckpointSpec, scaled_config
@@ -78,8 +78,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(open_model(folder / "converted").files[0])
 
 
-def logits(engine: versus.EngineName, gguf: Path, model: Path, folder: Path) -> dict[str, np.ndarray]:
-    task = versus.Task(
+def logits(engine: engine_run.EngineName, gguf: Path, model: Path, folder: Path) -> dict[str, np.ndarray]:
+    task = engine_run.Task(
         engine=engine,
         variant="none",
         gguf=str(gguf),
@@ -90,10 +90,11 @@ def logits(engine: versus.EngineName, gguf: Path, model: Path, folder: Path) -> 
         threads=1,
         ram_bytes=None,
         warm_rounds=0,
+        warm_up=0,
         again=engine == "llama.cpp",
         group=None,
     )
-    versus.child(task, folder / "logits.npz")
+    engine_run.child(task, folder / "logits.npz")
     with np.load(folder / "logits.npz") as saved:
         return dict(saved)
 

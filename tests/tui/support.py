@@ -94,7 +94,8 @@ class Talk:
             return widget in hit.ancestors_with_self
 
         await self.until(is_in_reach, f"{target} can be clicked")
-        assert (widget := found()) is not None
+        widget = found()
+        assert widget is not None
         await self.pilot.click(widget)  # type: ignore[arg-type]
 
     async def type(self, text: str, *, send: bool = True) -> None:

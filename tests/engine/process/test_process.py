@@ -444,7 +444,8 @@ def test_death_while_idle_is_told_at_once(engine: EngineProcess, deaths: list[En
 def test_death_while_loading_is_reported(chat_model_path: Path) -> None:
     with EngineProcess() as engine:
         engine.start()
-        assert (pid := engine.pid)
+        pid = engine.pid
+        assert pid
         os.kill(pid, signal.SIGSTOP)  # the load must not be over before it dies
 
         def abort() -> None:

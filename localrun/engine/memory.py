@@ -33,7 +33,8 @@ def total_memory() -> int | None:
 
 def available_memory() -> int | None:
     """Bytes that can be allocated without swapping or being killed; None if unknown."""
-    values = [v for v in (_meminfo("MemAvailable"), _cgroup_available()) if v is not None]
+    machine = _meminfo("MemAvailable")
+    values = [v for v in (machine, _cgroup_available(machine)) if v is not None]
     return min(values, default=None)
 
 
@@ -110,14 +111,14 @@ def _meminfo(key: str) -> int | None:
 class _CgroupFiles:
     """Names of the memory controller's files in one version of cgroups, and of the counters in its `memory.stat`."""
 
-    limit: str
+    limits: tuple[str, ...]  # the second one slows a process down until it stands still
     used: str
     cache: str
     shared: str  # tmpfs and the like: counted as cache, but nothing gives it back
 
 
-_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
-_V2 = _CgroupFiles("memory.max", "memory.current", "file", "shmem")
+_V1 = _CgroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_cache", "total_shmem")
+_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", "file", "shmem")
 
 
 def _cgroups() -> Iterator[tuple[Path, _CgroupFiles]]:
@@ -143,20 +144,30 @@ def _cgroups() -> Iterator[tuple[Path, _CgroupFiles]]:
 
 def _cgroup_limit() -> int | None:
     """The tightest limit of all levels; None if there is none. Version 1 reports "none" as a number near 2**63."""
-    return min(
-        (limit for folder, files in _cgroups() if (limit := _number(folder / files.limit)) is not None), default=None
-    )
+    limits = (_limit(folder, files) for folder, files in _cgroups())
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _cgroup_available() -> int | None:
-    """The least that a level has left: limit less usage, file cache not counted because the kernel gives it back."""
+def _limit(folder: Path, files: _CgroupFiles) -> int | None:
+    values = (_number(folder / name) for name in files.limits)
+    return min((value for value in values if value is not None), default=None)
+
+
+def _cgroup_available(enough: int | None) -> int | None:
+    """The least that a level has left: limit less usage, file cache not counted because the kernel gives it back.
+
+    Args:
+        enough: how much more than this is left is of no interest; saves a look at counters of 0.1 ms a level.
+    """
     left, used = [], 0
     for folder, files in _cgroups():
-        current = _number(folder / files.used)
+        limit, current = _limit(folder, files), _number(folder / files.used)
         if current is not None:
-            stat = _counters(folder / "memory.stat")
-            used = current - max(0, stat.get(files.cache, 0) - stat.get(files.shared, 0))
-        if (limit := _number(folder / files.limit)) is not None:
+            used = current
+            if limit is None or enough is None or limit - current < enough:
+                stat = _counters(folder / "memory.stat")
+                used -= max(0, stat.get(files.cache, 0) - stat.get(files.shared, 0))
+        if limit is not None:
             left.append(max(0, limit - used))
     return min(left, default=None)
 

@@ -40,7 +40,7 @@ class Handover:
     Args:
         layers: shapes by block number.
         kernels: by block number one kernel for each of the layer's variants.
-        table, telemetry: their arrays are read and updated by compiled code.
+        table, telemetry: their arrays are read and updated by compiled code; the table's gate says of which layer.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Handover:
                 telemetry.values[layer],
                 self.threshold,
                 [kernel.call for kernel in kernels[layer]],
+                table.gate.address,
             )
             for layer, moe in layers.items()
         }

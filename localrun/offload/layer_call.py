@@ -8,9 +8,11 @@ a long prompt experts may be streamed through a GPU instead (`gpu/stream.py`), w
 
 from __future__ import annotations
 
+import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -27,6 +29,9 @@ from localrun.offload.residency import Residency
 
 Compute = Callable[[FfnKernel, Sequence[Slot], Routing], None]
 """Multiplies some experts, all in one format, with their tokens."""
+
+_LOOK_S: Final = 0.02
+"""After so long without a read that ends, memory is looked at (`memory_watch.py`)."""
 
 
 def tail_tokens(n_slots: int, n_layers: int, n_used: int) -> int:
@@ -131,11 +136,12 @@ class LayerCall:
         is_large = self.n_distinct > self.most_at_once
         if is_large:
             self._foresee()
-        while len(ready) > self.most_at_once and (self._todo or self._awaited):  # reads go on between
+        while len(ready) > self.most_at_once:  # between, reads go on and memory is looked at
             self._run_kernel(ready[: self.most_at_once])
             ready = ready[self.most_at_once :] + self._arrived()
             self._start_reads()
             self._check_stop()
+            self._residency.look()
         self._run_kernel(ready)
         if not is_large:
             self._foresee()
@@ -259,9 +265,16 @@ class LayerCall:
         if not self._awaited:
             return []
         started = time.perf_counter_ns()
-        arrived = [self._take(self._residency.store.completions.get())]
+        arrived = [self._take(self._next_completion())]
         self.wait_ns += time.perf_counter_ns() - started
         return [i for i in arrived if i is not None] + self._arrived()
+
+    def _next_completion(self) -> Ticket:
+        while True:
+            try:
+                return self._residency.store.completions.get(timeout=_LOOK_S)
+            except queue.Empty:
+                self._residency.look()
 
     def _arrived(self) -> list[int]:
         """Takes all reads that are there."""

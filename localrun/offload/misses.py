@@ -110,7 +110,7 @@ class Misses:
 
     def __init__(self, residency: Residency, ahead: ReadAhead, handover: Handover, telemetry: Telemetry) -> None:
         self._residency, self._ahead, self._handover, self._telemetry = residency, ahead, handover, telemetry
-        self.record = MissRecord(max(moe.n_embd for moe in residency.layers.values()))
+        self.record = MissRecord(max(moe.n_embd for moe in residency.layers.values()), residency.table.gate.address)
         early = residency.store.early
         if early is not None:
             early.watch(residency.table.loading)

@@ -91,7 +91,7 @@ class OffloadedModel:
     @contextlib.contextmanager
     def decoding(self, tokens: Sequence[int]) -> Iterator[None]:
         """Around each `llama_decode`: starts reading what these tokens are certain to need, and keeps guesses off the drive."""
-        with contextlib.nullcontext() if self.watch is None else self.watch.decoding(), self.pool.ahead.decoding():
+        with self.pool.ahead.decoding():
             self.pool.residency.begin_batch(len(tokens))
             self.pool.residency.upgrade()
             self.pool.residency.step_gpu(self.learner.heat)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from localrun.offload import memory_watch
 from localrun.offload.memory_watch import MemoryWatch, reserve_bytes
+from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.offload.residency import Residency
+from localrun.quant.open import open_model
+from tests.offload.models import TOKENS, logits, write_model
 from tests.offload.stores import MemoryStore
 from tests.offload.test_residency import N_USED, SLOT_BYTES, make
 
@@ -28,8 +32,8 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(memory_watch, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(MemoryWatch, "_idle", lambda self: None)
+    monkeypatch.setattr(memory_watch, "pause_s", lambda available, reserve: 0.0)
+    monkeypatch.setattr(MemoryWatch, "_watch", lambda self: None)
     monkeypatch.setattr("localrun.offload.memory_watch.time.monotonic", lambda: machine.now)
     return machine
 
@@ -112,8 +116,7 @@ def test_an_error_is_logged_once_and_changes_nothing(
     watching = MemoryWatch(residency, available, RESERVE)
     fill(residency, 8)
     for _ in range(3):
-        with watching.decoding():
-            residency.look()
+        residency.look()
     assert len(residency.table) == 8
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "MemAvailable: what?" in caplog.text
@@ -121,7 +124,7 @@ def test_an_error_is_logged_once_and_changes_nothing(
 
 
 def test_the_thread_outlives_an_error(residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_watch, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(memory_watch, "LEAST_PAUSE_S", 0.001)
     n_asked, again = 0, threading.Event()
 
     def available() -> int:
@@ -146,35 +149,58 @@ def test_nobody_looks_after_the_end(residency: Residency, machine: Machine) -> N
     assert len(residency.table) == 8
 
 
-def test_between_answers_a_thread_looks_and_during_a_decode_it_does_not(
-    residency: Residency, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory_watch, "INTERVAL_S", 0.001)
-    looked: list[str] = []
-    done = threading.Event()
-
-    def available() -> int:
-        looked.append(threading.current_thread().name)
-        done.set()
-        return 10 * SLOT_BYTES
-
-    watching = MemoryWatch(residency, available, RESERVE)
-    assert done.wait(300)
-    with watching.decoding():
-        looked.clear()
-        time.sleep(0.05)
-        assert set(looked) <= {threading.current_thread().name}
-        with residency.lock:
-            residency.look()
-        assert looked[-1] == threading.current_thread().name
-    done.clear()
-    assert done.wait(300)
-    watching.close()
-    assert looked[-1] == "localrun-memory"
-
-
 @pytest.mark.parametrize(
     ("total", "reserve"), [(24 << 30, 768 << 20), (4 << 30, 256 << 20), (1 << 30, 128 << 20), (512 << 30, 1 << 30)]
 )
 def test_reserve(total: int, reserve: int) -> None:
     assert reserve_bytes(total) == reserve
+
+
+def test_it_looks_more_often_the_less_there_is() -> None:
+    reserve = 768 << 20
+    pauses = [memory_watch.pause_s(n << 20, reserve) for n in (0, reserve >> 20, 1600, 2400, 1 << 20)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (memory_watch.LEAST_PAUSE_S, memory_watch.MOST_PAUSE_S)
+    for available in (reserve, 2 * reserve):  # at the highest rate half of the reserve is left at the next look
+        fastest = memory_watch.FASTEST_BYTES_PER_S
+        assert available - memory_watch.pause_s(available, reserve) * fastest >= reserve / 2 - 1
+
+
+def test_it_says_once_that_nothing_is_left_to_give(
+    residency: Residency, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    watching = watch(residency, machine)
+    fill(residency, 8)
+    machine.available = 0
+    for _ in range(20):
+        watching.look()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "more memory than experts can give back: 0 B are left" in caplog.text
+    watching.close()
+
+
+def test_the_thread_gives_back_while_a_token_is_computed_and_the_tokens_stay_the_same(tmp_path: Path) -> None:
+    """Every look finds too little or plenty, by turns, so slots go and come beside compiled code."""
+    source = open_model(write_model(tmp_path))
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = [logits(model, TOKENS, batch=batch) for batch in (1, 6)]
+    looks, is_loaded = 0, False
+
+    def available() -> int:
+        nonlocal looks
+        looks += 1
+        return 0 if is_loaded and looks % 2 else 1 << 40
+
+    options = OffloadOptions(n_threads=2, available=available, reserve_bytes=1 << 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_watch, "LEAST_PAUSE_S", 0.0005)
+        patch.setattr(memory_watch, "MOST_PAUSE_S", 0.0005)
+        patch.setattr(memory_watch, "PATIENCE_S", 0.0)
+        with open_offloaded(source, options) as model:
+            is_loaded = True
+            for batch, tokens in zip((1, 6), expected, strict=True):
+                for _ in range(3):
+                    np.testing.assert_array_equal(logits(model, TOKENS, batch=batch), tokens)
+            assert model.pool.residency.table.n_evictions > 0
+            model.pool.residency.table.check()
+    assert looks > 10

@@ -23,6 +23,7 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.library import Library
 from localrun.ggml.structures import STATUS_ABORTED, STATUS_FAILED
 from localrun.kernel_cache import cached_cfunc, cached_jit
+from localrun.offload.cache import gate
 from localrun.offload.cache.slots import TAIL_TOKENS, VARIANT_MASK
 from localrun.offload.cache.telemetry import Counter
 from localrun.offload.device import between, compressor, shadow, weighting
@@ -360,6 +361,7 @@ def _settle(process: int) -> int:
     put(process, PROCESS.unsettled, 0)
     began = _now_ns(process)
     answer = miss_native.settle(misses)
+    gate.leave(get(misses, MISSES.gate))
     add(process, PROCESS.settle_ns, _now_ns(process) - began)
     return int(answer)
 
@@ -418,6 +420,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     answer = _settle(process)
     if answer != 0:
         return int(answer)
+    gate.enter(get(get(weight, WEIGHT.layer), LAYER.gate), get(get(weight, WEIGHT.layer), LAYER.number))
     node_at = get(process, PROCESS.node_at)
     first, down = call_i64(node_at, graph, index), call_i64(node_at, graph, index + 3)
     x, ids = load_i64(first + SRC + 8), load_i64(first + SRC + 16)
@@ -506,6 +509,15 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
     return _DONE_THERE if n_near > 0 else _DONE
 
 
+@nb.njit
+def _gated_experts(process: int, graph: int, index: int, n_nodes: int, weight: int, end: int) -> int:
+    """`_experts`; meanwhile the layer's slots stay, and if the call was posted, until it is settled."""
+    became = _experts(process, graph, index, n_nodes, weight, end)
+    if get(process, PROCESS.unsettled) == 0:
+        gate.leave(get(get(weight, WEIGHT.layer), LAYER.gate))
+    return int(became)
+
+
 @cached_cfunc("uint8(intp, intp, intp, intp)")
 def copy_in(source: int, backend: int, tensor: int, target: int) -> int:
     """ggml_backend_i.cpy_tensor_async: a split's inputs come from another device one after the other, and `graph_compute` waits
@@ -583,7 +595,7 @@ def graph_compute(backend: int, graph: int) -> int:
                 down = call_i64(get(process, PROCESS.node_at), graph, index + 3)
                 if load_i64(down + NE + 16) <= between.FEW_TOKENS:  # more are added up by several threads
                     end = weighting.find(process, graph, index + 4, n_nodes, down)
-            became = _experts(process, graph, index, n_nodes, weight, end) if weight != 0 else _NOT_DONE
+            became = _gated_experts(process, graph, index, n_nodes, weight, end) if weight != 0 else _NOT_DONE
             if became < 0:
                 return int(-became - 2)
             if became != _NOT_DONE:
@@ -824,6 +836,7 @@ class LayerRecord:
         telemetry: npt.NDArray[np.int64],
         compiled_below: npt.NDArray[np.int64],
         calls: Sequence[KernelCall],
+        gate_address: int,
     ) -> None:
         assert 1 <= len(calls) <= MAX_VARIANTS
         self._calls = np.concatenate(
@@ -843,6 +856,7 @@ class LayerRecord:
             calls=self._calls.ctypes.data,
             gpu=0,
             misses=0,
+            gate=gate_address,
         )
 
     @property

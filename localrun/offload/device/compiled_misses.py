@@ -136,9 +136,10 @@ class MissRecord:
 
     Args:
         n_embd: most values of a row.
+        gate: address of the layers' GATE record (`cache/gate.py`), 0: they have none.
     """
 
-    def __init__(self, n_embd: int) -> None:
+    def __init__(self, n_embd: int, gate: int = 0) -> None:
         self._ids, self._experts = np.zeros(MOST_PAIRS, np.int32), np.zeros(MOST_PAIRS, np.int32)
         self._words, self._x = np.zeros(MOST_PAIRS, np.int64), np.zeros(n_embd, np.float32)
         self._seen = 0
@@ -147,6 +148,7 @@ class MissRecord:
             self.fields,
             syscall=futex.syscall_address(),
             early=0,
+            gate=gate,
             looks=0,
             ids=self._ids.ctypes.data,
             experts=self._experts.ctypes.data,

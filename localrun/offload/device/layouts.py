@@ -255,6 +255,8 @@ class _Layer(Layout):
     """Address of the GPU_LAYER record, 0: no experts on GPUs."""
     misses: int
     """Address of the MISSES record, 0: a call that lacks an expert goes to Python."""
+    gate: int
+    """Address of the GATE record (`cache/gate.py`), 0: nobody evicts during a call."""
 
 
 LAYER = _Layer()
@@ -279,9 +281,11 @@ class _Misses(Layout):
     closing: int
     """1: the fetching thread ends; Python writes."""
     syscall: int
-    """Address of libc's `syscall`; Python writes once, as the next five."""
+    """Address of libc's `syscall`; Python writes once, as the next six."""
     early: int
     """Address of the store's EARLY record, 0: it has none."""
+    gate: int
+    """Address of the GATE record of the calls' layers, 0: they have none."""
     looks: int
     """1: calls of a single token that lack nothing are posted, too, to look ahead; Python writes."""
     ids: int

@@ -36,8 +36,8 @@ class Residency:
     a whole layer call and between two decodes, others (read-ahead, the GPU tier's filling thread) for moments. The store's readers
     never take it: they only fill slots in state LOADING. It is taken before the store's lock, never after it. Methods that need it
     taken say so; the others take it themselves. What evicts is for the decoding thread only, or for the fetching
-    thread in its place (`misses.py`), because compiled code looks experts up without the lock; `SlotTable.withhold` may be called by
-    any thread, because it keeps out of that code's way.
+    thread in its place (`misses.py`), because compiled code looks experts up without the lock; `SlotTable.withhold` is for any
+    thread, because it keeps out of that code's way.
 
     Attributes:
         layers: shapes by block number.

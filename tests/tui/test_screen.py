@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from textual.widgets import Button, DataTable, Input, OptionList, Select, Static
 from localrun import paths
 from localrun.api import models
 from localrun.engine.conversations import ConversationStore
+from localrun.engine.model_finder import FoundModel, find_models
 from localrun.engine.planner.bars import bar_lines, bars
 from localrun.engine.planner.boxes import BY_SLUG
 from localrun.engine.planner.planner import make_plan
@@ -667,7 +669,14 @@ async def test_a_model_that_cannot_be_loaded_is_a_panel_and_another_can_be_named
         await talk.until(lambda: models.last() == other)
 
 
-async def test_the_chooser_knows_the_users_names(setup: Setup) -> None:
+async def test_the_chooser_knows_the_users_names(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+
+    def search(folders: Sequence[Path]) -> Iterator[FoundModel]:
+        yield from find_models(folders)
+        assert goes_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr("localrun.tui.screens.models.find_models", search)
     away = setup.folder / "away"
     away.mkdir()
     write_deepseek4(away / "tiny.gguf")
@@ -686,6 +695,10 @@ async def test_the_chooser_knows_the_users_names(setup: Setup) -> None:
         await talk.press("enter")
         await talk.until(lambda: "no such model" in str(note.render()))
         assert "did you mean: localrun chat mine" in str(note.render())
+        goes_on.set()
+        await talk.until(lambda: all(thread.name != "tui-models" for thread in threading.enumerate()))
+        await talk.settled()
+        assert "no such model" in str(note.render()), "the search doesn't write over it"
         field.value = "mine"
         await talk.press("enter")
         await talk.until(lambda: talk.engine.loads)

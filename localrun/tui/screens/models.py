@@ -52,6 +52,7 @@ class ModelsScreen(Dialog[ModelChosen]):
         super().__init__()
         self._folders, self._current, self._names = list(folders), current, names or {}
         self._models: dict[str, FoundModel] = {}
+        self._has_refused = False  # the note says why, and the search doesn't write over it
 
     def compose_content(self) -> ComposeResult:
         yield DataTable(id="models", cursor_type="row", zebra_stripes=True)
@@ -75,14 +76,17 @@ class ModelsScreen(Dialog[ModelChosen]):
 
     @on(Found)
     def show(self, event: Found) -> None:
-        note, model = self.query_one("#models-note", Static), event.model
-        if model is None:
+        if (model := event.model) is None:
             where = ", ".join(visible_line(str(folder)) for folder in self._folders)
-            note.update(Content(f"{len(self._models)} found in {where}" if self._models else f"no models in {where}"))
+            self._note(f"{len(self._models)} found in {where}" if self._models else f"no models in {where}")
             return
         self._models[str(model.path)] = model
         self._fill()
-        note.update(f"{len(self._models)} found, still looking…")
+        self._note(f"{len(self._models)} found, still looking…")
+
+    def _note(self, text: str) -> None:
+        if not self._has_refused:
+            self.query_one("#models-note", Static).update(Content(text))
 
     def _fill(self) -> None:
         """Rebuilds all rows in order; the highlighted model stays highlighted."""
@@ -136,6 +140,7 @@ class ModelsScreen(Dialog[ModelChosen]):
             path = models.resolve(event.value.strip(), config.load())
         except LocalrunError as error:
             hint = f"\n→ {error.hint}" if error.hint else ""
+            self._has_refused = True
             self.query_one("#models-note", Static).update(Content(visible(f"{error}{hint}")))
         else:
             self.dismiss(ModelChosen(path))

@@ -14,6 +14,7 @@ from typing import Any, Final
 from llvmlite import ir
 from numba.core import cgutils
 
+from localrun.alignment import LINE_BYTES
 from localrun.offload.kernels.cpu import Level
 
 I8, I16, I32, I64, F16, F32 = (
@@ -75,10 +76,17 @@ class Simd:
         value.align = 1
         return value
 
-    def store(self, value: Any, pointer: Any, offset: int = 0) -> None:
-        """Stores a value at any address."""
+    def store(self, value: Any, pointer: Any, offset: int = 0, *, streams: bool = False) -> None:
+        """Stores a value at any address.
+
+        Args:
+            streams: past the caches, for a whole cache line; a fence must follow before others are told.
+        """
         target = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), value.type.as_pointer())
-        self.b.store(value, target).align = 1
+        store = self.b.store(value, target)
+        store.align = LINE_BYTES if streams else 1
+        if streams:
+            store.set_metadata("nontemporal", self.b.module.add_metadata([I32(1)]))
 
     def prefetch(self, pointer: Any, offset: int) -> None:
         """Asks for a cache line, to be read soon."""

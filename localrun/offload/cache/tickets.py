@@ -55,6 +55,10 @@ MOST_AHEAD: Final = 4
 """Pieces in flight that nobody waits for: enough to keep a drive busy, and what is awaited next queues behind few of them."""
 
 
+ALL: Final = 1 << 30
+"""More readers than there are."""
+
+
 class ReadPieces:
     """The readers' queue: what compiled code asks for, awaited pieces in order, then the others.
 
@@ -73,16 +77,23 @@ class ReadPieces:
 
     def put(self, pieces: Iterable[ReadPiece]) -> None:
         """Adds one ticket's pieces."""
+        n_wanted = n_ahead = 0
         with self._changed:
             for piece in pieces:
-                (self._ahead if piece.ticket.ahead and not piece.ticket.hurried else self._wanted).append(piece)
-        self._wake()
+                if piece.ticket.ahead and not piece.ticket.hurried:
+                    self._ahead.append(piece)
+                    n_ahead += 1
+                else:
+                    self._wanted.append(piece)
+                    n_wanted += 1
+            n_ahead = min(n_ahead, MOST_AHEAD - self._n_ahead)
+        self._wake(n_wanted + n_ahead)
 
     def put_complete(self, ticket: Ticket) -> None:
         """Adds a ticket all of whose bytes are there."""
         with self._changed:
             self._complete.append(ticket)
-        self._wake()
+        self._wake(1)
 
     def get(self) -> ReadPiece | Ticket | int | None:
         """The next piece or complete ticket, waiting for it, or the number of a buffer that this reader has filled for compiled
@@ -119,11 +130,12 @@ class ReadPieces:
             self._n_ahead -= 1
             wakes = last and bool(self._ahead)
         if wakes:
-            self._wake()
+            self._wake(1)
 
-    def _wake(self) -> None:
+    def _wake(self, count: int) -> None:
+        """Wakes as many readers as find something to do; each looks for more before it sleeps again."""
         if self._early is not None:
-            self._early.ask()
+            self._early.ask(count)
         else:
             with self._changed:
                 self._changed.notify_all()
@@ -136,13 +148,13 @@ class ReadPieces:
                 self._ahead = deque(piece for piece in self._ahead if piece.ticket.slot is not slot)
                 self._wanted.extend(moving)
         if moving:
-            self._wake()  # readers may have left them because enough was read ahead
+            self._wake(len(moving))  # readers may have left them because enough was read ahead
 
     def close(self) -> None:
         """Readers end when everything has been read."""
         with self._changed:
             self._closed = True
-        self._wake()
+        self._wake(ALL)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,50 @@
+"""How many readers are woken: each that finds nothing to do takes the interpreter's lock from those that do."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from localrun.offload.cache.slots import Slot
+from localrun.offload.cache.tickets import MOST_AHEAD, ReadPiece, ReadPieces, Ticket
+
+
+class Readers:
+    """Those that compiled code asks, too: counts whom Python wakes."""
+
+    asked = 0
+
+    def __init__(self) -> None:
+        self.woken: list[int] = []
+
+    def ask(self, count: int) -> None:
+        self.woken.append(count)
+
+    def next(self, _asked: int, *, sleeps: bool = True) -> int:
+        assert not sleeps, "nothing was left to do"
+        return -1
+
+
+def pieces(ticket: Ticket, count: int) -> list[ReadPiece]:
+    return [ReadPiece(ticket, 0, i, memoryview(b""), 0) for i in range(count)]
+
+
+def test_as_many_readers_are_woken_as_there_are_pieces_to_read() -> None:
+    readers = Readers()
+    queue = ReadPieces(cast(Any, readers))
+    queue.put(pieces(Ticket(Slot(0, 0, 0, 0), ()), 3))
+    queue.put_complete(Ticket(Slot(0, 1, 0, 0), ()))
+    assert readers.woken == [3, 1]
+
+
+def test_readers_sleep_while_enough_is_read_ahead() -> None:
+    readers = Readers()
+    queue = ReadPieces(cast(Any, readers))
+    ahead = Ticket(Slot(0, 0, 0, 0), (), ahead=True)
+    queue.put(pieces(ahead, MOST_AHEAD + 2))
+    for _ in range(MOST_AHEAD):
+        assert queue.get() is not None
+    queue.put(pieces(Ticket(Slot(0, 1, 0, 0), (), ahead=True), 2))
+    assert readers.woken == [MOST_AHEAD, 0]
+    queue.end_ahead(last=True)  # its reader packs now, another one goes on
+    queue.hurry(ahead.slot)  # two pieces are left of it
+    assert readers.woken == [MOST_AHEAD, 0, 1, 2]

@@ -27,10 +27,10 @@ from localrun.quant.model.shape import CSA, HCA
 from localrun.quant.model.source import ExpertTypes
 
 LAYER_S = 0.2e-3
-LAYER_VALUE_S = 0.14e-6
+LAYER_VALUE_S = 0.15e-6
 """Per layer and token on the CPU besides weights and attention: fixed, and per value of the hidden state. [m] Whole Flash (4096
-values) on two Zen 4 cores: 0.77 to 0.88 ms in four runs. How much is fixed follows from slices with 512, 4096 and 7168
-values. More cores: not measured."""
+values) on two Zen 4 cores: 0.78, 0.84, 0.86 and 0.87 ms in four runs. How much is fixed follows from slices with 512, 4096 and
+7168 values. More cores: not measured."""
 
 ATTENTION_MACS_PER_CORE = 8e9
 BATCH_ATTENTION_MACS_PER_CORE = 10e9
@@ -70,22 +70,23 @@ DISK_SHARE = (0.75, 1.0, 1.2)
 GB/s while a read was under way, of a drive that sustains 1.7 to 1.9 with 8 reads of 4 MiB, 1.2 with 4; beside other programs,
 which slow the probe down more than tokens, 1.59, 1.27 and 1.41 where it said 1.27, 1.21 and 1.10."""
 
-HIDDEN_READS = (0.3, 0.47, 0.85)
+HIDDEN_READS = (0.4, 0.58, 0.85)
 """Part of a token's reads that hides behind its computing: reads of the next layers' likely experts and of hash layers go on
 while others are multiplied; what nobody guessed is waited for. More than the computing takes can't hide. [m] Whole Flash on two
-Zen 4 cores, of 0.4 to 1.4 s that a read was under way: in MXFP4 0.46, 0.47, 0.39, 0.48 and, beside others, 0.62 and 0.48; in Q2_K
-beside others 0.61, 0.43 and 0.43. 0.46 of these reads had been guessed, one layer ahead; two layers ahead hide 0.5 to 0.7."""
+Zen 4 cores, guessing two layers ahead: 0.54 and 0.53 of 0.7 s in MXFP4, 0.63 and 0.63 of 0.3 s in Q2_K, 0.48 of 0.5 s with half
+of the memory; beside one busy process per core, which makes the computing longer, 0.85 and 0.73."""
 
-USEFUL_READS = 0.88
-"""Part of the bytes read that a layer then uses; the rest are wrong guesses. [m] Whole Flash: 0.88 to 0.92."""
+USEFUL_READS = 0.95
+"""Part of the bytes read that a layer then uses; the rest are wrong guesses. [m] The same runs: 0.97, 0.97, 0.93, 0.95 and 0.94; in
+company 0.85 and 0.87."""
 
-PACK_SHARE = 0.7
-"""Rate at which packing experts into their slots delays the computing cores, relative to RAM bandwidth. [m] Whole Flash in MXFP4:
-experts took 127 ms where the probe says 102, with 0.7 GB read: 28 GB/s at 35 of RAM."""
+PACK_WEIGHTS_PER_CORE = 16e9
+"""Weights per second of one core that arranges experts it has read for the kernels, on the cores that compute. [m] One Zen 4 core,
+the thread's own time: MXFP4 17.5e9, Q2_K 14.2e9."""
 
-INSIDE = {"dense model in RAM": 0.9}
-"""Rate inside a token, relative to what the probe of a single kernel gives: threads wake for each matrix, and shapes differ. [m]
-The same machine at rest, 8-bit matrices: 31 GB/s where the probe has 34 to 36; Q4_K 30 and 29."""
+INSIDE = {"dense model in RAM": 0.775}
+"""Rate inside a token, relative to what the probe of a single kernel gives: threads wake for each matrix, shapes differ, and reads
+and packing use the same cores and memory. [m] Whole Flash at rest: 8-bit matrices 0.89 and 0.96, Q4_K 0.73, 0.59 and 0.71."""
 
 INSIDE_THREADS = 4
 """`INSIDE` is for few cores; with more, nothing is known, and the probes' rates are used as they are."""
@@ -273,15 +274,16 @@ def computing(
         on_gpu_s = on_gpu * used * sizes.mean_file_bytes / shares.gpu.decode_bytes_per_s
         on_gpu_s += len(sizes.shape.moe_layers) * shares.gpu.latency_s
     seconds |= _both((1 - on_gpu) * expert_s, on_gpu_s, shares.gpu)
-    seconds["experts in RAM"] += disk_bytes / (PACK_SHARE * machine.memory_bytes_per_s)
+    n_packed = disk_bytes / shares.miss_bytes if shares.miss_bytes else 0.0
+    seconds["experts in RAM"] += n_packed * sizes.shape.expert_weights / (PACK_WEIGHTS_PER_CORE * machine.n_threads)
     return seconds
 
 
 COMPANY = {"dense model in RAM": 1.0, "attention": 1.0, "layers": 1.5, "experts in RAM": 0.6}
 """How much longer resources in `Rate.seconds` take while other programs compute, relative to matrices; drives and GPUs don't.
 Small operations belong to one thread, for which all others wait; the calls of experts are long, and follow a pause. [m] Whole
-Flash on two Zen 4 cores beside one busy process per core: matrices 2.08 times as long, small operations 2.2, experts 1.74; beside
-others 1.4 to 2.2, 1.4 to 3.3 and 1.0 to 1.4."""
+Flash on two Zen 4 cores beside one busy process per core: matrices 3.2 times as long, small operations 2.3, experts 2.7 in MXFP4,
+where more of the reads hid; 2.0, 2.8 and 1.9 in Q2_K; 1.5 to 2.2 in earlier runs."""
 
 
 def waiting_for(machine: Hardware, known: Known, disk_bytes: float, computing_s: float, estimate: int = 1) -> float:

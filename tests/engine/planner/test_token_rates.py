@@ -70,11 +70,11 @@ def test_a_first_plan_is_right_given_the_hits(run: Recorded) -> None:
     plan = run.plan_with_hits()
     likely, n = plan.decode_at(20, now=True).likely, run.n_tokens
     assert abs(off(run, plan)) < WITHIN
-    assert likely.disk_bytes == pytest.approx(run.cost.disk_bytes / n, rel=0.1)
     if run.others == 0:
+        assert likely.disk_bytes == pytest.approx(run.cost.disk_bytes / n, rel=0.1)
         assert likely.seconds["dense model in RAM"] == pytest.approx(run.cost.matrices_s / n, rel=WITHIN)
         assert likely.seconds["experts in RAM"] == pytest.approx(run.cost.experts_s / n, rel=WITHIN)
-        # The drive gave between 1.35 and 1.7 GB/s in these runs.
+        # The drive gave between 1.2 and 1.6 GB/s in these runs.
         assert likely.seconds["drive"] == pytest.approx(run.cost.waiting_s / n, rel=WITHIN, abs=0.15 * run.token_s)
 
 
@@ -89,7 +89,7 @@ def test_the_range_of_a_first_plan_holds_what_was_measured(run: Recorded) -> Non
 BROKEN = {
     "matrices": ("INSIDE", {"dense model in RAM": 0.45}),
     "small operations": ("LAYER_VALUE_S", 1.4e-6),
-    "packing": ("PACK_SHARE", 0.05),
+    "packing": ("PACK_WEIGHTS_PER_CORE", 1.6e9),
     "hidden reads": ("HIDDEN_READS", (0.0, 0.0, 0.0)),
     "the drive": ("DISK_SHARE", (0.4, 0.4, 0.4)),
     "useful reads": ("USEFUL_READS", 0.4),
@@ -113,7 +113,7 @@ def test_each_term_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(abs(off(run, plan)) > WITHIN for run, plan in plans)
 
 
-@pytest.mark.parametrize(("run", "hits"), [(LOSSLESS, 0.819), (LOSSLESS_AGAIN, 0.824), (TWO_BITS, 0.972)])
+@pytest.mark.parametrize(("run", "hits"), [(LOSSLESS, 0.695), (LOSSLESS_AGAIN, 0.696), (TWO_BITS, 0.822)])
 def test_hits_are_what_was_read_without_wrong_guesses(run: Recorded, hits: float) -> None:
     plan = run.plan()
     assert hits_seen(plan, run.cost) == pytest.approx(hits, abs=0.001)
@@ -134,8 +134,8 @@ def test_a_drive_that_is_not_steady_widens_the_range_and_is_shown_as_one() -> No
     assert b.low.tokens_per_s < a.low.tokens_per_s
     assert b.likely == a.likely
     assert b.high.tokens_per_s >= a.high.tokens_per_s
-    assert any("drive 1.80 GB/s" in line for line in steady.lines())
-    assert any("drive 1.08 to 2.70 GB/s" in line for line in wide.lines())
+    assert any("drive 1.43 GB/s" in line for line in steady.lines())
+    assert any("drive 0.86 to 2.15 GB/s" in line for line in wide.lines())
 
 
 # --- one run teaches the next plan ------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def known_now() -> tuple[dict[str, object], HitRates]:
     ("first", "second"),
     [
         ("lossless", "lossless again"),
-        ("lossless later", "lossless later again"),
+        ("lossless again", "lossless"),
         ("two bits", "two bits again"),
         ("lossless", "lossless in company"),
     ],
@@ -189,13 +189,13 @@ def test_a_measurement_teaches_a_measurement_before_answers_do() -> None:
     shapes = dict.fromkeys(range(43), 256)
     plan = LOSSLESS.plan()
     identity = plan.sizes.identity
-    for kind, wasted in (("answers", 186), ("measurements", 1186)):
+    for kind, wasted in (("answers", 69), ("measurements", 1069)):
         cost = replace(LOSSLESS.cost, wasted=wasted)
-        learn_tokens(plan, cost, n_tokens=30, seconds=21.0, position=20, kind=kind)  # type: ignore[arg-type]
+        learn_tokens(plan, cost, n_tokens=30, seconds=24.2, position=20, kind=kind)  # type: ignore[arg-type]
     share = plan.resident_share
     answers, measurements = hit_rates(identity, shapes), hit_rates(identity, shapes, learned=False)
-    assert answers.steady(share) == pytest.approx(0.819, abs=0.001)
-    assert measurements.steady(share) == pytest.approx(0.949, abs=0.001)
+    assert answers.steady(share) == pytest.approx(0.695, abs=0.001)
+    assert measurements.steady(share) == pytest.approx(0.825, abs=0.001)
     assert hit_rates("another", shapes).source == "published curve"
 
 
@@ -231,7 +231,7 @@ def test_ratios_are_those_of_assumed_rates_to_rates_in_tokens() -> None:
     by_reference = computing(plan.sizes, shares, reference, 0.0, cost.disk_bytes / 30, position=20, kv_type="f16")
     ratios = token_ratios(plan, cost, reference, n_tokens=30, seconds=seconds, position=20)
     assert ratios.pop(HIDDEN) == pytest.approx(1 - cost.waiting_s / cost.reading_s)
-    assert ratios.pop(USEFUL) == pytest.approx(1 - 186 * 13369344 / cost.disk_bytes)
+    assert ratios.pop(USEFUL) == pytest.approx(1 - 69 * 13369344 / cost.disk_bytes)
     assert ratios["dense model in RAM"] == pytest.approx(30 * by_reference["dense model in RAM"] / cost.matrices_s)
     assert ratios.keys() == {"dense model in RAM", "attention", "layers", "experts in RAM"}
 
@@ -247,7 +247,7 @@ def test_too_few_tokens_and_those_of_gpus_teach_nothing() -> None:
 def test_what_was_not_measured_is_not_learned() -> None:
     plan = LOSSLESS.plan_with_hits()
     cost = replace(LOSSLESS.cost, attention_s=0.0, reading_s=0.0)
-    ratios = token_ratios(plan, cost, plan.machine, n_tokens=30, seconds=21.0, position=20)
+    ratios = token_ratios(plan, cost, plan.machine, n_tokens=30, seconds=24.2, position=20)
     assert HIDDEN not in ratios
     assert "attention" not in ratios
 
@@ -326,9 +326,9 @@ def test_a_plan_in_company_says_both() -> None:
 
 def test_hits_of_the_latest_tokens_count() -> None:
     plan = LOSSLESS.plan()
-    for wasted in (186, 186, *[1186] * 30):
-        learn_tokens(plan, replace(LOSSLESS.cost, wasted=wasted), n_tokens=30, seconds=21.0, position=20)
+    for wasted in (69, 69, *[1069] * 30):
+        learn_tokens(plan, replace(LOSSLESS.cost, wasted=wasted), n_tokens=30, seconds=24.2, position=20)
     last = last_hits(plan.sizes.identity, "answers")
     assert last is not None
-    assert last.hits == pytest.approx(0.949, abs=0.005)
+    assert last.hits == pytest.approx(0.825, abs=0.005)
     assert last.share == pytest.approx(plan.resident_share)

@@ -80,6 +80,7 @@ class Connection:
         self._stopped: set[int] = set()  # those of them that a Stop was sent for
         self._loads: set[int] = set()  # those of them that are loads
         self._ended: EngineDiedError | None = None
+        self._n_kills = out_of_memory_kills()
         try:
             self._process = _start()
         except OSError as error:
@@ -234,7 +235,11 @@ class Connection:
             code = self._kill()
         self._log_reader.join(timeout=1.0)
         self._outbox.close()
-        death = death or _cause_of_death(code if code is not None else -signal.SIGKILL, list(self.log))
+        if death is None:
+            short = out_of_memory_kills() > self._n_kills
+            death = _cause_of_death(
+                code if code is not None else -signal.SIGKILL, list(self.log), short_of_memory=short
+            )
         if self._end(death):
             self._on_death(self, death)
 
@@ -272,8 +277,20 @@ def _garbage_error(error: ProtocolError) -> EngineDiedError:
     return EngineDiedError(message, hint="reinstall localrun: make setup")
 
 
-def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
-    """What to tell the user about exit code `code` (negative: signal number)."""
+def out_of_memory_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """Processes that the kernel has ended for want of memory since it was started; 0 where it does not say."""
+    try:
+        return int(dict(line.split() for line in vmstat.read_text().splitlines()).get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _cause_of_death(code: int, log: list[str], *, short_of_memory: bool = False) -> EngineDiedError:
+    """What to tell the user about exit code `code` (negative: signal number).
+
+    Args:
+        short_of_memory: the kernel has ended processes for want of memory meanwhile.
+    """
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -285,6 +302,9 @@ def _cause_of_death(code: int, log: list[str]) -> EngineDiedError:
     hint = "the next question restarts it"
     if code == -signal.SIGKILL:
         hint = "probably out of memory: lower --ram or --context"
+        if short_of_memory:
+            how = "was ended by the system, which had run out of memory (SIGKILL)"
+            hint = "close other programs, or lower --ram or --context; the next question restarts it"
     reasons = [line.strip() for line in log if _LAST_WORDS.search(line)]
     if code > 0:
         reasons = log[-1:]  # the last line of a traceback

@@ -8,6 +8,7 @@ Started by `connection.Connection` as `python -m localrun.engine.process.worker 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from localrun.engine.process.outbox import Outbox
@@ -62,6 +64,10 @@ keep it open."""
 
 TRACE_CHARACTERS = 20_000
 """Maximum length kept of a traceback's end: messages may quote their input, and each cause repeats it."""
+
+FIRST_TO_GO = 1000
+"""`oom_score_adj` (proc(5)) at which the kernel ends this process before all others when memory runs out: it holds nothing that
+would be lost, while the interface and other programs do."""
 
 _Send = Callable[[Event], None]
 
@@ -266,8 +272,15 @@ def take_over_pipes() -> tuple[IO[bytes], int]:
     return commands, events
 
 
+def offer_memory() -> None:
+    """Lets the kernel end this process first; where it does not know that, nothing happens."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
+
+
 def main() -> None:
     commands, events = take_over_pipes()
+    offer_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user interface decides what Ctrl-C means
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")

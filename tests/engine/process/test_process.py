@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from localrun.engine.engine import Engine
 from localrun.engine.options import SamplingOptions
 from localrun.engine.process import connection
-from localrun.engine.process.connection import _cause_of_death
+from localrun.engine.process.connection import _cause_of_death, out_of_memory_kills
 from localrun.engine.process.process import EngineProcess
 from localrun.engine.process.protocol import (
     CountTokens,
@@ -39,6 +39,7 @@ from localrun.engine.process.protocol import (
 from localrun.errors import ContextFullError, EngineDiedError, LocalrunError, UsageError
 from tests.engine.conftest import OPTIONS
 from tests.engine.models import CHAT_TOKENS
+from tools.memory_limit import MemoryLimit
 
 pytestmark = pytest.mark.engine_process
 
@@ -357,6 +358,44 @@ def test_killed_engine_costs_the_running_answer_only(engine: EngineProcess, deat
     assert tokens_of(events) == expected
     wait_until(lambda: len(deaths) == n_deaths + 1)
     assert "SIGKILL" in str(deaths[-1])
+
+
+@pytest.fixture
+def small_group() -> Iterator[MemoryLimit]:
+    """32 MiB of memory."""
+    try:
+        limit = MemoryLimit(32 << 20)
+        limit.__enter__()
+    except LocalrunError as error:
+        pytest.skip(str(error))
+    yield limit
+    limit.__exit__(None, None, None)
+
+
+def test_if_memory_runs_out_the_kernel_ends_the_engine_first_and_the_error_says_why(
+    small_group: MemoryLimit, chat_model_path: Path
+) -> None:
+    """The engine has taken nothing in this group; the other program has nearly all of it."""
+    hog = "import sys; from pathlib import Path; from tools.memory_limit import join; join(Path(sys.argv[1])); b'x' * (1 << 26)"
+    with EngineProcess() as engine:
+        list(engine.load(chat_model_path, ROOMY))
+        expected = tokens_of(ask(engine))
+        link = engine._connection
+        assert link is not None
+        assert engine.pid
+        small_group.add(engine.pid)
+        subprocess.run([sys.executable, "-c", hog, str(small_group.folder)], timeout=PATIENCE_S, check=False)
+        wait_until(lambda: not engine.alive)
+        with pytest.raises(EngineDiedError, match="run out of memory") as caught:
+            link.post(CountTokens(text="x"), long=False)
+        assert "close other programs" in str(caught.value.hint)
+        assert tokens_of(ask(engine)) == expected
+
+
+def test_the_kernels_count_of_what_it_ended(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("oom_kill 7\nnr_free_pages 1\n")
+    assert out_of_memory_kills(tmp_path / "vmstat") == 7
+    assert out_of_memory_kills(tmp_path / "none") == 0
 
 
 def test_question_during_a_load_waits_for_it_and_loads_nothing_again(

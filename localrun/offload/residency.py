@@ -76,6 +76,7 @@ class Residency:
         self.store = store
         self.telemetry = telemetry
         self._kernels = kernels
+        self._largest_slot = largest_slot(kernels)
         self.floor_bytes = floor_bytes(kernels, n_used)
         if budget_bytes < self.floor_bytes:
             raise BudgetError(
@@ -100,7 +101,7 @@ class Residency:
     @property
     def n_slots(self) -> int:
         """Experts that fit into RAM, without what was given back, if all have the largest size; the caller holds the lock."""
-        return (self.table.arena.size_bytes - self.table.withheld_bytes) // largest_slot(self._kernels)
+        return (self.table.arena.size_bytes - self.table.withheld_bytes) // self._largest_slot
 
     def on_gpu(self, layer: int, expert: int) -> bool:
         """The expert lives on a GPU."""

@@ -12,6 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from localrun.kernel_cache import cached_jit
+
 I64 = npt.NDArray[np.int64]
 
 HALF_LIVES: Final = (4.0, 32.0, 256.0)
@@ -46,6 +48,7 @@ class Demand:
         self._passed = np.zeros_like(uses)
         self._n_passed = 0
         self.values = np.zeros_like(uses)
+        self._order = np.zeros_like(uses)
         self._use = 0
         self._prepare()
 
@@ -71,14 +74,28 @@ class Demand:
         self.values[:] = self._coming
         self._n_passed = 0
 
-    def order(self, layer: int) -> I64:
-        """(n_layers, n_experts) estimates for while `layer` is computed; the smaller, the sooner to go."""
+    def order(self, layer: int, *others: I64) -> I64:
+        """(n_layers, n_experts) estimates for while `layer` is computed; the smaller, the sooner to go. Valid until the next call.
+
+        Args:
+            others: added to them.
+        """
         if layer != self._n_passed:
             self._n_passed = layer
             self.values[:layer] = self._passed[:layer]
             self.values[layer:] = self._coming[layer:]
-        fresh: I64 = np.minimum(self._uses - self._seen, self._n_tokens)
-        return self.values + fresh * self._use
+        _add_uses(self.values, self._uses, self._seen, self._n_tokens, self._use, self._order)
+        for other in others:
+            self._order += other
+        return self._order
+
+
+@cached_jit(nogil=True)
+def _add_uses(values: I64, uses: I64, seen: I64, most: int, use: int, out: I64) -> None:
+    """out = values + min(uses - seen, most) * use."""
+    for layer in range(values.shape[0]):
+        for e in range(values.shape[1]):
+            out[layer, e] = values[layer, e] + min(uses[layer, e] - seen[layer, e], most) * use
 
 
 def _word(rates: npt.NDArray[np.float64]) -> I64:

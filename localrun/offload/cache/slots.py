@@ -434,9 +434,9 @@ class SlotTable:
         self.arena.release(slot.address, slot.size_bytes)
 
     def _order(self, layer: int) -> npt.NDArray[np.int64]:
-        """(n_layers, n_experts) the smaller, the sooner to go while `layer` is computed; from `_PINNED` on not at all."""
-        # 11,008 experts (Flash): about 25 us, once per read of 12 MiB.
-        return self.demand.order(layer) + self.stamps + self._protection + self._kept + self._due
+        """(n_layers, n_experts) the smaller, the sooner to go while `layer` is computed; from `_PINNED` on not at all. Valid until
+        the next call."""
+        return self.demand.order(layer, self.stamps, self._protection, self._kept, self._due)
 
     def _make_room(self, layer: int, size_bytes: int) -> bool:
         """Evicts until a hole is large enough for an expert of `layer`; False if that is impossible.

@@ -120,7 +120,7 @@ class LayerCall:
             if slot.state is SlotState.READY:
                 ready.append(i)
             else:
-                self._residency.store.hurry(slot)
+                self._hurry(slot)
                 self._awaited[slot] = i
         self.n_gpu, self.n_hits = len(on_gpu), len(ready) + len(on_gpu)
         self.n_misses = len(self._todo) + len(self._awaited)
@@ -259,6 +259,9 @@ class LayerCall:
 
     def _read(self, slot: Slot) -> int:
         return self._residency.read(slot)
+
+    def _hurry(self, slot: Slot) -> None:
+        self._residency.store.hurry(slot)
 
     def _collect(self) -> list[int]:
         """Waits for at least one read, takes all that are there."""

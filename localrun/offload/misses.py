@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from localrun.errors import StoppedError
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
+from localrun.offload.cache.tickets import nothing_follows
 from localrun.offload.device.compiled import ABORTED_ANSWER, FAILED_ANSWER
 from localrun.offload.device.compiled_misses import MissRecord
 from localrun.offload.device.layouts import MOST_PAIRS
@@ -81,9 +83,16 @@ class PostedCall(LayerCall):
             super()._start_reads()
 
     def _read(self, slot: Slot) -> int:
-        index = self._missing[slot.expert]
         self._told.add(slot)
-        return self._residency.read(slot, lambda: self._record.answer(index, slot.address + slot.variant))
+        return self._residency.read(slot, self._answer(slot))
+
+    def _hurry(self, slot: Slot) -> None:
+        if self._residency.store.hurry(slot, self._answer(slot)):
+            self._told.add(slot)
+
+    def _answer(self, slot: Slot) -> Callable[[], None]:
+        index, word = self._missing[slot.expert], slot.address + slot.variant
+        return lambda: self._record.answer(index, word)
 
     def _run_kernel(self, indices: list[int]) -> None:
         self._has_answered = True
@@ -115,6 +124,7 @@ class Misses:
         if early is not None:
             early.watch(residency.table.loading)
             self.record.use_early(early.address)
+        residency.store.ahead_arrived = self.record.ring
         self._n_looks_left = 0
         self._thread = threading.Thread(target=self._serve, name="localrun-misses", daemon=True)
         self._thread.start()
@@ -122,6 +132,9 @@ class Misses:
 
     def _serve(self) -> None:
         while self.record.next():
+            if not self.record.take():  # what was read ahead is here before a call asks for it
+                self._residency.settle()
+                continue
             status = 0
             try:
                 self._fetch()
@@ -157,6 +170,7 @@ class Misses:
 
     def close(self) -> None:
         """Ends the thread; no compiled call may be running."""
+        self._residency.store.ahead_arrived = nothing_follows
         self._handover.use_misses(None)
         self.record.close()
         self._thread.join()

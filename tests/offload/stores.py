@@ -25,7 +25,7 @@ from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.early import EARLY
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.store import ExpertStore
-from localrun.offload.cache.tickets import AbandonedError, Receiver, Store, Ticket
+from localrun.offload.cache.tickets import AbandonedError, Receiver, Store, Ticket, nothing_follows
 from localrun.offload.kernels import FfnKernel
 from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, ModelSource, MoeLayer, Projection
 
@@ -334,6 +334,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self.ahead_arrived: Callable[[], None] = nothing_follows
         self.store: Store = self
         self.submitted: list[tuple[int, int]] = []
         self.begun: list[tuple[int, int]] = []
@@ -362,10 +363,13 @@ class MemoryStore:
         self._go_on()
         return ticket
 
-    def hurry(self, slot: Slot) -> None:
-        for ticket in [ticket for ticket in self._ahead if ticket.slot is slot]:
+    def hurry(self, slot: Slot, arrived: Callable[[], None] | None = None) -> bool:
+        hurried = [ticket for ticket in self._ahead if ticket.slot is slot]
+        for ticket in hurried:
             self._ahead.remove(ticket)
             self._wanted.appendleft(ticket)
+            ticket.hurried, ticket.arrived = True, arrived
+        return bool(hurried)
 
     def abandon(self, slot: Slot) -> None:
         for ticket in [ticket for ticket in self._ahead if ticket.slot is slot]:
@@ -427,6 +431,8 @@ class MemoryStore:
             if ticket.arrived is not None:
                 ticket.arrived()
         (ticket.receiver or self.completions.put)(ticket)
+        if ticket.ahead and not ticket.hurried and not ticket.receiver and ticket.error is None:
+            self.ahead_arrived()
 
     def _next(self) -> Ticket | None:
         for tickets in (self._wanted, self._ahead):

@@ -33,7 +33,16 @@ from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READ
 from localrun.offload.cache.early import EarlyReads
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
-from localrun.offload.cache.tickets import AbandonedError, Bytes, ReadBuffer, ReadPiece, ReadPieces, Receiver, Ticket
+from localrun.offload.cache.tickets import (
+    AbandonedError,
+    Bytes,
+    ReadBuffer,
+    ReadPiece,
+    ReadPieces,
+    Receiver,
+    Ticket,
+    nothing_follows,
+)
 from localrun.offload.kernels import futex
 from localrun.pages import share_heaps
 from localrun.quant.formats.transcode import decode_projection
@@ -89,6 +98,7 @@ class ExpertStore:
         self._verify = verify
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self.ahead_arrived: Callable[[], None] = nothing_follows
         self._lock = threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._waiting_ahead: deque[Ticket] = deque()
@@ -171,19 +181,18 @@ class ExpertStore:
         self._start_waiting()
         return ticket
 
-    def hurry(self, slot: Slot) -> None:
+    def hurry(self, slot: Slot, arrived: Callable[[], None] | None = None) -> bool:
         """See `Store`."""
         with self._lock:
-            for ticket in self._waiting_ahead:
-                if ticket.slot is slot:
-                    ticket.hurried = True
+            hurried = [ticket for ticket in (*self._waiting_ahead, *self._reading) if ticket.slot is slot]
+            for ticket in hurried:
+                ticket.hurried, ticket.arrived = True, arrived
+                if ticket in self._waiting_ahead:
                     self._waiting_ahead.remove(ticket)
                     self._waiting.appendleft(ticket)
-                    break
-            for ticket in self._reading:
-                ticket.hurried |= ticket.slot is slot
         self._start_waiting()
         self._pieces.hurry(slot)
+        return bool(hurried)
 
     def abandon(self, slot: Slot) -> None:
         """See `Store`."""
@@ -414,11 +423,11 @@ class ExpertStore:
                 self._fill(ticket, buffer)
         except Exception as error:
             ticket.error = error
+        with self._lock:
+            self._reading.remove(ticket)  # `hurry` is too late from now on
         if ticket.error is None and ticket.arrived is not None:
             ticket.arrived()
         ticket._buffer = None
-        with self._lock:
-            self._reading.remove(ticket)
         self._give_back(buffer)
         self._hand_over(ticket)
         self._start_waiting()
@@ -426,6 +435,8 @@ class ExpertStore:
     def _hand_over(self, ticket: Ticket) -> None:
         if ticket.receiver is None:
             self.completions.put(ticket)
+            if ticket.ahead and not ticket.hurried and ticket.error is None:
+                self.ahead_arrived()
         else:
             ticket.receiver(ticket)
 

@@ -195,6 +195,10 @@ Receiver = Callable[[Ticket], None]
 """Called on a reader's thread when a read has ended; must not fail or wait."""
 
 
+def nothing_follows() -> None:
+    """Default of `Store.ahead_arrived`."""
+
+
 class Store(Protocol):
     """Fills slots with experts in the background. Thread-safe, but the caller must synchronize slots and `completions`.
 
@@ -203,12 +207,15 @@ class Store(Protocol):
         staging_bytes: RAM of reads in flight.
         completions: tickets of finished reads, successful or not; none is lost, and none appears before its slot is filled.
         early: through which compiled code may begin reads; None: it can't.
+        ahead_arrived: called on a reader's thread when the ticket of a read that nobody waits for, and that has succeeded, is in
+            `completions`; must not fail or wait.
     """
 
     depth: int
     staging_bytes: int
     completions: queue.SimpleQueue[Ticket]
     early: EarlyReads | None
+    ahead_arrived: Callable[[], None]
 
     @property
     def direct(self) -> bool:
@@ -239,8 +246,15 @@ class Store(Protocol):
         """
         ...
 
-    def hurry(self, slot: Slot) -> None:
-        """This slot is awaited now: its remaining pieces go before all read-ahead."""
+    def hurry(self, slot: Slot, arrived: Callable[[], None] | None = None) -> bool:
+        """This slot is awaited now: its remaining pieces go before all read-ahead.
+
+        Args:
+            arrived: see `Ticket`.
+
+        Returns:
+            `arrived` will be called if the read succeeds; False: it was given too late.
+        """
         ...
 
     def abandon(self, slot: Slot) -> None:

@@ -70,7 +70,13 @@ def post(misses: int, layer: int, ids: int, ids_stride: int, n_tokens: int, n_us
     put(misses, MISSES.status, 0)
     put(misses, MISSES.computed, 0)
     atomic_add(misses + MISSES.posted * 8, 1)
-    futex.wake(get(misses, MISSES.syscall), misses + MISSES.posted * 8, 1)
+    _ring(misses)
+
+
+@nb.njit
+def _ring(misses: int) -> None:
+    atomic_add(misses + MISSES.bell * 8, 1)
+    futex.wake(get(misses, MISSES.syscall), misses + MISSES.bell * 8, 1)
 
 
 @nb.njit(inline="always")
@@ -103,11 +109,16 @@ def give_up(misses: int) -> None:
 
 
 @cached_jit(nogil=True)
-def await_post(misses: int, seen: int) -> int:
-    """For the fetching thread: waits for more than `seen` calls, or for the end; how many there were."""
-    while atomic_load(misses + MISSES.posted * 8) == seen and atomic_load(misses + MISSES.closing * 8) == 0:
-        futex.wait(get(misses, MISSES.syscall), misses + MISSES.posted * 8, seen)
-    return int(atomic_load(misses + MISSES.posted * 8))
+def await_bell(misses: int, heard: int) -> int:
+    """For the fetching thread: waits until the bell has rung more than `heard` times; how often it has."""
+    while atomic_load(misses + MISSES.bell * 8) == heard:
+        futex.wait(get(misses, MISSES.syscall), misses + MISSES.bell * 8, heard)
+    return int(atomic_load(misses + MISSES.bell * 8))
+
+
+@cached_jit(nogil=True)
+def _ring_once(misses: int) -> None:
+    _ring(misses)
 
 
 @cached_jit(nogil=True)
@@ -128,11 +139,11 @@ def _end(misses: int, status: int) -> None:
 @cached_jit(nogil=True)
 def _close(misses: int) -> None:
     atomic_exchange(misses + MISSES.closing * 8, 1)
-    futex.wake(get(misses, MISSES.syscall), misses + MISSES.posted * 8, 1)
+    _ring(misses)
 
 
 class MissRecord:
-    """The fields and their targets. Methods are for the fetching thread, except `close`.
+    """The fields and their targets. Methods are for the fetching thread, except `ring` and `close`.
 
     Args:
         n_embd: most values of a row.
@@ -142,7 +153,7 @@ class MissRecord:
     def __init__(self, n_embd: int, gate: int = 0) -> None:
         self._ids, self._experts = np.zeros(MOST_PAIRS, np.int32), np.zeros(MOST_PAIRS, np.int32)
         self._words, self._x = np.zeros(MOST_PAIRS, np.int64), np.zeros(n_embd, np.float32)
-        self._seen = 0
+        self._heard = self._seen = 0
         self.fields = MISSES.empty()
         MISSES.fill(
             self.fields,
@@ -193,9 +204,18 @@ class MissRecord:
         return int(self.fields[MISSES.computed])
 
     def next(self) -> bool:
-        """Waits for the next call; False: there will be none."""
-        self._seen = await_post(self.address, self._seen)
+        """Waits for the next call, or until somebody rings; False: there will be none."""
+        self._heard = await_bell(self.address, self._heard)
         return not self.fields[MISSES.closing]
+
+    def take(self) -> bool:
+        """There is a call that was not taken before."""
+        seen, self._seen = self._seen, int(self.fields[MISSES.posted])
+        return self._seen != seen
+
+    def ring(self) -> None:
+        """Wakes the fetching thread. Any thread."""
+        _ring_once(self.address)
 
     def answer(self, index: int, word: int) -> None:
         """Expert `index` of `missing` is in RAM, see `LAYER.resident`."""

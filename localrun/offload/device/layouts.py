@@ -269,7 +269,9 @@ class _Misses(Layout):
     """
 
     posted: int
-    """Calls so far; atomic. The fetching thread sleeps on its low 32 bits (futex)."""
+    """Calls so far; atomic."""
+    bell: int
+    """Calls, and reads ahead that have arrived; atomic. The fetching thread sleeps on its low 32 bits (futex)."""
     answered: int
     """Answers so far; atomic. The decoding thread sleeps on its low 32 bits."""
     settled: int

@@ -6,6 +6,7 @@ import ctypes as C
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -200,6 +201,17 @@ def test_a_gpu_that_fails_while_experts_are_read_is_reported(
         fields[:] = working
         assert is_clean(model)
         np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
+def test_what_is_read_ahead_is_in_place_before_a_call_asks_for_it(tmp_path: Path) -> None:
+    with open_offloaded(open_model(write_model(tmp_path)), OffloadOptions(n_threads=2)) as model:
+        table, ends = model.pool.residency.table, time.monotonic() + 60
+        model.pool.ahead.read(1, [3], evict=False)
+        while table.resident[1, 3] == 0 and time.monotonic() < ends:
+            time.sleep(0.001)
+        assert table.resident[1, 3] != 0
+        posted = cast("Misses", model.pool._misses).record.fields[MISSES.posted]
+        assert posted == 0
 
 
 def test_while_experts_are_missing_every_call_of_a_token_looks_ahead(tmp_path: Path) -> None:

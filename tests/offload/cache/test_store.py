@@ -173,6 +173,32 @@ class TestEveryStore:
         desk.store.hurry(tickets[-1].slot)
         self.goes_next(desk, 0, desk.per_layer - 1)
 
+    def test_a_hurried_read_says_that_it_is_there_unless_it_is_over(self, desk: Desk) -> None:
+        told: list[bool] = []
+        desk.harness.hold()
+        slot = desk.submit(0, 0, ahead=True).slot
+        assert desk.store.hurry(slot, lambda: told.append(desk.is_right(slot)))
+        desk.harness.release()
+        desk.take()
+        assert told == [True]
+        assert not desk.store.hurry(slot, lambda: told.append(False))
+        assert told == [True]
+
+    def test_only_what_nobody_waits_for_is_announced_once_it_can_be_taken(self, desk: Desk) -> None:
+        arrivals: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        desk.store.ahead_arrived = lambda: arrivals.put(not desk.store.completions.empty())
+        desk.harness.hold()
+        desk.harness.fail(0, 2)
+        tickets = [desk.submit(0, expert, ahead=expert > 0) for expert in range(5)]
+        desk.store.hurry(tickets[1].slot)
+        desk.store.abandon(tickets[3].slot)
+        desk.harness.release()
+        assert arrivals.get(timeout=TIMEOUT_S)
+        assert {id(desk.take()) for _ in tickets} == set(map(id, tickets))
+        desk.submit(0, 5)
+        desk.take()
+        assert arrivals.empty()
+
     def goes_next(self, desk: Desk, layer: int, expert: int) -> None:
         """Of all that wait, this expert is read next, in one go. Others that have a buffer have begun, but do not go on."""
         harness, awaited = desk.harness, (layer, expert)

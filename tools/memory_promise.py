@@ -3,9 +3,9 @@
     python -m tools.memory_promise MODEL --tokens 2000 --neighbour 2GiB
     python -m tools.memory_promise SLICE --tokens 2000 --neighbour 500MiB --limit 6GiB      # on a machine of that size
 
-Feeds a prompt of one whole batch, which takes the compute buffers, then random tokens one by one; meanwhile a second process
-takes the neighbour's memory, holds it and frees it, over and over. `--limit` puts both into a control group, which counts as
-the machine (`tools.memory_limit`). One line of JSON per 50 tokens: what is resident, planned, given back (see
+Feeds a prompt of one whole batch, which takes the compute buffers, then random tokens one by one or in batches; meanwhile a second
+process takes the neighbour's memory, holds it and frees it, over and over. `--limit` puts both into a control group, which
+counts as the machine (`tools.memory_limit`). One line of JSON per 50 tokens: what is resident, planned, given back (see
 `offload/memory_watch.py`) and available, with the extremes since the line before.
 
 Exit code 1 if the resident size was ever further above the plan, or, once the experts' memory had been filled, further below it
@@ -37,6 +37,7 @@ from tools import memory_limit
 from tools.memory_limit import MemoryLimit
 
 LINE_TOKENS = 50
+"""At least; a whole batch."""
 _SAMPLE_S = 0.1
 _NEIGHBOUR = """
 import mmap, os, sys, time
@@ -46,9 +47,12 @@ while os.getppid() == parent:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     started = time.monotonic()
     for begin in range(0, size, step):
-        for at in range(begin, min(begin + step, size), 1 << 12):
-            memory[at] = 1
-        time.sleep(max(0.0, started + (begin + step) / rate - time.monotonic()))
+        end = min(begin + step, size)
+        memory[begin:end:4096] = bytes(-(-(end - begin) // 4096))
+        if rate:
+            time.sleep(max(0.0, started + end / rate - time.monotonic()))
+    took = time.monotonic() - started
+    print(f"neighbour: {size / 1e9 / took:.2f} GB/s", file=sys.stderr, flush=True)
     time.sleep(hold)
     memory.close()
     time.sleep(pause)
@@ -155,12 +159,15 @@ def measure(options: argparse.Namespace) -> bool:
         stack.callback(neighbour.kill)
         session.feed(random_tokens(engine.facts.n_batch, engine.facts.n_vocab, seed=2))
         started, worst, least = time.monotonic(), 0.0, 1 << 62
-        for first in range(0, len(tokens), LINE_TOKENS):
-            for token in tokens[first : first + LINE_TOKENS]:
-                if session.position == session.n_ctx:
+        n_line = max(LINE_TOKENS, options.batch)
+        for first in range(0, len(tokens), n_line):
+            end = min(first + n_line, len(tokens))
+            for at in range(first, end, options.batch):
+                batch = tokens[at : min(at + options.batch, end)]
+                if session.position + len(batch) > session.n_ctx:
                     session.reset()
-                session.feed([token])
-            line = watcher.line(min(first + LINE_TOKENS, len(tokens)), planned, started)
+                session.feed(batch)
+            line = watcher.line(end, planned, started)
             print(json.dumps(line), flush=True)
             worst, least = max(worst, deviation(line), key=abs), min(least, line["least_available"])
         killed = neighbour.poll() is not None
@@ -177,9 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=1, help="tokens fed at a time (1)")
     parser.add_argument("--ram", type=parse_size, help="for experts; default: as the plan chooses")
     parser.add_argument("--neighbour", type=parse_size, default=2 << 30, help="memory of the other program (2GiB)")
-    parser.add_argument("--rate", type=parse_size, default=10**9, help="bytes per second at which it takes it (1GB)")
+    parser.add_argument(
+        "--rate",
+        type=parse_size,
+        default=10**9,
+        help="bytes per second at which it takes it (1GB); 0: as fast as it can",
+    )
     parser.add_argument("--hold", type=float, default=20.0, help="seconds that it keeps it (20)")
     parser.add_argument("--pause", type=float, default=20.0, help="seconds that it does without (20)")
     parser.add_argument("--limit", type=parse_size, help="memory of both together: a control group; needs root")

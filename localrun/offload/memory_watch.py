@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MOST_PAUSE_S: Final = 0.1
 LEAST_PAUSE_S: Final = 0.01
-"""Between two looks, which take 0.03 ms, and 0.3 where a control group's counters have to be read."""
+"""Between two looks, which take 0.02 ms, and up to 0.3 in control groups."""
 
 FASTEST_BYTES_PER_S: Final = 16 * 10**9
 """At which another program may take memory without its getting scarce between two looks. [m] One core touches new pages at 1 to 3

@@ -84,6 +84,8 @@ class Gate:
     def __init__(self) -> None:
         self._fields = GATE.make(using=0, closed=0, syscall=futex.syscall_address() if futex.is_supported() else 0)
         self.address = int(self._fields.ctypes.data)
+        with self.closed():
+            pass  # compiled now: it would take time and memory when both are short
 
     @contextmanager
     def closed(self) -> Iterator[int | None]:

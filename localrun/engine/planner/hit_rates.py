@@ -1,8 +1,9 @@
 """Expert hit rates for a given resident share: seen in the model's last runs, from its profile, or from published measurements.
 
 A rate is the share of (token, expert) requests in steady decode. Two curves bound real use: one topic for a long time, and
-short unrelated prompts. Of a model that nobody has seen here, not even how unevenly it routes is known: a third curve bounds that.
-The same data gives the number of experts that a prompt batch touches.
+short unrelated prompts. Of a model that nobody has seen here, not even how unevenly it routes is known (its routers alone don't
+say, docs/planner.md): a third curve bounds that. The same data gives the number of experts
+that a prompt batch touches.
 """
 
 from __future__ import annotations

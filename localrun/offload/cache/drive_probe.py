@@ -6,9 +6,10 @@ cached under `cache_dir()`. Nothing here may fail a start: if measuring or cachi
 warning.
 
 A drive may be faster for a moment than for long (a burst of 2.5 GB/s, then 1.5), or slower, because other programs use it, and on a
-virtual machine its neighbours. So each combination is read for a third of a second, the best two again when the drive has been
-busy for longer than a second, and what these runs gave on average is its rate; the slowest and the fastest are kept beside it. A
-later measurement counts as much as all earlier ones together.
+virtual machine its neighbours. So each combination is read for a third of a second, and the best two again when the drive has been
+busy for longer than a second. The rate is the median of the runs after that second, of all combinations that are not clearly
+slower: on a virtual drive, runs of the same combination differed by a factor of two, and the best of a few is an accident. The
+slowest and the fastest are kept beside it. A later measurement counts as much as all earlier ones together.
 
 Method: threads keep reads in flight, like the store. A rate is all bytes divided by the time from the first read's start to the
 last one's end. (Excluding start and end would be worse: with 16 reads of 4 MiB, completions come in bursts, and the time between
@@ -24,9 +25,10 @@ import logging
 import mmap
 import os
 import re
+import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import preadv
 from pathlib import Path
@@ -62,6 +64,8 @@ _VERSION: Final = 4
 _RUN_S: Final = 0.33
 _AGAIN: Final = 2
 """How many combinations are read again, and how often each."""
+_SLOWER: Final = 0.8
+"""A combination that never reached this share of the best one's slowest later run is slower, and not just unlucky."""
 _TIE: Final = 0.97
 """Fewer and smaller reads in flight win when they reach this share of the best rate: they cost less memory and latency."""
 
@@ -73,7 +77,7 @@ class DiskProfile:
     Attributes:
         n_reads: reads in flight.
         piece_bytes: size of one read.
-        bytes_per_s: bandwidth with these, for long; None: not measured.
+        bytes_per_s: bandwidth, for long; None: not measured.
         slowest_bytes_per_s, fastest_bytes_per_s: of the runs that this comes from; 0.0: not measured.
         direct: the reads bypassed the page cache (O_DIRECT).
         device: `major:minor`, file system and source of the mount.
@@ -237,10 +241,14 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
         known: an earlier profile of the same drive.
     """
     runs: dict[tuple[int, int], list[float]] = {}
+    later: list[tuple[tuple[int, int], float]] = []  # when the drive has been busy for a second
     crowded = _crowded()
 
     def run(n_reads: int, piece: int) -> None:
-        runs.setdefault((n_reads, piece), []).append(_measured_bytes_per_s(files, n_reads, piece))
+        rate = _measured_bytes_per_s(files, n_reads, piece)
+        runs.setdefault((n_reads, piece), []).append(rate)
+        if sum(map(len, runs.values())) > len(READS):
+            later.append(((n_reads, piece), rate))
 
     for n_reads in READS:
         run(n_reads, PIECES[-1])
@@ -264,18 +272,35 @@ def _measure(files: _Files, device: str, known: DiskProfile | None = None) -> Di
     fastest = max(rates[pair] for pair in best)
     n_reads, piece = min((pair for pair in best if rates[pair] >= _TIE * fastest), key=lambda p: (p[0] * p[1], p[0]))
     own = lasting[n_reads, piece]
+    typical = _typical(runs, later, min(own))
+    bytes_per_s = statistics.median(typical)
+    if known is not None and not known.unsteady and known.bytes_per_s:
+        bytes_per_s = (bytes_per_s + known.bytes_per_s) / 2
     return DiskProfile(
         n_reads=n_reads,
         piece_bytes=piece,
-        bytes_per_s=rates[n_reads, piece],
+        bytes_per_s=bytes_per_s,
         direct=files.direct,
         device=device,
         measured_at=time.time(),
         tried={f"{n_reads} x {piece >> 10}": round(rate) for (n_reads, piece), rate in sorted(rates.items())},
         unsteady=crowded or max(own) > _UNSTEADY * min(own),
-        slowest_bytes_per_s=min(own),
-        fastest_bytes_per_s=max(own),
+        slowest_bytes_per_s=min(typical),
+        fastest_bytes_per_s=max(typical),
     )
+
+
+def _typical(
+    runs: Mapping[tuple[int, int], Sequence[float]], later: Sequence[tuple[tuple[int, int], float]], slowest: float
+) -> list[float]:
+    """Rates of the later runs, without combinations that were clearly slower each time.
+
+    Args:
+        runs: all of them, by combination.
+        later: those after the first second.
+        slowest: later run of the best combination.
+    """
+    return [rate for pair, rate in later if max(runs[pair]) >= _SLOWER * slowest]
 
 
 def _crowded() -> bool:

@@ -46,9 +46,8 @@ def test_measured_profile_is_one_of_the_combinations_and_has_a_rate(model: Path,
     assert profile.measured
     assert profile.n_reads in READS
     assert profile.piece_bytes in probe.PIECES
-    assert profile.bytes_per_s == pytest.approx(
-        profile.tried[f"{profile.n_reads} x {profile.piece_bytes >> 10}"], abs=1
-    )
+    assert f"{profile.n_reads} x {profile.piece_bytes >> 10}" in profile.tried
+    assert 0 < profile.slowest_bytes_per_s <= (profile.bytes_per_s or 0.0) <= profile.fastest_bytes_per_s
 
 
 def test_same_drive_is_measured_once(model: Path, memory: Path) -> None:
@@ -83,9 +82,9 @@ def test_what_lasts_decides_not_a_bad_moment(model: Path, memory: Path, monkeypa
     rates = (0.13e9, 1.28e9, 1.2e9, 0.7e9, 0.7e9, 1.5e9, 1.2e9, 1.7e9, 1.1e9)
     monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*rates))
     profile = probe_disk([model], memory=memory)
-    assert (profile.n_reads, profile.piece_bytes, profile.bytes_per_s) == (8, probe.PIECES[-1], 1.6e9)
-    assert (profile.slowest_bytes_per_s, profile.fastest_bytes_per_s) == (1.5e9, 1.7e9)
-    assert profile.spread == (1.5 / 1.6, 1.7 / 1.6)
+    assert (profile.n_reads, profile.piece_bytes, profile.bytes_per_s) == (8, probe.PIECES[-1], 1.35e9)
+    assert (profile.slowest_bytes_per_s, profile.fastest_bytes_per_s) == (1.1e9, 1.7e9)
+    assert profile.spread == pytest.approx((1.1 / 1.35, 1.7 / 1.35))
     assert DiskProfile().spread == (1.0, 1.0)
     assert not profile.unsteady
 
@@ -94,6 +93,23 @@ def test_a_burst_is_no_rate(model: Path, memory: Path, monkeypatch: pytest.Monke
     """2.5 GB/s for a second, then 1.5."""
     monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(2.5e9, 2.5e9, 2.4e9, 1.5e9, 1.5e9, *[1.5e9] * 4))
     assert probe_disk([model], memory=memory).bytes_per_s == 1.5e9
+
+
+def test_the_luck_of_one_combination_is_no_rate(model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded on a virtual drive that gave 0.89 GB/s in the next seconds: the best combination's own runs say 1.4."""
+    rates = (1.32e9, 0.92e9, 1.16e9, 0.75e9, 0.91e9, 0.96e9, 1.09e9, 0.90e9, 1.71e9)
+    monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*rates))
+    profile = probe_disk([model], memory=memory)
+    assert (profile.n_reads, profile.bytes_per_s) == (16, pytest.approx(0.96e9))
+    assert (profile.slowest_bytes_per_s, profile.fastest_bytes_per_s) == (0.90e9, 1.71e9)
+
+
+def test_combinations_that_are_clearly_slower_do_not_count(
+    model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = (1.2e9, 1.8e9, 1.75e9, 0.7e9, 0.8e9, 1.8e9, 1.7e9, 1.9e9, 1.7e9)
+    monkeypatch.setattr(probe, "_measured_bytes_per_s", Runs(*rates))
+    assert probe_disk([model], memory=memory).bytes_per_s == pytest.approx(1.75e9)
 
 
 def test_the_number_of_runs_is_bounded(model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ The plan leaves some RAM free, but other programs may need more than that after 
 then kills a process, most likely this one. So a thread looks at the free RAM, the more often the less there is: if it falls below a
 reserve, the coldest experts go, their pages return to the system, and their place stays empty until there is room again.
 
-The kernel's own messages (pressure stall triggers, `memory.pressure_level`) come when programs already wait for memory, and not at
-all when they are killed without having waited, so nothing here listens to them.
+The kernel's own messages come too late. [m] In a control group of 300 MiB, whose memory another program took at 0.6 to 1 GB/s, all
+three levels of `memory.pressure_level` were reached when nothing was left, 60 and 150 ms before the kill; a pressure stall
+trigger (50 ms in 2 s) fired 1.5 s after it. So nothing here listens to them.
 """
 
 from __future__ import annotations

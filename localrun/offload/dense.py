@@ -27,7 +27,7 @@ from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import KernelCall
 from localrun.pages import HUGE_PAGE_BYTES, anonymous
-from localrun.quant.model.source import ModelSource, TensorInfo
+from localrun.quant.model.source import SLICE_ROWS, ModelSource, TensorInfo
 
 _ELIGIBLE = re.compile(
     r"blk\.\d+\.(attn_q_a|attn_q_b|attn_kv|attn_output_a|attn_output_b|ffn_gate_shexp|ffn_up_shexp|ffn_down_shexp"
@@ -101,6 +101,34 @@ class _Placed:
             self.call(self.packed[slot : slot + 1], starts, rows, rows, source, target)
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedMatrix:
+    """Where a matrix's rows go, or those of one per group.
+
+    Attributes:
+        record: for `tensor.extra`.
+    """
+
+    matrix: PackedMatrix
+    packed: npt.NDArray[np.uint64]
+    record: npt.NDArray[np.int64]
+
+    @property
+    def takes_slices(self) -> bool:
+        """Rows may come in slices that begin at multiples of `SLICE_ROWS`; otherwise all at once."""
+        return self.packed.size == 1 or self.matrix.n_out % SLICE_ROWS == 0
+
+    def put(self, begin: int, rows: npt.NDArray[np.uint8]) -> None:
+        """Packs ggml rows of which the first is at byte `begin`; any thread, releases the interpreter lock."""
+        row_bytes = self.matrix.raw_bytes // self.matrix.n_out
+        address, first, left = int(rows.ctypes.data), begin // row_bytes, rows.size // row_bytes
+        while left:
+            group, row = divmod(first, self.matrix.n_out)
+            count = min(left, self.matrix.n_out - row)
+            self.matrix.pack_rows(address, row, count, int(self.packed[group]))
+            address, first, left = address + count * row_bytes, first + count, left - count
+
+
 class DenseMatrices:
     """A model's packed matrices. Owns their memory until `close`; filled at load, read by compiled code.
 
@@ -117,15 +145,12 @@ class DenseMatrices:
         self.scratch_bytes = 0
         self.n_bytes = 0
 
-    def add(
-        self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8], name: str = ""
-    ) -> npt.NDArray[np.int64]:
-        """Packs a matrix; returns its record for `tensor.extra`.
+    def place(self, kind: GGMLQuantizationType, shape: tuple[int, ...], name: str = "") -> PlacedMatrix:
+        """Room for a matrix, whose rows follow.
 
         Args:
-            kind: ggml type of `data`.
+            kind: ggml type of its rows.
             shape: ggml order (n_in, n_out) or (n_in, n_out, n_groups), as llama.cpp created the tensor.
-            data: ggml rows, flat.
             name: for `show`.
         """
         n_in, n_out, n_groups = shape[0], shape[1], math.prod(shape[2:])
@@ -133,15 +158,25 @@ class DenseMatrices:
         stride = align_up(matrix.packed_bytes, LINE_BYTES)
         base = self._room(stride * n_groups)
         packed = np.array([base + group * stride for group in range(n_groups)], np.uint64)
-        source = np.ascontiguousarray(data)
-        for group in range(n_groups):
-            matrix.pack(source.ctypes.data + group * matrix.raw_bytes, int(packed[group]))
         call = KernelCall([matrix.at(0)], n_threads=self._n_threads)
         record = dense_record(call, packed)
         self._placed.append(_Placed(name, call, packed, record))
         self.scratch_bytes = max(self.scratch_bytes, call.scratch_bytes)
         self.n_bytes += stride * n_groups
-        return record
+        return PlacedMatrix(matrix, packed, record)
+
+    def add(
+        self, kind: GGMLQuantizationType, shape: tuple[int, ...], data: npt.NDArray[np.uint8], name: str = ""
+    ) -> npt.NDArray[np.int64]:
+        """Places and packs a matrix; returns its record for `tensor.extra`.
+
+        Args:
+            kind, shape, name: see `place`.
+            data: ggml rows, flat.
+        """
+        placed = self.place(kind, shape, name)
+        placed.put(0, np.ascontiguousarray(data))
+        return placed.record
 
     def _room(self, n_bytes: int) -> int:
         """Address of memory for a matrix. Matrices share mappings that begin with a huge page: with one mapping each, the ends of

@@ -1,15 +1,17 @@
 """Loads a model's dense part into llama.cpp; our device takes the expert tensors, without data.
 
-llama.cpp gets metadata and a callback that fills dense tensors one by one (`llama_model_init_from_user`); expert tensors are
-placed in our device's weights buffer, which holds no data. This entry point does not check shapes against the file and creates
-optional tensors that the model lacks, so both are handled here.
+llama.cpp gets metadata and a callback that takes note of its tensors one by one (`llama_model_init_from_user`); dense ones are read
+afterwards, several at a time (`dense_reads.py`). Expert tensors are placed in our device's weights buffer, which holds no data. This
+entry point does not check shapes against the file and creates optional tensors that the model lacks, so both are handled here.
 """
 
 from __future__ import annotations
 
 import ctypes as C
 import math
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
+from localrun.offload.dense_reads import Bytes, WantedTensor, read_dense
 from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.setup import OffloadOptions
 from localrun.quant.model.shape import shape_of
@@ -84,13 +87,17 @@ def fill_model(
         raise error
     if not model:
         raise _refusal(source, options)
-    if unused := filler.unused():
+    try:
+        if unused := filler.unused():
+            raise UnsupportedModelError(
+                f"{source.path}: llama.cpp has no use for {len(unused)} of its tensors, such as {unused[0]}; ignoring"
+                " them would make its answers wrong",
+                hint="the file has a different architecture than it says, or is newer than this program",
+            )
+        filler.read()
+    except BaseException:
         llama_cpp.llama_model_free(model)
-        raise UnsupportedModelError(
-            f"{source.path}: llama.cpp has no use for {len(unused)} of its tensors, such as {unused[0]}; ignoring"
-            " them would make its answers wrong",
-            hint="the file has a different architecture than it says, or is newer than this program",
-        )
+        raise
     return model
 
 
@@ -137,7 +144,10 @@ def _refusal(source: ModelSource, options: OffloadOptions) -> LocalrunError:
 
 
 class _Filler:
-    """llama.cpp's callback: fills each tensor that it created. Errors are kept; after the first one nothing more is read."""
+    """llama.cpp's callback: notes where each tensor that it created goes; `read` then fills them, in an order that suits the drive.
+
+    Errors of the callback are kept; after the first one nothing more is looked at.
+    """
 
     def __init__(
         self,
@@ -151,7 +161,9 @@ class _Filler:
         self._in_memory = in_memory
         self._lib = library()
         self._n_dense = sum("_exps" not in name for name in source.tensors)
-        self._n_done = 0
+        self._n_admitted = 0
+        self._wanted: list[WantedTensor] = []
+        self._one_at_a_time = threading.Lock()
         self._asked: set[str] = set()
         self.error: BaseException | None = None
 
@@ -183,28 +195,54 @@ class _Filler:
         if weight is not None and expert_device().is_ours(address):
             self._adopt(address, weight)
             return
-        self._check_memory(info.n_bytes)
         if expert_device().is_ours(address):
-            expert_device().attach(address, self._dense.add(info.type, shape, self._source.read_tensor(name), name))
-        else:
-            self._set(address, name, self._source.read_tensor(name))
-            if tensor.data and self._lib.ggml_backend_buft_is_host(
-                self._lib.ggml_backend_buffer_get_type(tensor.buffer)
-            ):
-                self._in_memory(name, tensor.data)
-        self._n_done += 1
-        if self._options.progress is not None:
-            self._options.progress(self._n_done, self._n_dense)
+            placed = self._dense.place(info.type, shape, name)
+            expert_device().attach(address, placed.record)
+            self._wanted.append(WantedTensor(name, info.n_bytes, placed.put, placed.takes_slices))
+            return
+        self._check_size(address, name, info.n_bytes)
+        is_host = bool(tensor.data) and self._lib.ggml_backend_buft_is_host(
+            self._lib.ggml_backend_buffer_get_type(tensor.buffer)
+        )
+        put = partial(self._put_in_memory if is_host else self._put_on_device, address)
+        self._wanted.append(WantedTensor(name, info.n_bytes, put))
+        if is_host:
+            self._in_memory(name, tensor.data)
+
+    def read(self) -> None:
+        """Fills what the callback noted.
+
+        Raises:
+            As `fill_model`.
+        """
+        progress = self._options.progress
+        read_dense(
+            self._source,
+            self._wanted,
+            admit=self._admit,
+            progress=lambda done: progress(done, self._n_dense) if progress is not None else None,
+        )
+
+    def _put_in_memory(self, address: int, begin: int, data: Bytes) -> None:
+        self._lib.ggml_backend_tensor_set(address, data.ctypes.data, begin, data.nbytes)
+
+    def _put_on_device(self, address: int, begin: int, data: Bytes) -> None:
+        with self._one_at_a_time:  # backends need not allow several threads
+            self._lib.ggml_backend_tensor_set(address, data.ctypes.data, begin, data.nbytes)
+
+    def _admit(self, wanted: WantedTensor) -> None:
+        self._check_memory(wanted.n_bytes)
+        self._n_admitted += 1
 
     def _check_memory(self, n_bytes: int) -> None:
         """Refuses to read a tensor for which there is no RAM any more: the kernel would kill this process, or another one."""
         if self._options.available is None or n_bytes < _CHECKED_BYTES:
             return
         available = self._options.available()
-        # Read, converted and copied to where it stays: up to two of them at a time.
+        # Others are being read: room for one more.
         if available is not None and available < 2 * n_bytes + self._options.reserve_bytes // 4:
             raise BudgetError(
-                f"other programs have taken memory while {self._source.path.name} was loading: {self._n_done} of "
+                f"other programs have taken memory while {self._source.path.name} was loading: {self._n_admitted} of "
                 f"{self._n_dense} dense tensors were read, {format_size(available)} of RAM are left",
                 hint="close other programs, then try again",
             )
@@ -214,10 +252,13 @@ class _Filler:
         return sorted(self._source.tensors.keys() - self._asked - {"output.weight"})
 
     def _set(self, address: int, name: str, data: np.ndarray[Any, Any]) -> None:
-        expected = self._lib.ggml_nbytes(address)
-        if data.nbytes != expected:
-            raise FormatError(f"{self._source.path}: {name} has {data.nbytes} bytes, llama.cpp expects {expected}")
+        self._check_size(address, name, data.nbytes)
         self._lib.ggml_backend_tensor_set(address, data.ctypes.data, 0, data.nbytes)
+
+    def _check_size(self, address: int, name: str, n_bytes: int) -> None:
+        expected = self._lib.ggml_nbytes(address)
+        if n_bytes != expected:
+            raise FormatError(f"{self._source.path}: {name} has {n_bytes} bytes, llama.cpp expects {expected}")
 
     def _fill_optional(self, address: int, name: str) -> None:
         """Tensors that `llama_model_init_from_user` creates although the model has none: neutral values."""

@@ -78,15 +78,15 @@ def test_a_missing_tensor_is_named(source: ModelSource) -> None:
 def test_a_read_that_fails_reaches_the_caller_and_a_later_load_works(
     source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = source.read_tensor
+    reading = source.dense_reading
 
-    def fail(name: str) -> object:
+    def fail(name: str, slice_bytes: int) -> object:
         if name == "output_norm.weight":
             raise StoreError("model.gguf: Input/output error")
-        return read(name)
+        return reading(name, slice_bytes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(source, "read_tensor", fail)
+        patch.setattr(source, "dense_reading", fail)
         with pytest.raises(StoreError, match="Input/output error"):
             open_offloaded(source, OffloadOptions())
     with open_offloaded(source, OffloadOptions()) as model:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from localrun.alignment import ceil_div
 from localrun.offload.kernels import generic
 from localrun.offload.kernels.cpu import level
 from localrun.offload.kernels.exact import exact_rows
@@ -82,6 +83,15 @@ class PackedMatrix:
             pack_matrix(self.type, raw, self.raw_bytes // self.n_out, self.n_out, target)
         else:
             ctypes.memmove(target, raw, self.raw_bytes)
+
+    def pack_rows(self, raw: int, first: int, count: int, target: int) -> None:
+        """Packs rows `first..first + count`, at address `raw`, of the matrix at `target`; `first` is a multiple of 16."""
+        row_bytes = self.raw_bytes // self.n_out
+        if self.interleaved:
+            place = target + first // 16 * (self.packed_bytes // ceil_div(self.n_out, 16))
+            pack_matrix(self.type, raw, row_bytes, count, place)
+        else:
+            ctypes.memmove(target + first * row_bytes, raw, count * row_bytes)
 
     def unpack(self, packed: int, raw: int) -> None:
         """The inverse of `pack`."""

@@ -7,7 +7,7 @@ weights run immediately, at the cost of a shuffle on every expert read, and with
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,18 @@ from gguf import GGMLQuantizationType
 from localrun.errors import CheckpointError
 from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, TensorPart, make_plan
-from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
+from localrun.quant.model.source import (
+    PROJECTIONS,
+    Bytes,
+    DenseReading,
+    DenseSlice,
+    Encoding,
+    Extent,
+    MoeLayer,
+    Projection,
+    TensorInfo,
+    slice_rows,
+)
 
 _SLICE_BYTES = 16 << 20
 """Source bytes that one thread decodes at a time, to keep copies small compared with the result."""
@@ -32,6 +43,33 @@ def _fp8_experts(dense: GGMLQuantizationType) -> GGMLQuantizationType:
     """Types that experts in FP8 can be read as by the store."""
     exact = dense in (GGMLQuantizationType.BF16, GGMLQuantizationType.F32)
     return GGMLQuantizationType.BF16 if exact else GGMLQuantizationType.Q8_0
+
+
+class _PartReading:
+    """Implements `DenseReading`: decodes rows of a tensor of the checkpoint."""
+
+    def __init__(self, files: Sequence[Path], part: TensorPart, slice_bytes: int) -> None:
+        self.files = files
+        self._part = part
+        row_bytes = part.output_bytes(1)
+        step = slice_rows(row_bytes, slice_bytes)
+        self.slices = []
+        for first in range(0, part.n_out, step):
+            n_rows = min(step, part.n_out - first)
+            weight, scale = part.extents(first, n_rows)
+            extents = (weight,) if scale is None else (weight, scale)
+            is_last = first + n_rows == part.n_out
+            self.slices.append(DenseSlice(extents, first * row_bytes, n_rows * row_bytes, n_rows, is_last))
+
+    def rows(self, slice_: DenseSlice, raw: Sequence[Bytes], room: Callable[[int], Bytes]) -> Bytes:
+        where = f"{self.files[slice_.extents[0].file]}: {self._part.source.spec.name}"
+        out = room(slice_.n_bytes)[: slice_.n_bytes]
+        scale = raw[1] if len(raw) > 1 else np.empty(0, np.uint8)
+        self._part.convert(slice_.n_rows, raw[0], scale, out, where)
+        return out
+
+    def check(self, digest: Callable[[], str]) -> None:
+        """A checkpoint has no checksums."""
 
 
 class CheckpointSource:
@@ -135,6 +173,11 @@ class CheckpointSource:
             for _ in pool.map(lambda first: self._decode(part, first, min(step, part.n_out - first), out), starts):
                 pass
         return out
+
+    def dense_reading(self, name: str, slice_bytes: int) -> DenseReading:
+        """How to read the same bytes in slices."""
+        (part,) = self._plan.tensors[name].parts
+        return _PartReading(self.files, part, slice_bytes)
 
     def _decode(self, part: TensorPart, first: int, count: int, out: npt.NDArray[np.uint8]) -> None:
         weight, scale = part.extents(first, count)

@@ -12,8 +12,9 @@ llama.cpp can't tie them without a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,18 @@ from localrun.quant.model.manifest import (
     refuse_unfinished_conversion,
 )
 from localrun.quant.model.shape import ModelShape
-from localrun.quant.model.source import PROJECTIONS, Encoding, Extent, MoeLayer, Projection, TensorInfo
+from localrun.quant.model.source import (
+    PROJECTIONS,
+    Bytes,
+    DenseReading,
+    DenseSlice,
+    Encoding,
+    Extent,
+    MoeLayer,
+    Projection,
+    TensorInfo,
+    slice_rows,
+)
 from localrun.quant.unfinished import refuse_holes, refuse_unfinished
 from localrun.quant.zeros import refuse_torn, refuse_zero_norm
 from localrun.reading import read_fully
@@ -202,21 +214,36 @@ class GgufSource:
         extent = self.tensor_extent(name)
         array = np.empty(extent.n_bytes, dtype=np.uint8)
         _read_exactly(self._files[extent.file], extent.offset, array.data, name)
-        if self._manifest is not None and not self._unchecked:
-            promised = self._manifest.tensors.get(self._where[name][1].info.name)
-            if promised is not None and checksum(array.data) != promised:
-                raise _differs(self._files[extent.file], name)
-        elif self._manifest is None:
-            self._refuse_zeros(name, array, extent.offset)
+        promised = self.promised(name)
+        if promised is not None and checksum(array.data) != promised:
+            raise _differs(self._files[extent.file], name)
+        self.refuse_zeros(name, array, extent.offset)
         stored = self._presented.stored.get(name)
         return array if stored is None else converted(self._files[extent.file], stored, array)
 
-    def _refuse_zeros(self, name: str, array: npt.NDArray[np.uint8], offset: int) -> None:
+    def dense_reading(self, name: str, slice_bytes: int) -> DenseReading | None:
+        """How to read the same bytes in slices; None for those that are stored in another type."""
+        if name in self._presented.stored:
+            return None
+        return _TensorReading(self, name, slice_bytes)
+
+    def promised(self, name: str) -> str | None:
+        """A dense tensor's checksum, if reading compares it."""
+        if self._manifest is None or self._unchecked:
+            return None
+        return self._manifest.tensors.get(self._where[name][1].info.name)
+
+    def refuse_zeros(self, name: str, array: Bytes, offset: int) -> None:
+        """Raises FormatError for zeros in place of weights, in a file without checksums: whole rows from `offset` on."""
+        if self._manifest is None:
+            self._refuse_zeros(name, array, offset)
+
+    def _refuse_zeros(self, name: str, array: Bytes, offset: int) -> None:
         index, tensor = self._where[name]
         where = f"{self._files[index]}: {name}"
         if name.endswith("norm.weight"):
             refuse_zero_norm(where, array)
-        refuse_torn(where, array, array.size // int(np.prod(tensor.info.shape[1:], dtype=np.int64)), offset)
+        refuse_torn(where, array, tensor.info.n_bytes // prod(tensor.info.shape[1:]), offset)
 
     def tensor_extent(self, name: str) -> Extent:
         """Location of a tensor's bytes in the file, regardless of the presented type (including stacks of experts)."""
@@ -361,6 +388,33 @@ class GgufSource:
             finally:
                 os.close(fd)
         return digest.hexdigest()
+
+
+class _TensorReading:
+    """Implements `DenseReading`: rows as they are in the file."""
+
+    def __init__(self, source: GgufSource, name: str, slice_bytes: int) -> None:
+        self._source, self._name = source, name
+        extent, shape = source.tensor_extent(name), source.tensors[name].shape
+        n_rows = prod(shape[1:])
+        row_bytes = extent.n_bytes // n_rows
+        step = slice_rows(row_bytes, slice_bytes)
+        self.files = source.files
+        self.slices = []
+        for first in range(0, n_rows, step):
+            count = min(step, n_rows - first)
+            begin, n_bytes = first * row_bytes, count * row_bytes
+            part = Extent(extent.file, extent.offset + begin, n_bytes)
+            self.slices.append(DenseSlice((part,), begin, n_bytes, count, first + count == n_rows))
+
+    def rows(self, slice_: DenseSlice, raw: Sequence[Bytes], room: Callable[[int], Bytes]) -> Bytes:
+        self._source.refuse_zeros(self._name, raw[0], slice_.extents[0].offset)
+        return raw[0]
+
+    def check(self, digest: Callable[[], str]) -> None:
+        promised = self._source.promised(self._name)
+        if promised is not None and digest() != promised:
+            raise _differs(self.files[self.slices[0].extents[0].file], self._name)
 
 
 class _PlainValues(Mapping[str, object]):

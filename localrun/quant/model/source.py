@@ -9,15 +9,20 @@ Knows nothing about caches, threads or inference; `localrun.offload.cache.store`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import gcd, lcm
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
+
+from localrun.alignment import PAGE_BYTES
+
+Bytes = npt.NDArray[np.uint8]
 
 PROJECTIONS = ("gate", "up", "down")
 """Order of an expert's matrices everywhere in localrun; the official names are w1, w3, w2."""
@@ -82,6 +87,71 @@ class Projection:
     extents: tuple[Extent, ...]
     n_bytes: int
     checksum: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSlice:
+    """Some rows of a dense tensor.
+
+    Attributes:
+        extents: what to read, in files of the `DenseReading`.
+        begin, n_bytes: their place among the tensor's ggml bytes.
+        n_rows: number of rows.
+        is_last: the tensor ends with them.
+    """
+
+    extents: tuple[Extent, ...]
+    begin: int
+    n_bytes: int
+    n_rows: int
+    is_last: bool
+
+
+class DenseReading(Protocol):
+    """How a dense tensor is read in slices, by anyone who reads faster than one range after the other. Any thread."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Files that extents point into."""
+        ...
+
+    @property
+    def slices(self) -> Sequence[DenseSlice]:
+        """In order, without gaps; each but the last begins and ends at a multiple of `SLICE_ROWS` rows."""
+        ...
+
+    def rows(self, slice_: DenseSlice, raw: Sequence[Bytes], room: Callable[[int], Bytes]) -> Bytes:
+        """The slice's ggml bytes, looked at for damage.
+
+        Args:
+            raw: bytes of its extents.
+            room: a buffer of at least so many bytes, for those that need one.
+
+        Raises:
+            FormatError: a value that the type can't hold, or zeros in place of weights.
+        """
+        ...
+
+    def check(self, digest: Callable[[], str]) -> None:
+        """Compares the whole tensor with its checksum, if it has one.
+
+        Args:
+            digest: xxh3_64 of its bytes in the file, in hex.
+
+        Raises:
+            ChecksumError: it differs.
+        """
+        ...
+
+
+SLICE_ROWS = 128
+"""Blocks of FP8 scales have so many rows; interleaved kernels take 16."""
+
+
+def slice_rows(row_bytes: int, most_bytes: int) -> int:
+    """Rows per slice of at most `most_bytes`, if possible: a multiple of `SLICE_ROWS`, and whole pages of the result."""
+    unit = lcm(PAGE_BYTES // gcd(row_bytes, PAGE_BYTES), SLICE_ROWS)
+    return max(1, most_bytes // (row_bytes * unit)) * unit
 
 
 ExpertTypes = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
@@ -159,6 +229,10 @@ class ModelSource(Protocol):
         Raises:
             StoreError: the file can't be read or is shorter than its header says.
         """
+        ...
+
+    def dense_reading(self, name: str, slice_bytes: int) -> DenseReading | None:
+        """How to read the same bytes in slices of about `slice_bytes`; None: only `read_tensor` has them."""
         ...
 
     def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:

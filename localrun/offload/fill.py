@@ -1,8 +1,9 @@
 """Loads a model's dense part into llama.cpp; our device takes the expert tensors, without data.
 
-llama.cpp gets metadata and a callback that takes note of its tensors one by one (`llama_model_init_from_user`); dense ones are read
-afterwards, several at a time (`dense_reads.py`). Expert tensors are placed in our device's weights buffer, which holds no data. This
-entry point does not check shapes against the file and creates optional tensors that the model lacks, so both are handled here.
+llama.cpp gets metadata and a callback that takes note of its tensors one by one (`llama_model_init_from_user`); dense ones are
+read afterwards, several at a time (`dense_reads.py`). Expert tensors are placed in our device's weights buffer, which holds no
+data. This entry point does not check shapes against the file and creates optional tensors that the model lacks, so both are
+handled here.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import DiskSpaceError, StoreError
+from localrun.pages import HUGE_PAGE_BYTES, anonymous
 from localrun.reading import read_fully
 
 _CACHESTAT = 451
@@ -43,17 +43,24 @@ def _drop_cache(fd: int, offset: int = 0, n_bytes: int = 0) -> None:
 
 
 class AlignedBuffer:
-    """A page-aligned buffer that grows. Owned by one thread; arrays that `array` returned are invalid after it grew."""
+    """A page-aligned buffer that grows. Owned by one thread; arrays that `array` returned are invalid after it grew.
+
+    Large ones are in huge pages: reading past the page cache into small ones costs three times the CPU time (2 MiB reads, Zen 4).
+    """
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
+        self._memory = np.empty(0, np.uint8)
 
     def array(self, n_bytes: int) -> npt.NDArray[np.uint8]:
         """At least `n_bytes` bytes, rounded up to whole pages, contents undefined."""
         size = max(PAGE_BYTES, align_up(n_bytes, PAGE_BYTES))
-        if self._memory is None or len(self._memory) < size:
-            self._memory = mmap.mmap(-1, size)
-        return np.frombuffer(self._memory, np.uint8)
+        if self._memory.size < size:
+            page = HUGE_PAGE_BYTES if size >= HUGE_PAGE_BYTES else PAGE_BYTES
+            size = align_up(size, page)
+            memory = np.frombuffer(anonymous(size + page), np.uint8)
+            head = -memory.ctypes.data % page
+            self._memory = memory[head : head + size]
+        return self._memory
 
 
 def _open_direct(path: Path, flags: int) -> int | None:

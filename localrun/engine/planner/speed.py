@@ -82,7 +82,8 @@ company 0.85 and 0.87."""
 
 PACK_WEIGHTS_PER_CORE = 16e9
 """Weights per second of one core that arranges experts it has read for the kernels, on the cores that compute. [m] One Zen 4 core,
-the thread's own time: MXFP4 17.5e9, Q2_K 14.2e9."""
+the thread's own time, with the code of the recorded runs: MXFP4 17.5e9, Q2_K 14.2e9. Reading rows in order takes 1 / 1.2 and
+1 / 2.4 of that, which no whole run has been recorded with: two bits may be planned some 20 ms too slow."""
 
 INSIDE = {"dense model in RAM": 0.775}
 """Rate inside a token, relative to what the probe of a single kernel gives: threads wake for each matrix, shapes differ, and reads

@@ -140,6 +140,15 @@ OPTIONS: tuple[Option, ...] = (
         where=_FLAG,
     ),
     Option(
+        name="keep_dense",
+        table="engine",
+        kind=OptionKind.SIZE,
+        field="keep_dense_bytes",
+        default=40 << 30,
+        help="official checkpoints only: most space in the cache folder for dense matrices that were converted when loading, of"
+        " the last two models; the next start only reads them; 0B: none",
+    ),
+    Option(
         name="mirror",
         table="engine",
         kind=OptionKind.PATH,

@@ -38,6 +38,7 @@ class LoadOptions(Limits, total=False):
     gpu: str
     rpc: str
     mirror: str
+    keep_dense: Size
 
 
 class AnswerOptions(TypedDict, total=False):

@@ -268,7 +268,9 @@ def check_folder(name: str, folder: Path) -> CheckResult:
         )
     free = shutil.disk_usage(folder).free
     verdict: Verdict = "warn" if free < LOW_DISK_BYTES else "ok"
-    return CheckResult(f"{name} folder", verdict, f"{folder}, {format_size(free)} free")
+    dense = sum(file.stat().st_size for file in folder.glob("dense/*/dense.gguf")) if name == "cache" else 0
+    kept = f", {format_size(dense)} of converted dense matrices" if dense else ""
+    return CheckResult(f"{name} folder", verdict, f"{folder}, {format_size(free)} free{kept}")
 
 
 def check_kernels(*, warm: bool, status: Callable[[str], None]) -> CheckResult:

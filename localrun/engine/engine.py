@@ -47,6 +47,7 @@ from localrun.offload.memory_watch import reserve_bytes
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
 from localrun.options import check_fields
 from localrun.paths import cache_dir
+from localrun.quant.convert.dense_cache import DenseCache
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import dense_type, open_model
 
@@ -111,12 +112,14 @@ class Engine:
         progress: LoadProgress | None = None,
         *,
         announce: Callable[[Plan], None] | None = None,
+        note: Callable[[str], None] | None = None,
         learn: bool = True,
     ) -> Engine:
         """Loads a converted directory, a llama.cpp GGUF or an official checkpoint, experts on our device.
 
         Args:
             announce: called with the plan before any weight is read.
+            note: called with what the user should know about this load besides.
             learn: use and update the model's routing profile; not for measurements on synthetic tokens.
 
         Raises:
@@ -138,7 +141,7 @@ class Engine:
             first = _first_context(sizes, options, placement, n_ctx)
             try:
                 plan, loaded = cls._load(
-                    source, sizes, options, machine, placement, batch, report, announce, first, learn=learn
+                    source, sizes, options, machine, placement, batch, report, announce, note, first, learn=learn
                 )
                 break
             except GpuMemoryError as error:
@@ -170,6 +173,7 @@ class Engine:
         batch: BatchChoice | None,
         report: Callable[[float, str], None],
         announce: Callable[[Plan], None] | None,
+        note: Callable[[str], None] | None,
         first: FirstContext | None,
         *,
         learn: bool,
@@ -190,6 +194,8 @@ class Engine:
             adaptive=options.adaptive,
             probe=True,
             profile_folder=cache_dir() / "profiles" if learn else None,
+            dense_cache=DenseCache(cache_dir() / "dense", options.keep_dense_bytes),
+            note=note,
             available=memory.available_memory,
             reserve_bytes=reserve_bytes(memory.total_memory() or 0),
             progress=lambda done, total: report(

@@ -36,6 +36,7 @@ class EngineOptions:
         n_batch: maximum tokens per forward pass during prefill; 0: chosen by the plan (`planner/batch.py`).
         kv_type: number format of the KV cache, one of `KV_TYPES`.
         dense: type that an official checkpoint's FP8 dense matrices are converted to, by name; None: `q8_0`. Only for those.
+        keep_dense_bytes: most space in the cache folder for official checkpoints' dense matrices as they were converted; 0: none.
         math: arithmetic of the experts: int8 activations (fast) or exact float32 (for comparisons).
         cache_in_ram: the KV cache is not on the GPU although the layers are; a load decides that.
         mirror: a second copy of the model, ideally on another drive; experts are read from both.
@@ -52,6 +53,7 @@ class EngineOptions:
     n_batch: int = BY_NAME["batch"].default
     kv_type: str = BY_NAME["kv"].default
     dense: str | None = None
+    keep_dense_bytes: int = 0
     math: Literal["int8", "f32"] = "int8"
     cache_in_ram: bool = False
     mirror: str | None = None

@@ -24,9 +24,10 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
 from localrun.offload.dense import DenseMatrices, dense_pattern, dense_tensors
-from localrun.offload.dense_reads import Bytes, WantedTensor, read_dense
+from localrun.offload.dense_reads import Bytes, Keeper, WantedTensor, read_dense
 from localrun.offload.device.device import EXPERT_TENSORS, Weight, expert_device
 from localrun.offload.setup import OffloadOptions
+from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import PROJECTIONS, ModelSource
 from localrun.units import format_size
@@ -216,12 +217,37 @@ class _Filler:
         Raises:
             As `fill_model`.
         """
+        source, cache, note = self._source, self._options.dense_cache, self._options.note
+        if cache is None or not isinstance(source, CheckpointSource):
+            self._read()
+            return
+        copy = cache.find(source)
+        if copy is not None:
+            with copy:
+                is_whole = self._read(copy=copy.source)
+            if not is_whole:
+                copy.discard()
+            return
+        keeper = cache.keep(source)
+        if keeper is None:
+            self._read()
+            return
+        if note is not None:
+            note(keeper.text)
+        try:
+            self._read(keeper=keeper)
+        finally:
+            keeper.close()
+
+    def _read(self, copy: ModelSource | None = None, keeper: Keeper | None = None) -> bool:
         progress = self._options.progress
-        read_dense(
+        return read_dense(
             self._source,
             self._wanted,
             admit=self._admit,
             progress=lambda done: progress(done, self._n_dense) if progress is not None else None,
+            copy=copy,
+            keeper=keeper,
         )
 
     def _put_in_memory(self, address: int, begin: int, data: Bytes) -> None:

@@ -27,6 +27,7 @@ from localrun.offload.gpu.stream_probe import measure, unpackers
 from localrun.offload.gpu.tier import GpuTier
 from localrun.offload.kernels import FfnKernel, FfnSpec, make_kernel
 from localrun.offload.residency import floor_bytes, largest_slot
+from localrun.quant.convert.dense_cache import DenseCache
 from localrun.quant.model.shape import shape_of
 from localrun.quant.model.source import ModelSource
 from localrun.units import format_size
@@ -67,6 +68,8 @@ class OffloadOptions:
             second), and not at all where that gains nothing; else by these times of any expert.
         mirror: a second copy of the model on another drive, read in parallel.
         adaptive: answer a miss from the base's smaller copy and read the better one later; the same seed may give different tokens.
+        dense_cache: keeps an official checkpoint's dense part as it was converted, for the next start; None: nothing does.
+        note: called with a line for the user about that.
         available: RAM that can be allocated without swapping or being killed, if known: experts are given back while it is less
             than `reserve_bytes`; None: nobody looks.
         progress: called with (tensors loaded, tensors in all) while dense tensors are read.
@@ -87,6 +90,8 @@ class OffloadOptions:
     stream: StreamCosts | None = None
     mirror: Path | None = None
     adaptive: bool = False
+    dense_cache: DenseCache | None = None
+    note: Callable[[str], None] | None = None
     available: Callable[[], int | None] | None = None
     reserve_bytes: int = 0
     progress: Callable[[int, int], None] | None = None

@@ -135,7 +135,10 @@ class Host:
                 lines = tuple(plan.lines())
                 self._send(Loading(request=command.request, progress=0.0, text="reading the model", plan=lines))
 
-        engine = Engine.open(command.path, command.options, progress, announce=announce)
+        def note(text: str) -> None:
+            self._send(Loading(request=command.request, progress=0.0, text="reading the model", plan=(text,)))
+
+        engine = Engine.open(command.path, command.options, progress, announce=announce, note=note)
         try:
             self._send(Loading(request=command.request, progress=0.97, text="preparing the context"))
             snapshots = SnapshotStore(cache_dir() / "snapshots", engine.state_key)

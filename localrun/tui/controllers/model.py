@@ -209,7 +209,7 @@ class ModelSwitch:
         if not self.loading:
             self.loading, self.facts, self.plan_lines = True, None, ()
             self._changed()
-        self.plan_lines = event.plan or self.plan_lines
+        self.plan_lines += event.plan
         self._loading_text, self._loading_progress = event.text, event.progress
         self._show_progress()
 

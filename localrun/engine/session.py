@@ -28,6 +28,7 @@ from localrun.engine.steering import Steering, log_probabilities, most_likely
 from localrun.errors import (
     ContextFullError,
     DecodeError,
+    FormatError,
     LocalrunError,
     StoppedError,
     UsageError,
@@ -202,13 +203,17 @@ class Session:
             return held
         saved = self._snapshots.longest_prefix(prompt) if self._snapshots is not None else None
         if saved is not None:
+            n_tokens, state = saved
             try:
-                self.restore(saved[1])
-                return self.position
+                self.restore(state)
+                # The store found it by its file's name; what it continues is in the file.
+                if self._tokens != prompt[:n_tokens]:
+                    raise FormatError("the session snapshot is another conversation's")
+                return n_tokens
             except LocalrunError as error:
                 log.warning("ignoring a saved state: %s", error)
                 assert self._snapshots is not None
-                self._snapshots.drop(saved[0], prompt)
+                self._snapshots.drop(n_tokens, prompt)
         self.reset()
         return 0
 

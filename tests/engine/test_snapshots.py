@@ -283,6 +283,34 @@ def test_damaged_state_is_dropped_and_the_prompt_computed(engine: Engine, tmp_pa
     again.close()
 
 
+@pytest.mark.parametrize("memory_bytes", [snapshots.MEMORY_BYTES, 0])
+def test_a_state_under_another_conversation_s_name_is_dropped_and_the_prompt_computed(
+    engine: Engine, tmp_path: Path, memory_bytes: int
+) -> None:
+    """A file that was copied or renamed: its checksum and its model are right."""
+    other, folder = [PROMPT[0] ^ 1, *PROMPT[1:100]], tmp_path / engine.state_key
+    store = SnapshotStore(tmp_path, engine.state_key, memory_bytes=memory_bytes)
+    with engine.session(snapshots=store) as session:
+        for tokens in (other, PROMPT[:100]):
+            session.reset()
+            session.feed(tokens)
+            assert session.save()
+        session.feed(PROMPT[100:])
+        expected = answered(session)
+    store.close()
+    files = {tokens[0]: folder / snapshots._file_name(snapshots._name(tokens)) for tokens in (other, PROMPT[:100])}
+    files[PROMPT[0]].write_bytes(files[other[0]].read_bytes())
+    again = SnapshotStore(tmp_path, engine.state_key, memory_bytes=memory_bytes)
+    with engine.session(snapshots=again) as session:
+        assert session.prefill(PROMPT) == 0
+        assert list(session.tokens) == PROMPT
+        # Not the same batches, so not the same bits.
+        np.testing.assert_allclose(answered(session), expected, atol=1e-3)
+        assert not files[PROMPT[0]].exists()
+        assert files[other[0]].exists()
+    again.close()
+
+
 @pytest.mark.parametrize("kv_type", OWN_KV_TYPES)
 def test_a_large_state_is_never_in_memory_and_gives_the_same_logits(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_type: str

@@ -214,6 +214,39 @@ def test_what_is_read_ahead_is_in_place_before_a_call_asks_for_it(tmp_path: Path
         assert posted == 0
 
 
+@pytest.mark.parametrize("fails_to_read", [False, True])
+def test_what_compiled_code_gives_up_python_computes_and_counts_once_unless_reading_fails(
+    model_path: Path, gpu: GpuDevice, monkeypatch: pytest.MonkeyPatch, fails_to_read: bool
+) -> None:
+    source, process = open_model(model_path), expert_device().process
+    refuse = C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_void_p)(lambda backend, graph: -1)
+    with open_offloaded(source, little(some_on(source, gpu, 20))) as model:
+        filled(model)
+        uses = model.pool.residency.table.uses
+        before = uses.copy()
+        expected = logits(model, SOME, batch=1)
+        expected_uses, before = uses - before, uses.copy()
+        tier = model.pool.residency.gpu
+        assert tier is not None
+        assert tier.slots[0]._record is not None
+        fields = tier.slots[0]._record.fields
+        working, entered = fields.copy(), process.n_entered
+        fields[DEVICE.compute] = C.cast(refuse, C.c_void_p).value or 0
+        if fails_to_read:
+            with monkeypatch.context() as patch:
+                Held(patch, model, fail=True).go.set()
+                with pytest.raises(StoreError, match="Input/output error"):
+                    logits(model, SOME, batch=1)
+            assert process.n_entered == entered, "nothing is computed once more for a call that has failed"
+        else:
+            np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+            assert process.n_entered > entered
+            assert (uses - before).tolist() == expected_uses.tolist()
+        fields[:] = working
+        assert is_clean(model)
+        np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+
+
 def test_while_experts_are_missing_every_call_of_a_token_looks_ahead(tmp_path: Path) -> None:
     source = open_model(write_model(tmp_path))
     n_tokens, n_layers = 12, len(source.moe_layers)

@@ -394,6 +394,27 @@ def _run_missing(
 
 
 @nb.njit
+def _give_back(process: int, layer: int, n_hits: int, counted_in_ram: bool, counted_missing: bool) -> int:
+    """Leaves a call that was counted to Python, which counts it anew, once its experts are fetched; or what it fails with.
+
+    Args:
+        n_hits: hits that were counted.
+        counted_in_ram: the uses of experts in RAM were, not only those on GPUs.
+        counted_missing: those of experts that were missing.
+    """
+    answer = _settle(process)
+    if answer != 0:
+        return int(answer)
+    add(get(layer, LAYER.telemetry), _HITS, -n_hits)
+    counts, uses, gpu = get(process, PROCESS.counts), get(layer, LAYER.uses), get(layer, LAYER.gpu)
+    for e in range(get(layer, LAYER.n_experts)):
+        n = load_i32(counts + e * 4)
+        if gpu_native.is_on_gpu(gpu, e) or (n > 0 and counted_in_ram) or (n < 0 and counted_missing):
+            store_i64(uses + e * 8, load_i64(uses + e * 8) - abs(n))
+    return _NOT_DONE
+
+
+@nb.njit
 def _is_last(process: int, graph: int, end: int, n_nodes: int) -> bool:
     """Nothing is computed from node `end` on: other names for bytes that are there."""
     for index in range(end, n_nodes):
@@ -468,7 +489,8 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         if not gpu_native.start(gpu, n_launches, in_ram(process, x), load_i64(x + NB + 16), x_there, out_there):
             if is_posted:
                 miss_native.give_up(misses)
-            return _NOT_DONE
+                put(process, PROCESS.unsettled, misses)
+            return _give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, is_posted, False)
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
                 store_u8(get(process, PROCESS.taken) + k, 1)
@@ -496,7 +518,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         if not all_near or n_near > 1:
             share = 0 if all_near else in_ram(process, total)
             if not gpu_native.join(gpu, n_launches, n_near, share, total):
-                return _NOT_DONE
+                return _give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, n_in_ram > 0, True)
     ended = _now_ns(process)
     add(row, _CALLS, 1)
     add(row, _TOKENS, n_tokens)

@@ -103,9 +103,8 @@ def settle(misses: int) -> int:
 
 @nb.njit
 def give_up(misses: int) -> None:
-    """Nothing of the running call will be computed: waits until the fetching thread is done with it."""
+    """Nothing of the running call will be computed: the fetching thread need not wait for that. `settle` must follow."""
     put(misses, MISSES.computed, _GIVEN_UP)
-    settle(misses)
 
 
 @cached_jit(nogil=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from localrun.quant.checkpoint.directory import Checkpoint
     from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
     from localrun.quant.convert.writing import ConversionProgress, ConversionResult
+    from localrun.quant.model.manifest import Manifest
     from localrun.quant.precision.solver import PrecisionSolution
 
 DENSE_DEFAULT = "q8_0"
@@ -174,27 +175,30 @@ def run(wanted: Request, out: Follower) -> None:
     options = precision.format_options(wanted, DENSE_DEFAULT)
     if not (wanted.target_folder / MANIFEST_NAME).is_file():
         return _convert(wanted, options, jobs, out)
+    _check_evaluation(wanted)
     if not wanted.dry_run:
         remove_leftovers(wanted.target_folder)
     if wanted.keep_experts:
         _follow_moved_source(wanted, out)
-        if not options.hot and not (wanted.target_folder / LEARNED_NAME).is_dir():
-            out.finished(wanted.target_folder)
-            return
+    if options.remove_overlay:
+        return _remove_overlay(wanted, options, out)
     # An overlay alone can be restarted; a target's choices must fit the existing base.
-    if (wanted.target_folder / LEARNED_NAME).is_dir() and not options.hot and not options.remove_overlay:
+    if (wanted.target_folder / LEARNED_NAME).is_dir() and not options.hot:
         return _complete(wanted, options, jobs, out)
-    if wanted.split is not None and splitting.is_waiting(wanted.source, wanted.target_folder) and not wanted.dry_run:
-        splitting.split(wanted.target_folder, wanted.split, out)
+    if wanted.keep_experts and not options.hot:
+        return _leave_kept(wanted, options, out)
+    if wanted.split is not None and splitting.is_waiting(wanted.source, wanted.target_folder):
+        if wanted.dry_run:
+            out.note(f"dry run: nothing written; files would have at most {format_size(wanted.split)}")
+        else:
+            splitting.split(wanted.target_folder, wanted.split, out)
         if not options.hot:
-            out.finished(wanted.target_folder)
-            return
+            return _finish(wanted, options, None, wanted.target_folder, out)
     return _change_overlay(wanted, options, jobs, out)
 
 
 def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
     """Everything from a checkpoint."""
-    from localrun.api.texts import read_text
     from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import make_plan
     from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
@@ -217,9 +221,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     out.planned(plan, options)
     if wanted.split is not None:
         splitting.check(plan, wanted.split, out)
-    if wanted.evaluate is not None:
-        read_text(wanted.evaluate)
-    precision.evaluation_types(wanted, open_model(wanted.source).moe_layers if wanted.evaluate_types else {})
+    _check_evaluation(wanted)
     if wanted.dry_run:
         # Show the plan first, even if the disk turns out to be too small.
         out.checked(plan)
@@ -235,6 +237,17 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     result = write_plan(plan, wanted.target_folder, jobs=jobs, progress=out.progress("base"))
     out.wrote(result)
     return _after_base(wanted, options, checkpoint, choice, result, jobs, out)
+
+
+def _check_evaluation(wanted: Request) -> None:
+    """Before hours of work. Raises UsageError: no text, unknown formats, or nothing to compare with."""
+    from localrun.api.texts import read_text
+    from localrun.quant.open import open_model
+
+    if wanted.evaluate is not None:
+        read_text(wanted.evaluate)
+    layers = open_model(wanted.source).moe_layers if wanted.evaluate is not None else {}
+    precision.evaluation_types(wanted, layers)
 
 
 def _choose(
@@ -334,6 +347,10 @@ def _complete(wanted: Request, options: FormatOptions, jobs: int, out: Follower)
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     checkpoint = open_overlay_source(wanted.source, folder)
     plan = make_plan(checkpoint, _conversion_options(wanted, options))
+    if wanted.dry_run:
+        out.note("dry run: nothing written; the base is finished, and the conversion would continue from there")
+        out.finished(None)
+        return
     choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
     changes = describe_changes(
         {"options": manifest.options, "identity": manifest.source.get("identity"), "source": str(checkpoint.path)},
@@ -365,11 +382,7 @@ def _follow_moved_source(wanted: Request, out: Follower) -> None:
     folder, manifest = wanted.target_folder, read_base(wanted.target_folder)
     if manifest.kept is None:
         raise UsageError(f"{folder} holds a model that includes its experts", hint="choose another directory")
-    if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
-        raise UsageError(
-            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
-            hint="leave out --dense, or choose another directory",
-        )
+    _check_formats(wanted, None, manifest)
     checkpoint = open_checkpoint(wanted.source)
     check_source(manifest, checkpoint)
     kept = kept_experts(checkpoint)
@@ -382,20 +395,73 @@ def _follow_moved_source(wanted: Request, out: Follower) -> None:
         out.note(f"{folder}: experts are now read from {kept.path}")
 
 
-def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
-    """Replaces or removes the overlay of a finished model; the base is unchanged."""
-    from localrun.engine.measure.choose import check_precision_request
-    from localrun.quant.checkpoint.mapping import BASE_TYPES
-    from localrun.quant.convert.overlay import open_overlay_source, read_base, remove_overlay, write_overlay
+def _check_formats(wanted: Request, options: FormatOptions | None, manifest: Manifest) -> None:
+    """Raises UsageError: the finished model has other formats than these options name."""
     from localrun.quant.open import open_model
 
     folder = wanted.target_folder
-    if options.remove_overlay:
+    if options is not None and options.base is not None:
+        has = next(iter(open_model(folder).moe_layers.values())).types[0]
+        if options.base != has:
+            raise UsageError(
+                f"{folder} has a base in {has.name.lower()}, not {options.base.name.lower()}",
+                hint="leave out --base, or choose another directory",
+            )
+    if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
+        raise UsageError(
+            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
+            hint="leave out --dense, or choose another directory",
+        )
+
+
+def _remove_overlay(wanted: Request, options: FormatOptions, out: Follower) -> None:
+    """Removes the overlay of a finished model and its report; the base is unchanged."""
+    from localrun.quant.convert.overlay import read_base, remove_overlay
+
+    folder = wanted.target_folder
+    if wanted.split is not None:
+        raise UsageError("--hot none can't be combined with --split", hint="remove the overlay first, then split")
+    _check_formats(wanted, options, read_base(folder))
+    if wanted.dry_run:
+        out.note(f"dry run: nothing written; the overlay of {folder} and its report would be removed")
+    else:
         remove_overlay(folder)
         precision.remove_report(folder)
         out.note(f"{folder}: removed the overlay and its report")
-        out.finished(folder)
-        return
+    return _finish(wanted, options, None, folder, out)
+
+
+def _leave_kept(wanted: Request, options: FormatOptions, out: Follower) -> None:
+    """A finished model beside its checkpoint, and no copies were asked for: compares it, if that was.
+
+    Raises:
+        UsageError: an option that only matters while the model is made.
+    """
+    from localrun.quant.convert.overlay import read_base
+
+    folder = wanted.target_folder
+    learned = bool(read_base(folder).profile)
+    for option, is_given in (
+        ("--target", options.target is not None),
+        ("--calibrate", wanted.calibrate is not None and not learned),
+        ("--imatrix", wanted.imatrix is not None and not learned),
+    ):
+        if is_given:
+            raise UsageError(
+                f"{folder} holds a finished model, for which {option} comes too late",
+                hint=f"choose another directory, or leave out {option}",
+            )
+    return _finish(wanted, options, None, folder, out)
+
+
+def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Follower) -> None:
+    """Replaces the overlay of a finished model; the base is unchanged."""
+    from localrun.engine.measure.choose import check_precision_request
+    from localrun.quant.checkpoint.mapping import BASE_TYPES
+    from localrun.quant.convert.overlay import open_overlay_source, read_base, write_overlay
+    from localrun.quant.open import open_model
+
+    folder = wanted.target_folder
     manifest = read_base(folder)
     has = next(iter(open_model(folder).moe_layers.values())).types[0]
     if not options.hot or options.target is not None:
@@ -403,16 +469,7 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
             f"{folder} holds a finished model with a base in {has.name.lower()}",
             hint="use --hot TYPE:SIZE to give it another overlay; for anything else choose another directory",
         )
-    if options.base is not None and options.base != has:
-        raise UsageError(
-            f"{folder} has a base in {has.name.lower()}, not {options.base.name.lower()}",
-            hint="leave out --base, or choose another directory",
-        )
-    if wanted.dense is not None and wanted.dense != manifest.options.get("dense"):
-        raise UsageError(
-            f"{folder} has dense matrices in {manifest.options.get('dense')}, not {wanted.dense}",
-            hint="leave out --dense, or choose another directory",
-        )
+    _check_formats(wanted, options, manifest)
     checkpoint = open_overlay_source(wanted.source, folder)
     options = replace(options, base=BASE_TYPES[has.name.lower()])
     check_precision_request(open_model(wanted.source), precision.precision_request(wanted, options))
@@ -441,13 +498,16 @@ def _finish(
     wanted: Request,
     options: FormatOptions,
     choice: PrecisionChoice | None,
-    result: ConversionResult,
+    result: ConversionResult | Path,
     out: Follower,
 ) -> None:
-    """Comparison with the source, report, JSON."""
+    """Comparison with the source, report, JSON. `result`: what was written, or a model that was there."""
     from localrun.quant.checkpoint.mapping import DENSE_TYPES
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
 
+    if wanted.dry_run:
+        out.finished(None)
+        return
     dense = DENSE_TYPES[str(read_manifest(wanted.target_folder / MANIFEST_NAME).options.get("dense", DENSE_DEFAULT))]
     importance = choice.importance if choice is not None else None
     evaluations = precision.evaluate(wanted, wanted.source, dense, importance, out)

@@ -141,6 +141,11 @@ def format_options(wanted: Request, dense_default: str) -> FormatOptions:
         hot = recipe.hot
     if target is None and not typed_formats:
         target = recipe.target
+    if wanted.no_calibrate and (hot or target is not None):
+        raise UsageError(
+            "--no-calibrate leaves nothing to choose copies by: calibration measures which experts matter",
+            hint="leave it out, or use --imatrix FILE instead",
+        )
     base = BASE_TYPES[wanted.base] if wanted.base else (recipe.base if target is None else None)
     dense = wanted.dense or recipe.dense
     if wanted.keep_experts and target is not None and dense:
@@ -236,13 +241,16 @@ def write_report(
     name: str,
     evaluations: Sequence[Evaluation],
 ) -> None:
-    """Writes `report.md`, `report.json`, pictures and the imatrix to the target."""
+    """Writes `report.md`, `report.json`, pictures and the imatrix to the target; without a choice, a report that is there only
+    gets the comparison."""
     from localrun.engine.measure.choose import IMATRIX_NAME
     from localrun.quant.convert.converter import LEARNED_NAME
     from localrun.quant.model.manifest import MANIFEST_NAME, read_manifest
-    from localrun.quant.precision.report import PrecisionReport
+    from localrun.quant.precision.report import PrecisionReport, add_evaluations
 
-    folder = wanted.target_folder
+    folder, text = wanted.target_folder, wanted.evaluate.name if wanted.evaluate is not None else ""
+    if choice is None and add_evaluations(folder, evaluations, text):
+        return
     manifest = read_manifest(folder / MANIFEST_NAME)
     sizes = {"base": sum(file.size_bytes for file in manifest.files)}
     if manifest.overlay is not None:
@@ -268,7 +276,7 @@ def write_report(
         dense_types=choice.dense.mix.types if choice is not None and choice.dense is not None else {},
         dense_errors=choice.dense_errors if choice is not None else None,
         evaluations=evaluations,
-        text=wanted.evaluate.name if wanted.evaluate is not None else "",
+        text=text,
     ).write(folder)
     kept = folder / LEARNED_NAME
     if choice is not None and (kept / IMATRIX_NAME).is_file():

@@ -180,6 +180,9 @@ def route_shares(folder: Path, layer: int) -> list[float]:
         (("--cold", "q2_k:1GiB", "--target", "1GiB-ram"), "--target chooses base and copies itself"),
         (("--cold", "q2_k:1GiB", "--hot", "none"), "can't be combined with other copies"),
         (("--hot", "q2_k:1GiB"), "copies would be no better"),
+        (("--cold", "q2_k:1GiB", "--no-calibrate"), "--no-calibrate leaves nothing to choose copies by"),
+        (("--hot", "mxfp4:1GiB", "--no-calibrate"), "--no-calibrate leaves nothing to choose copies by"),
+        (("--target", "1GiB-ram", "--no-calibrate"), "--no-calibrate leaves nothing to choose copies by"),
     ],
 )
 def test_smaller_copies_that_make_no_sense_are_refused_with_a_reason(
@@ -236,6 +239,10 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
         ([source, "--base", "q2_k"], "holds a finished model with a base in q2_k"),
         ([source, "--target", "1GiB-ram"], "holds a finished model with a base in q2_k"),
         ([source, "--hot", "q2_k:1MiB"], "copies would be no better"),
+        ([source, "--hot", "none", "--dense", "bf16"], "has dense matrices in q8_0, not bf16"),
+        ([source, "--hot", "none", "--base", "q3_k"], "has a base in q2_k, not q3_k"),
+        ([source, "--hot", "none", "--split", "4MB"], "--hot none can't be combined with --split"),
+        ([source, "--hot", "none", "--evaluate", tmp_path / "gone.txt"], "gone.txt"),
     ):
         assert convert(arguments[0], target, *arguments[1:], *LEARN) == 2
         assert message in capsys.readouterr().err
@@ -245,6 +252,93 @@ def test_another_overlay_leaves_the_base_as_it_is_and_none_takes_report_and_copi
     assert better(target) == 0
     assert cli.main(["verify", str(target)]) == 0
     assert (target / MODEL_NAME).read_bytes() == (finished / MODEL_NAME).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def beside(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beside its checkpoint, with smaller copies of three experts."""
+    target = tmp_path_factory.mktemp("beside") / "out"
+    cold = f"q2_k:{3 * 3 * 256 * 256 // 256 * 84}B"
+    assert convert(source, target, "--keep-experts", "--cold", cold, *LEARN) == 0
+    return target
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times of everything below; none where there is no folder."""
+    stats = ((path, path.stat()) for path in folder.rglob("*"))
+    return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in stats}
+
+
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [
+        ("", ""),
+        ("", f"--base q2_k --hot mxfp4:{ONE}B --split 4MB"),
+        ("", "--keep-experts --target 6MiB-ram"),
+        ("finished", "--hot none"),
+        ("finished", f"--hot mxfp4:{ONE}B"),
+        ("killed", "--base q2_k"),
+        ("plain", "--split 4MB"),
+        ("plain", f"--split 4MB --hot mxfp4:{ONE}B"),
+        ("beside", "--keep-experts"),
+        ("beside", "--keep-experts --hot none"),
+        ("beside", "--keep-experts --evaluate TEXT --evaluate-types q2_k"),
+        ("beside", f"--keep-experts --cold q3_k:{ONE}B"),
+        ("moved", "--keep-experts"),
+        ("moved", "--keep-experts --hot none"),
+    ],
+)
+def test_a_dry_run_changes_nothing_whatever_is_there(
+    start: str, options: str, source: Path, finished: Path, beside: Path, text: Path, tmp_path: Path
+) -> None:
+    target, checkpoint = tmp_path / "out", source
+    if start:
+        shutil.copytree(beside if start in ("beside", "moved") else finished, target)
+    if start == "plain":
+        assert convert(source, target, "--hot", "none") == 0
+    elif start == "killed":
+        (target / LEARNED_NAME).mkdir()
+    elif start == "moved":
+        checkpoint = Path(shutil.copytree(source, tmp_path / "elsewhere"))
+    before = listing(tmp_path)
+    assert convert(checkpoint, target, *options.replace("TEXT", str(text)).split(), "--dry-run", *LEARN) == 0
+    assert listing(tmp_path) == before
+
+
+def test_beside_a_moved_checkpoint_none_takes_the_copies_away(source: Path, beside: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(beside, tmp_path / "out"))
+    moved = Path(shutil.copytree(source, tmp_path / "elsewhere"))
+    assert convert(moved, target, "--keep-experts", "--hot", "none") == 0
+    assert {path.name for path in target.iterdir()} == {DENSE_NAME, MANIFEST_NAME, "imatrix.gguf"}
+    kept = read_manifest(target / MANIFEST_NAME).kept
+    assert kept is not None
+    assert kept.path == str(moved)
+
+
+def test_a_finished_model_beside_its_checkpoint_takes_no_target_and_can_be_compared(
+    source: Path, beside: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, plain = Path(shutil.copytree(beside, tmp_path / "out")), tmp_path / "plain"
+    assert convert(source, plain, "--keep-experts") == 0
+    imatrix = ("--imatrix", beside / "imatrix.gguf")
+    for folder, late in ((target, ("--target", "6MiB-ram")), (plain, imatrix), (plain, OTHER_TEXT)):
+        state = contents(folder)
+        capsys.readouterr()
+        assert convert(source, folder, "--keep-experts", *late, *LEARN) == 2
+        assert f"for which {late[0]} comes too late" in capsys.readouterr().err
+        assert contents(folder) == state
+    report = json.loads((target / "report.json").read_text())
+    people = (target / "report.md").read_text()
+    assert "evaluation" not in report
+    for n, folder in ((1, plain), (1, target), (2, target)):
+        types = ("--evaluate-types", "q2_k") if n == 2 else ()
+        assert convert(source, folder, "--keep-experts", "--evaluate", text, *types, "--ram", "64MiB") == 0
+        assert "this model against the source on held-out.txt: KL" in capsys.readouterr().err
+        evaluated = json.loads((folder / "report.json").read_text())
+        assert len(evaluated.pop("evaluation")["models"]) == n
+        assert (folder / "report.md").read_text().count("## Held-out text") == 1
+    assert evaluated == report, "the choice of copies is still in it"
+    assert (target / "report.md").read_text().startswith(people)
 
 
 CHILD = """

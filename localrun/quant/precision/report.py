@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from localrun.atomic import replacing
+from localrun.errors import FormatError
 from localrun.quant.precision.copies import BetterCopies
 from localrun.quant.precision.dense import TYPES, DenseErrors, kind_of
 from localrun.quant.precision.error import ErrorTable
@@ -24,6 +25,8 @@ from localrun.quant.precision.solver import PrecisionSolution, bits_per_weight
 from localrun.units import format_size
 
 REPORT_FORMAT = 1
+_EVALUATION = "## Held-out text"
+"""The last section."""
 REPORT_NAMES = ("report.md", "report.json", "report-curve.svg", "report-errors.svg")
 
 
@@ -93,7 +96,7 @@ class PrecisionReport:
                 "errors": self.dense_errors.to_json(),
             }
         if self.evaluations:
-            value["evaluation"] = {"text": self.text, "models": [asdict(row) for row in self.evaluations]}
+            value["evaluation"] = _evaluation_json(self.evaluations, self.text)
         return value
 
     def markdown(self) -> str:
@@ -107,7 +110,7 @@ class PrecisionReport:
             _tiers(self.solution),
             _dense(self),
             _errors(self.errors),
-            _evaluation(self),
+            _evaluation(self.evaluations, self.text),
         )
         for part in parts:
             if part:
@@ -129,6 +132,29 @@ class PrecisionReport:
         if self.errors is not None:
             files["report-errors.svg"] = heat_map(self.errors, self.model)
         return [_write(folder / name, text) for name, text in files.items()]
+
+
+def add_evaluations(folder: Path, evaluations: Sequence[Evaluation], text: str) -> bool:
+    """Puts a later comparison into the report in `folder`, in place of an earlier one; False: there is no report.
+
+    Raises:
+        FormatError: `report.json` is damaged.
+        StoreError: it can't be written.
+    """
+    for_people, for_programs = folder / "report.md", folder / "report.json"
+    if not (for_people.is_file() and for_programs.is_file()):
+        return False
+    try:
+        value = json.loads(for_programs.read_text("utf-8"))
+        value["evaluation"] = _evaluation_json(evaluations, text)
+        before, _, _ = for_people.read_text("utf-8").partition(f"\n{_EVALUATION}\n")
+    except (ValueError, TypeError) as error:
+        raise FormatError(
+            f"{for_programs}: damaged: {error}", hint="delete it and run the same command again"
+        ) from error
+    _write(for_people, "\n".join([before.rstrip("\n"), "", *_evaluation(evaluations, text)]) + "\n")
+    _write(for_programs, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return True
 
 
 def _write(path: Path, text: str) -> Path:
@@ -282,14 +308,14 @@ def _errors(table: ErrorTable | None) -> list[str]:
     ]
 
 
-def _evaluation(report: PrecisionReport) -> list[str]:
-    if not report.evaluations:
+def _evaluation(evaluations: Sequence[Evaluation], text: str) -> list[str]:
+    if not evaluations:
         return []
-    first = report.evaluations[0]
+    first = evaluations[0]
     return [
-        "## Held-out text",
+        _EVALUATION,
         "",
-        f"{_cell(report.text) or 'Text'}, {first.n_tokens:,} tokens; KL from the exact model in nats; its perplexity is "
+        f"{_cell(text) or 'Text'}, {first.n_tokens:,} tokens; KL from the exact model in nats; its perplexity is "
         f"{first.reference_perplexity:.4f}.",
         "",
         "| model | experts | perplexity | KL mean | median | 99 % | same top token |",
@@ -297,12 +323,16 @@ def _evaluation(report: PrecisionReport) -> list[str]:
         *(
             f"| {_cell(row.name)} | {format_size(row.n_bytes) if row.n_bytes is not None else '-'} | {row.perplexity:.4f} | "
             f"{row.kl_mean:.6f} | {row.kl_median:.6f} | {row.kl_p99:.6f} | {row.top1_agreement:.2%} |"
-            for row in report.evaluations
+            for row in evaluations
         ),
     ]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _evaluation_json(evaluations: Sequence[Evaluation], text: str) -> dict[str, Any]:
+    return {"text": text, "models": [asdict(row) for row in evaluations]}
 
 
 def _solution_json(solution: PrecisionSolution) -> dict[str, Any]:

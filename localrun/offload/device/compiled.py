@@ -490,7 +490,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
             if is_posted:
                 miss_native.give_up(misses)
                 put(process, PROCESS.unsettled, misses)
-            return _give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, is_posted, False)
+            return int(_give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, is_posted, False))
         for k in range(n_used if one_token else 0):
             if gpu_native.is_on_gpu(gpu, load_i32(chosen + k * 4)):
                 store_u8(get(process, PROCESS.taken) + k, 1)
@@ -518,7 +518,7 @@ def _experts(process: int, graph: int, index: int, n_nodes: int, weight: int, en
         if not all_near or n_near > 1:
             share = 0 if all_near else in_ram(process, total)
             if not gpu_native.join(gpu, n_launches, n_near, share, total):
-                return _give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, n_in_ram > 0, True)
+                return int(_give_back(process, layer, n_in_ram + n_gpu if n_missing > 0 else 0, n_in_ram > 0, True))
     ended = _now_ns(process)
     add(row, _CALLS, 1)
     add(row, _TOKENS, n_tokens)

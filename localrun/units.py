@@ -114,3 +114,10 @@ def format_rate(per_s: float) -> str:
     if per_s >= 999.5:
         return f"{per_s:,.0f}"
     return f"{per_s:.3g}" if per_s >= 1e-4 else "0"
+
+
+def format_bytes_rate(bytes_per_s: float) -> str:
+    """`1.25 GB/s`, below a tenth of that unit `1.75 MB/s` or `0.02 MB/s`."""
+    if bytes_per_s >= 1e8:
+        return f"{bytes_per_s / 1e9:.2f} GB/s"
+    return f"{bytes_per_s / 1e6:.{1 if bytes_per_s >= 1e7 else 2}f} MB/s"

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import DiskSpaceError, LocalrunError, UsageError
 from localrun.quant.checkpoint.mapping import (
     BASE_TYPES,
     DENSE_TYPES,
@@ -50,8 +50,9 @@ def shared_stacks(plan: ConversionPlan, own_layers: int) -> list[Shared]:
     """
     stacks = {(t.layer, t.projection): t for t in plan.tensors.values() if t.is_experts}
     layers = sorted({layer for layer, _ in stacks})
-    if not 0 < own_layers < len(layers):
-        raise UsageError(f"--own-layers {own_layers}: the model has {len(layers)} layers with experts")
+    shared_layers.check_own_layers(own_layers, len(layers))
+    if own_layers == len(layers):
+        raise UsageError(f"--own-layers {own_layers}: no layer shares experts", hint="use localrun convert")
     return [
         Shared(stacks[layers[index % own_layers], projection], stacks[layer, projection])
         for index, layer in enumerate(layers[own_layers:], own_layers)
@@ -103,10 +104,13 @@ def convert_whole(source: Path, target: Path, options: ConversionOptions, own_la
         LocalrunError: as the converter does; SharingError: `target`'s file system can't share blocks.
     """
     converter.check_target(source, target)
+    if target.exists():
+        raise UsageError(f"{target} exists already", hint="delete it, or choose another folder")
     plan = make_plan(converter.open_checkpoint(source), options)
+    shared_layers.check_own_layers(own_layers, plan.checkpoint.config.num_hidden_layers)
     shared = shared_matrices(plan) + ([] if options.keep_experts else shared_stacks(plan, own_layers))
-    target.mkdir(parents=True)
     shared_extents.check(target)
+    target.mkdir(parents=True)
     described = converter.described_options(plan)
     output = converter.output_file(plan, target)
     journal = Journal(output.work, described, {"source": str(source.resolve()), "identity": plan.checkpoint.identity})
@@ -144,7 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
         conversion_options = ConversionOptions(DENSE_TYPES[options.dense], base, keep_experts=options.keep_experts)
         size = convert_whole(options.source, options.target, conversion_options, options.own_layers, jobs=options.jobs)
     except LocalrunError as error:
-        print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+        # This program does not go on where it was, as the converter's own hints say.
+        hint = (
+            f"delete {options.target}, then run the same command again"
+            if isinstance(error, DiskSpaceError)
+            else error.hint
+        )
+        print(f"error: {error}", *([f"hint: {hint}"] if hint else []), sep="\n", file=sys.stderr)
         return 1
     print(f"\n{options.target}: {format_size(size)} in {format_duration(time.monotonic() - started)}", file=sys.stderr)
     return 0

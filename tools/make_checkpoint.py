@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.quant.convert.direct_io import AlignedBuffer, DirectWriter
-from localrun.units import format_duration, format_size, parse_size
+from localrun.units import format_bytes_rate, format_duration, format_size, parse_size
 from tools import shared_extents, shared_layers
 from tools.synthetic_config import PRESETS, CheckpointSpec, scaled_config
 from tools.synthetic_weights import Tensor, Weights, shards
@@ -64,13 +64,14 @@ def write_checkpoint(
         holes: instead of sharing, the other layers' experts are holes: for readers that don't look there.
         progress: report files on stderr.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     groups = list(shards(spec))
     if own_layers is not None:
         if single_file or shard_bytes is not None:
             raise UsageError("layers can share experts only where each has a file of its own")
+        shared_layers.check_own_layers(own_layers, spec.config["num_hidden_layers"])
         if not holes:
             shared_extents.check(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if single_file:
         groups = [[tensor for group in groups for tensor in group]]
     elif shard_bytes is not None:
@@ -90,7 +91,7 @@ def write_checkpoint(
         total += sum(tensor.n_bytes for tensor in group)
         if progress:
             rate = total / (time.monotonic() - started)
-            print(f"{name}  {format_size(total)}  {rate / 1e9:.2f} GB/s", file=sys.stderr)
+            print(f"{name}  {format_size(total)}  {format_bytes_rate(rate)}", file=sys.stderr)
     if not single_file:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -62,11 +62,12 @@ def share(source: Path, source_offset: int, target: Path, target_offset: int, n_
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder whose file system can't share blocks, before gigabytes are written.
+    """Refuses a folder whose file system can't share blocks, before gigabytes are written; it need not exist, and isn't made.
 
     Raises:
         SharingError: see `share`.
     """
+    folder = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     first, second = (folder / f".sharing-{os.getpid()}-{number}" for number in (1, 2))
     try:
         first.write_bytes(bytes(BLOCK_BYTES))

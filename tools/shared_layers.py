@@ -10,7 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from localrun.errors import UsageError
+
 _DENSE_MATRIX = re.compile(r"layers\.(\d+)\.((?:attn|ffn\.shared_experts)\..*(?<!norm)\.(?:weight|scale))")
+
+
+def check_own_layers(own_layers: int, n_layers: int) -> None:
+    """Raises UsageError: so many layers of a model's can't be those whose experts the others share."""
+    if not 0 < own_layers <= n_layers:
+        raise UsageError(
+            f"--own-layers {own_layers}: the model has {n_layers} layers with experts", hint=f"1 to {n_layers}"
+        )
 
 
 def dense_donor(ratios: Sequence[int], layer: int) -> int:

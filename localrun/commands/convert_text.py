@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from localrun.units import format_duration, format_size
+from localrun.units import format_bytes_rate, format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.api.precision import FormatOptions
@@ -101,7 +101,7 @@ def describe_result(result: ConversionResult) -> list[str]:
     rate = result.written_bytes / result.seconds if result.seconds > 0 else 0
     lines = [
         f"wrote {result.path} ({format_size(result.file_bytes)}) in {format_duration(result.seconds)},"
-        f" {rate / 1e9:.2f} GB/s"
+        f" {format_bytes_rate(rate)}"
     ]
     for step, loss in sorted(result.losses.items()):
         lines.append(f"  {step}: relative RMS error {loss.relative_rms:.4%}")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from localrun.errors import LocalrunError
 from localrun.textsafe import visible, visible_line
-from localrun.units import format_duration, format_size
+from localrun.units import format_bytes_rate, format_duration, format_size
 
 _CLEAR_LINE = "\r\x1b[K"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -193,7 +193,7 @@ class ProgressLine:
         filled = int(share * self.BAR_WIDTH)
         bar = f"[{'#' * filled}{'.' * (self.BAR_WIDTH - filled)}] " if self._bar and self._out.err_is_terminal else ""
         amount = f"{format_size(done)} of {format_size(total)}" if self._in_bytes else f"{done} of {total} {self._unit}"
-        speed = f"  {per_s / 1e9:.2f} GB/s" if self._in_bytes else ""
+        speed = f"  {format_bytes_rate(per_s)}" if self._in_bytes else ""
         left = f", {format_duration(left_s)} left" if left_s is not None else ""
         what = f"{self._what} " if self._what else ""
         return f"{bar}{what}{share:4.0%}  {amount.rstrip()}{speed}{left}"

@@ -18,7 +18,7 @@ from localrun import paths
 from localrun.commands import common
 from localrun.commands.output import Output, ProgressLine
 from localrun.errors import LocalrunError, UsageError
-from localrun.units import format_duration, format_size
+from localrun.units import format_bytes_rate, format_duration, format_size
 
 if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ImportanceLookup
@@ -140,7 +140,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
     if damages and args.repair is not None:
         damages = _repair(source, damages, args.repair, out)
     speed = f"{format_size(n_bytes - skipped)} in {format_duration(seconds)}"
-    speed += f", {(n_bytes - skipped) / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+    speed += f", {format_bytes_rate((n_bytes - skipped) / max(seconds, 1e-9))}"
     if damages:
         out.note(f"{source.path}: {len(damages)} of {len(checks)} checksums are wrong ({speed})")
         out.note("hint: restore the files above from an intact copy, use --repair SOURCE, or convert again")
@@ -149,8 +149,8 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
         out.note(f"{source.path}: all {len(checks)} checksums are correct{repaired} ({speed})")
     if source.manifest.kept is not None:
         out.note(
-            f"experts in {source.manifest.kept.path}: the checkpoint matches by names, sizes, headers and samples;"
-            " its weights have no checksums"
+            f"not checked: the experts in {source.manifest.kept.path}, which have no checksums; it matches by names, sizes,"
+            " headers and samples of each file"
         )
     if args.json:
         out.json(
@@ -158,6 +158,7 @@ def _with_checksums(source: Any, args: argparse.Namespace, out: Output, *, resto
                 "model": str(source.path),
                 "ok": not damages,
                 "checksums": True,
+                "experts_checked": source.manifest.kept is None,
                 "checked": len(checks),
                 "bytes": n_bytes,
                 "bytes_read": n_bytes - skipped,

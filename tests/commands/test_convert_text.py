@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_result_has_its_rate_and_what_rounding_changed() -> None:
         losses={"a -> b": Loss(1, 4)},
     )
     first, second = describe_result(result)
+    assert describe_result(replace(result, written_bytes=276 << 20, seconds=165.0))[0].endswith("1.75 MB/s")
     assert "/m (1.00 GiB)" in first
     assert first.endswith("1.50 GB/s")
     assert second == "  a -> b: relative RMS error 50.0000%"

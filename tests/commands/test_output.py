@@ -51,9 +51,9 @@ def test_progress_is_a_line_now_and_then_off_a_terminal(monkeypatch: pytest.Monk
         now[0] = second
         progress(second << 20, 100 << 20)
     assert err.getvalue().splitlines() == [
-        " 10%  10.00 MiB of 100.00 MiB  0.00 GB/s, 1m30s left",
-        " 20%  20.00 MiB of 100.00 MiB  0.00 GB/s, 1m20s left",
-        " 30%  30.00 MiB of 100.00 MiB  0.00 GB/s, 1m10s left",
+        " 10%  10.00 MiB of 100.00 MiB  1.05 MB/s, 1m30s left",
+        " 20%  20.00 MiB of 100.00 MiB  1.05 MB/s, 1m20s left",
+        " 30%  30.00 MiB of 100.00 MiB  1.05 MB/s, 1m10s left",
     ]
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from localrun.errors import LocalrunError, UsageError
+from localrun.errors import DiskSpaceError, LocalrunError, UsageError
 from localrun.quant.checkpoint.mapping import BASE_TYPES, ConversionOptions
 from localrun.quant.convert.converter import DENSE_NAME, MODEL_NAME, convert
 from localrun.quant.open import open_model
 from tools import make_checkpoint, shared_extents
 from tools.convert_whole import convert_whole
+from tools.convert_whole import main as convert_whole_main
 from tools.make_checkpoint import write_checkpoint
 from tools.shared_extents import SharingError
 from tools.shared_layers import donor_name, is_dense_matrix
@@ -161,9 +162,44 @@ def test_a_file_system_without_shared_blocks_is_refused_before_anything_is_writt
     monkeypatch.setattr("tools.shared_extents.fcntl.ioctl", refuse)
     with pytest.raises(SharingError, match="can't share blocks between files"):
         write_checkpoint(tmp_path / "whole", spec(), own_layers=2)
-    assert list((tmp_path / "whole").iterdir()) == []
     assert make_checkpoint.main(["tiny", str(tmp_path / "again"), "--own-layers", "2"]) == 1
     assert "hint: make one in a file, as root" in capsys.readouterr().err
+    write_checkpoint(tmp_path / "plain", spec())
+    with pytest.raises(SharingError):
+        convert_whole(tmp_path / "plain", tmp_path / "converted", ConversionOptions(), 2, jobs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+@pytest.mark.parametrize("own_layers", [0, 6, 99])
+def test_more_layers_of_their_own_than_there_are_is_refused_before_anything_is_written(
+    folder: Path, own_layers: int
+) -> None:
+    with pytest.raises(UsageError, match=f"--own-layers {own_layers}: the model has 5 layers with experts"):
+        write_checkpoint(folder / "whole", spec(), own_layers=own_layers)
+    write_checkpoint(folder / "plain", spec())
+    for options in (ConversionOptions(), ConversionOptions(keep_experts=True)):
+        with pytest.raises(UsageError, match=f"--own-layers {own_layers}: the model has 5 layers"):
+            convert_whole(folder / "plain", folder / "converted", options, own_layers, jobs=1)
+    assert not (folder / "whole").exists()
+    assert not (folder / "converted").exists()
+
+
+def test_a_full_disk_says_what_makes_the_command_work_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(folder / "source", spec(), own_layers=2)
+    command = [str(folder / "source"), str(folder / "out"), "--own-layers", "2", "--jobs", "1"]
+
+    def full(*_: object) -> None:
+        raise DiskSpaceError("model.gguf: No space left on device", hint="free space, then run the same command again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_extents, "share", full)
+        patch.setattr(shared_extents, "check", lambda _: None)
+        assert convert_whole_main(command) == 1
+    assert f"hint: delete {folder / 'out'}, then run the same command again" in capsys.readouterr().err
+    assert convert_whole_main(command) == 1
+    assert f"{folder / 'out'} exists already" in capsys.readouterr().err
 
 
 def test_sharing_needs_one_file_per_layer(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from localrun.textsafe import visible, visible_line
 from localrun.tui.converter_process import ConversionNews, ConverterProcess
 from localrun.tui.screens.attach import PathSuggester
 from localrun.tui.screens.dialog import Dialog
-from localrun.units import format_duration, format_size
+from localrun.units import format_bytes_rate, format_duration, format_size
 
 Start = Callable[[Path, Path, list[str]], ConverterProcess]
 
@@ -172,5 +172,5 @@ def _progress_line(news: ConversionNews) -> str:
     if not news.is_bytes:
         return f"{news.step}: {100 * news.done / news.total:.0f}%"
     left = "" if news.remaining_s is None else f", {format_duration(news.remaining_s)} left"
-    rate = f", {news.bytes_per_s / 1e9:.2f} GB/s{left}" if news.bytes_per_s else ""
+    rate = f", {format_bytes_rate(news.bytes_per_s)}{left}" if news.bytes_per_s else ""
     return f"{news.step}: {format_size(news.done)} of {format_size(news.total)}{rate}"

@@ -14,7 +14,7 @@ from localrun.engine.facts import ModelFacts
 from localrun.engine.process.protocol import Stats
 from localrun.tui.expert_grid import GPU, RAM, ExpertGrid, TierRates, read_grid, tier_rates
 from localrun.tui.widgets.expert_map import ExpertMap
-from localrun.units import format_size
+from localrun.units import format_bytes_rate, format_size
 
 HISTORY = 60
 """Looks that the hit rate's curve covers."""
@@ -116,7 +116,7 @@ def _lines(stats: Stats, facts: ModelFacts | None, rates: TierRates, grid: Exper
     yield f"RAM for experts  {format_size(facts.ram_bytes)}   process {format_size(stats.rss_bytes)}"
     hit = "–" if rates.hit_rate is None else f"{100 * rates.hit_rate:.1f} %"
     per_token = "–" if rates.bytes_per_token is None else format_size(rates.bytes_per_token)
-    disk = "–" if rates.disk_bytes_per_s is None else f"{rates.disk_bytes_per_s / 1e9:.2f} GB/s"
+    disk = "–" if rates.disk_bytes_per_s is None else format_bytes_rate(rates.disk_bytes_per_s)
     wait = "–" if rates.wait_share is None else f"{100 * rates.wait_share:.0f} %"
     total = stats.telemetry.get("bytes_read")
     if isinstance(total, int):

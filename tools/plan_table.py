@@ -3,6 +3,7 @@
     python -m tools.plan_table > table.md
     python -m tools.plan_table --context 131072 --kv q8_0
     python -m tools.plan_table --short                          # README.md's
+    python -m tools.plan_table --no-gpu                         # docs/quantization.md's
 
 These are predictions from the published hit rates and the bandwidths in the table, not measurements; nothing about GPUs has been
 measured at all. Bandwidths are what such machines give in practice, not what is printed on the box.
@@ -21,6 +22,7 @@ from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Range
 from localrun.errors import BudgetError
+from localrun.quant.checkpoint.mapping import DENSE_TYPES
 
 
 def cell(plan: Plan) -> tuple[str, str, str, str]:
@@ -76,6 +78,20 @@ def _prediction(plan: Plan) -> str:
     return f"{low:.1f} to {high:.1f}" if high < 10 else f"{low:.0f} to {high:.0f}"
 
 
+def no_gpu_table() -> str:
+    """Flash on 64 GB without a GPU, dense matrices in Q4_K: docs/quantization.md's."""
+    boxes = [Box("no GPU, 64 GB", 64, 80, 16, rate) for rate in (5.0, 2.0)]
+    head = ("experts", "model on the drive", "experts in RAM", "tokens/s", "with a drive of 2 GB/s")
+    lines: list[tuple[str, ...]] = [head, ("---", "---:", "---:", "---:", "---:")]
+    for kind in ("iq2_xxs", "q2_k", "q3_k", "mxfp4"):
+        model = sizes_of("flash", base=format_of(kind), dense=DENSE_TYPES["q4_k"])
+        plans = [make_plan(model, box.hardware, suggest=False, rates=Curve()) for box in boxes]
+        name = f"`{kind}`" + (", exact" if kind == "mxfp4" else "")
+        size = f"{(model.dense_bytes + model.expert_file_bytes) / 2**30:.0f} GiB"
+        lines.append((name, size, f"{plans[0].resident_share:.0%}", *(_prediction(plan) for plan in plans)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(lines: Sequence[tuple[str, ...]]) -> str:
     """Markdown."""
     head = ("box", "RAM / drive / GPU, GB/s", "model", "in memory", "answers, tokens/s", "prompts, tokens/s", "limit")
@@ -96,9 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--kv", default="f16")
     parser.add_argument("--short", action="store_true", help="README.md's table")
+    parser.add_argument("--no-gpu", action="store_true", help="docs/quantization.md's table")
     args = parser.parse_args(argv)
-    if args.short:
-        print(short_table())
+    if args.short or args.no_gpu:
+        print(short_table() if args.short else no_gpu_table())
         return 0
     models = [
         sizes_of(name, base=format_of(kind))

@@ -103,7 +103,7 @@ SECOND_DRIVE_GAIN = 0.375
 """A second drive's gain by reading from a mirror, as published (colibri: +37.5 % with block-level mirrors)."""
 
 MARGIN = 0.15
-"""Of the machine's own mood: the same run an hour later."""
+"""How much the same run differs an hour later, for no visible cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from localrun.errors import StoreError
 from localrun.offload.cache.slots import Slot, SlotState
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.device.routing import Routing
-from localrun.offload.foresight import MOST_SLOTS, REACH, SLOTS_SHARE
+from localrun.offload.foresight import ENOUGH, MOST_SLOTS, REACH, SLOTS_SHARE
 from localrun.offload.kernels import FfnKernel
 from localrun.offload.layer_call import LayerCall
 from localrun.offload.model import OffloadOptions, open_offloaded
@@ -133,18 +133,27 @@ def test_a_right_guess_is_read_once_and_counts_as_a_hit(rig: Rig, store: MemoryS
 
 def test_two_layers_are_guessed_the_next_one_first(store: MemoryStore) -> None:
     rig = Rig(store, n_slots=2 * N_SLOTS)
-    rig.foresee(0, 5, 6, later=[1, 2])
+    rig.foresee(0, 5, later=[1, 2])
     assert rig.routers.asked == [1, 2]
     assert REACH == 2
-    assert store.submitted == [(1, 5), (1, 6), (2, 1), (2, 2)]
+    assert store.submitted == [(1, 5), (2, 1), (2, 2)]
     rig.residency.settle()
     rig.foresee(1, 2, 3)
-    assert store.submitted[4:] == [(2, 3)]
+    assert store.submitted[3:] == [(2, 3)]
     rig.routers.experts = {}
-    assert rig.call(1, 5, 6, 7).n_hits == 2
+    assert rig.call(1, 5, 6, 7).n_hits == 1
     assert rig.call(2, 1, 2, 3).n_hits == 3
-    assert [rig.count(c) for c in (Counter.GUESSES, Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [5, 5, 0]
+    assert [rig.count(c) for c in (Counter.GUESSES, Counter.GUESSES_USED, Counter.GUESSES_WASTED)] == [4, 4, 0]
     rig.residency.close()
+
+
+def test_no_layer_further_away_is_asked_while_enough_is_under_way(rig: Rig, store: MemoryStore) -> None:
+    rig.foresee(0, *range(ENOUGH), later=[7])
+    assert rig.routers.asked == [1]
+    rig.residency.settle()  # they are there
+    rig.foresee(0, *range(ENOUGH), later=[7])
+    assert rig.routers.asked == [1, 1, 2]
+    assert store.submitted == [*((1, expert) for expert in range(ENOUGH)), (2, 7)]
 
 
 def test_a_guess_that_a_closer_look_does_not_confirm_is_given_up_if_it_is_not_there_yet(

@@ -27,9 +27,9 @@ REACH: Final = 2
 MXFP4, two Zen 4 cores, 10 GiB of experts: 73 % of the guesses two layers early are right; with a third layer, 61 % of those, and
 a token takes as long."""
 ENOUGH: Final = 2
-"""Guesses under way with which the drive is busy until the next call looks: no layer further away is asked then, which costs reading
-its router and guesses that are right less often. Counted on whole Flash with 2-bit experts, simulated with its drive: a third of the
-looks two layers ahead are left out, and a token waits as long."""
+"""Guesses under way with which the drive is busy until the next call looks: no layer further away is asked then, which would
+cost reading its router, and guesses that are right less often. Whole Flash with 2-bit experts: one guess in nine is left out, and
+as many are used (docs/benchmarks.md)."""
 MOST_SLOTS: Final = 12
 """Most slots with guesses that no call has judged yet."""
 SLOTS_SHARE: Final = 4

@@ -53,7 +53,7 @@ class EngineOptions:
     n_batch: int = BY_NAME["batch"].default
     kv_type: str = BY_NAME["kv"].default
     dense: str | None = None
-    keep_dense_bytes: int = 0
+    keep_dense_bytes: int = BY_NAME["keep_dense"].default
     math: Literal["int8", "f32"] = "int8"
     cache_in_ram: bool = False
     mirror: str | None = None

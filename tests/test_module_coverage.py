@@ -21,7 +21,6 @@ UNTESTED: dict[str, str] = {
         for name in ("between_moves", "between_rope", "between_streams", "between_values", "node_rows")
     },
     "localrun.offload.gpu.probe": "needs a device: tests/engine/planner/test_planner.py measures the stand-in",
-    "localrun.offload.kernels.interleaved.packing": "test_unpacking.py beside it packs every format and takes it apart",
     "localrun.offload.pool": "tests/offload/test_model.py and others use it through a model",
     "localrun.tui.messages": "declarations",
     **{

@@ -35,7 +35,7 @@ from localrun.quant.checkpoint.directory import Checkpoint
 from localrun.quant.checkpoint.mapping import ConversionOptions, make_plan
 from localrun.quant.checkpoint.source import CheckpointSource
 from localrun.quant.formats.quantize import dequantize_rows, prepare_weights
-from localrun.quant.model.source import Encoding, Extent, Projection
+from localrun.quant.model.source import DenseReading, Encoding, Extent, Projection
 from localrun.quant.precision.error import exact_weights, measure_errors, rounded
 from localrun.quant.precision.importance import F32
 from localrun.quant.precision.solver import (
@@ -90,6 +90,9 @@ class SimulatedSource(CheckpointSource):
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         return CheckpointSource(self.plan).read_tensor(name)
+
+    def dense_reading(self, name: str, slice_bytes: int) -> DenseReading:
+        return CheckpointSource(self.plan).dense_reading(name, slice_bytes)
 
 
 def _rounded(values: F32, kind: GGMLQuantizationType, weights: F32 | None) -> F32:

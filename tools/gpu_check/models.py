@@ -18,7 +18,7 @@ import xxhash
 
 from localrun.quant.checkpoint import safetensors
 from localrun.quant.checkpoint.source import CheckpointSource
-from localrun.quant.model.source import MoeLayer, Projection, TensorInfo
+from localrun.quant.model.source import DenseReading, MoeLayer, Projection, TensorInfo
 from tools.make_checkpoint import write_checkpoint
 from tools.synthetic_config import CheckpointSpec, scaled_config
 
@@ -76,6 +76,9 @@ class PooledSource:
 
     def read_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         return self._inner.read_tensor(name)
+
+    def dense_reading(self, name: str, slice_bytes: int) -> DenseReading:
+        return self._inner.dense_reading(name, slice_bytes)
 
     def expert(self, layer: int, expert: int) -> tuple[Projection, Projection, Projection]:
         return self._inner.expert(self._donor[layer], expert)

@@ -18,6 +18,7 @@ from localrun.engine.measure.stock import open_stock
 from localrun.engine.options import EngineOptions
 from localrun.errors import LocalrunError
 from localrun.ggml.devices import choose_gpus
+from localrun.quant.model.source import ModelSource
 from tools.gpu_check.models import PooledSource
 
 
@@ -92,7 +93,11 @@ def _open(task: Task, options: EngineOptions) -> Engine:
         return open_stock(path, options, gpu=chosen[0].address if chosen else None)
     if not task.own_layers:
         return Engine.open(path, options, learn=False)
-    with patch.object(engine_module, "open_model", lambda path, **_: PooledSource(path, task.own_layers)):
+
+    def pooled(path: Path, **_: object) -> ModelSource:
+        return PooledSource(path, task.own_layers)
+
+    with patch.object(engine_module, "open_model", pooled):
         return Engine.open(path, options, learn=False)
 
 

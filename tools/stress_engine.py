@@ -81,11 +81,11 @@ class Report:
 
 
 class Stress:
-    """One run. Threads share the engine; `_lock` guards the report and the number of steps that are left."""
+    """One run. Threads share the engine, and each does its share of the steps, which a seed decides; `_lock` guards the report."""
 
     def __init__(self, model: Path, folder: Path, *, n_steps: int, seed: int, n_threads: int) -> None:
         self._model, self._folder, self._seed = model, folder, seed
-        self._left = n_steps
+        self._n_steps = n_steps
         self._lock = threading.Lock()
         self._begun: dict[int, float] = {}  # thread -> time at which its step began
         self._counts: dict[str, int] = {}  # text -> tokens, as first counted
@@ -136,7 +136,7 @@ class Stress:
     def _work(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
         kinds, weights = list(self._steps), [weight for weight, _ in self._steps.values()]
-        while self._take_step():
+        for _ in range(number, self._n_steps, self.report.n_threads):
             (kind,) = rng.choices(kinds, weights)
             began = self._begun[number] = time.monotonic()
             failed = None
@@ -157,11 +157,6 @@ class Stress:
                 self.report.longest_s[kind] = max(took, self.report.longest_s.get(kind, 0.0))
                 if failed is not None:
                     self.report.failed[f"{kind}: {failed}"] += 1
-
-    def _take_step(self) -> bool:
-        with self._lock:
-            self._left -= 1
-            return self._left >= 0
 
     def _problem(self, text: str) -> None:
         with self._lock:

@@ -290,6 +290,11 @@ class Residency:
                 self.table.unpin(slot)
         return True
 
+    def check(self) -> None:
+        """Asserts what `SlotTable.check` does, between two changes that other threads make; any thread."""
+        with self.lock:
+            self.table.check()
+
     def close(self) -> None:
         """Ends reads and frees slots and GPU memory; no compiled call may be running."""
         if self.gpu is not None:

@@ -22,7 +22,7 @@ from localrun.commands.serve import _log_lines, model_name
 from localrun.server.client_config import CLIENTS
 from tests.engine.models import write_chat_model
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """A first load may have to compile kernels."""
 
 
@@ -114,7 +114,7 @@ def until_it_answers(response: http.client.HTTPResponse) -> None:
 
 @pytest.mark.engine_process
 def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path) -> None:
-    serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "512")
+    serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "512", "--stop-after", "300")
     connection = serve.connection()
     body = {"messages": [{"role": "user", "content": "PRIVATE"}], "max_tokens": 3}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
@@ -135,9 +135,10 @@ def test_a_server_answers_logs_without_prompts_and_stops_in_order(tmp_path: Path
 
 @pytest.mark.engine_process
 def test_second_signal_ends_the_answer_too(tmp_path: Path) -> None:
-    serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "4096", "--log-prompts")
+    serve = Serve(write_chat_model(tmp_path / "chat.gguf"), "--context", "32768", "--log-prompts")
     connection = serve.connection()
-    body = {"messages": [{"role": "user", "content": "SHOWN"}], "max_tokens": 4000, "min_tokens": 4000, "stream": True}
+    body = {"messages": [{"role": "user", "content": "SHOWN"}], "max_tokens": 30000, "min_tokens": 30000}
+    body["stream"] = True
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
     until_it_answers(response)

@@ -22,6 +22,7 @@ from localrun.engine.conversations import (
     DamagedConversationsError,
     Message,
     StoreThread,
+    database,
     salvage,
 )
 from localrun.engine.conversations.export import export_json, export_markdown, slug, write_export
@@ -166,7 +167,11 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert (answer.content, answer.reasoning, answer.state) == ("word " * 49, "hm", "writing")
 
 
-def test_two_programs_write_to_one_file_without_losing_anything(tmp_path: Path) -> None:
+def test_two_programs_write_to_one_file_without_losing_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for timeout in ("OPEN_TIMEOUT_S", "BUSY_TIMEOUT_S"):  # locks have no queue: who is unlucky waits for all others
+        monkeypatch.setattr(database, timeout, 300.0)
     path = tmp_path / "c.sqlite3"
     talk_ids = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,8 +202,16 @@ def test_stop_from_another_thread_aborts_a_running_batch(session: Session) -> No
 
     stopper = threading.Thread(target=stop)
     stopper.start()
+
+    def feed_for_long() -> None:
+        """The other thread may get its turn late."""
+        ends = time.monotonic() + 300
+        while time.monotonic() < ends:
+            session.reset()
+            session.feed(TOKENS * 3)
+
     with pytest.raises(StoppedError):
-        session.feed(TOKENS * 3)
+        feed_for_long()
     stopper.join()
     session.clear_stop()
     session.prefill(TOKENS[:64])

@@ -106,7 +106,7 @@ def test_failed_read_ends_the_answer_and_leaves_a_clean_cache(
             logits(model, TEXT, batch=5)
     assert "model.gguf" in str(caught.value)
     assert caught.value.hint is not None
-    model.pool.residency.table.check()
+    model.pool.residency.check()
     assert all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.residency.table)
     np.testing.assert_array_equal(logits(model, TEXT, batch=5), expected)
 
@@ -270,7 +270,7 @@ def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(path: Path
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
         with pytest.raises(CheckpointError, match="no such recipe"):
             logits(model)
-        model.pool.residency.table.check()
+        model.pool.residency.check()
         assert all(slot.pins == 0 for slot in model.pool.residency.table)
         broken = False
         assert np.isfinite(logits(model)).all()

@@ -306,5 +306,5 @@ def test_a_posted_call_that_fills_memory_goes_on_once_its_experts_in_ram_are_com
             assert len(posted.answers) == 2
         finally:
             call.release()
-        bench.residency.table.check()
+        bench.residency.check()
         assert all(slot.pins == 0 for slot in bench.residency.table)

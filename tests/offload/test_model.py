@@ -66,7 +66,7 @@ def test_any_ram_budget_gives_identical_logits(model_path: Path, math: str) -> N
     for ram in (floor, (floor + everything) // 2, everything):
         with open_offloaded(source, OffloadOptions(ram_bytes=ram, n_threads=2, math=math)) as model:  # type: ignore[arg-type]
             np.testing.assert_array_equal(logits(model, batch=8), expected)
-            model.pool.residency.table.check()
+            model.pool.residency.check()
             assert model.pool.residency.table.arena.size_bytes + model.pool.residency.store.staging_bytes <= ram
             totals = model.telemetry.totals()
             assert (totals.evictions > 0) == (ram < everything)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.offload.stores import EXPERT_BYTES, KERNELS, LAYERS, N_EXPERTS, Memor
 
 
 def wait_until_read(model: OffloadedModel) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while model.pool.residency.settle() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert model.pool.residency.settle() == 0
@@ -56,7 +55,7 @@ def test_reading_ahead_does_not_change_logits(model_path: Path) -> None:
         ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(source), depth=4)
         ahead.prepare(TOKENS)
         np.testing.assert_array_equal(logits(model, batch=5), expected)
-        model.pool.residency.table.check()
+        model.pool.residency.check()
 
 
 def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_warming_fills_free_memory_in_order_and_evicts_nothing(model_path: Path)
         ranking = [(2, expert) for expert in range(MODEL.n_experts)]
         ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(source), depth=2)
         ahead.warm(ranking)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(model.pool.residency.table) < room and time.monotonic() < deadline:
             time.sleep(0.01)
         ahead.close()
@@ -84,7 +83,8 @@ def test_closing_while_warming_ends_at_once(model_path: Path) -> None:
     ahead = ReadAhead(model.pool.residency, MODEL.n_used, hash_tables=hash_tables(model.source), depth=1)
     ahead.warm([(layer, expert) for layer in range(4) for expert in range(MODEL.n_experts)])
     ahead.close()
-    assert not any(thread.name.startswith("localrun-warm") for thread in threading.enumerate())
+    assert ahead._thread is not None
+    assert not ahead._thread.is_alive()
     model.close()
 
 
@@ -97,7 +97,7 @@ def test_second_start_reads_what_the_first_one_used_most(model_path: Path, tmp_p
         there = {(slot.layer, slot.expert) for slot in model.pool.residency.table}
         used = {at for at in there if model.pool.residency.table.uses[at]}  # others were guesses
     with open_offloaded(source, options) as model:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(model.pool.residency.table) < len(used) and time.monotonic() < deadline:
             time.sleep(0.01)
         wait_until_read(model)
@@ -153,7 +153,7 @@ def test_a_long_prompt_reads_the_next_layers_experts_ahead_without_reading_more(
         assert sum(row["prefetched"] for row in rows[1:]) > 0
         expert_bytes = model.source.moe_layers[0].expert_bytes
         assert sum(row["bytes_read"] for row in rows) <= len(rows) * MODEL.n_experts * expert_bytes
-        model.pool.residency.table.check()
+        model.pool.residency.check()
 
 
 # -- alone, on a store that does as it is told ------------------------------------------------------------------------

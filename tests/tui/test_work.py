@@ -116,6 +116,7 @@ async def test_errors_of_what_nobody_waits_for_arrive_on_the_loop(tmp_path: Path
 async def test_a_file_that_keeps_us_waiting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, slow = [], threading.Event()
     work = Records(StoreThread(lambda: ConversationStore.open(tmp_path / "c")), lambda: (told.append(1), slow.set()))
+    monkeypatch.setattr(records, "SLOW_S", 300.0)
     await work.open()
     await work(lambda store: None)
     assert told == []

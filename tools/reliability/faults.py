@@ -259,7 +259,7 @@ class Answers:
             if not np.array_equal(self._logits(again), self._expected[again]):
                 self._tally.problem(f"{number}: answers afterwards are other ones")
         assert self._model is not None
-        self._model.pool.residency.table.check()
+        self._model.pool.residency.check()
 
 
 def _used(source: ModelSource) -> dict[str, list[tuple[int, int]]]:

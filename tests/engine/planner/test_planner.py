@@ -605,7 +605,7 @@ assert assumed.vram_bytes == device.free_bytes and not assumed.rates.measured
 
 def test_gpus_are_measured_with_the_expert_path_s_own_work() -> None:
     with rpc_server() as (endpoint, _):  # in a process of its own: ggml can't forget a device, nor bear that it is gone
-        done = subprocess.run([sys.executable, "-c", PROBE, endpoint], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", PROBE, endpoint], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

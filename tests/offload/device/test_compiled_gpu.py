@@ -82,7 +82,7 @@ def test_compiled_calls_give_what_python_gives_bit_for_bit(
         if n_experts >= ALL:
             _, fast_counts, _, n_python = run(model, 24, python=False)
             assert n_python == fast_counts[0]  # too many pairs for the compiled way
-        model.pool.residency.table.check()
+        model.pool.residency.check()
 
 
 def test_a_device_that_fails_is_reported_and_can_be_used_again(

@@ -106,14 +106,16 @@ def test_streamed_experts_give_the_same_answers(
         passed, read = telemetry.totals().streamed, telemetry.totals().bytes_read
         assert passed > 0
         again = logits(model, batch=150)
-        assert telemetry.totals().streamed >= 2 * passed
+        streamed = telemetry.totals().streamed
+        assert streamed > passed
         if in_ram:
             assert telemetry.totals().bytes_read == read == 0
+            assert streamed == 2 * passed
         assert tier.n_resident == n_resident
-        model.pool.residency.table.check()
+        model.pool.residency.check()
         assert all(slot.pins == 0 for slot in model.pool.residency.table)
         one_by_one = logits(model, batch=1)
-        assert telemetry.totals().streamed < 3 * passed + 1
+        assert telemetry.totals().streamed == streamed, "a single token's experts don't pass"
     assert all(is_as_exact(other, reference) for other in (cold, first, again, one_by_one))
 
 
@@ -172,7 +174,7 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
         assert failed.is_set()
         monkeypatch.setattr(store, "_fill", fill)
         assert all(slot.pins == 0 for slot in model.pool.residency.table)
-        model.pool.residency.table.check()
+        model.pool.residency.check()
         assert np.isfinite(logits(model, batch=150)).all()
 
 

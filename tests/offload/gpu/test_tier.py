@@ -125,15 +125,15 @@ def test_experts_that_are_used_more_take_the_places_of_others(model_path: Path, 
         tier = model.pool.residency.gpu
         assert tier is not None
         at_first = tier.n_resident
-        for _ in range(8):
-            found = decode_with_steps(model, [3] * 20)
-        filled(model)
-        assert tier.n_exchanged > 0
+        ends = time.monotonic() + 300
+        while tier.n_exchanged == 0 or tier.where[1, int(model.learner.heat(1).argmax())] < 0:
+            assert time.monotonic() < ends
+            decode_with_steps(model, [3] * 20)
+            filled(model)
+        found = logits(model, [3] * 20, batch=1)
         assert tier.n_resident == at_first
         assert tier.used_bytes <= budget
-        hot = model.learner.heat(1)
-        assert tier.where[1, int(hot.argmax())] >= 0
-        model.pool.residency.table.check()
+        model.pool.residency.check()
     assert median(kl(expected, found)) < 0.02
 
 

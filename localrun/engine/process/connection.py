@@ -143,6 +143,8 @@ class Connection:
         """
         request, inbox = next(_requests), Inbox()
         line = encode(structs.replace(command, request=request))
+        if self._process.poll() is None:
+            self._n_kills = out_of_memory_kills()  # earlier ones were other programs'
         with self._lock:
             if self._ended is not None:
                 raise _again(self._ended)
@@ -289,7 +291,7 @@ def _cause_of_death(code: int, log: list[str], *, short_of_memory: bool = False)
     """What to tell the user about exit code `code` (negative: signal number).
 
     Args:
-        short_of_memory: the kernel has ended processes for want of memory meanwhile.
+        short_of_memory: the kernel has ended processes for want of memory since the last command.
     """
     if code < 0:
         try:

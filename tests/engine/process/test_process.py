@@ -141,7 +141,7 @@ def test_seed_is_reported_and_repeats_the_answer(engine: EngineProcess) -> None:
 
 
 def test_prompt_progress_counts_up_to_the_prompt(engine: EngineProcess) -> None:
-    events = ask(engine, tokens=tuple(range(10, 160)), messages=())
+    events = ask(engine, tokens=tuple(range(159, 9, -1)), messages=())  # no other test's prompt begins so
     done = [event.done for event in events if isinstance(event, PromptProgress)]
     assert done == [0, 64, 128, 150]
     assert finished(events).timings.prompt_tokens == 150
@@ -152,7 +152,7 @@ def progress_of(events: list[Event]) -> list[PromptProgress]:
 
 
 def test_progress_says_what_need_not_be_computed(engine: EngineProcess, tmp_path: Path) -> None:
-    prompt = tuple(range(10, 110))
+    prompt = tuple(range(109, 9, -1))  # no other test's prompt begins so
     new = ask(engine, tokens=prompt, messages=(), max_tokens=1)
     assert [(event.done, event.reused) for event in progress_of(new)] == [(0, 0), (64, 0), (100, 0)]
     engine.snapshot(tmp_path / "state")
@@ -336,7 +336,10 @@ def test_failed_load_is_reported_and_the_process_goes_on(
 # --- death ---------------------------------------------------------------------------------------------------------
 
 
-def test_killed_engine_costs_the_running_answer_only(engine: EngineProcess, deaths: list[EngineDiedError]) -> None:
+def test_killed_engine_costs_the_running_answer_only(
+    engine: EngineProcess, deaths: list[EngineDiedError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "out_of_memory_kills", lambda: 0)  # the kernel may end other programs meanwhile
     n_deaths = len(deaths)
     expected = tokens_of(ask(engine))
 
@@ -390,6 +393,26 @@ def test_if_memory_runs_out_the_kernel_ends_the_engine_first_and_the_error_says_
             link.post(CountTokens(text="x"), long=False)
         assert "close other programs" in str(caught.value.hint)
         assert tokens_of(ask(engine)) == expected
+
+
+@pytest.mark.parametrize(("counts", "says"), [((5, 6, 6), "was killed by SIGKILL"), ((5, 6, 7), "run out of memory")])
+def test_what_the_kernel_ended_before_the_last_command_was_another_program(
+    monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], says: str
+) -> None:
+    """The kernel's count when the engine starts, when it gets a command, and when it has died."""
+    left = iter(counts)
+    monkeypatch.setattr(connection, "out_of_memory_kills", lambda: next(left))
+    with EngineProcess() as engine:
+        engine.start()
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGSTOP)
+        link = engine._connection
+        assert link is not None
+        _, inbox = link.post(CountTokens(text="x"), long=False)
+        os.kill(engine.pid, signal.SIGKILL)
+        error = inbox.get(timeout=PATIENCE_S)
+    assert isinstance(error, EngineDiedError)
+    assert says in str(error)
 
 
 def test_the_kernels_count_of_what_it_ended(tmp_path: Path) -> None:

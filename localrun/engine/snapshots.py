@@ -90,6 +90,7 @@ class SnapshotStore:
         self._unwritten: dict[tuple[int, str], Data] = {}
         self._writes: queue.SimpleQueue[tuple[tuple[int, str], Data] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
+        self._can_save = True  # as far as is known
         if self._folder is not None:
             self._scan(self._folder)
 
@@ -128,11 +129,12 @@ class SnapshotStore:
             partial.replace(path)  # not flushed: after a power cut its checksum tells
             size = path.stat().st_size
         except OSError as error:
-            log.warning("a conversation's state could not be saved: %s", error)
+            self._complain(str(error))
             return False
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
+        self._can_save = True
         with self._lock:
             self._files[name] = size
         return True
@@ -259,9 +261,18 @@ class SnapshotStore:
         assert self._folder is not None
         self._make_room(n_bytes)
         if shutil.disk_usage(self._folder).free < n_bytes + MIN_FREE_BYTES:
-            log.warning("%s: a conversation's state was not saved: the drive is nearly full", self._folder)
+            self._complain(f"{self._folder}: the drive is nearly full")
             return False
         return True
+
+    def _complain(self, why: str) -> None:
+        """Once, until saving succeeds again: a full drive is full at every answer."""
+        if self._can_save:
+            log.warning(
+                "a conversation's state could not be saved: %s; answers go on, but continued later, it is read anew",
+                why,
+            )
+        self._can_save = False
 
     def _write(self, name: tuple[int, str], data: Data) -> None:
         assert self._folder is not None
@@ -271,8 +282,9 @@ class SnapshotStore:
             with replacing(self._folder / _file_name(name)) as file:
                 file.write(data)
         except OSError as error:
-            log.warning("a conversation's state could not be saved: %s", error)
+            self._complain(str(error))
             return
+        self._can_save = True
         with self._lock:
             self._files[name] = len(data)
 

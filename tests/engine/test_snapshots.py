@@ -127,8 +127,14 @@ def test_a_nearly_full_drive_is_left_alone(
     store = SnapshotStore(tmp_path, "key")
     store.put(PROMPT[:10], b"state")
     store.close()
+    assert not store.put_file(PROMPT[:20], 100, _written)
     assert disk_used(tmp_path) == 0
-    assert "nearly full" in caplog.text
+    assert caplog.text.count("nearly full; answers go on") == 1, "not after every answer"
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "MIN_FREE_BYTES", 0)
+        assert store.put_file(PROMPT[:20], 100, _written)
+    assert not store.put_file(PROMPT[:30], 100, _written)
+    assert caplog.text.count("nearly full; answers go on") == 2, "again, after it went well"
 
 
 def test_too_large_states_are_not_kept(tmp_path: Path) -> None:
@@ -178,7 +184,6 @@ def test_a_large_state_that_can_not_be_written_leaves_nothing(
     assert "No space left" in caplog.text
     monkeypatch.setattr(snapshots, "MIN_FREE_BYTES", 1 << 60)
     assert not store.put_file(PROMPT[:10], 100, _written)
-    assert "nearly full" in caplog.text
     assert not store.has(PROMPT[:10])
     assert not list((tmp_path / "key").iterdir())
     store.close()
@@ -213,6 +218,23 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
 
 
 # --- sessions that use it
+
+
+@pytest.mark.parametrize("memory_bytes", [snapshots.MEMORY_BYTES, 0])
+def test_with_a_full_drive_a_conversation_goes_on(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory_bytes: int
+) -> None:
+    """Small states stay in RAM, large ones are lost; either way answers are those of a drive that has room."""
+    with engine.session() as session:
+        expected = [answer(session, prompt) for prompt in (PROMPT[:150], PROMPT)]
+    monkeypatch.setattr(snapshots, "MIN_FREE_BYTES", 1 << 60)
+    store = SnapshotStore(tmp_path, engine.state_key, memory_bytes=memory_bytes)
+    with engine.session(snapshots=store) as session:
+        found = [answer(session, prompt, 60, 140) for prompt in (PROMPT[:150], PROMPT)]
+    store.close()
+    assert found == expected
+    assert caplog.text.count("could not be saved") == 1
+    assert disk_used(tmp_path) == 0
 
 
 @pytest.fixture

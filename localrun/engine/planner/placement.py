@@ -154,6 +154,7 @@ def place(
         in_ram = sizes.embedding_bytes + (kv if gpu.cache_in_ram else 0)
         compute += exchange_bytes(sizes, n_ctx, options.n_batch)
     else:
+        compute += sizes.ranking_bytes
         in_ram = int((dense + kv) * (1 - gpu.dense_share)) + compute
     slot = max(1.0, sizes.mean_slot_bytes)
     gpu_experts = min(sizes.n_copies, int(gpu.expert_bytes / slot))
@@ -202,10 +203,11 @@ def _check(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: in
             hint=f"use --ram {_gib(left)} or less, or leave it out",
         )
     if left < floor:
+        buffers = compute_bytes(sizes, n_ctx, options.n_batch) + sizes.ranking_bytes
         raise BudgetError(
             f"{sizes.name} does not fit: dense model {format_size(sizes.dense_bytes)}, KV cache of {n_ctx} tokens "
             f"{format_size(sizes.kv_bytes(n_ctx, options.kv_type, options.n_batch))}, buffers "
-            f"{format_size(compute_bytes(sizes, n_ctx, options.n_batch))}, process {format_size(PROCESS_BYTES)}, "
+            f"{format_size(buffers)}, process {format_size(PROCESS_BYTES)}, "
             f"experts of one layer {format_size(floor)}; {free} free",
             hint=_nearest(sizes, machine, options, n_ctx),
         )
@@ -217,7 +219,8 @@ def _nearest(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: 
 
     def needed(n_ctx: int, kv_type: str) -> int:
         context = sizes.kv_bytes(n_ctx, kv_type, options.n_batch) + compute_bytes(sizes, n_ctx, options.n_batch)
-        return sizes.dense_bytes + context + PROCESS_BYTES + (sizes.floor_bytes if sizes.n_copies else 0)
+        fixed = sizes.dense_bytes + sizes.ranking_bytes + PROCESS_BYTES
+        return fixed + context + (sizes.floor_bytes if sizes.n_copies else 0)
 
     milder = list(_milder(n_ctx, options.kv_type))
     for changed, kv_type in milder:

@@ -87,7 +87,7 @@ class Placement:
         dense_share: of the dense model's layers with their cache that are on the GPU; 0: none, 1: everything.
         cache_in_ram: the KV cache is in RAM although the layers are on the GPU.
         dense_bytes, kv_bytes, compute_bytes: the dense model, the KV cache, llama.cpp's buffers (and on the GPU those for our
-            activations), wherever they are.
+            activations, in RAM the copies that routers are ranked by), wherever they are.
         embedding_bytes: of the dense model, what stays in RAM although all layers are on the GPU.
         ram_bytes: budget for experts in RAM, including reads in flight; None: free memory is unknown, and all experts are
             assumed to fit.

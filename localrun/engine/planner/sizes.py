@@ -129,6 +129,12 @@ class ModelSizes:
         return sum(self.dense.values())
 
     @property
+    def ranking_bytes(self) -> int:
+        """Copies of routers, one byte a weight, that looking ahead ranks by (`offload/routers.py`)."""
+        n_layers = max(0, len(self.shape.moe_layers) - self.shape.n_hash_layers)
+        return n_layers * self.shape.n_experts * self.shape.n_embd
+
+    @property
     def four_bit_savings(self) -> int:
         """What the dense model would be smaller by with `--dense q4_k`."""
         if self.dense_format in SMALL_TYPES:

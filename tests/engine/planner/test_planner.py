@@ -198,6 +198,12 @@ def test_a_plan_stays_within_the_machine(flash: ModelSizes) -> None:
         assert fixed_bytes(at) + at.ram_bytes + at.headroom_bytes <= ram_gib * GIB
 
 
+def test_copies_of_routers_are_counted_where_experts_follow_from_scores() -> None:
+    flash = sizes_of_flash()
+    at = make_plan(flash, BOX, PlanOptions(n_ctx=4096, n_batch=512)).placement
+    assert at.compute_bytes - compute_bytes(flash, 4096, 512) == (43 - 3) * 256 * 4096
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     ram=st.integers(20, 300),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from localrun.engine.planner.boxes import BOXES, BY_SLUG, Box
 from localrun.engine.planner.hit_rates import Curve
@@ -23,6 +24,7 @@ from localrun.engine.planner.sizes import ModelSizes, format_of, sizes_of
 from localrun.engine.planner.speed import Range
 from localrun.errors import BudgetError
 from localrun.quant.checkpoint.mapping import DENSE_TYPES
+from localrun.quant.precision.recipes import read_recipe
 
 
 def cell(plan: Plan) -> tuple[str, str, str, str]:
@@ -79,17 +81,45 @@ def _prediction(plan: Plan) -> str:
 
 
 def no_gpu_table() -> str:
-    """Flash on 64 GB without a GPU, dense matrices in Q4_K: docs/quantization.md's."""
-    boxes = [Box("no GPU, 64 GB", 64, 80, 16, rate) for rate in (5.0, 2.0)]
+    """Flash on 64 GB without a GPU, dense matrices in Q4_K, and what the recipe makes: docs/quantization.md's."""
+    box = BY_SLUG["ram-64"]
     head = ("experts", "model on the drive", "experts in RAM", "tokens/s", "with a drive of 2 GB/s")
     lines: list[tuple[str, ...]] = [head, ("---", "---:", "---:", "---:", "---:")]
-    for kind in ("iq2_xxs", "q2_k", "q3_k", "mxfp4"):
-        model = sizes_of("flash", base=format_of(kind), dense=DENSE_TYPES["q4_k"])
-        plans = [make_plan(model, box.hardware, suggest=False, rates=Curve()) for box in boxes]
-        name = f"`{kind}`" + (", exact" if kind == "mxfp4" else "")
-        size = f"{(model.dense_bytes + model.expert_file_bytes) / 2**30:.0f} GiB"
+    models = {
+        f"`{kind}`" + (", exact" if kind == "mxfp4" else ""): sizes_of(
+            "flash", base=format_of(kind), dense=DENSE_TYPES["q4_k"]
+        )
+        for kind in ("iq2_xxs", "q2_k", "q3_k", "mxfp4")
+    }
+    models["`--recipe ram-64`"] = of_recipe("ram-64")
+    for name, model in models.items():
+        plans = [
+            make_plan(model, machine.hardware, suggest=False, rates=Curve())
+            for machine in (box, replace(box, disk_gb_per_s=2.0))
+        ]
+        size = f"{_on_the_drive(model) / 2**30:.0f} GiB"
         lines.append((name, size, f"{plans[0].resident_share:.0%}", *(_prediction(plan) for plan in plans)))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _on_the_drive(model: ModelSizes) -> int:
+    """All files together: the base holds every expert, an overlay's as well."""
+    overlay_bytes = sum(group.count * group.file_bytes for group in model.experts[1:]) if model.base_bytes else 0
+    return model.dense_bytes + (model.base_bytes + overlay_bytes or model.expert_file_bytes)
+
+
+def of_recipe(name: str) -> ModelSizes:
+    """Flash as a recipe with a base makes it."""
+    recipe = read_recipe(name)
+    assert recipe.base is not None
+    model = sizes_of("flash", base=recipe.base, dense=DENSE_TYPES[recipe.dense or "q8_0"])
+    (base,) = model.experts
+    copies = []
+    for budget in recipe.hot:
+        (better,) = sizes_of("flash", base=budget.type).experts
+        copies.append(replace(better, count=budget.n_bytes // better.file_bytes))
+    n_left = base.count - sum(group.count for group in copies)
+    return replace(model, experts=(replace(base, count=n_left), *copies), base_bytes=base.count * base.file_bytes)
 
 
 def table(lines: Sequence[tuple[str, ...]]) -> str:

@@ -35,7 +35,16 @@ LIMITS = ("ram", "vram", "context", "batch", "kv", "dense", "threads", "adaptive
 
 
 BOX_NAMES = (
-    *("ram-32", "ram-128", "gpu-12-ram-32", "gpu-16-ram-64", "gpu-24-ram-64", "gpu-32-ram-64", "gpu-24-ram-128"),
+    *(
+        "ram-32",
+        "ram-64",
+        "ram-128",
+        "gpu-12-ram-32",
+        "gpu-16-ram-64",
+        "gpu-24-ram-64",
+        "gpu-32-ram-64",
+        "gpu-24-ram-128",
+    ),
     "gpu-2x24-ram-256",
 )
 """Repeated from `engine.planner.boxes`, so that `--help` need not load it; a test compares them."""

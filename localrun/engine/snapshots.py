@@ -269,7 +269,7 @@ class SnapshotStore:
         """Once, until saving succeeds again: a full drive is full at every answer."""
         if self._can_save:
             log.warning(
-                "a conversation's state could not be saved: %s; answers go on, but continued later, it is read anew",
+                "a conversation's state could not be saved: %s; answers go on, but continued later, it is read again",
                 why,
             )
         self._can_save = False

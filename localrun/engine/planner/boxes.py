@@ -47,6 +47,7 @@ class Box:
 
 BOXES = (
     Box("no GPU, 32 GB", 32, 45, 8, 3.5),
+    Box("no GPU, 64 GB", 64, 80, 16, 5.0),
     Box("no GPU, 128 GB", 128, 65, 16, 6.0),
     Box("12 GB GPU, 32 GB", 32, 45, 8, 3.5, vram_gib=(12,), gpu_gb_per_s=360),
     Box("16 GB GPU, 64 GB", 64, 70, 8, 6.0, vram_gib=(16,), gpu_gb_per_s=670),

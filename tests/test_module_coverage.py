@@ -14,7 +14,18 @@ UNTESTED: dict[str, str] = {
     "localrun.engine.conversations.store": "what its package exports: tests/engine/test_conversations.py",
     "localrun.engine.measure.choose_dense": "tests/commands/test_convert_copies.py converts with what it chose",
     "localrun.engine.process.worker": "a process: tests/engine/process starts, stops and kills it",
-    "localrun.offload.device.compiled": "runs in llama.cpp's graph only: tests/offload/test_handover.py and others",
+    **{
+        f"localrun.offload.device.{name}": "runs in llama.cpp's graph only: tests/offload/test_handover.py and others"
+        for name in (
+            "calls",
+            "compiled",
+            "compiled_dense",
+            "compiled_experts",
+            "compiled_pairs",
+            "process",
+            "weight_records",
+        )
+    },
     "localrun.offload.device.compiled_misses": "runs in llama.cpp's graph only: tests/offload/test_misses.py",
     **{
         f"localrun.offload.device.{name}": "what `between` consists of: tests/offload/device/test_between.py"

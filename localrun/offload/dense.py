@@ -19,10 +19,10 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from localrun.alignment import LINE_BYTES, align_up
-from localrun.offload.device.compiled import dense_record
 from localrun.offload.device.device import expert_device
 from localrun.offload.device.layouts import KIND_DENSE, WEIGHT
 from localrun.offload.device.view import View, matrices_at
+from localrun.offload.device.weight_records import dense_record
 from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import KernelCall

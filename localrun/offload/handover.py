@@ -17,11 +17,11 @@ import numpy.typing as npt
 from localrun.errors import StoppedError
 from localrun.offload.cache.slots import SlotTable
 from localrun.offload.cache.telemetry import Telemetry
-from localrun.offload.device.compiled import LayerRecord, expert_record
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.compiled_misses import MissRecord
 from localrun.offload.device.device import Weight, expert_device
 from localrun.offload.device.view import F32
+from localrun.offload.device.weight_records import LayerRecord, expert_record
 from localrun.offload.gpu.stream import LONG_TOKENS
 from localrun.offload.kernels import FfnKernel
 from localrun.quant.model.source import MoeLayer

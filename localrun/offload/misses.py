@@ -18,9 +18,9 @@ from localrun.errors import StoppedError
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.cache.tickets import nothing_follows
-from localrun.offload.device.compiled import ABORTED_ANSWER, FAILED_ANSWER
 from localrun.offload.device.compiled_misses import MissRecord
 from localrun.offload.device.layouts import MOST_PAIRS
+from localrun.offload.device.process import ABORTED_ANSWER, FAILED_ANSWER
 from localrun.offload.handover import Handover
 from localrun.offload.layer_call import LayerCall
 from localrun.offload.readahead import ReadAhead

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import BudgetError, FormatError, UnsupportedModelError
 from localrun.ggml.devices import GpuDevice, free_memory
-from localrun.offload.device.compiled import MAX_VARIANTS
+from localrun.offload.device.weight_records import MAX_VARIANTS
 from localrun.offload.gpu.graphs import slot_bytes
 from localrun.offload.gpu.slots import DeviceClosedError, scratch_bytes
 from localrun.offload.gpu.stream import Rings, StreamCosts, staging_bytes

@@ -2,7 +2,7 @@
 
 `Arena` hands out aligned ranges of one anonymous mapping whose size never changes; `SlotTable` maps (layer, expert) to ranges and
 evicts, of those neither pinned nor being filled, the one that is least likely to be used soon (`demand.py`). Recency, use counts
-and addresses are plain arrays, because compiled code (`device/compiled.py`) reads and updates them. Neither class knows about
+and addresses are plain arrays, because compiled code (`device/compiled_pairs.py`) reads and updates them. Neither class knows about
 files, formats or threads: callers hold residency's lock, and I/O threads only fill slots in state LOADING.
 """
 

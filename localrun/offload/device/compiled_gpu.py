@@ -1,10 +1,10 @@
 """Experts on GPUs in compiled layer calls: `GpuTier.start` and `finish` without Python.
 
 In decode nearly every layer call has experts on a GPU, so this path must be as fast as that of experts in RAM. Compiled code
-(`compiled.py`) assigns a call's pairs to launches, one for each GPU and format, and queues them all: for each GPU two copies, one
-of notes (slots and weights) and one of the input, then one graph after the other, because they share the memory of intermediate
-results. It computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one token, a result
-is one row per launch, because experts' outputs are weighted and added up there.
+(`compiled_experts.py`) assigns a call's pairs to launches, one for each GPU and format, and queues them all: for each GPU two
+copies, one of notes (slots and weights) and one of the input, then one graph after the other, because they share the memory of
+intermediate results. It computes what is in RAM meanwhile, then takes each GPU's results in one copy and waits once. For one
+token, a result is one row per launch, because experts' outputs are weighted and added up there.
 
 With the dense model on a GPU, a token's launches on that GPU go into llama.cpp's own queue (`use_near`): they read its input
 where it is and write the sum where llama.cpp expects it, after adding what the CPU and other GPUs have computed (`join`), so

@@ -17,7 +17,7 @@ from localrun.ggml import structures as ggml
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.device.layouts import COMPRESSOR, MOST_LEFT_OUT, MOST_POOLED, PROCESS
 from localrun.offload.device.node_rows import is_rows
-from localrun.offload.device.tensors import DATA, NB, NE, OP, PARAMS, SRC, VIEW_OFFS
+from localrun.offload.device.tensors import DATA, NB, NE, OP, PARAMS, SRC, VIEW_OFFS, is_view
 from localrun.offload.kernels.float_rows import POOLED, pool_columns
 from localrun.offload.kernels.lowlevel import call_i64, load_i32, load_i64, store_i64
 from localrun.offload.kernels.records import add, get, put
@@ -25,7 +25,6 @@ from localrun.offload.kernels.threads import run_tasks
 
 _CONCAT, _CONT, _GET, _SCALE = ggml.OP_CONCAT, ggml.OP_CONT, ggml.OP_GET_ROWS, ggml.OP_SCALE
 _SUM, _MUL, _SOFT_MAX, _NONE = ggml.OP_SUM_ROWS, ggml.OP_MUL, ggml.OP_SOFT_MAX, ggml.OP_NONE
-_FIRST_VIEW, _LAST_VIEW = ggml.OP_RESHAPE, ggml.OP_TRANSPOSE
 
 _AHEAD: Final = 64
 """Operations from the first one to the sum, at most."""
@@ -36,7 +35,7 @@ _SHARED_VALUES: Final = 1 << 16
 @nb.njit
 def _root(tensor: int) -> int:
     """The tensor that this one is a view of, itself if it is none."""
-    while _FIRST_VIEW <= load_i32(tensor + OP) <= _LAST_VIEW:
+    while is_view(tensor):
         tensor = load_i64(tensor + SRC)
     return tensor
 

@@ -35,9 +35,10 @@ from localrun.ggml import structures as ggml
 from localrun.ggml.devices import GpuDevice
 from localrun.ggml.library import library
 from localrun.ggml.structures import Tensor
-from localrun.offload.device import compiled as native
 from localrun.offload.device.claims import supports_op
+from localrun.offload.device.compiled import copy_in, graph_compute
 from localrun.offload.device.layouts import PROCESS
+from localrun.offload.device.process import ABORTED_ANSWER, FAILED_ANSWER, Process
 from localrun.offload.device.shadow import Activations
 from localrun.offload.device.view import View, rows_at, view
 from localrun.offload.kernels import attention
@@ -120,7 +121,7 @@ class ExpertDevice:
         ] = {}  # record address -> who multiplies with that matrix in place of compiled code
         python = C.CFUNCTYPE(C.c_int64, C.c_int64, C.c_int64)(self._compute_in_python)
         self._keep.append(python)
-        self.process = native.Process(self._lib, C.cast(python, C.c_void_p).value or 0, self.weights_buffer_type)
+        self.process = Process(self._lib, C.cast(python, C.c_void_p).value or 0, self.weights_buffer_type)
         self._build_buffer_type()
         self._build_device()
         self._build_backend()
@@ -133,7 +134,7 @@ class ExpertDevice:
         return C.addressof(self._weights_type)
 
     def attach(self, tensor: int, record: npt.NDArray[np.int64]) -> None:
-        """Hangs a weight's record (see `native.py`) on its tensor; kept until the tensor's buffer is freed."""
+        """Hangs a weight's record (see `weight_records.py`) on its tensor; kept until the tensor's buffer is freed."""
         tensor_view = Tensor.from_address(tensor)
         tensor_view.extra = record.ctypes.data
         self._records.setdefault(tensor_view.buffer, []).append(record)
@@ -324,8 +325,8 @@ class ExpertDevice:
         iface = self._backend.iface
         self._set_constant(iface, "get_name", C.addressof(_NAME))
         self._set_constant(iface, "free", None)
-        iface.graph_compute = dict(iface._fields_)["graph_compute"](native.graph_compute.address)
-        iface.cpy_tensor_async = native.copy_in.address
+        iface.graph_compute = dict(iface._fields_)["graph_compute"](graph_compute.address)
+        iface.cpy_tensor_async = copy_in.address
         self._backend.context = self.process.address
 
     def _build_reg(self) -> None:
@@ -354,13 +355,13 @@ class ExpertDevice:
         except StoppedError as error:
             if owner is not None:
                 owner.failed(error)
-            return native.ABORTED_ANSWER
+            return ABORTED_ANSWER
         except BaseException as error:  # a callback from C: nothing may pass
             if owner is None:
                 log.exception("expert device failed without an owner")
             else:
                 owner.failed(error)
-            return native.FAILED_ANSWER
+            return FAILED_ANSWER
 
     def _multiply(self, node: Tensor) -> Multiply | None:
         extra = Tensor.from_address(node.src[0]).extra
@@ -373,7 +374,7 @@ class ExpertDevice:
         return self._owners[Tensor.from_address(weight).buffer]
 
 
-def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int, process: native.Process) -> int:
+def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int, process: Process) -> int:
     """The fused chain where it stands, and the weighted sum behind it, else the first node alone; the number of nodes done."""
     owner.check_stop()
     if nodes[0].op == ggml.OP_MUL_MAT_ID:
@@ -395,12 +396,12 @@ def _compute(owner: Owner, addresses: list[int], nodes: list[Tensor], index: int
     return 1
 
 
-def _view(tensor: int, process: native.Process) -> View:
+def _view(tensor: int, process: Process) -> View:
     """A tensor's placement in RAM."""
     return view(Tensor.from_address(tensor), process.in_ram(tensor))
 
 
-def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: int, process: native.Process) -> bool:
+def _compute_fused(owner: Owner, chain: list[tuple[int, Tensor]], total: int, process: Process) -> bool:
     """Recognises MUL_MAT_ID gate, MUL_MAT_ID up, GLU, MUL_MAT_ID down of one layer, in either order of gate and up.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from localrun.ggml import structures as ggml
 from localrun.offload.device.layouts import PROCESS
 from localrun.offload.device.shadow import in_ram
-from localrun.offload.device.tensors import DATA, NB, NE, OP, SRC, VIEW_OFFS, VIEW_SRC
+from localrun.offload.device.tensors import DATA, NB, NE, OP, SRC, VIEW_OFFS, VIEW_SRC, is_view
 from localrun.offload.kernels.lowlevel import (
     call_i64,
     load_f32,
@@ -28,7 +28,6 @@ from localrun.offload.kernels.lowlevel import (
 from localrun.offload.kernels.records import get, put
 
 _ADD, _MUL = ggml.OP_ADD, ggml.OP_MUL
-_FIRST_VIEW, _LAST_VIEW = ggml.OP_RESHAPE, ggml.OP_TRANSPOSE
 
 
 @nb.njit
@@ -49,7 +48,7 @@ def find(process: int, graph: int, index: int, n_nodes: int, down: int) -> int:
     while at < n_nodes and n_added < n_used:
         node = call_i64(node_at, graph, at)
         at += 1
-        if _FIRST_VIEW <= load_i32(node + OP) <= _LAST_VIEW:
+        if is_view(node):
             continue
         a, b = load_i64(node + SRC), load_i64(node + SRC + 8)
         if load_i32(node + OP) != _ADD or not _is_choice(b, product, n_added, choice_bytes):

@@ -27,10 +27,10 @@ from localrun.errors import BudgetError
 from localrun.ggml.devices import GpuDevice, HostMemory
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.tickets import Receiver, Store, Ticket
-from localrun.offload.device.compiled import MAX_VARIANTS
 from localrun.offload.device.compiled_gpu import LayerOnGpu
 from localrun.offload.device.routing import Routing
 from localrun.offload.device.view import F32, I32
+from localrun.offload.device.weight_records import MAX_VARIANTS
 from localrun.offload.gpu.graphs import most_slots, slot_bytes
 from localrun.offload.gpu.slots import BankKey, GpuSlots, scratch_bytes
 from localrun.offload.gpu.stream import RING_SLOTS, GpuThread, Pairs, Passing, Rings, StreamJob, choose

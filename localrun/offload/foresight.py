@@ -85,7 +85,7 @@ class Foresight:
 
     def begin(self, layer: int, used: I32) -> None:
         """Call at the start of a layer's call, before its reads: cancels pending guesses that it does not need."""
-        self._cancel(layer, {int(e) for e in used})
+        self._cancel(layer, set(used.tolist()))
 
     def _cancel(self, layer: int, needed: set[int]) -> None:
         for slot in list(self._guesses):
@@ -100,19 +100,20 @@ class Foresight:
         Args:
             x: (D,) input of this layer's experts.
         """
-        if self._residency.n_slots < LEAST_SLOTS * self._n_used:
+        n_slots = self._residency.n_slots
+        if n_slots < LEAST_SLOTS * self._n_used:
             return
         self._judge(self._left, frozenset())
         self._left = []
         for distance in range(1, REACH + 1):
             if distance > 1 and self._n_under_way() >= ENOUGH:
                 return
-            self._look(layer + distance, distance, x)
+            self._look(layer + distance, distance, x, min(MOST_SLOTS, n_slots // SLOTS_SHARE))
 
     def _n_under_way(self) -> int:
         return sum(slot.state is SlotState.LOADING for slot in self._guesses)
 
-    def _look(self, layer: int, distance: int, x: F32) -> None:
+    def _look(self, layer: int, distance: int, x: F32, most: int) -> None:
         where = self._residency
         moe = where.layers.get(layer)
         if (
@@ -121,7 +122,7 @@ class Foresight:
             or not self._worth_reading(layer, distance)
         ):
             return
-        likely, most = self._experts(layer, x), min(MOST_SLOTS, where.n_slots // SLOTS_SHARE)
+        likely = self._experts(layer, x)
         self._cancel(layer, set(likely))  # what was guessed from a layer further away
         for expert in likely:
             slot = where.table.peek(layer, expert)
@@ -146,14 +147,15 @@ class Foresight:
         """The likely ones, likeliest first."""
         table = self._tables.get(layer)
         if table is not None:
-            return [int(e) for e in table[self._token]] if 0 <= self._token < len(table) else []
+            experts: list[int] = table[self._token].tolist() if 0 <= self._token < len(table) else []
+            return experts
         likely = self._routers.likely(layer, x, self._n_used) if self._routers is not None else None
-        return [int(e) for e in likely] if likely is not None else []
+        return likely.tolist() if likely is not None else []
 
     def judge(self, layer: int, used: I32) -> None:
         """Call at the end of a layer's call: wrong guesses that were not used since go before others as likely."""
         self._residency.table.end_announced(layer)
-        self._judge([slot for slot in self._guesses if slot.layer == layer], {int(e) for e in used})
+        self._judge([slot for slot in self._guesses if slot.layer == layer], set(used.tolist()))
 
     def _judge(self, guesses: list[Slot], used: Set[int]) -> None:
         table, values = self._residency.table, self._residency.telemetry.values

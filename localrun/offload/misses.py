@@ -147,6 +147,9 @@ class Misses:
         where = self._residency
         with where.lock:
             where.settle()
+            if not self.record.n_missing and self.record.n_tokens == 1:
+                self._look()
+                return
             call = PostedCall(where, self._ahead, self.record, self._handover)
             evictions = where.table.n_evictions
             try:
@@ -162,6 +165,26 @@ class Misses:
             row[Counter.MISSES] += call.n_misses
             row[Counter.BYTES_READ] += call.bytes_read
             row[Counter.EVICTIONS] += where.table.n_evictions - evictions
+
+    def _look(self) -> None:
+        """For a token's call that lacks nothing: what `LayerCall` does for the next layers. Its experts stay until it ends."""
+        layer, experts, table = self.record.layer, self.record.ids[0], self._residency.table
+        evictions = table.n_evictions
+        slots = [slot for expert in set(experts.tolist()) if (slot := table.peek(layer, expert)) is not None]
+        for slot in slots:
+            table.pin(slot)
+        try:
+            self._ahead.reached(layer)
+            self._ahead.foresight.begin(layer, experts)
+            self._ahead.foresight.look(layer, self.record.x(self._residency.layers[layer].n_embd))
+            self._residency.look()
+            self._ahead.judge(layer, experts)
+        finally:
+            for slot in slots:
+                table.unpin(slot)
+        self._ahead.note_call()
+        self._look_on(False)
+        self._telemetry.values[layer, Counter.EVICTIONS] += table.n_evictions - evictions
 
     def _look_on(self, has_missed: bool) -> None:
         """Says whether calls that lack nothing are posted from now on."""

@@ -24,8 +24,9 @@ from localrun.offload.device.layouts import DEVICE, MISSES
 from localrun.offload.gpu.graphs import slot_bytes
 from localrun.offload.gpu.slots import scratch_bytes
 from localrun.offload.kernels import futex
-from localrun.offload.misses import LOOKING_CALLS, Misses
+from localrun.offload.misses import LOOKING_CALLS, Misses, PostedCall
 from localrun.offload.model import OffloadedModel, OffloadOptions, open_offloaded
+from localrun.offload.residency import largest_slot
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 from tests.offload.device.test_compiled_gpu import Everything
@@ -268,3 +269,38 @@ def test_while_experts_are_missing_every_call_of_a_token_looks_ahead(tmp_path: P
         logits(model, TOKENS[:n_tokens], batch=1)
         assert record.fields[MISSES.posted] - posted == n_tokens * n_layers == model.telemetry.totals().calls
         assert model.telemetry.totals().hits > 0
+
+
+def test_a_call_that_lacks_nothing_only_looks_ahead_and_its_experts_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(write_model(tmp_path))
+    with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
+        expected = logits(model, SOME, batch=1)
+        ram_bytes = floor_ram(model) + 12 * largest_slot(model.pool.residency._kernels)
+    lacking, looked = list[int](), list[int]()
+    with open_offloaded(source, OffloadOptions(n_threads=2, ram_bytes=ram_bytes)) as model:
+        logits(model, SOME, batch=1)
+        pool = model.pool
+        record, table = cast("Misses", pool._misses).record, pool.residency.table
+        posted, look = int(record.fields[MISSES.posted]), pool.ahead.foresight.look
+
+        def watched(layer: int, x: F32) -> None:
+            there = [slot for e in record.ids[0].tolist() if (slot := table.peek(layer, e)) is not None]
+            assert all(slot.pins > 0 for slot in there)
+            looked.append(layer)
+            look(layer, x)
+
+        class Counted(PostedCall):
+            def run(self) -> None:
+                lacking.append(record.n_missing)
+                super().run()
+
+        monkeypatch.setattr(pool.ahead.foresight, "look", watched)
+        monkeypatch.setattr("localrun.offload.misses.PostedCall", Counted)
+        np.testing.assert_array_equal(logits(model, SOME, batch=1), expected)
+        assert len(looked) == record.fields[MISSES.posted] - posted == len(SOME) * len(source.moe_layers)
+        assert 0 < len(lacking) < len(looked)
+        assert min(lacking) > 0
+        assert model.telemetry.totals().guesses > 0
+        assert is_clean(model)

@@ -181,6 +181,16 @@ class MissRecord:
         return int(self.fields[MISSES.layer])
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens of the posted call."""
+        return int(self.fields[MISSES.n_tokens])
+
+    @property
+    def n_missing(self) -> int:
+        """How many of its experts were nowhere."""
+        return int(self.fields[MISSES.n_experts])
+
+    @property
     def ids(self) -> I32:
         """(T, K) its choices, a copy."""
         n_tokens, n_used = int(self.fields[MISSES.n_tokens]), int(self.fields[MISSES.n_used])

@@ -62,7 +62,7 @@ class ConverterProcess:
         self._stopped = False
         self._complaints: deque[str] = deque(maxlen=20)
         path = [str(Path(localrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-        command = [sys.executable, "-P", "-m", "localrun.cli", "convert", "--json", *options]
+        command = [sys.executable, "-P", "-m", "localrun", "convert", "--json", *options]
         self._process = subprocess.Popen(
             [*command, "--", str(source), str(target)],
             stdin=subprocess.DEVNULL,

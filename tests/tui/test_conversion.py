@@ -22,7 +22,7 @@ from localrun.tui.screens.convert import ConvertScreen
 from tests.checkpoints import write_small
 from tests.tui.support import Setup
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 def run(source: Path, target: Path) -> list[ConversionNews]:
@@ -137,8 +137,39 @@ async def test_a_hidden_conversion_reports_its_failure_as_a_panel(setup: Setup, 
         assert talk.screen.conversions.status == ""
 
 
-def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(tmp_path: Path) -> None:
+WAITS = """
+import os, signal, sys
+
+def wait():
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for _ in range(1000):  # here the interrupt is noticed
+        pass
+
+class Dying:
+    def __del__(self):
+        wait()
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            {where}()
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "where", "tells"),
+    [("localrun.quant.convert.converter", "wait", True), ("localrun.interrupts", "Dying", False)],
+    ids=["at work", "while the program is being imported"],
+)
+def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, where: str, tells: bool
+) -> None:
+    """Before the program can say so itself, it ends without a word, even where Python drops what an interrupt raises."""
     write_small(tmp_path / "src")
+    (tmp_path / "sitecustomize.py").write_text(WAITS.format(module=module, where=where))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     news: list[ConversionNews] = []
     ended = threading.Event()
 
@@ -148,10 +179,11 @@ def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(tmp_path: 
             ended.set()
 
     process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
-    os.kill(process.pid, signal.SIGSTOP)  # it must not be done before it hears of it
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     process.stop()
     os.kill(process.pid, signal.SIGCONT)
     assert ended.wait(PATIENCE_S)
     assert news[-1].error == "stopped"
     assert news[-1].hint == "start it again to resume"
+    assert any(item.note.startswith("interrupted") for item in news) == tells
     assert news_of({"event": "interrupted"}, ConversionNews()) == news[-1]

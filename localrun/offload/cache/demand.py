@@ -49,6 +49,8 @@ class Demand:
         self._n_passed = 0
         self.values = np.zeros_like(uses)
         self._order = np.zeros_like(uses)
+        self._lowered = np.ones(len(uses), np.uint8)  # layers whose smallest order is not known
+        self._smallest, self._where = np.zeros(len(uses), np.int64), np.zeros(len(uses), np.int64)
         self._use = 0
         self._prepare()
 
@@ -73,6 +75,45 @@ class Demand:
         self._use = int(_UNIT * sum(1 - k for k in kept) / self._n_tokens) << SHIFT
         self.values[:] = self._coming
         self._n_passed = 0
+        self._lowered[:] = 1
+
+    @property
+    def layer(self) -> int:
+        """The last one that an order was asked for."""
+        return self._n_passed
+
+    def _pass(self, layer: int) -> None:
+        """`layer` is computed from now on."""
+        if layer != self._n_passed:
+            self._lowered[min(layer, self._n_passed) : max(layer, self._n_passed)] = 1
+            self._n_passed = layer
+            self.values[:layer] = self._passed[:layer]
+            self.values[layer:] = self._coming[layer:]
+
+    def lower(self, layer: int) -> None:
+        """To be told before the next `first`: a word of `others` has become smaller in this layer."""
+        self._lowered[layer] = 1
+
+    def lower_all(self) -> None:
+        """The same for all layers."""
+        self._lowered[:] = 1
+
+    def first(self, layer: int, *others: I64) -> tuple[int, int]:
+        """Flat index and value of the smallest word of `order`, the first of equal ones, at a tenth of its cost: layers in which no
+        word has become smaller since are not looked at again, but for the one that has the smallest."""
+        self._pass(layer)
+        at, least = _find_first(
+            self.values,
+            self._uses,
+            self._seen,
+            self._n_tokens,
+            self._use,
+            others,
+            self._lowered,
+            self._smallest,
+            self._where,
+        )
+        return int(at), int(least)
 
     def order(self, layer: int, *others: I64) -> I64:
         """(n_layers, n_experts) estimates for while `layer` is computed; the smaller, the sooner to go. Valid until the next call.
@@ -80,10 +121,7 @@ class Demand:
         Args:
             others: added to them.
         """
-        if layer != self._n_passed:
-            self._n_passed = layer
-            self.values[:layer] = self._passed[:layer]
-            self.values[layer:] = self._coming[layer:]
+        self._pass(layer)
         _add_uses(self.values, self._uses, self._seen, self._n_tokens, self._use, self._order)
         for other in others:
             self._order += other
@@ -96,6 +134,38 @@ def _add_uses(values: I64, uses: I64, seen: I64, most: int, use: int, out: I64) 
     for layer in range(values.shape[0]):
         for e in range(values.shape[1]):
             out[layer, e] = values[layer, e] + min(uses[layer, e] - seen[layer, e], most) * use
+
+
+@cached_jit(nogil=True)
+def _find_first(
+    values: I64,
+    uses: I64,
+    seen: I64,
+    most: int,
+    use: int,
+    others: tuple[I64, ...],
+    lowered: npt.NDArray[np.uint8],
+    smallest: I64,
+    where: I64,
+) -> tuple[int, int]:
+    """See `Demand.first`. A layer's smallest word is known but for what has grown since, so it is looked at again if it is chosen."""
+    n_layers, n_experts = values.shape
+    row = np.empty(n_experts, np.int64)
+    best = -1
+    while True:
+        for layer in range(n_layers):
+            if lowered[layer] != 0 or layer == best:
+                for e in range(n_experts):
+                    row[e] = values[layer, e] + min(uses[layer, e] - seen[layer, e], most) * use
+                for other in others:
+                    for e in range(n_experts):
+                        row[e] += other[layer, e]
+                where[layer] = row.argmin()
+                smallest[layer], lowered[layer] = row[where[layer]], 0
+        chosen = smallest.argmin()
+        if chosen == best:
+            return chosen * n_experts + where[chosen], smallest[chosen]
+        best = chosen
 
 
 def _word(rates: npt.NDArray[np.float64]) -> I64:

@@ -243,6 +243,7 @@ class SlotTable:
         """Makes a READY slot the first to go of those that are as likely to be used."""
         if slot.state is SlotState.READY and self._slots.get((slot.layer, slot.expert)) is slot:
             self.stamps[slot.layer, slot.expert] = 0
+            self.demand.lower(slot.layer)
 
     def peek(self, layer: int, expert: int) -> Slot | None:
         """The expert's slot without touching the order."""
@@ -293,8 +294,8 @@ class SlotTable:
 
     def begin_batch(self, n_tokens: int) -> None:
         """A batch of so many tokens begins."""
-        self.demand.advance(n_tokens)
         self._due[:] = 0
+        self.demand.advance(n_tokens)
 
     def note_ahead(self, slot: Slot, n_bytes: int) -> None:
         """The slot is about to be filled with so many bytes that no call waits for."""
@@ -307,6 +308,7 @@ class SlotTable:
     def end_announced(self, layer: int) -> None:
         """This layer's call is over."""
         self._due[layer] = 0
+        self.demand.lower(layer)
 
     def begin_upgrade(self, old: Slot, size_bytes: int, variant: int) -> Slot | None:
         """Allocates a second, LOADING slot for an expert whose READY slot `old` serves until `end_upgrade`; evicts others for it.
@@ -337,6 +339,7 @@ class SlotTable:
         self._slots[slot.layer, slot.expert] = slot
         self.ready(slot)
         self.stamps[slot.layer, slot.expert] = stamp
+        self.demand.lower(slot.layer)
 
     def ready(self, slot: Slot) -> None:
         """The slot's bytes are complete: LOADING -> READY, the most recently used one."""
@@ -344,6 +347,7 @@ class SlotTable:
         self.tick += 1
         slot.ready_stamp = int(self.tick[0])
         self.stamps[slot.layer, slot.expert] = slot.ready_stamp
+        self.demand.lower(slot.layer)
         self.variants[slot.layer, slot.expert] = slot.variant
         self.resident[slot.layer, slot.expert] = _word(slot)  # last: compiled code may use it from now on
         self.loading[slot.layer, slot.expert] = 0
@@ -358,10 +362,12 @@ class SlotTable:
         slot.pins -= 1
         if slot.pins == 0:
             self._protection[slot.layer, slot.expert] = 0
+            self.demand.lower(slot.layer)
 
     def keep(self, experts: Iterable[tuple[int, int]]) -> None:
         """Evicts these (layer, expert) only when nothing else can go; replaces an earlier set."""
         self._kept[:] = 0
+        self.demand.lower_all()
         for layer, expert in experts:
             self._kept[layer, expert] = _KEPT
 
@@ -436,7 +442,10 @@ class SlotTable:
     def _order(self, layer: int) -> npt.NDArray[np.int64]:
         """(n_layers, n_experts) the smaller, the sooner to go while `layer` is computed; from `_PINNED` on not at all. Valid until
         the next call."""
-        return self.demand.order(layer, self.stamps, self._protection, self._kept, self._due)
+        return self.demand.order(layer, *self._others())
+
+    def _others(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self.stamps, self._protection, self._kept, self._due
 
     def _make_room(self, layer: int, size_bytes: int) -> bool:
         """Evicts until a hole is large enough for an expert of `layer`; False if that is impossible.
@@ -445,12 +454,14 @@ class SlotTable:
         neighbours around the coldest slots is evicted, where a run's cost is that of its likeliest slot.
         """
         need = align_up(size_bytes, PAGE_BYTES)
-        order = self._order(layer)
-        coldest = int(order.argmin())
-        if order.flat[coldest] >= _PINNED:
+        coldest, least = self.demand.first(layer, *self._others())
+        if least >= _PINNED:
             return False
-        run = self._run_around(self._slots[divmod(coldest, order.shape[1])], need, order)
-        if run is None or len(run) > 1:
+        slot = self._slots[divmod(coldest, self.stamps.shape[1])]
+        run: list[Slot] | None = [slot]
+        at = bisect.bisect_left(self._addresses, slot.address)
+        if self._end(at) - self._begin(at) < need:
+            order = self._order(layer)
             n_candidates = min(_CANDIDATES, len(self._slots))
             candidates = np.argpartition(order, n_candidates - 1, axis=None)[:n_candidates]
             run = self._cheapest_run(candidates, need, order)
@@ -530,6 +541,10 @@ class SlotTable:
         assert self._addresses == sorted(self._by_address), "addresses out of step"
         assert all(self._by_address[s.address] is s for s in self._slots.values())
         assert all((self.stamps[at] < ABSENT) == (at in ready) for at in np.ndindex(self.stamps.shape))
+        at, least = self.demand.first(self.demand.layer, *self._others())
+        assert least == self._order(self.demand.layer).min() == self._order(self.demand.layer).flat[at], (
+            "not the coldest"
+        )
 
     def close(self) -> None:
         """Frees all memory."""

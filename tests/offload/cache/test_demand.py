@@ -7,7 +7,7 @@ import pytest
 
 from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.demand import HALF_LIVES, SHIFT, Demand
-from localrun.offload.cache.slots import SlotTable
+from localrun.offload.cache.slots import Slot, SlotTable
 
 N_LAYERS, N_EXPERTS = 3, 8
 
@@ -152,3 +152,42 @@ def test_a_read_ahead_for_a_running_call_is_used_by_it() -> None:
     table.ready(slot)
     assert next_to_go(table) == 3
     assert table.unused_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_to_go_is_the_smallest_of_the_order_whatever_happened_since(seed: int) -> None:
+    rng, n_slots = np.random.default_rng(seed), 10
+    table = SlotTable(n_slots * PAGE_BYTES, N_LAYERS, N_EXPERTS)
+    pinned: list[Slot] = []
+    try:
+        for step in range(300):
+            layer, expert = step % 60 // 20, int(rng.integers(N_EXPERTS))
+            if step % 60 == 0:
+                table.begin_batch(1 + int(rng.integers(2)))
+            slot = table.peek(layer, expert)
+            match int(rng.integers(8)):
+                case 0 | 1 if slot is None:
+                    if (fresh := table.reserve(layer, expert, PAGE_BYTES)) is not None:
+                        table.check()
+                        table.ready(fresh)
+                case 2 if slot is not None:
+                    table.stamps[layer, expert] = table.tick[0] = (
+                        table.tick[0] + 1
+                    )  # as compiled code does, which tells nobody
+                    table.uses[layer, expert] += 1
+                case 3 if slot is not None:
+                    table.chill(slot)
+                case 4 if slot is not None:
+                    table.pin(slot)
+                    pinned.append(slot)
+                case 5:
+                    table.announce(layer, expert)
+                case 6:
+                    table.end_announced(layer)
+                    table.keep([(layer, expert)])
+                case _ if pinned:
+                    table.unpin(pinned.pop())
+            if step % 3 == 0:
+                table.check()
+    finally:
+        table.close()

@@ -7,7 +7,7 @@ frequency, with routers' scores and with the bound.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -148,10 +148,10 @@ def _find_first(
     smallest: I64,
     where: I64,
 ) -> tuple[int, int]:
-    """See `Demand.first`. A layer's smallest word is known but for what has grown since, so it is looked at again if it is chosen."""
+    """See `Demand.first`. Known smallest words may have grown since, so the layer that is chosen is looked at again."""
     n_layers, n_experts = values.shape
     row = np.empty(n_experts, np.int64)
-    best = -1
+    best: Any = -1
     while True:
         for layer in range(n_layers):
             if lowered[layer] != 0 or layer == best:
@@ -162,7 +162,7 @@ def _find_first(
                         row[e] += other[layer, e]
                 where[layer] = row.argmin()
                 smallest[layer], lowered[layer] = row[where[layer]], 0
-        chosen = smallest.argmin()
+        chosen: Any = smallest.argmin()
         if chosen == best:
             return chosen * n_experts + where[chosen], smallest[chosen]
         best = chosen

@@ -3,7 +3,8 @@
     python -m tools.guess_next_layer [MODEL] [--text FILE] [--max-tokens N]
 
 MODEL defaults to the demo model. Prints per layer the share of the experts actually used that are among the top 6, 9 and 12
-predictions, and the same for a baseline that always predicts the layer's most used experts. Whether a prediction is worth a
+predictions, the same for a baseline that always predicts the layer's most used experts, and how many predictions the copy that the
+engine ranks by (`offload/routers.py`) shares with the exact matrix. Whether a prediction is worth a
 read is another question: it must not displace anything, so it needs free memory.
 """
 
@@ -21,6 +22,7 @@ from localrun.engine.measure.calibrate import ObservedRouter, calibrate
 from localrun.engine.measure.calibration_text import default_text, read_calibration_text
 from localrun.engine.options import EngineOptions
 from localrun.offload.foresight import REACH
+from localrun.offload.routers import Routers
 from localrun.quant.model.source import ModelSource
 from localrun.quant.open import open_model
 
@@ -48,21 +50,41 @@ def main() -> None:
         scores = router.probabilities(samples.layers[layer].rows) + _bias(source, guessed)
         popular = np.broadcast_to(following.chosen.mean(0), scores.shape)
         n_used = int(following.chosen[0].sum())
+        routers, name = Routers(source), f"blk.{guessed}.ffn_gate_inp.weight"
+        matrix = source.read_tensor(name)  # stays alive: the routers have its address
+        routers.adopt(name, matrix.ctypes.data)
         for factor in FACTORS:
             n = round(factor * n_used)
+            exact, copied = _top(scores, n), _by_copy(routers, guessed, samples.layers[layer].rows, n)
+            most_used = _recall(_top(popular, n), following.chosen)
             print(
-                f"layer {layer} -> {guessed}: {n:2} of {scores.shape[1]} guessed: router "
-                f"{_recall(scores, following.chosen, n):.1%}, most used {_recall(popular, following.chosen, n):.1%} "
-                f"({len(scores)} positions)"
+                f"layer {layer} -> {guessed}: {n:2} of {scores.shape[1]} guessed: router {_recall(exact, following.chosen):.1%}, "
+                f"its copy {_recall(copied, following.chosen):.1%} ({_shared(exact, copied):.1%} of the same), most used "
+                f"{most_used:.1%} ({len(scores)} positions)"
             )
+
+
+def _top(scores: np.ndarray, n: int) -> np.ndarray:
+    """(P, n) the highest of each row."""
+    return np.argpartition(-scores, n - 1, axis=1)[:, :n]
+
+
+def _by_copy(routers: Routers, layer: int, rows: np.ndarray, n: int) -> np.ndarray:
+    """(P, n) as the engine ranks."""
+    likely = [routers.likely(layer, row, n) for row in rows]
+    return np.stack([best for best in likely if best is not None])
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> float:
+    """Of a's (P, n) guesses, the share that are b's, too."""
+    return float((a[:, :, None] == b[:, None, :]).any(2).mean())
 
 
 def _bias(source: ModelSource, layer: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return source.read_tensor(f"blk.{layer}.exp_probs_b.bias").view(np.float32)
 
 
-def _recall(scores: np.ndarray, chosen: np.ndarray, n: int) -> float:
-    guessed = np.argpartition(-scores, n - 1, axis=1)[:, :n]
+def _recall(guessed: np.ndarray, chosen: np.ndarray) -> float:
     return float(np.take_along_axis(chosen, guessed, axis=1).sum() / chosen.sum())
 
 

@@ -332,7 +332,8 @@ def _compute(process: int, graph: int, index: int, n_nodes: int, layer: int, end
     add(row, _CALLS, 1)
     add(row, _TOKENS, chosen.n_tokens)
     add(row, _REQUESTS, chosen.n_tokens * chosen.n_used)
-    add(row, _HITS, n_in_ram + there.n_experts - n_noted)
+    if n_missing == 0:  # else they are noted, and the fetching thread may be adding what it found
+        add(row, _HITS, n_in_ram + there.n_experts)
     add(row, _GPU_HITS, there.n_experts)
     add(row, _COMPUTE_NS, ended - begun - (get(row, _WAIT_NS) - waited))
     add(row, _TOTAL_NS, ended - started)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
     from localrun.quant.convert.writing import ConversionProgress, ConversionResult
     from localrun.quant.model.manifest import Manifest
-    from localrun.quant.precision.solver import PrecisionSolution
 
 DENSE_DEFAULT = "q8_0"
 
@@ -201,9 +200,9 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     """Everything from a checkpoint."""
     from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import make_plan
-    from localrun.quant.convert.converter import check_space, check_target, open_checkpoint, write_plan
+    from localrun.quant.convert.converter import check_target, open_checkpoint, write_plan
     from localrun.quant.open import open_model
-    from localrun.quant.precision.solver import bytes_for_experts
+    from localrun.quant.precision.solver import bytes_for_experts, most_bytes_of_copies
 
     if options.remove_overlay:
         raise UsageError(f"{wanted.target_folder} is not a converted model, so it has no overlay")
@@ -211,9 +210,11 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     out.status("checking the source")
     checkpoint = open_checkpoint(wanted.source)
     plan = make_plan(checkpoint, _conversion_options(wanted, options))
-    request = precision.precision_request(wanted, options)
+    request, copy_bytes = precision.precision_request(wanted, options), 0
     if precision.needs_learning(options, wanted):
-        check_precision_request(open_model(wanted.source), request)
+        model = open_model(wanted.source)
+        check_precision_request(model, request)
+        copy_bytes = most_bytes_of_copies(model.moe_layers, options.hot)
         if options.target is not None:
             bytes_for_experts(options.target, _least_dense_bytes(plan) if options.choose_dense else _dense_bytes(plan))
     for warning in plan.warnings:
@@ -225,14 +226,15 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     if wanted.dry_run:
         # Show the plan first, even if the disk turns out to be too small.
         out.checked(plan)
-        needed = check_space(plan, wanted.target_folder)
+        needed = _check_space_for_both(plan, copy_bytes, wanted.target_folder)
         out.note(f"dry run: nothing written; the disk has room for {format_size(needed)}")
         out.finished(None)
         return
     if options.target is None:
-        check_space(plan, wanted.target_folder)
+        _check_space_for_both(plan, copy_bytes, wanted.target_folder)
     choice, plan = _choose(wanted, checkpoint, options, jobs, plan, out)
-    _check_space_for_both(plan, choice.solution if choice is not None else None, wanted.target_folder)
+    solution = choice.solution if choice is not None else None
+    _check_space_for_both(plan, solution.overlay_bytes if solution is not None else 0, wanted.target_folder)
     out.chosen(choice)
     result = write_plan(plan, wanted.target_folder, jobs=jobs, progress=out.progress("base"))
     out.wrote(result)
@@ -523,8 +525,10 @@ def _add_to_manifest(folder: Path, sections: Mapping[str, Mapping[str, object]])
     write_manifest(replace(read_manifest(folder / MANIFEST_NAME), **sections), folder)  # type: ignore[arg-type]
 
 
-def _check_space_for_both(plan: ConversionPlan, solution: PrecisionSolution | None, folder: Path) -> None:
+def _check_space_for_both(plan: ConversionPlan, copy_bytes: int, folder: Path) -> int:
+    """Room for the base and its overlay; bytes that they still need. Raises DiskSpaceError: less is free."""
     from localrun.quant.convert.converter import check_space
 
-    needed = check_space(plan, folder) + (solution.overlay_bytes if solution is not None else 0)
+    needed = check_space(plan, folder) + copy_bytes
     check_free(folder, needed, what="a base with its overlay", otherwise="ask for less")
+    return needed

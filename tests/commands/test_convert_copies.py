@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType as QT
 
 from localrun import cli
+from localrun.api import precision
 from localrun.quant.convert.converter import DENSE_NAME, LEARNED_NAME, MODEL_NAME
 from localrun.quant.gguf.file import read_gguf
 from localrun.quant.gguf.source import GgufSource
@@ -24,7 +27,7 @@ from localrun.quant.precision.dense import KINDS, kind_of
 from localrun.quant.precision.dense_solver import types_from_text
 from localrun.quant.precision.imatrix import read_imatrix
 from localrun.quant.precision.report import REPORT_NAMES
-from localrun.units import format_size
+from localrun.units import format_size, parse_size
 from tests.checkpoints import SMALL
 from tools.make_checkpoint import write_checkpoint
 from tools.synthetic_config import CheckpointSpec
@@ -305,6 +308,31 @@ def test_a_dry_run_changes_nothing_whatever_is_there(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("options", [("--dry-run",), ()])
+@pytest.mark.parametrize("kept", [("--keep-experts", "--cold", f"q2_k:{5 * ONE}B"), FORMATS])
+def test_room_for_the_copies_is_checked_with_that_for_the_rest_before_anything_is_learned(
+    kept: tuple[str, ...],
+    options: tuple[str, ...],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "learn", lambda *_: pytest.fail("learns without room"))
+    usage = namedtuple("usage", "total used free")
+    free = 1 << 40
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 41, 1 << 40, free))
+    assert convert(source, tmp_path / "plain", *kept[: kept.index(kept[-2])], "--dry-run") == 0
+    alone = parse_size(re.findall(r"room for ([^\n]+)", capsys.readouterr().err)[0])
+    assert convert(source, tmp_path / "out", *kept, "--dry-run") == 0
+    both = parse_size(re.findall(r"room for ([^\n]+)", capsys.readouterr().err)[0])
+    assert both - alone == pytest.approx(5 * ONE, rel=0.1)
+    free = (alone + both) // 2
+    assert convert(source, tmp_path / "out", *kept, *options) == 1
+    assert "a base with its overlay needs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_beside_a_moved_checkpoint_none_takes_the_copies_away(source: Path, beside: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(beside, tmp_path / "out"))
     moved = Path(shutil.copytree(source, tmp_path / "elsewhere"))
@@ -344,6 +372,7 @@ def test_a_finished_model_beside_its_checkpoint_takes_no_target_and_can_be_compa
 CHILD = """
 import os, signal, sys
 from localrun import cli
+from localrun.api import precision
 from localrun.api import conversion
 from localrun.engine.measure.calibrate import ExpertSums
 from localrun.quant.convert.journal import Journal

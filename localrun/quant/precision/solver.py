@@ -160,6 +160,14 @@ def check_request(
             )
 
 
+def most_bytes_of_copies(moe_layers: Mapping[int, MoeLayer], hot: Sequence[HotBudget]) -> int:
+    """What the overlay takes on the drive at most: each budget, or a copy of every expert if that is less."""
+    return sum(
+        min(budget.n_bytes, sum(moe.n_experts * expert_bytes(moe, budget.type) for moe in moe_layers.values()))
+        for budget in hot
+    )
+
+
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 

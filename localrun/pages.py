@@ -11,8 +11,12 @@ HUGE_PAGE_BYTES: Final = 2 << 20
 """Size of a huge page on x86-64, and on ARM64 with 4 KiB pages."""
 
 
-def anonymous(n_bytes: int) -> mmap.mmap:
+def anonymous(n_bytes: int, *, forked: bool = True) -> mmap.mmap:
     """Zeroed private memory, in huge pages where the kernel supports them; freed with the last array that uses it.
+
+    Args:
+        forked: child processes get it, too. Reads past the page cache into memory that a fork shares may end up in the child's
+            (open(2), "O_DIRECT").
 
     Private, because Python's default is a shared mapping: that is tmpfs, whose huge pages are off on most systems
     (/sys/kernel/mm/transparent_hugepage/shmem_enabled), regardless of `madvise`.
@@ -26,6 +30,8 @@ def anonymous(n_bytes: int) -> mmap.mmap:
     if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
+    if not forked and hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
     return memory
 
 

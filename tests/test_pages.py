@@ -22,18 +22,31 @@ def test_large_memory_is_zeroed_and_written() -> None:
     assert memory[-1] == 7
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells how memory is mapped")
-def test_large_memory_is_not_a_shared_mapping() -> None:
-    memory = anonymous(64 * HUGE_PAGE_BYTES)
-    address = np.frombuffer(memory, np.uint8).ctypes.data
+def flags_at(address: int) -> list[str]:
+    """Of the mapping that holds the address, proc(5) has their names."""
     for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         start, end = (int(part, 16) for part in entry.split(" ", 1)[0].split("-"))
         if start <= address < end:
             flags = re.search(r"^VmFlags: (.*)$", entry, re.MULTILINE)
             assert flags
-            assert "sh" not in flags[1].split()
-            return
+            return flags[1].split()
     pytest.fail("the mapping is not listed")
+
+
+needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells how memory is mapped")
+
+
+@needs_smaps
+def test_large_memory_is_not_a_shared_mapping() -> None:
+    memory = anonymous(64 * HUGE_PAGE_BYTES)
+    assert "sh" not in flags_at(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+@needs_smaps
+def test_children_get_memory_unless_it_is_kept_from_them() -> None:
+    shared, own = (np.frombuffer(anonymous(HUGE_PAGE_BYTES, forked=forked), np.uint8) for forked in (True, False))
+    assert "dc" not in flags_at(shared.ctypes.data)
+    assert "dc" in flags_at(own.ctypes.data)
 
 
 KEPT = """

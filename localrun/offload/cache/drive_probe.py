@@ -314,7 +314,7 @@ def _measured_bytes_per_s(files: _Files, n_reads: int, piece_bytes: int) -> floa
     n_bytes = [0] * n_reads
     # More extents than any drive can serve in time; repeating them would let its cache answer.
     work = [files.random_extents(256, piece_bytes) for _ in range(n_reads)]
-    targets = [mmap.mmap(-1, piece_bytes) for _ in range(n_reads)]
+    targets = [anonymous(piece_bytes, forked=False) for _ in range(n_reads)]  # as the store's
     for target in targets:
         target.write(bytes(piece_bytes))  # page faults belong to no drive
 

@@ -42,6 +42,7 @@ from localrun.offload.cache.tickets import (
     Receiver,
     Ticket,
     nothing_follows,
+    read_buffers,
 )
 from localrun.offload.kernels import futex
 from localrun.pages import share_heaps
@@ -115,7 +116,7 @@ class ExpertStore:
         self._most_ahead = max(
             1, n_buffers // 2
         )  # reads that nobody waits for leave buffers to those that somebody waits for
-        self._buffers = [ReadBuffer(buffer_bytes, number) for number in range(n_buffers)]
+        self._buffers = read_buffers(n_buffers, buffer_bytes)
         self._free = list(self._buffers)  # without early reads
         self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
         self._pieces = ReadPieces(self.early)

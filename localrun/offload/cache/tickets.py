@@ -5,7 +5,6 @@ Knows nothing about files.
 
 from __future__ import annotations
 
-import mmap
 import queue
 import threading
 from collections import deque
@@ -20,6 +19,7 @@ from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import StoreError
 from localrun.offload.cache.early import EarlyReads
 from localrun.offload.cache.slots import Slot
+from localrun.pages import anonymous
 from localrun.quant.model.source import Projection
 
 Bytes = npt.NDArray[np.uint8]
@@ -32,11 +32,21 @@ class AbandonedError(StoreError):
 class ReadBuffer:
     """Page-aligned memory of one expert read in flight."""
 
-    def __init__(self, size_bytes: int, number: int = 0) -> None:
-        self._map = mmap.mmap(-1, align_up(size_bytes, PAGE_BYTES))
-        self.view = memoryview(self._map)
-        self.array: Bytes = np.frombuffer(self._map, np.uint8)
+    def __init__(self, memory: Bytes, number: int = 0) -> None:
+        self.array = memory
+        self.view = memory.data
         self.number = number
+
+
+def read_buffers(count: int, size_bytes: int) -> list[ReadBuffer]:
+    """Buffers one after the other in one mapping, in huge pages where the kernel supports them.
+
+    [m] A read past the page cache pins what it fills, page by page: in small pages that is most of its CPU time, 53 to 73 ms per GB
+    against 5 to 19 in huge ones (reads of 1 to 8 MiB, Zen 4).
+    """
+    size = align_up(size_bytes, PAGE_BYTES)
+    memory = np.frombuffer(anonymous(count * size, forked=False), np.uint8)
+    return [ReadBuffer(memory[number * size : (number + 1) * size], number) for number in range(count)]
 
 
 @dataclass(slots=True)

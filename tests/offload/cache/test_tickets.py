@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.tickets import MOST_AHEAD, ReadPiece, ReadPieces, Ticket
+from localrun.offload.cache.tickets import MOST_AHEAD, ReadPiece, ReadPieces, Ticket, read_buffers
 
 
 class Readers:
@@ -48,3 +49,14 @@ def test_readers_sleep_while_enough_is_read_ahead() -> None:
     queue.end_ahead(last=True)  # its reader packs now, another one goes on
     queue.hurry(ahead.slot)  # two pieces are left of it
     assert readers.woken == [MOST_AHEAD, 0, 1, 2]
+
+
+def test_buffers_are_whole_pages_in_one_mapping_each_its_own() -> None:
+    buffers = read_buffers(3, PAGE_BYTES + 1)
+    addresses = [int(buffer.array.ctypes.data) for buffer in buffers]
+    assert [buffer.number for buffer in buffers] == [0, 1, 2]
+    assert [address - addresses[0] for address in addresses] == [0, 2 * PAGE_BYTES, 4 * PAGE_BYTES]
+    assert addresses[0] % PAGE_BYTES == 0
+    for buffer in buffers:
+        buffer.view[:] = bytes([buffer.number]) * len(buffer.view)
+    assert [set(buffer.array.tolist()) for buffer in buffers] == [{0}, {1}, {2}]

@@ -226,8 +226,11 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     if wanted.dry_run:
         # Show the plan first, even if the disk turns out to be too small.
         out.checked(plan)
-        needed = _check_space_for_both(plan, copy_bytes, wanted.target_folder)
-        out.note(f"dry run: nothing written; the disk has room for {format_size(needed)}")
+        if options.target is not None:  # whose base is no larger than this one, and often much smaller
+            out.note("dry run: nothing written; what it takes on the disk is known once formats are chosen")
+        else:
+            needed = _check_space_for_both(plan, copy_bytes, wanted.target_folder)
+            out.note(f"dry run: nothing written; the disk has room for {format_size(needed)}")
         out.finished(None)
         return
     if options.target is None:

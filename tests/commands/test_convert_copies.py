@@ -333,6 +333,21 @@ def test_room_for_the_copies_is_checked_with_that_for_the_rest_before_anything_i
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kept", [(), ("--keep-experts",)])
+def test_a_dry_run_for_a_target_asks_for_no_room_that_the_target_may_not_need(
+    kept: tuple[str, ...],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 41, 1 << 41, 0))
+    assert convert(source, tmp_path / "out", *kept, "--target", "6MiB-ram", "--dry-run") == 0
+    assert "known once formats are chosen" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_beside_a_moved_checkpoint_none_takes_the_copies_away(source: Path, beside: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(beside, tmp_path / "out"))
     moved = Path(shutil.copytree(source, tmp_path / "elsewhere"))

@@ -24,6 +24,8 @@ from tests.offload.test_variants import sources as sources  # the fixture
 ALL = MODEL.n_experts * len(MODEL.ratios)
 SOME = TOKENS[:24]
 
+pytestmark = pytest.mark.usefixtures("nothing_streams")
+
 
 class Everything:
     """A recorder sends all calls through Python."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from localrun.ggml.devices import GpuDevice
 from localrun.offload.gpu.stream import RING_SLOTS
-from localrun.offload.gpu.stream_probe import measure
 from localrun.offload.model import OffloadOptions, open_offloaded
 from localrun.quant.open import open_model
 from tests.gpu_shim import Shim, shim
@@ -18,7 +16,10 @@ from tests.offload.gpu.test_tier import exact_and_rounded, filled, is_as_exact
 from tests.offload.models import logits
 from tests.rpc_server import TEST_GPU
 
-pytestmark = pytest.mark.skipif(bool(TEST_GPU), reason="the shim is made for the RPC device")
+pytestmark = [
+    pytest.mark.skipif(bool(TEST_GPU), reason="the shim is made for the RPC device"),
+    pytest.mark.usefixtures("nothing_streams"),
+]
 
 BUDGET = 1 << 30
 
@@ -27,16 +28,6 @@ BUDGET = 1 << 30
 def shimmed(gpu: GpuDevice) -> Iterator[Shim]:
     with shim(gpu) as state:
         yield state
-
-
-@pytest.fixture(autouse=True)
-def nothing_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the measurement says: on a busy machine it may say that streaming pays, and rings take slots."""
-
-    def measured(*args: Any) -> None:
-        measure(*args)
-
-    monkeypatch.setattr("localrun.offload.setup.measure", measured)
 
 
 def load(path: Path, gpu: GpuDevice) -> int:

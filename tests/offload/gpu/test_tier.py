@@ -28,6 +28,8 @@ from tests.paired import median, same_but_for_rounding
 from tests.reference import kl
 from tests.rpc_server import TEST_GPU, limit_memory, rpc_server
 
+pytestmark = pytest.mark.usefixtures("nothing_streams")
+
 
 def filled(model: OffloadedModel) -> int:
     """Waits until every expert that was to be uploaded is on the GPU; how many there are."""

@@ -269,7 +269,8 @@ class SnapshotStore:
         """Once, until saving succeeds again: a full drive is full at every answer."""
         if self._can_save:
             log.warning(
-                "a conversation's state could not be saved: %s; answers go on, but continued later, it is read again",
+                "a conversation's state could not be saved: %s; answers go on, but the conversation is read again when it is "
+                "continued later",
                 why,
             )
         self._can_save = False

@@ -82,18 +82,22 @@ class Watcher:
 
     Attributes:
         is_filled: the experts' memory has been full once.
+        lock: of the extremes.
     """
 
     engine: Engine
     extremes: Extremes = field(default_factory=Extremes)
     is_filled: bool = False
     closing: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
         while not self.closing.wait(_SAMPLE_S):
-            self.sample()
+            with self.lock:
+                self.sample()
 
-    def sample(self) -> None:
+    def sample(self) -> tuple[int, int]:
+        """What this process has, and what is free, now."""
         resident, available = memory.resident_bytes(), memory.available_memory() or 0
         given_back = given_back_bytes(self.engine)
         seen = self.extremes
@@ -102,11 +106,13 @@ class Watcher:
         seen.most_given_back = max(seen.most_given_back, given_back)
         if self.is_filled:
             seen.least_resident = min(seen.least_resident, resident)
+        return resident, available
 
     def line(self, n_tokens: int, planned: int, started: float) -> dict[str, Any]:
         """Everything since the last line."""
-        self.sample()
-        seen, self.extremes = self.extremes, Extremes()
+        with self.lock:
+            resident, available = self.sample()
+            seen, self.extremes = self.extremes, Extremes()
         stats = self.engine.stats()
         # Something had to go: the memory is full, as far as it may be used.
         self.is_filled = self.is_filled or bool(stats["evictions"]) or bool(seen.most_given_back)
@@ -114,10 +120,10 @@ class Watcher:
             "tokens": n_tokens,
             "seconds": round(time.monotonic() - started, 1),
             "planned": planned,
-            "resident": memory.resident_bytes(),
+            "resident": resident,
             "most_resident": seen.most_resident,
             "least_resident": seen.least_resident if seen.least_resident < 1 << 62 else None,
-            "available": memory.available_memory(),
+            "available": available,
             "least_available": seen.least_available,
             "slot_bytes": stats["slot_bytes"],
             "given_back": given_back_bytes(self.engine),

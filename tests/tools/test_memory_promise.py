@@ -31,8 +31,8 @@ def test_a_line_per_fifty_tokens_and_a_verdict(
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["tokens"] for line in lines] == [50, 100, 120]
     for line in lines:
-        assert line["most_resident"] >= line["resident"] - (64 << 20)
-        assert line["least_available"] <= line["available"] + (4 << 30)
+        assert line["most_resident"] >= line["resident"] > 0
+        assert 0 < line["least_available"] <= line["available"]
         assert line["slot_bytes"] > 0
     assert "120 tokens in" in err
     monkeypatch.setattr(memory_promise, "planned_bytes", lambda plan: 1000)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from localrun.engine import memory
+from localrun.engine.process.process import EngineProcess
 from localrun.paths import kernel_dir
 from localrun.units import format_size
 
@@ -78,6 +79,15 @@ def _room_in_ram() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "available_memory", roomy)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """An engine process that answers late, because this machine is busy, is no fault. Tests of time limits say theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for ask in (EngineProcess.stats, EngineProcess.count, EngineProcess.count_tokens, EngineProcess.tokenize):
+            patch.setattr(ask, "__kwdefaults__", {**(ask.__kwdefaults__ or {}), "timeout_s": 300.0})
         yield
 
 

@@ -14,6 +14,9 @@ from localrun.server.engine import ServerEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+PATIENCE_S = 2.0
+"""A scrape does without the engine's counters if they take longer."""
+
 _WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 1200)
 
 _COUNTERS = {
@@ -78,7 +81,7 @@ class _EngineCounters(Collector):
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("localrun_engine_up", "1 if the engine is up")
         try:
-            stats = self._engine.stats(timeout_s=2.0)
+            stats = self._engine.stats(timeout_s=PATIENCE_S)
         except (LocalrunError, TimeoutError):
             up.add_metric([], 0)
             yield up

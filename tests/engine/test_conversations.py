@@ -380,7 +380,7 @@ def test_the_store_thread_does_all_in_order_and_what_is_awaited_is_in_the_file(t
     pending[-1].result(300)
     with ConversationStore.open(path) as other:
         assert [other.message(m.result().id).content for m in pending] == [str(n) for n in range(50)]
-    assert thread.close(30)
+    assert thread.close(300)
 
 
 def test_errors_of_the_store_reach_whoever_waits_and_the_thread_goes_on(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_errors_of_the_store_reach_whoever_waits_and_the_thread_goes_on(tmp_path
     given_up = thread.submit(lambda store: store.create("made all the same"))
     given_up.cancel()
     assert [c.title for c in thread.submit(ConversationStore.conversations).result(300)] == ["made all the same"]
-    assert thread.close(30)
+    assert thread.close(300)
 
 
 def test_a_file_that_another_program_holds_is_said_and_closing_does_not_wait_for_it(tmp_path: Path) -> None:

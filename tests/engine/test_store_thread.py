@@ -18,7 +18,7 @@ from localrun.engine.conversations.search import _snippet
 def thread(tmp_path: Path) -> Iterator[StoreThread]:
     thread = StoreThread(lambda: ConversationStore.open(tmp_path / "c.sqlite3"))
     yield thread
-    thread.close(60)
+    thread.close(300)
 
 
 def test_work_is_done_in_order_on_one_thread(thread: StoreThread) -> None:
@@ -50,7 +50,7 @@ def test_a_store_that_is_not_open_says_so_and_can_be_opened_later(tmp_path: Path
         thread.open().result(300)
     assert thread.open().result(300) == thread.open().result(300) == folder / "c"
     assert attempts == 2
-    assert thread.close(60)
+    assert thread.close(300)
 
 
 def test_a_failure_ends_its_own_work_only(thread: StoreThread) -> None:

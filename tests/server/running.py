@@ -15,6 +15,7 @@ import pytest
 import uvicorn.server
 
 from localrun.engine.options import SamplingOptions
+from localrun.server import metrics
 from localrun.server.app import build
 from localrun.server.asks import Defaults
 from localrun.server.dispatch import Dispatcher
@@ -105,6 +106,7 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uvicorn.server, "asyncio", BriskAsyncio())
+        patch.setattr(metrics, "PATIENCE_S", PATIENCE_S)
         thread.start()
         wait_until(lambda: server.started)
         try:

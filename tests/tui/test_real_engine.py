@@ -21,8 +21,6 @@ from tests.tui.support import Talk
 
 pytestmark = pytest.mark.engine_process
 
-PATIENT_S = 120.0
-"""A first load may have to compile kernels."""
 N_CTX = 32768
 """More than an unlimited answer reaches before a busy machine shows its first words."""
 
@@ -35,8 +33,6 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_real_engine_answers_is_killed_and_answers_again(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("LOCALRUN_CACHE_DIR")  # compiled kernels are in the user's cache
-    monkeypatch.setattr("tests.tui.support.PATIENCE_S", PATIENT_S)
     looks: list[Stats] = []
     show = Monitor.show
     monkeypatch.setattr(Monitor, "show", lambda monitor, event: (looks.append(event.stats), show(monitor, event))[1])

@@ -94,7 +94,7 @@ async def test_the_store_is_awaited_and_what_is_gone_has_a_name(tmp_path: Path) 
         await work(lambda store: store.conversation(talk.id + 1))
     assert caught.value.hint == "it was deleted, perhaps by another localrun"
     assert [hit.title for hit in work.search("one")] == ["one"]
-    assert work.close(60)
+    assert work.close(300)
 
 
 async def test_errors_of_what_nobody_waits_for_arrive_on_the_loop(tmp_path: Path) -> None:
@@ -107,10 +107,10 @@ async def test_errors_of_what_nobody_waits_for_arrive_on_the_loop(tmp_path: Path
     await work.open()
     work.post(lambda store: store.conversation(99), failed)  # gone: nobody's loss
     work.post(lambda store: 1 // 0, failed)
-    await asyncio.wait_for(arrived.wait(), 60)
+    await asyncio.wait_for(arrived.wait(), 300)
     assert [text.partition(":")[0] for text, _ in failures] == ["unexpected ZeroDivisionError"]
     assert failures[0][1] is threading.current_thread()
-    assert work.close(60)
+    assert work.close(300)
 
 
 async def test_a_file_that_keeps_us_waiting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,4 +123,4 @@ async def test_a_file_that_keeps_us_waiting_is_told(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(records, "SLOW_S", 0.0)
     assert await work(lambda store: slow.wait(300))
     assert told == [1]
-    assert work.close(60)
+    assert work.close(300)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from gguf import GGMLQuantizationType
+
 from localrun.engine import memory
 from localrun.engine.planner.compute_buffers import compute_bytes, exchange_bytes
 from localrun.engine.planner.hardware import (
@@ -226,7 +228,8 @@ def _nearest(sizes: ModelSizes, machine: Hardware, options: PlanOptions, n_ctx: 
     for changed, kv_type in milder:
         if needed(changed, kv_type) <= machine.ram_bytes:
             return f"it fits with {_context(n_ctx, changed, kv_type, options)}"
-    saved = sizes.four_bit_savings if sizes.from_checkpoint else 0
+    smaller = sizes.with_dense(GGMLQuantizationType.Q4_K) if sizes.from_checkpoint else sizes
+    saved = sizes.dense_bytes - smaller.dense_bytes
     for changed, kv_type in [(n_ctx, options.kv_type), *milder] if saved else []:
         if needed(changed, kv_type) - saved <= machine.ram_bytes:
             way = (

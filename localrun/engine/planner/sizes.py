@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,8 +99,8 @@ class ModelSizes:
         staging_bytes: buffers for reads in flight.
         base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
         convertible: other expert formats are possible by converting again.
-        eight_bit_bytes: of the dense matrices, those in Q8_0, as FP8 matrices become by default.
-        exact_bytes: those in BF16 that smaller dense types make Q8_0.
+        eight_bit_bytes: of `dense`, by part, matrices in Q8_0, as FP8 ones become by default.
+        exact_bytes: likewise those in BF16 that smaller dense types make Q8_0.
         dense_format: of most of the dense matrices that are quantized.
     """
 
@@ -114,8 +114,8 @@ class ModelSizes:
     staging_bytes: int
     base_bytes: int = 0
     convertible: bool = False
-    eight_bit_bytes: int = 0
-    exact_bytes: int = 0
+    eight_bit_bytes: Mapping[str, int] = field(default_factory=dict)
+    exact_bytes: Mapping[str, int] = field(default_factory=dict)
     dense_format: GGMLQuantizationType = _T.Q8_0
 
     @property
@@ -134,14 +134,17 @@ class ModelSizes:
         n_layers = max(0, len(self.shape.moe_layers) - self.shape.n_hash_layers)
         return n_layers * self.shape.n_experts * self.shape.n_embd
 
-    @property
-    def four_bit_savings(self) -> int:
-        """What the dense model would be smaller by with `--dense q4_k`."""
-        if self.dense_format in SMALL_TYPES:
-            return 0
-        (eight, eight_bytes), (four, four_bytes) = GGML_QUANT_SIZES[_T.Q8_0], GGML_QUANT_SIZES[_T.Q4_K]
-        of_eight = self.eight_bit_bytes - self.eight_bit_bytes // eight_bytes * eight * four_bytes // four
-        return int(of_eight + self.exact_bytes - self.exact_bytes // 2 // eight * eight_bytes)
+    def with_dense(self, kind: GGMLQuantizationType) -> ModelSizes:
+        """The same model with `--dense kind`; itself if its dense matrices are smaller than 8 bits already."""
+        if self.dense_format in SMALL_TYPES or kind not in SMALL_TYPES:
+            return self
+        eight, sixteen = _bytes_per_weight(_T.Q8_0), _bytes_per_weight(_T.BF16)
+        dense = dict(self.dense)
+        for part, n_bytes in self.eight_bit_bytes.items():
+            dense[part] -= round(n_bytes * (1 - _bytes_per_weight(kind) / eight))
+        for part, n_bytes in self.exact_bytes.items():
+            dense[part] -= round(n_bytes * (1 - eight / sixteen))
+        return replace(self, dense=dense, eight_bit_bytes={}, exact_bytes={}, dense_format=kind)
 
     @property
     def embedding_bytes(self) -> int:
@@ -289,17 +292,24 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
     options = options or ConversionOptions()
     dense: Counter[str] = Counter()
     formats: Counter[GGMLQuantizationType] = Counter()
-    weights = eight_bit_bytes = exact_bytes = 0
+    eight_bit_bytes: Counter[str] = Counter()
+    exact_bytes: Counter[str] = Counter()
+    weights = 0
     expert_types: list[GGMLQuantizationType] = []
     for spec in trunk_tensors(config):
         if spec.expert is None:
-            dense[_part(spec.gguf or "")] += _tensor_bytes(spec, options)
+            part, kind, n_bytes = (
+                _part(spec.gguf or ""),
+                target_type(spec, spec.dtype, options),
+                _tensor_bytes(spec, options),
+            )
+            dense[part] += n_bytes
             weights += _weights(spec)
-            formats[target_type(spec, spec.dtype, options)] += _weights(spec)
-            if target_type(spec, spec.dtype, options) is _T.Q8_0:
-                eight_bit_bytes += _tensor_bytes(spec, options)
-            elif target_type(spec, spec.dtype, options) is _T.BF16 and is_read_whole(spec):
-                exact_bytes += _tensor_bytes(spec, options)
+            formats[kind] += _weights(spec)
+            if kind is _T.Q8_0:
+                eight_bit_bytes[part] += n_bytes
+            elif kind is _T.BF16 and is_read_whole(spec):
+                exact_bytes[part] += n_bytes
         elif spec.expert == 0 and len(expert_types) < 3:
             expert_types.append(target_type(spec, spec.dtype, options))
     shape = config.shape
@@ -316,8 +326,8 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
         experts=(ExpertGroup((gate, up, down), n_copies, sum(layout.raw_bytes), layout.slot_bytes),),
         staging_bytes=staging_bytes_aligned(layout.raw_bytes),
         convertible=True,
-        eight_bit_bytes=eight_bit_bytes,
-        exact_bytes=exact_bytes,
+        eight_bit_bytes=dict(eight_bit_bytes),
+        exact_bytes=dict(exact_bytes),
         dense_format=_most_used(formats),
     )
 
@@ -326,16 +336,23 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
     """Sizes of a model on disk, each expert in the copy that the engine would read."""
     dense: Counter[str] = Counter()
     formats: Counter[GGMLQuantizationType] = Counter()
+    eight_bit_bytes: Counter[str] = Counter()
+    exact_bytes: Counter[str] = Counter()
     weights = 0
     for tensor, info in source.tensors.items():
         if "_exps." not in tensor:
             part = _part(tensor)
             dense[part] += info.n_bytes
+            if info.type is _T.Q8_0:
+                eight_bit_bytes[part] += info.n_bytes
+            elif info.type is _T.BF16 and len(info.shape) > 1 and not tensor.endswith(ROUTER):
+                exact_bytes[part] += info.n_bytes
             if len(info.shape) > 1 and part not in LOOKED_UP:
                 weights += info.shape[0] * info.shape[1]
                 formats[info.type] += info.n_bytes
     if "output.weight" not in source.tensors:  # tied: the embeddings are the output head, too
-        dense["output head"] += dense.pop("embedding", 0)
+        for sizes in (dense, eight_bit_bytes, exact_bytes):
+            sizes["output head"] += sizes.pop("embedding", 0)
     moe = source.moe_layers.values()
     has_better = any(layer.better for layer in moe)
     return ModelSizes(
@@ -352,14 +369,8 @@ def sizes_of_source(source: ModelSource) -> ModelSizes:
         staging_bytes=staging_bytes(source),
         base_bytes=sum(layer.n_experts * layer.expert_bytes for layer in moe) if has_better else 0,
         convertible=(source.path / "config.json").is_file(),
-        eight_bit_bytes=sum(
-            info.n_bytes for name, info in source.tensors.items() if "_exps." not in name and info.type is _T.Q8_0
-        ),
-        exact_bytes=sum(
-            info.n_bytes
-            for name, info in source.tensors.items()
-            if info.type is _T.BF16 and len(info.shape) > 1 and not name.endswith(ROUTER)
-        ),
+        eight_bit_bytes=dict(eight_bit_bytes),
+        exact_bytes=dict(exact_bytes),
         dense_format=_most_used(formats),
     )
 
@@ -380,6 +391,11 @@ def row_bytes(kv_type: str, n: int) -> int:
     """A row of n values of the KV cache."""
     block, size = GGML_QUANT_SIZES[_T[kv_type.upper()]]
     return int(ceil_div(n, block) * size)
+
+
+def _bytes_per_weight(kind: GGMLQuantizationType) -> float:
+    block, size = GGML_QUANT_SIZES[kind]
+    return float(size / block)
 
 
 def padded(n: int) -> int:

@@ -26,6 +26,9 @@ _SMALLER = (
 )
 """Formats of experts that a suggestion may go down to, one after the other."""
 
+_SMALLER_DENSE = (GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q4_K)
+"""Likewise of dense matrices."""
+
 _RAM_SIZES = tuple(n << 30 for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536))
 
 LARGE_BATCH = 2048
@@ -98,6 +101,13 @@ def _changes(plan: Plan) -> Iterator[tuple[str, str, ModelSizes, Hardware, PlanO
         if smaller.expert_file_bytes < 0.95 * sizes.expert_file_bytes:
             cost = f"{format_size(smaller.expert_file_bytes + smaller.dense_bytes)} on the drive, {exactness(kind)}"
             yield f"convert --base {kind.name.lower()}", cost, smaller, machine, options
+    for kind in _SMALLER_DENSE if sizes.from_checkpoint and "dense" not in options.fixed else ():
+        smaller = sizes.with_dense(kind)
+        if smaller.dense_bytes < 0.95 * sizes.dense_bytes:
+            now, then = format_size(sizes.dense_bytes), format_size(smaller.dense_bytes)
+            cost = f"{then} of dense matrices instead of {now}, less accurate answers"
+            change = f"--dense {kind.name.lower()}"
+            yield change if sizes.convertible else f"convert {change}", cost, smaller, machine, options
     if plan.n_ctx > 2 * MIN_CONTEXT and not options.n_ctx:
         less = replace(options, n_ctx=padded(plan.n_ctx // 2))
         yield f"--context {less.n_ctx}", "a shorter conversation", sizes, machine, less

@@ -280,8 +280,10 @@ def test_what_fits_with_dense_matrices_of_four_bits_is_told_so(free_gib: float) 
     found = re.fullmatch(r"it fits with --dense q4_k(?: --context (\d+))?(?: --kv (q8_0))?", str(refused.value.hint))
     assert found is not None, refused.value.hint
     plan_of(small, free_gib, n_ctx=int(found[1] or 0), kv_type=found[2] or "f16")
-    assert abs(small.dense_bytes - (pro.dense_bytes - pro.four_bit_savings)) < 0.001 * small.dense_bytes
-    assert small.four_bit_savings == 0
+    foreseen = pro.with_dense(format_of("q4_k"))
+    assert dict(foreseen.dense) == pytest.approx(dict(small.dense), rel=0.001)
+    assert foreseen.dense_format == small.dense_format
+    assert small.with_dense(format_of("q4_k")) is small
     converted = replace(pro, convertible=False)
     with pytest.raises(BudgetError) as refused:
         plan_of(converted, free_gib)

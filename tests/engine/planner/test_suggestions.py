@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from localrun.engine.planner.hardware import Hardware
 from localrun.engine.planner.plan import Plan, PlanOptions
@@ -63,6 +64,8 @@ class Planner:
             return "kv"
         if options.n_ctx != before.options.n_ctx:
             return "context"
+        if sizes.dense_bytes != before.sizes.dense_bytes:
+            return f"dense_{sizes.dense_format.name.lower()}"
         return sizes.experts[0].name.lower()
 
 
@@ -115,3 +118,17 @@ def test_what_the_user_has_set_stays(plan: Plan) -> None:
     suggestions(fixed, planner)
     assert planner.changes.keys().isdisjoint({"ram", "context", "kv", "batch"})
     assert "mirror" in planner.changes
+
+
+def test_smaller_dense_matrices_are_an_option_of_a_checkpoint_and_another_conversion_of_a_converted_model(
+    plan: Plan,
+) -> None:
+    assert found(plan, dense_q6_k=1.1, dense_q4_k=1.2) == ["--dense q4_k", "--dense q6_k"]
+    converted = replace(plan, sizes=replace(plan.sizes, convertible=False))
+    assert found(converted, dense_q4_k=1.2) == ["convert --dense q4_k"]
+    (four,) = suggestions(plan, Planner(plan, dense_q4_k=1.2))
+    assert four.cost == "4.65 GiB of dense matrices instead of 8.57 GiB, less accurate answers"
+    given = replace(plan, options=replace(plan.options, fixed=frozenset({"dense"})))
+    assert found(given, dense_q4_k=1.2) == []
+    small = replace(plan, sizes=sizes_of("flash", dense=GGMLQuantizationType.Q6_K))
+    assert found(small, dense_q4_k=1.2) == []

@@ -127,6 +127,7 @@ class SnapshotStore:
                 return False
             write(partial)
             partial.replace(path)  # not flushed: after a power cut its checksum tells
+            _note_use(path)
             size = path.stat().st_size
         except OSError as error:
             self._complain(str(error))
@@ -214,7 +215,7 @@ class SnapshotStore:
         path = self._folder / _file_name(name)
         try:
             data = path if self._is_large(name) else path.read_bytes()
-            os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the kernel's own clock for this
+            _note_use(path)
         except OSError as error:
             log.warning("%s: the saved state can't be read: %s", path, error.strerror)
             self._forget_file(name)
@@ -280,8 +281,10 @@ class SnapshotStore:
         try:
             if not self._has_room(len(data)):
                 return
-            with replacing(self._folder / _file_name(name)) as file:
+            path = self._folder / _file_name(name)
+            with replacing(path) as file:
                 file.write(data)
+            _note_use(path)
         except OSError as error:
             self._complain(str(error))
             return
@@ -319,6 +322,11 @@ class SnapshotStore:
         if known is not None and self._folder is not None:
             with contextlib.suppress(OSError):
                 (self._folder / _file_name(name)).unlink()
+
+
+def _note_use(path: Path) -> None:
+    """Now. The kernel's own clock for this goes on in milliseconds: a written file would seem older than one read before."""
+    os.utime(path, ns=(time.time_ns(),) * 2)
 
 
 def _name(tokens: Sequence[int]) -> tuple[int, str]:

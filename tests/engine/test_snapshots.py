@@ -7,12 +7,14 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from localrun import atomic
 from localrun.engine import snapshots, states
 from localrun.engine.engine import Engine
 from localrun.engine.options import EngineOptions, SamplingOptions
@@ -85,6 +87,38 @@ def test_budgets_hold_and_the_least_recently_used_go_first(tmp_path: Path) -> No
     assert disk_used(tmp_path) == 300
     assert again.longest_prefix(PROMPT[:15]) == (10, bytes(100))
     assert again.longest_prefix(PROMPT[:25]) == (10, bytes(100))  # 20 was the oldest
+
+
+def test_what_was_written_after_another_was_read_is_the_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system's clock is ten milliseconds behind."""
+
+    def as_the_clock_says(path: Path) -> None:
+        os.utime(path, ns=(time.time_ns() - 10**7,) * 2)
+
+    def write(path: Path) -> None:
+        _written(path)
+        as_the_clock_says(path)
+
+    @contextmanager
+    def replacing(path: Path) -> Iterator[Any]:
+        with atomic.replacing(path) as file:
+            yield file
+        as_the_clock_says(path)
+
+    monkeypatch.setattr(snapshots, "replacing", replacing)
+    store = SnapshotStore(tmp_path, "key", ram_bytes=0, memory_bytes=50)
+    last_use = 0
+    for n in range(2, 12):
+        assert store.put_file(PROMPT[:n], 100, write) if n % 2 else store.put(PROMPT[:n], b"state")
+        while store._unwritten:
+            time.sleep(0.0001)
+        path = tmp_path / "key" / snapshots._file_name(snapshots._name(PROMPT[:n]))
+        assert path.stat().st_mtime_ns > last_use
+        assert store.longest_prefix(PROMPT[: n + 1]) is not None
+        last_use = path.stat().st_mtime_ns
+    store.close()
 
 
 def test_the_disk_budget_covers_all_models_and_running_programs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Fetches what compiled layer calls lack, on a thread of its own, so that decoding never enters Python.
 
 Compiled code (`device/compiled_misses.py`) posts a call of few tokens some of whose experts are neither in RAM nor on a GPU, and
-computes the others; for a while after such a call it posts a single token's calls that lack nothing, too, to look ahead. Reads
+computes the others; for a while after such a call it posts a single token's calls that lack nothing, too, only to look ahead. Reads
 whose bytes it can find have begun by then (`cache/early.py`). This thread does what `LayerCall` does but for the arithmetic: it
 makes room, reads, guesses what the next layers will need, and answers with a word for each expert that is there; readers answer
 for what they have read.
@@ -167,7 +167,7 @@ class Misses:
             row[Counter.EVICTIONS] += where.table.n_evictions - evictions
 
     def _look(self) -> None:
-        """For a token's call that lacks nothing: what `LayerCall` does for the next layers. Its experts stay until it ends."""
+        """For a token's call that lacks nothing: what `LayerCall` does for the next layers. Its experts stay meanwhile."""
         layer, experts, table = self.record.layer, self.record.ids[0], self._residency.table
         evictions = table.n_evictions
         slots = [slot for expert in set(experts.tolist()) if (slot := table.peek(layer, expert)) is not None]

@@ -17,6 +17,7 @@ from typing import Annotated, Final
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from numba.extending import register_jitable
 
 from localrun.alignment import PAGE_BYTES
 from localrun.kernel_cache import cached_jit
@@ -115,6 +116,13 @@ class _Buffer(Layout):
 BUFFER = _Buffer()
 
 
+@register_jitable
+def even_pieces(n_bytes: int, most: int) -> int:
+    """Size of one read, whole pages, if so many bytes are read in as few as may be: the last is hardly smaller than the others."""
+    count = (n_bytes + most - 1) // most
+    return ((n_bytes + count - 1) // count + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+
+
 @nb.njit(inline="always")
 def _buffer(early: int, index: int) -> int:
     return int(get(early, EARLY.buffers) + index * BUFFER.size * 8)
@@ -139,7 +147,7 @@ def begin(early: int, layer: int, expert: int) -> bool:
     index = _take(early, _EARLY)
     if index < 0:
         return False
-    buffer, n, position, most = _buffer(early, index), 0, 0, get(early, EARLY.piece_bytes)
+    buffer, n, position = _buffer(early, index), 0, 0
     for i in range(get(recipe, RECIPE.n_extents)):
         extent = RECIPE.extents + i * 4
         fd, start, end, last = (
@@ -148,6 +156,7 @@ def begin(early: int, layer: int, expert: int) -> bool:
             get(recipe, extent + 2),
             get(recipe, extent + 3),
         )
+        most = even_pieces(end - start, get(early, EARLY.piece_bytes))
         for offset in range(start, end, most):
             size, piece = min(most, end - offset), BUFFER.pieces + n * 5
             put(buffer, piece, fd)

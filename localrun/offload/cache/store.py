@@ -30,7 +30,7 @@ import xxhash
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
-from localrun.offload.cache.early import EarlyReads
+from localrun.offload.cache.early import EarlyReads, even_pieces
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers
 from localrun.offload.cache.tickets import (
@@ -355,14 +355,20 @@ class ExpertStore:
         self, projections: Sequence[Projection]
     ) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int]]]:
         """How an expert is read into a buffer: (file, begin and end of the aligned read, end of what must be there, position in the
-        buffer) of each extent, and where its payload is then (position, bytes)."""
-        spans, payloads, position = [], [], 0
+        buffer) of each run of extents that follow each other in a file, as a converted expert's do, and where each extent's payload
+        is then (position, bytes)."""
+        spans: list[tuple[int, int, int, int, int]] = []
+        payloads, position = [], 0
         for projection in projections:
             for extent in projection.extents:
                 grain = PAGE_BYTES if any(handle.direct for handle in self._files[extent.file]) else 1
                 start, last = extent.offset // grain * grain, extent.offset + extent.n_bytes
                 end = align_up(last, grain)
-                spans.append((extent.file, start, end, last, position))
+                file, begin, until, _, at = spans[-1] if spans else (-1, 0, 0, 0, 0)
+                if file == extent.file and until == start == begin + position - at:
+                    spans[-1] = file, begin, end, last, at
+                else:
+                    spans.append((extent.file, start, end, last, position))
                 payloads.append((position + extent.offset - start, extent.n_bytes))
                 position += align_up(end - start, PAGE_BYTES)
         return spans, payloads
@@ -371,8 +377,9 @@ class ExpertStore:
         spans, ticket._payloads = self._plan(ticket.projections)
         pieces = []
         for file, start, end, last, position in spans:
-            for at in range(start, end, self._piece_bytes):
-                size = min(self._piece_bytes, end - at)
+            most = even_pieces(end - start, self._piece_bytes)
+            for at in range(start, end, most):
+                size = min(most, end - at)
                 target = buffer.view[position + at - start : position + at - start + size]
                 pieces.append(ReadPiece(ticket, file, at, target, min(size, last - at)))
         return pieces

@@ -13,24 +13,31 @@ from typing import cast
 
 import numpy as np
 import pytest
+import xxhash
+from gguf import GGMLQuantizationType as QT
 
 from localrun import reading
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, StoreError
+from localrun.offload.cache.early import announce
+from localrun.offload.cache.early import begin as begin_early
 from localrun.offload.cache.slots import Slot, SlotTable
 from localrun.offload.cache.store import ExpertStore
 from localrun.offload.cache.tickets import MOST_AHEAD, AbandonedError, Ticket
 from localrun.offload.kernels import futex
-from localrun.quant.model.source import ModelSource
+from localrun.quant.model.source import Encoding, Extent, ModelSource, MoeLayer, Projection
 from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
 from tests.offload.stores import (
     EXPERT_BYTES,
     KERNELS,
     KINDS,
+    N_EMBD,
     N_EXPERTS,
+    Bytes,
     ExpertsInAFile,
     Harness,
     OnFiles,
+    early_reads_through_python,
     expert_at,
     make_harness,
     memory_of,
@@ -381,5 +388,77 @@ def test_what_a_call_waits_for_wakes_readers_that_rested(
     gate.goes.set()
     for _ in slots:
         assert store.completions.get(timeout=TIMEOUT_S).error is None
+    store.close()
+    table.close()
+
+
+class NeighboursInAFile:
+    """Experts as a conversion lays them: whole pages, one matrix after the other."""
+
+    def __init__(self, path: Path, n_pages: int, apart: tuple[int, int, int]) -> None:
+        """apart: pages before each matrix."""
+        self.files, self._pages, self._apart = [path], n_pages, apart
+        shape = n_pages * PAGE_BYTES // 4 // N_EMBD
+        types = (QT.F32, QT.F32, QT.F32)
+        self.moe_layers = {0: MoeLayer(0, 2, N_EMBD, shape, types, 3 * n_pages * PAGE_BYTES)}
+        self.bytes = np.random.default_rng(5).integers(0, 256, 2 * (3 * n_pages + sum(apart)) * PAGE_BYTES, np.uint8)
+        path.write_bytes(self.bytes.tobytes())
+
+    def base_expert(self, _layer: int, expert: int) -> tuple[Projection, ...]:
+        extents, n_bytes = [], self._pages * PAGE_BYTES
+        at = expert * (3 * n_bytes + sum(self._apart) * PAGE_BYTES)
+        for gap in self._apart:
+            extents.append(Extent(0, at + gap * PAGE_BYTES, n_bytes))
+            at = extents[-1].offset + n_bytes
+        rows = [self.bytes[extent.offset : extent.offset + n_bytes] for extent in extents]
+        return tuple(
+            Projection(QT.F32, 1, n_bytes // 4, Encoding.GGML, (e,), n_bytes, xxhash.xxh3_64_hexdigest(r))
+            for e, r in zip(extents, rows, strict=True)
+        )
+
+    expert = base_expert
+
+    def rows(self, expert: int) -> Bytes:
+        return np.concatenate(
+            [self.bytes[p.extents[0].offset :][: p.extents[0].n_bytes] for p in self.base_expert(0, expert)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("apart", "pages"), [((0, 0, 0), [4, 4, 4, 3]), ((0, 1, 0), [3, 2, 4, 4, 2]), ((0, 2, 1), [3, 2, 3, 2, 3, 2])]
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_neighbours_are_read_in_even_pieces_across_matrices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: tuple[int, int, int], pages: list[int], early: bool
+) -> None:
+    """Pieces of at most four pages, of an expert of three times five."""
+    source = NeighboursInAFile(tmp_path / "experts", 5, apart)
+    size = 15 * PAGE_BYTES
+    store = ExpertStore(cast("ModelSource", source), {0: KERNELS[0]}, n_reads=1, piece_bytes=4 * PAGE_BYTES)
+    sizes: list[int] = []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(len(buffers[0]))
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(reading, "preadv", preadv)
+    if early and store.early is not None:
+        early_reads_through_python(store)
+    table = SlotTable(3 * size, 1, 2)
+    slots = [slot for expert in (0, 1) if (slot := table.reserve(0, expert, size)) is not None]
+    for slot in slots:
+        store.submit(slot)
+        assert store.completions.get(timeout=TIMEOUT_S).error is None
+        assert np.array_equal(memory_of(slot), packed(source.rows(slot.expert)))
+    assert sizes == [n * PAGE_BYTES for n in pages] * 2
+    if early and store.early is not None:
+        store.early.watch(np.zeros((1, 2), np.uint8))
+        assert begin_early(store.early.address, 0, 1)
+        announce(store.early.address)
+        memory_of(slots[1])[:] = 0
+        store.submit(slots[1])
+        assert store.completions.get(timeout=TIMEOUT_S).error is None
+        assert np.array_equal(memory_of(slots[1]), packed(source.rows(1)))
+        assert sizes == [n * PAGE_BYTES for n in pages] * 3
     store.close()
     table.close()

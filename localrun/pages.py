@@ -35,6 +35,20 @@ def anonymous(n_bytes: int, *, forked: bool = True) -> mmap.mmap:
     return memory
 
 
+def ask_for_huge_pages(address: int, n_bytes: int) -> None:
+    """Memory that somebody else allocated and nobody has touched yet: huge pages from now on, where the kernel supports them.
+
+    Args:
+        address, n_bytes: the range; pages that it shares with others at its ends are left alone.
+    """
+    begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end - begin < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        # A kernel without huge pages answers -1, and all is as before.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
+
+
 _M_ARENA_MAX = -8
 """`mallopt(3)`, malloc.h."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import platform
 import re
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localrun.pages import HUGE_PAGE_BYTES, anonymous
+from localrun.pages import HUGE_PAGE_BYTES, anonymous, ask_for_huge_pages
 
 
 def test_large_memory_is_zeroed_and_written() -> None:
@@ -47,6 +49,21 @@ def test_children_get_memory_unless_it_is_kept_from_them() -> None:
     shared, own = (np.frombuffer(anonymous(HUGE_PAGE_BYTES, forked=forked), np.uint8) for forked in (True, False))
     assert "dc" not in flags_at(shared.ctypes.data)
     assert "dc" in flags_at(own.ctypes.data)
+
+
+@needs_smaps
+def test_memory_of_others_is_asked_for_in_huge_pages_within_its_bounds() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("the kernel has no huge pages")
+    with mmap.mmap(-1, 4 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        view = (ctypes.c_uint8 * len(memory)).from_buffer(memory)
+        address = ctypes.addressof(view)
+        ask_for_huge_pages(address + 1, 2 * HUGE_PAGE_BYTES)
+        flags = [flags_at(address + at) for at in (0, mmap.PAGESIZE, 2 * HUGE_PAGE_BYTES - 1, 2 * HUGE_PAGE_BYTES + 1)]
+        assert ["hg" in found for found in flags] == [False, True, True, False]
+        ask_for_huge_pages(address + 3 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES - 1)
+        assert "hg" not in flags_at(address + 3 * HUGE_PAGE_BYTES)
+        del view
 
 
 KEPT = """

@@ -16,6 +16,7 @@ from localrun.ggml import log as llama_log
 from localrun.offload.device.device import Weight, expert_device
 from localrun.offload.fill import expert_weight
 from localrun.offload.model import OffloadOptions, open_offloaded
+from localrun.offload.routers import Routers
 from localrun.quant.model.source import ModelSource, TensorInfo
 from localrun.quant.open import open_model
 from tests.offload.models import logits, write_model
@@ -174,3 +175,21 @@ def test_an_error_while_the_log_is_received_is_kept(monkeypatch: pytest.MonkeyPa
     llama_log._callback(2, b"a line\n", None)
     assert isinstance(expert_device().take_error(), KeyboardInterrupt)
     assert llama_log.take_error() is None
+
+
+def test_huge_pages_are_asked_for_before_tensors_in_memory_are_filled(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    kept: list[int] = []
+
+    def adopt(self: Routers, name: str, address: int) -> None:
+        kept.append(address)
+        assert any(base <= address < base + size for base, size in asked), name
+
+    monkeypatch.setattr("localrun.offload.fill.ask_for_huge_pages", lambda *asked_for: asked.append(asked_for))
+    monkeypatch.setattr(Routers, "adopt", adopt)
+    with open_offloaded(open_model(model_path), OffloadOptions()):
+        pass
+    assert kept
+    assert len(set(asked)) == len(asked)

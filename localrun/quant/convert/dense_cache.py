@@ -4,9 +4,9 @@ FOLDER/KEY/dense.gguf      what `localrun convert --keep-experts` writes, by the
 FOLDER/KEY/localrun.json   its manifest, with a checksum for every tensor; written last
 FOLDER/KEY.XXXX.partial/   while it is written, or after a crash
 
-KEY names the checkpoint's weights, all types, and the program's version, so nothing that has changed is found. A copy that differs
-from its checksums is deleted, and what it lacks comes from the checkpoint. Whoever reads or writes `dense.gguf` holds a lock on it
-(`flock`, shared or exclusive), so nobody deletes what another process is using.
+KEY names the checkpoint's weights, all types, the program's version and `FORMAT`, so nothing that has changed is found. A copy
+that differs from its checksums is deleted, and what it lacks comes from the checkpoint. Whoever reads or writes `dense.gguf` holds
+a lock on it (`flock`, shared or exclusive), so nobody deletes what another process is using.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ MOST_COPIES: Final = 2
 
 LEAST_BYTES: Final = 64 << 20
 """Converting less takes no noticeable time."""
+
+FORMAT: Final = 1
+"""Counts changes to what a conversion writes for the same checkpoint and types, between two versions of the program."""
 
 _SPARE_BYTES: Final = 4 << 30
 """Left free on the drive, for whatever else is kept there."""
@@ -249,7 +252,7 @@ class DenseKeeper:
 
 
 def _key(source: CheckpointSource) -> str:
-    return xxhash.xxh3_128_hexdigest(f"{source.identity} {localrun.__version__}".encode())
+    return xxhash.xxh3_128_hexdigest(f"{source.identity} {localrun.__version__} {FORMAT}".encode())
 
 
 def _is_partial(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from localrun.errors import DiskSpaceError
 from localrun.offload.model import OffloadOptions, open_offloaded
@@ -186,3 +187,16 @@ def test_other_types_and_another_version_have_copies_of_their_own(
     assert cache.find(CheckpointSource.open(checkpoint, dense=GGMLQuantizationType.BF16)) is None
     monkeypatch.setattr("localrun.__version__", "another")
     assert cache.find(source) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(dense_cache, "_SPARE_BYTES", 0)
+    with cache.find(source) or pytest.fail("not kept"):
+        pass
+    monkeypatch.setattr(dense_cache, "FORMAT", dense_cache.FORMAT + 1)
+    assert cache.find(source) is None
+
+
+def test_what_a_conversion_writes_has_the_number_of_its_format(checkpoint: Path, tmp_path: Path) -> None:
+    """Where this fails, copies that were kept before are out of date: count `FORMAT` up, and enter the new digest."""
+    convert(checkpoint, tmp_path / "small", ConversionOptions(keep_experts=True))
+    digest = xxhash.xxh3_64_hexdigest((tmp_path / "small" / DENSE_NAME).read_bytes())
+    assert (dense_cache.FORMAT, digest) == (1, "7fee55f595877fd3")

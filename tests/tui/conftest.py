@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from textual import _wait
+from textual.pilot import Pilot
 
-from tests.tui.support import Setup
+from tests.tui.support import PATIENCE_S, Setup
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Textual's pilot sleeps after each key in steps of 20 ms until less than 5 % of a step were computed: most of a test's time.
     monkeypatch.setattr(_wait, "SLEEP_GRANULARITY", 0.003)
     monkeypatch.setattr(_wait, "SLEEP_IDLE", 0.0006)
+    monkeypatch.setattr(Pilot._wait_for_screen, "__defaults__", (PATIENCE_S,))  # 30 s; a click fails after that
 
 
 @pytest.fixture

@@ -178,7 +178,13 @@ def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(
         if item.ended:
             ended.set()
 
-    process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
+    usual = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in a background job it is ignored, and children inherit that
+    try:
+        process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     process.stop()
     os.kill(process.pid, signal.SIGCONT)

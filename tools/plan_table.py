@@ -57,12 +57,12 @@ def rows(models: Sequence[ModelSizes], boxes: Sequence[Box], options: PlanOption
     return result
 
 
-SHORT = ("ram-32", "ram-128", "gpu-12-ram-32", "gpu-16-ram-64", "gpu-24-ram-64", "gpu-24-ram-128")
+SHORT = ("ram-32", "ram-64", "ram-128", "gpu-12-ram-32", "gpu-16-ram-64", "gpu-24-ram-64", "gpu-24-ram-128")
 """Boxes of README.md's table."""
 
 
 def short_table() -> str:
-    """Answers of Flash on six boxes: as released, and with 2-bit experts."""
+    """Answers of Flash on seven boxes: as released, and with 2-bit experts."""
     models = [sizes_of("flash", base=format_of(kind)) for kind in ("mxfp4", "q2_k")]
     sizes = [round((model.dense_bytes + model.expert_file_bytes) / 1e9) for model in models]
     head = ("machine", "drive", f"Flash, experts as released ({sizes[0]} GB)", f"Flash, 2-bit experts ({sizes[1]} GB)")

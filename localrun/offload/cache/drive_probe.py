@@ -60,7 +60,7 @@ MAX_AGE_S: Final = 86400.0
 UNSTEADY_AGE_S: Final = 600.0
 """Profiles of unsteady moments are measured again soon."""
 _UNSTEADY: Final = 1.5
-_VERSION: Final = 4
+_VERSION: Final = 5
 _RUN_S: Final = 0.33
 _AGAIN: Final = 2
 """How many combinations are read again, and how often each."""

@@ -194,18 +194,19 @@ def test_file_on_which_reads_fail_gives_defaults_and_a_warning(
         "nonsense",
         "[]",
         '{"version": 99, "drives": {}}',
-        '{"version": 4, "drives": {"DEVICE": {"n_reads": "many"}}}',
-        '{"version": 4, "drives": {"DEVICE": {"n_reads": 0, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1}}}',
-        '{"version": 4, "drives": {"DEVICE": {"n_reads": 4, "piece_bytes": 4097, "bytes_per_s": 1.0, "measured_at": 1}}}',
-        '{"version": 4, "drives": {"DEVICE": {"bytes_per_s": 1.0, "measured_at": 1, "tried": {"many": 1.0}}}}',
-        '{"version": 4, "drives": {"DEVICE": 7}}',
+        '{"version": VERSION, "drives": {"DEVICE": {"n_reads": "many"}}}',
+        '{"version": VERSION, "drives": {"DEVICE": {"n_reads": 0, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": VERSION, "drives": {"DEVICE": {"n_reads": 4, "piece_bytes": 4097, "bytes_per_s": 1.0, "measured_at": 1}}}',
+        '{"version": VERSION, "drives": {"DEVICE": {"bytes_per_s": 1.0, "measured_at": 1, "tried": {"many": 1.0}}}}',
+        '{"version": VERSION, "drives": {"DEVICE": 7}}',
     ],
 )
 def test_damaged_memory_is_a_warning_and_is_written_anew(
     model: Path, memory: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory.parent.mkdir()
-    memory.write_text(text.replace("DEVICE", probe.device_name(model.stat().st_dev)))
+    device = probe.device_name(model.stat().st_dev)
+    memory.write_text(text.replace("DEVICE", device).replace("VERSION", str(probe._VERSION)))
     with caplog.at_level(logging.WARNING):
         profile = probe_disk([model], memory=memory)
     assert profile.measured
@@ -218,7 +219,7 @@ def test_damaged_memory_is_a_warning_and_is_written_anew(
 def test_drives_are_remembered_side_by_side(model: Path, memory: Path) -> None:
     memory.parent.mkdir()
     other = {"n_reads": 4, "piece_bytes": 4096, "bytes_per_s": 1.0, "measured_at": 1.0, "device": "9:9 xfs /dev/x"}
-    memory.write_text(json.dumps({"version": 4, "drives": {"9:9 xfs /dev/x": other}}))
+    memory.write_text(json.dumps({"version": probe._VERSION, "drives": {"9:9 xfs /dev/x": other}}))
     profile = probe_disk([model], memory=memory)
     drives = json.loads(memory.read_text())["drives"]
     assert set(drives) == {"9:9 xfs /dev/x", profile.device}

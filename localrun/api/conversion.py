@@ -463,8 +463,9 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     """Replaces the overlay of a finished model; the base is unchanged."""
     from localrun.engine.measure.choose import check_precision_request
     from localrun.quant.checkpoint.mapping import BASE_TYPES
-    from localrun.quant.convert.overlay import open_overlay_source, read_base, write_overlay
+    from localrun.quant.convert.overlay import open_overlay_source, read_base, unfinished_bytes, write_overlay
     from localrun.quant.open import open_model
+    from localrun.quant.precision.solver import most_bytes_of_copies
 
     folder = wanted.target_folder
     manifest = read_base(folder)
@@ -477,9 +478,12 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     _check_formats(wanted, options, manifest)
     checkpoint = open_overlay_source(wanted.source, folder)
     options = replace(options, base=BASE_TYPES[has.name.lower()])
-    check_precision_request(open_model(wanted.source), precision.precision_request(wanted, options))
+    model = open_model(wanted.source)
+    check_precision_request(model, precision.precision_request(wanted, options))
+    needed = max(0, most_bytes_of_copies(model.moe_layers, options.hot) - unfinished_bytes(folder))
+    check_free(folder, needed, what="the overlay", otherwise="ask for less")
     if wanted.dry_run:
-        out.note("dry run: nothing written")
+        out.note(f"dry run: nothing written; the disk has room for {format_size(needed)} of copies")
         out.finished(None)
         return
     choice = precision.learn(wanted, checkpoint, options, jobs, 0, out)

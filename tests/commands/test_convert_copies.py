@@ -333,6 +333,29 @@ def test_room_for_the_copies_is_checked_with_that_for_the_rest_before_anything_i
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [("--dry-run",), ()])
+def test_room_for_another_overlay_is_checked_before_anything_is_learned(
+    options: tuple[str, ...],
+    finished: Path,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = Path(shutil.copytree(finished, tmp_path / "out"))
+    state = contents(target)
+    monkeypatch.setattr(precision, "learn", lambda *_: pytest.fail("learns without room"))
+    copies = ("--hot", f"mxfp4:{5 * ONE}B")
+    assert convert(source, target, *copies, "--dry-run") == 0
+    (room,) = re.findall(r"room for ([^\n]+) of copies", capsys.readouterr().err)
+    assert parse_size(room) == pytest.approx(5 * ONE, rel=0.1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 41, 1 << 41, 4 * ONE))
+    assert convert(source, target, *copies, *options) == 1
+    assert "the overlay needs" in capsys.readouterr().err
+    assert contents(target) == state
+
+
 @pytest.mark.parametrize("kept", [(), ("--keep-experts",)])
 def test_a_dry_run_for_a_target_asks_for_no_room_that_the_target_may_not_need(
     kept: tuple[str, ...],

@@ -206,8 +206,12 @@ class _Files:
         self._random = np.random.default_rng()
 
     def _open(self, files: Sequence[tuple[Path, int]], flag: int) -> None:
-        for path, _ in files:
-            self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag))
+        try:
+            for path, _ in files:
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag))
+        except OSError:
+            self.close()
+            raise
 
     def random_extents(self, n: int, piece_bytes: int) -> list[tuple[int, int]]:
         """n random page-aligned (descriptor, offset), files weighted by size."""

@@ -130,12 +130,17 @@ class DenseCache:
             return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(plan.file_size)
-            free = shutil.disk_usage(self.folder).free
-            if free < plan.file_size + _SPARE_BYTES:
+            for folder in self.folder.iterdir():
+                if _is_partial(folder):  # a crash left it
+                    _delete(folder)
+            surplus = self._surplus(plan.file_size)
+            free = shutil.disk_usage(self.folder).free + sum(size for _, size in surplus)
+            if free < plan.file_size + _SPARE_BYTES:  # old copies stay then
                 size, left = format_size(plan.file_size), format_size(free)
                 log.info("%s: no room to keep the converted dense matrices: %s, %s are free", self.folder, size, left)
                 return None
+            for folder, _ in surplus:
+                _delete(folder)
             return DenseKeeper(self.folder / _key(source), plan)
         except (LocalrunError, OSError) as error:
             log.info("the converted dense matrices are not kept: %s", error)
@@ -151,17 +156,15 @@ class DenseCache:
                     found.append((used, folder, (folder / DENSE_NAME).stat().st_size))
         return [(folder, size) for used, folder, size in sorted(found, reverse=True) if not _is_partial(folder)]
 
-    def _make_room(self, n_bytes: int) -> None:
-        """Deletes what a crash left, and what is over with one more copy of `n_bytes`."""
-        for folder in self.folder.iterdir():
-            if _is_partial(folder):
-                _delete(folder)
-        total = n_bytes
+    def _surplus(self, n_bytes: int) -> list[tuple[Path, int]]:
+        """Copies that go for one more of `n_bytes`, and their sizes."""
+        surplus, total = [], n_bytes
         for number, (folder, size) in enumerate(self.copies(), 2):
             if number > MOST_COPIES or total + size > self._most_bytes:
-                _delete(folder)
+                surplus.append((folder, size))
             else:
                 total += size
+        return surplus
 
 
 class DenseKeeper:

@@ -181,6 +181,11 @@ def write_overlay(
     )
 
 
+def unfinished_bytes(target: Path) -> int:
+    """What an overlay that was interrupted takes on the disk; the next run goes on with it, or removes it."""
+    return sum(path.stat().st_blocks * 512 for path in (target / WORK_NAME).glob("*.partial"))
+
+
 def remove_overlay(target: Path) -> None:
     """Removes a model's overlay; the base is unchanged.
 

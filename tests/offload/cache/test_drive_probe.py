@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -174,6 +177,30 @@ def test_small_files_give_defaults_and_nothing_is_remembered(tmp_path: Path, mem
 def test_files_that_are_not_there_give_defaults(tmp_path: Path, memory: Path) -> None:
     assert probe_disk([tmp_path / "gone.gguf"], memory=memory) == DiskProfile()
     assert probe_disk([], memory=memory) == DiskProfile()
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_other_open(
+    model: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = model.with_name("other.gguf")
+    shutil.copy(model, other)
+    opened: list[int] = []
+    original = os.open
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> int:
+        if path == other:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        fd = original(path, *args, **kwargs)
+        if path == model:
+            opened.append(fd)
+        return fd
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert not probe_disk([model, other], memory=memory).measured
+    assert opened
+    for fd in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_file_on_which_reads_fail_gives_defaults_and_a_warning(

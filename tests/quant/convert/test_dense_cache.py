@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +147,25 @@ def test_two_copies_are_kept_and_the_one_unused_for_longest_goes(
     assert [copy is not None for copy in found] == [True, False, True]
     for copy in filter(None, found):
         copy.close()
+
+
+def test_old_copies_stay_where_even_without_them_there_is_no_room(
+    cache: DenseCache, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(CheckpointSource.open(checkpoint), cache)
+    ((_, size),) = cache.copies()
+    another = CheckpointSource.open(write_small(tmp_path / "5", seed=5))
+    small = DenseCache(cache.folder, size * 3 // 2, least_bytes=0)
+    usage = namedtuple("usage", "total used free")
+    free = dense_cache._SPARE_BYTES - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 41, 1 << 41, free))
+    assert small.keep(another) is None
+    assert len(cache.copies()) == 1
+    free += 1 + (64 << 10)  # with the old copy's bytes it is enough
+    keeper = small.keep(another)
+    assert keeper is not None
+    keeper.close()
+    assert cache.copies() == []
 
 
 def test_what_another_process_reads_is_not_deleted(cache: DenseCache, checkpoint: Path) -> None:

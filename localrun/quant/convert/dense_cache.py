@@ -134,7 +134,7 @@ class DenseCache:
                 if _is_partial(folder):  # a crash left it
                     _delete(folder)
             surplus = self._surplus(plan.file_size)
-            free = shutil.disk_usage(self.folder).free + sum(size for _, size in surplus)
+            free = shutil.disk_usage(self.folder).free + sum(size for folder, size in surplus if not _is_used(folder))
             if free < plan.file_size + _SPARE_BYTES:  # old copies stay then
                 size, left = format_size(plan.file_size), format_size(free)
                 log.info("%s: no room to keep the converted dense matrices: %s, %s are free", self.folder, size, left)
@@ -260,6 +260,21 @@ def _key(source: CheckpointSource) -> str:
 
 def _is_partial(folder: Path) -> bool:
     return folder.name.endswith(".partial")
+
+
+def _is_used(folder: Path) -> bool:
+    """Another process is reading or writing it."""
+    try:
+        fd = os.open(folder / DENSE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _delete(folder: Path) -> None:

@@ -13,6 +13,7 @@ from localrun.fingerprint import fingerprint
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.rows import rows_function
+from localrun.offload.kernels.reading import Reading
 from localrun.offload.kernels.records import Layout
 
 SOURCE = '''
@@ -160,7 +161,7 @@ def by_table(record):
 def test_levels_and_formats_of_kernels_are_different_code() -> None:
     """Not compiled here: levels that this processor lacks could not run."""
     levels = (Level.AVX2, Level.AVX_VNNI, Level.AVX512)
-    kernels = [rows_function(type_, level) for level in levels for type_ in list(FORMATS)[:3]]
+    kernels = [rows_function(type_, level, Reading.IN_ORDER) for level in levels for type_ in list(FORMATS)[:3]]
     assert len({fingerprint(kernel) for kernel in kernels}) == 9
 
 

@@ -20,6 +20,7 @@ from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.interleaved.unpacking import unpack_function, unpack_matrix
 from localrun.offload.kernels.layout import expert_layout, is_interleaved, packed_matrix_bytes, raw_matrix_bytes
 from localrun.offload.kernels.panels import FLOAT32, Panel
+from localrun.offload.kernels.reading import reading
 from localrun.offload.kernels.spec import FfnKernel, FfnSpec, Math
 from localrun.offload.kernels.tasks import KernelCall, Matrix, runner
 
@@ -55,7 +56,7 @@ class PackedMatrix:
         raw_bytes = raw_matrix_bytes(type_, n_out, n_in)
         if is_interleaved(type_, math):
             format_ = FORMATS[type_]
-            address = int(rows_function(type_, level()).address)
+            address = int(rows_function(type_, level(), reading()).address)
             pack_function()  # compiled now, not while the first expert waits for it
             return cls(
                 type_,

@@ -16,6 +16,7 @@ from numba.core import cgutils
 
 from localrun.alignment import LINE_BYTES
 from localrun.offload.kernels.cpu import Level
+from localrun.offload.kernels.reading import Reading
 
 I8, I16, I32, I64, F16, F32 = (
     ir.IntType(8),
@@ -50,12 +51,13 @@ class Simd:
     Attributes:
         vnni: a dot product of bytes is one instruction, exact for all of them.
         in_order: the order of reads matters, so `load_in_order` and `touch` keep it.
+        pages: these also request lines of the pages that follow (`Reading.PAGES`).
     """
 
     vnni = False
 
-    def __init__(self, builder: Any, *, in_order: bool = False) -> None:
-        self.b, self.in_order = builder, in_order
+    def __init__(self, builder: Any, *, in_order: bool = False, pages: bool = False) -> None:
+        self.b, self.in_order, self.pages = builder, in_order, pages
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -97,11 +99,21 @@ class Simd:
         order; `prefetch` in large numbers disturbs them."""
         if not self.in_order:
             return self.load(pointer, offset, type_)
+        if self.pages:
+            self._request_of_next_pages(pointer, offset)
         source = self.b.bitcast(self.b.gep(pointer, [I64(offset)]), type_.as_pointer())
         load = _KeptLoad(self.b.block, source)
         load.align = 1
         self.b._insert(load)
         return load
+
+    def _request_of_next_pages(self, pointer: Any, offset: int) -> None:
+        """Line i of each 256 in order requests line i // 4 of page i % 4 of the next 256, so that all are requested once."""
+        address = self.b.add(self.b.ptrtoint(pointer, I64), I64(offset))
+        page = self.b.and_(self.b.shl(address, I64(6)), I64(3 << 12))  # bits 6 and 7 of the address
+        line = self.b.and_(self.b.lshr(address, I64(2)), I64(63 << 6))  # bits 8 to 13
+        window = self.b.and_(address, I64(-(4 << 12)))
+        self.prefetch(self.pointer(self.b.or_(window, self.b.or_(page, line))), 4 << 12)
 
     def touch(self, pointer: Any, offset: int) -> None:
         """Reads a cache line now and drops it, if `in_order`."""
@@ -428,6 +440,6 @@ _CLASSES: Final[dict[Level, type[Simd]]] = {
 }
 
 
-def simd_for(level: Level, builder: Any, *, in_order: bool = False) -> Simd:
-    """The emitter for a level."""
-    return _CLASSES[level](builder, in_order=in_order)
+def simd_for(level: Level, builder: Any, reading: Reading) -> Simd:
+    """The emitter for a level and a way to read."""
+    return _CLASSES[level](builder, in_order=reading is not Reading.AHEAD, pages=reading is Reading.PAGES)

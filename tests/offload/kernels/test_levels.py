@@ -11,6 +11,7 @@ from localrun.errors import UsageError
 from localrun.offload.kernels import DenseKernel, FfnSpec, make_kernel
 from localrun.offload.kernels.cpu import Level, level, levels
 from localrun.offload.kernels.interleaved.rows import rows_function
+from localrun.offload.kernels.reading import Reading
 from tests.offload.kernels.support import Experts, Pairs, relative_error
 
 AVX2 = "+avx2,+fma,+f16c"
@@ -40,7 +41,10 @@ def test_the_forced_level_is_what_runs_and_has_compiled_code_of_its_own(kernel_l
     assert level() == Level(kernel_level)
     assert DenseKernel(T.Q8_0, 64, 64, n_threads=1).name == f"q8_0-{kernel_level}"
     with_rows_of_their_own = [known for known in levels() if known is not Level.GENERIC]
-    files = {rows_function(T.Q8_0, known)._cache._file("s", FakeCodegen()) for known in with_rows_of_their_own}
+    files = {
+        rows_function(T.Q8_0, known, Reading.IN_ORDER)._cache._file("s", FakeCodegen())
+        for known in with_rows_of_their_own
+    }
     assert len(files) == len(with_rows_of_their_own)
 
 

@@ -15,19 +15,15 @@ from numba.extending import intrinsic
 
 from localrun.alignment import LINE_BYTES
 from localrun.kernel_cache import cached_cfunc
-from localrun.offload.kernels.cpu import Level, processor
+from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.layout import FEW, Tile
 from localrun.offload.kernels.lowlevel import ROWS, blocks_of, rounded_up
+from localrun.offload.kernels.reading import Reading
 from localrun.offload.kernels.simd import I64, Simd, simd_for
 
 _AHEAD: Final = 4096
-"""Bytes from the unit in work to the one prefetched, on processors that want it."""
-
-_PREFETCHED: Final = frozenset({"znver5"})
-"""Processors, by LLVM's names, that are asked for lines in advance, as the kernels were tuned there. All others read their lines in
-order, because a processor's own prefetching follows that: a format's step does (`Format.in_order`), or all lines of a unit are read
-before it is computed with. [m] One Zen 4 core reads Q4_K at 26 GB/s so, at 11 when asked in advance (plain reading: 31)."""
+"""Bytes from the unit in work to the one requested (`Reading.AHEAD`)."""
 
 
 def _read_in_order(s: Simd, pointer: Any, n_bytes: Any) -> None:
@@ -41,10 +37,10 @@ def _read_in_order(s: Simd, pointer: Any, n_bytes: Any) -> None:
 
 
 @intrinsic
-def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: Any, meta: Any, body: Any, n_units: Any, panel: Any,
-                      out: Any, out_stride: Any) -> Any:  # fmt: skip
-    """16 rows times a tile; the first three arguments are compile-time constants, n_units is at least 1."""
-    if not (isinstance(level_name, types.StringLiteral) and isinstance(type_name, types.StringLiteral)):
+def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, reading_name: Any, n_tokens: Any, meta: Any, body: Any,
+                      n_units: Any, panel: Any, out: Any, out_stride: Any) -> Any:  # fmt: skip
+    """16 rows times a tile; the first four arguments are compile-time constants, n_units is at least 1."""
+    if not all(isinstance(name, types.StringLiteral) for name in (level_name, type_name, reading_name)):
         return None
     if not isinstance(n_tokens, types.IntegerLiteral):
         return None
@@ -54,9 +50,11 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
     at_once = nt if wide else min(nt, 4)  # what the registers hold
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        prefetched = nt > (FEW if wide else FEW // 2) or processor() in _PREFETCHED
-        s = simd_for(level_, builder, in_order=not prefetched)
-        meta, body, n_units, panel, out, out_stride = args[3:]
+        many = nt > (FEW if wide else FEW // 2)
+        reading_ = Reading.AHEAD if many else Reading(reading_name.literal_value)
+        prefetched = reading_ is Reading.AHEAD
+        s = simd_for(level_, builder, reading_)
+        meta, body, n_units, panel, out, out_stride = args[4:]
         meta, body, panel = s.pointer(meta), s.pointer(body), s.pointer(panel)
         records_per_unit = format_.unit // format_.panel.unit
         if not prefetched:
@@ -85,15 +83,15 @@ def _group_times_tile(_typing: Any, level_name: Any, type_name: Any, n_tokens: A
         s.loop(I64(nt // at_once), [], tokens)
         return context.get_dummy_value()
 
-    return types.void(level_name, type_name, n_tokens, *[types.intp] * 6), codegen
+    return types.void(level_name, type_name, reading_name, n_tokens, *[types.intp] * 6), codegen
 
 
 @functools.cache
-def rows_function(type_: GGMLQuantizationType, level_: Level) -> Any:
-    """The row kernel for interleaved matrices of this type, compiled on first use."""
+def rows_function(type_: GGMLQuantizationType, level_: Level, reading_: Reading) -> Any:
+    """The row kernel for interleaved matrices of this type, compiled on first use. All ways to read give the same bits."""
     format_ = FORMATS[type_]
     name, unit, meta_bytes, body_bytes = type_.name, format_.unit, format_.meta_bytes, format_.body_bytes
-    level_name = level_.value
+    level_name, how = level_.value, reading_.value
 
     def rows(
         matrix: int, extra: int, row0: int, n_rows: int, n_in: int, panel: int, nt: int, out: int, out_stride: int
@@ -105,16 +103,16 @@ def rows_function(type_: GGMLQuantizationType, level_: Level) -> Any:
             meta = matrix + (row0 + r) // 16 * group_bytes
             body, target = meta + metas, out + r * 4
             if nt == 1:
-                _group_times_tile(level_name, name, 1, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 1, meta, body, n_units, panel, target, out_stride)
             elif nt == 2:
-                _group_times_tile(level_name, name, 2, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 2, meta, body, n_units, panel, target, out_stride)
             elif nt == 4:
-                _group_times_tile(level_name, name, 4, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 4, meta, body, n_units, panel, target, out_stride)
             elif nt == 8:
-                _group_times_tile(level_name, name, 8, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 8, meta, body, n_units, panel, target, out_stride)
             elif nt == 12:
-                _group_times_tile(level_name, name, 12, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 12, meta, body, n_units, panel, target, out_stride)
             else:
-                _group_times_tile(level_name, name, 16, meta, body, n_units, panel, target, out_stride)
+                _group_times_tile(level_name, name, how, 16, meta, body, n_units, panel, target, out_stride)
 
     return cached_cfunc(ROWS)(rows)

@@ -22,7 +22,8 @@ WEIGHTS_PER_CORE: Final[Mapping[GGMLQuantizationType, float]] = {
 }  # fmt: skip
 """Assumed weights per second of one core in decode, where nothing is measured: our AVX2 kernels, the slowest but the portable ones.
 [m] Matrices in L2, one core of Zen 4 at 3.7 GHz. AVX-512 has 1.0 to 1.7 times as many, for IQ2_XXS 3 and for IQ3_XXS 6 times.
-The last three are multiplied in F32."""
+The last three are multiplied in F32. AVX-512 on one core of an Emerald Rapids host that other guests use, too: 0.5 to 1.2 times as
+many, for IQ2_XXS 1.7 to 2.4 times."""
 
 MACS_PER_CORE: Final = 92e9
 """int8 multiplications per second of one core in batches, where nothing is measured. [m] AVX-512 VNNI; others are slower."""

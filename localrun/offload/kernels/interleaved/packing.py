@@ -234,8 +234,8 @@ def _pack_group(layout: int, raw: int, row_bytes: int, n_units: int, metas: int,
     [m] One Zen 4 core, matrices of 4096 x 4096 from RAM to RAM: Q2_K 12 GB/s, Q4_K 8. Without reading in order first, and with
     writes through the caches, Q2_K has 5. Beside others, rows of 2048 values, in order and not: Q2_K 6.6 and 5.9, Q6_K 9.7 and
     4.7, but MXFP4 7.1 and 10.7, Q8_0 10.1 and 11.3, IQ2_XXS 6.9 and 8.6.
-    One Emerald Rapids core, whose `memcpy` does 6 GB/s, relative to that: in order with requests 0.91 to 1.13, without requests 0.76
-    to 0.97, with writes through the caches 0.6 to 0.9.
+    One Emerald Rapids core, whose `memcpy` does 6 GB/s, relative to that: in order with requests 0.91 to 1.13, without requests
+    0.76 to 0.97, with writes through the caches 0.6 to 0.9.
     """
     block_bytes, meta_bytes, body_bytes = load_i64(layout), load_i64(layout + 8), load_i64(layout + 16)
     _read_rows(raw, 16 * row_bytes, block_bytes)

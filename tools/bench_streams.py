@@ -1,9 +1,10 @@
 """Our row kernels, ggml's dot products and plain reading on matrices in RAM and one token, by one thread and by several.
 
-    python -m tools.bench_streams [--types Q4_K,Q2_K] [--threads 1,2] [--rounds 150] [--memory 448MiB]
+    python -m tools.bench_streams [--types Q4_K,Q2_K] [--threads 1,2] [--rounds 150] [--memory 448MiB] [--ways]
 
 Meant for busy machines. Contenders take turns with slices of 24 MiB, each another one than before, so that nothing is in a cache.
-Other programs can only slow a slice, so the 85th percentile of the rounds counts. Each thread is pinned to a core.
+Other programs can only slow a slice, so the 85th percentile of the rounds counts. Each thread is pinned to a core. With `--ways`
+our kernels read in every way that they know (`offload/kernels/reading.py`): to find out which one suits a processor.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from localrun.alignment import align_up
 from localrun.ggml.types import block_type
 from localrun.kernel_cache import cached_cfunc
 from localrun.offload.kernels.cpu import level
+from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.lowlevel import ROWS, atomic_add, call_9, load_i64, pointer, store_i64
+from localrun.offload.kernels.reading import Reading
+from localrun.offload.kernels.reading import reading as way_to_read
 from localrun.offload.kernels.records import Layout, Record
 from localrun.pages import HUGE_PAGE_BYTES, anonymous
 from localrun.units import parse_size
@@ -154,9 +158,10 @@ def _huge(n_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 def rates(
-    kind: GGMLQuantizationType, team: Team, thread_counts: list[int], rounds: int, n_bytes: int
+    kind: GGMLQuantizationType, team: Team, thread_counts: list[int], rounds: int, n_bytes: int, ways: list[Reading]
 ) -> list[dict[str, float]]:
-    """Bytes per second of plain reading, ours and ggml's, as ggml counts bytes, for each number of threads."""
+    """Bytes per second, as ggml counts bytes, for each number of threads: of plain reading, ours, ggml's, and ours in each of `ways`,
+    by its value, if the kernel knows any."""
     row_bytes = block_type(kind).row_bytes(N_IN)
     n_rows = max(1, min(SLICE_BYTES, n_bytes) // row_bytes // PIECE_ROWS) * PIECE_ROWS
     matrix = PackedMatrix.choose(kind, n_rows, N_IN, math="int8")
@@ -171,6 +176,9 @@ def rates(
         "ours": Contender(matrix.rows_address, ours.ctypes.data, matrix.packed_bytes, n_slices),
         "ggml": Contender(_dot_products.address, plain.ctypes.data, raw.size, n_slices),
     }
+    for way in ways if matrix.interleaved else []:
+        address = int(rows_function(kind, level(), way).address)
+        contenders[way.value] = Contender(address, ours.ctypes.data, matrix.packed_bytes, n_slices)
     extra, panel = np.array([ggml_dot(kind), row_bytes], np.int64), np.zeros(8 * N_IN, np.uint8)
     out = np.zeros(max(thread_counts) * PIECE_ROWS, np.float32)
     results, turn = [], 0
@@ -178,7 +186,8 @@ def rates(
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for round_ in range(rounds):
             order = list(contenders)
-            for name in order[round_ % 3 :] + order[: round_ % 3]:
+            first = round_ % len(order)
+            for name in order[first:] + order[:first]:
                 c, turn = contenders[name], turn + 1
                 record = SLICE.make(
                     rows=c.rows,
@@ -202,17 +211,20 @@ def main() -> None:
     parser.add_argument("--threads", type=lambda s: [int(v) for v in s.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--memory", type=parse_size, default=parse_size("448MiB"))
+    parser.add_argument("--ways", action="store_true", help="ours in every way to read")
     args = parser.parse_args()
+    ways = list(Reading) if args.ways else []
     team = Team(max(args.threads))
     print(f"{level().value}; GB/s, {PERCENTILE}th percentile of {args.rounds}; load {os.getloadavg()[0]:.1f}")
+    print(f"our way to read here: {way_to_read().value}")
     print("           threads   reading          ours          ggml")
     for name in args.types.split(","):
-        measured = rates(GGMLQuantizationType[name], team, args.threads, args.rounds, args.memory)
+        measured = rates(GGMLQuantizationType[name], team, args.threads, args.rounds, args.memory, ways)
         for n_threads, rate in zip(args.threads, measured, strict=True):
             reading, ours, ggml = (rate[k] / 1e9 for k in ("reading", "ours", "ggml"))
             print(
                 f"{name:10} {n_threads:7} {reading:9.1f} {ours:6.1f} ({ours / reading:4.0%}) {ggml:6.1f} ({ggml / reading:4.0%})"
-                f"   x{ours / ggml:.2f}",
+                f"   x{ours / ggml:.2f}" + "".join(f"   {way} {rate[way] / 1e9:.1f}" for way in list(rate)[3:]),
                 flush=True,
             )
 

@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from localrun.kernel_cache import cached_cfunc
+from localrun.offload.kernels.interleaved.formats import runnable
 from localrun.offload.kernels.lowlevel import ROWS, atomic_add
+from localrun.offload.kernels.reading import Reading
 from tools import bench_streams
 from tools.bench_streams import PIECE_ROWS, SLICE, Team
 
@@ -41,3 +44,12 @@ def test_a_line_per_type_and_number_of_threads(
     bench_streams.main()
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("Q")]
     assert lines == [["Q8_0", "1"], ["Q8_0", "2"], ["Q4_K", "1"], ["Q4_K", "2"]]
+
+
+def test_ours_in_every_way_to_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--types", "MXFP4", "--threads", "1", "--rounds", "2", "--memory", "2MiB", "--ways"]
+    monkeypatch.setattr(sys, "argv", ["bench_streams", *arguments])
+    bench_streams.main()
+    heading, line = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("our", "MXFP4")))
+    assert heading.removeprefix("our way to read here: ") in {way.value for way in Reading}
+    assert all(f"   {way.value} " in line for way in Reading) or not runnable(GGMLQuantizationType.MXFP4)

@@ -160,8 +160,8 @@ def _huge(n_bytes: int) -> npt.NDArray[np.uint8]:
 def rates(
     kind: GGMLQuantizationType, team: Team, thread_counts: list[int], rounds: int, n_bytes: int, ways: list[Reading]
 ) -> list[dict[str, float]]:
-    """Bytes per second for each number of threads, as ggml counts bytes: of plain reading, ours, ggml's, and ours in each of `ways`, by
-    its value, if the kernel knows any."""
+    """Bytes per second for each number of threads, as ggml counts bytes: of plain reading, ours, ggml's, and ours in each of
+    `ways`, by its value, if the kernel knows any."""
     row_bytes = block_type(kind).row_bytes(N_IN)
     n_rows = max(1, min(SLICE_BYTES, n_bytes) // row_bytes // PIECE_ROWS) * PIECE_ROWS
     matrix = PackedMatrix.choose(kind, n_rows, N_IN, math="int8")

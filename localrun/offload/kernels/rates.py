@@ -14,7 +14,7 @@ _T = GGMLQuantizationType
 
 MEMORY_SHARE: Final = 0.88
 """Share of RAM bandwidth reached by products with one row. [m] Two cores with AVX-512, memory 22 GB/s: 8-bit dense matrices
-0.85 to 0.95, MXFP4 experts 0.92 (docs/planner.md)."""
+0.85 to 0.95, MXFP4 experts 0.92 (docs/planner.md). More, 1.2, where kernels ask for lines and plain reading doesn't (`reading`)."""
 
 WEIGHTS_PER_CORE: Final[Mapping[GGMLQuantizationType, float]] = {
     _T.MXFP4: 65e9, _T.Q4_K: 60e9, _T.Q2_K: 80e9, _T.Q3_K: 55e9, _T.Q8_0: 43e9, _T.Q5_K: 40e9, _T.Q6_K: 48e9, _T.IQ4_XS: 33e9,

@@ -139,6 +139,10 @@ class Harness(Protocol):
     def hold_one(self, layer: int, expert: int) -> None:
         """The last read of this expert's best copy does not go on."""
 
+    def wait_until_held(self) -> None:
+        """While reads are held: waits until each reader that has something to read has begun, so that none has a read in hand
+        which it will begin later."""
+
     def step(self) -> None:
         """While reads are held: lets the first of those that have begun go on, and waits until another one has begun."""
 
@@ -268,9 +272,13 @@ class OnFiles:
         with self._changed:
             self._n_may_go = self._n_come
 
-    def step(self) -> None:
+    def wait_until_held(self) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: self._n_waiting == N_READS, PATIENCE_S)
+
+    def step(self) -> None:
+        self.wait_until_held()
+        with self._changed:
             self._n_may_go += 1
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: self._n_come == self._n_may_go + N_READS, PATIENCE_S)
@@ -392,6 +400,9 @@ class MemoryStore:
     def release(self) -> None:
         self._held, self._held_one = False, None
         self._go_on()
+
+    def wait_until_held(self) -> None:
+        """There are no readers."""
 
     def step(self) -> None:
         if ticket := self._next():

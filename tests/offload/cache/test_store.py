@@ -171,12 +171,14 @@ class TestEveryStore:
         desk.harness.hold()
         for expert in range(desk.per_layer):
             desk.submit(0, expert, ahead=True)
+        desk.harness.wait_until_held()
         desk.submit(1, 0)
         self.goes_next(desk, 1, 0)
 
     def test_a_hurried_read_goes_first(self, desk: Desk) -> None:
         desk.harness.hold()
         tickets = [desk.submit(0, expert, ahead=True) for expert in range(desk.per_layer)]
+        desk.harness.wait_until_held()
         desk.store.hurry(tickets[-1].slot)
         self.goes_next(desk, 0, desk.per_layer - 1)
 

@@ -48,7 +48,7 @@ def on(gpu: GpuDevice, budget: int) -> OffloadOptions:
 @pytest.mark.parametrize("n_experts", [ALL // 3, 10_000])
 def test_answers_are_the_same(model_path: Path, gpu: GpuDevice, n_experts: int) -> None:
     """One token, a few whose sums are ours, and many."""
-    reference = exact_and_rounded(model_path)
+    reference = exact_and_rounded(model_path, attention=False)
     with open_offloaded(open_model(model_path), on(gpu, budget_for(model_path, gpu, n_experts))) as model:
         assert (filled(model) == ALL) == (n_experts > ALL)
         for batch in (1, 1, 6, 64):
@@ -60,7 +60,7 @@ def test_without_experts_there_answers_are_the_same(model_path: Path, gpu: GpuDe
     options = OffloadOptions(n_threads=2, n_gpu_layers=99, gpus=[(gpu, 0)])
     with open_offloaded(open_model(model_path), options) as model:
         for batch in (1, 6, 64):
-            assert is_as_exact(logits(model, batch=batch), exact_and_rounded(model_path)), batch
+            assert is_as_exact(logits(model, batch=batch), exact_and_rounded(model_path, attention=False)), batch
 
 
 def test_formats_are_added_up_there(sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice) -> None:
@@ -80,7 +80,7 @@ def test_formats_are_added_up_there(sources: tuple[ModelSource, ModelSource, Pat
 
 @pytest.mark.skipif(bool(TEST_GPU), reason="two devices are needed")
 def test_another_gpus_experts_are_part_of_the_share(model_path: Path, gpu: GpuDevice) -> None:
-    reference = exact_and_rounded(model_path)
+    reference = exact_and_rounded(model_path, attention=False)
     budget = budget_for(model_path, gpu, ALL // 3)
     with rpc_server() as (endpoint, _):
         other = next(device for device in choose_gpus("auto", [endpoint]) if device.description == endpoint)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 KEPT = 5
 MAX_AGE_S = 7 * 86400.0
 """A machine that has become slower for good is planned so after a week."""
-_VERSION = 3
+_VERSION = 4
 
 
 def usual_rates(measured: Mapping[str, float], *, quiet: bool = True, path: Path | None = None) -> dict[str, float]:

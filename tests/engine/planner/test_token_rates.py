@@ -23,6 +23,7 @@ from localrun.engine.planner.plan import GpuShare, Plan, resident_shares
 from localrun.engine.planner.planner import make_plan
 from localrun.engine.planner.speed import HIDDEN, USEFUL, computing, waiting
 from localrun.engine.planner.token_rates import (
+    LEAST_POSITION,
     MIN_DRIVE_BYTES,
     MIN_TOKENS,
     Spent,
@@ -233,7 +234,20 @@ def test_ratios_are_those_of_assumed_rates_to_rates_in_tokens() -> None:
     assert ratios.pop(HIDDEN) == pytest.approx(1 - cost.waiting_s / cost.reading_s)
     assert ratios.pop(USEFUL) == pytest.approx(1 - 69 * 13369344 / cost.disk_bytes)
     assert ratios["dense model in RAM"] == pytest.approx(30 * by_reference["dense model in RAM"] / cost.matrices_s)
-    assert ratios.keys() == {"dense model in RAM", "attention", "layers", "experts in RAM"}
+    assert ratios.keys() == {"dense model in RAM", "layers", "experts in RAM"}
+
+
+@pytest.mark.parametrize("position", [20, LEAST_POSITION - 1, LEAST_POSITION, 32_768])
+def test_a_short_context_says_nothing_about_attention_in_a_long_one(position: int) -> None:
+    plan = LOSSLESS.plan_with_hits()
+    planned_s = plan.decode_at(32_768).likely.seconds["attention"]
+    long = position >= LEAST_POSITION
+    attention_s = 30 * (2 * plan.decode_at(position).likely.seconds["attention"] if long else 3.9e-3)
+    cost = replace(LOSSLESS.cost, attention_s=attention_s)
+    learn_tokens(plan, cost, n_tokens=30, seconds=LOSSLESS.seconds, position=position)
+    knowing = replace(plan, machine=replace(plan.machine, seen=seen_tokens(2)))
+    found_s = knowing.decode_at(32_768).likely.seconds["attention"]
+    assert found_s == pytest.approx(planned_s * (2 if long else 1), rel=0.01)
 
 
 def test_too_few_tokens_and_those_of_gpus_teach_nothing() -> None:

@@ -204,6 +204,11 @@ def test_model_that_is_looked_at_is_not_freed(chat_model_path: Path) -> None:
 
 def engine_of_a_parent_that(does: str, *, environment: dict[str, str] | None = None) -> int:
     """Runs a parent with an engine process called `engine` that `does` something and is then killed; the engine's pid."""
+    return pids_of_a_parent_that(does, environment)[0]
+
+
+def pids_of_a_parent_that(does: str, environment: dict[str, str] | None = None) -> list[int]:
+    """The same for the engine's pid and those that `does` prints."""
     script = f"""
         import os, signal, sys, threading, time
         from localrun.engine.process.process import EngineProcess
@@ -224,7 +229,7 @@ def engine_of_a_parent_that(does: str, *, environment: dict[str, str] | None = N
         env={**os.environ, **(environment or {})},
     )
     assert done.returncode == -signal.SIGKILL
-    return int(done.stdout.split()[0])
+    return list(map(int, done.stdout.split()))
 
 
 def test_engine_ends_with_its_parent_while_it_answers_reads_a_prompt_or_counts(chat_model_path: Path) -> None:
@@ -261,7 +266,7 @@ def test_engine_ends_with_its_parent_while_it_compiles_kernels_for_a_load(
 
 def test_engine_ends_though_a_child_of_its_parent_holds_the_pipes(chat_model_path: Path) -> None:
     """What a parent forks keeps its ends of the pipes open, so they say nothing."""
-    pid = engine_of_a_parent_that(f"""
+    engine, child = pids_of_a_parent_that(f"""
         list(engine.load({str(chat_model_path)!r}, options))
         if (child := os.fork()) == 0:
             os.close(1)
@@ -269,7 +274,11 @@ def test_engine_ends_though_a_child_of_its_parent_holds_the_pipes(chat_model_pat
         print(child, flush=True)
         die()
     """)
-    wait_until(lambda: not is_running(pid))
+    try:
+        wait_until(lambda: not is_running(engine))
+        assert is_running(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_engine_that_hangs_ends_all_the_same(tmp_path: Path) -> None:

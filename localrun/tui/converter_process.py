@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +48,24 @@ class ConversionNews:
     hint: str | None = None
 
 
+@contextlib.contextmanager
+def _children_can_be_interrupted() -> Iterator[None]:
+    """Processes started meanwhile notice SIGINT even if this one ignores it, as a shell's background jobs do.
+
+    What is ignored stays so in children, what is handled does not (execve(2)). Only on the
+    main thread: others may not set handlers.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class ConverterProcess:
     """A running conversion. `on_news` is called from a reader thread, last with `ended`.
 
@@ -63,14 +81,15 @@ class ConverterProcess:
         self._complaints: deque[str] = deque(maxlen=20)
         path = [str(Path(localrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         command = [sys.executable, "-P", "-m", "localrun", "convert", "--json", *options]
-        self._process = subprocess.Popen(
-            [*command, "--", str(source), str(target)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,  # Ctrl-C in the terminal is the interface's
-        )
+        with _children_can_be_interrupted():
+            self._process = subprocess.Popen(
+                [*command, "--", str(source), str(target)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONIOENCODING": "utf-8"},
+                start_new_session=True,  # Ctrl-C in the terminal is the interface's
+            )
         assert self._process.stderr is not None
         self._log_reader = threading.Thread(
             target=self._read_complaints, args=(self._process.stderr,), name="tui-conversion-log", daemon=True

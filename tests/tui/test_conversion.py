@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import threading
@@ -126,17 +127,6 @@ async def test_the_dialog_can_be_filled_and_started_by_keys_alone_in_a_small_ter
         parser.parse_args([*words, "src", "dst"])
 
 
-async def test_a_hidden_conversion_reports_its_failure_as_a_panel(setup: Setup, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    async with setup.start() as talk:
-        await talk.type(f"/convert {tmp_path / 'empty'} {tmp_path / 'dst'}")
-        await talk.click("#convert-start")
-        await talk.click("#convert-hide")
-        await talk.until(lambda: talk.errors)
-        assert "empty" in talk.errors[0]
-        assert talk.screen.conversions.status == ""
-
-
 WAITS = """
 import os, signal, sys
 
@@ -158,13 +148,36 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+async def test_a_hidden_conversion_reports_its_failure_as_a_panel(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails once it is hidden: before, the dialog says so."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sitecustomize.py").write_text(WAITS.format(module="localrun.quant.convert.converter", where="wait"))
+    async with setup.start() as talk:
+        await talk.type(f"/convert {tmp_path / 'empty'} {tmp_path / 'dst'}")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        await talk.click("#convert-start")
+        await talk.until(lambda: talk.screen.conversions.running)
+        process = talk.screen.conversions.running
+        assert process is not None
+        await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        await talk.click("#convert-hide")
+        await talk.until(lambda: not isinstance(talk.app.screen, ConvertScreen))
+        os.kill(process.pid, signal.SIGCONT)
+        await talk.until(lambda: talk.errors)
+        assert "empty" in talk.errors[0]
+        assert talk.screen.conversions.status == ""
+
+
 @pytest.mark.parametrize(
     ("module", "where", "tells"),
     [("localrun.quant.convert.converter", "wait", True), ("localrun.interrupts", "Dying", False)],
     ids=["at work", "while the program is being imported"],
 )
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
 def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, where: str, tells: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, where: str, tells: bool, handler: Any
 ) -> None:
     """Before the program can say so itself, it ends without a word, even where Python drops what an interrupt raises."""
     write_small(tmp_path / "src")
@@ -178,11 +191,10 @@ def test_a_conversion_that_is_stopped_says_so_and_what_it_is_good_for(
         if item.ended:
             ended.set()
 
-    usual = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in a background job it is ignored, and children inherit that
+    usual = signal.signal(signal.SIGINT, handler)
     try:
         process = ConverterProcess(tmp_path / "src", tmp_path / "dst", [], take)
+        assert signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, usual)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)

@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from localrun.alignment import PAGE_BYTES, align_up, ceil_div
 from localrun.errors import FormatError, UsageError
 from localrun.offload.cache.staging import staging_bytes, staging_bytes_aligned
-from localrun.offload.kernels.layout import expert_layout
+from localrun.offload.kernels.layout import ExpertLayout, expert_layout
 from localrun.quant.checkpoint.mapping import (
     BASE_TYPES,
     ROUTER,
@@ -96,7 +96,7 @@ class ModelSizes:
         dense: by part, see `_COMPONENTS`.
         dense_weights: number of weights that every token is multiplied by.
         experts: the copies used, by format.
-        staging_bytes: buffers for reads in flight.
+        staging_bytes: RAM for reading experts (`offload/cache/staging.py`).
         base_bytes: all experts in the base's copies, if an overlay has better ones; else 0.
         convertible: other expert formats are possible by converting again.
         eight_bit_bytes: of `dense`, by part, matrices in Q8_0, as FP8 ones become by default.
@@ -251,7 +251,7 @@ class ModelSizes:
         """The same model converted with all experts in another format."""
         layout = expert_layout((kind, kind, kind), self.shape.n_embd, self.shape.n_ff)
         group = ExpertGroup((kind, kind, kind), self.n_copies, sum(layout.raw_bytes), layout.slot_bytes)
-        return replace(self, experts=(group,), staging_bytes=staging_bytes_aligned(layout.raw_bytes))
+        return replace(self, experts=(group,), staging_bytes=_staging_bytes(layout, self.shape))
 
 
 # --- where sizes come from --------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
         dense=dict(dense),
         dense_weights=weights,
         experts=(ExpertGroup((gate, up, down), n_copies, sum(layout.raw_bytes), layout.slot_bytes),),
-        staging_bytes=staging_bytes_aligned(layout.raw_bytes),
+        staging_bytes=_staging_bytes(layout, shape),
         convertible=True,
         eight_bit_bytes=dict(eight_bit_bytes),
         exact_bytes=dict(exact_bytes),
@@ -419,6 +419,11 @@ def _expert_kinds(source: ModelSource) -> Counter[tuple[ExpertTypes, int, int, i
             size = gate.n_bytes + up.n_bytes + down.n_bytes
             kinds[(gate.type, up.type, down.type), moe.n_embd, moe.n_ff, size] += 1
     return kinds
+
+
+def _staging_bytes(layout: ExpertLayout, shape: ModelShape) -> int:
+    """For a conversion's experts."""
+    return staging_bytes_aligned(layout.raw_bytes, shape.moe_layers, shape.n_experts)
 
 
 def _most_used(formats: Counter[GGMLQuantizationType]) -> GGMLQuantizationType:

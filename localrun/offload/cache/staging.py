@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final
 
 from localrun.alignment import PAGE_BYTES, ceil_div
+from localrun.offload.cache.early import RECIPE
 from localrun.quant.model.source import Encoding, ModelSource, Projection
 
 N_BUFFERS = 6
 """Default number of experts being read concurrently."""
 
+PLACE_BYTES: Final = 900
+"""Of one copy's `Projection`s, which the store keeps once it has read it: [m] 870 in 61 layers of 384 experts."""
+
 
 def staging_bytes(source: ModelSource) -> int:
     """Default RAM for reading this model's experts, in addition to their slots."""
     buffer_bytes, halves = buffers(source)
-    return N_BUFFERS * buffer_bytes * halves
+    return N_BUFFERS * buffer_bytes * halves + places_bytes(source)
 
 
-def staging_bytes_aligned(matrix_bytes: Sequence[int]) -> int:
-    """The same for experts whose matrices begin and end at pages, as they do in a conversion of an official checkpoint."""
-    return N_BUFFERS * sum(_read_bytes(n_bytes) for n_bytes in matrix_bytes)
+def staging_bytes_aligned(matrix_bytes: Sequence[int], layers: Collection[int], n_experts: int) -> int:
+    """The same for experts whose matrices begin and end at pages, as they do in a conversion of an official checkpoint.
+
+    Args:
+        matrix_bytes: of gate, up and down.
+        layers: that have experts.
+        n_experts: of each layer.
+    """
+    buffer_bytes = sum(_read_bytes(n_bytes) for n_bytes in matrix_bytes)
+    return N_BUFFERS * buffer_bytes + _places_bytes(layers, n_experts, len(layers) * n_experts)
+
+
+def places_bytes(source: ModelSource) -> int:
+    """RAM for remembering where experts are, once each has been read; in layers with better copies, two of each."""
+    moe = source.moe_layers
+    n_experts = max((layer.n_experts for layer in moe.values()), default=0)
+    return _places_bytes(moe, n_experts, sum(layer.n_experts * (2 if layer.better else 1) for layer in moe.values()))
+
+
+def _places_bytes(layers: Collection[int], n_experts: int, n_copies: int) -> int:
+    """What Python and compiled code know of copies; the latter has room for every layer and expert."""
+    n_recipes = (max(layers, default=-1) + 1) * n_experts
+    return n_copies * PLACE_BYTES + n_recipes * RECIPE.size * 8
 
 
 def buffers(source: ModelSource) -> tuple[int, int]:

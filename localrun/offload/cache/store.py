@@ -32,7 +32,7 @@ from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
 from localrun.offload.cache.early import EarlyReads, even_pieces
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.staging import N_BUFFERS, buffers
+from localrun.offload.cache.staging import N_BUFFERS, buffers, places_bytes
 from localrun.offload.cache.tickets import (
     AbandonedError,
     Bytes,
@@ -68,7 +68,8 @@ class Packer(Protocol):
 class ExpertStore:
     """Reads experts from a model's files.
 
-    Owns file descriptors, readers and staging buffers; `staging_bytes` counts towards the RAM budget.
+    Owns file descriptors, readers and staging buffers, and remembers where experts are; `staging_bytes` counts towards the RAM
+    budget.
 
     Args:
         source: the experts' locations.
@@ -111,7 +112,7 @@ class ExpertStore:
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         self._n_reading, self._reading_s, self._reading_since, self._reading_until = 0, 0.0, 0.0, 0.0
         buffer_bytes, halves = buffers(source)
-        self.staging_bytes = n_buffers * buffer_bytes * halves
+        self.staging_bytes = n_buffers * buffer_bytes * halves + places_bytes(source)
         self.depth = n_buffers
         self._most_ahead = max(
             1, n_buffers // 2

@@ -214,7 +214,7 @@ class Store(Protocol):
 
     Attributes:
         depth: concurrent reads; more are queued.
-        staging_bytes: RAM of reads in flight.
+        staging_bytes: RAM of reads in flight, and of what is remembered of experts' places.
         completions: tickets of finished reads, successful or not; none is lost, and none appears before its slot is filled.
         early: through which compiled code may begin reads; None: it can't.
         ahead_arrived: called on a reader's thread when the ticket of a read that nobody waits for, and that has succeeded, is in

@@ -1,15 +1,23 @@
-"""RAM for reads in flight, counted by hand: whole pages that a read may touch, twice where experts are put together."""
+"""RAM for reading experts. Buffers are counted by hand: whole pages that a read may touch, twice where experts are put together.
+What is remembered of places is compared with what a store really takes for it."""
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from localrun.alignment import PAGE_BYTES
-from localrun.offload.cache.staging import N_BUFFERS, buffers, staging_bytes, staging_bytes_aligned
+from localrun.offload.cache.slots import SlotTable
+from localrun.offload.cache.staging import N_BUFFERS, buffers, places_bytes, staging_bytes, staging_bytes_aligned
+from localrun.offload.cache.store import ExpertStore
 from localrun.quant.model.source import Encoding, Extent
+from tests.offload.model_stores import MODEL_KINDS, write_model
 
 
 def source(*experts: list[tuple[int, int]], encoding: Encoding = Encoding.GGML, better: bool = False) -> Any:
@@ -30,8 +38,8 @@ PAGES = [(0, 2 * PAGE_BYTES), (2 * PAGE_BYTES, PAGE_BYTES), (3 * PAGE_BYTES, PAG
 
 def test_matrices_that_are_whole_pages_are_read_where_they_are_packed_from() -> None:
     assert buffers(source(PAGES)) == ((3 + 2 + 2) * PAGE_BYTES, 1)
-    assert staging_bytes(source(PAGES)) == N_BUFFERS * 7 * PAGE_BYTES
-    assert staging_bytes_aligned([n for _, n in PAGES]) == staging_bytes(source(PAGES))
+    assert staging_bytes(source(PAGES)) == N_BUFFERS * 7 * PAGE_BYTES + places_bytes(source(PAGES))
+    assert staging_bytes_aligned([n for _, n in PAGES], (0,), 1) == staging_bytes(source(PAGES))
 
 
 @pytest.mark.parametrize(
@@ -52,3 +60,66 @@ def test_the_largest_copy_counts_wherever_it_is() -> None:
 def test_a_model_without_experts_needs_a_page() -> None:
     nothing: Any = SimpleNamespace(moe_layers={})
     assert buffers(nothing) == (PAGE_BYTES, 1)
+
+
+class Copied:
+    """A kernel whose slots hold rows as they are."""
+
+    slot_bytes, raw_is_packed = 0, True
+
+    def pack(self, raw: Any, slot: int) -> None:
+        raise AssertionError
+
+
+def traced_bytes() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_a_store_remembers_no_more_of_places_than_is_counted(kind: str, tmp_path: Path) -> None:
+    model = write_model(kind, tmp_path).source
+    moe = model.moe_layers
+    copies = [
+        (layer, expert, variant)
+        for layer in moe
+        for expert in range(moe[layer].n_experts)
+        for variant in {0, model.expert(layer, expert) != model.base_expert(layer, expert)}
+    ]
+    store = ExpertStore(model, {layer: [Copied()] * len(moe[layer].variants) for layer in moe})
+    table = SlotTable(1 << 20, max(moe) + 1, moe[0].n_experts)
+
+    def read(layer: int, expert: int, variant: int) -> None:
+        projections = model.expert(layer, expert) if variant else model.base_expert(layer, expert)
+        slot = table.reserve(layer, expert, sum(p.n_bytes for p in projections), variant=variant)
+        assert slot is not None
+        store.submit(slot)
+        assert store.completions.get(timeout=300).error is None
+        table.discard(slot)
+
+    try:
+        for copy in copies:
+            read(*copy)
+        places = traced_bytes()
+        store._known.clear()
+        places -= traced_bytes()
+        recipes = store.early._recipes.nbytes if store.early is not None else 0
+    finally:
+        store.close()
+        table.close()
+    counted = places_bytes(model)
+    assert counted / 3 <= places + recipes <= counted
+    assert store.staging_bytes == staging_bytes(model)
+
+
+def test_layers_with_better_copies_have_two_places_of_each_expert() -> None:
+    plain, both = places_bytes(source(PAGES, PAGES)), places_bytes(source(PAGES, PAGES, better=True))
+    assert plain < both < 2 * plain  # compiled code only knows of one

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from localrun.errors import ChecksumError, StoreError
 from localrun.offload.cache.early import announce
 from localrun.offload.cache.early import begin as begin_early
 from localrun.offload.cache.slots import Slot, SlotTable
+from localrun.offload.cache.staging import places_bytes
 from localrun.offload.cache.store import ExpertStore
 from localrun.offload.cache.tickets import MOST_AHEAD, AbandonedError, Ticket
 from localrun.offload.kernels import futex
@@ -313,9 +314,10 @@ def test_a_read_that_ended_before_the_last_one_counts_no_time_twice(desk: Desk) 
 
 
 def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put_together(tmp_path: Path) -> None:
-    store = ExpertStore(ExpertsInAFile(tmp_path), KERNELS, n_buffers=3)  # type: ignore[arg-type]
+    model: Any = ExpertsInAFile(tmp_path)
+    store = ExpertStore(model, KERNELS, n_buffers=3)
     pages_of_a_matrix = -(-(EXPERT_BYTES // 3) // PAGE_BYTES) + 1
-    assert store.staging_bytes == 3 * 2 * 3 * pages_of_a_matrix * PAGE_BYTES
+    assert store.staging_bytes == 3 * 2 * 3 * pages_of_a_matrix * PAGE_BYTES + places_bytes(model)
     store.close()
 
 

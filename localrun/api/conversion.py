@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ConversionOptions, ConversionPlan, ImportanceLookup
     from localrun.quant.convert.writing import ConversionProgress, ConversionResult
     from localrun.quant.model.manifest import Manifest
+    from localrun.quant.precision.solver import CopiesLimit
 
 DENSE_DEFAULT = "q8_0"
 
@@ -130,10 +131,10 @@ class _Progress:
     def splitting(self) -> Callable[[int, int], None]:
         return lambda done, total: self.step("splitting", done, total)
 
-    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
+    def planned(self, plan: ConversionPlan | None, options: FormatOptions, copies: Sequence[CopiesLimit]) -> None:
         pass
 
-    def checked(self, plan: ConversionPlan) -> None:
+    def checked(self, plan: ConversionPlan | None, copies: Sequence[CopiesLimit]) -> None:
         pass
 
     def chosen(self, choice: PrecisionChoice | None) -> None:
@@ -202,7 +203,7 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     from localrun.quant.checkpoint.mapping import make_plan
     from localrun.quant.convert.converter import check_target, open_checkpoint, write_plan
     from localrun.quant.open import open_model
-    from localrun.quant.precision.solver import bytes_for_experts, most_bytes_of_copies
+    from localrun.quant.precision.solver import bytes_for_experts, copies_limits
 
     if options.remove_overlay:
         raise UsageError(f"{wanted.target_folder} is not a converted model, so it has no overlay")
@@ -210,22 +211,24 @@ def _convert(wanted: Request, options: FormatOptions, jobs: int, out: Follower) 
     out.status("checking the source")
     checkpoint = open_checkpoint(wanted.source)
     plan = make_plan(checkpoint, _conversion_options(wanted, options))
-    request, copy_bytes = precision.precision_request(wanted, options), 0
+    request = precision.precision_request(wanted, options)
+    copies: tuple[CopiesLimit, ...] = ()
     if precision.needs_learning(options, wanted):
         model = open_model(wanted.source)
         check_precision_request(model, request)
-        copy_bytes = most_bytes_of_copies(model.moe_layers, options.hot)
+        copies = copies_limits(model.moe_layers, options.hot)
         if options.target is not None:
             bytes_for_experts(options.target, _least_dense_bytes(plan) if options.choose_dense else _dense_bytes(plan))
     for warning in plan.warnings:
         out.note(f"warning: {warning}")
-    out.planned(plan, options)
+    out.planned(plan, options, copies)
+    copy_bytes = sum(limit.n_bytes for limit in copies)
     if wanted.split is not None:
         splitting.check(plan, wanted.split, out)
     _check_evaluation(wanted)
     if wanted.dry_run:
         # Show the plan first, even if the disk turns out to be too small.
-        out.checked(plan)
+        out.checked(plan, copies)
         if options.target is not None:  # whose base is no larger than this one, and often much smaller
             out.note("dry run: nothing written; what it takes on the disk is known once formats are chosen")
         else:
@@ -465,7 +468,7 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     from localrun.quant.checkpoint.mapping import BASE_TYPES
     from localrun.quant.convert.overlay import open_overlay_source, read_base, unfinished_bytes, write_overlay
     from localrun.quant.open import open_model
-    from localrun.quant.precision.solver import most_bytes_of_copies
+    from localrun.quant.precision.solver import copies_limits
 
     folder = wanted.target_folder
     manifest = read_base(folder)
@@ -480,9 +483,12 @@ def _change_overlay(wanted: Request, options: FormatOptions, jobs: int, out: Fol
     options = replace(options, base=BASE_TYPES[has.name.lower()])
     model = open_model(wanted.source)
     check_precision_request(model, precision.precision_request(wanted, options))
-    needed = max(0, most_bytes_of_copies(model.moe_layers, options.hot) - unfinished_bytes(folder))
+    copies = copies_limits(model.moe_layers, options.hot)
+    out.planned(None, options, copies)
+    needed = max(0, sum(limit.n_bytes for limit in copies) - unfinished_bytes(folder))
     check_free(folder, needed, what="the overlay", otherwise="ask for less")
     if wanted.dry_run:
+        out.checked(None, copies)
         out.note(f"dry run: nothing written; the disk has room for {format_size(needed)} of copies")
         out.finished(None)
         return

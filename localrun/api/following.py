@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
     from localrun.quant.convert.writing import ConversionProgress, ConversionResult
+    from localrun.quant.precision.solver import CopiesLimit
 
 
 class Follower(Protocol):
@@ -34,11 +35,11 @@ class Follower(Protocol):
     def splitting(self) -> Callable[[int, int], None]:
         """What takes the bytes that are split, and all of them."""
 
-    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
-        """What will be written; nothing is yet."""
+    def planned(self, plan: ConversionPlan | None, options: FormatOptions, copies: Sequence[CopiesLimit]) -> None:
+        """What will be written; nothing is yet. Without a plan, only an overlay of these copies."""
 
-    def checked(self, plan: ConversionPlan) -> None:
-        """A dry run's plan."""
+    def checked(self, plan: ConversionPlan | None, copies: Sequence[CopiesLimit]) -> None:
+        """A dry run's plan, as `planned`."""
 
     def chosen(self, choice: PrecisionChoice | None) -> None:
         """Calibration and choice of precision; None: neither was needed."""

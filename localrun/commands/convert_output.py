@@ -12,11 +12,19 @@ Events on standard output (docs/quantization.md lists their fields); the last on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localrun.commands.convert_text import describe, describe_choice, describe_result, plan_as_json, result_as_json
+from localrun.commands.convert_text import (
+    copies_as_json,
+    describe,
+    describe_choice,
+    describe_copies,
+    describe_result,
+    plan_as_json,
+    result_as_json,
+)
 from localrun.commands.output import Output, ProgressLine
 from localrun.errors import LocalrunError
 
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from localrun.engine.measure.choose import PrecisionChoice
     from localrun.quant.checkpoint.mapping import ConversionPlan
     from localrun.quant.convert.writing import ConversionProgress, ConversionResult
+    from localrun.quant.precision.solver import CopiesLimit
 
 _EVENT_SECONDS = 0.2
 """Programs that draw a bar need no more."""
@@ -69,12 +78,15 @@ class ConvertOutput(Output):
         """Takes the bytes that are split."""
         return ProgressLine(self, "splitting")
 
-    def planned(self, plan: ConversionPlan, options: FormatOptions) -> None:
-        for line in describe(plan, options):
+    def planned(self, plan: ConversionPlan | None, options: FormatOptions, copies: Sequence[CopiesLimit]) -> None:
+        for line in (
+            *(describe(plan, options) if plan is not None else ("output: an overlay beside the finished base",)),
+            *describe_copies(copies),
+        ):
             self.note(line)
 
-    def checked(self, plan: ConversionPlan) -> None:
-        self.event("plan", plan_as_json(plan))
+    def checked(self, plan: ConversionPlan | None, copies: Sequence[CopiesLimit]) -> None:
+        self.event("plan", {**(plan_as_json(plan) if plan is not None else {}), "copies": copies_as_json(copies)})
 
     def chosen(self, choice: PrecisionChoice | None) -> None:
         for line in describe_choice(choice) if choice is not None else ():

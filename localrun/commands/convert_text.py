@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from localrun.units import format_bytes_rate, format_duration, format_size
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from localrun.quant.checkpoint.mapping import ConversionPlan
     from localrun.quant.convert.report import PlanLine
     from localrun.quant.convert.writing import ConversionResult
+    from localrun.quant.precision.solver import CopiesLimit
 
 
 def describe_choice(choice: PrecisionChoice) -> list[str]:
@@ -55,10 +57,17 @@ def describe(plan: ConversionPlan, options: FormatOptions | None = None) -> list
     lines.append(f"output: {format_size(plan.file_size)} in one GGUF, {len(plan.tensors)} tensors")
     if plan.options.keep_experts:
         lines.append(f"  experts stay in {checkpoint.path} and are read from there: keep it unchanged")
-    for budget in options.hot if options is not None else ():
-        which = "smaller" if budget.smaller else "better"
-        lines.append(f"  and {which} copies in {budget.type.name}: at most {format_size(budget.n_bytes)}")
     return lines
+
+
+def describe_copies(copies: Sequence[CopiesLimit]) -> list[str]:
+    """What an overlay will hold; which experts is known once they are measured."""
+    return [
+        f"  {'smaller' if limit.budget.smaller else 'better'} copies in {limit.budget.type.name} of at most"
+        f" {limit.n_copies:,} of {limit.n_experts:,} experts: {limit.n_copies:,} x {format_size(limit.copy_bytes)}"
+        f" = {format_size(limit.n_bytes)}"
+        for limit in copies
+    ]
 
 
 def _describe_line(line: PlanLine) -> str:
@@ -95,6 +104,21 @@ def plan_as_json(plan: ConversionPlan) -> dict[str, Any]:
         "left_out": None if mtp is None else {"kind": mtp.kind, "tensors": mtp.n_tensors, "bytes": mtp.n_bytes},
         "warnings": list(plan.warnings),
     }
+
+
+def copies_as_json(copies: Sequence[CopiesLimit]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {
+            "type": limit.budget.type.name.lower(),
+            "smaller": limit.budget.smaller,
+            "most_copies": limit.n_copies,
+            "experts": limit.n_experts,
+            "copy_bytes": limit.copy_bytes,
+            "most_bytes": limit.n_bytes,
+        }
+        for limit in copies
+    ]
 
 
 def describe_result(result: ConversionResult) -> list[str]:

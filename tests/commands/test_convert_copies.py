@@ -75,6 +75,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def planned_copies(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Of a dry run with `--json`."""
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (plan,) = [event for event in events if event["event"] == "plan"]
+    return plan["copies"]
+
+
 def better(folder: Path) -> int:
     """Experts with a better copy."""
     opened = open_model(folder)
@@ -347,13 +354,41 @@ def test_room_for_another_overlay_is_checked_before_anything_is_learned(
     monkeypatch.setattr(precision, "learn", lambda *_: pytest.fail("learns without room"))
     copies = ("--hot", f"mxfp4:{5 * ONE}B")
     assert convert(source, target, *copies, "--dry-run") == 0
-    (room,) = re.findall(r"room for ([^\n]+) of copies", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert (
+        f"better copies in MXFP4 of at most 5 of 24 experts: 5 x {format_size(ONE)} = {format_size(5 * ONE)}\n" in said
+    )
+    (room,) = re.findall(r"room for ([^\n]+) of copies", said)
     assert parse_size(room) == pytest.approx(5 * ONE, rel=0.1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 41, 1 << 41, 4 * ONE))
     assert convert(source, target, *copies, *options) == 1
     assert "the overlay needs" in capsys.readouterr().err
     assert contents(target) == state
+
+
+def test_a_dry_run_says_which_copies_would_be_made_at_most(
+    source: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Budgets end in the middle of a copy, and the last one is larger than the model."""
+    small, eight = 3 * 256 * 256 // 256 * 84, 3 * 256 * 256 // 32 * 34
+    copies = {
+        ("q2_k", True): ("--cold", f"q2_k:{3 * small - 1}B", 2, small),
+        ("mxfp4", False): ("--hot", f"mxfp4:{6 * ONE - 1}B", 5, ONE),
+        ("q8_0", False): ("--hot", "q8_0:1GiB", 24, eight),
+    }
+    for base, folder, kinds in (("q3_k", tmp_path / "new", list(copies)), ("q2_k", finished, list(copies)[1:])):
+        words = [word for kind in kinds for word in copies[kind][:2]]
+        capsys.readouterr()
+        assert convert(source, folder, "--base", base, *words, "--dry-run", "--json") == 0
+        planned = {(copy["type"], copy["smaller"]): copy for copy in planned_copies(capsys)}
+        assert planned.keys() == set(kinds)
+        for kind, copy in planned.items():
+            _, _, n, size = copies[kind]
+            assert (copy["most_copies"], copy["experts"]) == (n, 24)
+            assert (copy["copy_bytes"], copy["most_bytes"]) == (size, n * size)
+    assert convert(source, tmp_path / "plain", "--dry-run", "--json") == 0
+    assert planned_copies(capsys) == []
 
 
 @pytest.mark.parametrize("kept", [(), ("--keep-experts",)])

@@ -160,12 +160,35 @@ def check_request(
             )
 
 
-def most_bytes_of_copies(moe_layers: Mapping[int, MoeLayer], hot: Sequence[HotBudget]) -> int:
-    """What the overlay takes on the drive at most: each budget, or a copy of every expert if that is less."""
-    return sum(
-        min(budget.n_bytes, sum(moe.n_experts * expert_bytes(moe, budget.type) for moe in moe_layers.values()))
-        for budget in hot
-    )
+@dataclass(frozen=True, slots=True)
+class CopiesLimit:
+    """What a budget allows: fewer copies are made only where more would gain nothing.
+
+    Attributes:
+        n_copies: at most, of one expert each.
+        n_experts: that the model has.
+        copy_bytes: of the largest copy.
+        n_bytes: of all copies at most.
+    """
+
+    budget: HotBudget
+    n_copies: int
+    n_experts: int
+    copy_bytes: int
+    n_bytes: int
+
+
+def copies_limits(moe_layers: Mapping[int, MoeLayer], hot: Sequence[HotBudget]) -> tuple[CopiesLimit, ...]:
+    """What an overlay holds and takes on the drive at most: each budget, or a copy of every expert if that is less."""
+    limits = []
+    n_experts = sum(moe.n_experts for moe in moe_layers.values())
+    for budget in hot:
+        sizes = {layer: expert_bytes(moe, budget.type) for layer, moe in moe_layers.items()}
+        of_all = sum(moe.n_experts * sizes[layer] for layer, moe in moe_layers.items())
+        largest = max(sizes.values())
+        n_copies = min(budget.n_bytes // largest, n_experts)
+        limits.append(CopiesLimit(budget, n_copies, n_experts, largest, min(n_copies * largest, of_all)))
+    return tuple(limits)
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ a lock on it (`flock`, shared or exclusive), so nobody deletes what another proc
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -101,12 +102,11 @@ class DenseCache:
             return None
         with contextlib.ExitStack() as opened:
             try:
-                fd = os.open(folder / DENSE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+                fd = _lock(folder / DENSE_NAME, fcntl.LOCK_SH)
                 opened.callback(os.close, fd)
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 manifest = read_manifest(folder / MANIFEST_NAME)
                 kept = KeptSource(folder, read_gguf(folder / DENSE_NAME), manifest, source, None)
-            except BlockingIOError:  # somebody is deleting it
+            except BlockingIOError:  # somebody is deleting or replacing it
                 return None
             except (LocalrunError, OSError) as error:
                 log.info("a kept dense part can't be used: %s", error)
@@ -262,32 +262,41 @@ def _is_partial(folder: Path) -> bool:
     return folder.name.endswith(".partial")
 
 
+def _lock(path: Path, how: int) -> int:
+    """Opens a copy's file and locks it (`flock`'s LOCK_SH or LOCK_EX) without waiting; returns the descriptor.
+
+    Raises:
+        BlockingIOError: another process is using it, or has put another one into its place.
+        OSError: it can't be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), path.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has replaced it", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _is_used(folder: Path) -> bool:
     """Another process is reading or writing it."""
     try:
-        fd = os.open(folder / DENSE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        os.close(_lock(folder / DENSE_NAME, fcntl.LOCK_EX))
+    except BlockingIOError:
+        return True
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
     return False
 
 
 def _delete(folder: Path) -> None:
     """Removes a copy, or what a crash left of one, unless somebody is using it."""
+    fd = -1
     try:
-        fd = os.open(folder / DENSE_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        fd = -1
-    except OSError:
-        return
-    try:
-        if fd >= 0:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            fd = _lock(folder / DENSE_NAME, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             (folder / MANIFEST_NAME).unlink()  # first: what has none is not found
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections import namedtuple
@@ -181,6 +182,32 @@ def test_what_another_process_reads_is_not_deleted(cache: DenseCache, checkpoint
     copy.close()
     copy.discard()
     assert cache.copies() == []
+
+
+@pytest.mark.parametrize("deletes", [False, True], ids=["found", "deleted"])
+def test_what_another_process_has_just_put_there_is_neither_used_unlocked_nor_deleted(
+    cache: DenseCache, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, deletes: bool
+) -> None:
+    """Between opening a copy and locking it, another process may delete it and keep its own."""
+    source = CheckpointSource.open(checkpoint)
+    load(source, cache)
+    ((folder, _),) = cache.copies()
+    flock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        shutil.copy(folder / DENSE_NAME, folder / "other")
+        (folder / "other").replace(folder / DENSE_NAME)
+        flock(fd, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        if deletes:
+            dense_cache._delete(folder)
+        else:
+            assert cache.find(source) is None
+    found = cache.find(source)
+    assert found is not None
+    found.close()
 
 
 def test_remains_of_a_crash_are_removed(cache: DenseCache, checkpoint: Path) -> None:

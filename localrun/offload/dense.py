@@ -27,7 +27,7 @@ from localrun.offload.kernels.exact import BF16_UNIT
 from localrun.offload.kernels.kernel import PackedMatrix
 from localrun.offload.kernels.tasks import KernelCall
 from localrun.pages import HUGE_PAGE_BYTES, anonymous
-from localrun.quant.model.source import SLICE_ROWS, ModelSource, TensorInfo
+from localrun.quant.model.source import SLICE_GRAIN_ROWS, ModelSource, TensorInfo
 
 _ELIGIBLE = re.compile(
     r"blk\.\d+\.(attn_q_a|attn_q_b|attn_kv|attn_output_a|attn_output_b|ffn_gate_shexp|ffn_up_shexp|ffn_down_shexp"
@@ -115,8 +115,8 @@ class PlacedMatrix:
 
     @property
     def takes_slices(self) -> bool:
-        """Rows may come in slices that begin at multiples of `SLICE_ROWS`; otherwise all at once."""
-        return self.packed.size == 1 or self.matrix.n_out % SLICE_ROWS == 0
+        """Rows may come in slices that begin at multiples of `SLICE_GRAIN_ROWS`; otherwise all at once."""
+        return self.packed.size == 1 or self.matrix.n_out % SLICE_GRAIN_ROWS == 0
 
     def put(self, begin: int, rows: npt.NDArray[np.uint8]) -> None:
         """Packs ggml rows of which the first is at byte `begin`; any thread, releases the interpreter lock."""

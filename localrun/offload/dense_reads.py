@@ -42,7 +42,7 @@ class WantedTensor:
 
     Attributes:
         put: takes ggml bytes, of which the first is at a place in the tensor; any thread, the bytes are valid during the call.
-        in_slices: it may be called for slices of `SLICE_ROWS` rows; otherwise once, for all.
+        in_slices: it may be called for slices of `SLICE_GRAIN_ROWS` rows; otherwise once, for all.
     """
 
     name: str

@@ -117,7 +117,7 @@ class DenseReading(Protocol):
 
     @property
     def slices(self) -> Sequence[DenseSlice]:
-        """In order, without gaps; each but the last begins and ends at a multiple of `SLICE_ROWS` rows."""
+        """In order, without gaps; each but the last begins and ends at a multiple of `SLICE_GRAIN_ROWS` rows."""
         ...
 
     def rows(self, slice_: DenseSlice, raw: Sequence[Bytes], room: Callable[[int], Bytes]) -> Bytes:
@@ -144,13 +144,13 @@ class DenseReading(Protocol):
         ...
 
 
-SLICE_ROWS = 128
+SLICE_GRAIN_ROWS = 128
 """Blocks of FP8 scales have so many rows; interleaved kernels take 16."""
 
 
 def slice_rows(row_bytes: int, most_bytes: int) -> int:
-    """Rows per slice of at most `most_bytes`, if possible: a multiple of `SLICE_ROWS`, and whole pages of the result."""
-    unit = lcm(PAGE_BYTES // gcd(row_bytes, PAGE_BYTES), SLICE_ROWS)
+    """Rows per slice of at most `most_bytes`, if possible: a multiple of `SLICE_GRAIN_ROWS`, and whole pages of the result."""
+    unit = lcm(PAGE_BYTES // gcd(row_bytes, PAGE_BYTES), SLICE_GRAIN_ROWS)
     return max(1, most_bytes // (row_bytes * unit)) * unit
 
 

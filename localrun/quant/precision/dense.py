@@ -35,7 +35,7 @@ TYPES = (_T.Q4_K, _T.Q5_K, _T.Q6_K, _T.Q8_0, _T.BF16)
 
 SAMPLE_ROWS = 32
 """Inputs that a matrix is measured on."""
-SLICE_ROWS = 128
+MEASURED_ROWS = 128
 """Rows of a slice; FP8's scales change every 128."""
 
 
@@ -59,7 +59,7 @@ class Matrices(Protocol):
         ...
 
     def rows(self, name: str, first: int, count: int) -> F32:
-        """(count, n_in); `first` is a multiple of `SLICE_ROWS`."""
+        """(count, n_in); `first` is a multiple of `MEASURED_ROWS`."""
         ...
 
 
@@ -118,9 +118,9 @@ def _measure(
     n_groups = 1 if inputs is None else len(inputs)
     kinds = possible_types(n_in)
     power, errors = 0.0, dict.fromkeys(kinds, 0.0)
-    for first in sorted({0, n_out // 2 // SLICE_ROWS * SLICE_ROWS}):
+    for first in sorted({0, n_out // 2 // MEASURED_ROWS * MEASURED_ROWS}):
         group = first * n_groups // n_out
-        count = min(SLICE_ROWS, (group + 1) * n_out // n_groups - first)
+        count = min(MEASURED_ROWS, (group + 1) * n_out // n_groups - first)
         exact = matrices.rows(name, first, count)
         x = None if inputs is None else inputs[group]
         power += _power(exact, x)

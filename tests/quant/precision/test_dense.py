@@ -14,7 +14,7 @@ from localrun.errors import FormatError
 from localrun.quant.precision.dense import (
     EMBEDDING,
     KINDS,
-    SLICE_ROWS,
+    MEASURED_ROWS,
     TYPES,
     DenseErrors,
     kind_of,
@@ -44,7 +44,7 @@ class Random:
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
-        self.weights = {name: rng.standard_normal((2 * SLICE_ROWS, 512)).astype(np.float32) for name in NAMES}
+        self.weights = {name: rng.standard_normal((2 * MEASURED_ROWS, 512)).astype(np.float32) for name in NAMES}
 
     def shape(self, name: str) -> tuple[int, int]:
         n_out, n_in = self.weights[name].shape
@@ -56,7 +56,7 @@ class Random:
 
 def size(name: str, kind: QT) -> int:
     block, n_bytes = GGML_QUANT_SIZES[kind]
-    return 2 * SLICE_ROWS * 512 // block * n_bytes
+    return 2 * MEASURED_ROWS * 512 // block * n_bytes
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_error_of_a_matrix_is_its_output_s_on_the_inputs_of_each_group_and_f
         assert better < worse
     exact = matrices.weights[name]
     q4 = rounded(exact, QT.Q4_K, importance.dense_weights(name))
-    halves = [slice(0, SLICE_ROWS), slice(SLICE_ROWS, None)]
+    halves = [slice(0, MEASURED_ROWS), slice(MEASURED_ROWS, None)]
     wrong = sum(np.square(x[g] @ (q4 - exact)[rows].T).sum() for g, rows in enumerate(halves))
     power = sum(np.square(x[g] @ exact[rows].T).sum() for g, rows in enumerate(halves))
     assert found[QT.Q4_K] == pytest.approx(wrong / power, rel=1e-3)

@@ -105,17 +105,19 @@ def test_a_store_remembers_no_more_of_places_than_is_counted(kind: str, tmp_path
         assert store.completions.get(timeout=300).error is None
         table.discard(slot)
 
+    found = []
     try:
-        for copy in copies:
-            read(*copy)
-        places = traced_bytes()
-        store._known.clear()
-        places -= traced_bytes()
+        for _ in range(3):
+            for copy in copies:
+                read(*copy)
+            before = traced_bytes()
+            store._known.clear()
+            found.append(before - traced_bytes())
         recipes = store.early._recipes.nbytes if store.early is not None else 0
     finally:
         store.close()
         table.close()
-    counted = places_bytes(model)
+    counted, places = places_bytes(model), min(found)  # other threads may free something meanwhile, too
     assert counted / 3 <= places + recipes <= counted
     assert store.staging_bytes == staging_bytes(model)
 

@@ -64,8 +64,8 @@ def describe_copies(copies: Sequence[CopiesLimit]) -> list[str]:
     """What an overlay will hold; which experts is known once they are measured."""
     return [
         f"  {'smaller' if limit.budget.smaller else 'better'} copies in {limit.budget.type.name} of at most"
-        f" {limit.n_copies:,} of {limit.n_experts:,} experts: {limit.n_copies:,} x {format_size(limit.copy_bytes)}"
-        f" = {format_size(limit.n_bytes)}"
+        f" {limit.n_copies:,} of {limit.n_experts:,} experts: {format_size(limit.n_bytes)}, up to"
+        f" {format_size(limit.copy_bytes)} each"
         for limit in copies
     ]
 

@@ -31,7 +31,8 @@ _BY_PROCESSOR: Final[Mapping[str, Reading]] = MappingProxyType({
     "sapphirerapids": Reading.PAGES,  # the same core as the next, not measured
     "emeraldrapids": Reading.PAGES,
 })  # fmt: skip
-"""By LLVM's names."""
+"""By LLVM's names. [m] Q4_K on both cores: Emerald Rapids 18 GB/s in order, 20 ahead, 26 in pages; Zen 4, one core, 26 in order
+and 11 ahead (docs/benchmarks.md, "Kernels"). Zen 5: kernels were tuned there with requests ahead."""
 
 
 def reading() -> Reading:

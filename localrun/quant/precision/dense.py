@@ -36,7 +36,7 @@ TYPES = (_T.Q4_K, _T.Q5_K, _T.Q6_K, _T.Q8_0, _T.BF16)
 SAMPLE_ROWS = 32
 """Inputs that a matrix is measured on."""
 MEASURED_ROWS = 128
-"""Rows of a slice; FP8's scales change every 128."""
+"""Consecutive rows that an error is measured on; FP8's scales change every 128."""
 
 
 def kind_of(name: str) -> str | None:

@@ -165,10 +165,10 @@ class CopiesLimit:
     """What a budget allows: fewer copies are made only where more would gain nothing.
 
     Attributes:
-        n_copies: at most, of one expert each.
+        n_copies: at most, of one expert each: those of the smallest, where layers differ.
         n_experts: that the model has.
         copy_bytes: of the largest copy.
-        n_bytes: of all copies at most.
+        n_bytes: of all copies at most, however they are chosen.
     """
 
     budget: HotBudget
@@ -183,11 +183,14 @@ def copies_limits(moe_layers: Mapping[int, MoeLayer], hot: Sequence[HotBudget]) 
     limits = []
     n_experts = sum(moe.n_experts for moe in moe_layers.values())
     for budget in hot:
-        sizes = {layer: expert_bytes(moe, budget.type) for layer, moe in moe_layers.items()}
-        of_all = sum(moe.n_experts * sizes[layer] for layer, moe in moe_layers.items())
-        largest = max(sizes.values())
-        n_copies = min(budget.n_bytes // largest, n_experts)
-        limits.append(CopiesLimit(budget, n_copies, n_experts, largest, min(n_copies * largest, of_all)))
+        sizes = sorted((expert_bytes(moe, budget.type), moe.n_experts) for moe in moe_layers.values())
+        n_copies, left = 0, budget.n_bytes
+        for size, count in sizes:
+            n_copies += (n := min(left // size, count))
+            left -= n * size
+        largest, of_all = sizes[-1][0], sum(size * count for size, count in sizes)
+        n_bytes = min(budget.n_bytes, n_copies * largest, of_all)
+        limits.append(CopiesLimit(budget, n_copies, n_experts, largest, n_bytes))
     return tuple(limits)
 
 

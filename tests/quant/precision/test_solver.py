@@ -18,6 +18,7 @@ from localrun.quant.precision.solver import (
     Target,
     assign,
     check_request,
+    copies_limits,
     expert_bytes,
     parse_type,
     solve_hot,
@@ -155,3 +156,17 @@ def test_targets_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         Target.parse(text)
     assert Target.parse("24GiB-vram, 64GiB-ram") == Target(24 << 30, 64 << 30)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([256, 512, 1024])), min_size=1, max_size=3), st.data())
+def test_no_choice_of_copies_is_beyond_their_limits(shapes: list[tuple[int, int]], data: st.DataObject) -> None:
+    layers = {i: layer(count, i, n_embd) for i, (count, n_embd) in enumerate(shapes)}
+    sizes = [expert_bytes(layers[i], QT.Q2_K) for i, (count, _) in enumerate(shapes) for _ in range(count)]
+    n_bytes = data.draw(st.integers(0, sum(sizes) + 1000))
+    (limit,) = copies_limits(layers, [HotBudget(QT.Q2_K, n_bytes)])
+    chosen = [c for n in range(len(sizes) + 1) for c in itertools.combinations(sizes, n) if sum(c) <= n_bytes]
+    assert limit.n_copies == max(map(len, chosen))
+    assert limit.n_bytes >= max(map(sum, chosen))
+    assert limit.n_bytes <= n_bytes
+    if len(set(sizes)) == 1:
+        assert limit.n_bytes == max(map(sum, chosen))

@@ -12,8 +12,8 @@ from localrun.quant.model.source import Encoding, ModelSource, Projection
 N_BUFFERS = 6
 """Default number of experts being read concurrently."""
 
-PLACE_BYTES: Final = 900
-"""Of one copy's `Projection`s, which the store keeps once it has read it: [m] 870 in 61 layers of 384 experts."""
+PLACE_BYTES: Final = 1000
+"""Of one copy's `Projection`s, which the store keeps once it has read it: [m] up to 931, by kind of model."""
 
 
 def staging_bytes(source: ModelSource) -> int:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 
-from localrun.fingerprint import fingerprint
+from localrun.fingerprint import _steps_of, fingerprint
 from localrun.offload.kernels.cpu import Level
 from localrun.offload.kernels.interleaved.formats import FORMATS
 from localrun.offload.kernels.interleaved.rows import rows_function
 from localrun.offload.kernels.reading import Reading
 from localrun.offload.kernels.records import Layout
+
+NO_STEPS = ("PRECALL", "CACHE", "PUSH_NULL")
+"""Operations that stand between a global and its attribute in some versions of Python only."""
 
 SOURCE = '''
 """The module."""
@@ -174,6 +179,20 @@ def test_an_environment_variable_that_generated_code_asks_for_counts(monkeypatch
         exec(source, vars(module))
         numbers.append(fingerprint(module.made))
     assert numbers[0] != numbers[1]
+
+
+def test_instructions_are_read_as_dis_reads_them() -> None:
+    """Also those with more names than one byte can number."""
+    many = compile("\n".join(f"import module{n}\nmodule{n}.part{n}" for n in range(600)), "many.py", "exec")
+    functions = [value for value in vars(inspect).values() if isinstance(value, FunctionType)]
+    names = set()
+    for code in (many, *(function.__code__ for function in functions)):
+        steps = _steps_of(code)
+        expected = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", *NO_STEPS)]
+        assert [operation for operation, _ in steps] == [step.opcode for step in expected]
+        assert all(name in ("", step.argval) for (_, name), step in zip(steps, expected, strict=True))
+        names |= {name for _, name in steps}
+    assert names >= {"module599", "part599", "isinstance", "__code__"}
 
 
 def test_it_is_the_same_in_every_process() -> None:

@@ -296,7 +296,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
     exact_bytes: Counter[str] = Counter()
     weights = 0
     expert_types: list[GGMLQuantizationType] = []
-    for spec in trunk_tensors(config):
+    for spec in trunk_tensors(config, n_experts=1):
         if spec.expert is None:
             part, kind, n_bytes = (
                 _part(spec.gguf or ""),
@@ -310,7 +310,7 @@ def sizes_of_config(config: ModelConfig, name: str, options: ConversionOptions |
                 eight_bit_bytes[part] += n_bytes
             elif kind is _T.BF16 and is_read_whole(spec):
                 exact_bytes[part] += n_bytes
-        elif spec.expert == 0 and len(expert_types) < 3:
+        elif len(expert_types) < 3:
             expert_types.append(target_type(spec, spec.dtype, options))
     shape = config.shape
     gate, up, down = expert_types

@@ -46,7 +46,11 @@ def _host_features() -> str:
 
 def features() -> frozenset[str]:
     """LLVM's names of what code may use: all that the processor has, or what `NUMBA_CPU_FEATURES` leaves of it."""
-    chosen = _host_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return _named(_host_features() if config.CPU_FEATURES is None else config.CPU_FEATURES)
+
+
+@functools.cache
+def _named(chosen: str) -> frozenset[str]:
     return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
 
 

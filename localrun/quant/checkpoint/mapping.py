@@ -322,6 +322,8 @@ def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, optio
     Raises:
         UsageError: names the tensor; the hint lists possible values of `option`.
     """
+    if _fits(spec, target) and can_convert(dtype, target):
+        return
     possible = " or ".join(name for name, kind in BASE_TYPES.items() if _fits(spec, kind) and can_convert(dtype, kind))
     if not _fits(spec, target):
         raise UsageError(
@@ -329,11 +331,10 @@ def check_type(spec: TensorSpec, dtype: str, target: GGMLQuantizationType, optio
             f" {GGML_QUANT_SIZES[target][0]}",
             hint=f"{option} {possible}",
         )
-    if not can_convert(dtype, target):
-        raise UsageError(
-            f"{spec.name} is stored as {dtype}, which localrun does not convert to {target.name}",
-            hint=f"{option} {possible}",
-        )
+    raise UsageError(
+        f"{spec.name} is stored as {dtype}, which localrun does not convert to {target.name}",
+        hint=f"{option} {possible}",
+    )
 
 
 def shape_tensor(

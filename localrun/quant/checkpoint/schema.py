@@ -77,17 +77,20 @@ class TensorSpec:
         return self.name.removesuffix(".weight") + ".scale"
 
 
-def trunk_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
-    """Every tensor of the language model, scales aside, in file order."""
+def trunk_tensors(config: ModelConfig, *, n_experts: int | None = None) -> Iterator[TensorSpec]:
+    """Every tensor of the language model, scales aside, in file order.
+
+    Args:
+        n_experts: only the first ones of each block, for who needs to know their shapes alone; None: all.
+    """
     D, V = config.hidden_size, config.vocab_size
     yield TensorSpec("embed.weight", (V, D), Role.WIDE, "BF16", "token_embd.weight")
     yield TensorSpec("norm.weight", (D,), Role.VECTOR, "BF16", "output_norm.weight")
     yield TensorSpec("head.weight", (V, D), Role.WIDE, "BF16", "output.weight")
     yield from _head_streams(config, "", "output_")
     for layer in range(config.num_hidden_layers):
-        yield from block_tensors(
-            config, f"layers.{layer}.", config.compress_ratios[layer], layer < config.num_hash_layers, f"blk.{layer}."
-        )
+        ratio, hashed = config.compress_ratios[layer], layer < config.num_hash_layers
+        yield from block_tensors(config, f"layers.{layer}.", ratio, hashed, f"blk.{layer}.", n_experts=n_experts)
 
 
 def mtp_tensors(config: ModelConfig, n_blocks: int, *, dspark: bool) -> Iterator[TensorSpec]:
@@ -129,7 +132,9 @@ def _head_streams(config: ModelConfig, prefix: str, gguf: str | None) -> Iterato
         yield TensorSpec(f"{prefix}hc_head_{part}", shape, Role.VECTOR, "F32", target)
 
 
-def block_tensors(config: ModelConfig, prefix: str, ratio: int, hashed: bool, gguf: str | None) -> Iterator[TensorSpec]:
+def block_tensors(
+    config: ModelConfig, prefix: str, ratio: int, hashed: bool, gguf: str | None, *, n_experts: int | None = None
+) -> Iterator[TensorSpec]:
     """Tensors of one block.
 
     Args:
@@ -137,6 +142,7 @@ def block_tensors(config: ModelConfig, prefix: str, ratio: int, hashed: bool, gg
         ratio: the block's compression ratio.
         hashed: routed by token id instead of the router's bias.
         gguf: GGUF prefix `blk.3.`, or None for blocks that stay out of the GGUF.
+        n_experts: as in `trunk_tensors`.
     """
 
     def spec(name: str, shape: tuple[int, ...], role: Role, target: str, dtype: str = "") -> TensorSpec:
@@ -184,7 +190,7 @@ def block_tensors(config: ModelConfig, prefix: str, ratio: int, hashed: bool, gg
         mixes = (2 + n) * n
         for part, shape in (("fn", (mixes, n * D)), ("base", (mixes,)), ("scale", (3,))):
             yield spec(f"hc_{kind}_{part}", shape, vector, f"hc_{kind}_{part}.weight", "F32")
-    for expert in range(E):
+    for expert in range(E if n_experts is None else n_experts):
         for w, name, n_out, n_in in (("w1", "gate", F, D), ("w3", "up", F, D), ("w2", "down", D, F)):
             target = None if gguf is None else f"{gguf}ffn_{name}_exps.weight"
             full = f"{prefix}ffn.experts.{expert}.{w}.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -48,7 +49,7 @@ class Recorded:
     def token_s(self) -> float:
         return self.seconds / self.n_tokens
 
-    @property
+    @functools.cached_property
     def sizes(self) -> ModelSizes:
         sizes = sizes_of("flash", base=format_of(self.base), dense=format_of(self.dense))
         return replace(sizes, identity="whole Flash, random weights")

@@ -12,7 +12,6 @@ the interval comes from drawing texts, and positions within them, again and agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,21 +76,24 @@ def compare(ours: npt.ArrayLike, theirs: npt.ArrayLike, *, seed: int = 0) -> Com
     assert a.shape == b.shape
     assert a.ndim == 2
     n_texts, n_positions = a.shape
+    rows = np.stack([a.ravel(), b.ravel(), np.log(a / b).ravel()])
     rng, draws = np.random.default_rng(seed), []
     for _ in range(_DRAWS):
         texts = rng.integers(0, n_texts, (n_texts, 1))
         positions = rng.integers(0, n_positions, (n_texts, n_positions))
-        draws.append(_statistics(a[texts, positions].ravel(), b[texts, positions].ravel()))
+        draws.append(_statistics(rows.take((texts * n_positions + positions).ravel(), axis=1)))
     low, high = np.quantile(draws, (_CHANCE / 2, 1 - _CHANCE / 2), axis=0)
-    median, trimmed, pairs = map(Ratio, _statistics(a.ravel(), b.ravel()), low.tolist(), high.tolist())
+    median, trimmed, pairs = map(Ratio, _statistics(rows), low.tolist(), high.tolist())
     return Comparison(median, trimmed, pairs)
 
 
-def _statistics(a: F64, b: F64) -> list[float]:
-    def ratio(statistic: Callable[[F64], float]) -> float:
-        return statistic(a) / statistic(b)
-
-    return [ratio(median), ratio(trimmed_mean), float(np.exp(median(np.log(a / b))))]
+def _statistics(rows: F64) -> list[float]:
+    """Of (3, n): ours, theirs, logarithms of their ratios. Sorted once: thousands of `np.median` took half of such a test."""
+    rows = np.sort(rows, axis=1)
+    n, kept = rows.shape[1], _kept(rows.shape[1])
+    medians = (rows[:, (n - 1) // 2] + rows[:, n // 2]) / 2
+    means = rows[:2, :kept].mean(axis=1)
+    return [float(medians[0] / medians[1]), float(means[0] / means[1]), float(np.exp(medians[2]))]
 
 
 def median(values: npt.ArrayLike) -> float:
@@ -101,8 +103,12 @@ def median(values: npt.ArrayLike) -> float:
 def trimmed_mean(values: npt.ArrayLike) -> float:
     """Mean without the largest tenth."""
     flat = np.asarray(values, np.float64).ravel()
-    kept = max(1, int(flat.size * 0.9))
+    kept = _kept(flat.size)
     return float(np.partition(flat, kept - 1)[:kept].mean())
+
+
+def _kept(n: int) -> int:
+    return max(1, int(n * 0.9))
 
 
 def same_but_for_rounding(found: npt.ArrayLike, noise: npt.ArrayLike) -> bool:

@@ -149,12 +149,17 @@ def ggml_matrix(type_: T, rows: Bytes, x: F32) -> F32:
     n_in = x.shape[1]
     quantizer = _cpu.ggml_get_type_traits_cpu(traits.vec_dot_type)[0].from_float
     quantized = np.zeros(n_in * 2, np.uint8)  # more than Q8_0 and Q8_K need
-    out, value = np.zeros((x.shape[0], rows.shape[0]), np.float32), ctypes.c_float()
-    for t, row in enumerate(np.ascontiguousarray(x)):
-        quantizer(row.ctypes.data, quantized.ctypes.data, n_in)
-        for r in range(rows.shape[0]):
-            traits.vec_dot(n_in, ctypes.addressof(value), 0, rows[r].ctypes.data, 0, quantized.ctypes.data, 0, 1)
-            out[t, r] = value.value
+    rows, x = np.ascontiguousarray(rows), np.ascontiguousarray(x)
+    out = np.zeros((x.shape[0], rows.shape[0]), np.float32)
+    # Addresses are computed once: asking numpy for each took longer than the products.
+    dot, activations = traits.vec_dot, quantized.ctypes.data
+    starts = range(rows.ctypes.data, rows.ctypes.data + rows.nbytes, rows.strides[0])
+    target = out.ctypes.data
+    for t in range(x.shape[0]):
+        quantizer(x.ctypes.data + t * x.strides[0], activations, n_in)
+        for row in starts:
+            dot(n_in, target, 0, row, 0, activations, 0, 1)
+            target += out.itemsize
     return out
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from localrun.errors import StoppedError
+from localrun.errors import LocalrunError, StoppedError
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.cache.tickets import nothing_follows
@@ -130,7 +130,21 @@ class Misses:
         self._thread.start()
         handover.use_misses(self.record)
 
+    def _learn_places(self) -> None:
+        """Tells compiled code where experts are, until a call asks for some: each that is read tells its own place."""
+        where = self._residency
+        for layer, moe in where.layers.items():
+            for expert in range(moe.n_experts):
+                if self.record.is_rung:
+                    return
+                try:
+                    where.store.know(layer, expert, where.variant_to_read(layer, expert))
+                except LocalrunError:  # whoever reads it will say why
+                    continue
+
     def _serve(self) -> None:
+        if self._residency.store.early is not None:
+            self._learn_places()
         while self.record.next():
             if not self.record.take():  # what was read ahead is here before a call asks for it
                 self._residency.settle()

@@ -72,9 +72,9 @@ class Packer:
 
     slot_bytes, raw_is_packed = EXPERT_BYTES, False
 
-    def pack(self, raw: Bytes, slot: int) -> None:
+    def pack_matrix(self, which: int, raw: Bytes, slot: int) -> None:
         data = packed(raw)  # kept until it is copied
-        ctypes.memmove(slot, data.ctypes.data, raw.size)
+        ctypes.memmove(slot + which * raw.size, data.ctypes.data, raw.size)  # all three have the same size
 
 
 KERNELS = cast("Mapping[int, Sequence[FfnKernel]]", {layer: [Packer()] for layer in LAYERS})
@@ -384,6 +384,9 @@ class MemoryStore:
             self._ahead.remove(ticket)
             ticket.error = AbandonedError("this expert is not needed")
             self.completions.put(ticket)
+
+    def know(self, layer: int, expert: int, variant: int) -> None:
+        """For nobody."""
 
     def drop_early(self) -> None:
         """There are none."""

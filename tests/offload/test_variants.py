@@ -126,10 +126,10 @@ def test_failed_upgrade_keeps_the_smaller_copy(
         expected = logits(model)
         fill = model.pool.residency.store._fill  # type: ignore[attr-defined]
 
-        def fail(ticket: Any, buffer: Any) -> None:
+        def fail(ticket: Any, which: int, copy: int) -> None:
             if ticket.slot.variant == 1:
                 raise OSError("no such luck")
-            fill(ticket, buffer)
+            fill(ticket, which, copy)
 
         monkeypatch.setattr(model.pool.residency.store, "_fill", fail)
         for _ in range(3):

@@ -3,16 +3,17 @@
 A layer call that lacks an expert needs its bytes as soon as possible, but not yet a slot: they go into a staging buffer. So
 compiled code claims a free buffer, writes down the pieces of the read, and wakes the readers, which fetch them with libc's `pread`
 without the interpreter lock. `ExpertStore.submit` for the same expert adopts the buffer meanwhile; everything from the last byte
-on (checks, packing, errors) is the store's. A piece that can't be read is not reported here: the store reads all of it again.
+of a matrix on (checks, packing, errors) is the store's. A piece that can't be read is not reported here: the store reads all of
+the expert again.
 
-Where an expert's bytes are is known once the store has read it; until then its read begins in Python.
+Where experts' bytes are is told by `ExpertStore.know`; the read of one that is not known begins in Python.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import numba as nb
 import numpy as np
@@ -37,8 +38,12 @@ from localrun.offload.kernels.records import Layout, Words, get, put
 
 MOST_PIECES: Final = 64
 MOST_EXTENTS: Final = 6
+N_MATRICES: Final = 3
+"""Of an expert: gate, up, down. Sets of them are bits, 1 << number."""
+ALL_MATRICES: Final = (1 << N_MATRICES) - 1
 _TICKET_BITS: Final = 24
 _TICKETS: Final = (1 << _TICKET_BITS) - 1
+_PIECE_WORDS: Final = 6
 _CLOCK_MONOTONIC: Final = 1  # <time.h>, Linux; where there are no futexes, nothing begins here
 _FREE, _ORDINARY, _EARLY = 0, 1, 2
 """What a buffer is used for: nothing, a read that Python began, one that compiled code began."""
@@ -85,6 +90,8 @@ class _Recipe(Layout):
     """0: not known yet."""
     extents: Annotated[int, Words(MOST_EXTENTS * 4)]
     """Of each: file descriptor, first byte and end of the aligned read, end of what must be there."""
+    matrices: Annotated[int, Words(N_MATRICES * 2)]
+    """Of each: where it begins and ends in the buffer."""
 
 
 RECIPE = _Recipe()
@@ -105,12 +112,12 @@ class _Buffer(Layout):
     """When it was asked for, on the clock of `time.perf_counter`."""
     tickets: int
     """Pieces << 24 | the next one that a reader takes; atomic."""
-    left: int
-    """Pieces that are not there yet; atomic."""
+    left: Annotated[int, Words(N_MATRICES)]
+    """Of each matrix, pieces that are not there yet; atomic."""
     failed: int
     """1: one could not be read."""
-    pieces: Annotated[int, Words(MOST_PIECES * 5)]
-    """Of each: file descriptor, offset, address, size, bytes that must be there."""
+    pieces: Annotated[int, Words(MOST_PIECES * _PIECE_WORDS)]
+    """Of each: file descriptor, offset, address, size, bytes that must be there, matrices that have bytes in it."""
 
 
 BUFFER = _Buffer()
@@ -138,6 +145,17 @@ def _take(early: int, kind: int) -> int:
 
 
 @nb.njit
+def _matrices(recipe: int, begin_at: int, end_at: int) -> int:
+    """Those that have bytes in this part of the buffer."""
+    found = 0
+    for which in range(N_MATRICES):
+        first, end = get(recipe, RECIPE.matrices + which * 2), get(recipe, RECIPE.matrices + which * 2 + 1)
+        if first < end_at and begin_at < end:
+            found |= 1 << which
+    return found
+
+
+@nb.njit
 def begin(early: int, layer: int, expert: int) -> bool:
     """Asks for an expert that is nowhere; False: it is being read, or Python has to. `announce` must follow."""
     at = layer * get(early, EARLY.n_experts) + expert
@@ -148,6 +166,8 @@ def begin(early: int, layer: int, expert: int) -> bool:
     if index < 0:
         return False
     buffer, n, position = _buffer(early, index), 0, 0
+    for which in range(N_MATRICES):
+        put(buffer, BUFFER.left + which, 0)
     for i in range(get(recipe, RECIPE.n_extents)):
         extent = RECIPE.extents + i * 4
         fd, start, end, last = (
@@ -158,12 +178,16 @@ def begin(early: int, layer: int, expert: int) -> bool:
         )
         most = even_pieces(end - start, get(early, EARLY.piece_bytes))
         for offset in range(start, end, most):
-            size, piece = min(most, end - offset), BUFFER.pieces + n * 5
+            size, piece, at = min(most, end - offset), BUFFER.pieces + n * _PIECE_WORDS, position + offset - start
+            matrices = _matrices(recipe, at, at + size)
             put(buffer, piece, fd)
             put(buffer, piece + 1, offset)
-            put(buffer, piece + 2, get(buffer, BUFFER.address) + position + offset - start)
+            put(buffer, piece + 2, get(buffer, BUFFER.address) + at)
             put(buffer, piece + 3, size)
             put(buffer, piece + 4, min(size, last - offset))
+            put(buffer, piece + 5, matrices)
+            for which in range(N_MATRICES):
+                put(buffer, BUFFER.left + which, get(buffer, BUFFER.left + which) + (matrices >> which & 1))
             n += 1
         position += rounded_up(end - start, PAGE_BYTES)
     call_i32(get(early, EARLY.clock), _CLOCK_MONOTONIC, get(early, EARLY.timespec))
@@ -175,7 +199,6 @@ def begin(early: int, layer: int, expert: int) -> bool:
     put(buffer, BUFFER.layer, layer)
     put(buffer, BUFFER.expert, expert)
     put(buffer, BUFFER.failed, 0)
-    put(buffer, BUFFER.left, n)
     atomic_exchange(buffer + BUFFER.tickets * 8, n << _TICKET_BITS)
     return True
 
@@ -207,8 +230,23 @@ def _read(early: int, buffer: int, piece: int) -> bool:
 
 
 @nb.njit
+def _note_read(buffer: int, piece: int) -> int:
+    """A piece is there; the matrices that are complete thereby."""
+    complete = 0
+    matrices = get(buffer, piece + 5)
+    for which in range(N_MATRICES):
+        if matrices >> which & 1 and atomic_add(buffer + (BUFFER.left + which) * 8, -1) == 1:
+            complete |= 1 << which
+    return complete
+
+
+@nb.njit
 def _serve(early: int) -> int:
-    """Reads pieces that compiled code has asked for; the buffer that is complete thereby, -1: nothing is left to read."""
+    """Reads pieces that compiled code has asked for.
+
+    Returns:
+        Buffer << N_MATRICES | the matrices of it that are complete thereby; -1: nothing is left to read.
+    """
     for i in range(get(early, EARLY.n_buffers)):
         buffer = _buffer(early, i)
         tickets = buffer + BUFFER.tickets * 8
@@ -220,17 +258,19 @@ def _serve(early: int) -> int:
                 break
             if ticket == 0:
                 _wake(early, (word >> _TICKET_BITS) - 1)
-            if get(buffer, BUFFER.failed) == 0 and not _read(early, buffer, BUFFER.pieces + ticket * 5):
+            piece = BUFFER.pieces + ticket * _PIECE_WORDS
+            if get(buffer, BUFFER.failed) == 0 and not _read(early, buffer, piece):
                 put(buffer, BUFFER.failed, 1)
-            if atomic_add(buffer + BUFFER.left * 8, -1) == 1:
-                return i
+            complete = _note_read(buffer, piece)
+            if complete != 0:
+                return int(i << N_MATRICES | complete)
             word = atomic_load(tickets)
     return -1
 
 
 @cached_jit(nogil=True)
 def _next(early: int, asked: int, sleeps: bool) -> int:
-    """A buffer that this reader has completed; -1: Python has asked for more than `asked`, or nothing is to be done now."""
+    """What this reader has completed, see `_serve`; -1: Python has asked for more than `asked`, or nothing is to be done now."""
     while True:
         seen = atomic_load(early + EARLY.work * 8)
         done = _serve(early)
@@ -259,6 +299,13 @@ def _give_up(early: int, index: int) -> None:
 @cached_jit(nogil=True)
 def _free(early: int, index: int) -> None:
     atomic_exchange(_buffer(early, index) + BUFFER.taken * 8, _FREE)
+
+
+class Arrival(NamedTuple):
+    """Matrices of an early read that are complete: the buffer's number, and which of them (bits)."""
+
+    buffer: int
+    matrices: int
 
 
 class EarlyReads:
@@ -300,13 +347,25 @@ class EarlyReads:
         self._loading = loading
         self.fields[EARLY.loading] = loading.ctypes.data
 
-    def know(self, layer: int, expert: int, extents: Sequence[tuple[int, int, int, int]]) -> None:
-        """Where an expert's bytes are: descriptor, begin and end of the aligned read, end of what must be there."""
+    def know(
+        self,
+        layer: int,
+        expert: int,
+        extents: Sequence[tuple[int, int, int, int]],
+        matrices: Sequence[tuple[int, int]],
+    ) -> None:
+        """Where an expert's bytes are.
+
+        Args:
+            extents: descriptor, begin and end of the aligned read, end of what must be there.
+            matrices: begin and end of each in the buffer, where the reads lie one after the other, each in whole pages.
+        """
         recipe = self._recipes[layer, expert]
         n_pieces = sum(-(-(end - start) // int(self.fields[EARLY.piece_bytes])) for _, start, end, _ in extents)
         if recipe[RECIPE.n_extents] or len(extents) > MOST_EXTENTS or n_pieces > MOST_PIECES:
             return
         recipe[RECIPE.extents : RECIPE.extents + 4 * len(extents)] = np.ravel(extents)
+        recipe[RECIPE.matrices : RECIPE.matrices + 2 * N_MATRICES] = np.ravel(matrices)
         recipe[RECIPE.n_extents] = len(extents)  # last: compiled code may use it from now on
 
     @property
@@ -318,13 +377,14 @@ class EarlyReads:
         """Wakes so many readers for a request of Python's; those that are awake notice it before they sleep."""
         _ask(self.address, count)
 
-    def next(self, asked: int, *, sleeps: bool = True) -> int:
+    def next(self, asked: int, *, sleeps: bool = True) -> Arrival | None:
         """Reads what compiled code asks for.
 
         Returns:
-            A buffer that is complete now, and this thread's to pass on; -1: Python has asked since it was `asked`.
+            Matrices that are complete now, and this thread's to pass on; None: Python has asked since it was `asked`.
         """
-        return int(_next(self.address, asked, sleeps))
+        word = int(_next(self.address, asked, sleeps))
+        return Arrival(word >> N_MATRICES, word & ALL_MATRICES) if word >= 0 else None
 
     def take(self) -> int | None:
         """A free buffer's number, for a read that Python begins; None: there is none."""

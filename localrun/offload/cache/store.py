@@ -2,41 +2,33 @@
 
 One expert is three projections in one extent each (two for FP4 and FP8: weights, scales). A read is split into pieces of a few
 MiB, which I/O threads ("readers") fetch in parallel, because a single read in flight leaves about a third of an NVMe drive idle.
-The thread that finishes an expert's last piece decodes it (official formats to ggml rows), verifies the checksum, and packs the
-rows into the slot in the kernel's layout. No mmap: the operating system's read-ahead knows nothing about experts.
+The thread that finishes a matrix' last piece puts it into the slot (`matrices.py`), while others read the next one. No mmap: the
+operating system's read-ahead knows nothing about experts.
 
 `completions` are for the decoding thread; readers touch only staging buffers and slots in state LOADING.
 """
 
 from __future__ import annotations
 
-import ctypes as C
-import errno
 import logging
-import mmap
 import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-import xxhash
-
-from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, FormatError, StoreError
 from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES, DEFAULT_READS
-from localrun.offload.cache.early import EarlyReads, even_pieces
+from localrun.offload.cache.early import ALL_MATRICES, N_MATRICES, Arrival, EarlyReads, even_pieces
+from localrun.offload.cache.expert_files import ExpertFile, plan_read
+from localrun.offload.cache.matrices import MatrixWriter, Packer
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.staging import N_BUFFERS, buffers, places_bytes
 from localrun.offload.cache.tickets import (
     AbandonedError,
-    Bytes,
     ReadBuffer,
+    ReadMatrices,
     ReadPiece,
     ReadPieces,
     Receiver,
@@ -46,23 +38,9 @@ from localrun.offload.cache.tickets import (
 )
 from localrun.offload.kernels import futex
 from localrun.pages import share_heaps
-from localrun.quant.formats.transcode import decode_projection
-from localrun.quant.model.source import PROJECTIONS, Encoding, ModelSource, Projection
-from localrun.quant.zeros import LostWeights
-from localrun.reading import read_fully
+from localrun.quant.model.source import ModelSource, Projection
 
 log = logging.getLogger(__name__)
-
-
-class Packer(Protocol):
-    """What the store needs of a kernel: the slot's layout."""
-
-    slot_bytes: int
-    raw_is_packed: bool
-
-    def pack(self, raw: Bytes, slot: int) -> None:
-        """raw: gate|up|down ggml rows, contiguous; slot: address."""
-        ...
 
 
 class ExpertStore:
@@ -96,8 +74,6 @@ class ExpertStore:
         verify: bool = True,
     ) -> None:
         self._source = source
-        self._packers = packers
-        self._verify = verify
         self._known: dict[tuple[int, int, bool], tuple[Projection, Projection, Projection]] = {}
         self._piece_bytes = piece_bytes
         self.completions: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
@@ -107,8 +83,9 @@ class ExpertStore:
         self._waiting_ahead: deque[Ticket] = deque()
         self._reading: list[Ticket] = []  # those that have a buffer
         copies = [source] if mirror is None else [source, mirror]
-        self._lost = [LostWeights(copy) for copy in copies]
-        self._files = [[_open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
+        self._matrices = MatrixWriter(copies, packers, verify=verify)
+        self._files = [[ExpertFile.open(copy.files[i]) for copy in copies] for i in range(len(source.files))]
+        self._is_direct = [any(file.direct for file in copies) for copies in self._files]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         self._n_reading, self._reading_s, self._reading_since, self._reading_until = 0, 0.0, 0.0, 0.0
         buffer_bytes, halves = buffers(source)
@@ -122,6 +99,7 @@ class ExpertStore:
         self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
         self._pieces = ReadPieces(self.early)
         self._adopted: dict[int, Ticket] = {}  # early reads under way, by buffer
+        self._there: dict[int, int] = {}  # matrices that are there of early reads under way, by buffer, a bit each
         self._complete: dict[int, float] = {}  # buffers of early reads that no ticket has asked for yet, and since when
         self._dropped: set[int] = set()  # those that none will ask for
         share_heaps()
@@ -134,7 +112,7 @@ class ExpertStore:
     @property
     def direct(self) -> bool:
         """See `Store`."""
-        return all(handle.direct for copies in self._files for handle in copies)
+        return all(file.direct for copies in self._files for file in copies)
 
     @property
     def reading_s(self) -> float:
@@ -171,7 +149,7 @@ class ExpertStore:
         """See `Store`."""
         ticket = Ticket(slot, (), ahead, receiver, arrived)
         try:
-            ticket.projections = self._projections(slot)
+            ticket.projections = self._projections(slot.layer, slot.expert, slot.variant)
         except Exception as error:  # waiters must get this ticket
             ticket.error = error
             self._hand_over(ticket)
@@ -183,13 +161,21 @@ class ExpertStore:
         self._start_waiting()
         return ticket
 
-    def _projections(self, slot: Slot) -> tuple[Projection, Projection, Projection]:
-        """Where the slot's copy is. Kept: working it out takes a third of `submit`."""
-        copy = slot.layer, slot.expert, slot.variant > 0
+    def _projections(self, layer: int, expert: int, variant: int) -> tuple[Projection, Projection, Projection]:
+        """Where a copy is. Kept: working it out takes a third of `submit`."""
+        copy = layer, expert, variant > 0
         if (known := self._known.get(copy)) is None:
-            recipe = self._source.expert if slot.variant else self._source.base_expert
-            known = self._known[copy] = recipe(slot.layer, slot.expert)
+            recipe = self._source.expert if variant else self._source.base_expert
+            known = self._known[copy] = recipe(layer, expert)
         return known
+
+    def know(self, layer: int, expert: int, variant: int) -> None:
+        """See `Store`."""
+        if self.early is not None:
+            plan = plan_read(self._projections(layer, expert, variant), self._is_direct)
+            fds = [copies[0].fd for copies in self._files]
+            extents = [(fds[file], start, end, last) for file, start, end, last, _ in plan.spans]
+            self.early.know(layer, expert, extents, plan.matrices)
 
     def hurry(self, slot: Slot, arrived: Callable[[], None] | None = None) -> bool:
         """See `Store`."""
@@ -228,8 +214,8 @@ class ExpertStore:
         for reader in self._readers:
             reader.join()
         for copies in self._files:
-            for handle in copies:
-                os.close(handle.fd)
+            for file in copies:
+                os.close(file.fd)
         self._files = []
 
     # -- early reads ----------------------------------------------------------------------------------------------------
@@ -238,55 +224,57 @@ class ExpertStore:
         """Takes over the early read of the ticket's expert, if there is one; from now on there may be."""
         if self.early is None:
             return False
-        slot, spans, payloads = ticket.slot, *self._plan(ticket.projections)
+        slot = ticket.slot
         with self._lock:
             taken = self._adopted.keys() | self._dropped
             found = [i for i, *whose in self.early.holding() if whose == [slot.layer, slot.expert] and i not in taken]
             if found:
-                ticket._buffer, ticket._payloads = self._buffers[found[0]], payloads
-                ticket._copies.add(0)
-                self._reading.append(ticket)
-                ended_at = self._complete.pop(found[0], None)
-                self._note_begin(self.early.began_s(found[0]))
-                if ended_at is not None:
-                    self._note_end(ended_at)
-                else:
-                    self._adopted[found[0]] = ticket
+                there = self._take_over(ticket, found[0])
         if not found:
-            fds = [copies[0].fd for copies in self._files]
-            self.early.know(
-                slot.layer, slot.expert, [(fds[file], start, end, last) for file, start, end, last, _ in spans]
-            )
+            self.know(slot.layer, slot.expert, slot.variant)
             return False
-        if ended_at is not None:
-            self._pieces.put_complete(ticket)
+        if there:
+            self._pieces.put_matrices(ticket, there)
         return True
 
-    def _complete_early(self, number: int) -> None:
-        """All pieces of an early read are there, or some have failed."""
-        with self._lock:
-            ticket = self._adopted.pop(number, None)
-            dropped = number in self._dropped
-            self._dropped.discard(number)
-            if ticket is not None:
-                self._note_end(time.perf_counter())
-            elif not dropped:
-                self._complete[number] = time.perf_counter()
-        if ticket is not None:
-            self._finish_early(ticket)
-            return
-        if dropped:
-            self._give_back(self._buffers[number])
-        self._start_waiting()
-
-    def _finish_early(self, ticket: Ticket) -> None:
-        buffer = ticket._buffer
-        assert buffer is not None
+    def _take_over(self, ticket: Ticket, number: int) -> int:
+        """The ticket's bytes come from an early read; which matrices are there. The caller holds the lock."""
         assert self.early is not None
-        if not self.early.has_failed(buffer.number):
-            self._finish(ticket)
-            return
-        ticket._payloads, ticket._buffer = [], None  # read again, which says what is wrong
+        ticket._buffer, ticket._plan = self._buffers[number], plan_read(ticket.projections, self._is_direct)
+        ticket._is_early = True
+        ticket._copies.add(0)
+        self._reading.append(ticket)
+        self._note_begin(self.early.began_s(number))
+        if (ended_at := self._complete.pop(number, None)) is not None:
+            self._note_end(ended_at)
+            return ALL_MATRICES
+        self._adopted[number] = ticket
+        return self._there.get(number, 0)
+
+    def _arrived_early(self, arrival: Arrival) -> None:
+        """Some matrices of an early read are there, or have failed."""
+        number = arrival.buffer
+        with self._lock:
+            ticket, dropped = self._adopted.get(number), number in self._dropped
+            there = self._there[number] = self._there.get(number, 0) | arrival.matrices
+            if there == ALL_MATRICES:
+                del self._there[number]
+                self._adopted.pop(number, None)
+                self._dropped.discard(number)
+                if ticket is not None:
+                    self._note_end(time.perf_counter())
+                elif not dropped:
+                    self._complete[number] = time.perf_counter()
+        if ticket is not None:
+            self._write(ticket, arrival.matrices)
+        elif there == ALL_MATRICES:
+            if dropped:
+                self._give_back(self._buffers[number])
+            self._start_waiting()
+
+    def _read_again(self, ticket: Ticket, buffer: ReadBuffer) -> None:
+        """After an early read that failed, which did not say what is wrong."""
+        ticket._buffer, ticket._is_early, ticket._unwritten = None, False, ALL_MATRICES
         ticket._copies.clear()
         with self._lock:
             self._reading.remove(ticket)
@@ -349,48 +337,26 @@ class ExpertStore:
                 ticket.error = error
                 self._finish(ticket)
                 continue
-            ticket._left = len(pieces)
+            ticket._begin(pieces)
             self._pieces.put(pieces)
 
-    def _plan(
-        self, projections: Sequence[Projection]
-    ) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int]]]:
-        """How an expert is read into a buffer: (file, begin and end of the aligned read, end of what must be there, position in the
-        buffer) of each run of extents that follow each other in a file, as a converted expert's do, and where each extent's payload
-        is then (position, bytes)."""
-        spans: list[tuple[int, int, int, int, int]] = []
-        payloads, position = [], 0
-        for projection in projections:
-            for extent in projection.extents:
-                grain = PAGE_BYTES if any(handle.direct for handle in self._files[extent.file]) else 1
-                start, last = extent.offset // grain * grain, extent.offset + extent.n_bytes
-                end = align_up(last, grain)
-                file, begin, until, _, at = spans[-1] if spans else (-1, 0, 0, 0, 0)
-                if file == extent.file and until == start == begin + position - at:
-                    spans[-1] = file, begin, end, last, at
-                else:
-                    spans.append((extent.file, start, end, last, position))
-                payloads.append((position + extent.offset - start, extent.n_bytes))
-                position += align_up(end - start, PAGE_BYTES)
-        return spans, payloads
-
     def _cut(self, ticket: Ticket, buffer: ReadBuffer) -> list[ReadPiece]:
-        spans, ticket._payloads = self._plan(ticket.projections)
+        plan = ticket._plan = plan_read(ticket.projections, self._is_direct)
         pieces = []
-        for file, start, end, last, position in spans:
+        for file, start, end, last, position in plan.spans:
             most = even_pieces(end - start, self._piece_bytes)
-            for at in range(start, end, most):
-                size = min(most, end - at)
-                target = buffer.view[position + at - start : position + at - start + size]
-                pieces.append(ReadPiece(ticket, file, at, target, min(size, last - at)))
+            for offset in range(start, end, most):
+                size, at = min(most, end - offset), position + offset - start
+                need, matrices = min(size, last - offset), plan.matrices_in(at, at + size)
+                pieces.append(ReadPiece(ticket, file, offset, buffer.view[at : at + size], need, matrices))
         return pieces
 
     def _read_pieces(self) -> None:
         while (work := self._pieces.get()) is not None:
-            if isinstance(work, int):
-                self._complete_early(work)
-            elif isinstance(work, Ticket):
-                self._finish_early(work)
+            if isinstance(work, Arrival):
+                self._arrived_early(work)
+            elif isinstance(work, ReadMatrices):
+                self._write(work.ticket, work.matrices)
             else:
                 self._read_piece(work)
 
@@ -401,13 +367,11 @@ class ExpertStore:
                 self._read(piece)
             except Exception as error:  # any error is reported by the decoding thread
                 ticket.error = error
-        with ticket._lock:
-            ticket._left -= 1
-            last = ticket._left == 0
+        complete = ticket._note_read(piece)
         if piece.is_ahead:
-            self._pieces.end_ahead(last=last)
-        if last:
-            self._finish(ticket)
+            self._pieces.end_ahead(last=complete != 0)
+        if complete:
+            self._write(ticket, complete)
 
     def _read(self, piece: ReadPiece) -> None:
         """Reads a piece from the less busy copy, from the other one if that fails."""
@@ -432,14 +396,51 @@ class ExpertStore:
         with piece.ticket._lock:
             piece.ticket._copies.add(copy)
 
+    def _write(self, ticket: Ticket, matrices: int) -> None:
+        """Puts matrices whose bytes are there into the slot; whoever writes the last one finishes the ticket."""
+        for which in range(N_MATRICES):
+            if (
+                matrices >> which & 1
+                and ticket.error is None
+                and ticket._damage is None
+                and not self._has_failed(ticket)
+            ):
+                self._write_one(ticket, which)
+        if ticket._note_written(matrices):
+            self._finish(ticket)
+
+    def _write_one(self, ticket: Ticket, which: int) -> None:
+        with ticket._lock:
+            copy = max(ticket._copies)
+        try:
+            self._fill(ticket, which, copy)
+        except (ChecksumError, FormatError) as error:
+            if len(self._under_way) == 1:
+                ticket.error = error
+            else:
+                ticket._damage = error
+        except Exception as error:
+            ticket.error = error
+
+    def _has_failed(self, ticket: Ticket) -> bool:
+        """Compiled code began the ticket's read, and could not read all of it."""
+        if not ticket._is_early:
+            return False
+        assert self.early is not None
+        assert ticket._buffer is not None
+        return self.early.has_failed(ticket._buffer.number)
+
     def _finish(self, ticket: Ticket) -> None:
         buffer = ticket._buffer
         assert buffer is not None
-        try:
-            if ticket.error is None:
-                self._fill(ticket, buffer)
-        except Exception as error:
-            ticket.error = error
+        if ticket.error is None and self._has_failed(ticket):
+            self._read_again(ticket, buffer)
+            return
+        if ticket.error is None and ticket._damage is not None:
+            try:
+                self._fill_from_one_copy(ticket, buffer, ticket._damage)
+            except Exception as error:
+                ticket.error = error
         with self._lock:
             self._reading.remove(ticket)  # `hurry` is too late from now on
         if ticket.error is None and ticket.arrived is not None:
@@ -457,46 +458,14 @@ class ExpertStore:
         else:
             ticket.receiver(ticket)
 
-    def _fill(self, ticket: Ticket, buffer: ReadBuffer) -> None:
-        slot, packer = ticket.slot, self._packers[ticket.slot.layer][ticket.slot.variant]
-        try:
-            rows = self._rows(ticket, buffer, max(ticket._copies))
-        except (ChecksumError, FormatError) as error:
-            if len(self._lost) == 1:
-                raise
-            rows = self._rows_of_one_copy(ticket, buffer, error)
-        if packer.raw_is_packed or ticket.receiver is not None:
-            memory: Any = (C.c_uint8 * slot.size_bytes).from_address(slot.address)
-            target = np.frombuffer(memory, np.uint8)
-            at = 0
-            for row in rows:
-                target[at : at + row.size] = row
-                at += row.size
-        else:
-            packer.pack(_contiguous(rows, ticket._payloads, buffer), slot.address)
+    def _fill(self, ticket: Ticket, which: int, copy: int) -> None:
+        """Puts one matrix from the buffer into the slot; errors name the copy of the model."""
+        assert ticket._buffer is not None
+        pieces = [ticket._buffer.array[at : at + n] for at, n in ticket._plan.payloads[which]]
+        as_rows = ticket.receiver is not None
+        self._matrices.write(ticket.slot, ticket.projections, which, pieces, copy=copy, as_rows=as_rows)
 
-    def _rows(self, ticket: Ticket, buffer: ReadBuffer, copy: int) -> list[Bytes]:
-        """The matrices' ggml rows from what has been read.
-
-        Args:
-            copy: of the model, named if something is wrong.
-
-        Raises:
-            ChecksumError, FormatError: bytes are damaged.
-        """
-        payloads = [buffer.array[at : at + n] for at, n in ticket._payloads]
-        raw = [[payloads.pop(0) for _ in projection.extents] for projection in ticket.projections]
-        if self._verify:
-            self._lost[copy].refuse(ticket.slot.layer, ticket.slot.expert, ticket.projections, raw)
-        rows = [
-            pieces[0] if projection.encoding is Encoding.GGML else decode_projection(projection, pieces[0], pieces[1])
-            for projection, pieces in zip(ticket.projections, raw, strict=True)
-        ]
-        if self._verify:
-            self._check(ticket, rows, copy)
-        return rows
-
-    def _rows_of_one_copy(self, ticket: Ticket, buffer: ReadBuffer, error: Exception) -> list[Bytes]:
+    def _fill_from_one_copy(self, ticket: Ticket, buffer: ReadBuffer, error: Exception) -> None:
         """Reads all of a damaged expert again, from the copy that it did not come from; from each alone, if it came from both.
 
         Args:
@@ -509,64 +478,15 @@ class ExpertStore:
             try:
                 for piece in self._cut(ticket, buffer):
                     _read_from(self._files[piece.file][copy], piece)
-                rows = self._rows(ticket, buffer, copy)
+                for which in range(N_MATRICES):
+                    self._fill(ticket, which, copy)
             except (ChecksumError, FormatError, StoreError) as other:
                 error = other
             else:
                 log.warning("%s; the other copy was read", error)
-                return rows
+                return
         raise error
 
-    def _check(self, ticket: Ticket, rows: list[Bytes], copy: int) -> None:
-        for name, projection, row in zip(PROJECTIONS, ticket.projections, rows, strict=True):
-            if projection.checksum is not None and xxhash.xxh3_64_hexdigest(row.data) != projection.checksum:
-                extent = projection.extents[0]
-                raise ChecksumError(
-                    f"{self._files[extent.file][copy].path}: blk.{ticket.slot.layer}.ffn_{name}_exps.weight: expert "
-                    f"{ticket.slot.expert} does not match its checksum",
-                    hint="the file is damaged; run `localrun verify` for the extent, then copy or convert it again",
-                )
 
-
-@dataclass(frozen=True, slots=True)
-class _Handle:
-    fd: int
-    direct: bool
-    path: Path
-
-
-def _read_from(handle: _Handle, piece: ReadPiece) -> None:
-    hint = "check the drive (dmesg) and run `localrun verify` on the model"
-    read_fully(handle.fd, handle.path, piece.offset, piece.target, need=piece.need, hint=hint)
-
-
-def _open(path: Path) -> _Handle:
-    """Opens for reading with O_DIRECT if a real read through it works (tmpfs and some network file systems refuse)."""
-    direct_flag = getattr(os, "O_DIRECT", 0)
-    if direct_flag:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct_flag)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise _open_error(path, error) from error
-        else:
-            try:
-                os.preadv(fd, [memoryview(mmap.mmap(-1, PAGE_BYTES))], 0)
-                return _Handle(fd, True, path)
-            except OSError:
-                os.close(fd)
-    try:
-        return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC), False, path)
-    except OSError as error:
-        raise _open_error(path, error) from error
-
-
-def _open_error(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path}: {error.strerror}", hint="check the path and its permissions")
-
-
-def _contiguous(rows: list[Bytes], payloads: list[tuple[int, int]], buffer: ReadBuffer) -> Bytes:
-    """gate|up|down as one array: a view if the reads are contiguous, a copy otherwise."""
-    if len(payloads) == 3 and all(payloads[i][0] + payloads[i][1] == payloads[i + 1][0] for i in range(2)):
-        return buffer.array[payloads[0][0] : payloads[2][0] + payloads[2][1]]
-    return np.concatenate(rows)
+def _read_from(file: ExpertFile, piece: ReadPiece) -> None:
+    file.read(piece.offset, piece.target, piece.need)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import StoreError
-from localrun.offload.cache.early import EarlyReads
+from localrun.offload.cache.early import ALL_MATRICES, N_MATRICES, Arrival, EarlyReads
+from localrun.offload.cache.expert_files import ReadPlan
 from localrun.offload.cache.slots import Slot
 from localrun.pages import anonymous
 from localrun.quant.model.source import Projection
@@ -58,7 +59,16 @@ class ReadPiece:
     offset: int
     target: memoryview
     need: int  # bytes that must arrive; the rest of an aligned read may be past the end of the file
+    matrices: int = ALL_MATRICES  # those that have bytes in it, a bit each
     is_ahead: bool = False  # nobody waited for it when its read began
+
+
+@dataclass(slots=True)
+class ReadMatrices:
+    """Matrices of a ticket, a bit each, all of whose bytes are there."""
+
+    ticket: Ticket
+    matrices: int
 
 
 MOST_AHEAD: Final = 4
@@ -79,7 +89,7 @@ class ReadPieces:
     def __init__(self, early: EarlyReads | None = None) -> None:
         self._early = early
         self._changed = threading.Condition()
-        self._complete: deque[Ticket] = deque()
+        self._complete: deque[ReadMatrices] = deque()
         self._wanted: deque[ReadPiece] = deque()
         self._ahead: deque[ReadPiece] = deque()
         self._n_ahead = 0
@@ -99,15 +109,16 @@ class ReadPieces:
             n_ahead = min(n_ahead, MOST_AHEAD - self._n_ahead)
         self._wake(n_wanted + n_ahead)
 
-    def put_complete(self, ticket: Ticket) -> None:
-        """Adds a ticket all of whose bytes are there."""
+    def put_matrices(self, ticket: Ticket, matrices: int) -> None:
+        """Adds matrices (a bit each) of a ticket that are there."""
+        each = [ReadMatrices(ticket, 1 << which) for which in range(N_MATRICES) if matrices >> which & 1]
         with self._changed:
-            self._complete.append(ticket)
-        self._wake(1)
+            self._complete.extend(each)
+        self._wake(len(each))
 
-    def get(self) -> ReadPiece | Ticket | int | None:
-        """The next piece or complete ticket, waiting for it, or the number of a buffer that this reader has filled for compiled
-        code meanwhile; None when there will be none."""
+    def get(self) -> ReadPiece | ReadMatrices | Arrival | None:
+        """The next piece or complete matrix, waiting for it, or what this reader has completed for compiled code meanwhile; None
+        when there will be none."""
         if self._early is None:
             with self._changed:
                 while (found := self._next()) is None and not self._closed:
@@ -115,16 +126,16 @@ class ReadPieces:
                 return found
         while True:
             asked = self._early.asked
-            if (filled := self._early.next(asked, sleeps=False)) >= 0:
-                return filled
+            if (arrival := self._early.next(asked, sleeps=False)) is not None:
+                return arrival
             with self._changed:
                 if (found := self._next()) is not None or self._closed:
                     return found
-            if (filled := self._early.next(asked)) >= 0:
-                return filled
+            if (arrival := self._early.next(asked)) is not None:
+                return arrival
 
-    def _next(self) -> ReadPiece | Ticket | None:
-        queue_: deque[Ticket] | deque[ReadPiece] = self._complete or self._wanted
+    def _next(self) -> ReadPiece | ReadMatrices | None:
+        queue_: deque[ReadMatrices] | deque[ReadPiece] = self._complete or self._wanted
         if queue_:
             return queue_.popleft()
         if not self._ahead or self._n_ahead >= MOST_AHEAD:
@@ -189,11 +200,34 @@ class Ticket:
     arrived: Callable[[], None] | None = None
     error: Exception | None = None
     hurried: bool = False
-    _left: int = 0
     _buffer: ReadBuffer | None = None
+    _plan: ReadPlan = field(default_factory=ReadPlan)
+    _is_early: bool = False  # compiled code began it
     _copies: set[int] = field(default_factory=set)  # of the model, that bytes came from
-    _payloads: list[tuple[int, int]] = field(default_factory=list)  # (position in buffer, bytes) per extent
+    _damage: Exception | None = None  # found in what was read, where another copy may be whole
+    _left: list[int] = field(default_factory=list)  # of each matrix, pieces that are not there
+    _unwritten: int = ALL_MATRICES  # matrices that are not in the slot, a bit each
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def _begin(self, pieces: Sequence[ReadPiece]) -> None:
+        """These are read, all of it."""
+        self._left = [sum(piece.matrices >> which & 1 for piece in pieces) for which in range(N_MATRICES)]
+
+    def _note_read(self, piece: ReadPiece) -> int:
+        """A piece is there, or has failed; the matrices that are complete thereby, a bit each."""
+        complete = 0
+        with self._lock:
+            for which in range(N_MATRICES):
+                if piece.matrices >> which & 1:
+                    self._left[which] -= 1
+                    complete |= (self._left[which] == 0) << which
+        return complete
+
+    def _note_written(self, matrices: int) -> bool:
+        """These are in the slot, or have failed; whether they are the last."""
+        with self._lock:
+            self._unwritten &= ~matrices
+            return self._unwritten == 0
 
     @property
     def read_bytes(self) -> int:
@@ -253,6 +287,14 @@ class Store(Protocol):
             receiver: gets the ticket; for memory outside the slot table, destined for a device that only knows ggml's layout.
 
         If it raises, there will be no ticket and nothing writes to the slot.
+        """
+        ...
+
+    def know(self, layer: int, expert: int, variant: int) -> None:
+        """From now on compiled code may begin to read this copy, see `early`; what is said first counts.
+
+        Raises:
+            LocalrunError: nobody can say where it is.
         """
         ...
 

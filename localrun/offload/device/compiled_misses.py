@@ -212,6 +212,11 @@ class MissRecord:
         given up."""
         return int(self.fields[MISSES.computed])
 
+    @property
+    def is_rung(self) -> bool:
+        """`next` would not wait. For the fetching thread."""
+        return int(self.fields[MISSES.bell]) != self._heard
+
     def next(self) -> bool:
         """Waits for the next call, or until somebody rings; False: there will be none."""
         self._heard = await_bell(self.address, self._heard)

@@ -134,6 +134,13 @@ class ExpertKernel:
             matrix.pack(source, slot + offset)
             source += matrix.raw_bytes
 
+    def pack_matrix(self, which: int, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        """See `FfnKernel`."""
+        assert raw.dtype == np.uint8
+        assert raw.flags.c_contiguous
+        assert raw.size == self.raw_bytes[which]
+        self._matrices[which].pack(raw.ctypes.data, slot + self._offsets[which])
+
     def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
         """See `FfnKernel`."""
         assert raw.dtype == np.uint8

@@ -32,7 +32,8 @@ class FfnSpec:
 
 
 class FfnKernel(Protocol):
-    """Arithmetic for one `FfnSpec`. `pack` may run in several threads at once, `run` and `project` in one at a time per thread.
+    """Arithmetic for one `FfnSpec`. `pack` and `pack_matrix` may run in several threads at once, `run` and `project` in one at a
+    time per thread.
 
     Attributes:
         name: format and instruction set, e.g. `mxfp4-avx512-vnni`.
@@ -51,6 +52,11 @@ class FfnKernel(Protocol):
 
     def pack(self, raw: npt.NDArray[np.uint8], slot: int) -> None:
         """Fills the slot at address `slot` (64-byte aligned) from gate|up|down ggml rows; releases the interpreter lock."""
+        ...
+
+    def pack_matrix(self, which: int, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        """Fills its part of the slot from one matrix' rows (0 gate, 1 up, 2 down); the slot is full after all three. Releases the
+        interpreter lock."""
         ...
 
     def unpack(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:

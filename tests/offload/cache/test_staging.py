@@ -68,7 +68,7 @@ class Copied:
 
     slot_bytes, raw_is_packed = 0, True
 
-    def pack(self, raw: Any, slot: int) -> None:
+    def pack_matrix(self, which: int, raw: Any, slot: int) -> None:
         raise AssertionError
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.tickets import MOST_AHEAD, ReadPiece, ReadPieces, Ticket, read_buffers
+from localrun.offload.cache.tickets import MOST_AHEAD, ReadMatrices, ReadPiece, ReadPieces, Ticket, read_buffers
 
 
 class Readers:
@@ -20,9 +20,8 @@ class Readers:
     def ask(self, count: int) -> None:
         self.woken.append(count)
 
-    def next(self, _asked: int, *, sleeps: bool = True) -> int:
+    def next(self, _asked: int, *, sleeps: bool = True) -> None:
         assert not sleeps, "nothing was left to do"
-        return -1
 
 
 def pieces(ticket: Ticket, count: int) -> list[ReadPiece]:
@@ -33,8 +32,10 @@ def test_as_many_readers_are_woken_as_there_are_pieces_to_read() -> None:
     readers = Readers()
     queue = ReadPieces(cast(Any, readers))
     queue.put(pieces(Ticket(Slot(0, 0, 0, 0), ()), 3))
-    queue.put_complete(Ticket(Slot(0, 1, 0, 0), ()))
-    assert readers.woken == [3, 1]
+    queue.put_matrices(Ticket(Slot(0, 1, 0, 0), ()), 0b101)
+    assert readers.woken == [3, 2]
+    found = [queue.get() for _ in range(2)]
+    assert [matrices.matrices for matrices in found if isinstance(matrices, ReadMatrices)] == [0b001, 0b100]
 
 
 def test_readers_sleep_while_enough_is_read_ahead() -> None:

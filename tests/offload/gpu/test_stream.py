@@ -162,11 +162,11 @@ def test_an_expert_that_cannot_be_read_fails_the_call_and_leaves_nothing_behind(
         store = model.pool.residency.store
         fill, failed = store._fill, threading.Event()  # type: ignore[attr-defined]
 
-        def fail(ticket: Any, buffer: Any) -> None:
+        def fail(ticket: Any, which: int, copy: int) -> None:
             if ticket.receiver is not None:
                 failed.set()
                 raise ChecksumError("damaged")
-            fill(ticket, buffer)
+            fill(ticket, which, copy)
 
         monkeypatch.setattr(store, "_fill", fail)
         with pytest.raises((ChecksumError, StoreError), match="damaged"):

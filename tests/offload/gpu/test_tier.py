@@ -230,11 +230,11 @@ def test_an_expert_that_cannot_be_read_costs_no_place(
         fill = store._fill  # type: ignore[attr-defined]
         failed = []
 
-        def fail(ticket: Any, buffer: Any) -> None:
-            if ticket.receiver is not None:
+        def fail(ticket: Any, which: int, copy: int) -> None:
+            if ticket.receiver is not None and which == 2:
                 failed.append((ticket.slot.layer, ticket.slot.expert))
                 raise OSError("unreadable")
-            fill(ticket, buffer)
+            fill(ticket, which, copy)
 
         monkeypatch.setattr(model.pool.residency, "copy_rows", lambda *_: False)  # else it comes from RAM
         monkeypatch.setattr(store, "_fill", fail)

@@ -59,6 +59,27 @@ def is_clean(model: OffloadedModel) -> bool:
     return all(slot.state is SlotState.READY and slot.pins == 0 for slot in model.pool.residency.table)
 
 
+def test_the_first_read_of_an_expert_begins_in_compiled_code(
+    sources: tuple[ModelSource, ModelSource, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place is known before any has been read; unless a call came first."""
+    _, mixed, _ = sources
+    with open_offloaded(mixed, little([])) as model:
+        residency = model.pool.residency
+        early = residency.store.early
+        assert early is not None
+        n_experts = sum(moe.n_experts for moe in residency.layers.values())
+        deadline = time.monotonic() + 300
+        while early.n_known < n_experts:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        begun: list[bool] = []
+        take_over = residency.store._take_over  # type: ignore[attr-defined]
+        monkeypatch.setattr(residency.store, "_take_over", lambda *at: [begun.append(True), take_over(*at)][1])
+        logits(model, SOME[:1])
+        assert begun
+
+
 @pytest.mark.parametrize("n_on_gpu", [0, 20])
 def test_a_call_that_reads_enters_no_python_and_gives_what_python_gives(
     sources: tuple[ModelSource, ModelSource, Path], gpu: GpuDevice, n_on_gpu: int

@@ -369,6 +369,11 @@ class EarlyReads:
         recipe[RECIPE.n_extents] = len(extents)  # last: compiled code may use it from now on
 
     @property
+    def n_known(self) -> int:
+        """Experts whose place is known."""
+        return int(np.count_nonzero(self._recipes[..., RECIPE.n_extents]))
+
+    @property
     def asked(self) -> int:
         """How often Python has asked."""
         return int(self.fields[EARLY.asked])

@@ -53,8 +53,8 @@ def buffers(source: ModelSource) -> tuple[int, int]:
     needed = (
         sum(_read_bytes(extent.n_bytes) for projection in sample for extent in projection.extents) for sample in samples
     )
-    # Decoded or unaligned experts are put together in a second buffer before they are packed.
-    return max(needed, default=PAGE_BYTES), 1 if all(map(_reads_contiguously, samples)) else 2
+    # What is decoded takes as much again until it is packed.
+    return max(needed, default=PAGE_BYTES), 2 if any(map(_is_decoded, samples)) else 1
 
 
 def _read_bytes(n_bytes: int) -> int:
@@ -70,9 +70,5 @@ def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Proj
             yield from (source.expert(layer, expert) for expert in range(moe.n_experts))
 
 
-def _reads_contiguously(projections: tuple[Projection, Projection, Projection]) -> bool:
-    return all(
-        projection.encoding is Encoding.GGML and extent.offset % PAGE_BYTES == 0 and extent.n_bytes % PAGE_BYTES == 0
-        for projection in projections
-        for extent in projection.extents
-    )
+def _is_decoded(projections: tuple[Projection, Projection, Projection]) -> bool:
+    return any(projection.encoding is not Encoding.GGML for projection in projections)

@@ -33,6 +33,7 @@ from localrun.offload.cache.tickets import (
     ReadPieces,
     Receiver,
     Ticket,
+    most_ahead,
     nothing_follows,
     read_buffers,
 )
@@ -97,7 +98,7 @@ class ExpertStore:
         self._buffers = read_buffers(n_buffers, buffer_bytes)
         self._free = list(self._buffers)  # without early reads
         self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
-        self._pieces = ReadPieces(self.early)
+        self._pieces = ReadPieces(most_ahead(piece_bytes), self.early)
         self._adopted: dict[int, Ticket] = {}  # early reads under way, by buffer
         self._there: dict[int, int] = {}  # matrices that are there of early reads under way, by buffer, a bit each
         self._complete: dict[int, float] = {}  # buffers of early reads that no ticket has asked for yet, and since when

@@ -91,6 +91,33 @@ def test_a_read_begins_once_its_place_is_known_and_unless_it_is_under_way(rig: R
     assert rig.early.holding()[0][1:] == (0, 1)
 
 
+def test_a_read_begins_if_its_place_is_told(rig: Rig) -> None:
+    rig.store.know(0, 1, 0)
+    assert rig.begin(0, 1)
+    ticket = rig.submit(0, 1)
+    rig.take(ticket)
+    assert rig.is_right(ticket)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_matrices_of_a_read_are_taken_over_as_they_are_there(rig: Rig, is_late: bool) -> None:
+    """Also those that were there before the ticket."""
+    rig.store.know(0, 5, 0)
+    rig.harness.hold_one(0, 5)  # its last matrix
+    assert rig.begin(0, 5)
+    if is_late:
+        rig.wait(lambda: 0b011 in rig.store._there.values())  # type: ignore[attr-defined]
+    ticket = rig.submit(0, 5)
+    third = EXPERT_BYTES // 3
+    expected = packed(rig.harness.rows(0, 5, 0))
+    rig.wait(lambda: np.array_equal(memory_of(ticket.slot)[: 2 * third], expected[: 2 * third]))
+    assert not memory_of(ticket.slot)[2 * third :].any()
+    rig.harness.release()
+    rig.take(ticket)
+    assert rig.is_right(ticket)
+    rig.wait(lambda: rig.n_held == 0)
+
+
 @pytest.mark.parametrize("is_complete", [False, True])
 def test_a_ticket_takes_over_what_has_begun_and_nothing_is_read_twice(rig: Rig, is_complete: bool) -> None:
     rig.read(1, 2)

@@ -19,12 +19,13 @@ from gguf import GGMLQuantizationType as QT
 from localrun import reading
 from localrun.alignment import PAGE_BYTES, align_up
 from localrun.errors import ChecksumError, StoreError
+from localrun.offload.cache.drive_probe import DEFAULT_PIECE_BYTES
 from localrun.offload.cache.early import announce
 from localrun.offload.cache.early import begin as begin_early
 from localrun.offload.cache.slots import Slot, SlotTable
 from localrun.offload.cache.staging import places_bytes
 from localrun.offload.cache.store import ExpertStore
-from localrun.offload.cache.tickets import MOST_AHEAD, AbandonedError, Ticket
+from localrun.offload.cache.tickets import AbandonedError, Ticket, most_ahead
 from localrun.offload.kernels import futex
 from localrun.quant.model.source import Encoding, Extent, ModelSource, MoeLayer, Projection
 from tests.offload.model_stores import MODEL_KINDS, Stored, write_model
@@ -46,6 +47,7 @@ from tests.offload.stores import (
 )
 
 TIMEOUT_S = 300
+MOST_AHEAD = most_ahead(DEFAULT_PIECE_BYTES)
 WITH_CHECKSUMS = {*KINDS, "converted", "base and better copies"}
 
 
@@ -274,6 +276,23 @@ class TestEveryStore:
             assert desk.is_right(ticket.slot) if id(ticket) in arrived else not memory_of(ticket.slot).any()
 
 
+@pytest.mark.parametrize("harness", ["on files", "on two copies", "converted", "base and better copies"], indirect=True)
+def test_a_matrix_is_in_the_slot_before_the_next_one_is_read(desk: Desk) -> None:
+    desk.harness.hold_one(0, 0)  # its last matrix
+    ticket = desk.submit(0, 0)
+    third = ticket.slot.size_bytes // 3
+    expected = packed(desk.harness.rows(0, 0, ticket.slot.variant))
+    deadline = time.monotonic() + TIMEOUT_S
+    while not np.array_equal(memory_of(ticket.slot)[: 2 * third], expected[: 2 * third]):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not memory_of(ticket.slot)[2 * third :].any()
+    assert desk.store.completions.empty()
+    desk.harness.release()
+    assert desk.take() is ticket
+    assert desk.is_right(ticket.slot)
+
+
 @pytest.mark.parametrize("harness", ["on two copies"], indirect=True)
 def test_the_other_copy_serves_what_one_cannot_read(
     desk: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -313,11 +332,11 @@ def test_a_read_that_ended_before_the_last_one_counts_no_time_twice(desk: Desk) 
     assert store.reading_s == pytest.approx(12)
 
 
-def test_staging_holds_the_pages_that_experts_touch_twice_where_they_must_be_put_together(tmp_path: Path) -> None:
+def test_staging_holds_the_pages_that_experts_touch(tmp_path: Path) -> None:
     model: Any = ExpertsInAFile(tmp_path)
     store = ExpertStore(model, KERNELS, n_buffers=3)
     pages_of_a_matrix = -(-(EXPERT_BYTES // 3) // PAGE_BYTES) + 1
-    assert store.staging_bytes == 3 * 2 * 3 * pages_of_a_matrix * PAGE_BYTES + places_bytes(model)
+    assert store.staging_bytes == 3 * 3 * pages_of_a_matrix * PAGE_BYTES + places_bytes(model)
     store.close()
 
 

@@ -6,7 +6,9 @@ from typing import Any, cast
 
 from localrun.alignment import PAGE_BYTES
 from localrun.offload.cache.slots import Slot
-from localrun.offload.cache.tickets import MOST_AHEAD, ReadMatrices, ReadPiece, ReadPieces, Ticket, read_buffers
+from localrun.offload.cache.tickets import ReadMatrices, ReadPiece, ReadPieces, Ticket, most_ahead, read_buffers
+
+MOST_AHEAD = 4
 
 
 class Readers:
@@ -30,7 +32,7 @@ def pieces(ticket: Ticket, count: int) -> list[ReadPiece]:
 
 def test_as_many_readers_are_woken_as_there_are_pieces_to_read() -> None:
     readers = Readers()
-    queue = ReadPieces(cast(Any, readers))
+    queue = ReadPieces(MOST_AHEAD, cast(Any, readers))
     queue.put(pieces(Ticket(Slot(0, 0, 0, 0), ()), 3))
     queue.put_matrices(Ticket(Slot(0, 1, 0, 0), ()), 0b101)
     assert readers.woken == [3, 2]
@@ -40,7 +42,7 @@ def test_as_many_readers_are_woken_as_there_are_pieces_to_read() -> None:
 
 def test_readers_sleep_while_enough_is_read_ahead() -> None:
     readers = Readers()
-    queue = ReadPieces(cast(Any, readers))
+    queue = ReadPieces(MOST_AHEAD, cast(Any, readers))
     ahead = Ticket(Slot(0, 0, 0, 0), (), ahead=True)
     queue.put(pieces(ahead, MOST_AHEAD + 2))
     for _ in range(MOST_AHEAD):
@@ -50,6 +52,11 @@ def test_readers_sleep_while_enough_is_read_ahead() -> None:
     queue.end_ahead(last=True)  # its reader packs now, another one goes on
     queue.hurry(ahead.slot)  # two pieces are left of it
     assert readers.woken == [MOST_AHEAD, 0, 1, 2]
+
+
+def test_what_is_read_ahead_is_bounded_in_bytes_but_keeps_two_reads_in_flight() -> None:
+    mib = 1 << 20
+    assert [most_ahead(size) for size in (mib // 2, mib, 2 * mib, 4 * mib, 64 * mib)] == [8, 4, 2, 2, 2]
 
 
 def test_buffers_are_whole_pages_in_one_mapping_each_its_own() -> None:

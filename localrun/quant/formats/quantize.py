@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from localrun.errors import FormatError
 from localrun.ggml import types
-from localrun.quant.formats import grid_quantize, k_quantize, kernels
+from localrun.quant.formats.later import grid_quantize, k_quantize, kernels
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

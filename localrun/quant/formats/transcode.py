@@ -35,8 +35,8 @@ from gguf import GGMLQuantizationType
 
 from localrun.alignment import ceil_div
 from localrun.errors import FormatError
-from localrun.quant.formats import kernels
 from localrun.quant.formats import quantize as ggml_quantize
+from localrun.quant.formats.later import kernels
 from localrun.quant.model.source import Encoding, Projection
 
 Bytes = npt.NDArray[np.uint8]

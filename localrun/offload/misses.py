@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
-from localrun.errors import LocalrunError, StoppedError
+from localrun.errors import StoppedError
 from localrun.offload.cache.slots import Slot
 from localrun.offload.cache.telemetry import Counter, Telemetry
 from localrun.offload.cache.tickets import nothing_follows
@@ -135,12 +136,10 @@ class Misses:
         where = self._residency
         for layer, moe in where.layers.items():
             for expert in range(moe.n_experts):
-                if self.record.is_rung:
+                if self.record.is_posted:
                     return
-                try:
+                with suppress(Exception):  # whoever reads it will say what is wrong
                     where.store.know(layer, expert, where.variant_to_read(layer, expert))
-                except LocalrunError:  # whoever reads it will say why
-                    continue
 
     def _serve(self) -> None:
         if self._residency.store.early is not None:

@@ -256,19 +256,20 @@ def test_mirror_of_another_model_is_refused(tmp_path: Path) -> None:
         open_offloaded(open_model(write_model(tmp_path / "a")), OffloadOptions(n_threads=2, mirror=other))
 
 
-def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(path: Path) -> None:
+@pytest.mark.parametrize("kind", [CheckpointError, OSError])
+def test_an_expert_that_cannot_even_be_described_ends_the_answer_only(path: Path, kind: type[Exception]) -> None:
     """Recipes of official checkpoints are checked when they are used; an error there must reach whoever waits."""
     source = open_model(path)
     real, broken = source.base_expert, True
 
     def refuse(layer: int, expert: int) -> Any:
         if broken and (layer, expert) == (1, 3):
-            raise CheckpointError("no such recipe")
+            raise kind("no such recipe")
         return real(layer, expert)
 
     source.base_expert = refuse  # type: ignore[method-assign]
     with open_offloaded(source, OffloadOptions(n_threads=2)) as model:
-        with pytest.raises(CheckpointError, match="no such recipe"):
+        with pytest.raises(kind, match="no such recipe"):
             logits(model)
         model.pool.residency.check()
         assert all(slot.pins == 0 for slot in model.pool.residency.table)

@@ -87,7 +87,7 @@ class _Recipe(Layout):
     """Where the bytes are that a call waits for. Python writes, compiled code reads."""
 
     n_extents: int
-    """0: not known yet."""
+    """0: not known yet; atomic, written last."""
     extents: Annotated[int, Words(MOST_EXTENTS * 4)]
     """Of each: file descriptor, first byte and end of the aligned read, end of what must be there."""
     matrices: Annotated[int, Words(N_MATRICES * 2)]
@@ -160,7 +160,7 @@ def begin(early: int, layer: int, expert: int) -> bool:
     """Asks for an expert that is nowhere; False: it is being read, or Python has to. `announce` must follow."""
     at = layer * get(early, EARLY.n_experts) + expert
     recipe = get(early, EARLY.recipes) + at * RECIPE.size * 8
-    if get(recipe, RECIPE.n_extents) == 0 or load_u8(get(early, EARLY.loading) + at) != 0:
+    if atomic_load(recipe + RECIPE.n_extents * 8) == 0 or load_u8(get(early, EARLY.loading) + at) != 0:
         return False
     index = _take(early, _EARLY)
     if index < 0:
@@ -298,7 +298,14 @@ def _give_up(early: int, index: int) -> None:
 
 @cached_jit(nogil=True)
 def _free(early: int, index: int) -> None:
+    put(_buffer(early, index), BUFFER.layer, -1)  # of whoever takes it, until it says whose bytes it reads
     atomic_exchange(_buffer(early, index) + BUFFER.taken * 8, _FREE)
+
+
+@cached_jit(nogil=True)
+def _publish(recipe: int, n_extents: int) -> None:
+    """A recipe is complete: compiled code may use it from now on."""
+    atomic_exchange(recipe + RECIPE.n_extents * 8, n_extents)
 
 
 class Arrival(NamedTuple):
@@ -321,6 +328,7 @@ class EarlyReads:
         self._recipes = np.zeros((*shape, RECIPE.size), np.int64)
         self._buffers = np.zeros((len(addresses), BUFFER.size), np.int64)
         self._buffers[:, BUFFER.address] = addresses
+        self._buffers[:, BUFFER.layer] = -1
         self._timespec = np.zeros(2, np.int64)
         self._loading: npt.NDArray[np.uint8] = np.ones(shape, np.uint8)  # nothing is asked for before `watch`
         self.fields = EARLY.make(
@@ -366,7 +374,7 @@ class EarlyReads:
             return
         recipe[RECIPE.extents : RECIPE.extents + 4 * len(extents)] = np.ravel(extents)
         recipe[RECIPE.matrices : RECIPE.matrices + 2 * N_MATRICES] = np.ravel(matrices)
-        recipe[RECIPE.n_extents] = len(extents)  # last: compiled code may use it from now on
+        _publish(int(recipe.ctypes.data), len(extents))
 
     @property
     def n_known(self) -> int:

@@ -18,8 +18,7 @@ PLACE_BYTES: Final = 1000
 
 def staging_bytes(source: ModelSource) -> int:
     """Default RAM for reading this model's experts, in addition to their slots."""
-    buffer_bytes, halves = buffers(source)
-    return N_BUFFERS * buffer_bytes * halves + places_bytes(source)
+    return N_BUFFERS * sum(buffers(source)) + places_bytes(source)
 
 
 def staging_bytes_aligned(matrix_bytes: Sequence[int], layers: Collection[int], n_experts: int) -> int:
@@ -48,13 +47,16 @@ def _places_bytes(layers: Collection[int], n_experts: int, n_copies: int) -> int
 
 
 def buffers(source: ModelSource) -> tuple[int, int]:
-    """Largest space that an expert's aligned reads can take, and how often an expert that is being read needs it."""
+    """Bytes that an expert's aligned reads can take, and those of its ggml rows where they are decoded before they are packed."""
     samples = list(_samples(source))
-    needed = (
+    read = (
         sum(_read_bytes(extent.n_bytes) for projection in sample for extent in projection.extents) for sample in samples
     )
-    # What is decoded takes as much again until it is packed.
-    return max(needed, default=PAGE_BYTES), 2 if any(map(_is_decoded, samples)) else 1
+    decoded = (
+        sum(projection.n_bytes for projection in sample if projection.encoding is not Encoding.GGML)
+        for sample in samples
+    )
+    return max(read, default=PAGE_BYTES), max(decoded, default=0)
 
 
 def _read_bytes(n_bytes: int) -> int:
@@ -68,7 +70,3 @@ def _samples(source: ModelSource) -> Iterator[tuple[Projection, Projection, Proj
         yield source.base_expert(layer, 0)
         if moe.better:
             yield from (source.expert(layer, expert) for expert in range(moe.n_experts))
-
-
-def _is_decoded(projections: tuple[Projection, Projection, Projection]) -> bool:
-    return any(projection.encoding is not Encoding.GGML for projection in projections)

@@ -89,8 +89,8 @@ class ExpertStore:
         self._is_direct = [any(file.direct for file in copies) for copies in self._files]
         self._under_way = [0] * len(copies)  # bytes asked of each copy and not yet there
         self._n_reading, self._reading_s, self._reading_since, self._reading_until = 0, 0.0, 0.0, 0.0
-        buffer_bytes, halves = buffers(source)
-        self.staging_bytes = n_buffers * buffer_bytes * halves + places_bytes(source)
+        buffer_bytes, decoded_bytes = buffers(source)
+        self.staging_bytes = n_buffers * (buffer_bytes + decoded_bytes) + places_bytes(source)
         self.depth = n_buffers
         self._most_ahead = max(
             1, n_buffers // 2
@@ -99,7 +99,7 @@ class ExpertStore:
         self._free = list(self._buffers)  # without early reads
         self.early = self._make_early(n_reads) if mirror is None and futex.is_supported() else None
         self._pieces = ReadPieces(most_ahead(piece_bytes), self.early)
-        self._adopted: dict[int, Ticket] = {}  # early reads under way, by buffer
+        self._adopted: dict[int, Ticket] = {}  # by buffer of an early read, until it is given back
         self._there: dict[int, int] = {}  # matrices that are there of early reads under way, by buffer, a bit each
         self._complete: dict[int, float] = {}  # buffers of early reads that no ticket has asked for yet, and since when
         self._dropped: set[int] = set()  # those that none will ask for
@@ -245,11 +245,11 @@ class ExpertStore:
         ticket._is_early = True
         ticket._copies.add(0)
         self._reading.append(ticket)
+        self._adopted[number] = ticket
         self._note_begin(self.early.began_s(number))
         if (ended_at := self._complete.pop(number, None)) is not None:
             self._note_end(ended_at)
             return ALL_MATRICES
-        self._adopted[number] = ticket
         return self._there.get(number, 0)
 
     def _arrived_early(self, arrival: Arrival) -> None:
@@ -260,7 +260,6 @@ class ExpertStore:
             there = self._there[number] = self._there.get(number, 0) | arrival.matrices
             if there == ALL_MATRICES:
                 del self._there[number]
-                self._adopted.pop(number, None)
                 self._dropped.discard(number)
                 if ticket is not None:
                     self._note_end(time.perf_counter())
@@ -318,6 +317,8 @@ class ExpertStore:
         if self.early is None:
             self._free.append(buffer)
         else:
+            with self._lock:
+                self._adopted.pop(buffer.number, None)
             self.early.free(buffer.number)
 
     def _start_waiting(self) -> None:

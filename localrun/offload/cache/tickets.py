@@ -74,7 +74,7 @@ class ReadMatrices:
 MOST_AHEAD_BYTES: Final = 4 << 20
 """In flight that nobody waits for, in at least two reads: enough to keep a drive busy, and what is awaited next queues behind it.
 [m] Whole Flash with 2-bit experts, two Emerald Rapids cores, a drive of 1.3 to 1.5 GB/s: with 16 MiB, as four reads of 4 MiB, a
-token takes 1.18 to 1.21 times its slower resource, with 4 MiB, as two reads or four, 1.14 to 1.17; with one read of 2 MiB 1.21,
+token takes 1.18 to 1.21 times its slower resource, with 4 MiB, as two reads or four, 1.15 to 1.17; with one read of 2 MiB 1.21,
 because fewer guesses are there in time."""
 
 

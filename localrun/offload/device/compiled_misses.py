@@ -213,9 +213,9 @@ class MissRecord:
         return int(self.fields[MISSES.computed])
 
     @property
-    def is_rung(self) -> bool:
-        """`next` would not wait. For the fetching thread."""
-        return int(self.fields[MISSES.bell]) != self._heard
+    def is_posted(self) -> bool:
+        """There is a call that was not taken, or there will be none."""
+        return bool(self.fields[MISSES.posted] != self._seen or self.fields[MISSES.closing])
 
     def next(self) -> bool:
         """Waits for the next call, or until somebody rings; False: there will be none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from tests.offload.stores import (
     LAYERS,
     N_BUFFERS,
     N_EXPERTS,
+    N_READS,
     OnFiles,
+    Packer,
     early_reads_through_python,
     memory_of,
     on_files,
@@ -165,6 +168,44 @@ def test_reads_that_nobody_takes_over_give_their_buffers_back(rig: Rig) -> None:
         rig.take(waiting)
         assert rig.is_right(waiting)
         rig.wait(lambda: rig.n_held == 0)
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_what_a_ticket_has_taken_over_is_not_dropped(
+    rig: Rig, is_complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while its matrices are packed, either: the next early read into that buffer would be lost."""
+    rig.store.know(0, 5, 0)
+    packing, goes_on = threading.Semaphore(0), threading.Event()
+
+    def pack_slowly(packer: Packer, which: int, raw: npt.NDArray[np.uint8], slot: int) -> None:
+        packing.release()
+        assert goes_on.wait(300)
+        pack(packer, which, raw, slot)
+
+    pack = Packer.pack_matrix
+    monkeypatch.setattr(Packer, "pack_matrix", pack_slowly)
+    if not is_complete:
+        rig.harness.hold()
+    assert rig.begin(0, 5)
+    if is_complete:
+        rig.wait(lambda: bool(rig.store._complete))  # type: ignore[attr-defined]
+    ticket = rig.submit(0, 5)
+    rig.harness.release()
+    for _ in range(N_READS):
+        assert packing.acquire(timeout=300)
+    rig.store.drop_early()
+    goes_on.set()
+    rig.take(ticket)
+    assert rig.is_right(ticket)
+    rig.wait(lambda: rig.n_held == 0)
+    before = rig.harness.asked_bytes
+    assert rig.begin(0, 5)
+    ticket = rig.submit(0, 5)
+    rig.take(ticket)
+    assert rig.is_right(ticket)
+    rig.wait(lambda: rig.n_held == 0)
+    assert rig.harness.asked_bytes == 2 * before
 
 
 @pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "under-way"])

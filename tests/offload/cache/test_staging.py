@@ -1,4 +1,4 @@
-"""RAM for reading experts. Buffers are counted by hand: whole pages that a read may touch, twice where experts are decoded.
+"""RAM for reading experts. Buffers are counted by hand: whole pages that a read may touch, and rows that are decoded from them.
 What is remembered of places is compared with what a store really takes for it."""
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tests.offload.model_stores import MODEL_KINDS, write_model
 def source(*experts: list[tuple[int, int]], encoding: Encoding = Encoding.GGML, better: bool = False) -> Any:
     """A model with one layer; each expert's (offset, bytes) of its matrices."""
     recipes = [
-        tuple(SimpleNamespace(encoding=encoding, extents=[Extent(0, at, n)]) for at, n in expert) for expert in experts
+        tuple(SimpleNamespace(encoding=encoding, extents=[Extent(0, at, n)], n_bytes=n + 7) for at, n in expert)
+        for expert in experts
     ]
     layer = SimpleNamespace(better=((),) if better else (), n_experts=len(recipes))
     return SimpleNamespace(
@@ -38,26 +39,26 @@ PAGES = [(0, 2 * PAGE_BYTES), (2 * PAGE_BYTES, PAGE_BYTES), (3 * PAGE_BYTES, PAG
 
 
 def test_matrices_are_packed_from_where_they_are_read() -> None:
-    assert buffers(source(PAGES)) == ((3 + 2 + 2) * PAGE_BYTES, 1)
-    assert buffers(source([(5, 100)] * 3)) == ((2 + 2 + 2) * PAGE_BYTES, 1), "in the middle of a page"
+    assert buffers(source(PAGES)) == ((3 + 2 + 2) * PAGE_BYTES, 0)
+    assert buffers(source([(5, 100)] * 3)) == ((2 + 2 + 2) * PAGE_BYTES, 0), "in the middle of a page"
     assert staging_bytes(source(PAGES)) == N_BUFFERS * 7 * PAGE_BYTES + places_bytes(source(PAGES))
     assert staging_bytes_aligned([n for _, n in PAGES], (0,), 1) == staging_bytes(source(PAGES))
 
 
 @pytest.mark.parametrize("encoding", [Encoding.FP4, Encoding.FP8])
-def test_official_formats_are_decoded_in_a_second_place(encoding: Encoding) -> None:
-    assert buffers(source(PAGES, encoding=encoding))[1] == 2
+def test_official_formats_are_decoded_beside_what_was_read(encoding: Encoding) -> None:
+    assert buffers(source(PAGES, encoding=encoding))[1] == 4 * PAGE_BYTES + 3 * 7
 
 
 def test_the_largest_copy_counts_wherever_it_is() -> None:
     larger = [(0, 10 * PAGE_BYTES)] * 3
-    assert buffers(source(PAGES, larger)) == (7 * PAGE_BYTES, 1), "nobody reads it without a better copy"
-    assert buffers(source(PAGES, larger, better=True)) == (33 * PAGE_BYTES, 1)
+    assert buffers(source(PAGES, larger)) == (7 * PAGE_BYTES, 0), "nobody reads it without a better copy"
+    assert buffers(source(PAGES, larger, better=True)) == (33 * PAGE_BYTES, 0)
 
 
 def test_a_model_without_experts_needs_a_page() -> None:
     nothing: Any = SimpleNamespace(moe_layers={})
-    assert buffers(nothing) == (PAGE_BYTES, 1)
+    assert buffers(nothing) == (PAGE_BYTES, 0)
 
 
 class Copied:

@@ -260,16 +260,15 @@ class ExpertStore:
             there = self._there[number] = self._there.get(number, 0) | arrival.matrices
             if there == ALL_MATRICES:
                 del self._there[number]
-                self._dropped.discard(number)
                 if ticket is not None:
                     self._note_end(time.perf_counter())
-                elif not dropped:
+                elif dropped:
+                    self._free_early(number)
+                else:
                     self._complete[number] = time.perf_counter()
         if ticket is not None:
             self._write(ticket, arrival.matrices)
         elif there == ALL_MATRICES:
-            if dropped:
-                self._give_back(self._buffers[number])
             self._start_waiting()
 
     def _read_again(self, ticket: Ticket, buffer: ReadBuffer) -> None:
@@ -290,10 +289,8 @@ class ExpertStore:
             left = [number for number, _, _ in self.early.holding() if number not in self._adopted]
             complete = [number for number in left if number in self._complete]
             for number in complete:
-                del self._complete[number]
+                self._free_early(number)
             self._dropped.update(set(left) - set(complete))
-        for number in complete:
-            self._give_back(self._buffers[number])
         if complete:
             self._start_waiting()
 
@@ -318,8 +315,15 @@ class ExpertStore:
             self._free.append(buffer)
         else:
             with self._lock:
-                self._adopted.pop(buffer.number, None)
-            self.early.free(buffer.number)
+                self._free_early(buffer.number)
+
+    def _free_early(self, number: int) -> None:
+        """Nothing is known of the buffer any more, and compiled code may take it; the caller holds the lock."""
+        assert self.early is not None
+        self._adopted.pop(number, None)
+        self._complete.pop(number, None)
+        self._dropped.discard(number)
+        self.early.free(number)
 
     def _start_waiting(self) -> None:
         """Moves waiting tickets to free buffers and their pieces to the readers."""

@@ -15,7 +15,7 @@ from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import Footer, OptionList, Static
+from textual.widgets import OptionList, Static
 
 from localrun.errors import LocalrunError, UsageError
 from localrun.options import THINK_MODES
@@ -59,6 +59,7 @@ from localrun.tui.widgets.conversation_list import ConversationList
 from localrun.tui.widgets.engine_panel import EnginePanel
 from localrun.tui.widgets.expert_map import ExpertMap
 from localrun.tui.widgets.find_bar import FindBar
+from localrun.tui.widgets.key_footer import KeyFooter
 from localrun.tui.widgets.notices import LoadingPanel
 from localrun.tui.widgets.prompt import PromptInput
 from localrun.tui.widgets.status_bar import StatusBar
@@ -199,7 +200,7 @@ class ChatScreen(Screen[None]):
                 yield PromptInput()
             yield EnginePanel()
         yield StatusBar()
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyFooter()
 
     @property
     def chat(self) -> ChatView:

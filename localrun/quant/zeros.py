@@ -94,20 +94,14 @@ class LostWeights:
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, str, int], list[tuple[int, int]]] = {}  # (layer, projection, file) -> zeros
 
-    def refuse(
-        self, layer: int, expert: int, projections: Sequence[Projection], raw: Sequence[Sequence[Bytes]]
-    ) -> None:
-        """Raises FormatError if bytes of an expert were lost.
+    def refuse_one(self, layer: int, expert: int, name: str, projection: Projection, pieces: Sequence[Bytes]) -> None:
+        """Raises FormatError if bytes of one matrix of an expert were lost.
 
         Args:
-            projections: gate, up and down; those with a checksum are left to that.
-            raw: for each the bytes of its extents.
+            name: `gate`, `up` or `down`.
+            projection: the matrix; one with a checksum is left to that.
+            pieces: the bytes of its extents.
         """
-        for name, projection, pieces in zip(PROJECTIONS, projections, raw, strict=True):
-            self.refuse_one(layer, expert, name, projection, pieces)
-
-    def refuse_one(self, layer: int, expert: int, name: str, projection: Projection, pieces: Sequence[Bytes]) -> None:
-        """As `refuse`, for one projection: `gate`, `up` or `down`."""
         if projection.checksum is not None:
             return
         extent = projection.extents[0]

@@ -184,7 +184,8 @@ class Stacks:
         """As if the expert had been read."""
         projections = self.base_expert(0, expert)
         raw = [[np.fromfile(self.path, np.uint8, self.n_bytes, offset=self.at(expert))]] * 3
-        lost.refuse(0, expert, projections, raw)
+        for name, projection, pieces in zip(PROJECTIONS, projections, raw, strict=True):
+            lost.refuse_one(0, expert, name, projection, pieces)
 
 
 def test_a_stack_of_zeros_is_accepted_at_any_size_and_read_once(

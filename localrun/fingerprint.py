@@ -239,7 +239,7 @@ def _globals_of(code: types.CodeType, scope: dict[str, Any]) -> Iterable[tuple[s
 
 def _steps_of(code: types.CodeType) -> list[tuple[int, str]]:
     """Each instruction's operation and the name that it takes, "" if it takes none. `dis` says the same, but also what nobody
-    asks for here: it was a seventh of an engine's start."""
+    asks for here."""
     steps: list[tuple[int, str]] = []
     names, high = code.co_names, 0
     for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):

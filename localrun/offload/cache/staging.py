@@ -13,7 +13,7 @@ N_BUFFERS = 6
 """Default number of experts being read concurrently."""
 
 PLACE_BYTES: Final = 1000
-"""Of one copy's `Projection`s, which the store keeps once it has read it: [m] up to 931, by kind of model."""
+"""Of one copy's `Projection`s, which the store keeps once it has looked them up: [m] up to 931, by kind of model."""
 
 
 def staging_bytes(source: ModelSource) -> int:
@@ -34,7 +34,7 @@ def staging_bytes_aligned(matrix_bytes: Sequence[int], layers: Collection[int], 
 
 
 def places_bytes(source: ModelSource) -> int:
-    """RAM for remembering where experts are, once each has been read; in layers with better copies, two of each."""
+    """RAM for remembering where experts are, all of them; in layers with better copies, two of each."""
     moe = source.moe_layers
     n_experts = max((layer.n_experts for layer in moe.values()), default=0)
     return _places_bytes(moe, n_experts, sum(layer.n_experts * (2 if layer.better else 1) for layer in moe.values()))
